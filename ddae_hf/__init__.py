@@ -1,0 +1,58 @@
+"""Denoising diffusion autoencoders: one checkpoint that generates images and classifies them.
+
+Public names are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "DDAEConfig": "configuration_ddae",
+    "DDAEForImageClassification": "modeling_ddae",
+    "DDAEImageProcessor": "image_processing_ddae",
+    "DDAEModel": "modeling_ddae",
+    "DDAEPipeline": "pipeline_ddae",
+    "add_noise": "noise",
+    "collect_hidden_states": "hidden_states",
+    "layer_names": "hidden_states",
+    "pool_hidden_states": "hidden_states",
+    "sigma_to_timestep": "noise",
+    "timestep_to_sigma": "noise",
+}
+__all__ = [  # noqa: F822 (found by `__getattr__`)
+    "DDAEConfig",
+    "DDAEForImageClassification",
+    "DDAEImageProcessor",
+    "DDAEModel",
+    "DDAEPipeline",
+    "add_noise",
+    "collect_hidden_states",
+    "layer_names",
+    "pool_hidden_states",
+    "sigma_to_timestep",
+    "timestep_to_sigma",
+]
+
+if TYPE_CHECKING:
+    from .configuration_ddae import DDAEConfig
+    from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
+    from .image_processing_ddae import DDAEImageProcessor
+    from .modeling_ddae import DDAEForImageClassification, DDAEModel
+    from .noise import add_noise, sigma_to_timestep, timestep_to_sigma
+    from .pipeline_ddae import DDAEPipeline
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

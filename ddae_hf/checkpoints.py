@@ -1,0 +1,228 @@
+"""Checkpoints: which layout a folder or Hub repository has, and how its parts map to a denoiser and a scheduler.
+
+- `transformers`: `config.json` (`model_type: ddae`) and `model.safetensors`, as our models save themselves.
+- `pipeline`: `model_index.json`, `unet/` and `scheduler/`, as `DDAEPipeline` and diffusers save.
+- `flat`: `model_index.json`, `config.json`, `scheduler_config.json` and weights side by side, as in
+  `google/ddpm-cifar10-32`.
+- `model`: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` saves.
+
+Only safetensors weights are read: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import diffusers
+import torch
+from huggingface_hub import is_offline_mode
+from safetensors import safe_open
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+# Denoisers whose hidden states can be read, and the component that holds one in a diffusers pipeline.
+COMPONENTS = {"UNet2DModel": "unet"}
+# The arguments of `from_pretrained` that say where files are.
+HUB_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
+)  # fmt: skip
+
+
+def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
+    """Raise `ValueError` unless `name` is a denoiser class that this package supports."""
+    if name not in COMPONENTS:
+        raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed are {', '.join(COMPONENTS)}.")
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """Return a diffusers config as JSON would hold it: its class name, no other private keys, lists for tuples.
+
+    Args:
+        config: The config, or the diffusers network or scheduler that has it.
+    """
+    if hasattr(config, "config"):
+        config = {**config.config, "_class_name": type(config).__name__}
+    kept = {k: v for k, v in dict(config).items() if not k.startswith("_") or k == "_class_name"}
+    return json.loads(json.dumps(kept))
+
+
+def build_denoiser(config: dict[str, Any]) -> Any:
+    """Build a randomly initialised denoiser from its diffusers config (with `_class_name`)."""
+    check_denoiser_class(config.get("_class_name"))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def build_scheduler(config: dict[str, Any]) -> Any:
+    """Build a scheduler from its diffusers config (with `_class_name`)."""
+    name = config.get("_class_name")
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise ValueError(f"The scheduler's `_class_name` is {name!r}: it must name a diffusers scheduler.")
+    return cls.from_config(config)
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Return a SHA-256 of a network's parameters and persistent buffers.
+
+    Values are rounded to bfloat16 first, so that storing a checkpoint in half the precision leaves it the same.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if value.is_floating_point():
+            value = value.to(torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Checkpoint:
+    """What a folder or repository holds, without its weights."""
+
+    path: str
+    layout: Literal["transformers", "pipeline", "flat", "model"]
+    config: dict[str, Any]  # the transformers config, in that layout only
+    denoiser: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    hub: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights_subfolder(self) -> str:
+        """The folder of the denoiser's weights, relative to `path`."""
+        inside = COMPONENTS[self.denoiser["_class_name"]] if self.layout == "pipeline" else ""
+        return "/".join(part for part in (self.hub.get("subfolder"), inside) if part)
+
+    def load_denoiser(self, dtype: torch.dtype | None = None) -> Any:
+        """Load the denoiser with its weights.
+
+        Args:
+            dtype: Type of the parameters; by default the one they are stored in.
+        """
+        hub = {**self.hub, "subfolder": self.weights_subfolder}
+        if self.layout == "transformers":
+            return self._denoiser_of_transformers_layout(hub, dtype)
+        name = "diffusion_pytorch_model.safetensors"
+        files = _weight_files(self.path, name, hub)
+        if not files:
+            raise ValueError(
+                f"{self.path} has no {name} in {self.weights_subfolder or 'its root'}. Only safetensors weights are "
+                "read, never pickles (`.bin`): convert them with diffusers' `save_pretrained(safe_serialization=True)`."
+            )
+        cls = getattr(diffusers, self.denoiser["_class_name"])
+        # diffusers' own loading also renames the attention weights of early checkpoints.
+        return cls.from_pretrained(self.path, torch_dtype=dtype or _stored_dtype(files[0]), use_safetensors=True, **hub)
+
+    def _denoiser_of_transformers_layout(self, hub: dict[str, Any], dtype: torch.dtype | None) -> Any:
+        state: dict[str, torch.Tensor] = {}
+        for file in _weight_files(self.path, "model.safetensors", hub):
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    prefix, _, name = key.partition("denoiser.")
+                    if prefix in ("", "ddae.") and name:
+                        state[name] = tensors.get_tensor(key)
+        if not state:
+            raise ValueError(f"{self.path} has no denoiser weights in model.safetensors.")
+        denoiser = build_denoiser(self.denoiser)
+        denoiser.load_state_dict(state, assign=True)
+        return (denoiser if dtype is None else denoiser.to(dtype)).eval()
+
+
+def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
+    """Return the local path of a checkpoint's file, downloaded if need be, or None where it has no such file."""
+    path = os.fspath(path)
+    if not os.path.isdir(path) and (os.path.exists(path) or os.path.isabs(path) or path.count("/") > 1):
+        raise OSError(f"{path} is not a folder; give a checkpoint's folder or a Hub repository id (`owner/name`).")
+    hub = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and v is not None}
+    return cached_file(path, filename, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def _read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+    found = find_file(path, filename, **hub)
+    if found is None:
+        return None
+    with open(found, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _weight_files(path: str, name: str, hub: dict[str, Any]) -> list[str]:
+    """Return the local paths of safetensors weights: one file, its shards, or nothing."""
+    single = find_file(path, name, **hub)
+    if single is not None:
+        return [single]
+    index = find_file(path, f"{name}.index.json", **hub)
+    return [] if index is None else get_checkpoint_shard_files(path, index, **hub)[0]
+
+
+def _stored_dtype(file: str) -> torch.dtype:
+    with safe_open(file, framework="pt") as tensors:
+        dtypes = (tensors.get_tensor(key).dtype for key in tensors.keys())  # noqa: SIM118 (not a mapping)
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
+    """Find out a checkpoint's layout and read its configurations, not its weights.
+
+    Args:
+        path: A folder or a Hub repository id.
+        **hub: `revision`, `token`, `cache_dir`, `subfolder` and the other arguments that say where files are.
+
+    Raises:
+        ValueError: No known layout, or a denoiser that is not supported.
+        OSError: The folder or repository does not exist or cannot be reached.
+    """
+    path = os.fspath(path)
+    hub = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and v is not None}
+    hub["subfolder"] = hub.get("subfolder") or ""
+    config = _read_json(path, "config.json", hub)
+    if config and config.get("model_type") == "ddae":
+        return Checkpoint(path, "transformers", config, config["denoiser"], config["scheduler"], hub)
+    index = _read_json(path, "model_index.json", hub)
+    if index is not None:
+        return _read_pipeline(path, index, config, hub)
+    if config and "_class_name" in config:
+        check_denoiser_class(config["_class_name"], f"The network in {path}")
+        return Checkpoint(path, "model", {}, plain_config(config), None, hub)
+    if not os.path.isdir(path) and (hub.get("local_files_only") or is_offline_mode()):
+        raise OSError(f"{path} is no folder here, nor in the Hub's cache, and the Hub is not asked in offline mode.")
+    raise ValueError(
+        f"{path} is no checkpoint that ddae_hf can open: it has neither a model_index.json (a diffusers pipeline) nor "
+        f"a "
+        "config.json of a DDAE model or of a diffusers denoiser "
+        f"(found: {config.get('model_type', 'another config.json') if config else 'no config.json'})."
+    )
+
+
+def _read_pipeline(
+    path: str, index: dict[str, Any], root_config: dict[str, Any] | None, hub: dict[str, Any]
+) -> Checkpoint:
+    """Read a diffusers pipeline whose parts are in sub-folders or side by side."""
+    where = f"The pipeline {index.get('_class_name')} in {path}"
+    parts = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
+    classes = {k: v[-1] for k, v in parts.items()}
+    networks = [k for k in classes if k in ("unet", "transformer", "prior", "decoder")]
+    if not networks:
+        raise ValueError(f"{where} has no denoiser: its components are {', '.join(classes) or 'none'}.")
+    check_denoiser_class(classes[networks[0]], f"{where}: its `{networks[0]}`")
+    others = sorted(set(parts) - {networks[0], "scheduler"})
+    if others:
+        raise ValueError(
+            f"{where} has components beside its denoiser and scheduler ({', '.join(others)}), which are not supported: "
+            "allowed are pipelines that work on pixels, such as DDPMPipeline, DDIMPipeline and DDAEPipeline."
+        )
+    inside = {**hub, "subfolder": "/".join(part for part in (hub["subfolder"], networks[0]) if part)}
+    denoiser = _read_json(path, "config.json", inside)
+    layout: Literal["pipeline", "flat"] = "pipeline" if denoiser else "flat"
+    if layout == "pipeline":
+        inside["subfolder"] = "/".join(part for part in (hub["subfolder"], "scheduler") if part)
+        scheduler = _read_json(path, "scheduler_config.json", inside)
+    else:
+        denoiser, scheduler = root_config, _read_json(path, "scheduler_config.json", hub)
+    if denoiser is None or scheduler is None:
+        missing = f"{networks[0]}'s config.json" if denoiser is None else "scheduler_config.json"
+        raise ValueError(f"{where} is incomplete: {missing} is missing.")
+    denoiser = {**plain_config(denoiser), "_class_name": classes[networks[0]]}
+    scheduler = {**plain_config(scheduler), "_class_name": classes.get("scheduler", scheduler.get("_class_name"))}
+    return Checkpoint(path, layout, {}, denoiser, scheduler, hub)

@@ -1,0 +1,161 @@
+"""`DDAEConfig`: a denoiser, its scheduler, and where to read its hidden states."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from dataclasses import field, fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .checkpoints import (
+    HUB_ARGUMENTS,
+    build_denoiser,
+    build_scheduler,
+    check_denoiser_class,
+    plain_config,
+    read_checkpoint,
+)
+from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size
+from .noise import check_sigma, prediction_type, timestep_to_sigma
+
+# The network and the schedule of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
+DEFAULT_DENOISER: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 32,
+    "block_out_channels": [128, 256, 256, 256],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "dropout": 0.1,
+}
+DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": "DDPMScheduler"}
+FEATURE_NORMS = ("none", "batch_norm")
+
+
+class DDAEConfig(PreTrainedConfig):
+    """Configuration of `DDAEModel` and `DDAEForImageClassification`.
+
+    Args:
+        denoiser: The denoiser's diffusers config with its `_class_name`; by default the paper's 35.7 M U-Net.
+        scheduler: The scheduler's, likewise; by default `DDPMScheduler`'s own.
+        layer: The tap, a name out of `layer_names(denoiser)`; by default the decoder's middle one.
+        sigma: Noise level of the tap: standard deviation of the noise on images in [-1, 1]. The default 0.05 is close
+            to the paper's best levels (0.047 for DDPM, 0.060 for EDM).
+        timestep: The noise level as the denoiser is fed it (0-based), in place of `sigma`; stored as `sigma`.
+        pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions.
+        feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters.
+        noise_seed: Seed of the fixed noise used in evaluation.
+        num_noise_samples: Draws of noise that features are averaged over.
+        null_class: The label that stands for no label in a class-conditional denoiser.
+        generator_fingerprint: `checkpoints.fingerprint` of the pretrained denoiser; set when one is opened.
+        **kwargs: transformers' own, such as `num_labels`, `id2label` and `label2id`.
+
+    Raises:
+        ValueError: A combination that cannot work.
+    """
+
+    model_type = "ddae"
+
+    denoiser: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_DENOISER))
+    scheduler: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_SCHEDULER))
+    layer: str | None = None
+    sigma: float | int | None = None
+    pooling: str = "mean"
+    feature_norm: str = "none"
+    noise_seed: int = 0
+    num_noise_samples: int = 1
+    null_class: int | None = None
+    generator_fingerprint: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in defaults and refuse what cannot work."""
+        timestep = kwargs.pop("timestep", None)
+        super().__post_init__(**kwargs)
+        self.denoiser = plain_config(self.denoiser)
+        self.scheduler = plain_config(self.scheduler)
+        self._check_choices()
+        side = self.denoiser.get("sample_size")
+        if side is None:
+            raise ValueError("The denoiser's config has no sample_size: set it to the side of its images in pixels.")
+        scheduler = build_scheduler(self.scheduler)
+        prediction_type(scheduler)
+        if timestep is not None and self.sigma is not None:
+            raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
+        if timestep is not None:
+            self.sigma = timestep_to_sigma(scheduler, timestep).item()
+        elif self.sigma is None:
+            self.sigma = 0.05
+        check_sigma(scheduler, self.sigma)
+        denoiser = _skeleton(json.dumps(self.denoiser, sort_keys=True))
+        if self.layer is None:
+            self.layer = default_layer(denoiser)
+        check_layers(denoiser, [self.layer])
+
+    def _check_choices(self) -> None:
+        check_denoiser_class(self.denoiser.get("_class_name"))
+        for name, allowed in (("pooling", POOLINGS), ("feature_norm", FEATURE_NORMS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(allowed)}.")
+        if self.num_noise_samples < 1:
+            raise ValueError(f"num_noise_samples is {self.num_noise_samples}: it must be at least 1.")
+        if self.noise_seed < 0:
+            raise ValueError(f"noise_seed is {self.noise_seed}: it must not be negative.")
+        classes = self.denoiser.get("num_class_embeds")
+        if self.null_class is not None and not (classes and 0 <= self.null_class < classes):
+            has = f"its labels are 0 to {classes - 1}" if classes else "it takes no labels"
+            raise ValueError(f"null_class is {self.null_class}, but of this denoiser {has}.")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the denoiser's images, in pixels."""
+        side = self.denoiser["sample_size"]
+        return (side, side) if isinstance(side, int) else tuple(side)
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of the denoiser's images."""
+        return self.denoiser.get("in_channels", 3)
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of channels at `layer`, the width of its features."""
+        return hidden_size(_skeleton(json.dumps(self.denoiser, sort_keys=True)), str(self.layer))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from a dictionary; keyword arguments take the place of its entries, and are checked with them."""
+        own = {f.name for f in fields(cls) if f.name in cls.__annotations__} | {"timestep"}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        config_dict = dict(config_dict)
+        if overrides.get("timestep") is not None and overrides.get("sigma") is None:
+            config_dict.pop("sigma", None)
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a checkpoint's configuration, whatever its layout, and the arguments that did not say where it is."""
+        checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
+        if checkpoint.layout == "transformers":
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config_dict = {"denoiser": checkpoint.denoiser}
+        if checkpoint.scheduler is not None:
+            config_dict["scheduler"] = checkpoint.scheduler
+        return config_dict, {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+
+
+@functools.lru_cache(maxsize=8)
+def _skeleton(config: str) -> Any:
+    """Return the denoiser of a config (as JSON) without memory for its weights."""
+    with torch.device("meta"):
+        return build_denoiser(copy.deepcopy(json.loads(config)))

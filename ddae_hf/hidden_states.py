@@ -1,0 +1,262 @@
+"""Hidden states of a denoiser: naming its layers, reading them, stopping after the deepest one asked for.
+
+A tap is the output of a residual block, or of the attention that follows it: the paper's `out_k` is the k-th decoder
+tap. Layers are named by their dotted path in `named_modules()`.
+
+Two ways of stopping early give bit-equal results:
+
+- The network's own `forward` runs on a view whose block lists end at the tap (`_Cut`). It needs no hooks and goes
+  through `torch.compile(fullgraph=True)` and `torch.export`.
+- A hook on the tap raises `_Reached`. It works on any network, and on one that carries hooks of accelerate (offloading,
+  `device_map`), which a view would go around.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+# Blocks whose forward is a plain walk over `resnets` and `attentions`, so that shorter lists stop it early.
+_WALKS = {
+    "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetMidBlock2D",
+    "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D",
+}  # fmt: skip
+POOLINGS = ("mean", "max")
+
+
+def layer_names(denoiser: Any) -> list[str]:
+    """Return the name of every tap, in the order in which the network computes them.
+
+    For `UNet2DModel`: encoder (`down_blocks.0.resnets.0`, ...), `mid_block`, decoder (`up_blocks.0.attentions.0`, ...).
+    """
+    names = [f"down_blocks.{i}.{tap}" for i, block in enumerate(denoiser.down_blocks) for tap in _taps(block)]
+    if denoiser.mid_block is not None:
+        names.append("mid_block")
+    return names + decoder_layer_names(denoiser)
+
+
+def decoder_layer_names(denoiser: Any) -> list[str]:
+    """Return the names of the decoder's taps: the paper's `out_1`, `out_2`, ..."""
+    return [f"up_blocks.{i}.{tap}" for i, block in enumerate(denoiser.up_blocks) for tap in _taps(block)]
+
+
+def default_layer(denoiser: Any) -> str:
+    """Return the decoder's middle tap, where the paper finds the best features (`out_6` of 12, `out_7` of 15)."""
+    decoder = decoder_layer_names(denoiser)
+    return decoder[max(0, len(decoder) // 2 - 1)]
+
+
+def _taps(block: Any) -> list[str]:
+    # Attention j follows residual block j; a skip block's only attention follows its last one.
+    first = len(block.resnets) - len(getattr(block, "attentions", None) or [])
+    return [f"resnets.{j}" if j < first else f"attentions.{j - first}" for j in range(len(block.resnets))]
+
+
+def check_layers(denoiser: Any, layers: Sequence[str]) -> None:
+    """Raise `ValueError`, naming the nearest ones, unless all `layers` are taps of the denoiser."""
+    if isinstance(layers, str) or not layers:
+        raise ValueError(f"layers is {layers!r}: it must be a list of one or more layer names.")
+    known = layer_names(denoiser)
+    for layer in layers:
+        if layer not in known:
+            nearest = difflib.get_close_matches(str(layer), known, n=3, cutoff=0.0)
+            raise ValueError(
+                f"There is no layer {layer!r} in this denoiser. The nearest are {', '.join(nearest)}; "
+                "`layer_names(denoiser)` lists all."
+            )
+
+
+def hidden_size(denoiser: Any, layer: str) -> int:
+    """Return the number of channels of a layer's hidden state."""
+    check_layers(denoiser, [layer])
+    if layer == "mid_block":
+        return denoiser.mid_block.resnets[-1].out_channels
+    side, i, _, j = layer.split(".")
+    return getattr(denoiser, side)[int(i)].resnets[int(j)].out_channels
+
+
+def collect_hidden_states(
+    denoiser: Any,
+    sample: Tensor,
+    timestep: Tensor,
+    layers: Sequence[str],
+    *,
+    stop_early: bool = True,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Run the denoiser and return its hidden states.
+
+    Args:
+        denoiser: A `UNet2DModel`.
+        sample: The denoiser's input (B, C, H, W), as `add_noise` makes it.
+        timestep: What the denoiser is fed, (B,).
+        layers: Names out of `layer_names(denoiser)`.
+        stop_early: Whether to compute nothing after the deepest of `layers`.
+        **kwargs: Further arguments of the denoiser's forward, such as `class_labels`.
+
+    Returns:
+        Raw activations (B, C, H, W) by layer name, in the order of `layers`.
+
+    Raises:
+        ValueError: A name that is no layer; the message gives the nearest ones.
+    """
+    check_layers(denoiser, layers)
+    if stop_early and _can_be_cut(denoiser):
+        found = _collect_by_cutting(denoiser, sample, timestep, layers, kwargs)
+    else:
+        found = _collect_by_hooks(denoiser, sample, timestep, layers, stop_early, kwargs)
+    return {layer: found[layer] for layer in layers}
+
+
+def _deepest(denoiser: Any, layers: Iterable[str]) -> str:
+    known = layer_names(denoiser)
+    return max(layers, key=known.index)
+
+
+class _Cut:
+    """A module seen with some attributes replaced: runs the module's own forward on them."""
+
+    def __init__(self, module: nn.Module, replaced: dict[str, Any]):
+        self._module = module
+        for name, value in replaced.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class _Recorder:
+    """A module that also keeps its output under a name."""
+
+    def __init__(self, module: nn.Module, name: str, found: dict[str, Tensor]):
+        self._module, self._name, self._found = module, name, found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._module(*args, **kwargs)
+        self._found[self._name] = output
+        return output
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _can_be_cut(denoiser: Any) -> bool:
+    """Whether every block is a plain walk, and no instance has a forward of its own (as accelerate's hooks give it)."""
+    blocks = [*denoiser.down_blocks, *denoiser.up_blocks]
+    if denoiser.mid_block is not None:
+        blocks.append(denoiser.mid_block)
+    plain = all(type(block).__name__ in _WALKS for block in blocks)
+    return plain and not any("forward" in vars(m) or m._forward_hooks for m in [denoiser, *blocks])
+
+
+def _cut_block(block: Any, prefix: str, layers: Sequence[str], found: dict[str, Tensor], stop: int | None) -> Any:
+    """Return a view of a down or up block that records its taps and, if `stop` is given, ends after that many."""
+    replaced: dict[str, Any] = {}
+    if stop is not None:
+        replaced.update(upsamplers=None) if prefix.startswith("up") else replaced.update(downsamplers=None)
+    for kind in ("resnets", "attentions"):
+        modules = getattr(block, kind, None)
+        if modules is not None:
+            replaced[kind] = [
+                _Recorder(m, f"{prefix}.{kind}.{j}", found) if f"{prefix}.{kind}.{j}" in layers else m
+                for j, m in enumerate(modules)
+            ][:stop]
+    return _Cut(block, replaced)
+
+
+def _collect_by_cutting(
+    denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Run the denoiser's forward on a view whose block lists end at the deepest layer."""
+    found: dict[str, Tensor] = {}
+    last = _deepest(denoiser, layers)
+    side, _, rest = last.partition(".")
+    block, _, tap = rest.partition(".")
+    depth = int(block) if block else 0
+    stop = int(tap.rpartition(".")[2]) + 1 if tap else None
+
+    def views(kind: str, blocks: Iterable[nn.Module], count: int | None) -> list[Any]:
+        kept = list(blocks)[:count]
+        ends = [stop if kind == side and i == depth else None for i in range(len(kept))]
+        return [_cut_block(b, f"{kind}.{i}", layers, found, ends[i]) for i, b in enumerate(kept)]
+
+    mid = denoiser.mid_block
+    if mid is not None and "mid_block" in layers:
+        mid = _Recorder(mid, "mid_block", found)
+    view = _Cut(
+        denoiser,
+        {
+            "down_blocks": views("down_blocks", denoiser.down_blocks, depth + 1 if side == "down_blocks" else None),
+            "mid_block": None if side == "down_blocks" else mid,
+            "up_blocks": views("up_blocks", denoiser.up_blocks, depth + 1) if side == "up_blocks" else [],
+            "conv_norm_out": _identity,
+            "conv_act": _identity,
+            "conv_out": _identity,
+        },
+    )
+    view(sample, timestep, return_dict=False, **kwargs)
+    return found
+
+
+class _Reached(Exception):
+    """The deepest layer has been computed."""
+
+
+def _collect_by_hooks(
+    denoiser: Any,
+    sample: Tensor,
+    timestep: Tensor,
+    layers: Sequence[str],
+    stop_early: bool,
+    kwargs: dict[str, Any],
+) -> dict[str, Tensor]:
+    """Run the denoiser with hooks on its layers; the deepest one's ends the run."""
+    found: dict[str, Tensor] = {}
+    last = _deepest(denoiser, layers) if stop_early else None
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            found[name] = output
+            if name == last:
+                raise _Reached
+
+        return hook
+
+    handles = [denoiser.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        denoiser(sample, timestep, return_dict=False, **kwargs)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def pool_hidden_states(hidden: Tensor, pooling: str = "mean") -> Tensor:
+    """Pool a hidden state over its positions.
+
+    Args:
+        hidden: (B, C, H, W) or (B, N, C).
+        pooling: `"mean"` (the paper's) or `"max"`.
+
+    Returns:
+        Features (B, C), float32.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}: allowed are {', '.join(POOLINGS)}.")
+    if hidden.ndim not in (3, 4):
+        raise ValueError(f"A hidden state of shape {tuple(hidden.shape)} came: it must be (B, C, H, W) or (B, N, C).")
+    positions = (2, 3) if hidden.ndim == 4 else (1,)
+    hidden = hidden.float()
+    return hidden.mean(positions) if pooling == "mean" else hidden.amax(positions)

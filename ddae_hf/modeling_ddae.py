@@ -1,0 +1,330 @@
+"""`DDAEModel` and `DDAEForImageClassification`: a denoiser's hidden states as features, and a classifier on them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+
+from .checkpoints import HUB_ARGUMENTS, build_denoiser, build_scheduler, fingerprint, read_checkpoint
+from .configuration_ddae import DDAEConfig
+from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
+from .noise import add_noise, check_sigma, fed_timestep, sigma_range, timestep_to_sigma
+
+
+class DDAEPreTrainedModel(PreTrainedModel):
+    """Opens every layout of checkpoint, and leaves a denoiser's initialisation to diffusers."""
+
+    config_class = DDAEConfig
+    base_model_prefix = "ddae"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["ResnetBlock2D", "BasicTransformerBlock"]
+    _keep_in_fp32_modules_strict = ["time_proj"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a checkpoint did not bring. transformers' own rule would re-draw the denoiser."""
+        if isinstance(module, DDAEModel):
+            init.copy_(module.fixed_noise, module.draw_fixed_noise())
+        elif isinstance(module, nn.BatchNorm1d):
+            for buffer, initialise in (("running_mean", init.zeros_), ("running_var", init.ones_)):
+                initialise(module.get_buffer(buffer))
+            init.zeros_(module.get_buffer("num_batches_tracked"))
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            own = list(module.parameters(recurse=False))
+            if own and not any(getattr(p, "_is_hf_initialized", False) for p in own):
+                reset()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Open a checkpoint of any layout: see `ddae_hf.checkpoints`.
+
+        From a generative checkpoint, `layer` and one of `sigma` and `timestep` say where to tap it, and `num_labels`
+        (or `id2label`) how many classes the new classifier has. Everything else is as in transformers.
+
+        Raises:
+            ValueError: No checkpoint, a denoiser that is not supported, or a tap that it does not have.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, **kwargs)
+        checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
+        if checkpoint.layout == "transformers":
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        config = kwargs.pop("config", None)
+        scheduler_given = config is not None or "scheduler" in kwargs
+        if config is None:
+            config, kwargs = DDAEConfig.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+        if checkpoint.scheduler is None and not scheduler_given:
+            warnings.warn(
+                f"{checkpoint.path} holds a network without its scheduler: {config.scheduler['_class_name']} is taken. "
+                "If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
+                stacklevel=2,
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        denoiser = checkpoint.load_denoiser()
+        config.generator_fingerprint = fingerprint(denoiser)
+        prefix = "denoiser." if cls is DDAEModel else "ddae.denoiser."
+        state = {prefix + name: value for name, value in denoiser.state_dict().items()}
+        dtype = denoiser.dtype if dtype in (None, "auto") else dtype
+        return super().from_pretrained(None, *model_args, config=config, state_dict=state, dtype=dtype, **kwargs)
+
+
+class DDAEModel(DDAEPreTrainedModel):
+    """A denoiser whose hidden states at one layer and one noise level are features.
+
+    In evaluation every image gets the same fixed noise, drawn from `config.noise_seed`, so that a feature depends on
+    the image alone; in training the noise is fresh.
+    """
+
+    denoiser: Any
+    fixed_noise: Tensor
+
+    def __init__(self, config: DDAEConfig):
+        super().__init__(config)
+        self.denoiser = build_denoiser(config.denoiser)
+        shape = (config.num_noise_samples, config.num_channels, *config.image_size)
+        self.register_buffer("fixed_noise", torch.empty(shape, dtype=torch.float32), persistent=False)
+        # Built on the CPU even while the model's own tensors are without memory.
+        with torch.device("cpu"):
+            self.scheduler = build_scheduler(config.scheduler)
+            self._sigma_range = sigma_range(self.scheduler)
+        self._frozen = False
+        self.post_init()
+
+    def draw_fixed_noise(self) -> Tensor:
+        """Return the noise of evaluation, (num_noise_samples, C, H, W): a function of `config.noise_seed`."""
+        generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
+        shape = tuple(self.fixed_noise.shape)
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(self.fixed_noise)
+
+    def freeze_denoiser(self) -> None:
+        """Keep the denoiser as it is: no gradients, and evaluation mode even under `.train()`."""
+        self._frozen = True
+        self.denoiser.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> DDAEModel:
+        """Set the mode; a frozen denoiser stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self._frozen:
+            self.denoiser.eval()
+        return self
+
+    def layer_names(self) -> list[str]:
+        """Return the denoiser's taps in forward order."""
+        return layer_names(self.denoiser)
+
+    def _check_images(self, pixel_values: Tensor) -> None:
+        expected = (self.config.num_channels, *self.config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: this model takes (batch, {expected[0]}, "
+                f"{expected[1]}, "
+                f"{expected[2]}). `DDAEImageProcessor.from_pretrained` of its checkpoint prepares images."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values is of type {pixel_values.dtype}: it must be floats in [-1, 1].")
+
+    def _level(self, sigma: float | Tensor | None, timestep: float | Tensor | None) -> Tensor:
+        """Return the noise level that the arguments ask for; Python scalars are checked, outside compiled graphs."""
+        if sigma is not None and timestep is not None:
+            raise ValueError("Both sigma and timestep came: pass one of them.")
+        if timestep is not None:
+            return timestep_to_sigma(self.scheduler, timestep)
+        if isinstance(sigma, Tensor):
+            return sigma
+        level = self.config.sigma if sigma is None else sigma
+        if not torch.compiler.is_compiling():
+            check_sigma(self.scheduler, level)
+        low, high = self._sigma_range
+        return torch.tensor(min(max(level, low), high), dtype=torch.float32)
+
+    def _noise_draws(self, pixel_values: Tensor, noise: Tensor | None, generator: Any) -> Tensor:
+        """Return noise (draws, B, C, H, W): given, from the generator, fixed in evaluation, or fresh in training."""
+        if noise is not None:
+            if noise.shape != pixel_values.shape:
+                raise ValueError(f"noise has shape {tuple(noise.shape)}, but the images {tuple(pixel_values.shape)}.")
+            return noise[None]
+        shape = (self.config.num_noise_samples, *pixel_values.shape)
+        if generator is not None or self.training:
+            device = pixel_values.device if generator is None else generator.device
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(pixel_values.device)
+        return self.fixed_noise[:, None].to(pixel_values.device).expand(shape)
+
+    def _conditioning(self, class_labels: Tensor | None, batch_size: int, device: Any) -> dict[str, Any]:
+        if self.denoiser.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels came, but this denoiser is unconditional: leave them out.")
+            return {}
+        if class_labels is None:
+            if self.config.null_class is None:
+                raise ValueError(
+                    "This denoiser is class-conditional: pass class_labels, or set the config's null_class."
+                )
+            class_labels = torch.full((batch_size,), self.config.null_class, device=device)
+        return {"class_labels": class_labels}
+
+    def _layers_to_return(self, output_hidden_states: bool | list[str | int] | None) -> list[str]:
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        known = self.layer_names()
+        if output_hidden_states is True:
+            return known[: known.index(self.config.layer) + 1]
+        if not output_hidden_states:
+            return []
+        outside = [i for i in output_hidden_states if isinstance(i, int) and not -len(known) <= i < len(known)]
+        if outside:
+            raise ValueError(f"output_hidden_states names the layers {outside}: indices are 0 to {len(known) - 1}.")
+        return [known[i] if isinstance(i, int) else i for i in output_hidden_states]
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        sigma: float | Tensor | None = None,
+        timestep: float | Tensor | None = None,
+        class_labels: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_hidden_states: bool | list[str | int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """Add noise to images and read the denoiser's hidden states.
+
+        Args:
+            pixel_values: Images (B, C, H, W) in [-1, 1].
+            sigma: Noise level, scalar or (B,); by default `config.sigma`.
+            timestep: The noise level as the denoiser is fed it, in place of `sigma`.
+            class_labels: Labels (B,) of a class-conditional denoiser; by default `config.null_class`.
+            noise: Standard-normal noise (B, C, H, W) to add.
+            generator: Generator of fresh noise. Without `noise` and `generator`, evaluation adds the fixed noise and
+                training draws.
+            output_hidden_states: `True` for the hidden states of every layer up to the configured one; a list of layer
+                names or indices for those.
+            return_dict: Whether to return a `BaseModelOutputWithPooling` or a tuple.
+            **kwargs: Ignored: what Trainer passes on to the loss.
+
+        Returns:
+            `last_hidden_state` at `config.layer`, `pooler_output` (B, C), and `hidden_states` if asked for. With
+            several draws of noise, their means.
+
+        Raises:
+            ValueError: Images of another size, a noise level outside the schedule, both `sigma` and `timestep`, an
+                unknown layer, or labels that the denoiser needs or does not take.
+        """
+        self._check_images(pixel_values)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        wanted = self._layers_to_return(output_hidden_states)
+        draws = self._noise_draws(pixel_values, noise, generator)
+        count, batch_size = draws.shape[:2]
+        level = _repeat(self._level(sigma, timestep), count)
+        conditioning = self._conditioning(class_labels, batch_size, pixel_values.device)
+        noisy, fed = add_noise(self.scheduler, _repeat(pixel_values.float(), count), draws.flatten(0, 1), level)
+        layers = list(dict.fromkeys([*wanted, self.config.layer]))
+        found = collect_hidden_states(
+            self.denoiser,
+            noisy.to(self.denoiser.dtype),
+            fed_timestep(self.denoiser, fed),
+            layers,
+            stop_early=True,
+            **{name: _repeat(value, count) for name, value in conditioning.items()},
+        )
+        if count > 1:
+            found = {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
+        last = found[self.config.layer]
+        pooled = pool_hidden_states(last, self.config.pooling)
+        hidden_states = tuple(found[name] for name in wanted) or None
+        if not return_dict:
+            return (last, pooled) if hidden_states is None else (last, pooled, hidden_states)  # type: ignore[return-value]
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=hidden_states)
+
+
+def _repeat(values: Tensor, count: int) -> Tensor:
+    """Repeat a batch `count` times; what holds for the whole batch stays as it is."""
+    return values.repeat(count, *[1] * (values.ndim - 1)) if values.ndim else values
+
+
+class DDAEForImageClassification(DDAEPreTrainedModel):
+    """A linear classifier on a denoiser's pooled hidden state.
+
+    After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the whole network does.
+    """
+
+    def __init__(self, config: DDAEConfig):
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.ddae = DDAEModel(config)
+        size = config.hidden_size
+        self.feature_norm = nn.BatchNorm1d(size, affine=False) if config.feature_norm == "batch_norm" else nn.Identity()
+        self.classifier = nn.Linear(size, self.num_labels)
+        self.post_init()
+
+    def freeze_denoiser(self) -> None:
+        """Train the classifier alone: see `DDAEModel.freeze_denoiser`."""
+        self.ddae.freeze_denoiser()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        sigma: float | Tensor | None = None,
+        timestep: float | Tensor | None = None,
+        class_labels: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_hidden_states: bool | list[str | int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
+        """Classify images.
+
+        Args:
+            pixel_values: Images (B, C, H, W) in [-1, 1].
+            labels: Classes (B,), or probabilities of classes (B, num_labels), for the loss.
+            sigma: See `DDAEModel.forward`, as for the arguments that follow.
+            timestep: See there.
+            class_labels: The denoiser's condition, which is not what is classified.
+            noise: See there.
+            generator: See there.
+            output_hidden_states: See there.
+            return_dict: Whether to return an `ImageClassifierOutput` or a tuple.
+            **kwargs: Passed on to the loss, such as Trainer's `num_items_in_batch`.
+
+        Returns:
+            `logits` (B, num_labels), the mean cross-entropy `loss` if `labels` came, and `hidden_states` if asked for.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.ddae(
+            pixel_values,
+            sigma=sigma,
+            timestep=timestep,
+            class_labels=class_labels,
+            noise=noise,
+            generator=generator,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        features = self.feature_norm(outputs.pooler_output.to(self.classifier.weight.dtype))
+        logits = self.classifier(features)
+        loss = None if labels is None else self._loss(logits, labels, kwargs)
+        if not return_dict:
+            rest = () if outputs.hidden_states is None else (outputs.hidden_states,)
+            return (logits, *rest) if loss is None else (loss, logits, *rest)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def _loss(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        # transformers would take probabilities of classes for independent ones, and remember it in the config.
+        if self.config.problem_type is None and labels.is_floating_point() and labels.shape == logits.shape:
+            return F.cross_entropy(logits.float(), labels.float())
+        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

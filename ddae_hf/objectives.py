@@ -1,0 +1,50 @@
+"""Training objectives: how far a denoiser's output is from its target, averaged over noise levels.
+
+For every scheduler the loss is `mean((denoiser(noisy, timestep) - target) ** 2)`; what `noisy`, `timestep` and `target`
+are, and how levels are drawn, is the scheduler family's business (`noise.py`). For noise prediction this is
+`L_simple` of Ho et al. 2020 (arXiv 2006.11239, equation 14).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise import add_noise, fed_timestep, prediction_target, sample_training_sigma
+
+
+def denoising_loss(
+    denoiser: torch.nn.Module,
+    scheduler: Any,
+    clean: Tensor,
+    *,
+    sigma: Tensor | None = None,
+    noise: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the denoising loss of each image.
+
+    Args:
+        denoiser: A diffusers network, or a wrapped (compiled, distributed) one.
+        scheduler: Its diffusers scheduler, which says what is predicted.
+        clean: Images (B, C, H, W) in [-1, 1].
+        sigma: Noise levels (B,); drawn from the family's training distribution if not given.
+        noise: Standard-normal noise (B, C, H, W); drawn if not given.
+        class_labels: Labels (B,) of a class-conditional network.
+        generator: Random generator on the device of `clean`.
+
+    Returns:
+        Squared errors averaged over pixels, float32 (B,).
+    """
+    if sigma is None:
+        sigma = sample_training_sigma(scheduler, clean.shape[0], clean.device, generator)
+    if noise is None:
+        noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
+    noisy, timestep = add_noise(scheduler, clean, noise, sigma)
+    conditioning = {} if class_labels is None else {"class_labels": class_labels}
+    output = denoiser(noisy, fed_timestep(getattr(denoiser, "module", denoiser), timestep), **conditioning).sample
+    target = prediction_target(scheduler, clean, noise, sigma)
+    return (output.float() - target).square().mean(dim=tuple(range(1, clean.ndim)))

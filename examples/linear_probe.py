@@ -1,0 +1,306 @@
+"""Train a linear classifier on a denoiser's hidden states, and save both as one model.
+
+    python examples/linear_probe.py --model_name_or_path runs/cifar10_ddpm --dataset_name uoft-cs/cifar10 \
+        --layers decoder --sigmas 0.02 0.05 0.14 --baselines --output_dir runs/cifar10_classifier
+
+Where several layers or noise levels are given, the pair is chosen on a part of the training images, never on test
+images. The output folder opens with `DDAEForImageClassification.from_pretrained`; `eval_results.json` holds every
+figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from tqdm.auto import tqdm
+
+from data import add_data_arguments, image_column, label_column, load_splits, parse_with_config, pick_split
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel
+from ddae_hf.features import extract_features
+from ddae_hf.hidden_states import decoder_layer_names
+
+TRAIN_VIEW, TEST_VIEW = 0, 1  # training and test images never share noise
+Features = Callable[[str, np.ndarray, list[str], float], dict[str, np.ndarray]]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
+    add("--output_dir", default="runs/classifier", help="Folder of the classifier and its figures.")
+    add("--test_split", default="test")
+    add("--label_column", help="Column of labels; by default the only one of classes.")
+    add("--max_test_samples", type=int, help="Use only the first N test images.")
+    add("--layers", nargs="+", help="Layers to choose from, or `decoder` or `all`; by default the checkpoint's one.")
+    add("--sigmas", nargs="+", type=float, help="Noise levels to choose from; by default the checkpoint's one.")
+    add("--regularisation", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="Values of C to choose from.")
+    add("--max_selection_samples", type=int, default=10000, help="Training images used for choosing.")
+    add("--labels_per_class", type=int, help="Also probe with only this many labels a class.")
+    add("--num_draws", type=int, default=5, help="Draws of those labels.")
+    add("--baselines", action="store_true", help="Also probe raw pixels, and the same network untrained.")
+    add("--batch_size", type=int, default=250)
+    add("--noise_seed", type=int, default=0)
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of the validation split, the draws of labels and the untrained network.",
+    )
+    return parse_with_config(parser, argv)
+
+
+class Data:
+    """The labelled images: their pixels in batches, their labels, the names of classes."""
+
+    def __init__(self, args: argparse.Namespace, processor: DDAEImageProcessor):
+        splits = load_splits(args)
+        self.splits = {
+            "train": pick_split(splits, args.train_split, args.max_train_samples),
+            "test": pick_split(splits, args.test_split, args.max_test_samples),
+        }
+        self.processor, self.batch_size = processor, args.batch_size
+        self.images = image_column(self.splits["train"], args.image_column)
+        column = label_column(self.splits["train"], args.label_column)
+        self.labels = {name: np.asarray(split[column][:]) for name, split in self.splits.items()}
+        feature = self.splits["train"].features[column]
+        count = int(self.labels["train"].max()) + 1
+        self.names = feature.names if isinstance(feature, ClassLabel) else [str(i) for i in range(count)]
+        for name, labels in self.labels.items():
+            if labels.min() < 0 or labels.max() >= len(self.names):
+                raise SystemExit(
+                    f"Labels of the split {name!r} are {labels.min()} to {labels.max()}: allowed are 0 to "
+                    f"{len(self.names) - 1}."
+                )
+        if len(np.unique(self.labels["train"])) < 2:
+            raise SystemExit("The training images are all of one class: a classifier needs at least two.")
+
+    def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
+        """Yield `pixel_values` of the images at `indices`, in that order."""
+        dataset: Dataset = self.splits[split].select(indices)
+        for start in tqdm(range(0, len(dataset), self.batch_size), desc=title, leave=False):
+            images = dataset[start : start + self.batch_size][self.images]
+            yield self.processor(images, return_tensors="pt")["pixel_values"]
+
+
+def network_features(model: DDAEModel, data: Data, noise_seed: int, title: str) -> Features:
+    """Return a function that computes the network's features."""
+
+    def features(split: str, indices: np.ndarray, layers: list[str], sigma: float) -> dict[str, np.ndarray]:
+        view = TEST_VIEW if split == "test" else TRAIN_VIEW
+        batches = data.batches(split, indices, f"{title}, {split}, sigma {sigma:g}")
+        found = extract_features(model, batches, layers, sigma, noise_seed=noise_seed, view=view)
+        return {layer: values.numpy() for layer, values in found.items()}
+
+    return features
+
+
+def pixel_features(data: Data) -> Features:
+    """Return a function that takes an image's pixels as its features, under the layer name `pixels`."""
+
+    def features(split: str, indices: np.ndarray, layers: list[str], sigma: float) -> dict[str, np.ndarray]:
+        return {layers[0]: torch.cat([b.flatten(1) for b in data.batches(split, indices, "pixels")]).numpy()}
+
+    return features
+
+
+def fit(features: np.ndarray, labels: np.ndarray, c: float) -> tuple[StandardScaler, LogisticRegression]:
+    """Fit logistic regression on standardised features."""
+    scaler = StandardScaler().fit(features)
+    return scaler, LogisticRegression(C=c, max_iter=500).fit(scaler.transform(features), labels)
+
+
+def choose(
+    features: Features, labels: np.ndarray, layers: list[str], sigmas: list[float], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the layer, noise level and C with the best accuracy on held-out training images, and all accuracies."""
+    order = np.random.default_rng(args.seed).permutation(len(labels))[: args.max_selection_samples]
+    split = max(1, len(order) // 5)
+    held_out, fitted = order[:split], order[split:]
+    tried = []
+    for sigma in sigmas:
+        found = features("train", np.concatenate([fitted, held_out]), layers, sigma)
+        for layer in tqdm(layers, desc=f"probes, sigma {sigma:g}", leave=False):
+            for c in args.regularisation:
+                scaler, probe = fit(found[layer][: len(fitted)], labels[fitted], c)
+                score = probe.score(scaler.transform(found[layer][len(fitted) :]), labels[held_out])
+                tried.append({"layer": layer, "sigma": sigma, "C": c, "validation_accuracy": score})
+    return {**max(tried, key=lambda t: t["validation_accuracy"]), "tried": tried}
+
+
+def probe(
+    features: Features, data: Data, layers: list[str], sigmas: list[float], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Choose, fit on all training images, test; then with few labels. Returns figures, and the probe under `fitted`."""
+    labels, test_labels = data.labels["train"], data.labels["test"]
+    result = choose(features, labels, layers, sigmas, args)
+    layer, sigma = result["layer"], result["sigma"]
+    train = features("train", np.arange(len(labels)), [layer], sigma)[layer]
+    test = features("test", np.arange(len(test_labels)), [layer], sigma)[layer]
+    scaler, model = fit(train, labels, result["C"])
+    predicted = model.predict(scaler.transform(test))
+    result |= {
+        "test_accuracy": float((predicted == test_labels).mean()),
+        "fitted": (scaler, model),
+        "predicted": predicted,
+    }
+    if args.labels_per_class:
+        scores = []
+        for draw in range(args.num_draws):
+            few = draw_labels(labels, args.labels_per_class, args.seed + draw)
+            # With so few labels none is spared for choosing: scikit-learn's default strength.
+            scaler, model = fit(train[few], labels[few], c=1.0)
+            scores.append(float(model.score(scaler.transform(test), test_labels)))
+        result["few_label_test_accuracies"] = scores
+    return result
+
+
+def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Return the indices of `per_class` images of every class."""
+    rng = np.random.default_rng(seed)
+    smallest = np.bincount(labels).min()
+    if per_class > smallest:
+        raise SystemExit(f"--labels_per_class is {per_class}, but the smallest class has {smallest} training images.")
+    return np.concatenate(
+        [rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in np.unique(labels)]
+    )
+
+
+def save_classifier(
+    args: argparse.Namespace, data: Data, result: dict[str, Any], processor: DDAEImageProcessor
+) -> float:
+    """Write the denoiser and the probe as one classifier, and return its test accuracy as a user would load it."""
+    scaler, model = result["fitted"]
+    names = data.names
+    classifier = DDAEForImageClassification.from_pretrained(
+        args.model_name_or_path,
+        layer=result["layer"],
+        sigma=result["sigma"],
+        noise_seed=args.noise_seed,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+        cache_dir=args.cache_dir,
+    )
+    weight, bias = class_weights(model, len(names))
+    # Standardising is affine, so it goes into the classifier's weights.
+    weight = weight / scaler.scale_
+    with torch.no_grad():
+        classifier.classifier.weight.copy_(torch.from_numpy(weight))
+        classifier.classifier.bias.copy_(torch.from_numpy(bias - weight @ scaler.mean_))
+    classifier.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    loaded = DDAEForImageClassification.from_pretrained(args.output_dir).to(best_device())
+    indices = np.arange(len(data.labels["test"]))
+    with torch.no_grad():
+        batches = data.batches("test", indices, "saved classifier")
+        predicted = np.concatenate([loaded(x.to(loaded.device)).logits.argmax(-1).cpu().numpy() for x in batches])
+    return float((predicted == data.labels["test"]).mean())
+
+
+def class_weights(model: LogisticRegression, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights (num_labels, C) and biases; a class without training images gets a logit that never wins."""
+    weight, bias = model.coef_, model.intercept_
+    if len(model.classes_) == 2:  # scikit-learn keeps one row, the second class's
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    full_weight, full_bias = np.zeros((num_labels, weight.shape[1])), np.full(num_labels, -1e4)
+    full_weight[model.classes_], full_bias[model.classes_] = weight, bias
+    return full_weight, full_bias
+
+
+def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> None:
+    """Draw the confusion table: rows are true classes, in percent of the row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    display = ConfusionMatrixDisplay.from_predictions(
+        labels, predicted, labels=np.arange(len(names)), display_labels=names, normalize="true",
+        values_format=".0%" if len(names) <= 20 else None, include_values=len(names) <= 20,
+        xticks_rotation="vertical", cmap="Blues", colorbar=False,
+    )  # fmt: skip
+    side = max(5.0, 0.6 * min(len(names), 40))
+    display.figure_.set_size_inches(side, side)
+    display.ax_.set(xlabel="Predicted", ylabel="True", title=f"Test accuracy {(labels == predicted).mean():.1%}")
+    display.figure_.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def best_device() -> str:
+    """Return the device that features are computed on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def table(results: dict[str, dict[str, Any]], args: argparse.Namespace, counts: tuple[int, int]) -> str:
+    """Return the figures as a Markdown table; with few labels, mean and standard error over the draws."""
+    head = f"| features | layer, sigma | all {counts[0]:,} labels |"
+    if args.labels_per_class:
+        head += f" {args.labels_per_class} labels a class ({args.num_draws} draws) |"
+    lines = [f"Test accuracy in %, {counts[1]:,} test images:", "", head, "|---" * (head.count("|") - 1) + "|"]
+    for name, result in results.items():
+        where = result["layer"] if result["layer"] == "pixels" else f"{result['layer']}, {result['sigma']:.3g}"
+        line = f"| {name} | {where} | {100 * result['test_accuracy']:.2f} |"
+        if args.labels_per_class:
+            scores = 100 * np.array(result["few_label_test_accuracies"])
+            error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+            line += f" {scores.mean():.2f} ± {error:.2f} |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_arguments(argv)
+    started = time.monotonic()
+    processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+    data = Data(args, processor)
+    model = DDAEModel.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+    groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
+    layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]
+    sigmas = args.sigmas or [model.config.sigma]
+    for layer in layers:  # refuse what cannot be probed before any long work
+        for sigma in sigmas:
+            model.config.from_dict(model.config.to_dict(), layer=layer, sigma=sigma)
+    if args.labels_per_class:
+        draw_labels(data.labels["train"], args.labels_per_class, args.seed)
+    model.to(best_device(), memory_format=torch.channels_last)
+    results = {"DDAE": probe(network_features(model, data, args.noise_seed, "DDAE"), data, layers, sigmas, args)}
+    if args.baselines:
+        results["raw pixels"] = probe(pixel_features(data), data, ["pixels"], [0.0], args)
+        torch.manual_seed(args.seed)
+        untrained = DDAEModel(model.config).eval().to(best_device(), memory_format=torch.channels_last)
+        features = network_features(untrained, data, args.noise_seed, "untrained")
+        results["untrained network"] = probe(features, data, layers, sigmas, args)
+    output = Path(args.output_dir)
+    best = results["DDAE"]
+    saved_accuracy = save_classifier(args, data, best, processor)
+    save_confusion(output / "confusion.png", data.labels["test"], best["predicted"], data.names)
+    counts = (len(data.labels["train"]), len(data.labels["test"]))
+    for result in results.values():
+        del result["fitted"], result["predicted"]
+    report = {
+        "options": vars(args),
+        "num_train_images": counts[0],
+        "num_test_images": counts[1],
+        "results": results,
+        "saved_classifier_test_accuracy": saved_accuracy,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (output / "eval_results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(table(results, args, counts))
+    print(f"\nThe saved classifier, with its one fixed draw of noise: {100 * saved_accuracy:.2f} %. It is in {output}.")
+
+
+if __name__ == "__main__":
+    main()

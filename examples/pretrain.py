@@ -1,0 +1,368 @@
+"""Train a denoiser on images without labels.
+
+    accelerate launch examples/pretrain.py --config examples/configs/cifar10_ddpm.yaml \
+        --dataset_name uoft-cs/cifar10 --output_dir runs/cifar10_ddpm
+
+The output folder opens with `DDAEPipeline.from_pretrained` and `DDAEForImageClassification.from_pretrained` as the
+network of averaged (EMA) weights; the weights that the optimiser left are in its sub-folder `raw`, which opens alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from data import add_data_arguments, image_column, image_grid, load_splits, parse_with_config, pick_split
+from ddae_hf import DDAEImageProcessor, DDAEPipeline
+from ddae_hf.checkpoints import build_denoiser, build_scheduler, read_checkpoint
+from ddae_hf.noise import prediction_type
+from ddae_hf.objectives import denoising_loss
+
+logger = get_logger(__name__)
+
+DENOISER = {"_class_name": "UNet2DModel"}
+SCHEDULER = {"_class_name": "DDPMScheduler"}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options, those of the command line over those of `--config`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add = parser.add_argument
+    add("--denoiser", type=yaml.safe_load, default={}, help="Options of UNet2DModel, as YAML or JSON.")
+    add("--scheduler", type=yaml.safe_load, default={}, help="Options of the scheduler, `_class_name` among them.")
+    add("--init_from", help="Checkpoint (any layout) whose network and scheduler to start from.")
+    add("--output_dir", default="runs/pretrain", help="Folder of checkpoints, samples and logs.")
+    add("--resolution", type=int, help="Side of the square training images; by default the network's sample_size.")
+    add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Mirror half of the images.")
+    add("--seed", type=int, help="Seed of everything that is random; drawn and saved if not given.")
+    add("--train_batch_size", type=int, default=128, help="Images a step on each device.")
+    add("--num_train_epochs", type=int, default=100)
+    add("--max_train_steps", type=int, help="Number of optimiser steps; overrides --num_train_epochs.")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    add("--learning_rate", type=float, default=1e-4)
+    add(
+        "--scale_lr", action=argparse.BooleanOptionalAction, default=False, help="Multiply it by the number of devices."
+    )
+    add("--lr_scheduler", default="constant_with_warmup", choices=[s.value for s in SchedulerType])
+    add("--lr_warmup_steps", type=int, default=500)
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=0.0)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--ema_decay", type=float, default=0.9999, help="Decay of the averaged weights after its ramp.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default what accelerate is configured for.")
+    add("--allow_tf32", action=argparse.BooleanOptionalAction, default=False)
+    add("--dataloader_num_workers", type=int, default=0)
+    add("--checkpointing_steps", type=int, default=5000, help="Save a checkpoint, ready to resume, every N steps.")
+    add("--checkpoints_total_limit", type=int, help="Keep only the newest N checkpoints.")
+    add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest` for the newest in --output_dir.")
+    add("--sample_steps", type=int, default=5000, help="Draw a grid of samples every N steps; 0 draws none.")
+    add("--num_samples", type=int, default=64, help="Images in the grid.")
+    add("--num_inference_steps", type=int, default=50, help="Sampling steps of the grid.")
+    add("--report_to", help="Tracker: tensorboard, wandb, ...; none by default.")
+    add("--logging_dir", default="logs", help="Folder of the tracker's files, inside --output_dir.")
+    args = parse_with_config(parser, argv)
+    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+    if args.init_from and (args.denoiser or args.scheduler):
+        parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
+    return args
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set up devices, precision, logging and trackers."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            logger.warning("This processor has no bfloat16 arithmetic: --mixed_precision no will be faster.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+    """Return the folder to resume from, or None for a fresh start."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint != "latest":
+        folder = Path(args.resume_from_checkpoint)
+        if not (folder / "state").is_dir():
+            raise SystemExit(f"--resume_from_checkpoint {folder}: there is no checkpoint with a training state.")
+        return folder
+    found = saved_checkpoints(args.output_dir)
+    if not found:
+        logger.info(f"{args.output_dir} has no checkpoint yet: starting afresh.")
+    return found[-1] if found else None
+
+
+def saved_checkpoints(output_dir: str) -> list[Path]:
+    """Return the folders `checkpoint-STEP`, oldest first."""
+    folders = [f for f in Path(output_dir).glob("checkpoint-*") if f.name.split("-")[1].isdigit()]
+    return sorted(folders, key=lambda f: int(f.name.split("-")[1]))
+
+
+def build_networks(args: argparse.Namespace, resume: Path | None) -> tuple[Any, Any, Any]:
+    """Return the denoiser in training, the one of averaged weights, and the scheduler."""
+    if resume is not None:
+        raw, averaged = read_checkpoint(resume / "raw"), read_checkpoint(resume)
+        denoiser, ema_denoiser = raw.load_denoiser(torch.float32), averaged.load_denoiser(torch.float32)
+        scheduler = build_scheduler(averaged.scheduler)
+    elif args.init_from:
+        source = read_checkpoint(args.init_from, cache_dir=args.cache_dir)
+        denoiser = source.load_denoiser(torch.float32)
+        scheduler = build_scheduler(source.scheduler or SCHEDULER)
+        ema_denoiser = copy.deepcopy(denoiser)
+    else:
+        torch.manual_seed(args.seed)
+        denoiser = build_denoiser({**DENOISER, "sample_size": args.resolution or 32, **args.denoiser})
+        scheduler = build_scheduler({**SCHEDULER, **args.scheduler})
+        ema_denoiser = copy.deepcopy(denoiser)
+    prediction_type(scheduler)  # refuses what cannot be trained
+    if args.resolution not in (None, denoiser.config.sample_size):
+        raise SystemExit(
+            f"--resolution is {args.resolution}, but the network's sample_size is {denoiser.config.sample_size}."
+        )
+    if denoiser.config.out_channels != denoiser.config.in_channels or denoiser.class_embedding is not None:
+        raise SystemExit("Only unconditional networks with as many output as input channels can be trained.")
+    if args.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return denoiser.to(memory_format=torch.channels_last), ema_denoiser.requires_grad_(False).eval(), scheduler
+
+
+def build_dataloader(args: argparse.Namespace, denoiser: Any) -> torch.utils.data.DataLoader:
+    """Return shuffled batches `{"pixel_values": (B, C, H, W)}` of the training images."""
+    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
+    column = image_column(dataset, args.image_column)
+    processor = DDAEImageProcessor.for_denoiser(denoiser.config)
+    dataset = dataset.select_columns([column]).with_transform(
+        lambda batch: {"pixel_values": processor(batch[column], return_tensors="pt")["pixel_values"]}
+    )
+    logger.info(f"Training on {len(dataset)} images of {denoiser.config.sample_size} pixels.")
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        drop_last=len(dataset) >= args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+    )
+
+
+def seed_step(args: argparse.Namespace, accelerator: Accelerator, batch_index: int) -> None:
+    """Make what is random in a step depend on (seed, step, process) alone, so that resuming repeats it exactly."""
+    sequence = np.random.SeedSequence([args.seed, batch_index, accelerator.process_index])
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def flip(images: torch.Tensor) -> torch.Tensor:
+    """Mirror each image (B, C, H, W) with probability one half."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)
+
+
+class Run:
+    """Writes what a training run leaves behind: checkpoints, samples, results."""
+
+    def __init__(
+        self, args: argparse.Namespace, accelerator: Accelerator, ema: EMAModel, ema_denoiser: Any, scheduler: Any
+    ):
+        self.args, self.accelerator, self.ema, self.scheduler = args, accelerator, ema, scheduler
+        self.ema_denoiser = ema_denoiser.to(accelerator.device)
+        self.folder = Path(args.output_dir)
+        # The weights are saved as pipelines; accelerate keeps the rest of the training state.
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+    def save(self, denoiser: Any, folder: Path) -> None:
+        """Write the averaged network, the raw one in `raw`, and the options."""
+        self.ema.copy_to(self.ema_denoiser.parameters())
+        DDAEPipeline(self.ema_denoiser, self.scheduler).save_pretrained(folder)
+        DDAEPipeline(self.accelerator.unwrap_model(denoiser), self.scheduler).save_pretrained(folder / "raw")
+        options = yaml.safe_dump(vars(self.args), sort_keys=False)
+        (folder / "training_options.yaml").write_text(options, encoding="utf-8")
+
+    def checkpoint(self, denoiser: Any, step: int) -> None:
+        """Write `checkpoint-STEP`, complete or not at all, and drop the oldest beyond the limit."""
+        partial, final = self.folder / "partial-checkpoint", self.folder / f"checkpoint-{step}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial / "state"))
+        if self.accelerator.is_main_process:
+            self.save(denoiser, partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in saved_checkpoints(self.args.output_dir)[: -(self.args.checkpoints_total_limit or 10**9)]:
+                shutil.rmtree(old)
+            logger.info(f"Saved {final}.")
+        self.accelerator.wait_for_everyone()
+
+    def sample(self, step: int) -> None:
+        """Draw a grid from the averaged network, always from the same noise."""
+        if not self.accelerator.is_main_process:
+            return
+        self.ema.copy_to(self.ema_denoiser.parameters())
+        pipeline = DDAEPipeline(self.ema_denoiser, copy.deepcopy(self.scheduler))
+        pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+        generator = torch.Generator("cpu").manual_seed(self.args.seed)
+        steps = self.args.num_inference_steps
+        images = pipeline(
+            self.args.num_samples, generator=generator, num_inference_steps=steps, output_type="np"
+        ).images
+        shades = images[..., :3] if images.shape[-1] >= 3 else images[..., :1]
+        path = self.folder / "samples" / f"step-{step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(pipeline.numpy_to_pil(shades)).save(path)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Train, from the start or from a checkpoint, and leave the result in `--output_dir`."""
+    resume = checkpoint_to_resume(args)
+    denoiser, ema_denoiser, scheduler = build_networks(args, resume)
+    dataloader = build_dataloader(args, denoiser)
+    betas = (args.adam_beta1, args.adam_beta2)
+    rate = args.learning_rate * (accelerator.num_processes if args.scale_lr else 1)
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(), rate, betas, args.adam_epsilon, args.adam_weight_decay, fused=True
+    )
+    ema = EMAModel(ema_denoiser.parameters(), decay=args.ema_decay, foreach=True)
+    ema.to(accelerator.device)
+    prepared = accelerator.prepare(denoiser, optimizer, dataloader)
+    denoiser, optimizer, dataloader = prepared
+    epoch_steps = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    total_steps = args.max_train_steps or args.num_train_epochs * epoch_steps
+    # accelerate advances the schedule once for every process.
+    processes = accelerator.num_processes
+    lr_scheduler = accelerator.prepare(
+        get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps * processes,
+            num_training_steps=total_steps * processes,
+        )
+    )
+    run = Run(args, accelerator, ema, ema_denoiser, scheduler)
+    first = 0
+    if resume is not None:
+        accelerator.load_state(str(resume / "state"))
+        first = ema.optimization_step = int(resume.name.split("-")[1])
+        logger.info(f"Resuming from {resume} at step {first}.")
+    if args.report_to:
+        accelerator.init_trackers("ddae_hf", {k: str(v) for k, v in vars(args).items()})
+
+    progress = tqdm(initial=first, total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
+    step, started, losses = first, time.monotonic(), deque(maxlen=100)
+    denoiser.train()
+    while step < total_steps:
+        epoch, done = divmod(step, epoch_steps)
+        dataloader.set_epoch(epoch)
+        skipped = done * args.gradient_accumulation_steps
+        batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
+        for i, batch in enumerate(batches, start=epoch * len(dataloader) + skipped):
+            seed_step(args, accelerator, i)
+            with accelerator.accumulate(denoiser):
+                clean = batch["pixel_values"].to(memory_format=torch.channels_last)
+                loss = denoising_loss(denoiser, scheduler, flip(clean) if args.random_flip else clean).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            ema.step(denoiser.parameters())
+            progress.update()
+            if step % 10 == 0 or step == total_steps:
+                recent = torch.stack(list(losses)).mean().item()
+                if not math.isfinite(recent):
+                    raise SystemExit(f"The loss is {recent} at step {step}: lower --learning_rate or the precision.")
+                progress.set_postfix(loss=f"{recent:.4f}", lr=f"{lr_scheduler.get_last_lr()[0]:.1e}")
+                accelerator.log({"loss": recent, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+            if step % args.checkpointing_steps == 0:
+                run.checkpoint(denoiser, step)
+            if args.sample_steps and step % args.sample_steps == 0:
+                run.sample(step)
+            if step == total_steps:
+                break
+    progress.close()
+    finish(run, denoiser, step, (step - first) * epoch_images(args, accelerator), time.monotonic() - started, losses)
+
+
+def epoch_images(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Return the number of images of one optimiser step over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def finish(run: Run, denoiser: Any, step: int, images: int, seconds: float, losses: deque[torch.Tensor]) -> None:
+    """Write the final network and the results."""
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process and losses:
+        run.save(denoiser, run.folder)
+        if run.args.sample_steps:
+            run.sample(step)
+        results = {
+            "steps": step,
+            "loss_last_100_batches": torch.stack(list(losses)).mean().item(),
+            "images_this_run": images,
+            "seconds_this_run": round(seconds, 1),
+            "images_per_second": round(images / seconds, 1),
+            "parameters": sum(p.numel() for p in run.ema_denoiser.parameters()),
+            "device": torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else platform.processor() or platform.machine(),
+            "processes": run.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        (run.folder / "train_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        logger.info(
+            f"{results['images_per_second']} images/s, loss {results['loss_last_100_batches']:.4f}; saved {run.folder}."
+        )
+    run.accelerator.end_training()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_arguments(argv)
+    if args.seed is None:
+        args.seed = int(np.random.SeedSequence().generate_state(1)[0])
+    accelerator = make_accelerator(args)
+    train(args, accelerator)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The main job on real handwritten digits, in a few minutes on a CPU: pretrain, generate, classify.
+
+    python examples/quickstart.py --output_dir runs/quickstart
+
+Writes scikit-learn's 1,797 digits of 8x8 pixels as a parquet data set, then runs the scripts that a user runs, and
+shows what came out. Only training images are ever trained on; labels are used by the classifiers alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.svm import SVC
+
+from data import image_grid
+
+EXAMPLES = Path(__file__).parent
+NUM_SAMPLES = 100
+
+CLASSIFY = """\
+from PIL import Image; from ddae_hf import DDAEForImageClassification as Model, DDAEImageProcessor as Processor
+model, processor = Model.from_pretrained("{folder}"), Processor.from_pretrained("{folder}")
+print(model.config.id2label[model(**processor(Image.open("{image}"), return_tensors="pt")).logits.argmax().item()])
+"""
+
+
+def write_digits(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Write the digits as parquet files, 80 % for training, and return images (N, 8, 8) from 0 to 255 and labels."""
+    digits = load_digits()
+    images = np.round(digits.images * 255 / 16).astype(np.uint8)
+    parts = train_test_split(images, digits.target, test_size=0.2, random_state=0, stratify=digits.target)
+    splits = {"train": (parts[0], parts[2]), "test": (parts[1], parts[3])}
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=[str(i) for i in range(10)])})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (x, y) in splits.items():
+        columns = {"image": [Image.fromarray(image) for image in x], "label": y.tolist()}
+        Dataset.from_dict(columns, features).to_parquet(folder / f"{name}.parquet")
+    return splits
+
+
+def run(*command: str | Path) -> None:
+    """Show a command and run it."""
+    words = [str(word) for word in command]
+    print(f"\n$ {shlex.join(words)}", flush=True)
+    # A parent's imports find this checkout's package; so must its children's.
+    subprocess.run(words, check=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+
+
+def recognised(splits: dict[str, tuple[np.ndarray, np.ndarray]], samples: np.ndarray) -> dict[str, int]:
+    """Count the images that a classifier of real digits names with confidence over 0.9: samples, real ones, noise."""
+    flat = {name: (x.reshape(len(x), -1) / 255.0, y) for name, (x, y) in splits.items()}
+    judge = CalibratedClassifierCV(SVC(), ensemble=False).fit(*flat["train"])
+    rng = np.random.default_rng(0)
+    noise = rng.permuted(flat["train"][0][:NUM_SAMPLES], axis=1)  # real grey values in random places
+    groups = {
+        "generated": samples.reshape(len(samples), -1) / 255.0,
+        "real test images": flat["test"][0][:NUM_SAMPLES],
+        "shuffled pixels": noise,
+    }
+    counts = {name: int((judge.predict_proba(x).max(axis=1) > 0.9).sum()) for name, x in groups.items()}
+    print(f"\nOf {NUM_SAMPLES} images, a classifier of real digits (an RBF support vector machine on pixels, ")
+    print(f"{100 * judge.score(*flat['test']):.1f} % accurate on test images) names with confidence over 0.9:")
+    for name, count in counts.items():
+        print(f"  {name}: {count}")
+    return counts
+
+
+def save_comparison(path: Path, samples: list[Image.Image], real: np.ndarray) -> None:
+    """Write generated images (left) beside real ones (right)."""
+    left = image_grid(samples[:64], columns=8, min_side=48)
+    right = image_grid([Image.fromarray(image) for image in real[:64]], columns=8, min_side=48)
+    picture = Image.new("RGB", (left.width + right.width + 24, left.height), "white")
+    picture.paste(left, (0, 0))
+    picture.paste(right, (left.width + 24, 0))
+    picture.save(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--max_train_steps", type=int, help="Fewer steps than the configuration's, to try it out.")
+    args = parser.parse_args(argv)
+    folder, python = args.output_dir, sys.executable
+    splits = write_digits(folder / "digits")
+    checkpoint, classifier = folder / "checkpoint", folder / "classifier"
+    steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
+    run(
+        *(python, "-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate_configs" / "single.yaml"),
+        *(EXAMPLES / "pretrain.py", "--config", EXAMPLES / "configs" / "digits.yaml"),
+        *("--dataset_name", folder / "digits", "--output_dir", checkpoint, *steps),
+    )
+    run(
+        *(python, EXAMPLES / "generate.py", "--model_name_or_path", checkpoint, "--output_dir", folder / "samples"),
+        *("--num_images", str(NUM_SAMPLES), "--batch_size", str(NUM_SAMPLES)),
+    )
+    run(
+        *(
+            python,
+            EXAMPLES / "linear_probe.py",
+            "--model_name_or_path",
+            checkpoint,
+            "--dataset_name",
+            folder / "digits",
+        ),
+        *("--labels_per_class", "10", "--baselines", "--output_dir", classifier),
+    )
+    samples = [Image.open(folder / "samples" / f"{i:05d}.png") for i in range(NUM_SAMPLES)]
+    save_comparison(folder / "samples_beside_real.png", samples, splits["test"][0])
+    counts = recognised(splits, np.stack([np.asarray(image) for image in samples]))
+    (folder / "recognised.json").write_text(json.dumps(counts, indent=2) + "\n")
+    image = folder / "test_image.png"
+    Image.fromarray(splits["test"][0][0]).save(image)
+    print(f"\nGenerated images beside real ones: {folder / 'samples_beside_real.png'}")
+    print(f"The checkpoint, a generator:        {checkpoint}")
+    print(f"The same network as a classifier:   {classifier}")
+    code = CLASSIFY.format(folder=classifier.as_posix(), image=image.as_posix())
+    print(f"\nClassify an image (this one is a {splits['test'][1][0]}):\n\n{code}")
+    result = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    print(f"It prints: {result.stdout.strip()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Packaging of ddae_hf; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ddae_hf" / "__init__.py").read_text(encoding="utf-8"))[1]
+EXAMPLES = ["accelerate>=1.12", "datasets>=4.8", "matplotlib>=3.9", "pyyaml>=6.0", "scikit-learn>=1.6", "tqdm>=4.66"]
+DEVELOPMENT = ["build>=1.2", "mypy>=1.15", "pytest>=8.3", "ruff>=0.11", "types-PyYAML"]
+
+setup(
+    name="ddae_hf",
+    version=VERSION,
+    description="Denoising diffusion autoencoders for Hugging Face: one network generates and classifies images",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["ddae_hf"],
+    package_data={"ddae_hf": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "diffusers>=0.40",
+        "transformers>=5.17",
+        "huggingface-hub>=1.33",
+        "accelerate>=1.12",
+        "safetensors>=0.6",
+        "numpy>=2.0",
+        "pillow>=11.0",
+    ],
+    extras_require={"examples": EXAMPLES, "dev": EXAMPLES + DEVELOPMENT},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,69 @@
+"""Tiny real networks, checkpoints in every layout, and a small data set of real digits."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def make_unet(seed=0, **options):
+    torch.manual_seed(seed)
+    return UNet2DModel(**{**TINY, **options}).eval()
+
+
+@pytest.fixture
+def unet():
+    return make_unet()
+
+
+@pytest.fixture
+def scheduler():
+    return DDPMScheduler()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory):
+    """The same network as a pipeline, as flat files side by side, and without its scheduler."""
+    root = tmp_path_factory.mktemp("layouts")
+    unet, scheduler = make_unet(), DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    DDPMPipeline(unet, scheduler).save_pretrained(root / "pipeline")
+    unet.save_pretrained(root / "model")
+    flat = root / "flat"
+    unet.save_pretrained(flat)
+    scheduler.save_pretrained(flat)
+    index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.1.1"}
+    index |= {"scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    (flat / "model_index.json").write_text(json.dumps(index))
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """scikit-learn's digits as the quickstart writes them."""
+    import quickstart
+
+    folder = tmp_path_factory.mktemp("digits")
+    quickstart.write_digits(folder)
+    return folder

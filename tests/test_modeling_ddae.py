@@ -1,0 +1,244 @@
+"""The models against diffusers' own forward; randomness; training; saving."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainingArguments
+
+from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEModel, layer_names, timestep_to_sigma
+from ddae_hf.checkpoints import fingerprint, plain_config
+
+from .conftest import make_unet
+
+
+def make_config(**options):
+    unet_options = options.pop("unet", {})
+    return DDAEConfig(**{"denoiser": plain_config(make_unet(**unet_options)), "num_labels": 4, **options})
+
+
+def make_model(cls=DDAEForImageClassification, **options):
+    torch.manual_seed(0)
+    return cls(make_config(**options)).eval()
+
+
+@torch.no_grad()
+def test_features_are_the_pooled_hidden_states_of_diffusers_forward(images, scheduler):
+    model = make_model(DDAEModel, layer="up_blocks.0.attentions.0", timestep=10)
+    noise = torch.randn_like(images)
+    found = {}
+    model.denoiser.up_blocks[0].attentions[0].register_forward_hook(lambda m, a, out: found.update(out=out))
+    timesteps = torch.full((5,), 10)
+    model.denoiser(scheduler.add_noise(images, noise, timesteps), timesteps)
+    expected = found["out"].clone()
+    outputs = model(images, noise=noise)
+    torch.testing.assert_close(outputs.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.pooler_output, expected.mean((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prediction_depends_on_the_image_alone(images, tmp_path):
+    model = make_model()
+    logits = model(images).logits
+    one_by_one = torch.cat([model(image[None]).logits for image in images])
+    backwards = model(images.flip(0)).logits.flip(0)
+    torch.manual_seed(99)
+    again = model(images).logits
+    model.save_pretrained(tmp_path)
+    loaded = DDAEForImageClassification.from_pretrained(tmp_path)(images).logits
+    for other in (one_by_one, backwards, again, loaded):
+        torch.testing.assert_close(other, logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_fixed_noise_is_a_function_of_its_seed(images, tmp_path):
+    first, second = make_model(DDAEModel, noise_seed=1), make_model(DDAEModel, noise_seed=2)
+    expected = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(first.fixed_noise, expected) and not torch.equal(second.fixed_noise, expected)
+    first.save_pretrained(tmp_path)
+    assert torch.equal(DDAEModel.from_pretrained(tmp_path).fixed_noise, expected)
+    assert torch.equal(first(images).pooler_output, first(images, noise=expected.expand(5, -1, -1, -1)).pooler_output)
+    assert "fixed_noise" not in first.state_dict()
+
+
+@torch.no_grad()
+def test_noise_is_fresh_in_training_and_from_the_generator_when_given(images):
+    model = make_model(DDAEModel)
+    draws = [model(images, generator=torch.Generator().manual_seed(s)).pooler_output for s in (5, 5, 6)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    model.train()
+    assert not torch.equal(model(images).pooler_output, model(images).pooler_output)
+
+
+@torch.no_grad()
+def test_several_draws_are_averaged(images):
+    model = make_model(DDAEModel, num_noise_samples=3, sigma=1.0)
+    singles = [model(images, noise=noise.expand(5, -1, -1, -1)) for noise in model.fixed_noise]
+    outputs = model(images)
+    mean = torch.stack([s.last_hidden_state for s in singles]).mean(0)
+    torch.testing.assert_close(outputs.last_hidden_state, mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.pooler_output, mean.mean((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_levels_as_sigma_timestep_scalar_or_tensor_agree(images, scheduler):
+    model = make_model(DDAEModel)
+    sigma = timestep_to_sigma(scheduler, 300)
+    expected = model(images, timestep=300).pooler_output
+    for level in ({"sigma": sigma.item()}, {"sigma": sigma.expand(5)}, {"timestep": torch.full((5,), 300)}):
+        torch.testing.assert_close(model(images, **level).pooler_output, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(images).pooler_output, expected)
+
+
+@torch.no_grad()
+def test_hidden_states_by_name_index_or_all(images):
+    model = make_model(DDAEModel, layer="up_blocks.0.attentions.0")
+    names = layer_names(model.denoiser)
+    every = model(images, output_hidden_states=True)
+    assert len(every.hidden_states) == names.index("up_blocks.0.attentions.0") + 1
+    assert torch.equal(every.hidden_states[-1], every.last_hidden_state)
+    chosen = model(images, output_hidden_states=["up_blocks.1.resnets.1", 0, -1]).hidden_states
+    assert torch.equal(chosen[0], chosen[2]) and torch.equal(chosen[1], every.hidden_states[0])
+    assert model(images).hidden_states is None
+    last, pooled = model(images, return_dict=False)
+    assert torch.equal(last, every.last_hidden_state) and pooled.shape == (5, 64)
+    with pytest.raises(ValueError, match="indices are 0 to 6"):
+        model(images, output_hidden_states=[7])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pixel_values": torch.zeros(2, 1, 8, 8)}, r"takes \(batch, 3, 8, 8\)"),
+        ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"takes \(batch, 3, 8, 8\)"),
+        ({"pixel_values": torch.zeros(3, 8, 8)}, r"takes \(batch, 3, 8, 8\)"),
+        ({"pixel_values": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "must be floats"),
+        ({"sigma": 0.1, "timestep": 10}, "pass one of them"),
+        ({"sigma": -0.1}, "outside the schedule"),
+        ({"sigma": 500.0}, "outside the schedule"),
+        ({"timestep": 1000}, "outside the schedule"),
+        ({"output_hidden_states": ["up_blocks.3.resnets.0"]}, "There is no layer"),
+        ({"noise": torch.zeros(1, 3, 8, 8)}, "noise has shape"),
+        ({"class_labels": torch.tensor([0, 1])}, "unconditional"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_model()(**{"pixel_values": torch.zeros(2, 3, 8, 8), **arguments})
+
+
+@torch.no_grad()
+def test_a_conditional_denoiser_takes_its_null_class_or_labels(images):
+    unet = {"num_class_embeds": 11}
+    with pytest.raises(ValueError, match="pass class_labels, or set the config's null_class"):
+        make_model(DDAEModel, unet=unet)(images)
+    model = make_model(DDAEModel, unet=unet, null_class=10)
+    null = model(images, class_labels=torch.full((5,), 10)).pooler_output
+    assert torch.equal(model(images).pooler_output, null)
+    assert not torch.equal(model(images, class_labels=torch.arange(5)).pooler_output, null)
+
+
+def test_loss_is_cross_entropy_of_classes_or_probabilities(images):
+    model = make_model()
+    labels = torch.tensor([0, 3, 1, 2, 2])
+    outputs = model(images, labels=labels)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    soft = torch.softmax(torch.randn(5, 4), -1)
+    torch.testing.assert_close(
+        make_model()(images, labels=soft).loss, -(soft * outputs.logits.log_softmax(-1)).sum(-1).mean()
+    )
+    loss, logits = model(images, labels=labels, return_dict=False)
+    assert torch.equal(loss, outputs.loss) and torch.equal(logits, outputs.logits)
+
+
+def test_a_frozen_denoiser_learns_nothing_and_drops_nothing(images):
+    model = make_model(unet={"dropout": 0.5})
+    model.freeze_denoiser()
+    model.train()
+    assert model.training and not any(m.training for m in model.ddae.denoiser.modules())
+    model(images, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learning == {"classifier.weight", "classifier.bias"}
+    noise = torch.randn_like(images)
+    assert torch.equal(model(images, noise=noise).logits, model(images, noise=noise).logits)
+
+
+def test_fine_tuning_reaches_every_parameter_up_to_the_tap(images):
+    model = make_model(layer="up_blocks.0.attentions.0").train()
+    model(images, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert "ddae.denoiser.conv_in.weight" in with_gradient
+    assert "ddae.denoiser.up_blocks.0.attentions.0.to_q.weight" in with_gradient
+    assert "ddae.denoiser.up_blocks.0.resnets.1.conv1.weight" not in with_gradient
+
+
+@torch.no_grad()
+def test_batch_norm_statistics_survive_saving(images, tmp_path):
+    model = make_model(feature_norm="batch_norm")
+    model.feature_norm.running_mean.normal_()
+    model.feature_norm.running_var.uniform_(1, 2)
+    model.save_pretrained(tmp_path)
+    loaded = DDAEForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded.feature_norm.running_mean, model.feature_norm.running_mean)
+    torch.testing.assert_close(loaded(images).logits, model(images).logits)
+
+
+def test_opening_a_denoiser_does_not_redraw_it(layouts):
+    model = DDAEForImageClassification.from_pretrained(layouts / "pipeline", num_labels=4)
+    assert fingerprint(model.ddae.denoiser) == fingerprint(make_unet()) == model.config.generator_fingerprint
+    assert model.classifier.weight.std() > 0 and model.classifier.weight.isfinite().all()
+
+
+def test_a_model_without_weights_starts_as_diffusers_does():
+    """Not from transformers' N(0, 0.02)."""
+    weights = make_model(DDAEModel).denoiser.conv_in.weight
+    reference = make_unet(seed=5).conv_in.weight
+    assert weights.std().item() == pytest.approx(reference.std().item(), rel=0.1) and weights.std() > 0.08
+
+
+def test_base_model_weights_open_in_a_classifier(images, tmp_path):
+    base = make_model(DDAEModel)
+    base.save_pretrained(tmp_path)
+    classifier = DDAEForImageClassification.from_pretrained(tmp_path, num_labels=3)
+    with torch.no_grad():
+        assert torch.equal(classifier.ddae(images).pooler_output, base(images).pooler_output)
+
+
+@torch.no_grad()
+def test_compiles_to_one_graph_and_exports(images):
+    model = make_model()
+    expected = model(images).logits
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")(images).logits
+    torch.testing.assert_close(compiled, expected)
+    batch = torch.export.Dim("batch", min=2, max=63)
+    exported = torch.export.export(model, (images,), dynamic_shapes={"pixel_values": {0: batch}}).module()
+    torch.testing.assert_close(exported(images).logits, expected)
+    torch.testing.assert_close(exported(images[:3]).logits, expected[:3], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_channels_last_and_bfloat16_stay_close(images):
+    model = make_model()
+    expected = model(images).logits
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)(images).logits
+    torch.testing.assert_close(channels_last, expected, rtol=1e-4, atol=1e-5)
+    half = copy.deepcopy(model).bfloat16()(images).logits
+    assert half.dtype == torch.bfloat16 and (half - expected).norm() < 0.1 * expected.norm()
+
+
+def test_transformers_trainer_trains_a_probe(images, tmp_path):
+    model = make_model()
+    model.freeze_denoiser()
+    before = fingerprint(model.ddae.denoiser)
+    data = [{"pixel_values": image, "labels": i % 4} for i, image in enumerate(images)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=30, learning_rate=0.05, per_device_train_batch_size=5, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    labels = torch.tensor([d["labels"] for d in data])
+    loss = model(images, labels=labels).loss.item()
+    Trainer(model, arguments, train_dataset=data).train()
+    model.eval()
+    assert model(images, labels=labels).loss.item() < 0.5 * loss
+    assert fingerprint(model.ddae.denoiser) == before

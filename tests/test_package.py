@@ -1,0 +1,83 @@
+"""The package as a whole: who imports whom, what is public, the wheel outside the clone."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddae_hf
+
+ROOT = Path(__file__).parent.parent
+# A module imports only modules of earlier lines.
+ORDER = [
+    ["noise", "hidden_states", "checkpoints"],
+    ["configuration_ddae"],
+    ["objectives", "image_processing_ddae"],
+    ["pipeline_ddae", "modeling_ddae"],
+    ["features"],
+    ["__init__"],
+]
+RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield ("." * node.level) + (node.module or "")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_go_one_way():
+    modules = {path.stem: path for path in (ROOT / "ddae_hf").glob("*.py")}
+    assert modules.keys() == RANK.keys()
+    for name, path in modules.items():
+        for imported in imports(path):
+            if imported.startswith("."):
+                assert RANK[imported[1:]] < RANK[name], f"{name} imports {imported}"
+            assert imported.split(".")[0] not in {"accelerate", "argparse", "examples", "tests"}, f"{name}: {imported}"
+
+
+def test_every_public_name_is_there_and_no_other_is():
+    assert ddae_hf.__all__ == sorted(
+        ["DDAEConfig", "DDAEModel", "DDAEForImageClassification", "DDAEImageProcessor", "DDAEPipeline"]
+        + [
+            "add_noise",
+            "sigma_to_timestep",
+            "timestep_to_sigma",
+            "layer_names",
+            "collect_hidden_states",
+            "pool_hidden_states",
+        ]
+    )
+    for name in ddae_hf.__all__:
+        assert getattr(ddae_hf, name).__doc__ and name in dir(ddae_hf)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ddae_hf.nothing  # noqa: B018
+
+
+def test_the_library_never_prints():
+    for path in (ROOT / "ddae_hf").glob("*.py"):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        assert not any(isinstance(f, ast.Name) and f.id == "print" for f in calls), path.name
+
+
+def test_the_wheel_works_outside_the_clone(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("ddae_hf-*.whl")
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    code = "import ddae_hf; c = ddae_hf.DDAEConfig(); print(ddae_hf.__file__, ddae_hf.__version__, c.layer)"
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [
+        str(target / "ddae_hf" / "__init__.py"),
+        ddae_hf.__version__,
+        "up_blocks.1.resnets.2",
+    ]
+    assert (target / "ddae_hf" / "py.typed").exists()

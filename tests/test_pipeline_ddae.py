@@ -1,0 +1,177 @@
+"""Sampling against diffusers' own pipelines; saving; one checkpoint for two jobs."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from ddae_hf import DDAEForImageClassification, DDAEPipeline
+
+from .conftest import make_unet
+
+
+def sample(pipeline, batch_size=2, seed=0, output_type="np", **options):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": 4, **options}
+    return pipeline(batch_size=batch_size, generator=generator, output_type=output_type, **options).images
+
+
+@pytest.fixture
+def pipeline(unet, scheduler):
+    return DDAEPipeline(unet, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "scheduler"),
+    [
+        (DDPMPipeline, DDPMScheduler()),
+        (DDIMPipeline, DDIMScheduler()),
+        (DDPMPipeline, DDPMScheduler(prediction_type="sample")),
+    ],
+)
+def test_images_are_diffusers_own(unet, theirs, scheduler):
+    np.testing.assert_allclose(
+        sample(DDAEPipeline(unet, scheduler)), sample(theirs(unet, scheduler)), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler],
+)
+def test_every_sampler_of_the_schedule_works(unet, scheduler, scheduler_class):
+    images = sample(DDAEPipeline(unet, scheduler_class.from_config(scheduler.config)))
+    assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all() and images.std() > 0.01
+
+
+def test_generators_make_each_image_independent_of_its_batch(pipeline):
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    pipeline.set_progress_bar_config(disable=True)
+    together = pipeline(3, generator=generators, num_inference_steps=4, output_type="np").images
+    for i in range(3):
+        np.testing.assert_allclose(sample(pipeline, 1, seed=i)[0], together[i], rtol=0, atol=1e-5)
+
+
+def test_latents_are_standard_normal_noise_scaled_inside(unet, scheduler):
+    euler = DDAEPipeline(unet, EulerDiscreteScheduler.from_config(scheduler.config))
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(sample(euler, latents=latents, seed=7), sample(euler, seed=0), rtol=0, atol=1e-6)
+
+
+def test_output_types(pipeline):
+    array, tensor, pil = (sample(pipeline, output_type=kind) for kind in ("np", "pt", "pil"))
+    assert torch.equal(tensor.permute(0, 2, 3, 1), torch.from_numpy(array))
+    assert isinstance(pil[0], Image.Image) and np.abs(np.asarray(pil[0]) / 255 - array[0]).max() < 0.003
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(num_inference_steps=2, return_dict=False)
+    assert isinstance(images, tuple) and images[0][0].size == (8, 8)
+    grey = DDAEPipeline(make_unet(in_channels=1, out_channels=1), DDPMScheduler())
+    assert sample(grey, output_type="pil")[0].mode == "L"
+
+
+def test_callbacks_see_and_change_the_latents(pipeline):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].shape))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    images = sample(pipeline, callback_on_step_end=callback)
+    assert [s[0] for s in seen] == [0, 1, 2, 3] and pipeline.num_timesteps == 4
+    assert [s[1] for s in seen] == pipeline.scheduler.timesteps.tolist() and seen[0][2] == (2, 3, 8, 8)
+    assert (images == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "at least 1"),
+        ({"output_type": "jpeg"}, "allowed are 'pil'"),
+        ({"latents": torch.zeros(2, 3, 4, 4)}, "must be standard-normal noise"),
+        ({"class_labels": [1, 2]}, "unconditional"),
+        ({"generator": [torch.Generator()]}, "1 generators came for a batch of 2"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "unknown"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_step(pipeline, options, message):
+    pipeline.unet.forward = None  # any step would fail
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"batch_size": 2, **options})
+
+
+def test_class_labels_reach_a_conditional_denoiser():
+    conditional = DDAEPipeline(make_unet(num_class_embeds=5), DDPMScheduler())
+    with pytest.raises(ValueError, match="needs `class_labels`"):
+        conditional()
+    np.testing.assert_array_equal(sample(conditional, class_labels=3), sample(conditional, class_labels=[3, 3]))
+    assert not np.allclose(sample(conditional, class_labels=3), sample(conditional, class_labels=4))
+    with pytest.raises(ValueError, match="3 class_labels came for a batch of 2"):
+        conditional(2, class_labels=[1, 2, 3])
+
+
+def test_other_denoisers_are_refused(scheduler):
+    with pytest.raises(ValueError, match="allowed are UNet2DModel"):
+        DDAEPipeline(torch.nn.Linear(1, 1), scheduler)
+
+
+def test_a_saved_pipeline_opens_in_diffusers(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    expected = sample(pipeline)
+    np.testing.assert_allclose(sample(DDPMPipeline.from_pretrained(tmp_path)), expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(sample(DDAEPipeline.from_pretrained(tmp_path)), expected)
+
+
+def test_components_can_be_replaced_when_opening(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    opened = DDAEPipeline.from_pretrained(tmp_path, scheduler=DDIMScheduler(), dtype=torch.bfloat16)
+    assert isinstance(opened.scheduler, DDIMScheduler) and opened.denoiser.dtype == torch.bfloat16
+    assert np.isfinite(sample(opened)).all()
+
+
+def test_a_classifier_samples_what_its_generator_does(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "generator")
+    classifier = DDAEForImageClassification.from_pretrained(tmp_path / "generator", num_labels=4)
+    classifier.freeze_denoiser()
+    torch.nn.init.ones_(classifier.classifier.weight)
+    classifier.save_pretrained(tmp_path / "probe")
+    opened = DDAEPipeline.from_pretrained(tmp_path / "probe")
+    np.testing.assert_array_equal(sample(opened), sample(pipeline))
+    assert opened._fine_tuned_from is None
+    half = DDAEPipeline.from_pretrained(tmp_path / "probe", dtype=torch.bfloat16)
+    assert half._fine_tuned_from is None and half.denoiser.dtype == torch.bfloat16
+
+
+def test_sampling_from_a_fine_tuned_classifier_warns(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "generator")
+    classifier = DDAEForImageClassification.from_pretrained(tmp_path / "generator", num_labels=4).train()
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
+    classifier(torch.zeros(2, 3, 8, 8), labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    classifier.save_pretrained(tmp_path / "fine_tuned")
+    opened = DDAEPipeline.from_pretrained(tmp_path / "fine_tuned")
+    with pytest.warns(UserWarning, match="no longer the generator"):
+        sample(opened)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no longer the generator")
+        sample(DDAEPipeline.from_pretrained(tmp_path / "generator"))
+
+
+def test_an_offloaded_denoiser_gives_the_same_images(pipeline):
+    """A hook of accelerate's, as CPU offloading puts there, changes nothing."""
+    expected = sample(pipeline)
+    cpu_offload(pipeline.unet, execution_device="cpu")
+    np.testing.assert_array_equal(sample(pipeline), expected)
