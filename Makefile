@@ -9,7 +9,7 @@ $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --requirement requirements.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 quickstart: $(VENV)/.installed  ## Pretrain, generate and classify handwritten digits.
@@ -24,7 +24,7 @@ test-slow: $(VENV)/.installed  ## The tests that take minutes.
 test-minimum:  ## The default tests on the oldest supported versions, with the same torch.
 	$(PYTHON) -m venv $(VENV)-minimum
 	$(VENV)-minimum/bin/pip install --quiet --requirement requirements-minimum.txt
-	$(VENV)-minimum/bin/pip install --quiet --no-deps --editable .
+	$(VENV)-minimum/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	$(VENV)-minimum/bin/python -m pytest
 
 check: $(VENV)/.installed  ## Lint, formatting, types.
@@ -37,7 +37,8 @@ wheel: $(VENV)/.installed  ## Build the wheel.
 
 cifar10-cpu: $(VENV)/.installed  ## Recreate the CPU checkpoint and its figures: make cifar10-cpu DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
-	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml examples/pretrain.py \
+	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
+		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") examples/pretrain.py \
 		--config examples/configs/cifar10_cpu.yaml --dataset_name "$(DDAE_CIFAR10_DIR)" \
 		--output_dir runs/cifar10_cpu --resume_from_checkpoint latest
 	$(BIN)/python examples/generate.py --model_name_or_path runs/cifar10_cpu --output_dir runs/cifar10_cpu_samples

@@ -7,7 +7,14 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ddae_hf" / "__init__.py").read_text(encoding="utf-8"))[1]
-EXAMPLES = ["accelerate>=1.12", "datasets>=4.8", "matplotlib>=3.9", "pyyaml>=6.0", "scikit-learn>=1.6", "tqdm>=4.66"]
+EXAMPLES = [
+    "accelerate>=1.12",
+    "datasets>=4.8",
+    "matplotlib>=3.9",
+    "pyyaml>=6.0.2",
+    "scikit-learn>=1.6",
+    "tqdm>=4.66.3",
+]
 DEVELOPMENT = ["build>=1.2", "mypy>=1.15", "pytest>=8.3", "ruff>=0.11", "types-PyYAML"]
 
 setup(
@@ -26,8 +33,8 @@ setup(
         "transformers>=5.17",
         "huggingface-hub>=1.33",
         "accelerate>=1.12",
-        "safetensors>=0.6",
-        "numpy>=2.0",
+        "safetensors>=0.8",
+        "numpy>=2.0.2",
         "pillow>=11.0",
     ],
     extras_require={"examples": EXAMPLES, "dev": EXAMPLES + DEVELOPMENT},

@@ -23,12 +23,14 @@ from datasets import ClassLabel, Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from data import add_data_arguments, image_column, label_column, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel
 from ddae_hf.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
 
+PIXELS = "pixels"
 TRAIN_VIEW, TEST_VIEW = 0, 1  # training and test images never share noise
 Features = Callable[[str, np.ndarray, list[str], float], dict[str, np.ndarray]]
 
@@ -107,7 +109,7 @@ def network_features(model: DDAEModel, data: Data, noise_seed: int, title: str) 
 
 
 def pixel_features(data: Data) -> Features:
-    """Return a function that takes an image's pixels as its features, under the layer name `pixels`."""
+    """Return a function that takes an image's pixels, in [-1, 1], as its features, under the layer name `PIXELS`."""
 
     def features(split: str, indices: np.ndarray, layers: list[str], sigma: float) -> dict[str, np.ndarray]:
         return {layers[0]: torch.cat([b.flatten(1) for b in data.batches(split, indices, "pixels")]).numpy()}
@@ -115,9 +117,11 @@ def pixel_features(data: Data) -> Features:
     return features
 
 
-def fit(features: np.ndarray, labels: np.ndarray, c: float) -> tuple[StandardScaler, LogisticRegression]:
-    """Fit logistic regression on standardised features."""
-    scaler = StandardScaler().fit(features)
+def fit(
+    features: np.ndarray, labels: np.ndarray, c: float, standardise: bool = True
+) -> tuple[StandardScaler, LogisticRegression]:
+    """Fit logistic regression on standardised features; pixels, of one scale already, are only centred."""
+    scaler = StandardScaler(with_std=standardise).fit(features)
     return scaler, LogisticRegression(C=c, max_iter=500).fit(scaler.transform(features), labels)
 
 
@@ -133,7 +137,7 @@ def choose(
         found = features("train", np.concatenate([fitted, held_out]), layers, sigma)
         for layer in tqdm(layers, desc=f"probes, sigma {sigma:g}", leave=False):
             for c in args.regularisation:
-                scaler, probe = fit(found[layer][: len(fitted)], labels[fitted], c)
+                scaler, probe = fit(found[layer][: len(fitted)], labels[fitted], c, layer != PIXELS)
                 score = probe.score(scaler.transform(found[layer][len(fitted) :]), labels[held_out])
                 tried.append({"layer": layer, "sigma": sigma, "C": c, "validation_accuracy": score})
     return {**max(tried, key=lambda t: t["validation_accuracy"]), "tried": tried}
@@ -148,7 +152,7 @@ def probe(
     layer, sigma = result["layer"], result["sigma"]
     train = features("train", np.arange(len(labels)), [layer], sigma)[layer]
     test = features("test", np.arange(len(test_labels)), [layer], sigma)[layer]
-    scaler, model = fit(train, labels, result["C"])
+    scaler, model = fit(train, labels, result["C"], layer != PIXELS)
     predicted = model.predict(scaler.transform(test))
     result |= {
         "test_accuracy": float((predicted == test_labels).mean()),
@@ -160,7 +164,7 @@ def probe(
         for draw in range(args.num_draws):
             few = draw_labels(labels, args.labels_per_class, args.seed + draw)
             # With so few labels none is spared for choosing: scikit-learn's default strength.
-            scaler, model = fit(train[few], labels[few], c=1.0)
+            scaler, model = fit(train[few], labels[few], 1.0, layer != PIXELS)
             scores.append(float(model.score(scaler.transform(test), test_labels)))
         result["few_label_test_accuracies"] = scores
     return result
@@ -242,19 +246,25 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def mean_and_error(values: np.ndarray) -> str:
+    """Return mean and standard error, in percent."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{100 * values.mean():.2f} ± {100 * error:.2f}"
+
+
 def table(results: dict[str, dict[str, Any]], args: argparse.Namespace, counts: tuple[int, int]) -> str:
     """Return the figures as a Markdown table; with few labels, mean and standard error over the draws."""
     head = f"| features | layer, sigma | all {counts[0]:,} labels |"
     if args.labels_per_class:
-        head += f" {args.labels_per_class} labels a class ({args.num_draws} draws) |"
+        head += f" {args.labels_per_class} labels a class ({args.num_draws} draws) | gain of DDAE, draw by draw |"
     lines = [f"Test accuracy in %, {counts[1]:,} test images:", "", head, "|---" * (head.count("|") - 1) + "|"]
     for name, result in results.items():
-        where = result["layer"] if result["layer"] == "pixels" else f"{result['layer']}, {result['sigma']:.3g}"
+        where = PIXELS if result["layer"] == PIXELS else f"{result['layer']}, {result['sigma']:.3g}"
         line = f"| {name} | {where} | {100 * result['test_accuracy']:.2f} |"
         if args.labels_per_class:
-            scores = 100 * np.array(result["few_label_test_accuracies"])
-            error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
-            line += f" {scores.mean():.2f} ± {error:.2f} |"
+            scores = np.array(result["few_label_test_accuracies"])
+            gain = np.array(results["DDAE"]["few_label_test_accuracies"]) - scores
+            line += f" {mean_and_error(scores)} | {'' if name == 'DDAE' else mean_and_error(gain)} |"
         lines.append(line)
     return "\n".join(lines)
 
@@ -262,6 +272,8 @@ def table(results: dict[str, dict[str, Any]], args: argparse.Namespace, counts: 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
+    logging.set_verbosity_error()  # a new classifier is what is wanted here
+    logging.disable_progress_bar()
     started = time.monotonic()
     processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
     data = Data(args, processor)
@@ -277,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(best_device(), memory_format=torch.channels_last)
     results = {"DDAE": probe(network_features(model, data, args.noise_seed, "DDAE"), data, layers, sigmas, args)}
     if args.baselines:
-        results["raw pixels"] = probe(pixel_features(data), data, ["pixels"], [0.0], args)
+        results["raw pixels"] = probe(pixel_features(data), data, [PIXELS], [0.0], args)
         torch.manual_seed(args.seed)
         untrained = DDAEModel(model.config).eval().to(best_device(), memory_format=torch.channels_last)
         features = network_features(untrained, data, args.noise_seed, "untrained")

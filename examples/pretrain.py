@@ -19,6 +19,7 @@ import platform
 import shutil
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tqdm.auto import tqdm
 
 from data import add_data_arguments, image_column, image_grid, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
-from ddae_hf.checkpoints import build_denoiser, build_scheduler, read_checkpoint
+from ddae_hf.checkpoints import build_denoiser, build_scheduler, plain_config, read_checkpoint
 from ddae_hf.noise import prediction_type
 from ddae_hf.objectives import denoising_loss
 
@@ -103,7 +104,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("accelerate", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             logger.warning("This processor has no bfloat16 arithmetic: --mixed_precision no will be faster.")
@@ -132,12 +134,30 @@ def saved_checkpoints(output_dir: str) -> list[Path]:
     return sorted(folders, key=lambda f: int(f.name.split("-")[1]))
 
 
+def new_networks(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the denoiser, randomly initialised, and the scheduler that the options describe."""
+    denoiser = build_denoiser({**DENOISER, "sample_size": args.resolution or 32, **args.denoiser})
+    return denoiser, build_scheduler({**SCHEDULER, **args.scheduler})
+
+
+def check_same_network(args: argparse.Namespace, denoiser: Any, scheduler: Any) -> None:
+    """Stop if the options describe another network or scheduler than the one that is resumed."""
+    if args.init_from:
+        return
+    for wanted, saved in zip(new_networks(args), (denoiser, scheduler), strict=True):
+        wanted, saved = plain_config(wanted), plain_config(saved)
+        different = sorted(name for name in wanted if wanted[name] != saved.get(name))
+        if different:
+            raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
+
+
 def build_networks(args: argparse.Namespace, resume: Path | None) -> tuple[Any, Any, Any]:
     """Return the denoiser in training, the one of averaged weights, and the scheduler."""
     if resume is not None:
         raw, averaged = read_checkpoint(resume / "raw"), read_checkpoint(resume)
         denoiser, ema_denoiser = raw.load_denoiser(torch.float32), averaged.load_denoiser(torch.float32)
         scheduler = build_scheduler(averaged.scheduler)
+        check_same_network(args, denoiser, scheduler)
     elif args.init_from:
         source = read_checkpoint(args.init_from, cache_dir=args.cache_dir)
         denoiser = source.load_denoiser(torch.float32)
@@ -145,8 +165,7 @@ def build_networks(args: argparse.Namespace, resume: Path | None) -> tuple[Any, 
         ema_denoiser = copy.deepcopy(denoiser)
     else:
         torch.manual_seed(args.seed)
-        denoiser = build_denoiser({**DENOISER, "sample_size": args.resolution or 32, **args.denoiser})
-        scheduler = build_scheduler({**SCHEDULER, **args.scheduler})
+        denoiser, scheduler = new_networks(args)
         ema_denoiser = copy.deepcopy(denoiser)
     prediction_type(scheduler)  # refuses what cannot be trained
     if args.resolution not in (None, denoiser.config.sample_size):
@@ -194,15 +213,29 @@ def flip(images: torch.Tensor) -> torch.Tensor:
 class Run:
     """Writes what a training run leaves behind: checkpoints, samples, results."""
 
-    def __init__(
-        self, args: argparse.Namespace, accelerator: Accelerator, ema: EMAModel, ema_denoiser: Any, scheduler: Any
-    ):
-        self.args, self.accelerator, self.ema, self.scheduler = args, accelerator, ema, scheduler
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, ema_denoiser: Any, scheduler: Any):
+        self.args, self.accelerator, self.scheduler = args, accelerator, scheduler
         self.ema_denoiser = ema_denoiser.to(accelerator.device)
+        self.ema = EMAModel(self.ema_denoiser.parameters(), decay=args.ema_decay, foreach=True)
         self.folder = Path(args.output_dir)
         # The weights are saved as pipelines; accelerate keeps the rest of the training state.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+    def resume(self, checkpoint: Path) -> int:
+        """Restore optimiser and schedule, and return the step they were saved at."""
+        self.accelerator.load_state(str(checkpoint / "state"))
+        self.ema.optimization_step = int(checkpoint.name.split("-")[1])
+        logger.info(f"Resuming from {checkpoint}.")
+        return self.ema.optimization_step
+
+    def log(self, step: int, losses: deque[torch.Tensor], rate: float, progress: tqdm) -> None:
+        """Show the mean of the last losses, and stop if it is no number."""
+        loss = mean(losses)
+        if not math.isfinite(loss):
+            raise SystemExit(f"The loss is {loss} at step {step}: lower --learning_rate, or train in higher precision.")
+        progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
+        self.accelerator.log({"loss": loss, "lr": rate}, step=step)
 
     def save(self, denoiser: Any, folder: Path) -> None:
         """Write the averaged network, the raw one in `raw`, and the options."""
@@ -245,114 +278,109 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(pipeline.numpy_to_pil(shades)).save(path)
 
+    def finish(self, denoiser: Any, step: int, images: int, seconds: float, loss: float) -> None:
+        """Write the final network, its samples and the results."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.save(denoiser, self.folder)
+            if self.args.sample_steps and step % self.args.sample_steps:
+                self.sample(step)
+            on_gpu = self.accelerator.device.type == "cuda"
+            results = {
+                "steps": step,
+                "loss_last_100_batches": loss,
+                "images_this_run": images,
+                "seconds_this_run": round(seconds, 1),
+                "images_per_second": round(images / seconds, 1),
+                "parameters": sum(p.numel() for p in self.ema_denoiser.parameters()),
+                "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+                "processes": self.accelerator.num_processes,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
+            (self.folder / "train_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            logger.info(f"{results['images_per_second']} images/s, loss {loss:.4f}; saved {self.folder}.")
+        self.accelerator.end_training()
+
+
+def build_optimizer(args: argparse.Namespace, denoiser: Any, processes: int) -> torch.optim.Optimizer:
+    """Return AdamW with the options' settings."""
+    rate = args.learning_rate * (processes if args.scale_lr else 1)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(denoiser.parameters(), rate, betas, args.adam_epsilon, args.adam_weight_decay, fused=True)
+
+
+def batches_from(
+    accelerator: Accelerator, dataloader: Any, first_step: int, epoch_steps: int
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Yield numbered batches without end, from the one that `first_step` begins with."""
+    epoch, done = divmod(first_step, epoch_steps)
+    skipped = done * accelerator.gradient_accumulation_steps
+    while True:
+        dataloader.set_epoch(epoch)
+        batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
+        yield from enumerate(batches, start=epoch * len(dataloader) + skipped)
+        epoch, skipped = epoch + 1, 0
+
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Train, from the start or from a checkpoint, and leave the result in `--output_dir`."""
     resume = checkpoint_to_resume(args)
     denoiser, ema_denoiser, scheduler = build_networks(args, resume)
     dataloader = build_dataloader(args, denoiser)
-    betas = (args.adam_beta1, args.adam_beta2)
-    rate = args.learning_rate * (accelerator.num_processes if args.scale_lr else 1)
-    optimizer = torch.optim.AdamW(
-        denoiser.parameters(), rate, betas, args.adam_epsilon, args.adam_weight_decay, fused=True
-    )
-    ema = EMAModel(ema_denoiser.parameters(), decay=args.ema_decay, foreach=True)
-    ema.to(accelerator.device)
-    prepared = accelerator.prepare(denoiser, optimizer, dataloader)
-    denoiser, optimizer, dataloader = prepared
+    processes = accelerator.num_processes
+    optimizer = build_optimizer(args, denoiser, processes)
+    denoiser, optimizer, dataloader = accelerator.prepare(denoiser, optimizer, dataloader)
     epoch_steps = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * epoch_steps
     # accelerate advances the schedule once for every process.
-    processes = accelerator.num_processes
-    lr_scheduler = accelerator.prepare(
-        get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=args.lr_warmup_steps * processes,
-            num_training_steps=total_steps * processes,
+    schedule = {"num_warmup_steps": args.lr_warmup_steps * processes, "num_training_steps": total_steps * processes}
+    lr_scheduler = accelerator.prepare(get_scheduler(args.lr_scheduler, optimizer, **schedule))
+    run = Run(args, accelerator, ema_denoiser, scheduler)
+    step = first = run.resume(resume) if resume else 0
+    if step >= total_steps:
+        raise SystemExit(
+            f"{resume} is at step {step}, and {total_steps} were asked for: there is nothing left to train."
         )
-    )
-    run = Run(args, accelerator, ema, ema_denoiser, scheduler)
-    first = 0
-    if resume is not None:
-        accelerator.load_state(str(resume / "state"))
-        first = ema.optimization_step = int(resume.name.split("-")[1])
-        logger.info(f"Resuming from {resume} at step {first}.")
     if args.report_to:
         accelerator.init_trackers("ddae_hf", {k: str(v) for k, v in vars(args).items()})
-
     progress = tqdm(initial=first, total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
-    step, started, losses = first, time.monotonic(), deque(maxlen=100)
+    losses: deque[torch.Tensor] = deque(maxlen=100)
+    started = time.monotonic()
     denoiser.train()
-    while step < total_steps:
-        epoch, done = divmod(step, epoch_steps)
-        dataloader.set_epoch(epoch)
-        skipped = done * args.gradient_accumulation_steps
-        batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
-        for i, batch in enumerate(batches, start=epoch * len(dataloader) + skipped):
-            seed_step(args, accelerator, i)
-            with accelerator.accumulate(denoiser):
-                clean = batch["pixel_values"].to(memory_format=torch.channels_last)
-                loss = denoising_loss(denoiser, scheduler, flip(clean) if args.random_flip else clean).mean()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach())
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            ema.step(denoiser.parameters())
-            progress.update()
-            if step % 10 == 0 or step == total_steps:
-                recent = torch.stack(list(losses)).mean().item()
-                if not math.isfinite(recent):
-                    raise SystemExit(f"The loss is {recent} at step {step}: lower --learning_rate or the precision.")
-                progress.set_postfix(loss=f"{recent:.4f}", lr=f"{lr_scheduler.get_last_lr()[0]:.1e}")
-                accelerator.log({"loss": recent, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
-            if step % args.checkpointing_steps == 0:
-                run.checkpoint(denoiser, step)
-            if args.sample_steps and step % args.sample_steps == 0:
-                run.sample(step)
-            if step == total_steps:
-                break
-    progress.close()
-    finish(run, denoiser, step, (step - first) * epoch_images(args, accelerator), time.monotonic() - started, losses)
-
-
-def epoch_images(args: argparse.Namespace, accelerator: Accelerator) -> int:
-    """Return the number of images of one optimiser step over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-
-
-def finish(run: Run, denoiser: Any, step: int, images: int, seconds: float, losses: deque[torch.Tensor]) -> None:
-    """Write the final network and the results."""
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process and losses:
-        run.save(denoiser, run.folder)
-        if run.args.sample_steps:
+    for index, batch in batches_from(accelerator, dataloader, first, epoch_steps):
+        seed_step(args, accelerator, index)
+        with accelerator.accumulate(denoiser):
+            clean = batch["pixel_values"].to(memory_format=torch.channels_last)
+            loss = denoising_loss(denoiser, scheduler, flip(clean) if args.random_flip else clean).mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        run.ema.step(denoiser.parameters())
+        progress.update()
+        if step % 10 == 0 or step == total_steps:
+            run.log(step, losses, lr_scheduler.get_last_lr()[0], progress)
+        if step % args.checkpointing_steps == 0:
+            run.checkpoint(denoiser, step)
+        if args.sample_steps and step % args.sample_steps == 0:
             run.sample(step)
-        results = {
-            "steps": step,
-            "loss_last_100_batches": torch.stack(list(losses)).mean().item(),
-            "images_this_run": images,
-            "seconds_this_run": round(seconds, 1),
-            "images_per_second": round(images / seconds, 1),
-            "parameters": sum(p.numel() for p in run.ema_denoiser.parameters()),
-            "device": torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else platform.processor() or platform.machine(),
-            "processes": run.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        (run.folder / "train_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        logger.info(
-            f"{results['images_per_second']} images/s, loss {results['loss_last_100_batches']:.4f}; saved {run.folder}."
-        )
-    run.accelerator.end_training()
+        if step == total_steps:
+            break
+    progress.close()
+    images = (step - first) * args.train_batch_size * args.gradient_accumulation_steps * processes
+    run.finish(denoiser, step, images, time.monotonic() - started, mean(losses))
+
+
+def mean(losses: deque[torch.Tensor]) -> float:
+    """Return the mean of the last losses."""
+    return torch.stack(list(losses)).mean().item()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
     run(
         *(python, "-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate_configs" / "single.yaml"),
+        *("--num_cpu_threads_per_process", str(os.cpu_count())),
         *(EXAMPLES / "pretrain.py", "--config", EXAMPLES / "configs" / "digits.yaml"),
         *("--dataset_name", folder / "digits", "--output_dir", checkpoint, *steps),
     )
