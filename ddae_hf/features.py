@@ -24,8 +24,8 @@ def extract_features(
 ) -> dict[str, Tensor]:
     """Compute the features of a data set.
 
-    The noise of each image depends on (noise_seed, its index, view) alone. Images that share one draw would be told
-    apart at noise levels where fresh noise hides them.
+    The noise of each image, `model.config.num_noise_samples` draws, depends on (noise_seed, its index, view) alone.
+    Images that share one draw would be told apart at noise levels where fresh noise hides them.
 
     Args:
         model: The model, in evaluation mode, on the device to use.
@@ -43,7 +43,8 @@ def extract_features(
     for images in batches:
         indices = range(start, start + len(images))
         start += len(images)
-        noise = indexed_noise(tuple(images.shape[1:]), indices, noise_seed, view).to(model.device)
+        shape = (model.config.num_noise_samples, *images.shape[1:])
+        noise = indexed_noise(shape, indices, noise_seed, view).transpose(0, 1).to(model.device)
         images = images.to(model.device, memory_format=torch.channels_last)
         hidden = model(images, sigma=sigma, noise=noise, output_hidden_states=list(layers)).hidden_states
         for layer, states in zip(layers, hidden, strict=True):

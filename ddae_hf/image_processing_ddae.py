@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict, infer_channel_dimension_format
 from transformers.processing_utils import ImagesKwargs
@@ -101,6 +102,33 @@ class DDAEImageProcessor(PilBackend):
         filter = PILImageResampling.BILINEAR if resample is None else resample
         planes = [Image.fromarray(plane).resize((size.width, size.height), filter) for plane in image]
         return np.stack([np.asarray(plane) for plane in planes])
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        return_tensors: Any,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Resize each image; scale and shift those of one size together."""
+        if do_resize:
+            images = [self.resize(image, size, resample) for image in images]
+        alike = len({image.shape for image in images}) == 1
+        batches = [np.stack(images)] if alike else [image[None] for image in images]
+        if do_rescale:
+            batches = [batch * np.float32(rescale_factor) for batch in batches]
+        if do_normalize:
+            mean, std = (np.asarray(value, np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
+            batches = [(batch - mean) / std for batch in batches]
+        pixel_values = batches[0] if alike else [batch[0] for batch in batches]
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
 def _options_for(denoiser: Any) -> dict[str, Any]:

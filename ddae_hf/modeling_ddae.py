@@ -153,9 +153,9 @@ class DDAEModel(DDAEPreTrainedModel):
     def _noise_draws(self, pixel_values: Tensor, noise: Tensor | None, generator: Any) -> Tensor:
         """Return noise (draws, B, C, H, W): given, from the generator, fixed in evaluation, or fresh in training."""
         if noise is not None:
-            if noise.shape != pixel_values.shape:
+            if noise.shape[-4:] != pixel_values.shape or noise.ndim not in (4, 5):
                 raise ValueError(f"noise has shape {tuple(noise.shape)}, but the images {tuple(pixel_values.shape)}.")
-            return noise[None]
+            return noise if noise.ndim == 5 else noise[None]
         shape = (self.config.num_noise_samples, *pixel_values.shape)
         if generator is not None or self.training:
             device = pixel_values.device if generator is None else generator.device
@@ -207,7 +207,7 @@ class DDAEModel(DDAEPreTrainedModel):
             sigma: Noise level, scalar or (B,); by default `config.sigma`.
             timestep: The noise level as the denoiser is fed it, in place of `sigma`.
             class_labels: Labels (B,) of a class-conditional denoiser; by default `config.null_class`.
-            noise: Standard-normal noise (B, C, H, W) to add.
+            noise: Standard-normal noise to add, (B, C, H, W) or several draws of it, (draws, B, C, H, W).
             generator: Generator of fresh noise. Without `noise` and `generator`, evaluation adds the fixed noise and
                 training draws.
             output_hidden_states: `True` for the hidden states of every layer up to the configured one; a list of layer

@@ -206,13 +206,13 @@ def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int
     Batch size, order and number of processes play no part, so that cached features can be made in any pieces.
 
     Args:
-        shape: Shape of one image, (C, H, W).
+        shape: Shape of one image, (C, H, W), or of several draws for it, (draws, C, H, W).
         indices: The images' non-negative indices in their data set, N integers.
         seed: The noise seed.
         view: Number of the draw, where an image gets several.
 
     Returns:
-        float32 (N, C, H, W) on the CPU.
+        float32 (N, *shape) on the CPU.
     """
     draws = [np.random.default_rng([seed, view, int(i)]).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(draws))

@@ -61,7 +61,7 @@ class DDAEPipeline(DiffusionPipeline):
         """
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
         if checkpoint.layout in ("pipeline", "flat"):
-            return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
         unet = kwargs.get("unet") or checkpoint.load_denoiser(dtype=dtype)
         pipeline = cls(unet=unet, scheduler=kwargs.get("scheduler") or _scheduler_of(checkpoint))

@@ -52,6 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--labels_per_class", type=int, help="Also probe with only this many labels a class.")
     add("--num_draws", type=int, default=5, help="Draws of those labels.")
     add("--baselines", action="store_true", help="Also probe raw pixels, and the same network untrained.")
+    add("--num_noise_samples", type=int, default=1, help="Draws of noise that features are averaged over.")
     add("--batch_size", type=int, default=250)
     add("--noise_seed", type=int, default=0)
     add(
@@ -192,6 +193,7 @@ def save_classifier(
         layer=result["layer"],
         sigma=result["sigma"],
         noise_seed=args.noise_seed,
+        num_noise_samples=args.num_noise_samples,
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
         ignore_mismatched_sizes=True,
@@ -277,7 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
     data = Data(args, processor)
-    model = DDAEModel.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+    draws = args.num_noise_samples
+    model = DDAEModel.from_pretrained(args.model_name_or_path, num_noise_samples=draws, cache_dir=args.cache_dir)
     groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
     layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]
     sigmas = args.sigmas or [model.config.sigma]
@@ -311,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     (output / "eval_results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(results, args, counts))
-    print(f"\nThe saved classifier, with its one fixed draw of noise: {100 * saved_accuracy:.2f} %. It is in {output}.")
+    print(f"\nThe saved classifier, with its fixed noise: {100 * saved_accuracy:.2f} %. It is in {output}.")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     for name in ("accelerate", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             logger.warning("This processor has no bfloat16 arithmetic: --mixed_precision no will be faster.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator

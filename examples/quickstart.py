@@ -61,18 +61,22 @@ def run(*command: str | Path) -> None:
 
 def recognised(splits: dict[str, tuple[np.ndarray, np.ndarray]], samples: np.ndarray) -> dict[str, int]:
     """Count the images that a classifier of real digits names with confidence over 0.9: samples, real ones, noise."""
-    flat = {name: (x.reshape(len(x), -1) / 255.0, y) for name, (x, y) in splits.items()}
-    judge = CalibratedClassifierCV(SVC(), ensemble=False).fit(*flat["train"])
+    (images, labels), (test_images, test_labels) = ((x.reshape(len(x), -1) / 255.0, y) for x, y in splits.values())
     rng = np.random.default_rng(0)
-    noise = rng.permuted(flat["train"][0][:NUM_SAMPLES], axis=1)  # real grey values in random places
+    # An eleventh class, digits with their pixels shuffled, so that what is no digit need not be named as one.
+    shuffled, none = rng.permuted(images, axis=1), np.full(len(images), 10)
+    judge = CalibratedClassifierCV(SVC(), ensemble=False)
+    judge.fit(np.concatenate([images, shuffled]), np.concatenate([labels, none]))
     groups = {
         "generated": samples.reshape(len(samples), -1) / 255.0,
-        "real test images": flat["test"][0][:NUM_SAMPLES],
-        "shuffled pixels": noise,
+        "real test images": test_images[:NUM_SAMPLES],
+        "test images with their pixels shuffled": rng.permuted(test_images[:NUM_SAMPLES], axis=1),
     }
-    counts = {name: int((judge.predict_proba(x).max(axis=1) > 0.9).sum()) for name, x in groups.items()}
-    print(f"\nOf {NUM_SAMPLES} images, a classifier of real digits (an RBF support vector machine on pixels, ")
-    print(f"{100 * judge.score(*flat['test']):.1f} % accurate on test images) names with confidence over 0.9:")
+    counts = {name: int((judge.predict_proba(x)[:, :10].max(axis=1) > 0.9).sum()) for name, x in groups.items()}
+    print(f"\nOf {NUM_SAMPLES} images, a classifier of real digits (a support vector machine on pixels, ", end="")
+    print(
+        f"{100 * judge.score(test_images, test_labels):.1f} % accurate on\ntest images) names with confidence over 0.9:"
+    )
     for name, count in counts.items():
         print(f"  {name}: {count}")
     return counts
@@ -117,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
             "--dataset_name",
             folder / "digits",
         ),
-        *("--labels_per_class", "10", "--baselines", "--output_dir", classifier),
+        *("--sigmas", "0.05", "0.1", "0.2", "--num_noise_samples", "4", "--labels_per_class", "10", "--baselines"),
+        *("--output_dir", classifier),
     )
     samples = [Image.open(folder / "samples" / f"{i:05d}.png") for i in range(NUM_SAMPLES)]
     save_comparison(folder / "samples_beside_real.png", samples, splits["test"][0])

@@ -41,6 +41,17 @@ def test_each_image_gets_its_own_noise(model, images):
     assert (same["mid_block"][0] - same["mid_block"][1]).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_features_are_averaged_over_the_draws_of_noise(model, images):
+    noise = indexed_noise((3, 3, 8, 8), range(5))
+    model.config.num_noise_samples = 3
+    found = extract_features(model, [images], LAYERS, 0.5)
+    singles = [model(images, sigma=0.5, noise=noise[:, k], output_hidden_states=LAYERS) for k in range(3)]
+    for j, layer in enumerate(LAYERS):
+        rows = torch.stack([outputs.hidden_states[j].mean((2, 3)) for outputs in singles]).mean(0)
+        torch.testing.assert_close(found[layer], rows, rtol=1e-4, atol=1e-5)
+
+
 def test_an_empty_data_set_is_refused(model):
     with pytest.raises(ValueError, match="empty"):
         extract_features(model, [], LAYERS, 0.5)

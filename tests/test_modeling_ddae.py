@@ -242,3 +242,13 @@ def test_transformers_trainer_trains_a_probe(images, tmp_path):
     model.eval()
     assert model(images, labels=labels).loss.item() < 0.5 * loss
     assert fingerprint(model.ddae.denoiser) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_a_gpu_gives_the_cpus_predictions(images):
+    model = make_model()
+    expected = model(images).logits
+    logits = copy.deepcopy(model).to("cuda", memory_format=torch.channels_last)(images.cuda()).logits.cpu()
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,27 @@
+"""The scripts on CIFAR-10, where the environment variable DDAE_CIFAR10_DIR names a folder of its parquet files."""
+
+import json
+import os
+from pathlib import Path
+
+import linear_probe
+import pretrain
+import pytest
+
+DATA = os.environ.get("DDAE_CIFAR10_DIR", "")
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA, reason="DDAE_CIFAR10_DIR is not set")
+def test_a_short_run_on_cifar10_learns_features_better_than_chance(tmp_path):
+    options = ["--dataset_name", DATA, "--output_dir", str(tmp_path / "checkpoint"), "--mixed_precision", "no"]
+    options += ["--max_train_steps", "100", "--sample_steps", "0", "--checkpointing_steps", "1000"]
+    pretrain.main(["--config", str(CONFIGS / "cifar10_cpu.yaml"), *options])
+    results = json.loads((tmp_path / "checkpoint" / "train_results.json").read_text())
+    assert results["loss_last_100_batches"] < 1
+    options = ["--model_name_or_path", str(tmp_path / "checkpoint"), "--dataset_name", DATA]
+    options += ["--output_dir", str(tmp_path / "probe"), "--max_train_samples", "2000", "--max_test_samples", "1000"]
+    linear_probe.main(options)
+    report = json.loads((tmp_path / "probe" / "eval_results.json").read_text())
+    assert report["results"]["DDAE"]["test_accuracy"] > 0.2
