@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             "--dataset_name",
             folder / "digits",
         ),
-        *("--sigmas", "0.05", "0.1", "0.2", "--num_noise_samples", "4", "--labels_per_class", "10", "--baselines"),
+        *("--sigmas", "0.1", "0.2", "--num_noise_samples", "4", "--labels_per_class", "10", "--baselines"),
         *("--output_dir", classifier),
     )
     samples = [Image.open(folder / "samples" / f"{i:05d}.png") for i in range(NUM_SAMPLES)]
