@@ -37,7 +37,7 @@ wheel: $(VENV)/.installed  ## Build the wheel.
 
 cifar10-cpu: $(VENV)/.installed  ## Recreate the CPU checkpoint and its figures: make cifar10-cpu DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
-	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
+	test -f runs/cifar10_cpu/train_results.json || $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
 		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") examples/pretrain.py \
 		--config examples/configs/cifar10_cpu.yaml --dataset_name "$(DDAE_CIFAR10_DIR)" \
 		--output_dir runs/cifar10_cpu --resume_from_checkpoint latest

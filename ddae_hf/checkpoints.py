@@ -67,14 +67,14 @@ def build_scheduler(config: dict[str, Any]) -> Any:
 def fingerprint(module: torch.nn.Module) -> str:
     """Return a SHA-256 of a network's parameters and persistent buffers.
 
-    Values are rounded to bfloat16 first, so that storing a checkpoint in half the precision leaves it the same.
+    Values are rounded to bfloat16 first, so that storing a checkpoint in bfloat16 leaves it the same.
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if value.is_floating_point():
             value = value.to(torch.bfloat16)
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

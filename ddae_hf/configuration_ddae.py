@@ -96,6 +96,13 @@ class DDAEConfig(PreTrainedConfig):
             self.sigma = 0.05
         check_sigma(scheduler, self.sigma)
         denoiser = _skeleton(json.dumps(self.denoiser, sort_keys=True))
+        factor = 2 ** (len(denoiser.down_blocks) - 1)
+        if any(side % factor for side in self.image_size):
+            raise ValueError(
+                f"sample_size is {side}: with {len(denoiser.down_blocks)} levels, each half the size of the one "
+                f"before, it must "
+                f"be a multiple of {factor}."
+            )
         if self.layer is None:
             self.layer = default_layer(denoiser)
         check_layers(denoiser, [self.layer])

@@ -132,9 +132,12 @@ class DDAEImageProcessor(PilBackend):
 
 
 def _options_for(denoiser: Any) -> dict[str, Any]:
-    side = denoiser["sample_size"]
+    denoiser = dict(denoiser)
+    side = denoiser.get("sample_size")
+    if side is None:
+        raise ValueError("The denoiser's config has no sample_size: pass size={'height': ..., 'width': ...} in pixels.")
     height, width = (side, side) if isinstance(side, int) else side
-    return {"size": {"height": height, "width": width}, "num_channels": denoiser["in_channels"]}
+    return {"size": {"height": height, "width": width}, "num_channels": denoiser.get("in_channels", 3)}
 
 
 def _from_pil(image: Image.Image, channels: int) -> np.ndarray:

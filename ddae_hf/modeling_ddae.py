@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -72,8 +73,9 @@ class DDAEPreTrainedModel(PreTrainedModel):
                 "If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
                 stacklevel=2,
             )
+        config = copy.deepcopy(config)
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
-        denoiser = checkpoint.load_denoiser()
+        denoiser = checkpoint.load_denoiser(dtype if isinstance(dtype, torch.dtype) else None)
         config.generator_fingerprint = fingerprint(denoiser)
         prefix = "denoiser." if cls is DDAEModel else "ddae.denoiser."
         state = {prefix + name: value for name, value in denoiser.state_dict().items()}
@@ -173,6 +175,8 @@ class DDAEModel(DDAEPreTrainedModel):
                     "This denoiser is class-conditional: pass class_labels, or set the config's null_class."
                 )
             class_labels = torch.full((batch_size,), self.config.null_class, device=device)
+        elif self.denoiser.config.num_class_embeds:
+            _check_range("class_labels", class_labels, self.denoiser.config.num_class_embeds)
         return {"class_labels": class_labels}
 
     def _layers_to_return(self, output_hidden_states: bool | list[str | int] | None) -> list[str]:
@@ -255,6 +259,14 @@ def _repeat(values: Tensor, count: int) -> Tensor:
     return values.repeat(count, *[1] * (values.ndim - 1)) if values.ndim else values
 
 
+def _check_range(name: str, labels: Tensor, count: int) -> None:
+    """Refuse labels outside 0 to count - 1, where they can be read without waiting for a device or breaking a graph."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+        return
+    if labels.min() < 0 or labels.max() >= count:
+        raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
+
+
 class DDAEForImageClassification(DDAEPreTrainedModel):
     """A linear classifier on a denoiser's pooled hidden state.
 
@@ -326,5 +338,9 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     def _loss(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
         # transformers would take probabilities of classes for independent ones, and remember it in the config.
         if self.config.problem_type is None and labels.is_floating_point() and labels.shape == logits.shape:
-            return F.cross_entropy(logits.float(), labels.float())
+            count = kwargs.get("num_items_in_batch")
+            total = F.cross_entropy(logits.float(), labels.float(), reduction="sum")
+            return total / (len(labels) if count is None else count)
+        if not labels.is_floating_point():
+            _check_range("labels", labels[labels != -100], self.num_labels)
         return self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

@@ -13,8 +13,15 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checkpoints import Checkpoint, build_scheduler, check_denoiser_class, fingerprint, read_checkpoint
-from .noise import fed_timestep
+from .checkpoints import (
+    HUB_ARGUMENTS,
+    Checkpoint,
+    build_scheduler,
+    check_denoiser_class,
+    fingerprint,
+    read_checkpoint,
+)
+from .noise import fed_timestep, sigma_range
 
 
 class DDAEPipeline(DiffusionPipeline):
@@ -60,14 +67,20 @@ class DDAEPipeline(DiffusionPipeline):
             ValueError: No checkpoint, or a denoiser that is not supported.
         """
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
-        if checkpoint.layout in ("pipeline", "flat"):
+        if checkpoint.layout in ("pipeline", "flat") and not checkpoint.hub["subfolder"]:
             return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-        dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
-        unet = kwargs.get("unet") or checkpoint.load_denoiser(dtype=dtype)
-        pipeline = cls(unet=unet, scheduler=kwargs.get("scheduler") or _scheduler_of(checkpoint))
+        allowed = {*HUB_ARGUMENTS, "dtype", "torch_dtype", "unet", "scheduler", "use_safetensors"}
+        if unknown := sorted(set(kwargs) - allowed):
+            raise ValueError(
+                f"For a checkpoint of this layout {unknown} cannot be given: allowed are {sorted(allowed)}."
+            )
+        unet = kwargs.get("unet") or checkpoint.load_denoiser()
         origin = checkpoint.config.get("generator_fingerprint")
-        if checkpoint.layout == "transformers" and "unet" not in kwargs and fingerprint(unet) != origin:
-            pipeline._fine_tuned_from = checkpoint.path
+        tuned = checkpoint.layout == "transformers" and "unet" not in kwargs and fingerprint(unet) != origin
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        unet = unet.to(dtype) if isinstance(dtype, torch.dtype) else unet
+        pipeline = cls(unet=unet, scheduler=kwargs.get("scheduler") or _scheduler_of(checkpoint))
+        pipeline._fine_tuned_from = checkpoint.path if tuned else None
         return pipeline
 
     def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
@@ -86,6 +99,7 @@ class DDAEPipeline(DiffusionPipeline):
         return latents.to(self._execution_device, torch.float32)
 
     def _check_inputs(self, batch_size: int, class_labels: Any, output_type: str, callback_tensors: list[str]) -> None:
+        sigma_range(self.scheduler)  # refuses a scheduler of another family
         config = self.denoiser.config
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
@@ -111,6 +125,9 @@ class DDAEPipeline(DiffusionPipeline):
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         if len(labels) not in (1, batch_size):
             raise ValueError(f"{len(labels)} class_labels came for a batch of {batch_size}: pass one, or one an image.")
+        classes = self.denoiser.config.num_class_embeds
+        if classes and not (0 <= labels.min() and labels.max() < classes):
+            raise ValueError(f"class_labels are {labels.min()} to {labels.max()}: allowed are 0 to {classes - 1}.")
         return {"class_labels": labels.expand(batch_size)}
 
     @torch.no_grad()

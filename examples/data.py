@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
@@ -16,7 +17,9 @@ from PIL import Image as PILImage
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse options, those on the command line over those of the YAML file that `--config` names."""
     parser.add_argument("--config", help="YAML file of options; it names only what differs from the defaults.")
-    path = parser.parse_known_args(argv)[0].config
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
     if path is not None:
         if not os.path.isfile(path):
             parser.error(f"--config {path}: there is no such file.")
@@ -24,10 +27,27 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
         known = {action.dest for action in parser._actions}
         if unknown := sorted(set(options) - known):
             parser.error(f"{path} has unknown options {unknown}; allowed are {sorted(known - {'help', 'config'})}.")
-        # As text, so that `1e-4`, which YAML reads as text, and 0.0001 go through the same conversion.
-        as_text = {k: v if isinstance(v, (bool, dict, list)) else str(v) for k, v in options.items() if v is not None}
-        parser.set_defaults(**as_text)
+        for action in parser._actions:
+            if options.get(action.dest) is not None:
+                parser.set_defaults(**{action.dest: _converted(parser, action, options[action.dest])})
+                action.required = False
     return parser.parse_args(argv)
+
+
+def _converted(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
+    """Return a YAML value as the command line would have given it: `1e-4`, which YAML reads as text, is a number."""
+    if isinstance(value, bool):
+        return {True: "yes", False: "no"}[value] if action.choices else value
+    if isinstance(value, dict):
+        return value
+    values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    try:
+        converted = [parser._get_value(action, v) for v in values]
+        for v in converted:
+            parser._check_value(action, v)
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
+    return converted if action.nargs == "+" else converted[0]
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from data import image_grid, parse_with_config
 from ddae_hf import DDAEPipeline
+from ddae_hf.checkpoints import fingerprint
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,15 +55,13 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_folder(args: argparse.Namespace, folder: Path) -> None:
-    """Stop if the folder holds images made with other options; otherwise note the options there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "options.json"
+def check_folder(args: argparse.Namespace, note: Path, pipeline: DDAEPipeline) -> dict[str, Any]:
+    """Return what the images depend on, or stop if the folder's note says that it holds others."""
     names = ("model_name_or_path", "num_inference_steps", "scheduler", "class_label", "seed")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names} | {"weights": fingerprint(pipeline.denoiser)}
     if note.exists() and json.loads(note.read_text()) != options:
-        raise SystemExit(f"{folder} holds images made with other options ({note}): choose another --output_dir.")
-    note.write_text(json.dumps(options, indent=2) + "\n")
+        raise SystemExit(f"{note.parent} holds images made with other options or weights: choose another --output_dir.")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     folder = Path(args.output_dir)
     pipeline = open_pipeline(args)
-    check_folder(args, folder)
+    note = folder / "options.json"
+    options = check_folder(args, note, pipeline)
     paths = [folder / f"{i:05d}.png" for i in range(args.num_images)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     for start in tqdm(range(0, len(missing), args.batch_size), desc="Batches"):
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
             generator=generators,
             num_inference_steps=args.num_inference_steps,
         ).images
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(options, indent=2) + "\n")
         for i, image in zip(numbers, images, strict=True):
             image.save(paths[i])
     shown = [Image.open(path) for path in paths[: args.grid_images]]

@@ -53,6 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_draws", type=int, default=5, help="Draws of those labels.")
     add("--baselines", action="store_true", help="Also probe raw pixels, and the same network untrained.")
     add("--num_noise_samples", type=int, default=1, help="Draws of noise that features are averaged over.")
+    add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
     add("--batch_size", type=int, default=250)
     add("--noise_seed", type=int, default=0)
     add(
@@ -182,6 +183,12 @@ def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     )
 
 
+def conditions(args: argparse.Namespace) -> dict[str, int]:
+    """Return what the options say of the features beside layer and noise level."""
+    null_class = {} if args.null_class is None else {"null_class": args.null_class}
+    return {"num_noise_samples": args.num_noise_samples, **null_class}
+
+
 def save_classifier(
     args: argparse.Namespace, data: Data, result: dict[str, Any], processor: DDAEImageProcessor
 ) -> float:
@@ -193,7 +200,8 @@ def save_classifier(
         layer=result["layer"],
         sigma=result["sigma"],
         noise_seed=args.noise_seed,
-        num_noise_samples=args.num_noise_samples,
+        **conditions(args),
+        feature_norm="none",
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
         ignore_mismatched_sizes=True,
@@ -279,8 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
     data = Data(args, processor)
-    draws = args.num_noise_samples
-    model = DDAEModel.from_pretrained(args.model_name_or_path, num_noise_samples=draws, cache_dir=args.cache_dir)
+    model = DDAEModel.from_pretrained(args.model_name_or_path, **conditions(args), cache_dir=args.cache_dir)
     groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
     layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]
     sigmas = args.sigmas or [model.config.sigma]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import logging
 import math
@@ -34,9 +35,8 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from data import add_data_arguments, image_column, image_grid, load_splits, parse_with_config, pick_split
-from ddae_hf import DDAEImageProcessor, DDAEPipeline
+from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.checkpoints import build_denoiser, build_scheduler, plain_config, read_checkpoint
-from ddae_hf.noise import prediction_type
 from ddae_hf.objectives import denoising_loss
 
 logger = get_logger(__name__)
@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="runs/pretrain", help="Folder of checkpoints, samples and logs.")
     add("--resolution", type=int, help="Side of the square training images; by default the network's sample_size.")
     add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Mirror half of the images.")
-    add("--seed", type=int, help="Seed of everything that is random; drawn and saved if not given.")
+    add("--seed", type=int, default=0, help="Seed of everything that is random.")
     add("--train_batch_size", type=int, default=128, help="Images a step on each device.")
     add("--num_train_epochs", type=int, default=100)
     add("--max_train_steps", type=int, help="Number of optimiser steps; overrides --num_train_epochs.")
@@ -103,6 +103,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
+    if args.report_to and not accelerator.log_with:
+        raise SystemExit(f"--report_to {args.report_to}: that tracker is not installed.")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for name in ("accelerate", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -115,14 +117,20 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
     """Return the folder to resume from, or None for a fresh start."""
+    found = saved_checkpoints(args.output_dir)
     if args.resume_from_checkpoint is None:
+        if found:
+            raise SystemExit(
+                f"{args.output_dir} holds checkpoints of an earlier run: resume it (--resume_from_checkpoint latest), "
+                f"or choose "
+                "another --output_dir."
+            )
         return None
     if args.resume_from_checkpoint != "latest":
         folder = Path(args.resume_from_checkpoint)
         if not (folder / "state").is_dir():
             raise SystemExit(f"--resume_from_checkpoint {folder}: there is no checkpoint with a training state.")
         return folder
-    found = saved_checkpoints(args.output_dir)
     if not found:
         logger.info(f"{args.output_dir} has no checkpoint yet: starting afresh.")
     return found[-1] if found else None
@@ -137,7 +145,11 @@ def saved_checkpoints(output_dir: str) -> list[Path]:
 def new_networks(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return the denoiser, randomly initialised, and the scheduler that the options describe."""
     denoiser = build_denoiser({**DENOISER, "sample_size": args.resolution or 32, **args.denoiser})
-    return denoiser, build_scheduler({**SCHEDULER, **args.scheduler})
+    scheduler = build_scheduler({**SCHEDULER, **args.scheduler})
+    for given, built in ((args.denoiser, denoiser), (args.scheduler, scheduler)):
+        if unknown := sorted(set(given) - set(inspect.signature(type(built)).parameters) - {"_class_name"}):
+            raise SystemExit(f"{type(built).__name__} has no options {unknown}.")
+    return denoiser, scheduler
 
 
 def check_same_network(args: argparse.Namespace, denoiser: Any, scheduler: Any) -> None:
@@ -167,7 +179,9 @@ def build_networks(args: argparse.Namespace, resume: Path | None) -> tuple[Any, 
         torch.manual_seed(args.seed)
         denoiser, scheduler = new_networks(args)
         ema_denoiser = copy.deepcopy(denoiser)
-    prediction_type(scheduler)  # refuses what cannot be trained
+    DDAEConfig(
+        denoiser=plain_config(denoiser), scheduler=plain_config(scheduler), timestep=0
+    )  # refuses what cannot work
     if args.resolution not in (None, denoiser.config.sample_size):
         raise SystemExit(
             f"--resolution is {args.resolution}, but the network's sample_size is {denoiser.config.sample_size}."
@@ -331,6 +345,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     processes = accelerator.num_processes
     optimizer = build_optimizer(args, denoiser, processes)
     denoiser, optimizer, dataloader = accelerator.prepare(denoiser, optimizer, dataloader)
+    if len(dataloader) == 0:
+        raise SystemExit(f"There are fewer images than --train_batch_size x {processes} processes: lower it.")
     epoch_steps = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * epoch_steps
     # accelerate advances the schedule once for every process.
@@ -346,12 +362,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         accelerator.init_trackers("ddae_hf", {k: str(v) for k, v in vars(args).items()})
     progress = tqdm(initial=first, total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
     losses: deque[torch.Tensor] = deque(maxlen=100)
+    images = 0
     started = time.monotonic()
     denoiser.train()
     for index, batch in batches_from(accelerator, dataloader, first, epoch_steps):
         seed_step(args, accelerator, index)
         with accelerator.accumulate(denoiser):
             clean = batch["pixel_values"].to(memory_format=torch.channels_last)
+            images += len(clean) * processes
             loss = denoising_loss(denoiser, scheduler, flip(clean) if args.random_flip else clean).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -374,7 +392,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if step == total_steps:
             break
     progress.close()
-    images = (step - first) * args.train_batch_size * args.gradient_accumulation_steps * processes
     run.finish(denoiser, step, images, time.monotonic() - started, mean(losses))
 
 
@@ -386,8 +403,6 @@ def mean(losses: deque[torch.Tensor]) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
-    if args.seed is None:
-        args.seed = int(np.random.SeedSequence().generate_state(1)[0])
     accelerator = make_accelerator(args)
     train(args, accelerator)
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     folder, python = args.output_dir, sys.executable
     splits = write_digits(folder / "digits")
     checkpoint, classifier = folder / "checkpoint", folder / "classifier"
+    for old in (checkpoint, classifier, folder / "samples"):
+        shutil.rmtree(old, ignore_errors=True)
     steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
     run(
         *(python, "-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate_configs" / "single.yaml"),

@@ -50,6 +50,7 @@ def test_keyword_arguments_take_the_place_of_saved_values_and_are_checked(tmp_pa
     [
         ({"denoiser": {"_class_name": "UNet1DModel"}}, "allowed are UNet2DModel"),
         ({"denoiser": {"_class_name": "UNet2DModel"}}, "no sample_size"),
+        ({"denoiser": plain_config(make_unet(sample_size=9))}, "must be a multiple of 2"),
         ({"scheduler": {"_class_name": "Nothing"}}, "must name a diffusers scheduler"),
         ({"scheduler": {"_class_name": "EDMEulerScheduler"}}, "variance-preserving"),
         ({"scheduler": {"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": True}}, "zero-terminal SNR"),

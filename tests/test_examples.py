@@ -96,6 +96,11 @@ def test_resuming_another_or_a_finished_run_is_refused(trained, digits, tmp_path
         train(digits, tmp_path, *resume, "5")
 
 
+def test_a_fresh_run_does_not_mix_with_an_earlier_one(trained, digits):
+    with pytest.raises(SystemExit, match="holds checkpoints of an earlier run"):
+        train(digits, trained, "--max_train_steps", "1")
+
+
 def test_averaged_weights_follow_the_rule(digits, tmp_path):
     """EMA's decay at step n is min(decay, (1 + n) / (10 + n)), with n counted from 0 after the first step."""
     train(digits, tmp_path, "--max_train_steps", "3", "--checkpointing_steps", "1", "--learning_rate", "0.01")
@@ -117,12 +122,13 @@ def test_old_checkpoints_are_dropped(digits, tmp_path):
     assert {f.name for f in tmp_path.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-3"}
 
 
-def test_gradients_accumulate_to_the_larger_batchs(digits, tmp_path):
+def test_accumulated_batches_are_counted_as_one_step(digits, tmp_path):
+    """An epoch has three batches of 32: one step of two, and one of the one that is left."""
     train(
         digits, tmp_path, "--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--checkpointing_steps", "2"
     )
     results = json.loads((tmp_path / "train_results.json").read_text())
-    assert results["steps"] == 2 and results["images_this_run"] == 128
+    assert results["steps"] == 2 and results["images_this_run"] == 96
 
 
 def test_a_run_can_start_from_a_checkpoint(trained, digits, tmp_path):
@@ -174,9 +180,12 @@ def test_two_processes_train_one_network(digits, tmp_path):
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
         (["--train_data_dir", "nowhere", "--dataset_name", "x"], "Give one of"),
         (["--resolution", "16"], "--resolution is 16, but"),
-        (["--denoiser", '{"sample_size": 8, "class_embed_type": "timestep"}'], "Only unconditional"),
+        (["--denoiser", json.dumps(TINY | {"class_embed_type": "timestep"})], "Only unconditional"),
         (["--scheduler", '{"_class_name": "Nothing"}'], "must name a diffusers scheduler"),
         (["--scheduler", '{"rescale_betas_zero_snr": true}'], "zero-terminal SNR"),
+        (["--denoiser", json.dumps(TINY | {"block_out_chanels": [32]})], "no options ['block_out_chanels']"),
+        (["--denoiser", json.dumps(TINY | {"sample_size": 9})], "must be a multiple of 2"),
+        (["--report_to", "wandb"], "that tracker is not installed"),
         (["--resume_from_checkpoint", "nowhere"], "there is no checkpoint with a training state"),
         (["--init_from", "somewhere"], "leave out --denoiser"),
         (["--train_batch_size", "0"], "must be at least 1"),
@@ -207,6 +216,15 @@ def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
     config.write_text("learning_rate: 1e-3\nlr_warmup_steps: 7\nrandom_flip: true\nema_decay:\n")
     args = pretrain.parse_arguments(["--config", str(config), "--lr_warmup_steps", "9", "--no-random_flip"])
     assert (args.learning_rate, args.lr_warmup_steps, args.random_flip, args.ema_decay) == (1e-3, 9, False, 0.9999)
+    config.write_text("sigmas: [1e-2, 0.05]\nregularisation: 0.1\nmodel_name_or_path: somewhere")
+    args = linear_probe.parse_arguments(["--config", str(config)])
+    assert args.sigmas == [0.01, 0.05] and args.regularisation == [0.1] and args.model_name_or_path == "somewhere"
+    config.write_text("mixed_precision: no")
+    assert pretrain.parse_arguments(["--config", str(config)]).mixed_precision == "no"
+    config.write_text("lr_scheduler: cosin")
+    with pytest.raises(SystemExit):
+        pretrain.parse_arguments(["--config", str(config)])
+    assert "invalid choice: 'cosin'" in capsys.readouterr().err
     config.write_text("learning_speed: 1")
     with pytest.raises(SystemExit):
         pretrain.parse_arguments(["--config", str(config)])
@@ -236,6 +254,9 @@ def test_generated_images_depend_on_their_number_alone(trained, tmp_path):
     assert Image.open(tmp_path / "b" / "grid.png").size == (2 * 65 - 1, 2 * 65 - 1)
     with pytest.raises(SystemExit, match="made with other options"):
         generate.main([*options, "--seed", "5", "--output_dir", str(tmp_path / "b")])
+    with pytest.raises(SystemExit, match="made with other options or weights"):
+        raw = ["--model_name_or_path", str(trained / "raw"), "--num_inference_steps", "2"]
+        generate.main([*raw, "--output_dir", str(tmp_path / "b")])
 
 
 @pytest.fixture(scope="module")

@@ -121,6 +121,8 @@ def test_hidden_states_by_name_index_or_all(images):
         ({"output_hidden_states": ["up_blocks.3.resnets.0"]}, "There is no layer"),
         ({"noise": torch.zeros(1, 3, 8, 8)}, "noise has shape"),
         ({"class_labels": torch.tensor([0, 1])}, "unconditional"),
+        ({"labels": torch.tensor([0, 4])}, "allowed are 0 to 3"),
+        ({"labels": torch.tensor([-1, 3])}, "allowed are 0 to 3"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
@@ -137,6 +139,8 @@ def test_a_conditional_denoiser_takes_its_null_class_or_labels(images):
     null = model(images, class_labels=torch.full((5,), 10)).pooler_output
     assert torch.equal(model(images).pooler_output, null)
     assert not torch.equal(model(images, class_labels=torch.arange(5)).pooler_output, null)
+    with pytest.raises(ValueError, match="class_labels are 0 to 11: allowed are 0 to 10"):
+        model(images, class_labels=torch.tensor([0, 1, 2, 3, 11]))
 
 
 def test_loss_is_cross_entropy_of_classes_or_probabilities(images):
@@ -148,6 +152,8 @@ def test_loss_is_cross_entropy_of_classes_or_probabilities(images):
     torch.testing.assert_close(
         make_model()(images, labels=soft).loss, -(soft * outputs.logits.log_softmax(-1)).sum(-1).mean()
     )
+    halved = make_model()(images, labels=soft, num_items_in_batch=10).loss  # as Trainer does when it accumulates
+    torch.testing.assert_close(2 * halved, make_model()(images, labels=soft).loss)
     loss, logits = model(images, labels=labels, return_dict=False)
     assert torch.equal(loss, outputs.loss) and torch.equal(logits, outputs.logits)
 

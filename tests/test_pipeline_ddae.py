@@ -12,7 +12,9 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -123,6 +125,22 @@ def test_class_labels_reach_a_conditional_denoiser():
         conditional(2, class_labels=[1, 2, 3])
 
 
+def test_what_another_schedule_or_label_would_do_is_refused(unet):
+    for other in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(ValueError, match="not a variance-preserving scheduler"):
+            DDAEPipeline(unet, other)()
+    conditional = DDAEPipeline(make_unet(num_class_embeds=5), DDPMScheduler())
+    with pytest.raises(ValueError, match="class_labels are 5 to 5: allowed are 0 to 4"):
+        conditional(class_labels=5)
+
+
+def test_a_subfolder_opens_as_what_it_is(scheduler, tmp_path):
+    DDAEPipeline(make_unet(seed=0), scheduler).save_pretrained(tmp_path)
+    DDAEPipeline(make_unet(seed=1), scheduler).save_pretrained(tmp_path / "raw")
+    raw = DDAEPipeline.from_pretrained(tmp_path, subfolder="raw").denoiser
+    assert torch.equal(raw.conv_in.weight, make_unet(seed=1).conv_in.weight)
+
+
 def test_other_denoisers_are_refused(scheduler):
     with pytest.raises(ValueError, match="allowed are UNet2DModel"):
         DDAEPipeline(torch.nn.Linear(1, 1), scheduler)
@@ -151,8 +169,11 @@ def test_a_classifier_samples_what_its_generator_does(pipeline, tmp_path):
     opened = DDAEPipeline.from_pretrained(tmp_path / "probe")
     np.testing.assert_array_equal(sample(opened), sample(pipeline))
     assert opened._fine_tuned_from is None
-    half = DDAEPipeline.from_pretrained(tmp_path / "probe", dtype=torch.bfloat16)
-    assert half._fine_tuned_from is None and half.denoiser.dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):
+        half = DDAEPipeline.from_pretrained(tmp_path / "probe", dtype=dtype)
+        assert half._fine_tuned_from is None and half.denoiser.dtype == dtype
+    with pytest.raises(ValueError, match=r"\['custom_pipeline'\] cannot be given"):
+        DDAEPipeline.from_pretrained(tmp_path / "probe", custom_pipeline="other")
 
 
 def test_sampling_from_a_fine_tuned_classifier_warns(pipeline, tmp_path):
