@@ -8,7 +8,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ddae_hf" / "__init__.py").read_text(encoding="utf-8"))[1]
 EXAMPLES = [
-    "accelerate>=1.12",
+    "accelerate>=1.15",
     "datasets>=4.8",
     "matplotlib>=3.9",
     "pyyaml>=6.0.2",
@@ -32,7 +32,7 @@ setup(
         "diffusers>=0.40",
         "transformers>=5.17",
         "huggingface-hub>=1.33",
-        "accelerate>=1.12",
+        "accelerate>=1.15",
         "safetensors>=0.8",
         "numpy>=2.0.2",
         "pillow>=11.0",

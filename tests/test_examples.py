@@ -11,6 +11,7 @@ import generate
 import linear_probe
 import numpy as np
 import pretrain
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -206,7 +207,7 @@ def test_an_unreadable_or_empty_data_set_is_refused(tmp_path):
     Dataset.from_dict(broken, Features({"image": ImageFeature()})).to_parquet(tmp_path / "broken.parquet")
     with pytest.raises(SystemExit, match="cannot be read"):
         train(tmp_path / "broken.parquet", tmp_path / "out")
-    Dataset.from_dict({"image": []}, Features({"image": ImageFeature()})).to_parquet(tmp_path / "empty.parquet")
+    pq.write_table(Features({"image": ImageFeature()}).arrow_schema.empty_table(), tmp_path / "empty.parquet")
     with pytest.raises(SystemExit, match="empty|cannot be read"):
         train(tmp_path / "empty.parquet", tmp_path / "out")
 
