@@ -1,10 +1,10 @@
 """Checkpoints: which layout a folder or Hub repository has, and how its parts map to a denoiser and a scheduler.
 
 - `transformers`: `config.json` (`model_type: ddae`) and `model.safetensors`, as our models save themselves.
-- `pipeline`: `model_index.json`, `unet/` and `scheduler/`, as `DDAEPipeline` and diffusers save.
+- `pipeline`: `model_index.json`, `unet/` or `transformer/`, and `scheduler/`, as `DDAEPipeline` and diffusers save.
 - `flat`: `model_index.json`, `config.json`, `scheduler_config.json` and weights side by side, as in
   `google/ddpm-cifar10-32`.
-- `model`: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` saves.
+- `model`: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` or DiT's saves.
 
 Only safetensors weights are read: nothing is unpickled.
 """
@@ -24,7 +24,7 @@ from safetensors import safe_open
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 # Denoisers whose hidden states can be read, and the component that holds one in a diffusers pipeline.
-COMPONENTS = {"UNet2DModel": "unet"}
+COMPONENTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
 # The arguments of `from_pretrained` that say where files are.
 HUB_ARGUMENTS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
@@ -53,6 +53,15 @@ def build_denoiser(config: dict[str, Any]) -> Any:
     """Build a randomly initialised denoiser from its diffusers config (with `_class_name`)."""
     check_denoiser_class(config.get("_class_name"))
     return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def computed_buffers(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return a denoiser's buffers that are computed from its config and that no checkpoint holds, on the CPU."""
+    if config["_class_name"] != "DiTTransformer2DModel":
+        return {}
+    with torch.device("cpu"):
+        # A DiT's positions do not depend on its blocks.
+        return {"pos_embed.pos_embed": build_denoiser({**config, "num_layers": 0}).pos_embed.pos_embed}
 
 
 def build_scheduler(config: dict[str, Any]) -> Any:
@@ -84,7 +93,7 @@ class Checkpoint:
 
     path: str
     layout: Literal["transformers", "pipeline", "flat", "model"]
-    config: dict[str, Any]  # the transformers config, in that layout only
+    config: dict[str, Any]  # what is known of a DDAEConfig beside the denoiser and the scheduler
     denoiser: dict[str, Any]
     scheduler: dict[str, Any] | None
     hub: dict[str, Any] = field(default_factory=dict)
@@ -225,4 +234,5 @@ def _read_pipeline(
         raise ValueError(f"{where} is incomplete: {missing} is missing.")
     denoiser = {**plain_config(denoiser), "_class_name": classes[networks[0]]}
     scheduler = {**plain_config(scheduler), "_class_name": classes.get("scheduler", scheduler.get("_class_name"))}
-    return Checkpoint(path, layout, {}, denoiser, scheduler, hub)
+    known = {} if index.get("null_class") is None else {"null_class": index["null_class"]}
+    return Checkpoint(path, layout, known, denoiser, scheduler, hub)

@@ -19,8 +19,9 @@ from .checkpoints import (
     plain_config,
     read_checkpoint,
 )
+from .conditioning import num_labels
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size
-from .noise import check_sigma, prediction_type, timestep_to_sigma
+from .noise import check_sigma, check_time_embedding, prediction_type, timestep_to_sigma
 
 # The network and the schedule of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
 DEFAULT_DENOISER: dict[str, Any] = {
@@ -55,7 +56,7 @@ class DDAEConfig(PreTrainedConfig):
         feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters.
         noise_seed: Seed of the fixed noise used in evaluation.
         num_noise_samples: Draws of noise that features are averaged over.
-        null_class: The label that stands for no label in a class-conditional denoiser.
+        null_class: The label that stands for none in a class-conditional U-Net; a DiT's is its last.
         generator_fingerprint: `checkpoints.fingerprint` of the pretrained denoiser; set when one is opened.
         **kwargs: transformers' own, such as `num_labels`, `id2label` and `label2id`.
 
@@ -83,11 +84,11 @@ class DDAEConfig(PreTrainedConfig):
         self.denoiser = plain_config(self.denoiser)
         self.scheduler = plain_config(self.scheduler)
         self._check_choices()
-        side = self.denoiser.get("sample_size")
-        if side is None:
-            raise ValueError("The denoiser's config has no sample_size: set it to the side of its images in pixels.")
+        denoiser = _skeleton(json.dumps(self.denoiser, sort_keys=True))
+        self._check_network(denoiser)
         scheduler = build_scheduler(self.scheduler)
         prediction_type(scheduler)
+        check_time_embedding(denoiser.config, scheduler)
         if timestep is not None and self.sigma is not None:
             raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
         if timestep is not None:
@@ -95,14 +96,6 @@ class DDAEConfig(PreTrainedConfig):
         elif self.sigma is None:
             self.sigma = 0.05
         check_sigma(scheduler, self.sigma)
-        denoiser = _skeleton(json.dumps(self.denoiser, sort_keys=True))
-        factor = 2 ** (len(denoiser.down_blocks) - 1)
-        if any(side % factor for side in self.image_size):
-            raise ValueError(
-                f"sample_size is {side}: with {len(denoiser.down_blocks)} levels, each half the size of the one "
-                f"before, it must "
-                f"be a multiple of {factor}."
-            )
         if self.layer is None:
             self.layer = default_layer(denoiser)
         check_layers(denoiser, [self.layer])
@@ -116,9 +109,24 @@ class DDAEConfig(PreTrainedConfig):
             raise ValueError(f"num_noise_samples is {self.num_noise_samples}: it must be at least 1.")
         if self.noise_seed < 0:
             raise ValueError(f"noise_seed is {self.noise_seed}: it must not be negative.")
-        classes = self.denoiser.get("num_class_embeds")
-        if self.null_class is not None and not (classes and 0 <= self.null_class < classes):
-            has = f"its labels are 0 to {classes - 1}" if classes else "it takes no labels"
+
+    def _check_network(self, denoiser: Any) -> None:
+        """Complete the denoiser's config with the shape of its images, and refuse shapes and labels that cannot be."""
+        for name in ("sample_size", "in_channels"):
+            self.denoiser.setdefault(name, denoiser.config[name])
+        side = self.denoiser["sample_size"]
+        if side is None:
+            raise ValueError("The denoiser's config has no sample_size: set it to the side of its images in pixels.")
+        if hasattr(denoiser, "down_blocks"):
+            factor = 2 ** (len(denoiser.down_blocks) - 1)
+            reason = f"with {len(denoiser.down_blocks)} levels, each half the size of the one before"
+        else:
+            factor, reason = denoiser.config.patch_size, f"with patches of {denoiser.config.patch_size} pixels"
+        if any(side % factor for side in self.image_size):
+            raise ValueError(f"sample_size is {side}: {reason}, it must be a multiple of {factor}.")
+        count = num_labels(denoiser.config)
+        if self.null_class is not None and not 0 <= self.null_class < count:
+            has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
             raise ValueError(f"null_class is {self.null_class}, but of this denoiser {has}.")
 
     @property
@@ -130,7 +138,7 @@ class DDAEConfig(PreTrainedConfig):
     @property
     def num_channels(self) -> int:
         """Number of channels of the denoiser's images."""
-        return self.denoiser.get("in_channels", 3)
+        return self.denoiser["in_channels"]
 
     @property
     def hidden_size(self) -> int:
@@ -155,7 +163,7 @@ class DDAEConfig(PreTrainedConfig):
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
         if checkpoint.layout == "transformers":
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        config_dict = {"denoiser": checkpoint.denoiser}
+        config_dict = {**checkpoint.config, "denoiser": checkpoint.denoiser}
         if checkpoint.scheduler is not None:
             config_dict["scheduler"] = checkpoint.scheduler
         return config_dict, {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}

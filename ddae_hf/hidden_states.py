@@ -1,7 +1,8 @@
 """Hidden states of a denoiser: naming its layers, reading them, stopping after the deepest one asked for.
 
-A tap is the output of a residual block, or of the attention that follows it: the paper's `out_k` is the k-th decoder
-tap. Layers are named by their dotted path in `named_modules()`.
+In a U-Net a tap is the output of a residual block, or of the attention that follows it: the paper's `out_k` is the k-th
+decoder tap. In a DiT it is the output of a transformer block. Layers are named by their dotted path in
+`named_modules()`.
 
 Two ways of stopping early give bit-equal results:
 
@@ -31,7 +32,10 @@ def layer_names(denoiser: Any) -> list[str]:
     """Return the name of every tap, in the order in which the network computes them.
 
     For `UNet2DModel`: encoder (`down_blocks.0.resnets.0`, ...), `mid_block`, decoder (`up_blocks.0.attentions.0`, ...).
+    For `DiTTransformer2DModel`: `transformer_blocks.0`, ...
     """
+    if _is_transformer(denoiser):
+        return decoder_layer_names(denoiser)
     names = [f"down_blocks.{i}.{tap}" for i, block in enumerate(denoiser.down_blocks) for tap in _taps(block)]
     if denoiser.mid_block is not None:
         names.append("mid_block")
@@ -39,14 +43,23 @@ def layer_names(denoiser: Any) -> list[str]:
 
 
 def decoder_layer_names(denoiser: Any) -> list[str]:
-    """Return the names of the decoder's taps: the paper's `out_1`, `out_2`, ..."""
+    """Return the names of the decoder's taps, the paper's `out_1`, `out_2`, ...; of a DiT, which has none, all taps."""
+    if _is_transformer(denoiser):
+        return [f"transformer_blocks.{k}" for k in range(len(denoiser.transformer_blocks))]
     return [f"up_blocks.{i}.{tap}" for i, block in enumerate(denoiser.up_blocks) for tap in _taps(block)]
 
 
 def default_layer(denoiser: Any) -> str:
-    """Return the decoder's middle tap, where the paper finds the best features (`out_6` of 12, `out_7` of 15)."""
+    """Return the middle tap of the decoder or the DiT.
+
+    There the paper finds the best features: `out_6` of 12, `out_7` of 15, block 13 (from 0) of 28.
+    """
     decoder = decoder_layer_names(denoiser)
     return decoder[max(0, len(decoder) // 2 - 1)]
+
+
+def _is_transformer(denoiser: Any) -> bool:
+    return hasattr(denoiser, "transformer_blocks")
 
 
 def _taps(block: Any) -> list[str]:
@@ -72,6 +85,8 @@ def check_layers(denoiser: Any, layers: Sequence[str]) -> None:
 def hidden_size(denoiser: Any, layer: str) -> int:
     """Return the number of channels of a layer's hidden state."""
     check_layers(denoiser, [layer])
+    if _is_transformer(denoiser):
+        return denoiser.inner_dim
     if layer == "mid_block":
         return denoiser.mid_block.resnets[-1].out_channels
     side, i, _, j = layer.split(".")
@@ -90,15 +105,15 @@ def collect_hidden_states(
     """Run the denoiser and return its hidden states.
 
     Args:
-        denoiser: A `UNet2DModel`.
+        denoiser: A `UNet2DModel` or `DiTTransformer2DModel`.
         sample: The denoiser's input (B, C, H, W), as `add_noise` makes it.
         timestep: What the denoiser is fed, (B,).
         layers: Names out of `layer_names(denoiser)`.
-        stop_early: Whether to compute nothing after the deepest of `layers`.
+        stop_early: Whether to compute nothing after the deepest of `layers` (but a DiT's small output layer).
         **kwargs: Further arguments of the denoiser's forward, such as `class_labels`.
 
     Returns:
-        Raw activations (B, C, H, W) by layer name, in the order of `layers`.
+        Raw activations, (B, C, H, W) or a DiT's (B, N, C), by layer name, in the order of `layers`.
 
     Raises:
         ValueError: A name that is no layer; the message gives the nearest ones.
@@ -152,11 +167,17 @@ def _identity(hidden: Tensor) -> Tensor:
 
 def _can_be_cut(denoiser: Any) -> bool:
     """Whether every block is a plain walk, and no instance has a forward of its own (as accelerate's hooks give it)."""
+    if _is_transformer(denoiser):
+        return not _has_own_forward(denoiser)
     blocks = [*denoiser.down_blocks, *denoiser.up_blocks]
     if denoiser.mid_block is not None:
         blocks.append(denoiser.mid_block)
     plain = all(type(block).__name__ in _WALKS for block in blocks)
-    return plain and not any("forward" in vars(m) or m._forward_hooks for m in [denoiser, *blocks])
+    return plain and not any(_has_own_forward(module) for module in [denoiser, *blocks])
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return "forward" in vars(module) or bool(module._forward_hooks)
 
 
 def _cut_block(block: Any, prefix: str, layers: Sequence[str], found: dict[str, Tensor], stop: int | None) -> Any:
@@ -180,6 +201,12 @@ def _collect_by_cutting(
     """Run the denoiser's forward on a view whose block lists end at the deepest layer."""
     found: dict[str, Tensor] = {}
     last = _deepest(denoiser, layers)
+    if _is_transformer(denoiser):
+        blocks = list(denoiser.transformer_blocks)[: int(last.rpartition(".")[2]) + 1]
+        names = [f"transformer_blocks.{k}" for k in range(len(blocks))]
+        recorded = [_Recorder(b, n, found) if n in layers else b for b, n in zip(blocks, names, strict=True)]
+        _Cut(denoiser, {"transformer_blocks": recorded})(sample, timestep, return_dict=False, **kwargs)
+        return found
     side, _, rest = last.partition(".")
     block, _, tap = rest.partition(".")
     depth = int(block) if block else 0

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from .checkpoints import HUB_ARGUMENTS, build_denoiser, build_scheduler, fingerprint, read_checkpoint
+from .checkpoints import HUB_ARGUMENTS, build_denoiser, build_scheduler, computed_buffers, fingerprint, read_checkpoint
+from .conditioning import check_label_range, class_conditioning
 from .configuration_ddae import DDAEConfig
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
 from .noise import add_noise, check_sigma, fed_timestep, sigma_range, timestep_to_sigma
@@ -36,6 +37,9 @@ class DDAEPreTrainedModel(PreTrainedModel):
         """Initialise what a checkpoint did not bring. transformers' own rule would re-draw the denoiser."""
         if isinstance(module, DDAEModel):
             init.copy_(module.fixed_noise, module.draw_fixed_noise())
+            # What no checkpoint holds, such as a DiT's positions, comes without values from the meta device.
+            for key, values in computed_buffers(module.config.denoiser).items():
+                init.copy_(module.denoiser.get_buffer(key), values)
         elif isinstance(module, nn.BatchNorm1d):
             for buffer, initialise in (("running_mean", init.zeros_), ("running_var", init.ones_)):
                 initialise(module.get_buffer(buffer))
@@ -164,21 +168,6 @@ class DDAEModel(DDAEPreTrainedModel):
             return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(pixel_values.device)
         return self.fixed_noise[:, None].to(pixel_values.device).expand(shape)
 
-    def _conditioning(self, class_labels: Tensor | None, batch_size: int, device: Any) -> dict[str, Any]:
-        if self.denoiser.class_embedding is None:
-            if class_labels is not None:
-                raise ValueError("class_labels came, but this denoiser is unconditional: leave them out.")
-            return {}
-        if class_labels is None:
-            if self.config.null_class is None:
-                raise ValueError(
-                    "This denoiser is class-conditional: pass class_labels, or set the config's null_class."
-                )
-            class_labels = torch.full((batch_size,), self.config.null_class, device=device)
-        elif self.denoiser.config.num_class_embeds:
-            _check_range("class_labels", class_labels, self.denoiser.config.num_class_embeds)
-        return {"class_labels": class_labels}
-
     def _layers_to_return(self, output_hidden_states: bool | list[str | int] | None) -> list[str]:
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -210,7 +199,7 @@ class DDAEModel(DDAEPreTrainedModel):
             pixel_values: Images (B, C, H, W) in [-1, 1].
             sigma: Noise level, scalar or (B,); by default `config.sigma`.
             timestep: The noise level as the denoiser is fed it, in place of `sigma`.
-            class_labels: Labels (B,) of a class-conditional denoiser; by default `config.null_class`.
+            class_labels: Labels (B,) of a class-conditional denoiser; by default its null class.
             noise: Standard-normal noise to add, (B, C, H, W) or several draws of it, (draws, B, C, H, W).
             generator: Generator of fresh noise. Without `noise` and `generator`, evaluation adds the fixed noise and
                 training draws.
@@ -233,7 +222,8 @@ class DDAEModel(DDAEPreTrainedModel):
         draws = self._noise_draws(pixel_values, noise, generator)
         count, batch_size = draws.shape[:2]
         level = _repeat(self._level(sigma, timestep), count)
-        conditioning = self._conditioning(class_labels, batch_size, pixel_values.device)
+        device, null_class = pixel_values.device, self.config.null_class
+        conditioning = class_conditioning(self.denoiser, class_labels, batch_size, device, null_class)
         noisy, fed = add_noise(self.scheduler, _repeat(pixel_values.float(), count), draws.flatten(0, 1), level)
         layers = list(dict.fromkeys([*wanted, self.config.layer]))
         found = collect_hidden_states(
@@ -257,14 +247,6 @@ class DDAEModel(DDAEPreTrainedModel):
 def _repeat(values: Tensor, count: int) -> Tensor:
     """Repeat a batch `count` times; what holds for the whole batch stays as it is."""
     return values.repeat(count, *[1] * (values.ndim - 1)) if values.ndim else values
-
-
-def _check_range(name: str, labels: Tensor, count: int) -> None:
-    """Refuse labels outside 0 to count - 1, where they can be read without waiting for a device or breaking a graph."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
-        return
-    if labels.min() < 0 or labels.max() >= count:
-        raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
 
 
 class DDAEForImageClassification(DDAEPreTrainedModel):
@@ -342,5 +324,5 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             total = F.cross_entropy(logits.float(), labels.float(), reduction="sum")
             return total / (len(labels) if count is None else count)
         if not labels.is_floating_point():
-            _check_range("labels", labels[labels != -100], self.num_labels)
+            check_label_range("labels", labels[labels != -100], self.num_labels)
         return self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

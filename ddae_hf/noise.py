@@ -1,11 +1,24 @@
-"""Noise levels: one unit for every framework, and the network input that belongs to a level.
+"""Noise levels: one unit for every framework, and the network's input and target that belong to a level.
 
 Symbols, for clean images `x` in [-1, 1] and standard-normal `n`, both (B, C, H, W):
 
 - `sigma`: standard deviation of the noise on unit-scale images, `x + sigma * n` (Karras et al. 2022, arXiv 2206.00364).
-- `abar_t`: `scheduler.alphas_cumprod[t]`; a variance-preserving (VP) network sees
-  `sqrt(abar_t) * x + sqrt(1 - abar_t) * n`, so that `sigma_t = sqrt((1 - abar_t) / abar_t)` (Ho et al. 2020).
-- `timestep`: what the denoiser is fed; for VP the 0-based index `t` into the schedule.
+- `timestep`: what the denoiser is fed.
+
+Every family of schedulers is linear: the network sees `a * x + b * n` and should answer `c * x + d * n`.
+
+- Variance-preserving (VP; Ho et al. 2020, arXiv 2006.11239), with `abar_t = scheduler.alphas_cumprod[t]`:
+  `sigma_t = sqrt((1 - abar_t) / abar_t)`, `a = sqrt(abar_t)`, `b = sqrt(1 - abar_t)`; the timestep is the 0-based index
+  `t`. The target is the noise (c, d = 0, 1), the image (1, 0), or the velocity (-b, a) of Salimans and Ho 2022
+  (arXiv 2202.00512).
+- EDM (Karras et al. 2022, table 1): the denoised image is `c_skip * (x + sigma * n) + c_out * output`, the input is
+  `c_in * (x + sigma * n)`, the timestep is `c_noise = log(sigma) / 4`. With `r = sqrt(sigma^2 + sigma_data^2)`:
+  `c_in = 1 / r`, `c_skip = sigma_data^2 / r^2`, `c_out = sigma * sigma_data / r`. The output for which the denoised
+  image is `x` is `x * sigma / (sigma_data * r) - n * sigma_data / r`, and the paper's loss weight,
+  `1 / c_out^2`, makes the error of the image the plain error of the output.
+- Flow matching (rectified flow; Liu et al. 2022, arXiv 2209.03003; Lipman et al. 2022, arXiv 2210.02747): at time `s`
+  the network sees `(1 - s) * x + s * n` and should answer `n - x`; `sigma = s / (1 - s)`, the timestep is
+  `s * num_train_timesteps`.
 
 This is the only module that knows which family a scheduler belongs to.
 """
@@ -19,114 +32,240 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def _alphas_cumprod(scheduler: Any) -> Tensor:
-    """Return `abar` (T,) of a VP scheduler, or refuse the scheduler."""
-    abar = getattr(scheduler, "alphas_cumprod", None)
-    if abar is None:
-        raise ValueError(
-            f"{type(scheduler).__name__} is not a variance-preserving scheduler (it has no `alphas_cumprod`). "
-            "Supported are DDPMScheduler, DDIMScheduler and the other diffusers schedulers that carry `alphas_cumprod`."
-        )
-    return abar
+_EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
-def _sigmas(scheduler: Any) -> Tensor:
-    """Return the schedule's levels (T,), ascending, float32; infinite where the signal is gone (zero-terminal SNR)."""
-    abar = _alphas_cumprod(scheduler).double()
-    # Some schedulers store exactly 2**-24 in place of zero, to keep their own samplers finite.
-    abar = torch.where(abar == 2.0**-24, 0.0, abar)
-    return ((1 - abar) / abar).sqrt().float()
+class _VariancePreserving:
+    """The noise levels of schedulers that have `alphas_cumprod`."""
+
+    predictions = ("epsilon", "sample", "v_prediction")
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The levels (T,), ascending, float32; infinite where the signal is gone (zero-terminal SNR)."""
+        abar = self.scheduler.alphas_cumprod.double()
+        # Some schedulers store exactly 2**-24 in place of zero, to keep their own samplers finite.
+        abar = torch.where(abar == 2.0**-24, 0.0, abar)
+        return ((1 - abar) / abar).sqrt().float()
+
+    def sigma_range(self) -> tuple[float, float]:
+        sigmas = self.sigmas
+        return sigmas[0].item(), sigmas[-1].item()
+
+    def timestep_range(self) -> tuple[float, float]:
+        return 0, len(self.scheduler.alphas_cumprod) - 1
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Interpolate log sigma linearly between whole timesteps."""
+        sigmas = self.sigmas.to(t.device)
+        last = len(sigmas) - 1
+        low = t.detach().floor().clamp(0, last).nan_to_num().long()
+        start, stop = sigmas.take(low), sigmas.take((low + 1).clamp(max=last))
+        fraction = t - low
+        between = torch.exp(torch.lerp(start.double().log(), stop.double().log(), fraction.double())).float()
+        sigma = torch.where(fraction == 0, start, between)
+        return torch.where((t >= 0) & (t <= last), sigma, torch.nan)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        sigmas = self.sigmas.to(sigma.device)
+        last = len(sigmas) - 1
+        low = (torch.searchsorted(sigmas, sigma.detach().contiguous(), right=True) - 1).clamp(0, max(last - 1, 0))
+        high = (low + 1).clamp(max=last)
+        start, stop = sigmas.take(low).double().log(), sigmas.take(high).double().log()
+        fraction = torch.where(sigma == sigmas.take(low), 0.0, (sigma.double().log() - start) / (stop - start))
+        fraction = torch.where(sigma == sigmas.take(high), 1.0, fraction) * (high > low)
+        timestep = (low + fraction).float()
+        return torch.where((sigma >= sigmas[0]) & (sigma <= sigmas[-1]), timestep, torch.nan)
+
+    def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        # Exact at both ends, sigma 0 and infinity.
+        return torch.rsqrt(1 + sigma.square()), torch.rsqrt(1 + sigma.square().reciprocal())
+
+    def target_shares(self, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+        a, b = self.input_shares(sigma)
+        zero, one = torch.zeros_like(a), torch.ones_like(a)
+        return {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-b, a)}[prediction]
+
+    def draw(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
+        """Draw timesteps uniformly over the schedule (Ho et al. 2020)."""
+        sigmas = self.sigmas.to(device)
+        return sigmas[torch.randint(len(sigmas), shape, device=device, generator=generator)]
+
+
+class _Karras:
+    """The noise levels of EDM; `sigma_min` and `sigma_max` bound sampling, not training."""
+
+    predictions = ("epsilon", "v_prediction")
+
+    def __init__(self, scheduler: Any):
+        self.config = scheduler.config
+
+    def sigma_range(self) -> tuple[float, float]:
+        return self.config.sigma_min, self.config.sigma_max
+
+    def timestep_range(self) -> tuple[float, float]:
+        return math.log(self.config.sigma_min) / 4, math.log(self.config.sigma_max) / 4
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.exp(4 * t.double()).float()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return (sigma.double().log() / 4).float()
+
+    def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        r = (sigma.square() + self.config.sigma_data**2).sqrt()
+        return 1 / r, sigma / r
+
+    def target_shares(self, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+        spread = self.config.sigma_data
+        r = (sigma.square() + spread**2).sqrt()
+        # diffusers' v_prediction answers with the opposite sign.
+        sign = -1 if prediction == "v_prediction" else 1
+        return sign * sigma / (spread * r), -sign * spread / r
+
+    def draw(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
+        """Draw log-normally, with the mean -1.2 and the deviation 1.2 of Karras et al. 2022."""
+        return _log_normal((-1.2, 1.2), shape, device, generator)
+
+
+class _Flow:
+    """The noise levels of flow matching: time s in [0, 1], from the image to pure noise."""
+
+    predictions = ("velocity",)
+
+    def __init__(self, scheduler: Any):
+        self.steps = scheduler.config.num_train_timesteps
+
+    def sigma_range(self) -> tuple[float, float]:
+        return 0.0, math.inf
+
+    def timestep_range(self) -> tuple[float, float]:
+        return 0, self.steps
+
+    def sigma(self, t: Tensor) -> Tensor:
+        s = t.double() / self.steps
+        return torch.where((s >= 0) & (s <= 1), s / (1 - s), torch.nan).float()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return torch.where(sigma >= 0, self.steps / (1 + sigma.double().reciprocal()), torch.nan).float()
+
+    def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 / (1 + sigma), 1 / (1 + 1 / sigma)
+
+    def target_shares(self, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+        one = torch.ones_like(sigma)
+        return -one, one
+
+    def draw(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
+        """Draw times uniformly."""
+        s = torch.rand(shape, device=device, generator=generator)
+        return s / (1 - s)
+
+
+def _family(scheduler: Any) -> _VariancePreserving | _Karras | _Flow:
+    """Return the scheduler's family, or refuse the scheduler."""
+    name = type(scheduler).__name__
+    config = getattr(scheduler, "config", {})
+    if name in _EDM:
+        return _Karras(scheduler)
+    if name in _FLOW and not config.get("invert_sigmas"):
+        return _Flow(scheduler)
+    if getattr(scheduler, "alphas_cumprod", None) is not None and not config.get("use_flow_sigmas"):
+        return _VariancePreserving(scheduler)
+    raise ValueError(
+        f"{name} is not supported{' with these options' if name in _FLOW or config.get('use_flow_sigmas') else ''}: "
+        "allowed are DDPMScheduler, DDIMScheduler and the other variance-preserving schedulers of diffusers (with "
+        f"`alphas_cumprod`), EDM's ({', '.join(_EDM)}) and flow matching's ({', '.join(_FLOW)})."
+    )
+
+
+def family(scheduler: Any) -> str:
+    """Return the framework that a scheduler belongs to: `"ddpm"`, `"edm"` or `"flow"`.
+
+    Networks trained in one framework can be sampled by every scheduler of it, and by no other.
+
+    Raises:
+        ValueError: A scheduler of no framework that is supported.
+    """
+    return {_VariancePreserving: "ddpm", _Karras: "edm", _Flow: "flow"}[type(_family(scheduler))]
 
 
 def sigma_range(scheduler: Any) -> tuple[float, float]:
-    """Return the smallest and the largest noise level that a denoiser under `scheduler` is trained at."""
-    sigmas = _sigmas(scheduler)
-    return sigmas[0].item(), sigmas[-1].item()
+    """Return the smallest and the largest noise level of a scheduler: 0 and infinity for flow matching."""
+    return _family(scheduler).sigma_range()
 
 
 def timestep_to_sigma(scheduler: Any, timestep: float | Tensor) -> Tensor:
     """Convert what the denoiser is fed into a noise level.
 
     Args:
-        scheduler: A diffusers VP scheduler.
-        timestep: Scalar or (B,), 0-based, in [0, T - 1]; between integers log sigma is interpolated linearly.
+        scheduler: A diffusers scheduler.
+        timestep: Scalar or (B,). VP: 0-based, in [0, T - 1]; between integers log sigma is interpolated linearly. EDM:
+            log(sigma) / 4. Flow matching: time * `num_train_timesteps`.
 
     Returns:
         `sigma`, float32, of the shape of `timestep`; NaN where a tensor's timestep is outside the schedule.
 
     Raises:
-        ValueError: A Python scalar outside the schedule, or a scheduler that is not variance-preserving.
+        ValueError: A Python scalar outside the schedule, or a scheduler that is not supported.
     """
-    sigmas = _sigmas(scheduler)
-    last = len(sigmas) - 1
-    if not isinstance(timestep, Tensor) and not 0 <= timestep <= last:
-        raise ValueError(f"timestep {timestep} is outside the schedule: allowed are 0 to {last} (0-based).")
-    t = torch.as_tensor(timestep, dtype=torch.float32)
-    sigmas = sigmas.to(t.device)
-    low = t.detach().floor().clamp(0, last).nan_to_num().long()
-    high = (low + 1).clamp(max=last)
-    fraction = t - low
-    between = torch.exp(
-        torch.lerp(sigmas.take(low).double().log(), sigmas.take(high).double().log(), fraction.double())
-    ).float()
-    sigma = torch.where(fraction == 0, sigmas.take(low), between)
-    return torch.where((t >= 0) & (t <= last), sigma, torch.nan)
+    group = _family(scheduler)
+    if not isinstance(timestep, Tensor):
+        low, high = group.timestep_range()
+        if not _inside(timestep, low, high):
+            raise ValueError(
+                f"timestep {timestep} is outside the schedule: allowed are {low:.5g} to {high:.5g} (as the network is "
+                "fed it; counted from 0)."
+            )
+    return group.sigma(torch.as_tensor(timestep, dtype=torch.float32))
 
 
 def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
     """Convert a noise level into what the denoiser is fed; the inverse of `timestep_to_sigma`.
 
     Args:
-        scheduler: A diffusers VP scheduler.
+        scheduler: A diffusers scheduler.
         sigma: Scalar or (B,), within `sigma_range(scheduler)`; infinite means pure noise.
 
     Returns:
-        `timestep`, float32, of the shape of `sigma`; NaN where a tensor's sigma is outside the schedule.
+        `timestep`, float32, of the shape of `sigma`. NaN where a tensor's sigma is outside the schedule; for EDM, whose
+        training draws levels beyond those of sampling, where it is negative.
 
     Raises:
-        ValueError: A Python scalar outside the schedule, or a scheduler that is not variance-preserving.
+        ValueError: A Python scalar outside the schedule, or a scheduler that is not supported.
     """
-    sigmas = _sigmas(scheduler)
+    group = _family(scheduler)
     if not isinstance(sigma, Tensor):
         check_sigma(scheduler, sigma)
         # A float written with a few digits may miss the schedule's float32 ends by rounding.
-        sigma = min(max(float(sigma), sigmas[0].item()), sigmas[-1].item())
-    s = torch.as_tensor(sigma, dtype=torch.float32)
-    sigmas = sigmas.to(s.device)
-    last = len(sigmas) - 1
-    low = (torch.searchsorted(sigmas, s.detach().contiguous(), right=True) - 1).clamp(0, max(last - 1, 0))
-    high = (low + 1).clamp(max=last)
-    start, stop = sigmas.take(low).double().log(), sigmas.take(high).double().log()
-    fraction = torch.where(s == sigmas.take(low), 0.0, (s.double().log() - start) / (stop - start))
-    fraction = torch.where(s == sigmas.take(high), 1.0, fraction) * (high > low)
-    timestep = (low + fraction).float()
-    return torch.where((s >= sigmas[0]) & (s <= sigmas[-1]), timestep, torch.nan)
+        low, high = group.sigma_range()
+        sigma = min(max(float(sigma), low), high)
+    return group.timestep(torch.as_tensor(sigma, dtype=torch.float32))
+
+
+def _inside(value: float, low: float, high: float) -> bool:
+    """Whether a number is in the range, to five digits."""
+    return low <= value <= high or any(math.isclose(value, end, rel_tol=1e-5) for end in (low, high))
 
 
 def check_sigma(scheduler: Any, sigma: float) -> None:
     """Raise `ValueError` unless the Python scalar `sigma` is a level of the schedule (to five digits)."""
     low, high = sigma_range(scheduler)
-    inside = low <= sigma <= high or math.isclose(sigma, low, rel_tol=1e-5) or math.isclose(sigma, high, rel_tol=1e-5)
-    if not inside:
+    if not _inside(sigma, low, high):
         raise ValueError(
             f"sigma {sigma} is outside the schedule of {type(scheduler).__name__}: allowed are {low:.5g} to {high:.5g} "
             "(standard deviation of the noise on images in [-1, 1])."
         )
 
 
-def _coefficients(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `sqrt(abar)` and `sqrt(1 - abar)` at `sigma`; exact at both ends, sigma 0 and infinity."""
-    return torch.rsqrt(1 + sigma.square()), torch.rsqrt(1 + sigma.square().reciprocal())
-
-
-def _as_level(sigma: float | Tensor, clean: Tensor) -> Tensor:
-    """Return `sigma` as a float32 (B,) tensor on the images' device."""
-    return torch.as_tensor(sigma, dtype=torch.float32, device=clean.device).expand(clean.shape[0])
-
-
-def _per_image(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+def _level(sigma: float | Tensor, images: Tensor) -> Tensor:
+    """Return `sigma` as a float32 tensor (B, 1, ...) that goes with the images'."""
+    level = torch.as_tensor(sigma, dtype=torch.float32, device=images.device).expand(images.shape[0])
+    return level.reshape(-1, *[1] * (images.ndim - 1))
 
 
 def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -135,32 +274,39 @@ def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tenso
     Reads no tensor's values: it neither synchronises with a device nor breaks a compiled graph.
 
     Args:
-        scheduler: A diffusers VP scheduler; its own `add_noise` and its current sampling grid play no part.
+        scheduler: A diffusers scheduler; its own `add_noise` and its current sampling grid play no part.
         clean: Images (B, C, H, W) in [-1, 1].
         noise: Standard-normal noise of the same shape.
         sigma: Noise level, scalar or (B,); infinite means pure noise.
 
     Returns:
-        The input `sqrt(abar) * clean + sqrt(1 - abar) * noise` (B, C, H, W) in the dtype of `clean`, computed in
-        float32, and its float32 timestep (B,); NaN where a tensor's sigma is outside the schedule.
+        The input (B, C, H, W), scaled as the scheduler's family wants it, in the dtype of `clean`, computed in float32;
+        and its float32 timestep (B,), NaN where a tensor's sigma is outside the schedule.
     """
     timestep = sigma_to_timestep(scheduler, sigma).to(clean.device).expand(clean.shape[0])
-    signal, spread = (_per_image(c, clean) for c in _coefficients(_as_level(sigma, clean)))
-    return (signal * clean.float() + spread * noise.float()).to(clean.dtype), timestep
+    a, b = _family(scheduler).input_shares(_level(sigma, clean))
+    return (a * clean.float() + b * noise.float()).to(clean.dtype), timestep
 
 
 def prediction_type(scheduler: Any) -> str:
-    """Return what the denoiser predicts: `epsilon` (the noise), `sample` (the clean image) or `v_prediction`.
+    """Return what the denoiser predicts, in the words of its scheduler's config.
+
+    `epsilon` (the noise), `sample` (the clean image) or `v_prediction` for VP; `epsilon` for EDM's own output, and
+    `v_prediction` for its negative; `velocity` for flow matching.
 
     Raises:
         ValueError: Another prediction type, or noise prediction under zero-terminal SNR, where at pure noise the
             network's input is its target and says nothing of the image (Lin et al. 2023, arXiv 2305.08891).
     """
-    kind = scheduler.config.prediction_type
-    allowed = ("epsilon", "sample", "v_prediction")
+    group = _family(scheduler)
+    allowed = group.predictions
+    kind = scheduler.config.get("prediction_type", allowed[0])
     if kind not in allowed:
-        raise ValueError(f"prediction_type {kind!r} is not supported: allowed are {', '.join(allowed)}.")
-    if kind == "epsilon" and math.isinf(sigma_range(scheduler)[1]):
+        raise ValueError(
+            f"prediction_type {kind!r} is not supported with {type(scheduler).__name__}: allowed are "
+            f"{', '.join(allowed)}."
+        )
+    if isinstance(group, _VariancePreserving) and kind == "epsilon" and math.isinf(group.sigma_range()[1]):
         raise ValueError(
             "prediction_type 'epsilon' cannot work with zero-terminal SNR (`rescale_betas_zero_snr`): "
             "set the scheduler's prediction_type to 'v_prediction' or 'sample'."
@@ -169,24 +315,72 @@ def prediction_type(scheduler: Any) -> str:
 
 
 def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return what a perfect denoiser would output, float32 (B, C, H, W), given `add_noise`'s input.
+    """Return what a perfect denoiser would output, float32 (B, C, H, W), given `add_noise`'s input."""
+    c, d = _family(scheduler).target_shares(_level(sigma, clean), prediction_type(scheduler))
+    return c * clean.float() + d * noise.float()
 
-    Velocity is `sqrt(abar) * noise - sqrt(1 - abar) * clean` (Salimans and Ho 2022, arXiv 2202.00512).
+
+def denoised(scheduler: Any, sample: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
+    """Return the clean image that a denoiser's output stands for.
+
+    Args:
+        scheduler: The denoiser's scheduler.
+        sample: The denoiser's input (B, C, H, W), as `add_noise` makes it.
+        output: The denoiser's output, of the same shape.
+        sigma: Noise level, scalar or (B,).
+
+    Returns:
+        The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
     """
-    kind = prediction_type(scheduler)
-    clean, noise = clean.float(), noise.float()
-    if kind == "epsilon":
-        return noise
-    if kind == "sample":
-        return clean
-    signal, spread = (_per_image(c, clean) for c in _coefficients(_as_level(sigma, clean)))
-    return signal * noise - spread * clean
+    level, group = _level(sigma, sample), _family(scheduler)
+    (a, b), (c, d) = group.input_shares(level), group.target_shares(level, prediction_type(scheduler))
+    return (d * sample.float() - b * output.float()) / (a * d - b * c)
 
 
-def sample_training_sigma(scheduler: Any, batch_size: int, device: Any = None, generator: Any = None) -> Tensor:
-    """Draw the levels (batch_size,) that training uses: for VP, timesteps uniform over the schedule (Ho et al.)."""
-    sigmas = _sigmas(scheduler).to(device)
-    return sigmas[torch.randint(len(sigmas), (batch_size,), device=device, generator=generator)]
+def sample_training_sigma(
+    scheduler: Any,
+    batch_size: int,
+    device: Any = None,
+    generator: Any = None,
+    log_normal: tuple[float, float] | None = None,
+) -> Tensor:
+    """Draw the noise levels (batch_size,) of a training step.
+
+    Args:
+        scheduler: A diffusers scheduler.
+        batch_size: Number of levels.
+        device: Where to draw.
+        generator: Random generator on that device.
+        log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
+            timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal
+            times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma.
+
+    Raises:
+        ValueError: `log_normal` with a VP scheduler, whose levels end where a log-normal distribution does not.
+    """
+    group = _family(scheduler)
+    if log_normal is None:
+        return group.draw((batch_size,), device, generator)
+    if isinstance(group, _VariancePreserving):
+        raise ValueError(
+            f"log-normal noise levels cannot be drawn with {type(scheduler).__name__}: its training levels are its "
+            "timesteps, drawn uniformly. Leave the distribution out, or train with EDM or flow matching."
+        )
+    return _log_normal(log_normal, (batch_size,), device, generator)
+
+
+def _log_normal(moments: tuple[float, float], shape: tuple[int], device: Any, generator: Any) -> Tensor:
+    return torch.exp(moments[0] + moments[1] * torch.randn(shape, device=device, generator=generator))
+
+
+def check_time_embedding(config: Any, scheduler: Any) -> None:
+    """Raise `ValueError` if a denoiser, of which this is the config, cannot be fed the scheduler's timesteps."""
+    kind = config.get("time_embedding_type", "positional")
+    if kind != "positional" and not isinstance(_family(scheduler), _VariancePreserving):
+        raise ValueError(
+            f"The denoiser's time_embedding_type is {kind!r}, which cannot take the timesteps of "
+            f"{type(scheduler).__name__}: set it to 'positional'."
+        )
 
 
 def fed_timestep(denoiser: torch.nn.Module, timestep: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 """Training objectives: how far a denoiser's output is from its target, averaged over noise levels.
 
 For every scheduler the loss is `mean((denoiser(noisy, timestep) - target) ** 2)`; what `noisy`, `timestep` and `target`
-are, and how levels are drawn, is the scheduler family's business (`noise.py`). For noise prediction this is
-`L_simple` of Ho et al. 2020 (arXiv 2006.11239, equation 14).
+are, and how levels are drawn, is the scheduler family's business (`noise.py`). So written it is
+
+- for noise prediction `L_simple` of Ho et al. 2020 (arXiv 2006.11239, equation 14);
+- for EDM equation 8 of Karras et al. 2022 (arXiv 2206.00364): the paper's weight of the denoised image's error,
+  `(sigma^2 + sigma_data^2) / (sigma * sigma_data)^2`, is `1 / c_out^2`, which leaves the plain error of the output;
+- for flow matching the conditional flow-matching loss of Lipman et al. 2022 (arXiv 2210.02747) on straight paths.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .conditioning import class_conditioning
 from .noise import add_noise, fed_timestep, prediction_target, sample_training_sigma
 
 
@@ -23,6 +28,7 @@ def denoising_loss(
     sigma: Tensor | None = None,
     noise: Tensor | None = None,
     class_labels: Tensor | None = None,
+    log_normal: tuple[float, float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return the denoising loss of each image.
@@ -33,18 +39,20 @@ def denoising_loss(
         clean: Images (B, C, H, W) in [-1, 1].
         sigma: Noise levels (B,); drawn from the family's training distribution if not given.
         noise: Standard-normal noise (B, C, H, W); drawn if not given.
-        class_labels: Labels (B,) of a class-conditional network.
+        class_labels: Labels (B,) of a class-conditional network, or vectors (B, width) of one that takes vectors.
+        log_normal: Mean and deviation of log sigma, in place of the family's own training distribution.
         generator: Random generator on the device of `clean`.
 
     Returns:
         Squared errors averaged over pixels, float32 (B,).
     """
     if sigma is None:
-        sigma = sample_training_sigma(scheduler, clean.shape[0], clean.device, generator)
+        sigma = sample_training_sigma(scheduler, clean.shape[0], clean.device, generator, log_normal)
     if noise is None:
         noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
     noisy, timestep = add_noise(scheduler, clean, noise, sigma)
-    conditioning = {} if class_labels is None else {"class_labels": class_labels}
-    output = denoiser(noisy, fed_timestep(getattr(denoiser, "module", denoiser), timestep), **conditioning).sample
+    network = getattr(denoiser, "module", denoiser)
+    conditioning = class_conditioning(network, class_labels, clean.shape[0], clean.device)
+    output = denoiser(noisy, fed_timestep(network, timestep), **conditioning).sample
     target = prediction_target(scheduler, clean, noise, sigma)
     return (output.float() - target).square().mean(dim=tuple(range(1, clean.ndim)))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, EDMEulerScheduler, SchedulerMixin, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .checkpoints import (
+    COMPONENTS,
     HUB_ARGUMENTS,
     Checkpoint,
     build_scheduler,
@@ -21,34 +24,82 @@ from .checkpoints import (
     fingerprint,
     read_checkpoint,
 )
-from .noise import fed_timestep, sigma_range
+from .conditioning import class_conditioning, default_null_class, num_labels
+from .noise import add_noise, check_time_embedding, denoised, family, fed_timestep
+from .sampling import churn_factor, heun_step
+
+_Step = Callable[[int, Tensor, Tensor], Tensor]
+_HEUN = {"s_churn": 0.0, "s_min": 0.0, "s_max": math.inf, "s_noise": 1.0, "clip_denoised": False}
 
 
 class DDAEPipeline(DiffusionPipeline):
     """Generates images with a denoiser whose hidden states `DDAEModel` reads.
 
-    Saves as an ordinary diffusers pipeline: `DDPMPipeline.from_pretrained` opens it too.
+    Saves as an ordinary diffusers pipeline: `DDPMPipeline.from_pretrained` opens that of a U-Net too.
 
     Args:
-        unet: The denoiser, for images of its `sample_size`.
-        scheduler: The scheduler it was trained under, or another of the same noise schedule.
+        unet: The denoiser, for images of its `sample_size`, where it is a U-Net.
+        transformer: The denoiser, where it is a DiT.
+        scheduler: The scheduler it was trained under, or another of the same framework.
+        null_class: The label that stands for none, of a class-conditional U-Net that has one. A DiT's is its last.
     """
 
     unet: Any
+    transformer: Any
     scheduler: Any
-    model_cpu_offload_seq = "unet"  # type: ignore[assignment]
+    model_cpu_offload_seq = "unet->transformer"  # type: ignore[assignment]
+    _optional_components = ["unet", "scheduler", "transformer"]
     _callback_tensor_inputs = ["latents"]
     _fine_tuned_from: str | None = None  # the classifier's checkpoint, where its denoiser is not a generator's
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+    def __init__(
+        self,
+        unet: UNet2DModel | None = None,
+        scheduler: SchedulerMixin | None = None,
+        transformer: DiTTransformer2DModel | None = None,
+        null_class: int | None = None,
+    ):
         super().__init__()
-        check_denoiser_class(type(unet).__name__, "`unet`")
-        self.register_modules(unet=unet, scheduler=scheduler)
+        if scheduler is None:
+            raise ValueError("Pass a `scheduler`: the one that the denoiser was trained under.")
+        given = {"unet": unet, "transformer": transformer}
+        found = [name for name, network in given.items() if network is not None]
+        if len(found) != 1:
+            raise ValueError(f"Pass one denoiser, as `unet` or as `transformer`: {' and '.join(found) or 'none'} came.")
+        name = type(given[found[0]]).__name__
+        check_denoiser_class(name, f"`{found[0]}`")
+        if COMPONENTS[name] != found[0]:
+            raise ValueError(f"`{found[0]}` is a {name}: pass it as `{COMPONENTS[name]}`.")
+        self.register_modules(scheduler=scheduler, **given)
+        count = num_labels(self.denoiser.config)
+        if null_class is not None and not 0 <= null_class < count:
+            has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
+            raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
+        self.register_to_config(null_class=null_class)
+
+    @classmethod
+    def for_denoiser(cls, denoiser: Any, scheduler: Any, null_class: int | None = None) -> DDAEPipeline:
+        """Return the pipeline of a denoiser, whichever key diffusers keeps its class under."""
+        check_denoiser_class(type(denoiser).__name__)
+        networks = {COMPONENTS[type(denoiser).__name__]: denoiser}
+        return cls(scheduler=scheduler, null_class=null_class, **networks)
 
     @property
     def denoiser(self) -> Any:
         """The denoiser, under whichever key diffusers keeps it."""
-        return self.unet
+        return self.transformer if self.unet is None else self.unet
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for none, where the denoiser has one."""
+        given = self.config["null_class"]
+        return default_null_class(self.denoiser.config) if given is None else given
+
+    def to_json_string(self) -> str:
+        """Return `model_index.json` without what is not there, so that stock pipelines find only what they know."""
+        index = json.loads(super().to_json_string())
+        kept = {name: value for name, value in index.items() if value not in (None, [None, None])}
+        return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
     @property
     def num_timesteps(self) -> int:
@@ -69,17 +120,20 @@ class DDAEPipeline(DiffusionPipeline):
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
         if checkpoint.layout in ("pipeline", "flat") and not checkpoint.hub["subfolder"]:
             return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-        allowed = {*HUB_ARGUMENTS, "dtype", "torch_dtype", "unet", "scheduler", "use_safetensors"}
+        name = COMPONENTS[checkpoint.denoiser["_class_name"]]
+        allowed = {*HUB_ARGUMENTS, "dtype", "torch_dtype", name, "scheduler", "null_class", "use_safetensors"}
         if unknown := sorted(set(kwargs) - allowed):
             raise ValueError(
                 f"For a checkpoint of this layout {unknown} cannot be given: allowed are {sorted(allowed)}."
             )
-        unet = kwargs.get("unet") or checkpoint.load_denoiser()
+        denoiser = kwargs.get(name) or checkpoint.load_denoiser()
         origin = checkpoint.config.get("generator_fingerprint")
-        tuned = checkpoint.layout == "transformers" and "unet" not in kwargs and fingerprint(unet) != origin
+        tuned = checkpoint.layout == "transformers" and name not in kwargs and fingerprint(denoiser) != origin
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        unet = unet.to(dtype) if isinstance(dtype, torch.dtype) else unet
-        pipeline = cls(unet=unet, scheduler=kwargs.get("scheduler") or _scheduler_of(checkpoint))
+        denoiser = denoiser.to(dtype) if isinstance(dtype, torch.dtype) else denoiser
+        scheduler = kwargs.get("scheduler") or _scheduler_of(checkpoint)
+        null_class = kwargs.get("null_class", checkpoint.config.get("null_class"))
+        pipeline = cls(scheduler=scheduler, null_class=null_class, **{name: denoiser})
         pipeline._fine_tuned_from = checkpoint.path if tuned else None
         return pipeline
 
@@ -98,37 +152,60 @@ class DDAEPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}: it must be standard-normal noise {shape}.")
         return latents.to(self._execution_device, torch.float32)
 
-    def _check_inputs(self, batch_size: int, class_labels: Any, output_type: str, callback_tensors: list[str]) -> None:
-        sigma_range(self.scheduler)  # refuses a scheduler of another family
+    def _check_inputs(self, batch_size: int, output_type: str, callback_tensors: list[str]) -> None:
+        family(self.scheduler)  # refuses a scheduler of no framework that is known
         config = self.denoiser.config
+        check_time_embedding(config, self.scheduler)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}: allowed are 'pil', 'np' and 'pt'.")
-        if output_type == "pil" and config.out_channels not in (1, 3):
-            raise ValueError(
-                f"Images of {config.out_channels} channels have no PIL form: use output_type='np' or 'pt'."
-            )
+        if output_type == "pil" and config.in_channels not in (1, 3):
+            raise ValueError(f"Images of {config.in_channels} channels have no PIL form: use output_type='np' or 'pt'.")
         unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"callback tensors {sorted(unknown)} are unknown: allowed are {self._callback_tensor_inputs}."
             )
-        conditional = self.denoiser.class_embedding is not None
-        if conditional != (class_labels is not None):
-            needed = "needs `class_labels`" if conditional else "is unconditional and takes no `class_labels`"
-            raise ValueError(f"This denoiser {needed}.")
 
-    def _labels(self, class_labels: Any, batch_size: int) -> dict[str, Tensor]:
-        if class_labels is None:
-            return {}
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        if len(labels) not in (1, batch_size):
-            raise ValueError(f"{len(labels)} class_labels came for a batch of {batch_size}: pass one, or one an image.")
-        classes = self.denoiser.config.num_class_embeds
-        if classes and not (0 <= labels.min() and labels.max() < classes):
-            raise ValueError(f"class_labels are {labels.min()} to {labels.max()}: allowed are 0 to {classes - 1}.")
-        return {"class_labels": labels.expand(batch_size)}
+    def _check_sampler(self, sampler: str | None, heun_options: dict[str, Any]) -> None:
+        if sampler not in (None, "heun"):
+            raise ValueError(f"sampler is {sampler!r}: allowed are 'heun', and None for the scheduler's own.")
+        if sampler is None and (given := [name for name, value in heun_options.items() if value != _HEUN[name]]):
+            raise ValueError(f"{', '.join(given)} came, which only sampler='heun' takes.")
+        if sampler == "heun" and not isinstance(self.scheduler, EDMEulerScheduler):
+            raise ValueError(
+                f"sampler='heun' needs an EDMEulerScheduler, not a {type(self.scheduler).__name__}: for a network "
+                "trained with EDM, set `pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)`."
+            )
+
+    def _network(self, class_labels: Any, batch_size: int, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function of (scaled sample, timestep (B,)) that calls the network, with guidance if asked for."""
+        denoiser, device, null_class = self.denoiser, self._execution_device, self.null_class
+        conditioning = class_conditioning(denoiser, class_labels, batch_size, device, null_class)
+        guided = guidance_scale != 1
+        if guided:
+            if class_labels is None or null_class is None:
+                missing = "`class_labels`" if class_labels is None else "a null class, which this denoiser lacks"
+                raise ValueError(f"guidance_scale is {guidance_scale}: guidance needs {missing}.")
+            labels = conditioning["class_labels"]
+            conditioning = {"class_labels": torch.cat([labels, torch.full_like(labels, null_class)])}
+        channels = denoiser.config.in_channels
+        learns_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
+
+        def call(sample: Tensor, timestep: Tensor) -> Tensor:
+            fed = fed_timestep(denoiser, timestep)
+            sample = sample.to(denoiser.dtype)
+            if guided:
+                sample, fed = torch.cat([sample, sample]), torch.cat([fed, fed])
+            output = denoiser(sample, fed, **conditioning).sample.float()
+            prediction, variance = output[:, :channels], output[:, channels:]
+            if guided:
+                with_label, without = prediction.chunk(2)
+                prediction, variance = torch.lerp(without, with_label, guidance_scale), variance[:batch_size]
+            return torch.cat([prediction, variance], dim=1) if learns_variance else prediction
+
+        return call
 
     @torch.no_grad()
     def __call__(
@@ -138,6 +215,13 @@ class DDAEPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         num_inference_steps: int = 100,
+        sampler: str | None = None,
+        guidance_scale: float = 1.0,
+        s_churn: float = 0.0,
+        s_min: float = 0.0,
+        s_max: float = math.inf,
+        s_noise: float = 1.0,
+        clip_denoised: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
@@ -147,10 +231,19 @@ class DDAEPipeline(DiffusionPipeline):
 
         Args:
             batch_size: Number of images.
-            class_labels: One label, or one an image, for a class-conditional denoiser.
+            class_labels: One label, or one an image, for a class-conditional denoiser; by default its null class.
             generator: Random generator, or one for every image; makes the images reproducible.
             latents: Standard-normal noise (B, C, H, W) to start from; scaled inside as the scheduler wants it.
             num_inference_steps: Number of steps, each one call of the network for first-order schedulers.
+            sampler: `"heun"` for the second-order sampler of Karras et al. 2022 (algorithm 2), for a network trained
+                with EDM: N steps are 2 N - 1 calls of the network. By default what the scheduler does.
+            guidance_scale: Strength w of classifier-free guidance (Ho and Salimans 2022), `null + w * (label - null)`;
+                at 1 there is none.
+            s_churn: The Heun sampler's stochasticity, S_churn in the paper; 0 is deterministic.
+            s_min: Lowest sigma to which it adds noise.
+            s_max: Highest sigma to which it adds noise.
+            s_noise: Standard deviation of the added noise, in units of what the levels ask for.
+            clip_denoised: Whether the Heun sampler clips the denoised image to [-1, 1] at every step.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1] or `"pt"` (B, C, H, W) in [0, 1].
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; tensors that
@@ -161,27 +254,29 @@ class DDAEPipeline(DiffusionPipeline):
             ValueError: An argument that cannot work, before any step is taken.
         """
         tensors = callback_on_step_end_tensor_inputs or ["latents"]
-        self._check_inputs(batch_size, class_labels, output_type, tensors)
+        heun_options: dict[str, Any] = dict(
+            s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise, clip_denoised=clip_denoised
+        )
+        self._check_inputs(batch_size, output_type, tensors)
+        self._check_sampler(sampler, heun_options)
+        network = self._network(class_labels, batch_size, guidance_scale)
         if self._fine_tuned_from is not None:
             warnings.warn(
                 f"The denoiser in {self._fine_tuned_from} was trained as a classifier and is no longer the generator "
-                f"that "
-                "was pretrained: its images may be noise. Sample from the generative checkpoint instead.",
+                "that was pretrained: its images may be noise. Sample from the generative checkpoint instead.",
                 stacklevel=2,
             )
-        conditioning = self._labels(class_labels, batch_size)
-        sample = self._initial_noise(batch_size, generator, latents)
-        self.scheduler.set_timesteps(num_inference_steps, device=sample.device)
-        sample = sample * self.scheduler.init_noise_sigma
+        noise = self._initial_noise(batch_size, generator, latents)
+        self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
+        if sampler == "heun":
+            sample, step = self._heun(noise, network, generator, **heun_options)
+        else:
+            sample, step = self._scheduler_steps(noise, network, generator)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        step_arguments = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
         with self.progress_bar(total=len(timesteps)) as progress:
             for i, timestep in enumerate(timesteps):
-                scaled = self.scheduler.scale_model_input(sample, timestep).to(self.denoiser.dtype)
-                fed = fed_timestep(self.denoiser, timestep.expand(batch_size))
-                output = self.denoiser(scaled, fed, **conditioning).sample.float()
-                sample = self.scheduler.step(output, timestep, sample, **step_arguments).prev_sample
+                sample = step(i, timestep, sample)
                 if callback_on_step_end is not None:
                     outputs = callback_on_step_end(self, i, timestep, dict.fromkeys(tensors, sample))
                     sample = outputs.pop("latents", sample)
@@ -189,6 +284,44 @@ class DDAEPipeline(DiffusionPipeline):
         images = self._postprocess(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _scheduler_steps(self, noise: Tensor, network: Callable[..., Tensor], generator: Any) -> tuple[Tensor, _Step]:
+        """Return the sample to start from, and the scheduler's own step."""
+        scheduler = self.scheduler
+        options = {"generator": generator} if _takes(scheduler.step, "generator") else {}
+
+        def step(i: int, timestep: Tensor, sample: Tensor) -> Tensor:
+            # Flow-matching schedulers feed the sample as it is.
+            scaled = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)(sample, timestep)
+            output = network(scaled, timestep.expand(len(sample)))
+            return scheduler.step(output, timestep, sample, **options).prev_sample
+
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), step
+
+    def _heun(
+        self,
+        noise: Tensor,
+        network: Callable[..., Tensor],
+        generator: Any,
+        clip_denoised: bool,
+        s_noise: float,
+        **churn: Any,
+    ) -> tuple[Tensor, _Step]:
+        """Return the sample to start from, and the step of EDM's second-order sampler."""
+        sigmas = self.scheduler.sigmas.tolist()
+
+        def denoise(sample: Tensor, sigma: float) -> Tensor:
+            # The sample holds its noise already: only scaling is left.
+            scaled, timestep = add_noise(self.scheduler, sample, torch.zeros_like(sample), torch.tensor(sigma))
+            clean = denoised(self.scheduler, scaled, network(scaled, timestep), sigma)
+            return clean.clamp(-1, 1) if clip_denoised else clean
+
+        def step(i: int, timestep: Tensor, sample: Tensor) -> Tensor:
+            gamma = churn_factor(sigmas[i], len(sigmas) - 1, **churn)
+            levels = sigmas[i], sigmas[i + 1]
+            return heun_step(denoise, sample, *levels, gamma=gamma, s_noise=s_noise, generator=generator)
+
+        return noise * sigmas[0], step
 
     def _postprocess(self, sample: Tensor, output_type: str) -> Any:
         images = (sample / 2 + 0.5).clamp(0, 1)

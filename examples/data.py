@@ -1,29 +1,39 @@
-"""What the scripts share: options from YAML, images from a data set, a picture grid."""
+"""What the scripts share: options from YAML, images of a data set, what a network is told of them, a picture grid."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+
+from ddae_hf import DDAEImageProcessor
+from ddae_hf.augment import augment, embed_labels, label_width
+from ddae_hf.conditioning import drop_labels, num_labels
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse options, those on the command line over those of the YAML file that `--config` names."""
-    parser.add_argument("--config", help="YAML file of options; it names only what differs from the defaults.")
+    parser.add_argument(
+        "--config", help="YAML file of options; it names only what differs from `base` and the defaults."
+    )
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
     if path is not None:
         if not os.path.isfile(path):
             parser.error(f"--config {path}: there is no such file.")
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        options = read_config(Path(path))
         known = {action.dest for action in parser._actions}
         if unknown := sorted(set(options) - known):
             parser.error(f"{path} has unknown options {unknown}; allowed are {sorted(known - {'help', 'config'})}.")
@@ -32,6 +42,24 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
                 parser.set_defaults(**{action.dest: _converted(parser, action, options[action.dest])})
                 action.required = False
     return parser.parse_args(argv)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a YAML file's options over those of the files beside it that its `base` names, later ones first.
+
+    A mapping (`denoiser`, `scheduler`) is merged with the base's, unless it names another class.
+    """
+    own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    bases = own.pop("base", [])
+    options: dict[str, Any] = {}
+    for layer in [*(read_config(path.parent / name) for name in ([bases] if isinstance(bases, str) else bases)), own]:
+        for name, value in layer.items():
+            old = options.get(name)
+            merged = isinstance(old, dict) and isinstance(value, dict)
+            if merged and value.get("_class_name", old.get("_class_name")) == old.get("_class_name"):
+                value = {**old, **value}
+            options[name] = value
+    return options
 
 
 def _converted(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
@@ -47,7 +75,7 @@ def _converted(parser: argparse.ArgumentParser, action: argparse.Action, value: 
             parser._check_value(action, v)
     except argparse.ArgumentError as error:
         parser.error(str(error))
-    return converted if action.nargs == "+" else converted[0]
+    return converted if action.nargs else converted[0]
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +86,28 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train_data_dir", help="Folder of images; its sub-folders name the classes.")
     group.add_argument("--train_split", default="train", help="Split to train on.")
     group.add_argument("--image_column", help="Column of images; by default the only one that holds images.")
+    group.add_argument("--label_column", help="Column of labels; by default the only one of classes.")
     group.add_argument("--cache_dir", help="Where downloaded data is kept.")
     group.add_argument("--max_train_samples", type=int, help="Use only the first N training images.")
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how training images are changed, and what a network is told of them."""
+    group, flag = parser.add_argument_group("inputs"), argparse.BooleanOptionalAction
+    group.add_argument("--random_flip", action=flag, default=False, help="Mirror half of the images.")
+    group.add_argument("--augment", type=float, default=0.0, help="Probability of EDM's augmentations, such as 0.12.")
+    group.add_argument("--class_conditional", action=flag, default=False, help="Tell the network each image's class.")
+    group.add_argument("--label_dropout", type=float, default=0.1, help="How often it is told the null class instead.")
+
+
+def check_input_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop at options of `add_input_arguments` that cannot work."""
+    if args.augment and (args.random_flip or args.class_conditional):
+        other = "--random_flip" if args.random_flip else "--class_conditional"
+        parser.error(f"--augment mirrors images itself, and takes the place of a class: leave out {other}.")
+    for name in ("augment", "label_dropout"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be between 0 and 1.")
 
 
 def load_splits(args: argparse.Namespace) -> DatasetDict:
@@ -114,6 +162,67 @@ def label_column(dataset: Dataset, name: str | None) -> str:
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
         raise SystemExit(f"There is no column of integer labels {column!r}; columns are {dict(dataset.features)}.")
     return column
+
+
+def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
+    """Return the training images, a data set of `image` and, where classes are used, `labels`; and how many classes."""
+    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
+    columns = {"image": image_column(dataset, args.image_column)}
+    if args.class_conditional:
+        columns["labels"] = label_column(dataset, args.label_column)
+    dataset = dataset.select_columns(list(columns.values()))
+    dataset = dataset.rename_columns({old: new for new, old in columns.items() if old != new})
+    return dataset, int(np.max(dataset["labels"][:])) + 1 if args.class_conditional else 0
+
+
+def training_batches(args: argparse.Namespace, dataset: Dataset, denoiser: Any) -> DataLoader:
+    """Return shuffled batches `{"pixel_values": (B, C, H, W)}`, and `labels` (B,) where there are classes."""
+    processor = DDAEImageProcessor.for_denoiser(denoiser.config)
+
+    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+        images = batch.pop("image")
+        return {**batch, "pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+
+    return DataLoader(
+        dataset.with_transform(prepare),
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        drop_last=len(dataset) >= args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+    )
+
+
+def batches_from(
+    accelerator: Accelerator, dataloader: Any, first_step: int, epoch_steps: int
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Yield numbered batches without end, from the one that `first_step` begins with."""
+    epoch, done = divmod(first_step, epoch_steps)
+    skipped = done * accelerator.gradient_accumulation_steps
+    while True:
+        dataloader.set_epoch(epoch)
+        batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
+        yield from enumerate(batches, start=epoch * len(dataloader) + skipped)
+        epoch, skipped = epoch + 1, 0
+
+
+def flip(images: torch.Tensor) -> torch.Tensor:
+    """Mirror each image (B, C, H, W) with probability one half."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)
+
+
+def training_inputs(
+    args: argparse.Namespace, batch: dict[str, torch.Tensor], network: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return clean images, augmented if asked for, and what the network is told of them."""
+    clean, labels = batch["pixel_values"].to(memory_format=torch.channels_last), batch.get("labels")
+    if args.augment:
+        clean, numbers = augment(clean, args.augment)
+        return clean, embed_labels(numbers, label_width(network))
+    if labels is not None:
+        labels = drop_labels(labels, num_labels(network.config) - 1, args.label_dropout)
+    return flip(clean) if args.random_flip else clean, labels
 
 
 def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min_side: int = 64) -> PILImage.Image:

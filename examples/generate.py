@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from data import image_grid, parse_with_config
 from ddae_hf import DDAEPipeline
 from ddae_hf.checkpoints import fingerprint
+from ddae_hf.noise import family
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,8 +33,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_images", type=int, default=64)
     add("--batch_size", type=int, default=64)
     add("--num_inference_steps", type=int, default=100)
-    add("--scheduler", help="Another diffusers scheduler of the same noise schedule, such as DDIMScheduler.")
+    add("--scheduler", help="Another diffusers scheduler of the same framework, such as DDIMScheduler.")
+    add("--sampler", choices=["heun"], help="EDM's second-order sampler, in place of the scheduler's steps.")
     add("--class_label", type=int, help="Class to generate, for a class-conditional denoiser.")
+    add("--guidance_scale", type=float, default=1.0, help="Strength of classifier-free guidance; at 1 there is none.")
     add("--seed", type=int, default=0)
     add("--grid_images", type=int, default=64, help="Images in grid.png.")
     args = parse_with_config(parser, argv)
@@ -49,7 +52,13 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
     """Return the pipeline on the best device there is, with the scheduler asked for."""
     pipeline = DDAEPipeline.from_pretrained(args.model_name_or_path)
     if args.scheduler:
-        pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
+        chosen = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
+        trained, wanted = family(pipeline.scheduler), family(chosen)
+        if trained != wanted:
+            raise SystemExit(
+                f"--scheduler {args.scheduler} is of {wanted}, but the network was trained with {trained}."
+            )
+        pipeline.scheduler = chosen
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     pipeline.denoiser.to(memory_format=torch.channels_last)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +66,15 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
 
 def check_folder(args: argparse.Namespace, note: Path, pipeline: DDAEPipeline) -> dict[str, Any]:
     """Return what the images depend on, or stop if the folder's note says that it holds others."""
-    names = ("model_name_or_path", "num_inference_steps", "scheduler", "class_label", "seed")
+    names = (
+        "model_name_or_path",
+        "num_inference_steps",
+        "scheduler",
+        "sampler",
+        "class_label",
+        "guidance_scale",
+        "seed",
+    )
     options = {name: getattr(args, name) for name in names} | {"weights": fingerprint(pipeline.denoiser)}
     if note.exists() and json.loads(note.read_text()) != options:
         raise SystemExit(f"{note.parent} holds images made with other options or weights: choose another --output_dir.")
@@ -81,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
             class_labels=args.class_label,
             generator=generators,
             num_inference_steps=args.num_inference_steps,
+            sampler=args.sampler,
+            guidance_scale=args.guidance_scale,
         ).images
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(options, indent=2) + "\n")

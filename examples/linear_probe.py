@@ -43,7 +43,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
     add("--output_dir", default="runs/classifier", help="Folder of the classifier and its figures.")
     add("--test_split", default="test")
-    add("--label_column", help="Column of labels; by default the only one of classes.")
     add("--max_test_samples", type=int, help="Use only the first N test images.")
     add("--layers", nargs="+", help="Layers to choose from, or `decoder` or `all`; by default the checkpoint's one.")
     add("--sigmas", nargs="+", type=float, help="Noise levels to choose from; by default the checkpoint's one.")

@@ -20,7 +20,6 @@ import platform
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,27 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from data import add_data_arguments, image_column, image_grid, load_splits, parse_with_config, pick_split
-from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEPipeline
+from data import (
+    add_data_arguments,
+    add_input_arguments,
+    batches_from,
+    check_input_arguments,
+    image_grid,
+    load_training_images,
+    parse_with_config,
+    training_batches,
+    training_inputs,
+)
+from ddae_hf import DDAEConfig, DDAEPipeline
+from ddae_hf.augment import accept_augmentation_labels
 from ddae_hf.checkpoints import build_denoiser, build_scheduler, plain_config, read_checkpoint
+from ddae_hf.conditioning import disable_label_dropout, is_conditional, label_options, num_labels
+from ddae_hf.noise import sample_training_sigma
 from ddae_hf.objectives import denoising_loss
 
 logger = get_logger(__name__)
 
-DENOISER = {"_class_name": "UNet2DModel"}
+DENOISER = {"_class_name": "UNet2DModel", "in_channels": 3}
 SCHEDULER = {"_class_name": "DDPMScheduler"}
 
 
@@ -49,13 +61,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options, those of the command line over those of `--config`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    add_input_arguments(parser)
     add = parser.add_argument
-    add("--denoiser", type=yaml.safe_load, default={}, help="Options of UNet2DModel, as YAML or JSON.")
-    add("--scheduler", type=yaml.safe_load, default={}, help="Options of the scheduler, `_class_name` among them.")
+    add("--denoiser", type=yaml.safe_load, default={}, help="Options of the network and its `_class_name`, as YAML.")
+    add("--scheduler", type=yaml.safe_load, default={}, help="Options of the scheduler and its `_class_name`.")
     add("--init_from", help="Checkpoint (any layout) whose network and scheduler to start from.")
     add("--output_dir", default="runs/pretrain", help="Folder of checkpoints, samples and logs.")
     add("--resolution", type=int, help="Side of the square training images; by default the network's sample_size.")
-    add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Mirror half of the images.")
+    add(
+        "--log_sigma", type=float, nargs=2, metavar=("MEAN", "STD"),
+        help="Draw log sigma from a normal distribution: for flow matching 0 1 are logit-normal times. By default each "
+        "framework's own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
+    )  # fmt: skip
     add("--seed", type=int, default=0, help="Seed of everything that is random.")
     add("--train_batch_size", type=int, default=128, help="Images a step on each device.")
     add("--num_train_epochs", type=int, default=100)
@@ -63,9 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
     add("--learning_rate", type=float, default=1e-4)
-    add(
-        "--scale_lr", action=argparse.BooleanOptionalAction, default=False, help="Multiply it by the number of devices."
-    )
+    add("--scale_lr", action=argparse.BooleanOptionalAction, default=False, help="Multiply it by the devices.")
     add("--lr_scheduler", default="constant_with_warmup", choices=[s.value for s in SchedulerType])
     add("--lr_warmup_steps", type=int, default=500)
     add("--adam_beta1", type=float, default=0.9)
@@ -83,6 +98,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample_steps", type=int, default=5000, help="Draw a grid of samples every N steps; 0 draws none.")
     add("--num_samples", type=int, default=64, help="Images in the grid.")
     add("--num_inference_steps", type=int, default=50, help="Sampling steps of the grid.")
+    add(
+        "--sampler",
+        choices=["heun"],
+        help="EDM's second-order sampler for the grid, in place of the scheduler's steps.",
+    )
     add("--report_to", help="Tracker: tensorboard, wandb, ...; none by default.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, inside --output_dir.")
     args = parse_with_config(parser, argv)
@@ -91,6 +111,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
+    check_input_arguments(parser, args)
     return args
 
 
@@ -142,9 +163,10 @@ def saved_checkpoints(output_dir: str) -> list[Path]:
     return sorted(folders, key=lambda f: int(f.name.split("-")[1]))
 
 
-def new_networks(args: argparse.Namespace) -> tuple[Any, Any]:
+def new_networks(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any]:
     """Return the denoiser, randomly initialised, and the scheduler that the options describe."""
-    denoiser = build_denoiser({**DENOISER, "sample_size": args.resolution or 32, **args.denoiser})
+    options = {**DENOISER, "sample_size": args.resolution or 32, **args.denoiser}
+    denoiser = build_denoiser({**options, **label_options(options["_class_name"], num_classes)})
     scheduler = build_scheduler({**SCHEDULER, **args.scheduler})
     for given, built in ((args.denoiser, denoiser), (args.scheduler, scheduler)):
         if unknown := sorted(set(given) - set(inspect.signature(type(built)).parameters) - {"_class_name"}):
@@ -152,24 +174,24 @@ def new_networks(args: argparse.Namespace) -> tuple[Any, Any]:
     return denoiser, scheduler
 
 
-def check_same_network(args: argparse.Namespace, denoiser: Any, scheduler: Any) -> None:
+def check_same_network(args: argparse.Namespace, num_classes: int, denoiser: Any, scheduler: Any) -> None:
     """Stop if the options describe another network or scheduler than the one that is resumed."""
     if args.init_from:
         return
-    for wanted, saved in zip(new_networks(args), (denoiser, scheduler), strict=True):
+    for wanted, saved in zip(new_networks(args, num_classes), (denoiser, scheduler), strict=True):
         wanted, saved = plain_config(wanted), plain_config(saved)
         different = sorted(name for name in wanted if wanted[name] != saved.get(name))
         if different:
             raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
 
 
-def build_networks(args: argparse.Namespace, resume: Path | None) -> tuple[Any, Any, Any]:
+def build_networks(args: argparse.Namespace, resume: Path | None, num_classes: int) -> tuple[Any, Any, Any]:
     """Return the denoiser in training, the one of averaged weights, and the scheduler."""
     if resume is not None:
         raw, averaged = read_checkpoint(resume / "raw"), read_checkpoint(resume)
         denoiser, ema_denoiser = raw.load_denoiser(torch.float32), averaged.load_denoiser(torch.float32)
         scheduler = build_scheduler(averaged.scheduler)
-        check_same_network(args, denoiser, scheduler)
+        check_same_network(args, num_classes, denoiser, scheduler)
     elif args.init_from:
         source = read_checkpoint(args.init_from, cache_dir=args.cache_dir)
         denoiser = source.load_denoiser(torch.float32)
@@ -177,51 +199,44 @@ def build_networks(args: argparse.Namespace, resume: Path | None) -> tuple[Any, 
         ema_denoiser = copy.deepcopy(denoiser)
     else:
         torch.manual_seed(args.seed)
-        denoiser, scheduler = new_networks(args)
+        denoiser, scheduler = new_networks(args, num_classes)
         ema_denoiser = copy.deepcopy(denoiser)
-    DDAEConfig(
-        denoiser=plain_config(denoiser), scheduler=plain_config(scheduler), timestep=0
-    )  # refuses what cannot work
-    if args.resolution not in (None, denoiser.config.sample_size):
-        raise SystemExit(
-            f"--resolution is {args.resolution}, but the network's sample_size is {denoiser.config.sample_size}."
-        )
-    if denoiser.config.out_channels != denoiser.config.in_channels or denoiser.class_embedding is not None:
-        raise SystemExit("Only unconditional networks with as many output as input channels can be trained.")
+    check_networks(args, denoiser, scheduler, num_classes)
+    disable_label_dropout(denoiser)
+    if args.augment:
+        accept_augmentation_labels(denoiser)
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return denoiser.to(memory_format=torch.channels_last), ema_denoiser.requires_grad_(False).eval(), scheduler
 
 
-def build_dataloader(args: argparse.Namespace, denoiser: Any) -> torch.utils.data.DataLoader:
-    """Return shuffled batches `{"pixel_values": (B, C, H, W)}` of the training images."""
-    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
-    column = image_column(dataset, args.image_column)
-    processor = DDAEImageProcessor.for_denoiser(denoiser.config)
-    dataset = dataset.select_columns([column]).with_transform(
-        lambda batch: {"pixel_values": processor(batch[column], return_tensors="pt")["pixel_values"]}
-    )
-    logger.info(f"Training on {len(dataset)} images of {denoiser.config.sample_size} pixels.")
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=len(dataset) >= args.train_batch_size,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
-    )
+def check_networks(args: argparse.Namespace, denoiser: Any, scheduler: Any, num_classes: int) -> None:
+    """Stop if the network and the scheduler cannot be trained with these options."""
+    config = denoiser.config
+    null_class = num_classes or None
+    if num_classes and num_labels(config) != num_classes + 1:
+        raise SystemExit(
+            f"The data set has {num_classes} classes: the network needs {num_classes + 1} labels with its null class, "
+            f"and has {num_labels(config)}."
+        )
+    if not num_classes and is_conditional(denoiser):
+        raise SystemExit("This network is class-conditional: train it with --class_conditional.")
+    if config.out_channels not in (None, config.in_channels):
+        raise SystemExit("Only networks with as many output as input channels can be trained.")
+    if args.sampler == "heun" and type(scheduler).__name__ != "EDMEulerScheduler":
+        raise SystemExit(f"--sampler heun needs an EDMEulerScheduler, not a {type(scheduler).__name__}.")
+    # These refuse what cannot work.
+    described = {"denoiser": plain_config(denoiser), "scheduler": plain_config(scheduler)}
+    DDAEConfig(**described, timestep=0, null_class=null_class)
+    sample_training_sigma(scheduler, 1, log_normal=args.log_sigma)
+    if args.resolution not in (None, config.sample_size):
+        raise SystemExit(f"--resolution is {args.resolution}, but the network's sample_size is {config.sample_size}.")
 
 
 def seed_step(args: argparse.Namespace, accelerator: Accelerator, batch_index: int) -> None:
     """Make what is random in a step depend on (seed, step, process) alone, so that resuming repeats it exactly."""
     sequence = np.random.SeedSequence([args.seed, batch_index, accelerator.process_index])
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-
-
-def flip(images: torch.Tensor) -> torch.Tensor:
-    """Mirror each image (B, C, H, W) with probability one half."""
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images)
 
 
 class Run:
@@ -251,11 +266,17 @@ class Run:
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
         self.accelerator.log({"loss": loss, "lr": rate}, step=step)
 
+    def pipeline(self, denoiser: Any) -> DDAEPipeline:
+        """Return a pipeline of the network, which knows its null class."""
+        null_class = num_labels(self.ema_denoiser.config) - 1 if self.args.class_conditional else None
+        return DDAEPipeline.for_denoiser(denoiser, copy.deepcopy(self.scheduler), null_class)
+
     def save(self, denoiser: Any, folder: Path) -> None:
         """Write the averaged network, the raw one in `raw`, and the options."""
         self.ema.copy_to(self.ema_denoiser.parameters())
-        DDAEPipeline(self.ema_denoiser, self.scheduler).save_pretrained(folder)
-        DDAEPipeline(self.accelerator.unwrap_model(denoiser), self.scheduler).save_pretrained(folder / "raw")
+        raw = self.accelerator.unwrap_model(denoiser, keep_torch_compile=False)
+        self.pipeline(self.ema_denoiser).save_pretrained(folder)
+        self.pipeline(raw).save_pretrained(folder / "raw")
         options = yaml.safe_dump(vars(self.args), sort_keys=False)
         (folder / "training_options.yaml").write_text(options, encoding="utf-8")
 
@@ -280,13 +301,13 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         self.ema.copy_to(self.ema_denoiser.parameters())
-        pipeline = DDAEPipeline(self.ema_denoiser, copy.deepcopy(self.scheduler))
+        pipeline = self.pipeline(self.ema_denoiser)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         generator = torch.Generator("cpu").manual_seed(self.args.seed)
-        steps = self.args.num_inference_steps
-        images = pipeline(
-            self.args.num_samples, generator=generator, num_inference_steps=steps, output_type="np"
-        ).images
+        count, steps = self.args.num_samples, self.args.num_inference_steps
+        labels = torch.arange(count) % pipeline.null_class if self.args.class_conditional else None
+        options = {"num_inference_steps": steps, "sampler": self.args.sampler, "output_type": "np"}
+        images = pipeline(count, labels, generator, **options).images
         shades = images[..., :3] if images.shape[-1] >= 3 else images[..., :1]
         path = self.folder / "samples" / f"step-{step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -317,34 +338,18 @@ class Run:
         self.accelerator.end_training()
 
 
-def build_optimizer(args: argparse.Namespace, denoiser: Any, processes: int) -> torch.optim.Optimizer:
-    """Return AdamW with the options' settings."""
-    rate = args.learning_rate * (processes if args.scale_lr else 1)
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(denoiser.parameters(), rate, betas, args.adam_epsilon, args.adam_weight_decay, fused=True)
-
-
-def batches_from(
-    accelerator: Accelerator, dataloader: Any, first_step: int, epoch_steps: int
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Yield numbered batches without end, from the one that `first_step` begins with."""
-    epoch, done = divmod(first_step, epoch_steps)
-    skipped = done * accelerator.gradient_accumulation_steps
-    while True:
-        dataloader.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
-        yield from enumerate(batches, start=epoch * len(dataloader) + skipped)
-        epoch, skipped = epoch + 1, 0
-
-
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Train, from the start or from a checkpoint, and leave the result in `--output_dir`."""
     resume = checkpoint_to_resume(args)
-    denoiser, ema_denoiser, scheduler = build_networks(args, resume)
-    dataloader = build_dataloader(args, denoiser)
+    dataset, num_classes = load_training_images(args)
+    network, ema_denoiser, scheduler = build_networks(args, resume, num_classes)
+    dataloader = training_batches(args, dataset, network)
+    logger.info(f"Training on {len(dataset)} images of {network.config.sample_size} pixels.")
     processes = accelerator.num_processes
-    optimizer = build_optimizer(args, denoiser, processes)
-    denoiser, optimizer, dataloader = accelerator.prepare(denoiser, optimizer, dataloader)
+    rate = args.learning_rate * (processes if args.scale_lr else 1)
+    adam = (rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), *adam, fused=True)
+    denoiser, optimizer, dataloader = accelerator.prepare(network, optimizer, dataloader)
     if len(dataloader) == 0:
         raise SystemExit(f"There are fewer images than --train_batch_size x {processes} processes: lower it.")
     epoch_steps = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
@@ -368,9 +373,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for index, batch in batches_from(accelerator, dataloader, first, epoch_steps):
         seed_step(args, accelerator, index)
         with accelerator.accumulate(denoiser):
-            clean = batch["pixel_values"].to(memory_format=torch.channels_last)
+            clean, labels = training_inputs(args, batch, network)
             images += len(clean) * processes
-            loss = denoising_loss(denoiser, scheduler, flip(clean) if args.random_flip else clean).mean()
+            loss = denoising_loss(denoiser, scheduler, clean, class_labels=labels, log_normal=args.log_sigma).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -26,6 +26,12 @@ TINY = {
 def make_unet(seed=0, **options):
     torch.manual_seed(seed)
     return UNet2DModel(**{**TINY, **options}).eval()
+
+
+def make_dit(seed=0, **options):
+    torch.manual_seed(seed)
+    tiny = {"sample_size": 8, "in_channels": 3, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16}
+    return DiTTransformer2DModel(**{**tiny, "num_embeds_ada_norm": 5, **options}).eval()
 
 
 @pytest.fixture

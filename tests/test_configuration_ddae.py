@@ -1,11 +1,13 @@
 """The configuration refuses at construction what cannot work."""
 
+import math
+
 import pytest
 
 from ddae_hf import DDAEConfig
 from ddae_hf.checkpoints import plain_config
 
-from .conftest import make_unet
+from .conftest import make_dit, make_unet
 
 
 def config(**options):
@@ -52,7 +54,11 @@ def test_keyword_arguments_take_the_place_of_saved_values_and_are_checked(tmp_pa
         ({"denoiser": {"_class_name": "UNet2DModel"}}, "no sample_size"),
         ({"denoiser": plain_config(make_unet(sample_size=9))}, "must be a multiple of 2"),
         ({"scheduler": {"_class_name": "Nothing"}}, "must name a diffusers scheduler"),
-        ({"scheduler": {"_class_name": "EDMEulerScheduler"}}, "variance-preserving"),
+        ({"scheduler": {"_class_name": "ScoreSdeVeScheduler"}}, "is not supported"),
+        ({"scheduler": {"_class_name": "EDMEulerScheduler"}, "sigma": 90.0}, "allowed are 0.002 to 80"),
+        ({"denoiser": plain_config(make_dit(sample_size=9))}, "with patches of 2 pixels, it must be a multiple of 2"),
+        ({"denoiser": plain_config(make_dit()), "null_class": 6}, "its labels are 0 to 5"),
+        ({"denoiser": plain_config(make_dit()), "layer": "transformer_blocks.9"}, "nearest are transformer_blocks"),
         ({"scheduler": {"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": True}}, "zero-terminal SNR"),
         ({"layer": "up_blocks.0.attentions.7"}, "nearest are up_blocks.0.attentions"),
         ({"sigma": 0.0}, "outside the schedule"),
@@ -77,3 +83,24 @@ def test_the_null_class_must_be_one_of_the_labels():
     assert config(denoiser=conditional, null_class=10).null_class == 10
     with pytest.raises(ValueError, match="its labels are 0 to 10"):
         config(denoiser=conditional, null_class=11)
+
+
+@pytest.mark.parametrize("scheduler", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_learned_time_embedding_needs_whole_timesteps(scheduler):
+    learned = plain_config(make_unet(time_embedding_type="learned", num_train_timesteps=1000))
+    with pytest.raises(ValueError, match="cannot take the timesteps of"):
+        config(denoiser=learned, scheduler={"_class_name": scheduler})
+
+
+def test_a_dits_shape_is_known_from_its_config_or_its_defaults():
+    dit = config(denoiser=plain_config(make_dit()), scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert dit.layer == "transformer_blocks.1" and dit.hidden_size == 32 and dit.image_size == (8, 8)
+    defaults = config(denoiser={"_class_name": "DiTTransformer2DModel", "num_layers": 28})
+    assert defaults.layer == "transformer_blocks.13" and defaults.num_channels == 4 and defaults.hidden_size == 1152
+
+
+def test_a_timestep_is_each_frameworks_own():
+    edm = config(scheduler={"_class_name": "EDMEulerScheduler"}, timestep=math.log(0.06) / 4)
+    assert edm.sigma == pytest.approx(0.06, rel=1e-5)
+    flow = config(scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"}, timestep=500)
+    assert flow.sigma == pytest.approx(1.0)

@@ -20,14 +20,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
-from data import image_grid, parse_with_config
+from data import image_grid, parse_with_config, read_config
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.checkpoints import build_denoiser
+from ddae_hf.conditioning import label_options, num_labels
+from ddae_hf.noise import family
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32, 32], "layers_per_block": 1}
 TINY |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
 TINY |= {"dropout": 0.1}  # so that resuming has its randomness to repeat
+TINY_DIT = {"_class_name": "DiTTransformer2DModel", "sample_size": 8, "in_channels": 1, "num_layers": 2}
+TINY_DIT |= {"num_attention_heads": 2, "attention_head_dim": 8}
+CONFIGS = EXAMPLES / "configs"
 
 
 def train(digits, folder, *options):
@@ -173,6 +178,103 @@ def test_two_processes_train_one_network(digits, tmp_path):
     assert len(states) == 2
 
 
+FRAMEWORKS = ["DDIMScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"]
+
+
+@pytest.mark.parametrize("denoiser", [TINY, TINY_DIT], ids=["unet", "dit"])
+@pytest.mark.parametrize("scheduler", FRAMEWORKS)
+def test_every_framework_and_network_trains_samples_and_is_probed(digits, tmp_path, scheduler, denoiser):
+    options = ["--scheduler", json.dumps({"_class_name": scheduler}), "--denoiser", json.dumps(denoiser)]
+    train(digits, tmp_path / "run", "--max_train_steps", "2", *options)
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert math.isfinite(results["loss_last_100_batches"])
+    sampler = ["--sampler", "heun"] if scheduler.startswith("EDM") else []
+    model = ["--model_name_or_path", str(tmp_path / "run"), "--output_dir"]
+    generate.main([*model, str(tmp_path / "samples"), "--num_images", "3", "--num_inference_steps", "2", *sampler])
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 3
+    probe = ["--dataset_name", str(digits), "--max_train_samples", "200", "--max_test_samples", "50"]
+    linear_probe.main([*model, str(tmp_path / "classifier"), *probe, "--layers", "decoder", "--sigmas", "0.1"])
+    opened = DDAEForImageClassification.from_pretrained(tmp_path / "classifier")
+    assert opened.config.scheduler["_class_name"] == scheduler and opened.num_labels == 10
+
+
+@pytest.mark.parametrize("denoiser", [TINY, TINY_DIT], ids=["unet", "dit"])
+def test_class_conditional_networks_know_their_null_class_and_resume_exactly(digits, tmp_path, denoiser):
+    options = ["--class_conditional", "--denoiser", json.dumps(denoiser), "--checkpointing_steps", "1"]
+    options += ["--scheduler", '{"_class_name": "FlowMatchEulerDiscreteScheduler"}', "--log_sigma", "0", "1"]
+    train(digits, tmp_path / "whole", "--max_train_steps", "2", *options)
+    pipeline = DDAEPipeline.from_pretrained(tmp_path / "whole")
+    assert pipeline.null_class == 10 and num_labels(pipeline.denoiser.config) == 11
+    assert DDAEForImageClassification.from_pretrained(tmp_path / "whole", num_labels=2).config.null_class in (None, 10)
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / "checkpoint-1").symlink_to(tmp_path / "whole" / "checkpoint-1")
+    train(digits, tmp_path / "resumed", "--max_train_steps", "2", *options, "--resume_from_checkpoint", "latest")
+    resumed = DDAEPipeline.from_pretrained(tmp_path / "resumed").denoiser.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in pipeline.denoiser.state_dict().items())
+    model = ["--model_name_or_path", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "samples")]
+    generate.main(
+        [*model, "--num_images", "2", "--num_inference_steps", "2", "--class_label", "3", "--guidance_scale", "2"]
+    )
+
+
+def test_an_augmented_network_is_saved_as_a_plain_one_and_resumes_exactly(digits, tmp_path):
+    options = ["--augment", "0.5", "--no-random_flip", "--checkpointing_steps", "1"]
+    options += ["--scheduler", '{"_class_name": "EDMEulerScheduler"}']
+    train(digits, tmp_path / "whole", "--max_train_steps", "2", *options)
+    config = json.loads((tmp_path / "whole" / "unet" / "config.json").read_text())
+    assert config["class_embed_type"] is None and config["num_class_embeds"] is None
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / "checkpoint-1").symlink_to(tmp_path / "whole" / "checkpoint-1")
+    train(digits, tmp_path / "resumed", "--max_train_steps", "2", *options, "--resume_from_checkpoint", "latest")
+    for part in (".", "raw"):
+        expected, resumed = weights(tmp_path / "whole" / part), weights(tmp_path / "resumed" / part)
+        assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_compiled_network_is_saved_as_a_plain_one(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    train(digits, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1", "--sample_steps", "0")
+    assert DDAEPipeline.from_pretrained(tmp_path / "raw").denoiser.conv_in.weight.isfinite().all()
+
+
+PARAMETERS = {"unet": 35_746_307, "ddpmpp": 57_183_491, "dit_s2": 35_187_852, "dit_s4": 35_215_536}
+PARAMETERS |= {"dit_b2": 138_205_452, "dit_b4": 138_260_784, "dit_l2": 487_009_292, "dit_l4": 487_083_056}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_networks_have_the_parameters_that_their_files_say(name):
+    path = CONFIGS / "networks" / f"{name}.yaml"
+    options = {**pretrain.DENOISER, **read_config(path)["denoiser"]}
+    with torch.device("meta"):
+        denoiser = build_denoiser({**options, **label_options(options["_class_name"], 0)})
+    assert sum(p.numel() for p in denoiser.parameters()) == PARAMETERS[name]
+    assert f"{PARAMETERS[name]:,} parameters" in path.read_text().replace("\n# ", " ")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_describes_a_network_that_can_be_trained(path):
+    if path.stem.endswith("_probe"):
+        linear_probe.parse_arguments(["--config", str(path), "--model_name_or_path", "somewhere"])
+        return
+    args = pretrain.parse_arguments(["--config", str(path), "--dataset_name", "somewhere"])
+    denoiser, scheduler = pretrain.new_networks(args, 0)
+    pretrain.check_networks(args, denoiser, scheduler, 0)
+    named = [word for word in path.stem.split("_") if word in ("ddpm", "edm", "flow")]
+    assert family(scheduler) == (named[0] if named else "ddpm")
+
+
+def test_a_configuration_takes_over_what_its_base_says(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "seed: 1\nlearning_rate: 1e-3\nscheduler: {_class_name: A, x: 1}\ndenoiser: {u: 1}"
+    )
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nseed: 2\ndenoiser: {v: 2}\nscheduler: {_class_name: A, y: 2}")
+    (tmp_path / "c.yaml").write_text("base: [b.yaml]\nscheduler: {_class_name: B, z: 3}\ndenoiser:\n  u: 5")
+    options = read_config(tmp_path / "c.yaml")
+    assert options["seed"] == 2 and options["learning_rate"] == "1e-3" and options["denoiser"] == {"u": 5, "v": 2}
+    assert read_config(tmp_path / "b.yaml")["scheduler"] == {"_class_name": "A", "x": 1, "y": 2}
+    assert options["scheduler"] == {"_class_name": "B", "z": 3}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -181,7 +283,16 @@ def test_two_processes_train_one_network(digits, tmp_path):
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
         (["--train_data_dir", "nowhere", "--dataset_name", "x"], "Give one of"),
         (["--resolution", "16"], "--resolution is 16, but"),
-        (["--denoiser", json.dumps(TINY | {"class_embed_type": "timestep"})], "Only unconditional"),
+        (["--denoiser", json.dumps(TINY | {"class_embed_type": "timestep"})], "train it with --class_conditional"),
+        (["--denoiser", json.dumps(TINY | {"out_channels": 2})], "as many output as input channels"),
+        (["--augment", "0.1"], "leave out --random_flip"),
+        (["--augment", "0.1", "--no-random_flip", "--class_conditional"], "leave out --class_conditional"),
+        (["--augment", "1.2", "--no-random_flip"], "must be between 0 and 1"),
+        (["--augment", "0.1", "--no-random_flip", "--denoiser", json.dumps(TINY_DIT)], "a DiTTransformer2DModel came"),
+        (["--class_conditional", "--label_column", "image"], "no column of integer labels 'image'"),
+        (["--sampler", "heun"], "--sampler heun needs an EDMEulerScheduler, not a DDPMScheduler"),
+        (["--log_sigma", "0", "1"], "its training levels are its timesteps"),
+        (["--scheduler", '{"_class_name": "ScoreSdeVeScheduler"}'], "is not supported"),
         (["--scheduler", '{"_class_name": "Nothing"}'], "must name a diffusers scheduler"),
         (["--scheduler", '{"rescale_betas_zero_snr": true}'], "zero-terminal SNR"),
         (["--denoiser", json.dumps(TINY | {"block_out_chanels": [32]})], "no options ['block_out_chanels']"),
@@ -230,16 +341,6 @@ def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pretrain.parse_arguments(["--config", str(config)])
     assert "unknown options ['learning_speed']" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["digits", "cifar10_cpu", "cifar10_ddpm"])
-def test_configurations_name_networks_that_can_be_built(name):
-    args = pretrain.parse_arguments(["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
-    with torch.device("meta"):
-        unet = build_denoiser({**pretrain.DENOISER, "sample_size": 32, **args.denoiser})
-    count = sum(p.numel() for p in unet.parameters())
-    expected = {"cifar10_ddpm": (35_746_307, 35_746_307), "cifar10_cpu": (1e6, 2e6), "digits": (0.5e6, 1e6)}[name]
-    assert expected[0] <= count <= expected[1]
 
 
 def test_generated_images_depend_on_their_number_alone(trained, tmp_path):
@@ -369,3 +470,9 @@ def test_a_config_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit):
         parse_with_config(argparse.ArgumentParser(), ["--config", "nowhere.yaml"])
     assert "nowhere.yaml: there is no such file" in capsys.readouterr().err
+
+
+def test_a_scheduler_of_another_framework_is_refused(trained, tmp_path):
+    options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path), "--num_images", "1"]
+    with pytest.raises(SystemExit, match="EDMEulerScheduler is of edm, but the network was trained with ddpm"):
+        generate.main([*options, "--scheduler", "EDMEulerScheduler"])

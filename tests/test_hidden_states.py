@@ -7,10 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddae_hf import collect_hidden_states, layer_names, pool_hidden_states
 from ddae_hf.checkpoints import build_denoiser
+from ddae_hf.conditioning import disable_label_dropout
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
 from ddae_hf.hidden_states import decoder_layer_names, default_layer, hidden_size
 
-from .conftest import make_unet
+from .conftest import make_dit, make_unet
 
 NETWORKS = {
     "plain": {},
@@ -192,3 +193,51 @@ def test_pooling_is_over_positions_in_float32():
         pool_hidden_states(maps, "median")
     with pytest.raises(ValueError, match="must be"):
         pool_hidden_states(maps[0, 0])
+
+
+DIT_INPUTS = (torch.randn(3, 3, 8, 8), torch.tensor([3.0, 20.0, 700.0]))
+LABELS = {"class_labels": torch.tensor([0, 4, 5])}
+
+
+@torch.no_grad()
+def test_a_dits_taps_are_its_blocks_and_stopping_early_is_bit_equal():
+    dit = make_dit()
+    assert layer_names(dit) == decoder_layer_names(dit) == [f"transformer_blocks.{k}" for k in range(4)]
+    assert default_layer(dit) == "transformer_blocks.1" and hidden_size(dit, "transformer_blocks.3") == 32
+    expected = by_hooks(dit, *DIT_INPUTS, *LABELS.values())
+    for layers in (["transformer_blocks.0"], ["transformer_blocks.2", "transformer_blocks.1"], layer_names(dit)):
+        for stop_early in (True, False):
+            found = collect_hidden_states(dit, *DIT_INPUTS, layers, stop_early=stop_early, **LABELS)
+            assert list(found) == layers and all(torch.equal(found[name], expected[name]) for name in layers)
+
+
+@torch.no_grad()
+def test_nothing_is_computed_after_a_dits_deepest_block():
+    dit, called = make_dit(), []
+    for k, block in enumerate(dit.transformer_blocks):
+        block.attn1.register_forward_hook(lambda m, a, out, k=k: called.append(k))
+    collect_hidden_states(dit, *DIT_INPUTS, ["transformer_blocks.1"], **LABELS)
+    assert called == [0, 1]
+
+
+@torch.no_grad()
+def test_an_offloaded_dit_gives_the_same_hidden_states():
+    dit = make_dit()
+    expected = collect_hidden_states(dit, *DIT_INPUTS, ["transformer_blocks.2"], **LABELS)
+    cpu_offload(dit, execution_device="cpu")
+    found = collect_hidden_states(dit, *DIT_INPUTS, ["transformer_blocks.2"], **LABELS)
+    assert torch.equal(found["transformer_blocks.2"], expected["transformer_blocks.2"])
+
+
+def test_gradients_through_a_dits_checkpointed_blocks_are_the_same():
+    gradients = []
+    for checkpointing in (False, True):
+        dit = make_dit()
+        if checkpointing:
+            dit.train().enable_gradient_checkpointing()
+            disable_label_dropout(dit)
+        collect_hidden_states(dit, *DIT_INPUTS, ["transformer_blocks.2"], **LABELS)[
+            "transformer_blocks.2"
+        ].sum().backward()
+        gradients.append(dit.pos_embed.proj.weight.grad)
+    torch.testing.assert_close(*gradients)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
-from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEModel, layer_names, timestep_to_sigma
+from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEModel, add_noise, layer_names, timestep_to_sigma
 from ddae_hf.checkpoints import fingerprint, plain_config
 
-from .conftest import make_unet
+from .conftest import make_dit, make_unet
 
 
 def make_config(**options):
@@ -133,7 +133,7 @@ def test_wrong_arguments_are_refused(arguments, message):
 @torch.no_grad()
 def test_a_conditional_denoiser_takes_its_null_class_or_labels(images):
     unet = {"num_class_embeds": 11}
-    with pytest.raises(ValueError, match="pass class_labels, or set the config's null_class"):
+    with pytest.raises(ValueError, match="pass class_labels, or set its null_class"):
         make_model(DDAEModel, unet=unet)(images)
     model = make_model(DDAEModel, unet=unet, null_class=10)
     null = model(images, class_labels=torch.full((5,), 10)).pooler_output
@@ -141,6 +141,60 @@ def test_a_conditional_denoiser_takes_its_null_class_or_labels(images):
     assert not torch.equal(model(images, class_labels=torch.arange(5)).pooler_output, null)
     with pytest.raises(ValueError, match="class_labels are 0 to 11: allowed are 0 to 10"):
         model(images, class_labels=torch.tensor([0, 1, 2, 3, 11]))
+
+
+FRAMEWORKS = ["DDPMScheduler", "EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler"]
+
+
+@pytest.mark.parametrize("scheduler", FRAMEWORKS)
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_dit_is_read_saved_and_loaded_in_every_framework(images, tmp_path, scheduler, classes):
+    """Its positions are in no checkpoint; the null class is its last label."""
+    dit = make_dit(num_embeds_ada_norm=classes)
+    options = {"denoiser": plain_config(dit), "scheduler": {"_class_name": scheduler}, "sigma": 0.3, "num_labels": 4}
+    model = DDAEForImageClassification(DDAEConfig(**options)).eval()
+    model.ddae.denoiser.load_state_dict(dit.state_dict())
+    assert torch.equal(model.ddae.denoiser.pos_embed.pos_embed, dit.pos_embed.pos_embed)
+    noise = torch.randn_like(images)
+    with torch.no_grad():
+        outputs = model.ddae(images, noise=noise, output_hidden_states=["transformer_blocks.0", -1])
+        noisy, timestep = add_noise(model.ddae.scheduler, images, noise, 0.3)
+        hidden = dit.pos_embed(noisy)
+        for block in dit.transformer_blocks[:2]:
+            hidden = block(hidden, timestep=timestep, class_labels=torch.full((5,), classes))
+    torch.testing.assert_close(outputs.last_hidden_state, hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs.pooler_output, hidden.mean(1), rtol=1e-5, atol=1e-5)
+    assert [h.shape for h in outputs.hidden_states] == [(5, 16, 32), (5, 16, 32)]
+    model.save_pretrained(tmp_path)
+    loaded = DDAEForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images).logits, model(images).logits)
+    if not classes:
+        with pytest.raises(ValueError, match="unconditional"):
+            model(images, class_labels=torch.zeros(5, dtype=torch.long))
+
+
+def test_a_dit_is_fine_tuned_or_probed(images):
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    model = DDAEForImageClassification(DDAEConfig(denoiser=plain_config(make_dit()), num_labels=4)).train()
+    model(images, labels=labels).loss.backward()
+    used = [*model.ddae.denoiser.transformer_blocks[:2].parameters(), *model.ddae.denoiser.pos_embed.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in used)
+    assert all(p.grad is None for p in model.ddae.denoiser.transformer_blocks[2:].parameters())
+    model.freeze_denoiser()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.parametrize("scheduler", FRAMEWORKS[1:])
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_every_framework_compiles_and_exports(images, scheduler, network):
+    denoiser = plain_config(make_unet() if network == "unet" else make_dit())
+    model = DDAEForImageClassification(DDAEConfig(denoiser=denoiser, scheduler={"_class_name": scheduler})).eval()
+    with torch.no_grad():
+        expected = model(images).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images).logits, expected, rtol=1e-4, atol=1e-5)
+        exported = torch.export.export(model, (images,)).module()
+        torch.testing.assert_close(exported(images).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_is_cross_entropy_of_classes_or_probabilities(images):

@@ -5,10 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    ScoreSdeVeScheduler,
+    UniPCMultistepScheduler,
+)
 
 from ddae_hf import add_noise, sigma_to_timestep, timestep_to_sigma
 from ddae_hf.noise import (
+    check_time_embedding,
+    denoised,
+    family,
     fed_timestep,
     indexed_noise,
     prediction_target,
@@ -18,6 +31,7 @@ from ddae_hf.noise import (
 )
 
 from .conftest import make_unet
+from .ideal import Ideal, closed_form
 
 SCHEDULERS = [
     DDPMScheduler(),
@@ -25,6 +39,10 @@ SCHEDULERS = [
     EulerDiscreteScheduler(beta_schedule="scaled_linear"),
     DDPMScheduler(num_train_timesteps=50),
 ]
+EDM = [EDMEulerScheduler(), EDMEulerScheduler(sigma_data=1.0, prediction_type="v_prediction")]
+EDM += [EDMDPMSolverMultistepScheduler(sigma_data=0.7)]
+FLOW = [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(num_train_timesteps=100)]
+FLOW += [FlowMatchEulerDiscreteScheduler(shift=3.0)]
 ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
 
 
@@ -44,6 +62,29 @@ def test_timesteps_and_sigmas_are_inverse_of_each_other(scheduler):
     between = torch.linspace(0, last - 1.5, 333)
     back = sigma_to_timestep(scheduler, timestep_to_sigma(scheduler, between))
     torch.testing.assert_close(back, between, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("scheduler", EDM)
+def test_edms_timesteps_and_sigmas_are_inverse_and_beyond_the_samplers_range_too(scheduler):
+    sigma = torch.logspace(-5, 4, 200)
+    timestep = sigma_to_timestep(scheduler, sigma)
+    np.testing.assert_allclose(timestep, np.log(sigma.double().numpy()) / 4, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(timestep_to_sigma(scheduler, timestep), sigma, rtol=3e-6, atol=0)
+    scheduler.set_timesteps(7)
+    torch.testing.assert_close(timestep_to_sigma(scheduler, scheduler.timesteps), scheduler.sigmas[:-1])
+
+
+@pytest.mark.parametrize("scheduler", FLOW)
+def test_flow_matchings_timesteps_and_sigmas_are_inverse(scheduler):
+    steps = scheduler.config.num_train_timesteps
+    s = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    sigma = timestep_to_sigma(scheduler, (s * steps).float())
+    torch.testing.assert_close(sigma[:-1], (s / (1 - s))[:-1].float(), rtol=1e-4, atol=0)
+    assert sigma[0] == 0 and math.isinf(sigma[-1])
+    back = sigma_to_timestep(scheduler, sigma)
+    torch.testing.assert_close(back, (s * steps).float(), rtol=1e-6, atol=1e-5 * steps)
+    assert sigma_to_timestep(scheduler, math.inf).item() == steps and sigma_to_timestep(scheduler, 0.0).item() == 0
+    assert sigma_to_timestep(scheduler, torch.tensor([-0.1])).isnan().all()
 
 
 def test_between_timesteps_log_sigma_is_linear(scheduler):
@@ -73,6 +114,79 @@ def test_add_noise_is_diffusers_own_at_whole_timesteps(scheduler):
     assert torch.equal(fed, timesteps.float())
 
 
+@pytest.mark.parametrize("scheduler", FLOW)
+def test_flow_matchings_input_is_diffusers_own_on_its_grid(scheduler, images):
+    noise = torch.randn_like(images)
+    scheduler.set_timesteps(7)
+    timesteps = scheduler.timesteps.unique()[:5]
+    sample, fed = add_noise(scheduler, images, noise, timestep_to_sigma(scheduler, timesteps))
+    torch.testing.assert_close(fed, timesteps, rtol=1e-5, atol=1e-3)
+    s = (timesteps / scheduler.config.num_train_timesteps).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(sample, (1 - s) * images + s * noise, rtol=1e-4, atol=1e-5)
+    if hasattr(scheduler, "scale_noise") and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        torch.testing.assert_close(sample, scheduler.scale_noise(images, timesteps, noise), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", EDM)
+@pytest.mark.parametrize("sigma", [0.002, 0.05, 0.5, 3.0, 80.0, 500.0])
+def test_edms_preconditioning_is_the_papers_and_diffusers_own(scheduler, images, sigma):
+    """c_in, c_skip, c_out and c_noise of table 1 in Karras et al. 2022, in float64."""
+    noise, output = torch.randn_like(images), torch.randn_like(images)
+    spread = scheduler.config.sigma_data
+    c_in, c_skip = 1 / math.hypot(sigma, spread), spread**2 / (sigma**2 + spread**2)
+    c_out = sigma * spread / math.hypot(sigma, spread)
+    c_out = -c_out if scheduler.config.prediction_type == "v_prediction" else c_out
+    noisy = images.double() + sigma * noise.double()
+    sample, fed = add_noise(scheduler, images, noise, torch.tensor(sigma))
+    torch.testing.assert_close(sample.double(), c_in * noisy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fed.double(), torch.full((5,), math.log(sigma) / 4).double(), rtol=1e-6, atol=1e-7)
+    clean = denoised(scheduler, sample, output, sigma)
+    torch.testing.assert_close(clean.double(), c_skip * noisy + c_out * output, rtol=1e-5, atol=2e-5)
+    theirs = scheduler.precondition_outputs(noisy.float(), output, sigma)
+    torch.testing.assert_close(clean, theirs, rtol=1e-4, atol=1e-4)
+    target = prediction_target(scheduler, images, noise, torch.tensor(sigma))
+    torch.testing.assert_close(target.double(), (images.double() - c_skip * noisy) / c_out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", EDM)
+def test_edms_weighted_error_of_the_image_is_the_error_of_the_output(scheduler, images):
+    noise, output = torch.randn_like(images), torch.randn_like(images)
+    sigma = torch.tensor([0.01, 0.1, 0.6, 2.0, 10.0])
+    spread = scheduler.config.sigma_data
+    weight = (sigma**2 + spread**2) / (sigma * spread) ** 2
+    sample, _ = add_noise(scheduler, images, noise, sigma)
+    of_image = weight * (denoised(scheduler, sample, output, sigma) - images).square().mean((1, 2, 3))
+    of_output = (output - prediction_target(scheduler, images, noise, sigma)).square().mean((1, 2, 3))
+    torch.testing.assert_close(of_image, of_output, rtol=1e-3, atol=0)
+
+
+PREDICTIONS = [DDPMScheduler(prediction_type=kind) for kind in ("epsilon", "sample", "v_prediction")]
+
+
+@pytest.mark.parametrize("scheduler", [*PREDICTIONS, *EDM, *FLOW, ZERO_SNR])
+def test_the_prediction_target_stands_for_the_clean_image(scheduler, images):
+    noise, sigma = torch.randn_like(images), torch.tensor([0.02, 0.1, 0.5, 2.0, 30.0])
+    sample, _ = add_noise(scheduler, images, noise, sigma)
+    target = prediction_target(scheduler, images, noise, sigma)
+    torch.testing.assert_close(denoised(scheduler, sample, target, sigma), images, rtol=1e-3, atol=1e-4)
+
+
+def test_all_frameworks_denoise_alike_at_equal_sigma(images):
+    """The same noisy image, shown to perfect denoisers of Gaussian data, has the same clean image in each."""
+    noise, sigma = torch.randn(5, 1, 4, 4), 0.7
+    noisy = images[:, :1, :4, :4] + sigma * noise
+    found = []
+    for scheduler, framework in [(s, "ddpm") for s in PREDICTIONS] + [(EDM[0], "edm"), (FLOW[0], "flow")]:
+        level = sigma
+        if framework == "ddpm":  # the perfect denoiser knows whole timesteps only
+            level = timestep_to_sigma(scheduler, sigma_to_timestep(scheduler, sigma).round()).item()
+        clean = noisy - level * noise
+        sample, fed = add_noise(scheduler, clean, noise, level)
+        ideal = Ideal(framework, scheduler.config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None))
+        found.append(denoised(scheduler, sample, ideal(sample, fed).sample, level))
+        torch.testing.assert_close(found[-1].double(), closed_form(noisy, level), rtol=1e-4, atol=1e-5)
+
+
 def test_add_noise_keeps_its_precision_at_small_levels():
     scheduler = DDPMScheduler(beta_start=1e-8, beta_end=1e-7, num_train_timesteps=10)
     sigma = sigma_range(scheduler)[0]
@@ -86,6 +200,9 @@ def test_infinite_sigma_is_pure_noise():
     sample, fed = add_noise(ZERO_SNR, clean, noise, math.inf)
     assert torch.equal(sample, noise) and fed.tolist() == [999.0, 999.0]
     assert torch.equal(prediction_target(ZERO_SNR, clean, noise, math.inf), -clean)
+    sample, fed = add_noise(FLOW[0], clean, noise, math.inf)
+    assert torch.equal(sample, noise) and fed.tolist() == [1000.0, 1000.0]
+    assert torch.equal(prediction_target(FLOW[0], clean, noise, math.inf), noise - clean)
     euler = EulerDiscreteScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert math.isinf(sigma_range(euler)[1])
 
@@ -128,9 +245,49 @@ def test_ends_written_with_a_few_digits_are_inside(scheduler):
     assert sigma_to_timestep(scheduler, float(f"{high:.6g}")).item() == pytest.approx(999, abs=1e-2)
 
 
-def test_a_scheduler_of_another_family_is_refused(images):
-    with pytest.raises(ValueError, match="EDMEulerScheduler is not a variance-preserving"):
-        add_noise(EDMEulerScheduler(), images, images, 0.5)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        ScoreSdeVeScheduler(),
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        torch.nn.Identity(),
+    ],
+)
+def test_a_scheduler_of_no_known_framework_is_refused(scheduler, images):
+    with pytest.raises(ValueError, match="is not supported.*allowed are DDPMScheduler.*EDMEulerScheduler.*FlowMatch"):
+        add_noise(scheduler, images, images, 0.5)
+
+
+def test_frameworks_have_names():
+    assert [family(s) for s in (SCHEDULERS[0], EDM[0], FLOW[0])] == ["ddpm", "edm", "flow"]
+    assert {family(s) for s in SCHEDULERS} == {"ddpm"} and {family(s) for s in FLOW} == {"flow"}
+
+
+@pytest.mark.parametrize(("sigma", "timestep"), [(0.001, -2.0), (81.0, 1.2), (math.inf, math.nan)])
+def test_edms_scalars_outside_the_samplers_range_are_refused(images, sigma, timestep):
+    with pytest.raises(ValueError, match=r"allowed are 0\.002 to 80"):
+        add_noise(EDM[0], images, images, sigma)
+    with pytest.raises(ValueError, match="outside the schedule"):
+        timestep_to_sigma(EDM[0], timestep)
+
+
+def test_flow_matching_takes_every_level_from_none_to_pure_noise(images):
+    assert sigma_range(FLOW[0]) == (0, math.inf)
+    assert torch.equal(add_noise(FLOW[0], images, torch.ones_like(images), 0.0)[0], images)
+    with pytest.raises(ValueError, match="allowed are 0 to inf"):
+        add_noise(FLOW[0], images, images, -0.1)
+    with pytest.raises(ValueError, match="allowed are 0 to 1000"):
+        timestep_to_sigma(FLOW[0], 1000.5)
+
+
+@pytest.mark.parametrize("kind", ["learned", "fourier"])
+def test_time_embeddings_that_cannot_take_a_frameworks_timesteps_are_refused(kind):
+    config = make_unet(time_embedding_type=kind, num_train_timesteps=1000).config
+    check_time_embedding(config, SCHEDULERS[0])
+    for scheduler in (EDM[0], FLOW[0]):
+        with pytest.raises(ValueError, match=f"time_embedding_type is '{kind}'.*set it to 'positional'"):
+            check_time_embedding(config, scheduler)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -152,6 +309,8 @@ def test_predictions_that_cannot_work_are_refused():
         prediction_type(DDPMScheduler(rescale_betas_zero_snr=True))
     with pytest.raises(ValueError, match="'flow' is not supported"):
         prediction_type(DDPMScheduler(prediction_type="flow"))
+    with pytest.raises(ValueError, match="'sample' is not supported with EDMDPMSolver.*allowed are epsilon, v_predic"):
+        prediction_type(EDMDPMSolverMultistepScheduler(prediction_type="sample"))
 
 
 def test_training_levels_are_uniform_over_timesteps():
@@ -159,6 +318,29 @@ def test_training_levels_are_uniform_over_timesteps():
     sigma = sample_training_sigma(scheduler, 20_000, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(sigma_to_timestep(scheduler, sigma).long(), minlength=10)
     assert counts.sum() == 20_000 and ((counts - 2000).abs() < 5 * math.sqrt(2000)).all()
+
+
+def test_edms_training_levels_are_log_normal():
+    log_sigma = sample_training_sigma(EDM[0], 40_000, generator=torch.Generator().manual_seed(0)).log()
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.03) and log_sigma.std().item() == pytest.approx(
+        1.2, 0.02
+    )
+    other = sample_training_sigma(EDM[0], 40_000, log_normal=(0.4, 1.0)).log()
+    assert other.mean().item() == pytest.approx(0.4, abs=0.03) and other.std().item() == pytest.approx(1.0, 0.02)
+
+
+def test_flow_matchings_times_are_uniform_or_logit_normal():
+    generator = torch.Generator().manual_seed(0)
+    s = sigma_to_timestep(FLOW[0], sample_training_sigma(FLOW[0], 40_000, generator=generator)) / 1000
+    counts = torch.histc(s, 10, 0, 1)
+    assert counts.sum() == 40_000 and ((counts - 4000).abs() < 5 * math.sqrt(4000)).all()
+    s = sigma_to_timestep(FLOW[0], sample_training_sigma(FLOW[0], 40_000, log_normal=(0.0, 1.0))) / 1000
+    assert torch.logit(s).mean().abs() < 0.03 and torch.logit(s).std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_log_normal_levels_of_a_schedule_of_timesteps_are_refused():
+    with pytest.raises(ValueError, match="drawn uniformly. Leave the distribution out"):
+        sample_training_sigma(SCHEDULERS[0], 4, log_normal=(0.0, 1.0))
 
 
 def test_a_learned_embedding_is_fed_integers():
@@ -178,6 +360,7 @@ def test_indexed_noise_depends_on_seed_index_and_view_alone():
     assert torch.corrcoef(many.flatten(1)[:50]).fill_diagonal_(0).abs().max() < 0.35
 
 
+@pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0]])
 def test_add_noise_compiles_without_a_graph_break(scheduler, images):
     def function(x, sigma):
         return add_noise(scheduler, x, torch.ones_like(x), sigma)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddae_hf.noise import prediction_target, sample_training_sigma, timestep_to_sigma
 from ddae_hf.objectives import denoising_loss
 
-from .conftest import make_unet
+from .conftest import make_dit, make_unet
+from .ideal import MEAN, STD, Ideal
 
 
 def test_noise_prediction_loss_is_ho_et_als(unet, scheduler, images):
@@ -21,9 +22,12 @@ def test_noise_prediction_loss_is_ho_et_als(unet, scheduler, images):
     torch.testing.assert_close(loss, (predicted - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_a_perfect_denoiser_has_no_loss(images, kind):
-    scheduler = DDPMScheduler(prediction_type=kind)
+SCHEDULERS = [DDPMScheduler(prediction_type=kind) for kind in ("epsilon", "sample", "v_prediction")]
+SCHEDULERS += [EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_perfect_answer_has_no_loss(images, scheduler):
     noise, sigma = torch.randn_like(images), sample_training_sigma(scheduler, 5)
     perfect = Perfect(prediction_target(scheduler, images, noise, sigma))
     assert denoising_loss(perfect, scheduler, images, sigma=sigma, noise=noise).max() == 0
@@ -32,7 +36,7 @@ def test_a_perfect_denoiser_has_no_loss(images, kind):
 class Perfect(torch.nn.Module):
     """Answers with the target."""
 
-    config = make_unet().config
+    config, class_embedding = make_unet().config, None
 
     def __init__(self, target):
         super().__init__()
@@ -42,10 +46,76 @@ class Perfect(torch.nn.Module):
         return UNet2DOutput(sample=self.target)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_every_parameter_gets_a_gradient_and_training_lowers_the_loss(images, kind):
+def edm_minimum(sigma, sigma_data):
+    """The expected loss of the best denoiser: EDM's weight times the variance that the noisy image leaves open."""
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return weight * STD**2 * sigma**2 / (STD**2 + sigma**2)
+
+
+@pytest.mark.parametrize("sigma_data", [STD, 0.5, 1.0])
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 5.0])
+def test_edms_loss_on_gaussian_data_has_its_known_minimum_at_the_perfect_denoiser(sigma, sigma_data):
+    generator = torch.Generator().manual_seed(0)
+    clean = MEAN + STD * torch.randn(4000, 1, 4, 4, generator=generator)
+    noise = torch.randn(4000, 1, 4, 4, generator=generator)
+    scheduler, level = EDMEulerScheduler(sigma_data=sigma_data), torch.full((4000,), sigma)
+    ideal = Ideal("edm", sigma_data=sigma_data)
+    best = denoising_loss(ideal, scheduler, clean, sigma=level, noise=noise).mean().item()
+    assert best == pytest.approx(edm_minimum(sigma, sigma_data), rel=0.02)
+    for gain in (0.0, 2.0):
+        with torch.no_grad():
+            worse = denoising_loss(Scaled(ideal, gain), scheduler, clean, sigma=level, noise=noise).mean().item()
+        assert worse > best
+
+
+def test_training_on_gaussian_data_reaches_the_minimum():
+    """A network of two numbers, which can be perfect at one level, learns what the closed form says."""
     torch.manual_seed(0)
-    unet, scheduler = make_unet().train(), DDPMScheduler(prediction_type=kind)
+    scheduler, sigma = EDMEulerScheduler(sigma_data=0.6), 0.5
+    affine = Affine()
+    optimizer = torch.optim.Adam(affine.parameters(), 0.05)
+    for _ in range(400):
+        clean = MEAN + STD * torch.randn(256, 1, 4, 4)
+        loss = denoising_loss(affine, scheduler, clean, sigma=torch.full((256,), sigma)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    clean = MEAN + STD * torch.randn(8000, 1, 4, 4)
+    with torch.no_grad():
+        reached = denoising_loss(affine, scheduler, clean, sigma=torch.full((8000,), sigma)).mean().item()
+    assert reached == pytest.approx(edm_minimum(sigma, 0.6), rel=0.02)
+
+
+class Scaled(torch.nn.Module):
+    """A network with its output scaled."""
+
+    def __init__(self, network, gain):
+        super().__init__()
+        self.network, self.gain = network, gain
+        self.config, self.class_embedding = network.config, None
+
+    def forward(self, sample, timestep):
+        return UNet2DOutput(sample=self.gain * self.network(sample, timestep).sample)
+
+
+class Affine(torch.nn.Module):
+    """Answers with a multiple of its input and a constant."""
+
+    config, class_embedding = make_unet().config, None
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.bias = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, sample, timestep):
+        return UNet2DOutput(sample=self.gain * sample + self.bias)
+
+
+@pytest.mark.parametrize("network", ["unet", "dit"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_parameter_gets_a_gradient_and_training_lowers_the_loss(images, scheduler, network):
+    torch.manual_seed(0)
+    unet = (make_unet() if network == "unet" else make_dit(num_embeds_ada_norm=0)).train()
     noise, sigma = torch.randn_like(images), sample_training_sigma(scheduler, 5)
     optimizer = torch.optim.Adam(unet.parameters(), 1e-3)
     losses = []

@@ -13,9 +13,9 @@ import ddae_hf
 ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines.
 ORDER = [
-    ["noise", "hidden_states", "checkpoints"],
+    ["noise", "hidden_states", "augment", "checkpoints", "conditioning"],
     ["configuration_ddae"],
-    ["objectives", "image_processing_ddae"],
+    ["objectives", "sampling", "image_processing_ddae"],
     ["pipeline_ddae", "modeling_ddae"],
     ["features"],
     ["__init__"],

@@ -1,5 +1,6 @@
 """Sampling against diffusers' own pipelines; saving; one checkpoint for two jobs."""
 
+import json
 import warnings
 
 import numpy as np
@@ -16,13 +17,14 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
 from PIL import Image
 
 from ddae_hf import DDAEForImageClassification, DDAEPipeline
 
-from .conftest import make_unet
+from .conftest import make_dit, make_unet
 
 
 def sample(pipeline, batch_size=2, seed=0, output_type="np", **options):
@@ -117,18 +119,20 @@ def test_wrong_arguments_are_refused_before_any_step(pipeline, options, message)
 
 def test_class_labels_reach_a_conditional_denoiser():
     conditional = DDAEPipeline(make_unet(num_class_embeds=5), DDPMScheduler())
-    with pytest.raises(ValueError, match="needs `class_labels`"):
+    with pytest.raises(ValueError, match="pass class_labels, or set its null_class"):
         conditional()
     np.testing.assert_array_equal(sample(conditional, class_labels=3), sample(conditional, class_labels=[3, 3]))
     assert not np.allclose(sample(conditional, class_labels=3), sample(conditional, class_labels=4))
-    with pytest.raises(ValueError, match="3 class_labels came for a batch of 2"):
+    with pytest.raises(ValueError, match="3 class_labels came for 2 images"):
         conditional(2, class_labels=[1, 2, 3])
 
 
 def test_what_another_schedule_or_label_would_do_is_refused(unet):
-    for other in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
-        with pytest.raises(ValueError, match="not a variance-preserving scheduler"):
-            DDAEPipeline(unet, other)()
+    with pytest.raises(ValueError, match="ScoreSdeVeScheduler is not supported"):
+        DDAEPipeline(unet, ScoreSdeVeScheduler())()
+    fourier = make_unet(time_embedding_type="fourier")
+    with pytest.raises(ValueError, match="cannot take the timesteps of EDMEulerScheduler"):
+        DDAEPipeline(fourier, EDMEulerScheduler())()
     conditional = DDAEPipeline(make_unet(num_class_embeds=5), DDPMScheduler())
     with pytest.raises(ValueError, match="class_labels are 5 to 5: allowed are 0 to 4"):
         conditional(class_labels=5)
@@ -142,8 +146,79 @@ def test_a_subfolder_opens_as_what_it_is(scheduler, tmp_path):
 
 
 def test_other_denoisers_are_refused(scheduler):
-    with pytest.raises(ValueError, match="allowed are UNet2DModel"):
+    with pytest.raises(ValueError, match="allowed are UNet2DModel, DiTTransformer2DModel"):
         DDAEPipeline(torch.nn.Linear(1, 1), scheduler)
+    with pytest.raises(ValueError, match="pass it as `transformer`"):
+        DDAEPipeline(make_dit(), scheduler)
+    with pytest.raises(ValueError, match="unet and transformer came"):
+        DDAEPipeline(make_unet(), scheduler, transformer=make_dit())
+    with pytest.raises(ValueError, match="Pass one denoiser.*none came"):
+        DDAEPipeline(scheduler=scheduler)
+    with pytest.raises(ValueError, match="Pass a `scheduler`"):
+        DDAEPipeline(make_unet())
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()])
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_dit_samples_saves_and_opens_in_every_framework(scheduler, classes, tmp_path):
+    dit = make_dit(num_embeds_ada_norm=classes)
+    pipeline = DDAEPipeline(scheduler=scheduler, transformer=dit)
+    assert pipeline.denoiser is dit and pipeline.null_class == classes
+    expected = sample(pipeline)
+    assert expected.shape == (2, 8, 8, 3) and np.isfinite(expected).all() and expected.std() > 0.01
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert {name for name in index if not name.startswith("_")} == {"scheduler", "transformer"}
+    np.testing.assert_array_equal(sample(DDAEPipeline.from_pretrained(tmp_path / "pipeline")), expected)
+    classifier = DDAEForImageClassification.from_pretrained(tmp_path / "pipeline", num_labels=4)
+    classifier.save_pretrained(tmp_path / "classifier")
+    np.testing.assert_array_equal(sample(DDAEPipeline.from_pretrained(tmp_path / "classifier")), expected)
+
+
+def test_the_null_class_of_a_unet_travels_with_its_checkpoint(images, tmp_path):
+    pipeline = DDAEPipeline(make_unet(num_class_embeds=5), DDIMScheduler(), null_class=4)
+    np.testing.assert_array_equal(sample(pipeline), sample(pipeline, class_labels=4))
+    pipeline.save_pretrained(tmp_path)
+    assert DDAEPipeline.from_pretrained(tmp_path).null_class == 4
+    classifier = DDAEForImageClassification.from_pretrained(tmp_path, num_labels=3)
+    assert classifier.config.null_class == 4 and classifier(images).logits.shape == (5, 3)
+    classifier.save_pretrained(tmp_path / "classifier")
+    np.testing.assert_array_equal(sample(DDAEPipeline.from_pretrained(tmp_path / "classifier")), sample(pipeline))
+    with pytest.raises(ValueError, match="null_class is 5, but of this denoiser its labels are 0 to 4"):
+        DDAEPipeline(make_unet(num_class_embeds=5), DDIMScheduler(), null_class=5)
+    with pytest.raises(ValueError, match="it takes no labels"):
+        DDAEPipeline(make_unet(), DDIMScheduler(), null_class=0)
+
+
+@pytest.mark.parametrize("network", ["unet", "transformer"])
+def test_guidance_moves_away_from_the_null_class(network):
+    """One step of DDIM from pure noise: the predictions combine linearly, and so do the images."""
+    denoiser = make_unet(num_class_embeds=6) if network == "unet" else make_dit(num_embeds_ada_norm=5)
+    scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
+    pipeline = DDAEPipeline.for_denoiser(denoiser, scheduler, null_class=5)
+
+    def predicted(**options):
+        found = []
+        callback = lambda pipe, i, t, tensors: found.append(tensors["latents"]) or {}  # noqa: E731
+        sample(pipeline, num_inference_steps=1, callback_on_step_end=callback, **options)
+        return found[0]
+
+    label, null = predicted(class_labels=[1, 2]), predicted()
+    guided = predicted(class_labels=[1, 2], guidance_scale=3.0)
+    torch.testing.assert_close(guided, null + 3 * (label - null), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="guidance needs `class_labels`"):
+        sample(pipeline, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="guidance needs a null class"):
+        sample(DDAEPipeline(make_unet(num_class_embeds=6), scheduler), class_labels=1, guidance_scale=2.0)
+
+
+def test_a_learned_variance_is_left_to_schedulers_that_use_it():
+    """As in DiT's own checkpoints: twice as many output channels as input channels."""
+    dit = make_dit(out_channels=6)
+    plain = sample(DDAEPipeline(scheduler=DDIMScheduler(), transformer=dit), class_labels=1, guidance_scale=2.0)
+    learned = DDAEPipeline(scheduler=DDPMScheduler(variance_type="learned_range"), transformer=dit)
+    images = sample(learned, class_labels=1, guidance_scale=2.0)
+    assert plain.shape == images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
 
 
 def test_a_saved_pipeline_opens_in_diffusers(pipeline, tmp_path):

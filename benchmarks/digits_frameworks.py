@@ -1,0 +1,137 @@
+"""Every framework with every network on handwritten digits: pretrain, generate, probe, compare.
+
+    python benchmarks/digits_frameworks.py --output_dir runs/digits_frameworks
+
+Runs the scripts of `examples/` with its configurations `digits*.yaml`, one after the other; a step that is done is not
+done again. Writes `results.json`, `table.md` and `samples.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from quickstart import NUM_SAMPLES, recognised, run, write_digits  # noqa: E402
+
+from data import image_grid  # noqa: E402
+
+FRAMEWORKS = {"ddpm": "DDPM", "edm": "EDM", "flow": "flow matching"}
+NETWORKS = {"unet": "U-Net", "ddpmpp": "DDPM++", "dit": "DiT"}
+SAMPLERS = {
+    "ddpm": ["--num_inference_steps", "50"],
+    "edm": ["--num_inference_steps", "18", "--sampler", "heun"],
+    "flow": ["--num_inference_steps", "50"],
+}
+
+
+def run_steps(framework: str, network: str, data: Path, folder: Path, steps: list[str]) -> None:
+    """Pretrain, generate and probe one pair, as far as that is not done."""
+    name = f"digits_{framework}_{network}.yaml"
+    config = EXAMPLES / "configs" / ("digits.yaml" if name == "digits_ddpm_unet.yaml" else name)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", str(os.cpu_count())]
+    launch += ["--config_file", str(EXAMPLES / "accelerate_configs" / "single.yaml")]
+    if not (folder / "checkpoint" / "train_results.json").exists():
+        options = ["--config", config, "--dataset_name", data, "--resume_from_checkpoint", "latest", *steps]
+        run(*launch, EXAMPLES / "pretrain.py", *options, "--output_dir", folder / "checkpoint")
+    model = ["--model_name_or_path", folder / "checkpoint"]
+    if not (folder / "samples" / "grid.png").exists():
+        options = ["--num_images", str(NUM_SAMPLES), "--batch_size", str(NUM_SAMPLES), *SAMPLERS[framework]]
+        run(sys.executable, EXAMPLES / "generate.py", *model, *options, "--output_dir", folder / "samples")
+    if not (folder / "classifier" / "eval_results.json").exists():
+        options = ["--dataset_name", data, "--layers", "decoder", "--sigmas", "0.05", "0.1", "0.2"]
+        options += ["--num_noise_samples", "4", "--labels_per_class", "10", "--output_dir", folder / "classifier"]
+        run(sys.executable, EXAMPLES / "linear_probe.py", *model, *options)
+
+
+def figures(folder: Path, splits: Any) -> dict[str, Any]:
+    """Return what was measured of one pair."""
+    training = json.loads((folder / "checkpoint" / "train_results.json").read_text())
+    probe = json.loads((folder / "classifier" / "eval_results.json").read_text())["results"]["DDAE"]
+    samples = np.stack([np.asarray(Image.open(path)) for path in sample_files(folder)])
+    few = np.array(probe["few_label_test_accuracies"])
+    return {
+        "parameters": training["parameters"],
+        "steps": training["steps"],
+        "seconds": training["seconds_this_run"],
+        "loss": training["loss_last_100_batches"],
+        "recognised": recognised(splits, samples)["generated"],
+        "layer": probe["layer"],
+        "sigma": probe["sigma"],
+        "test_accuracy": probe["test_accuracy"],
+        "few_label_mean": few.mean(),
+        "few_label_standard_error": few.std(ddof=1) / len(few) ** 0.5,
+    }
+
+
+def sample_files(folder: Path) -> list[Path]:
+    """Return the generated images."""
+    return [folder / "samples" / f"{i:05d}.png" for i in range(NUM_SAMPLES)]
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the figures as a Markdown table."""
+    lines = [
+        "| framework, network | parameters | steps, seconds | loss | samples recognised, of 100 | layer, sigma "
+        "| all labels | 10 labels a class |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        framework, network = name.split("_")
+        cells = [
+            f"{FRAMEWORKS[framework]}, {NETWORKS[network]}",
+            f"{r['parameters']:,}",
+            f"{r['steps']}, {r['seconds']:.0f}",
+            f"{r['loss']:.3f}",
+            f"{r['recognised']}",
+            f"`{r['layer']}`, {r['sigma']:.2g}",
+            f"{100 * r['test_accuracy']:.2f}",
+            f"{100 * r['few_label_mean']:.2f} ± {100 * r['few_label_standard_error']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def save_picture(path: Path, folder: Path, names: list[str]) -> None:
+    """Write 32 samples of every pair: a row a framework, a column a network."""
+    tiles = [image_grid([Image.open(f) for f in sample_files(folder / n)[:32]], columns=8, min_side=40) for n in names]
+    width, height = tiles[0].width + 16, tiles[0].height + 28
+    picture = Image.new("RGB", (width * len(NETWORKS), height * len(FRAMEWORKS)), "white")
+    for i, (name, tile) in enumerate(zip(names, tiles, strict=True)):
+        framework, network = name.split("_")
+        x, y = i % len(NETWORKS) * width, i // len(NETWORKS) * height
+        ImageDraw.Draw(picture).text((x + 2, y + 8), f"{FRAMEWORKS[framework]}, {NETWORKS[network]}", "black")
+        picture.paste(tile, (x, y + 24))
+    picture.save(path)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/digits_frameworks"))
+    parser.add_argument("--max_train_steps", type=int, help="Fewer steps than the configurations', to try it out.")
+    args = parser.parse_args()
+    folder = args.output_dir
+    splits = write_digits(folder / "digits")
+    steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
+    names = [f"{framework}_{network}" for framework in FRAMEWORKS for network in NETWORKS]
+    for name in names:
+        run_steps(*name.split("_"), folder / "digits", folder / name, steps)
+    results = {name: figures(folder / name, splits) for name in names}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table(results), encoding="utf-8")
+    save_picture(folder / "samples.png", folder, names)
+    print(f"\n{table(results)}\nSamples: {folder / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Non-leaking augmentation: transformed training images whose transformation the network is told.
+
+Karras et al. 2022 (arXiv 2206.00364, appendix F.2, table 6). Each image is mirrored left to right half of the time, and
+with a small probability each is mirrored upside down, scaled, rotated, stretched along a random direction, and shifted.
+Nine numbers say what was done; zeros say that nothing was, and with zeros the network generates and is read, so that no
+transformation leaks into its images.
+
+Two differences from the paper. Images are resampled once, bicubically, where the paper filters with wavelets. The
+numbers are added, padded with zeros, to the time embedding, where the paper learns a linear map of them: so a stock
+`UNet2DModel` takes them without new weights, and its checkpoint is an ordinary unconditional one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_LABELS = 9
+_SCALE = 2**0.2  # factor of one standard deviation of scaling and stretching
+_SHIFT = 1 / 8  # one standard deviation of shifting, in image sizes
+
+
+def _matrix(rows: list[list[Any]], like: Tensor) -> Tensor:
+    """Return 3x3 matrices (B, 3, 3) whose entries are tensors (B,) or numbers."""
+    entries = [torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(like)) for row in rows for v in row]
+    return torch.stack(entries, dim=-1).reshape(-1, 3, 3)
+
+
+def _scaling(x: Any, y: Any, like: Tensor) -> Tensor:
+    return _matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]], like)
+
+
+def _rotation(angle: Tensor) -> Tensor:
+    cos, sin = angle.cos(), angle.sin()
+    return _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], angle)
+
+
+def augment(
+    images: Tensor, probability: float = 0.12, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Transform images at random, and say how.
+
+    Args:
+        images: Images (B, C, H, W) in [-1, 1], of equal height and width.
+        probability: Probability of each transformation but the horizontal mirror, which always mirrors half of the
+            images. At 0 nothing is changed at all.
+        generator: Random generator on the images' device.
+
+    Returns:
+        The images (B, C, H, W), mirrored at their borders where something beyond them comes into view, and labels
+        (B, 9), float32: mirrored left to right (0 or 1); upside down (0 or 1); logarithm of the scale in units of its
+        deviation; cosine minus one and sine of the rotation; the same logarithm of the stretch times cosine and sine of
+        its direction; shift to the right and downwards in units of its deviation.
+
+    Raises:
+        ValueError: A probability outside [0, 1], or images that are not square.
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"The augmentation's probability is {probability}: it must be between 0 and 1.")
+    if images.shape[-1] != images.shape[-2]:
+        raise ValueError(f"Images of {images.shape[-2]}x{images.shape[-1]} pixels came: augmentation needs squares.")
+
+    def uniform() -> Tensor:
+        return torch.rand(len(images), generator=generator, device=images.device)
+
+    def normal() -> Tensor:
+        return torch.randn(len(images), generator=generator, device=images.device)
+
+    def sometimes(values: Tensor, chance: float = probability) -> Tensor:
+        return torch.where(uniform() < chance, values, 0.0)
+
+    mirrored = sometimes((uniform() < 0.5).float(), 1.0 if probability else 0.0)
+    upside_down = sometimes((uniform() < 0.5).float())
+    scale = sometimes(normal())
+    angle = sometimes((2 * uniform() - 1) * math.pi)
+    stretch, direction = sometimes(normal()), (2 * uniform() - 1) * math.pi
+    shifted = sometimes(torch.ones_like(scale))
+    right, down = shifted * normal(), shifted * normal()
+    labels = torch.stack(
+        [
+            mirrored, upside_down, scale, angle.cos() - 1, angle.sin(),
+            stretch * direction.cos(), stretch * direction.sin(), right, down,
+        ], dim=1,
+    )  # fmt: skip
+    # Where the image goes, in coordinates from -1 to 1 to the right and downwards, from the first change to the last.
+    forward = (
+        _matrix([[1, 0, 2 * _SHIFT * right], [0, 1, 2 * _SHIFT * down], [0, 0, 1]], scale)
+        @ _rotation(direction) @ _scaling(_SCALE**stretch, _SCALE**-stretch, scale) @ _rotation(-direction)
+        @ _rotation(angle)
+        @ _scaling(_SCALE**scale, _SCALE**scale, scale)
+        @ _scaling(1, 1 - 2 * upside_down, scale)
+    )  # fmt: skip
+    images = torch.where(mirrored[:, None, None, None] > 0, images.flip(-1), images)
+    return _resample(images, forward, labels[:, 1:].any(dim=1)), labels
+
+
+def _resample(images: Tensor, forward: Tensor, changed: Tensor) -> Tensor:
+    """Move images by matrices (B, 3, 3); those that are not `changed` (B,) stay exactly what they are."""
+    places = F.affine_grid(torch.linalg.inv(forward.float())[:, :2], list(images.shape), align_corners=False)
+    moved = F.grid_sample(images.float(), places, mode="bicubic", padding_mode="reflection", align_corners=False)
+    # Bicubic interpolation overshoots at edges.
+    return torch.where(changed[:, None, None, None], moved.clamp(-1, 1).to(images.dtype), images)
+
+
+def accept_augmentation_labels(unet: Any) -> None:
+    """Make an unconditional `UNet2DModel` take augmentation labels, as its `class_labels`, while it is trained.
+
+    Its configuration and weights stay those of an unconditional network, and so does what it saves.
+
+    Raises:
+        ValueError: A network that is conditional already, or is no `UNet2DModel`, or has too narrow a time embedding.
+    """
+    name = type(unet).__name__
+    if name != "UNet2DModel" or unet.class_embedding is not None:
+        what = f"a class-conditional {name}" if name == "UNet2DModel" else f"a {name}"
+        raise ValueError(f"Augmentation needs an unconditional UNet2DModel, which takes its labels: {what} came.")
+    if label_width(unet) < NUM_LABELS:
+        raise ValueError(f"The time embedding has {label_width(unet)} channels: labels need {NUM_LABELS} or more.")
+    unet.class_embedding = nn.Identity()
+
+
+def label_width(unet: Any) -> int:
+    """Return the width of a U-Net's time embedding."""
+    return unet.time_embedding.linear_2.out_features
+
+
+def embed_labels(labels: Tensor, width: int) -> Tensor:
+    """Pad labels (B, 9) with zeros to (B, width), to be added to the time embedding."""
+    return F.pad(labels, (0, width - labels.shape[1]))

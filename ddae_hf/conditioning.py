@@ -1,0 +1,106 @@
+"""Class labels: which ones a denoiser takes, the null class that stands for none, and dropping labels in training.
+
+- `UNet2DModel`: `num_class_embeds` labels. Nothing marks one of them as the null class; a network trained here has it
+  last, and its checkpoint says so.
+- `DiTTransformer2DModel`: `num_embeds_ada_norm` classes, and the null class after them. With `num_embeds_ada_norm=0`
+  there is the null class alone, and the network is unconditional.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor
+
+
+def num_labels(config: Any) -> int:
+    """Return how many class labels a denoiser tells apart, its null class included; 0 for one that takes none.
+
+    Args:
+        config: The denoiser's complete diffusers config.
+    """
+    if "num_embeds_ada_norm" in config:
+        return config["num_embeds_ada_norm"] + 1
+    return 0 if config.get("class_embed_type") else config.get("num_class_embeds") or 0
+
+
+def label_options(class_name: str, num_classes: int) -> dict[str, int]:
+    """Return the options that give a denoiser of this class so many labels and a null class after them.
+
+    With no classes it is unconditional.
+    """
+    if class_name == "DiTTransformer2DModel":
+        return {"num_embeds_ada_norm": num_classes}
+    return {"num_class_embeds": num_classes + 1} if num_classes else {}
+
+
+def default_null_class(config: Any) -> int | None:
+    """Return the null class that a denoiser's config implies: a DiT's last label, none for a U-Net."""
+    return config.get("num_embeds_ada_norm")
+
+
+def is_conditional(denoiser: Any) -> bool:
+    """Whether a denoiser can be given class labels."""
+    if "num_embeds_ada_norm" in denoiser.config:
+        return denoiser.config.num_embeds_ada_norm > 0
+    return denoiser.class_embedding is not None
+
+
+def class_conditioning(
+    denoiser: Any, class_labels: Any, batch_size: int, device: Any, null_class: int | None = None
+) -> dict[str, Tensor]:
+    """Return the keyword arguments that tell a denoiser its classes: `class_labels`, or nothing.
+
+    Args:
+        denoiser: A diffusers network.
+        class_labels: Labels (B,), or one for all; a U-Net whose `class_embed_type` is `"identity"` takes vectors
+            (B, width). None means the null class.
+        batch_size: Number of images, B.
+        device: Where they are.
+        null_class: The null class of a denoiser that does not imply one.
+
+    Raises:
+        ValueError: Labels for an unconditional network, labels that it does not have or that are not one an image, or
+            neither labels nor a null class for a conditional one.
+    """
+    if class_labels is not None and not is_conditional(denoiser):
+        raise ValueError("class_labels came, but this denoiser is unconditional: leave them out.")
+    if class_labels is None:
+        class_labels = default_null_class(denoiser.config) if null_class is None else null_class
+        if not is_conditional(denoiser) and class_labels is None:
+            return {}
+        if class_labels is None:
+            raise ValueError("This denoiser is class-conditional: pass class_labels, or set its null_class.")
+    labels = torch.as_tensor(class_labels, device=device)
+    labels = labels.reshape(1) if labels.ndim == 0 else labels
+    if len(labels) not in (1, batch_size):
+        raise ValueError(f"{len(labels)} class_labels came for {batch_size} images: pass one, or one an image.")
+    if count := num_labels(denoiser.config):
+        check_label_range("class_labels", labels, count)
+    return {"class_labels": labels.expand(batch_size, *labels.shape[1:])}
+
+
+def check_label_range(name: str, labels: Tensor, count: int) -> None:
+    """Refuse labels outside 0 to count - 1, where they can be read without waiting for a device or breaking a graph."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+        return
+    if labels.min() < 0 or labels.max() >= count:
+        raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
+
+
+def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
+    """Replace each of the labels (B,) by the null class with this probability (Ho and Salimans 2022, arXiv 2207.12598).
+
+    A network trained so denoises with and without a label, which guidance needs.
+    """
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return torch.where(dropped, null_class, class_labels)
+
+
+def disable_label_dropout(denoiser: torch.nn.Module) -> None:
+    """Stop a DiT from dropping labels by itself in training mode, where each block would draw for itself."""
+    for module in denoiser.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0

@@ -1,0 +1,180 @@
+"""EDM's Heun sampler against closed forms; samples of perfect denoisers in every framework."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+
+from ddae_hf import DDAEPipeline
+from ddae_hf.sampling import churn_factor, heun_step
+
+from .conftest import make_unet
+from .ideal import MEAN, STD, Ideal, closed_form
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+
+
+def sample(denoiser, scheduler, latents, steps, **options):
+    pipeline = DDAEPipeline(denoiser, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(len(latents), latents=latents, num_inference_steps=steps, output_type="pt", **options).images
+    return images.double() * 2 - 1
+
+
+def karras_levels(steps, low=0.002, high=80.0, rho=7.0):
+    """Equation 5 of Karras et al. 2022, in float64."""
+    ramp = np.arange(steps) / (steps - 1)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return [*levels.tolist(), 0.0]
+
+
+def integrate(latents, steps):
+    """Follow the steps of the sampler on Gaussian data in float64."""
+    levels = karras_levels(steps)
+    x = latents.double() * levels[0]
+    for level, following in zip(levels, levels[1:], strict=False):
+        x = heun_step(closed_form, x, level, following)
+    return x
+
+
+def exact(latents, sigma=80.0):
+    """Return the end of the probability-flow path of Gaussian data that starts at `sigma * latents`."""
+    return MEAN + (sigma * latents.double() - MEAN) * STD / (STD**2 + sigma**2) ** 0.5
+
+
+def test_the_error_falls_with_the_square_of_the_step_size(latents):
+    errors = [(integrate(latents, steps) - exact(latents)).abs().max().item() for steps in (20, 40, 80, 160)]
+    ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
+    assert all(3.5 < ratio < 4.5 for ratio in ratios), ratios
+    assert errors[-1] < 1e-3
+
+
+def test_the_pipeline_takes_the_samplers_steps_and_18_are_35_calls(latents):
+    ideal = Ideal("edm")
+    images = sample(ideal, EDMEulerScheduler(), latents, 18, sampler="heun")
+    assert len(ideal.calls) == 35
+    torch.testing.assert_close(images, integrate(latents, 18).clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_initial_noise_has_standard_deviation_sigma_max_exactly(latents):
+    ideal = Ideal("edm")
+    sample(ideal, EDMEulerScheduler(sigma_max=50.0), latents, 3, sampler="heun")
+    first, timestep = ideal.calls[0]
+    torch.testing.assert_close(first, 50 * latents / (50**2 + 0.5**2) ** 0.5)
+    torch.testing.assert_close(timestep, torch.full((16,), np.log(50.0) / 4, dtype=torch.float32))
+
+
+def test_heun_with_one_step_is_eulers(latents):
+    scheduler = EDMEulerScheduler()
+    heun = sample(Ideal("edm"), scheduler, latents, 1, sampler="heun")
+    scale = scheduler.config.sigma_max / scheduler.init_noise_sigma
+    torch.testing.assert_close(heun, sample(Ideal("edm"), scheduler, latents * scale, 1), rtol=0, atol=1e-4)
+
+
+def test_heun_is_nearer_to_the_path_than_euler(latents):
+    target = exact(latents).clamp(-1, 1)
+    heun = sample(Ideal("edm"), EDMEulerScheduler(), latents, 60, sampler="heun")
+    euler = sample(Ideal("edm"), EDMEulerScheduler(), latents, 119)  # as many calls of the network
+    assert (heun - target).abs().mean() < (euler - target).abs().mean() / 3
+
+
+def test_churn_keeps_the_distribution():
+    """Noise that is added and removed again leaves Gaussian data Gaussian, of the same mean and deviation."""
+    generator = torch.Generator().manual_seed(0)
+    levels = karras_levels(200)
+    x = levels[0] * torch.randn(4000, 1, 2, 2, generator=generator, dtype=torch.float64)
+    start = x
+    for level, following in zip(levels, levels[1:], strict=False):
+        gamma = churn_factor(level, 200, s_churn=40, s_min=0.05, s_max=50)
+        x = heun_step(closed_form, x, level, following, gamma=gamma, generator=generator)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02) and x.std().item() == pytest.approx(STD, rel=0.03)
+    assert abs(torch.corrcoef(torch.stack([x.flatten(), start.flatten()]))[0, 1]) < 0.5  # it is another image
+
+
+def test_churn_is_bounded_as_in_the_paper():
+    assert churn_factor(1.0, 100, s_churn=9) == pytest.approx(0.09)
+    assert churn_factor(1.0, 10, s_churn=9) == pytest.approx(2**0.5 - 1)
+    assert churn_factor(1.0, 18) == churn_factor(0.01, 18, 9, s_min=0.05) == churn_factor(60.0, 18, 9, s_max=50) == 0
+
+
+def test_churn_needs_a_generator_to_repeat(latents):
+    options = {"sampler": "heun", "s_churn": 20.0}
+    seeded = [
+        sample(Ideal("edm"), EDMEulerScheduler(), latents, 8, generator=torch.Generator().manual_seed(s), **options)
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
+
+
+def test_nothing_is_clipped_unless_asked():
+    far = torch.full((1, 1, 4, 4), 8.0)
+    plain = sample(Ideal("edm"), EDMEulerScheduler(), far, 8, sampler="heun", clip_denoised=False)
+    torch.testing.assert_close(integrate(far, 8).clamp(-1, 1), plain, rtol=0, atol=1e-4)
+    seen = {}
+
+    def last(pipeline, step, timestep, tensors):
+        seen[len(seen)] = tensors["latents"]
+        return {}
+
+    for clip in (False, True):
+        sample(Ideal("edm"), EDMEulerScheduler(), far, 8, sampler="heun", clip_denoised=clip, callback_on_step_end=last)
+    assert seen[7].max() > 2 and seen[15].max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("framework", "scheduler", "steps", "options", "tolerance"),
+    [
+        ("ddpm", DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), 500, {}, 0.02),
+        ("edm", EDMEulerScheduler(), 500, {}, 0.02),
+        ("edm", EDMEulerScheduler(), 40, {"sampler": "heun"}, 0.02),
+        ("edm", EDMDPMSolverMultistepScheduler(), 40, {}, 0.02),
+        ("flow", FlowMatchEulerDiscreteScheduler(), 500, {}, 0.02),
+        ("flow", FlowMatchHeunDiscreteScheduler(), 40, {}, 0.02),
+    ],
+)
+def test_every_framework_samples_the_same_images_of_perfect_denoisers(
+    latents, framework, scheduler, steps, options, tolerance
+):
+    """Each follows a path from noise n to the image `MEAN + STD * n`, whatever its units on the way."""
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    prediction = scheduler.config.get("prediction_type")
+    images = sample(Ideal(framework, prediction, abar), scheduler, latents, steps, **options)
+    torch.testing.assert_close(images, (MEAN + STD * latents.double()).clamp(-1, 1), rtol=0, atol=tolerance)
+
+
+def test_noise_image_and_velocity_prediction_sample_the_same_images(latents):
+    images = []
+    for kind in ("epsilon", "sample", "v_prediction"):
+        scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False)
+        images.append(sample(Ideal("ddpm", kind, scheduler.alphas_cumprod), scheduler, latents, 20))
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(images[0], images[2], rtol=0, atol=1e-4)
+    both = [
+        sample(Ideal("edm", kind), EDMEulerScheduler(prediction_type=kind), latents, 8, sampler="heun")
+        for kind in ("epsilon", "v_prediction")
+    ]
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "message"),
+    [
+        (DDIMScheduler(), {"sampler": "heun"}, "needs an EDMEulerScheduler, not a DDIMScheduler"),
+        (EDMDPMSolverMultistepScheduler(), {"sampler": "heun"}, "needs an EDMEulerScheduler"),
+        (EDMEulerScheduler(), {"sampler": "euler"}, "allowed are 'heun'"),
+        (EDMEulerScheduler(), {"s_churn": 3.0}, "s_churn came, which only sampler='heun' takes"),
+        (EDMEulerScheduler(), {"clip_denoised": True}, "clip_denoised came"),
+    ],
+)
+def test_samplers_that_cannot_work_are_refused(scheduler, options, message):
+    with pytest.raises(ValueError, match=message):
+        DDAEPipeline(make_unet(), scheduler)(**options)
