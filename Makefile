@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-minimum check wheel cifar10-cpu clean
+.PHONY: quickstart test test-slow test-minimum check wheel digits-frameworks cifar10-cpu clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -34,6 +34,9 @@ check: $(VENV)/.installed  ## Lint, formatting, types.
 
 wheel: $(VENV)/.installed  ## Build the wheel.
 	$(BIN)/python -m build --wheel --outdir dist .
+
+digits-frameworks: $(VENV)/.installed  ## Every framework with every network on handwritten digits, side by side.
+	$(BIN)/python benchmarks/digits_frameworks.py --output_dir runs/digits_frameworks
 
 cifar10-cpu: $(VENV)/.installed  ## Recreate the CPU checkpoint and its figures: make cifar10-cpu DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }

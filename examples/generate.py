@@ -1,6 +1,6 @@
 """Generate images into a folder, and a grid of the first ones.
 
-    python examples/generate.py --model_name_or_path runs/cifar10_ddpm --num_images 1000 --output_dir runs/samples
+    python examples/generate.py --model_name_or_path runs/cifar10_ddpm_unet --num_images 1000 --output_dir runs/samples
 
 Image number i comes from seed `--seed` + i, whatever the batch size, and an image that is there already is not made
 again.

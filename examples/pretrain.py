@@ -1,7 +1,7 @@
 """Train a denoiser on images without labels.
 
-    accelerate launch examples/pretrain.py --config examples/configs/cifar10_ddpm.yaml \
-        --dataset_name uoft-cs/cifar10 --output_dir runs/cifar10_ddpm
+    accelerate launch examples/pretrain.py --config examples/configs/cifar10_ddpm_unet.yaml \
+        --dataset_name uoft-cs/cifar10 --output_dir runs/cifar10_ddpm_unet
 
 The output folder opens with `DDAEPipeline.from_pretrained` and `DDAEForImageClassification.from_pretrained` as the
 network of averaged (EMA) weights; the weights that the optimiser left are in its sub-folder `raw`, which opens alike.
