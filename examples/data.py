@@ -172,7 +172,13 @@ def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
         columns["labels"] = label_column(dataset, args.label_column)
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({old: new for new, old in columns.items() if old != new})
-    return dataset, int(np.max(dataset["labels"][:])) + 1 if args.class_conditional else 0
+    if not args.class_conditional:
+        return dataset, 0
+    labels, feature = np.asarray(dataset["labels"][:]), dataset.features["labels"]
+    count = feature.num_classes if isinstance(feature, ClassLabel) else int(labels.max()) + 1
+    if labels.min() < 0 or labels.max() >= count:
+        raise SystemExit(f"Labels of the images are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
+    return dataset, count
 
 
 def training_batches(args: argparse.Namespace, dataset: Dataset, denoiser: Any) -> DataLoader:

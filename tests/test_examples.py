@@ -476,3 +476,19 @@ def test_a_scheduler_of_another_framework_is_refused(trained, tmp_path):
     options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path), "--num_images", "1"]
     with pytest.raises(SystemExit, match="EDMEulerScheduler is of edm, but the network was trained with ddpm"):
         generate.main([*options, "--scheduler", "EDMEulerScheduler"])
+
+
+def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path):
+    from datasets import ClassLabel, Features, Value
+    from datasets import Image as ImageFeature
+
+    picture = Image.fromarray(np.zeros((8, 8), np.uint8))
+    named = Features({"image": ImageFeature(), "label": ClassLabel(names=list("abcd"))})
+    Dataset.from_dict({"image": [picture] * 2, "label": [0, 2]}, named).to_parquet(tmp_path / "named.parquet")
+    numbered = Features({"image": ImageFeature(), "label": Value("int64")})
+    Dataset.from_dict({"image": [picture] * 2, "label": [0, -1]}, numbered).to_parquet(tmp_path / "numbered.parquet")
+    options = ["--class_conditional", "--max_train_steps", "1", "--sample_steps", "0", "--train_batch_size", "2"]
+    train(tmp_path / "named.parquet", tmp_path / "out", *options)
+    assert DDAEPipeline.from_pretrained(tmp_path / "out").null_class == 4
+    with pytest.raises(SystemExit, match="Labels of the images are -1 to 0"):
+        train(tmp_path / "numbered.parquet", tmp_path / "other", *options, "--label_column", "label")

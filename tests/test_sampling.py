@@ -17,6 +17,8 @@ from ddae_hf.sampling import churn_factor, heun_step
 from .conftest import make_unet
 from .ideal import MEAN, STD, Ideal, closed_form
 
+TRAILING = {"clip_sample": False, "timestep_spacing": "trailing"}
+
 
 @pytest.fixture
 def latents():
@@ -133,7 +135,9 @@ def test_nothing_is_clipped_unless_asked():
 @pytest.mark.parametrize(
     ("framework", "scheduler", "steps", "options", "tolerance"),
     [
-        ("ddpm", DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), 500, {}, 0.02),
+        ("ddpm", DDIMScheduler(**TRAILING), 500, {}, 0.02),
+        ("ddpm", DDIMScheduler(**TRAILING, beta_schedule="squaredcos_cap_v2", prediction_type="sample"), 500, {}, 0.02),
+        ("ddpm", DDIMScheduler(**TRAILING, rescale_betas_zero_snr=True, prediction_type="v_prediction"), 500, {}, 0.02),
         ("edm", EDMEulerScheduler(), 500, {}, 0.02),
         ("edm", EDMEulerScheduler(), 40, {"sampler": "heun"}, 0.02),
         ("edm", EDMDPMSolverMultistepScheduler(), 40, {}, 0.02),
