@@ -86,21 +86,21 @@ def augment(
             stretch * direction.cos(), stretch * direction.sin(), right, down,
         ], dim=1,
     )  # fmt: skip
-    # Where the image goes, in coordinates from -1 to 1 to the right and downwards, from the first change to the last.
-    forward = (
-        _matrix([[1, 0, 2 * _SHIFT * right], [0, 1, 2 * _SHIFT * down], [0, 0, 1]], scale)
-        @ _rotation(direction) @ _scaling(_SCALE**stretch, _SCALE**-stretch, scale) @ _rotation(-direction)
-        @ _rotation(angle)
-        @ _scaling(_SCALE**scale, _SCALE**scale, scale)
-        @ _scaling(1, 1 - 2 * upside_down, scale)
+    # Where a pixel comes from, in coordinates from -1 to 1 to the right and downwards: changes undone, the last first.
+    origin = (
+        _scaling(1, 1 - 2 * upside_down, scale)
+        @ _scaling(_SCALE**-scale, _SCALE**-scale, scale)
+        @ _rotation(-angle)
+        @ _rotation(direction) @ _scaling(_SCALE**-stretch, _SCALE**stretch, scale) @ _rotation(-direction)
+        @ _matrix([[1, 0, -2 * _SHIFT * right], [0, 1, -2 * _SHIFT * down], [0, 0, 1]], scale)
     )  # fmt: skip
     images = torch.where(mirrored[:, None, None, None] > 0, images.flip(-1), images)
-    return _resample(images, forward, labels[:, 1:].any(dim=1)), labels
+    return _resample(images, origin, labels[:, 1:].any(dim=1)), labels
 
 
-def _resample(images: Tensor, forward: Tensor, changed: Tensor) -> Tensor:
-    """Move images by matrices (B, 3, 3); those that are not `changed` (B,) stay exactly what they are."""
-    places = F.affine_grid(torch.linalg.inv(forward.float())[:, :2], list(images.shape), align_corners=False)
+def _resample(images: Tensor, origin: Tensor, changed: Tensor) -> Tensor:
+    """Fetch pixels from where matrices (B, 3, 3) say; images that are not `changed` (B,) stay exactly what they are."""
+    places = F.affine_grid(origin.float()[:, :2], list(images.shape), align_corners=False)
     moved = F.grid_sample(images.float(), places, mode="bicubic", padding_mode="reflection", align_corners=False)
     # Bicubic interpolation overshoots at edges.
     return torch.where(changed[:, None, None, None], moved.clamp(-1, 1).to(images.dtype), images)

@@ -198,8 +198,7 @@ def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
         raise OSError(f"{path} is no folder here, nor in the Hub's cache, and the Hub is not asked in offline mode.")
     raise ValueError(
         f"{path} is no checkpoint that ddae_hf can open: it has neither a model_index.json (a diffusers pipeline) nor "
-        f"a "
-        "config.json of a DDAE model or of a diffusers denoiser "
+        "a config.json of a DDAE model or of a diffusers denoiser "
         f"(found: {config.get('model_type', 'another config.json') if config else 'no config.json'})."
     )
 

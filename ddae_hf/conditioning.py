@@ -1,4 +1,4 @@
-"""Class labels: which ones a denoiser takes, the null class that stands for none, and dropping labels in training.
+"""What a denoiser is told beside the image: its timestep, and class labels with the null class that stands for none.
 
 - `UNet2DModel`: `num_class_embeds` labels. Nothing marks one of them as the null class; a network trained here has it
   last, and its checkpoint says so.
@@ -13,6 +13,17 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor
+
+
+def fed_timestep(denoiser: Any, timestep: Tensor) -> Tensor:
+    """Return `timestep` in the type that the denoiser's embedding takes.
+
+    float32 where the embedding is a formula; a learned embedding has one row for every trained timestep, so there the
+    nearest integer.
+    """
+    if getattr(denoiser.config, "time_embedding_type", None) == "learned":
+        return timestep.round().long()
+    return timestep
 
 
 def num_labels(config: Any) -> int:

@@ -14,10 +14,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .checkpoints import HUB_ARGUMENTS, build_denoiser, build_scheduler, computed_buffers, fingerprint, read_checkpoint
-from .conditioning import check_label_range, class_conditioning
+from .conditioning import check_label_range, class_conditioning, disable_label_dropout, fed_timestep
 from .configuration_ddae import DDAEConfig
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
-from .noise import add_noise, check_sigma, fed_timestep, sigma_range, timestep_to_sigma
+from .noise import add_noise, check_sigma, sigma_range, timestep_to_sigma
 
 
 class DDAEPreTrainedModel(PreTrainedModel):
@@ -100,6 +100,7 @@ class DDAEModel(DDAEPreTrainedModel):
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.denoiser = build_denoiser(config.denoiser)
+        disable_label_dropout(self.denoiser)
         shape = (config.num_noise_samples, config.num_channels, *config.image_size)
         self.register_buffer("fixed_noise", torch.empty(shape, dtype=torch.float32), persistent=False)
         # Built on the CPU even while the model's own tensors are without memory.
@@ -136,8 +137,7 @@ class DDAEModel(DDAEPreTrainedModel):
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: this model takes (batch, {expected[0]}, "
-                f"{expected[1]}, "
-                f"{expected[2]}). `DDAEImageProcessor.from_pretrained` of its checkpoint prepares images."
+                f"{expected[1]}, {expected[2]}). `DDAEImageProcessor.from_pretrained` of its checkpoint prepares them."
             )
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values is of type {pixel_values.dtype}: it must be floats in [-1, 1].")
@@ -274,7 +274,6 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         labels: Tensor | None = None,
         sigma: float | Tensor | None = None,
         timestep: float | Tensor | None = None,
-        class_labels: Tensor | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         output_hidden_states: bool | list[str | int] | None = None,
@@ -288,12 +287,13 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             labels: Classes (B,), or probabilities of classes (B, num_labels), for the loss.
             sigma: See `DDAEModel.forward`, as for the arguments that follow.
             timestep: See there.
-            class_labels: The denoiser's condition, which is not what is classified.
             noise: See there.
             generator: See there.
             output_hidden_states: See there.
             return_dict: Whether to return an `ImageClassifierOutput` or a tuple.
-            **kwargs: Passed on to the loss, such as Trainer's `num_items_in_batch`.
+            **kwargs: `class_labels`, the denoiser's condition, see there: it is not what is classified, and has no name
+                among the arguments, where Trainer would take it for a second target. The rest is passed on to the loss,
+                such as Trainer's `num_items_in_batch`.
 
         Returns:
             `logits` (B, num_labels), the mean cross-entropy `loss` if `labels` came, and `hidden_states` if asked for.
@@ -303,7 +303,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             pixel_values,
             sigma=sigma,
             timestep=timestep,
-            class_labels=class_labels,
+            class_labels=kwargs.pop("class_labels", None),
             noise=noise,
             generator=generator,
             output_hidden_states=output_hidden_states,

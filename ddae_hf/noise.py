@@ -102,7 +102,12 @@ class _Karras:
     predictions = ("epsilon", "v_prediction")
 
     def __init__(self, scheduler: Any):
-        self.config = scheduler.config
+        config = self.config = scheduler.config
+        if not (0 < config.sigma_min < config.sigma_max and config.sigma_data > 0):
+            raise ValueError(
+                f"The scheduler's sigma_min, sigma_max and sigma_data are {config.sigma_min}, {config.sigma_max} and "
+                f"{config.sigma_data}: they must be positive, and sigma_min the smaller one."
+            )
 
     def sigma_range(self) -> tuple[float, float]:
         return self.config.sigma_min, self.config.sigma_max
@@ -172,12 +177,15 @@ def _family(scheduler: Any) -> _VariancePreserving | _Karras | _Flow:
     config = getattr(scheduler, "config", {})
     if name in _EDM:
         return _Karras(scheduler)
-    if name in _FLOW and not config.get("invert_sigmas"):
+    # Options under which a scheduler samples with other levels or timesteps than its family's.
+    other = [option for option in ("invert_sigmas", "use_flow_sigmas") if config.get(option)]
+    other += ["timestep_type"] if config.get("timestep_type", "discrete") != "discrete" else []
+    if name in _FLOW and not other:
         return _Flow(scheduler)
-    if getattr(scheduler, "alphas_cumprod", None) is not None and not config.get("use_flow_sigmas"):
+    if getattr(scheduler, "alphas_cumprod", None) is not None and not other:
         return _VariancePreserving(scheduler)
     raise ValueError(
-        f"{name} is not supported{' with these options' if name in _FLOW or config.get('use_flow_sigmas') else ''}: "
+        f"{name} is not supported{' with ' + ', '.join(other) if other else ''}: "
         "allowed are DDPMScheduler, DDIMScheduler and the other variance-preserving schedulers of diffusers (with "
         f"`alphas_cumprod`), EDM's ({', '.join(_EDM)}) and flow matching's ({', '.join(_FLOW)})."
     )
@@ -186,7 +194,7 @@ def _family(scheduler: Any) -> _VariancePreserving | _Karras | _Flow:
 def family(scheduler: Any) -> str:
     """Return the framework that a scheduler belongs to: `"ddpm"`, `"edm"` or `"flow"`.
 
-    Networks trained in one framework can be sampled by every scheduler of it, and by no other.
+    A network trained in one framework can be sampled by the samplers of it, and by no others.
 
     Raises:
         ValueError: A scheduler of no framework that is supported.
@@ -216,11 +224,12 @@ def timestep_to_sigma(scheduler: Any, timestep: float | Tensor) -> Tensor:
     group = _family(scheduler)
     if not isinstance(timestep, Tensor):
         low, high = group.timestep_range()
-        if not _inside(timestep, low, high):
+        if not low - 1e-4 <= timestep <= high + 1e-4:
             raise ValueError(
-                f"timestep {timestep} is outside the schedule: allowed are {low:.5g} to {high:.5g} (as the network is "
-                "fed it; counted from 0)."
+                f"timestep {timestep} is outside the schedule: allowed are {low:.5g} to {high:.5g}, as the network is "
+                "fed it."
             )
+        timestep = min(max(timestep, low), high)
     return group.sigma(torch.as_tensor(timestep, dtype=torch.float32))
 
 
@@ -356,7 +365,7 @@ def sample_training_sigma(
             times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma.
 
     Raises:
-        ValueError: `log_normal` with a VP scheduler, whose levels end where a log-normal distribution does not.
+        ValueError: `log_normal` that is no distribution, or with a VP scheduler, whose levels end.
     """
     group = _family(scheduler)
     if log_normal is None:
@@ -366,7 +375,12 @@ def sample_training_sigma(
             f"log-normal noise levels cannot be drawn with {type(scheduler).__name__}: its training levels are its "
             "timesteps, drawn uniformly. Leave the distribution out, or train with EDM or flow matching."
         )
-    return _log_normal(log_normal, (batch_size,), device, generator)
+    mean, deviation = log_normal
+    if not (math.isfinite(mean) and 0 < deviation < math.inf):
+        raise ValueError(
+            f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation positive."
+        )
+    return _log_normal((mean, deviation), (batch_size,), device, generator)
 
 
 def _log_normal(moments: tuple[float, float], shape: tuple[int], device: Any, generator: Any) -> Tensor:
@@ -381,17 +395,6 @@ def check_time_embedding(config: Any, scheduler: Any) -> None:
             f"The denoiser's time_embedding_type is {kind!r}, which cannot take the timesteps of "
             f"{type(scheduler).__name__}: set it to 'positional'."
         )
-
-
-def fed_timestep(denoiser: torch.nn.Module, timestep: Tensor) -> Tensor:
-    """Return `timestep` in the type that the denoiser's embedding takes.
-
-    float32 where the embedding is a formula; a learned embedding has one row for every trained timestep, so there the
-    nearest integer.
-    """
-    if getattr(denoiser.config, "time_embedding_type", None) == "learned":
-        return timestep.round().long()
-    return timestep
 
 
 def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int = 0) -> Tensor:

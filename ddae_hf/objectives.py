@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditioning import class_conditioning
-from .noise import add_noise, fed_timestep, prediction_target, sample_training_sigma
+from .conditioning import class_conditioning, fed_timestep
+from .noise import add_noise, prediction_target, sample_training_sigma
 
 
 def denoising_loss(

@@ -24,8 +24,8 @@ from .checkpoints import (
     fingerprint,
     read_checkpoint,
 )
-from .conditioning import class_conditioning, default_null_class, num_labels
-from .noise import add_noise, check_time_embedding, denoised, family, fed_timestep
+from .conditioning import class_conditioning, default_null_class, fed_timestep, num_labels
+from .noise import add_noise, check_time_embedding, denoised, family
 from .sampling import churn_factor, heun_step
 
 _Step = Callable[[int, Tensor, Tensor], Tensor]
@@ -35,7 +35,8 @@ _HEUN = {"s_churn": 0.0, "s_min": 0.0, "s_max": math.inf, "s_noise": 1.0, "clip_
 class DDAEPipeline(DiffusionPipeline):
     """Generates images with a denoiser whose hidden states `DDAEModel` reads.
 
-    Saves as an ordinary diffusers pipeline: `DDPMPipeline.from_pretrained` opens that of a U-Net too.
+    Saves as an ordinary diffusers pipeline. `DDPMPipeline.from_pretrained` opens that of a U-Net too, and samples it if
+    it is unconditional and its framework is DDPM or flow matching; EDM's inputs it does not scale.
 
     Args:
         unet: The denoiser, for images of its `sample_size`, where it is a U-Net.
@@ -152,8 +153,13 @@ class DDAEPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}: it must be standard-normal noise {shape}.")
         return latents.to(self._execution_device, torch.float32)
 
-    def _check_inputs(self, batch_size: int, output_type: str, callback_tensors: list[str]) -> None:
+    def _check_inputs(self, batch_size: int, steps: int, output_type: str, callback_tensors: list[str]) -> None:
         family(self.scheduler)  # refuses a scheduler of no framework that is known
+        if steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}: it must be at least 1.")
+        parameters = list(inspect.signature(self.scheduler.step).parameters.values())
+        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[3:]):
+            raise ValueError(f"{type(self.scheduler).__name__} takes steps that need more than an image and its noise.")
         config = self.denoiser.config
         check_time_embedding(config, self.scheduler)
         if batch_size < 1:
@@ -257,7 +263,7 @@ class DDAEPipeline(DiffusionPipeline):
         heun_options: dict[str, Any] = dict(
             s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise, clip_denoised=clip_denoised
         )
-        self._check_inputs(batch_size, output_type, tensors)
+        self._check_inputs(batch_size, num_inference_steps, output_type, tensors)
         self._check_sampler(sampler, heun_options)
         network = self._network(class_labels, batch_size, guidance_scale)
         if self._fine_tuned_from is not None:
@@ -340,8 +346,7 @@ def _scheduler_of(checkpoint: Checkpoint) -> Any:
         return build_scheduler(checkpoint.scheduler)
     warnings.warn(
         f"{checkpoint.path} holds a network without its scheduler: DDPM's defaults are taken (linear betas from 1e-4 "
-        f"to "
-        "0.02, 1000 timesteps, noise prediction). If it was trained otherwise, pass `scheduler=`.",
+        "to 0.02, 1000 timesteps, noise prediction). If it was trained otherwise, pass `scheduler=`.",
         stacklevel=3,
     )
     return DDPMScheduler()

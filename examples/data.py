@@ -31,8 +31,6 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
     if path is not None:
-        if not os.path.isfile(path):
-            parser.error(f"--config {path}: there is no such file.")
         options = read_config(Path(path))
         known = {action.dest for action in parser._actions}
         if unknown := sorted(set(options) - known):
@@ -44,15 +42,21 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     return parser.parse_args(argv)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return a YAML file's options over those of the files beside it that its `base` names, later ones first.
 
     A mapping (`denoiser`, `scheduler`) is merged with the base's, unless it names another class.
     """
+    if path in inside or not path.is_file():
+        what = "names itself as its base" if path in inside else "there is no such file"
+        raise SystemExit(f"{path}: {what}{f' (named as the base of {inside[-1]})' if inside else ''}.")
     own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    bases = own.pop("base", [])
+    if not isinstance(own, dict):
+        raise SystemExit(f"{path} must hold options, `name: value`, and holds a {type(own).__name__}.")
+    bases = own.pop("base", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
     options: dict[str, Any] = {}
-    for layer in [*(read_config(path.parent / name) for name in ([bases] if isinstance(bases, str) else bases)), own]:
+    for layer in [*(read_config(path.parent / name, (*inside, path)) for name in bases), own]:
         for name, value in layer.items():
             old = options.get(name)
             merged = isinstance(old, dict) and isinstance(value, dict)
@@ -64,11 +68,18 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _converted(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
     """Return a YAML value as the command line would have given it: `1e-4`, which YAML reads as text, is a number."""
-    if isinstance(value, bool):
-        return {True: "yes", False: "no"}[value] if action.choices else value
+    flag = isinstance(action, (argparse.BooleanOptionalAction, argparse._StoreTrueAction))
+    if isinstance(value, bool) and action.choices:
+        return "yes" if value else "no"
+    if flag != isinstance(value, bool):
+        parser.error(f"{action.dest} is {value!r}: allowed {'are true and false' if flag else 'is no true or false'}.")
+    if flag:
+        return value
     if isinstance(value, dict):
         return value
     values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    if len(values) != (action.nargs or 1) and action.nargs != "+":
+        parser.error(f"{action.dest} is {value!r}: it takes {action.nargs or 1} value(s).")
     try:
         converted = [parser._get_value(action, v) for v in values]
         for v in converted:
@@ -108,6 +119,10 @@ def check_input_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
     for name in ("augment", "label_dropout"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} is {getattr(args, name)}: it must be between 0 and 1.")
+    if args.class_conditional and args.label_dropout in (0, 1):
+        parser.error(
+            f"--label_dropout is {args.label_dropout:g}: the network must see both its classes and the null class."
+        )
 
 
 def load_splits(args: argparse.Namespace) -> DatasetDict:
@@ -174,7 +189,9 @@ def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
     dataset = dataset.rename_columns({old: new for new, old in columns.items() if old != new})
     if not args.class_conditional:
         return dataset, 0
-    labels, feature = np.asarray(dataset["labels"][:]), dataset.features["labels"]
+    if None in (labels := dataset["labels"][:]):
+        raise SystemExit("Some of the images have no label: leave them out, or train without --class_conditional.")
+    labels, feature = np.asarray(labels), dataset.features["labels"]
     count = feature.num_classes if isinstance(feature, ClassLabel) else int(labels.max()) + 1
     if labels.min() < 0 or labels.max() >= count:
         raise SystemExit(f"Labels of the images are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")

@@ -1,4 +1,4 @@
-"""Train a denoiser on images without labels.
+"""Train a denoiser on images, which need no labels.
 
     accelerate launch examples/pretrain.py --config examples/configs/cifar10_ddpm_unet.yaml \
         --dataset_name uoft-cs/cifar10 --output_dir runs/cifar10_ddpm_unet
@@ -106,9 +106,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--report_to", help="Tracker: tensorboard, wandb, ...; none by default.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, inside --output_dir.")
     args = parse_with_config(parser, argv)
-    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+    counts = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps")
+    for name in (*counts, "num_samples", "num_inference_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+    if labels := sorted({"num_class_embeds", "num_embeds_ada_norm"} & set(args.denoiser)):
+        parser.error(f"--denoiser has {labels[0]}: leave it out, --class_conditional takes it from the data set.")
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
     check_input_arguments(parser, args)
@@ -143,8 +146,7 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
         if found:
             raise SystemExit(
                 f"{args.output_dir} holds checkpoints of an earlier run: resume it (--resume_from_checkpoint latest), "
-                f"or choose "
-                "another --output_dir."
+                "or choose another --output_dir."
             )
         return None
     if args.resume_from_checkpoint != "latest":
@@ -174,15 +176,17 @@ def new_networks(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any]:
     return denoiser, scheduler
 
 
-def check_same_network(args: argparse.Namespace, num_classes: int, denoiser: Any, scheduler: Any) -> None:
-    """Stop if the options describe another network or scheduler than the one that is resumed."""
-    if args.init_from:
-        return
-    for wanted, saved in zip(new_networks(args, num_classes), (denoiser, scheduler), strict=True):
-        wanted, saved = plain_config(wanted), plain_config(saved)
-        different = sorted(name for name in wanted if wanted[name] != saved.get(name))
-        if different:
-            raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
+def check_same_run(args: argparse.Namespace, resume: Path, num_classes: int, denoiser: Any, scheduler: Any) -> None:
+    """Stop if the options describe another network, scheduler or objective than those of the run that is resumed."""
+    trained = yaml.safe_load((resume / "training_options.yaml").read_text(encoding="utf-8"))
+    objective = ("init_from", "random_flip", "augment", "class_conditional", "label_dropout", "log_sigma")
+    pairs = [({name: getattr(args, name) for name in objective}, trained)]
+    if not args.init_from and not trained.get("init_from"):
+        built = zip(new_networks(args, num_classes), (denoiser, scheduler), strict=True)
+        pairs += [(plain_config(wanted), plain_config(saved)) for wanted, saved in built]
+    different = sorted({name for wanted, saved in pairs for name in wanted if wanted[name] != saved.get(name)})
+    if different:
+        raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
 
 
 def build_networks(args: argparse.Namespace, resume: Path | None, num_classes: int) -> tuple[Any, Any, Any]:
@@ -191,12 +195,15 @@ def build_networks(args: argparse.Namespace, resume: Path | None, num_classes: i
         raw, averaged = read_checkpoint(resume / "raw"), read_checkpoint(resume)
         denoiser, ema_denoiser = raw.load_denoiser(torch.float32), averaged.load_denoiser(torch.float32)
         scheduler = build_scheduler(averaged.scheduler)
-        check_same_network(args, num_classes, denoiser, scheduler)
+        check_same_run(args, resume, num_classes, denoiser, scheduler)
     elif args.init_from:
         source = read_checkpoint(args.init_from, cache_dir=args.cache_dir)
         denoiser = source.load_denoiser(torch.float32)
         scheduler = build_scheduler(source.scheduler or SCHEDULER)
         ema_denoiser = copy.deepcopy(denoiser)
+        null_class = source.config.get("null_class", num_classes)
+        if num_classes and null_class != num_classes:
+            raise SystemExit(f"The null class of {args.init_from} is {null_class}: it must be the last, {num_classes}.")
     else:
         torch.manual_seed(args.seed)
         denoiser, scheduler = new_networks(args, num_classes)
@@ -229,6 +236,7 @@ def check_networks(args: argparse.Namespace, denoiser: Any, scheduler: Any, num_
     described = {"denoiser": plain_config(denoiser), "scheduler": plain_config(scheduler)}
     DDAEConfig(**described, timestep=0, null_class=null_class)
     sample_training_sigma(scheduler, 1, log_normal=args.log_sigma)
+    copy.deepcopy(scheduler).set_timesteps(args.num_inference_steps)
     if args.resolution not in (None, config.sample_size):
         raise SystemExit(f"--resolution is {args.resolution}, but the network's sample_size is {config.sample_size}.")
 
@@ -250,6 +258,8 @@ class Run:
         # The weights are saved as pipelines; accelerate keeps the rest of the training state.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        if args.report_to:
+            accelerator.init_trackers("ddae_hf", {k: str(v) for k, v in vars(args).items()})
 
     def resume(self, checkpoint: Path) -> int:
         """Restore optimiser and schedule, and return the step they were saved at."""
@@ -342,7 +352,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Train, from the start or from a checkpoint, and leave the result in `--output_dir`."""
     resume = checkpoint_to_resume(args)
     dataset, num_classes = load_training_images(args)
-    network, ema_denoiser, scheduler = build_networks(args, resume, num_classes)
+    try:
+        network, ema_denoiser, scheduler = build_networks(args, resume, num_classes)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     dataloader = training_batches(args, dataset, network)
     logger.info(f"Training on {len(dataset)} images of {network.config.sample_size} pixels.")
     processes = accelerator.num_processes
@@ -363,8 +376,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise SystemExit(
             f"{resume} is at step {step}, and {total_steps} were asked for: there is nothing left to train."
         )
-    if args.report_to:
-        accelerator.init_trackers("ddae_hf", {k: str(v) for k, v in vars(args).items()})
     progress = tqdm(initial=first, total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
     losses: deque[torch.Tensor] = deque(maxlen=100)
     images = 0

@@ -8,6 +8,7 @@ from ddae_hf.conditioning import (
     default_null_class,
     disable_label_dropout,
     drop_labels,
+    fed_timestep,
     is_conditional,
     label_options,
     num_labels,
@@ -68,3 +69,9 @@ def test_a_dit_stops_dropping_labels_by_itself():
     assert not torch.equal(dit(*fed).sample, dit(*fed).sample)
     disable_label_dropout(dit)
     assert torch.equal(dit(*fed).sample, dit(*fed).sample)
+
+
+def test_a_learned_embedding_is_fed_integers():
+    learned = make_unet(time_embedding_type="learned", num_train_timesteps=1000)
+    assert torch.equal(fed_timestep(learned, torch.tensor([9.6, 20.2])), torch.tensor([10, 20]))
+    assert fed_timestep(make_unet(), torch.tensor([9.6])).dtype == torch.float32

@@ -298,7 +298,11 @@ def test_transformers_trainer_trains_a_probe(images, tmp_path):
     )  # fmt: skip
     labels = torch.tensor([d["labels"] for d in data])
     loss = model(images, labels=labels).loss.item()
-    Trainer(model, arguments, train_dataset=data).train()
+    accuracy = lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}  # noqa: E731
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, compute_metrics=accuracy)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == 1 and metrics["eval_loss"] < 0.5 * loss
     model.eval()
     assert model(images, labels=labels).loss.item() < 0.5 * loss
     assert fingerprint(model.ddae.denoiser) == before

@@ -22,7 +22,6 @@ from ddae_hf.noise import (
     check_time_embedding,
     denoised,
     family,
-    fed_timestep,
     indexed_noise,
     prediction_target,
     prediction_type,
@@ -251,6 +250,7 @@ def test_ends_written_with_a_few_digits_are_inside(scheduler):
         ScoreSdeVeScheduler(),
         FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
         torch.nn.Identity(),
     ],
 )
@@ -270,6 +270,25 @@ def test_edms_scalars_outside_the_samplers_range_are_refused(images, sigma, time
         add_noise(EDM[0], images, images, sigma)
     with pytest.raises(ValueError, match="outside the schedule"):
         timestep_to_sigma(EDM[0], timestep)
+
+
+def test_edms_ends_as_they_are_printed_are_inside():
+    for timestep, sigma in ((-1.5537, 0.002), (1.0955, 80.0)):
+        assert timestep_to_sigma(EDM[0], timestep).item() == pytest.approx(sigma, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"sigma_data": 0.0}, {"sigma_min": 0.0}, {"sigma_min": 3.0, "sigma_max": 2.0}])
+def test_levels_that_cannot_be_are_refused(images, options):
+    scheduler = EDMEulerScheduler()
+    scheduler.register_to_config(**options)
+    with pytest.raises(ValueError, match="they must be positive, and sigma_min the smaller"):
+        sigma_range(scheduler)
+
+
+@pytest.mark.parametrize("moments", [(math.nan, 1.0), (0.0, 0.0), (0.0, -1.0), (math.inf, 1.0)])
+def test_distributions_that_cannot_be_are_refused(moments):
+    with pytest.raises(ValueError, match="must be finite, the deviation positive"):
+        sample_training_sigma(EDM[0], 2, log_normal=moments)
 
 
 def test_flow_matching_takes_every_level_from_none_to_pure_noise(images):
@@ -341,12 +360,6 @@ def test_flow_matchings_times_are_uniform_or_logit_normal():
 def test_log_normal_levels_of_a_schedule_of_timesteps_are_refused():
     with pytest.raises(ValueError, match="drawn uniformly. Leave the distribution out"):
         sample_training_sigma(SCHEDULERS[0], 4, log_normal=(0.0, 1.0))
-
-
-def test_a_learned_embedding_is_fed_integers():
-    learned = make_unet(time_embedding_type="learned", num_train_timesteps=1000)
-    assert torch.equal(fed_timestep(learned, torch.tensor([9.6, 20.2])), torch.tensor([10, 20]))
-    assert fed_timestep(make_unet(), torch.tensor([9.6])).dtype == torch.float32
 
 
 def test_indexed_noise_depends_on_seed_index_and_view_alone():

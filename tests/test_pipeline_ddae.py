@@ -17,6 +17,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    RePaintScheduler,
     ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
@@ -104,6 +105,7 @@ def test_callbacks_see_and_change_the_latents(pipeline):
     ("options", "message"),
     [
         ({"batch_size": 0}, "at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0: it must be at least 1"),
         ({"output_type": "jpeg"}, "allowed are 'pil'"),
         ({"latents": torch.zeros(2, 3, 4, 4)}, "must be standard-normal noise"),
         ({"class_labels": [1, 2]}, "unconditional"),
@@ -130,6 +132,8 @@ def test_class_labels_reach_a_conditional_denoiser():
 def test_what_another_schedule_or_label_would_do_is_refused(unet):
     with pytest.raises(ValueError, match="ScoreSdeVeScheduler is not supported"):
         DDAEPipeline(unet, ScoreSdeVeScheduler())()
+    with pytest.raises(ValueError, match="RePaintScheduler takes steps that need more"):
+        DDAEPipeline(unet, RePaintScheduler())()
     fourier = make_unet(time_embedding_type="fourier")
     with pytest.raises(ValueError, match="cannot take the timesteps of EDMEulerScheduler"):
         DDAEPipeline(fourier, EDMEulerScheduler())()
