@@ -373,9 +373,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     run = Run(args, accelerator, ema_denoiser, scheduler)
     step = first = run.resume(resume) if resume else 0
     if step >= total_steps:
-        raise SystemExit(
-            f"{resume} is at step {step}, and {total_steps} were asked for: there is nothing left to train."
-        )
+        raise SystemExit(f"{resume} is at step {step} of the {total_steps} asked for: there is nothing left to train.")
     progress = tqdm(initial=first, total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
     losses: deque[torch.Tensor] = deque(maxlen=100)
     images = 0
@@ -419,8 +417,7 @@ def mean(losses: deque[torch.Tensor]) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
-    accelerator = make_accelerator(args)
-    train(args, accelerator)
+    train(args, make_accelerator(args))
 
 
 if __name__ == "__main__":
