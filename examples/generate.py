@@ -93,14 +93,17 @@ def main(argv: list[str] | None = None) -> None:
     for start in tqdm(range(0, len(missing), args.batch_size), desc="Batches"):
         numbers = missing[start : start + args.batch_size]
         generators = [torch.Generator("cpu").manual_seed(args.seed + i) for i in numbers]
-        images = pipeline(
-            len(numbers),
-            class_labels=args.class_label,
-            generator=generators,
-            num_inference_steps=args.num_inference_steps,
-            sampler=args.sampler,
-            guidance_scale=args.guidance_scale,
-        ).images
+        try:
+            images = pipeline(
+                len(numbers),
+                class_labels=args.class_label,
+                generator=generators,
+                num_inference_steps=args.num_inference_steps,
+                sampler=args.sampler,
+                guidance_scale=args.guidance_scale,
+            ).images
+        except ValueError as error:  # options that this checkpoint does not take
+            raise SystemExit(str(error)) from error
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(options, indent=2) + "\n")
         for i, image in zip(numbers, images, strict=True):

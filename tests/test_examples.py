@@ -532,3 +532,18 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
         train(tmp_path / "some.parquet", tmp_path / "other", *options, "--label_column", "label")
     with pytest.raises(SystemExit, match="Labels of the images are -1 to 0"):
         train(tmp_path / "numbered.parquet", tmp_path / "other", *options, "--label_column", "label")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--sampler", "heun"], "sampler='heun' needs an EDMEulerScheduler"),
+        (["--class_label", "3"], "this denoiser is unconditional"),
+        (["--guidance_scale", "2"], "guidance needs `class_labels`"),
+    ],
+)
+def test_options_that_a_checkpoint_does_not_take_are_refused(trained, tmp_path, option, message):
+    options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "out"), "--num_images", "1"]
+    with pytest.raises(SystemExit, match=message):
+        generate.main([*options, *option])
+    assert not (tmp_path / "out").exists()
