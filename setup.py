@@ -10,9 +10,11 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ddae_hf" / "__init__.py").
 EXAMPLES = [
     "accelerate>=1.15",
     "datasets>=4.8",
+    "evaluate>=0.4.3",
     "matplotlib>=3.9",
     "pyyaml>=6.0.2",
     "scikit-learn>=1.6",
+    "torchmetrics>=1.6",
     "tqdm>=4.66.3",
 ]
 DEVELOPMENT = ["build>=1.2", "mypy>=1.15", "pytest>=8.3", "ruff>=0.11", "types-PyYAML"]

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.augment import augment, embed_labels, label_width
@@ -102,6 +103,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_train_samples", type=int, help="Use only the first N training images.")
 
 
+def add_label_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which images are tested on, beside those of `add_data_arguments`."""
+    group = parser.add_argument_group("test data")
+    group.add_argument("--test_split", default="test", help="Split to test on.")
+    group.add_argument("--max_test_samples", type=int, help="Use only the first N test images.")
+
+
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how training images are changed, and what a network is told of them."""
     group, flag = parser.add_argument_group("inputs"), argparse.BooleanOptionalAction
@@ -179,6 +187,50 @@ def label_column(dataset: Dataset, name: str | None) -> str:
     return column
 
 
+class LabelledImages:
+    """The labelled images: their pixels in batches, their labels, the names of classes."""
+
+    def __init__(self, args: argparse.Namespace, processor: DDAEImageProcessor):
+        splits = load_splits(args)
+        self.splits = {
+            "train": pick_split(splits, args.train_split, args.max_train_samples),
+            "test": pick_split(splits, args.test_split, args.max_test_samples),
+        }
+        self.processor, self.batch_size = processor, args.batch_size
+        self.images = image_column(self.splits["train"], args.image_column)
+        column = label_column(self.splits["train"], args.label_column)
+        self.labels = {name: np.asarray(split[column][:]) for name, split in self.splits.items()}
+        feature = self.splits["train"].features[column]
+        count = int(self.labels["train"].max()) + 1
+        self.names = feature.names if isinstance(feature, ClassLabel) else [str(i) for i in range(count)]
+        for name, labels in self.labels.items():
+            if labels.min() < 0 or labels.max() >= len(self.names):
+                raise SystemExit(
+                    f"Labels of the split {name!r} are {labels.min()} to {labels.max()}: allowed are 0 to "
+                    f"{len(self.names) - 1}."
+                )
+        if len(np.unique(self.labels["train"])) < 2:
+            raise SystemExit("The training images are all of one class: a classifier needs at least two.")
+
+    def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
+        """Yield `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
+        dataset: Dataset = self.splits[split].select(indices)
+        for start in tqdm(range(0, len(dataset), self.batch_size), desc=title, leave=False):
+            images = dataset[start : start + self.batch_size][self.images]
+            yield self.processor(images, return_tensors="pt")["pixel_values"]
+
+
+def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Return the indices of `per_class` images of every class."""
+    rng = np.random.default_rng(seed)
+    smallest = np.bincount(labels).min()
+    if per_class > smallest:
+        raise SystemExit(f"--labels_per_class is {per_class}, but the smallest class has {smallest} training images.")
+    return np.concatenate(
+        [rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in np.unique(labels)]
+    )
+
+
 def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
     """Return the training images, a data set of `image` and, where classes are used, `labels`; and how many classes."""
     dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
@@ -246,6 +298,11 @@ def training_inputs(
     if labels is not None:
         labels = drop_labels(labels, num_labels(network.config) - 1, args.label_dropout)
     return flip(clean) if args.random_flip else clean, labels
+
+
+def best_device() -> str:
+    """Return the device that features are computed on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min_side: int = 64) -> PILImage.Image:

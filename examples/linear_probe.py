@@ -13,19 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import add_data_arguments, image_column, label_column, load_splits, parse_with_config, pick_split
+from data import (
+    LabelledImages,
+    add_data_arguments,
+    add_label_arguments,
+    best_device,
+    draw_labels,
+    parse_with_config,
+)
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel
 from ddae_hf.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
@@ -39,11 +45,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    add_label_arguments(parser)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
     add("--output_dir", default="runs/classifier", help="Folder of the classifier and its figures.")
-    add("--test_split", default="test")
-    add("--max_test_samples", type=int, help="Use only the first N test images.")
     add("--layers", nargs="+", help="Layers to choose from, or `decoder` or `all`; by default the checkpoint's one.")
     add("--sigmas", nargs="+", type=float, help="Noise levels to choose from; by default the checkpoint's one.")
     add("--regularisation", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="Values of C to choose from.")
@@ -64,40 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parse_with_config(parser, argv)
 
 
-class Data:
-    """The labelled images: their pixels in batches, their labels, the names of classes."""
-
-    def __init__(self, args: argparse.Namespace, processor: DDAEImageProcessor):
-        splits = load_splits(args)
-        self.splits = {
-            "train": pick_split(splits, args.train_split, args.max_train_samples),
-            "test": pick_split(splits, args.test_split, args.max_test_samples),
-        }
-        self.processor, self.batch_size = processor, args.batch_size
-        self.images = image_column(self.splits["train"], args.image_column)
-        column = label_column(self.splits["train"], args.label_column)
-        self.labels = {name: np.asarray(split[column][:]) for name, split in self.splits.items()}
-        feature = self.splits["train"].features[column]
-        count = int(self.labels["train"].max()) + 1
-        self.names = feature.names if isinstance(feature, ClassLabel) else [str(i) for i in range(count)]
-        for name, labels in self.labels.items():
-            if labels.min() < 0 or labels.max() >= len(self.names):
-                raise SystemExit(
-                    f"Labels of the split {name!r} are {labels.min()} to {labels.max()}: allowed are 0 to "
-                    f"{len(self.names) - 1}."
-                )
-        if len(np.unique(self.labels["train"])) < 2:
-            raise SystemExit("The training images are all of one class: a classifier needs at least two.")
-
-    def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
-        """Yield `pixel_values` of the images at `indices`, in that order."""
-        dataset: Dataset = self.splits[split].select(indices)
-        for start in tqdm(range(0, len(dataset), self.batch_size), desc=title, leave=False):
-            images = dataset[start : start + self.batch_size][self.images]
-            yield self.processor(images, return_tensors="pt")["pixel_values"]
-
-
-def network_features(model: DDAEModel, data: Data, noise_seed: int, title: str) -> Features:
+def network_features(model: DDAEModel, data: LabelledImages, noise_seed: int, title: str) -> Features:
     """Return a function that computes the network's features."""
 
     def features(split: str, indices: np.ndarray, layers: list[str], sigma: float) -> dict[str, np.ndarray]:
@@ -109,7 +81,7 @@ def network_features(model: DDAEModel, data: Data, noise_seed: int, title: str) 
     return features
 
 
-def pixel_features(data: Data) -> Features:
+def pixel_features(data: LabelledImages) -> Features:
     """Return a function that takes an image's pixels, in [-1, 1], as its features, under the layer name `PIXELS`."""
 
     def features(split: str, indices: np.ndarray, layers: list[str], sigma: float) -> dict[str, np.ndarray]:
@@ -145,7 +117,7 @@ def choose(
 
 
 def probe(
-    features: Features, data: Data, layers: list[str], sigmas: list[float], args: argparse.Namespace
+    features: Features, data: LabelledImages, layers: list[str], sigmas: list[float], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Choose, fit on all training images, test; then with few labels. Returns figures, and the probe under `fitted`."""
     labels, test_labels = data.labels["train"], data.labels["test"]
@@ -171,17 +143,6 @@ def probe(
     return result
 
 
-def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Return the indices of `per_class` images of every class."""
-    rng = np.random.default_rng(seed)
-    smallest = np.bincount(labels).min()
-    if per_class > smallest:
-        raise SystemExit(f"--labels_per_class is {per_class}, but the smallest class has {smallest} training images.")
-    return np.concatenate(
-        [rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in np.unique(labels)]
-    )
-
-
 def conditions(args: argparse.Namespace) -> dict[str, int]:
     """Return what the options say of the features beside layer and noise level."""
     null_class = {} if args.null_class is None else {"null_class": args.null_class}
@@ -189,7 +150,7 @@ def conditions(args: argparse.Namespace) -> dict[str, int]:
 
 
 def save_classifier(
-    args: argparse.Namespace, data: Data, result: dict[str, Any], processor: DDAEImageProcessor
+    args: argparse.Namespace, data: LabelledImages, result: dict[str, Any], processor: DDAEImageProcessor
 ) -> float:
     """Write the denoiser and the probe as one classifier, and return its test accuracy as a user would load it."""
     scaler, model = result["fitted"]
@@ -250,11 +211,6 @@ def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names:
     display.figure_.savefig(path, dpi=100, bbox_inches="tight")
 
 
-def best_device() -> str:
-    """Return the device that features are computed on."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def mean_and_error(values: np.ndarray) -> str:
     """Return mean and standard error, in percent."""
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
@@ -285,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     started = time.monotonic()
     processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
-    data = Data(args, processor)
+    data = LabelledImages(args, processor)
     model = DDAEModel.from_pretrained(args.model_name_or_path, **conditions(args), cache_dir=args.cache_dir)
     groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
     layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]
