@@ -17,6 +17,7 @@ EXAMPLES = [
     "torchmetrics>=1.6",
     "tqdm>=4.66.3",
 ]
+INCEPTION = ["torch-fidelity>=0.4"]  # and a torchvision of the torch's build
 DEVELOPMENT = ["build>=1.2", "mypy>=1.15", "pytest>=8.3", "ruff>=0.11", "types-PyYAML"]
 
 setup(
@@ -39,7 +40,7 @@ setup(
         "numpy>=2.0.2",
         "pillow>=11.0",
     ],
-    extras_require={"examples": EXAMPLES, "dev": EXAMPLES + DEVELOPMENT},
+    extras_require={"examples": EXAMPLES, "inception": EXAMPLES + INCEPTION, "dev": EXAMPLES + DEVELOPMENT},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -21,9 +21,8 @@ from PIL import Image, ImageDraw
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from quickstart import NUM_SAMPLES, recognised, run, write_digits  # noqa: E402
-
 from data import image_grid  # noqa: E402
+from quickstart import NUM_SAMPLES, recognised, run, write_digits  # noqa: E402
 
 FRAMEWORKS = {"ddpm": "DDPM", "edm": "EDM", "flow": "flow matching"}
 NETWORKS = {"unet": "U-Net", "ddpmpp": "DDPM++", "dit": "DiT"}

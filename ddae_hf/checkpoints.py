@@ -73,15 +73,18 @@ def build_scheduler(config: dict[str, Any]) -> Any:
     return cls.from_config(config)
 
 
-def fingerprint(module: torch.nn.Module) -> str:
+def fingerprint(module: torch.nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> str:
     """Return a SHA-256 of a network's parameters and persistent buffers.
 
-    Values are rounded to bfloat16 first, so that storing a checkpoint in bfloat16 leaves it the same.
+    Args:
+        module: The network.
+        dtype: Type that values are rounded to first: with bfloat16, storing a checkpoint in bfloat16 leaves it the
+            same. `None` takes them as they are, so that no two networks share a hash.
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        if value.is_floating_point():
-            value = value.to(torch.bfloat16)
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,18 +1,31 @@
-"""Features of a data set: pooled hidden states of several layers at one noise level, in one pass."""
+"""Features of a data set: pooled hidden states of several layers at one noise level, in one pass, kept on disk.
+
+What is random about an image's features depends on (noise seed, image index, view) alone: its noise and, in views that
+are changed, its mirroring and its crop. Batches, interruptions and the number of processes play no part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .hidden_states import pool_hidden_states
+from .checkpoints import fingerprint
+from .hidden_states import check_layers, hidden_size, pool_hidden_states
 from .modeling_ddae import DDAEModel
 from .noise import indexed_noise
 
+Images = Callable[[int], Iterable[Tensor]]
 
-@torch.no_grad()
+
 def extract_features(
     model: DDAEModel,
     batches: Iterable[Tensor],
@@ -38,17 +51,203 @@ def extract_features(
     Returns:
         Features (N, C), float32 on the CPU, by layer name.
     """
-    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    parts: list[dict[str, Tensor]] = []
     start = 0
     for images in batches:
-        indices = range(start, start + len(images))
-        start += len(images)
-        shape = (model.config.num_noise_samples, *images.shape[1:])
-        noise = indexed_noise(shape, indices, noise_seed, view).transpose(0, 1).to(model.device)
-        images = images.to(model.device, memory_format=torch.channels_last)
-        hidden = model(images, sigma=sigma, noise=noise, output_hidden_states=list(layers)).hidden_states
-        for layer, states in zip(layers, hidden, strict=True):
-            found[layer].append(pool_hidden_states(states, model.config.pooling).cpu())
-    if start == 0:
+        indices = range(start, start := start + len(images))
+        found = batch_features(model, images, indices, layers, sigma, noise_seed=noise_seed, view=view)
+        parts.append({layer: values.cpu() for layer, values in found.items()})
+    if not parts:
         raise ValueError("The data set is empty: there is no image to compute features of.")
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+
+
+@torch.no_grad()
+def batch_features(
+    model: DDAEModel,
+    images: Tensor,
+    indices: Sequence[int] | np.ndarray,
+    layers: Sequence[str],
+    sigma: float | Tensor,
+    *,
+    noise_seed: int = 0,
+    view: int = 0,
+) -> dict[str, Tensor]:
+    """Compute the features of some images of a data set: see `extract_features`.
+
+    Args:
+        model: The model, in evaluation mode.
+        images: `pixel_values` (B, C, H, W).
+        indices: Their indices in the data set, B integers.
+        layers: Names of layers.
+        sigma: Noise level, scalar or (B,).
+        noise_seed: Seed of the noise.
+        view: Number of the draw.
+
+    Returns:
+        Features (B, C), float32 on the model's device, by layer name.
+    """
+    shape = (model.config.num_noise_samples, *images.shape[1:])
+    noise = indexed_noise(shape, indices, noise_seed, view).transpose(0, 1).to(model.device)
+    images = images.to(model.device, memory_format=torch.channels_last)
+    hidden = model(images, sigma=sigma, noise=noise, output_hidden_states=list(layers)).hidden_states
+    pooled = (pool_hidden_states(states, model.config.pooling) for states in hidden)
+    return dict(zip(layers, pooled, strict=True))
+
+
+def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
+    """Mirror half of the images and crop them at random.
+
+    Args:
+        images: Images (B, C, H, W) in [-1, 1].
+        indices: Their indices in the data set, B integers.
+        seed: Seed of the changes.
+        view: Number of the view.
+        flip: Whether to mirror.
+        crop_padding: Pixels of black added on each side before cropping back to (H, W).
+
+    Returns:
+        (B, C, H, W). What happens to an image depends on (seed, its index, view) alone.
+    """
+    height, width = images.shape[-2:]
+    padded = torch.nn.functional.pad(images, [crop_padding] * 4, value=-1.0)
+    views = []
+    for i, image in zip(indices, padded, strict=True):
+        # A fourth number keeps these draws apart from the noise's.
+        rng = np.random.default_rng([seed, view, int(i), 1])
+        mirrored = flip and rng.random() < 0.5
+        top, left = rng.integers(0, 2 * crop_padding + 1, size=2)
+        crop = image[:, top : top + height, left : left + width]
+        views.append(crop.flip(-1) if mirrored else crop)
+    return torch.stack(views)
+
+
+class FeatureCache:
+    """Features on disk: computed once, memory-mapped when read, continued where an interrupted run stopped.
+
+    Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
+    it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
+    it is one `.npy` file (N, C), float32, a layer, and `rows.json`, the number of rows computed so far.
+
+    Args:
+        folder: Where to keep the features.
+        model: The model whose features they are, in evaluation mode, on the device to use.
+        noise_seed: Seed of the noise.
+
+    Attributes:
+        identity: What features depend on beside the images, the noise level and the view, as JSON.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: DDAEModel, noise_seed: int = 0):
+        self.folder, self.model, self.noise_seed = Path(folder), model, noise_seed
+        config = model.config
+        self.identity = {
+            "weights": fingerprint(model.denoiser, dtype=None),
+            "dtype": str(model.denoiser.dtype),
+            "denoiser": config.denoiser,
+            "scheduler": config.scheduler,
+            "pooling": config.pooling,
+            "num_noise_samples": config.num_noise_samples,
+            "null_class": config.null_class,
+            "noise_seed": noise_seed,
+        }
+
+    def features(
+        self,
+        images: Images,
+        count: int,
+        layers: Sequence[str],
+        sigma: float,
+        *,
+        view: int = 0,
+        data: dict[str, Any],
+    ) -> dict[str, np.ndarray]:
+        """Return the features of a data set, computing those that are not there yet.
+
+        Args:
+            images: Called with an index, gives `pixel_values` in batches from that image on.
+            count: Number of images N.
+            layers: Names of layers.
+            sigma: Noise level.
+            view: Number of the draw.
+            data: What tells these images from others, as JSON: a hash of their files, how they were prepared.
+
+        Returns:
+            Features (N, C) by layer name, read-only, mapped from disk.
+
+        Raises:
+            ValueError: An unknown layer, or another number of images than `count`.
+            OSError: Not enough space on disk.
+        """
+        check_layers(self.model.denoiser, layers)
+        identity = {**self.identity, "data": data, "count": count, "sigma": float(sigma), "view": view}
+        text = json.dumps(identity, indent=2, sort_keys=True)
+        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:20]
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "identity.json", text + "\n")
+        rows = _read_rows(folder)
+        missing = [layer for layer in layers if rows.get(layer, 0) < count]
+        if missing:
+            self._compute(folder, images, count, missing, sigma, view, rows)
+        return {layer: np.load(folder / f"{layer}.npy", mmap_mode="r") for layer in layers}
+
+    def _compute(
+        self,
+        folder: Path,
+        images: Images,
+        count: int,
+        layers: Sequence[str],
+        sigma: float,
+        view: int,
+        rows: dict[str, int],
+    ) -> None:
+        """Fill the files of `layers` from the row where the least advanced one stopped."""
+        start = min(rows.get(layer, 0) for layer in layers)
+        widths = {layer: hidden_size(self.model.denoiser, layer) for layer in layers}
+        new = [layer for layer in layers if not rows.get(layer)]
+        _check_space(folder, sum(4 * count * widths[layer] for layer in new))
+        files = {}
+        for layer in layers:
+            shape = None if layer not in new else (count, widths[layer])
+            mode = "r+" if shape is None else "w+"
+            dtype = None if shape is None else np.float32
+            files[layer] = np.lib.format.open_memmap(folder / f"{layer}.npy", mode, dtype, shape)
+        done = start
+        for batch in images(start):
+            end = done + len(batch)
+            if end > count:
+                raise ValueError(f"More than the {count} images came that were announced.")
+            indices = range(done, end)
+            found = batch_features(self.model, batch, indices, layers, sigma, noise_seed=self.noise_seed, view=view)
+            for layer, values in found.items():
+                files[layer][done:end] = values.cpu().numpy()
+                files[layer].flush()
+            done = end
+            rows.update({layer: max(done, rows.get(layer, 0)) for layer in layers})
+            _write(folder / "rows.json", json.dumps(rows) + "\n")
+        if done != count:
+            raise ValueError(f"{done} images came, but {count} were announced.")
+
+
+def _read_rows(folder: Path) -> dict[str, int]:
+    """Return how many rows each layer's file holds; a file that is gone holds none."""
+    path = folder / "rows.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {layer: count for layer, count in rows.items() if (folder / f"{layer}.npy").exists()}
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    # Writing to a mapped file on a full disk ends the process without a message.
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"The features need {needed / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free: give "
+            "another folder, fewer layers or fewer images."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file complete or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,8 +1,10 @@
-"""What the scripts share: options from YAML, images of a data set, what a network is told of them, a picture grid."""
+"""What the scripts share: options, images of a data set, what a network is told of them, saved classifiers."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -18,9 +20,10 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ddae_hf import DDAEImageProcessor
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor
 from ddae_hf.augment import augment, embed_labels, label_width
 from ddae_hf.conditioning import drop_labels, num_labels
+from ddae_hf.noise import indexed_noise
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -214,10 +217,33 @@ class LabelledImages:
 
     def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
         """Yield `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
-        dataset: Dataset = self.splits[split].select(indices)
-        for start in tqdm(range(0, len(dataset), self.batch_size), desc=title, leave=False):
-            images = dataset[start : start + self.batch_size][self.images]
-            yield self.processor(images, return_tensors="pt")["pixel_values"]
+        for start in tqdm(range(0, len(indices), self.batch_size), desc=title, leave=False):
+            yield self.pixel_values(split, indices[start : start + self.batch_size])
+
+    def pixel_values(self, split: str, indices: np.ndarray) -> torch.Tensor:
+        """Return `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
+        images = self.splits[split].select(indices)[:][self.images]
+        return self.processor(images, return_tensors="pt")["pixel_values"]
+
+    def dataset(self, split: str, noise: tuple[int, int] | None = None) -> Dataset:
+        """Return a split as `pixel_values` and `labels`, and `noise` of each image's own if (draws, seed) came."""
+        dataset = self.splits[split].select_columns([self.images]).add_column("labels", self.labels[split])
+        dataset = dataset.add_column("index", np.arange(len(dataset)))
+
+        def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+            pixels = self.processor(batch[self.images], return_tensors="pt")["pixel_values"]
+            row = {"pixel_values": pixels, "labels": torch.tensor(batch["labels"])}
+            if noise is not None:
+                shape, view = (noise[0], *pixels.shape[1:]), noise_view(split, 0)
+                row["noise"] = indexed_noise(shape, batch["index"], noise[1], view)
+            return row
+
+        return dataset.with_transform(prepare)
+
+
+def noise_view(split: str, view: int) -> int:
+    """Return the number of a view's draw of noise: training and test images never share one."""
+    return 2 * view + (split == "test")
 
 
 def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -229,6 +255,52 @@ def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     return np.concatenate(
         [rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in np.unique(labels)]
     )
+
+
+def images_hash(dataset: Dataset, column: str) -> str:
+    """Return a SHA-256 of a data set's image files, in its order."""
+    digest = hashlib.sha256()
+    for batch in dataset.select_columns(column).cast_column(column, Image(decode=False)).iter(1000):
+        for image in batch[column]:
+            content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+            digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def save_classifier(
+    folder: str | os.PathLike[str],
+    checkpoint: str,
+    processor: DDAEImageProcessor,
+    names: Sequence[str],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Write a checkpoint's denoiser with a linear classifier, weights (K, C) and biases (K,), as one model.
+
+    `options` are those of its configuration, such as `layer` and `sigma`, and of `from_pretrained`.
+    """
+    model = DDAEForImageClassification.from_pretrained(
+        checkpoint,
+        feature_norm="none",
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    with torch.no_grad():
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(bias)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@torch.no_grad()
+def classify(folder: str | os.PathLike[str], data: LabelledImages, split: str = "test") -> np.ndarray:
+    """Return the classes that a saved classifier gives a split's images, as its users get them."""
+    model = DDAEForImageClassification.from_pretrained(folder).to(best_device())
+    batches = data.batches(split, np.arange(len(data.labels[split])), "saved classifier")
+    return np.concatenate([model(images.to(model.device)).logits.argmax(-1).cpu().numpy() for images in batches])
 
 
 def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
@@ -287,6 +359,18 @@ def flip(images: torch.Tensor) -> torch.Tensor:
     return torch.where(mirrored, images.flip(-1), images)
 
 
+def random_crop(images: torch.Tensor, padding: int) -> torch.Tensor:
+    """Shift each image (B, C, H, W) by up to `padding` pixels; reflections fill its edges."""
+    count, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images, [padding] * 4, mode="reflect")
+    offsets = torch.randint(2 * padding + 1, (2, count, 1), device=images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    image = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
 def training_inputs(
     args: argparse.Namespace, batch: dict[str, torch.Tensor], network: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -303,6 +387,14 @@ def training_inputs(
 def best_device() -> str:
     """Return the device that features are computed on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min_side: int = 64) -> PILImage.Image:

@@ -2,26 +2,34 @@
 
     python examples/generate.py --model_name_or_path runs/cifar10_ddpm_unet --num_images 1000 --output_dir runs/samples
 
-Image number i comes from seed `--seed` + i, whatever the batch size, and an image that is there already is not made
-again.
+Image number i comes from seed `--seed` + i, whatever the batch size and the number of processes, and an image that is
+there already is not made again. Several GPUs share the work: `accelerate launch` or `torchrun`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from data import image_grid, parse_with_config
+from data import best_device, image_grid, parse_with_config
 from ddae_hf import DDAEPipeline
 from ddae_hf.checkpoints import fingerprint
+from ddae_hf.conditioning import num_labels
 from ddae_hf.noise import family
+
+# What the images of a folder depend on, beside the weights.
+IMAGE_OPTIONS = (
+    "model_name_or_path", "num_inference_steps", "scheduler", "sampler", "class_label", "guidance_scale", "seed"
+)  # fmt: skip
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,21 +39,42 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
     add("--output_dir", default="runs/samples", help="Folder of the images 00000.png, ... and grid.png.")
     add("--num_images", type=int, default=64)
+    add_sampling_arguments(parser)
+    add("--grid_images", type=int, default=64, help="Images in grid.png.")
+    args = parse_with_config(parser, argv)
+    check_sampling_arguments(parser, args)
+    return args
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how images are sampled."""
+    add = parser.add_argument_group("sampling").add_argument
     add("--batch_size", type=int, default=64)
     add("--num_inference_steps", type=int, default=100)
     add("--scheduler", help="Another diffusers scheduler of the same framework, such as DDIMScheduler.")
     add("--sampler", choices=["heun"], help="EDM's second-order sampler, in place of the scheduler's steps.")
-    add("--class_label", type=int, help="Class to generate, for a class-conditional denoiser.")
+    add("--class_label", type=class_label, help="Class to generate, or `all` for the classes in turn.")
     add("--guidance_scale", type=float, default=1.0, help="Strength of classifier-free guidance; at 1 there is none.")
     add("--seed", type=int, default=0)
-    add("--grid_images", type=int, default=64, help="Images in grid.png.")
-    args = parse_with_config(parser, argv)
+
+
+def class_label(value: str) -> int | str:
+    """Return a class's number, or the word `all`."""
+    return value if value == "all" else int(value)
+
+
+def check_sampling_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop at options of `add_sampling_arguments` that cannot work."""
     if args.num_images < 1 or args.batch_size < 1 or args.num_inference_steps < 1:
         parser.error("--num_images, --batch_size and --num_inference_steps must be at least 1.")
     known = getattr(diffusers, args.scheduler or "DDIMScheduler", None)
     if not (isinstance(known, type) and issubclass(known, diffusers.SchedulerMixin)):
         parser.error(f"--scheduler {args.scheduler}: diffusers has no such scheduler.")
-    return args
+
+
+def open_processes() -> PartialState:
+    """Return which of the launched processes this is; they may end at times that are hours apart."""
+    return PartialState(cpu=best_device() == "cpu", timeout=timedelta(days=7))
 
 
 def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
@@ -61,56 +90,81 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
         pipeline.scheduler = chosen
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     pipeline.denoiser.to(memory_format=torch.channels_last)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(best_device())
 
 
 def check_folder(args: argparse.Namespace, note: Path, pipeline: DDAEPipeline) -> dict[str, Any]:
     """Return what the images depend on, or stop if the folder's note says that it holds others."""
-    names = (
-        "model_name_or_path",
-        "num_inference_steps",
-        "scheduler",
-        "sampler",
-        "class_label",
-        "guidance_scale",
-        "seed",
-    )
-    options = {name: getattr(args, name) for name in names} | {"weights": fingerprint(pipeline.denoiser)}
+    options = {name: getattr(args, name) for name in IMAGE_OPTIONS} | {"weights": fingerprint(pipeline.denoiser)}
     if note.exists() and json.loads(note.read_text()) != options:
         raise SystemExit(f"{note.parent} holds images made with other options or weights: choose another --output_dir.")
     return options
+
+
+def image_paths(folder: Path, count: int) -> list[Path]:
+    """Return the files of the images that are asked for."""
+    return [folder / f"{i:05d}.png" for i in range(count)]
+
+
+def sample(args: argparse.Namespace, pipeline: DDAEPipeline, processes: PartialState, folder: Path) -> int:
+    """Write the images that the folder lacks, with a note of what they depend on; return how many it lacked.
+
+    Batches have fixed members, and one that lacks an image is computed whole: arithmetic in a batch of another size may
+    round differently, and so what is resumed is bit-equal to what was never interrupted.
+    """
+    note = folder / "options.json"
+    options = check_folder(args, note, pipeline)
+    paths = image_paths(folder, args.num_images)
+    batches = [range(i, min(i + args.batch_size, len(paths))) for i in range(0, len(paths), args.batch_size)]
+    lacking = sum(not path.exists() for path in paths)
+    batches = [batch for batch in batches if not all(paths[i].exists() for i in batch)]
+    processes.wait_for_everyone()  # all count before any writes
+    with processes.split_between_processes(batches) as own:
+        for batch in tqdm(own, desc="Batches", disable=not processes.is_main_process):
+            images = sample_batch(args, pipeline, batch)
+            folder.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps(options, indent=2) + "\n")
+            for i, image in zip(batch, images, strict=True):
+                if not paths[i].exists():
+                    partial = paths[i].with_suffix(".partial")
+                    image.save(partial, format="PNG")
+                    partial.replace(paths[i])
+    processes.wait_for_everyone()
+    return lacking
+
+
+def sample_batch(args: argparse.Namespace, pipeline: DDAEPipeline, numbers: range) -> list[Image.Image]:
+    """Return the images of these numbers."""
+    labels = args.class_label
+    if labels == "all":
+        classes = [k for k in range(num_labels(pipeline.denoiser.config)) if k != pipeline.null_class]
+        if not classes:
+            raise SystemExit(f"--class_label all: {args.model_name_or_path} is unconditional, it has no classes.")
+        labels = [classes[i % len(classes)] for i in numbers]
+    try:
+        return pipeline(
+            len(numbers),
+            class_labels=labels,
+            generator=[torch.Generator("cpu").manual_seed(args.seed + i) for i in numbers],
+            num_inference_steps=args.num_inference_steps,
+            sampler=args.sampler,
+            guidance_scale=args.guidance_scale,
+        ).images
+    except ValueError as error:  # options that this checkpoint does not take
+        raise SystemExit(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
     folder = Path(args.output_dir)
-    pipeline = open_pipeline(args)
-    note = folder / "options.json"
-    options = check_folder(args, note, pipeline)
-    paths = [folder / f"{i:05d}.png" for i in range(args.num_images)]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    for start in tqdm(range(0, len(missing), args.batch_size), desc="Batches"):
-        numbers = missing[start : start + args.batch_size]
-        generators = [torch.Generator("cpu").manual_seed(args.seed + i) for i in numbers]
-        try:
-            images = pipeline(
-                len(numbers),
-                class_labels=args.class_label,
-                generator=generators,
-                num_inference_steps=args.num_inference_steps,
-                sampler=args.sampler,
-                guidance_scale=args.guidance_scale,
-            ).images
-        except ValueError as error:  # options that this checkpoint does not take
-            raise SystemExit(str(error)) from error
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(options, indent=2) + "\n")
-        for i, image in zip(numbers, images, strict=True):
-            image.save(paths[i])
-    shown = [Image.open(path) for path in paths[: args.grid_images]]
+    processes = open_processes()
+    made = sample(args, open_pipeline(args), processes, folder)
+    if not processes.is_main_process:
+        return
+    shown = [Image.open(path) for path in image_paths(folder, args.num_images)[: args.grid_images]]
     image_grid(shown).save(folder / "grid.png")
-    print(f"{args.num_images} images in {folder}, {len(missing)} of them made now; look at {folder / 'grid.png'}.")
+    print(f"{args.num_images} images in {folder}, {made} of them made now; look at {folder / 'grid.png'}.")
 
 
 if __name__ == "__main__":

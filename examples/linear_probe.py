@@ -29,15 +29,17 @@ from data import (
     add_data_arguments,
     add_label_arguments,
     best_device,
+    classify,
     draw_labels,
+    noise_view,
     parse_with_config,
+    save_classifier,
 )
-from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel
+from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
 
 PIXELS = "pixels"
-TRAIN_VIEW, TEST_VIEW = 0, 1  # training and test images never share noise
 Features = Callable[[str, np.ndarray, list[str], float], dict[str, np.ndarray]]
 
 
@@ -73,9 +75,8 @@ def network_features(model: DDAEModel, data: LabelledImages, noise_seed: int, ti
     """Return a function that computes the network's features."""
 
     def features(split: str, indices: np.ndarray, layers: list[str], sigma: float) -> dict[str, np.ndarray]:
-        view = TEST_VIEW if split == "test" else TRAIN_VIEW
         batches = data.batches(split, indices, f"{title}, {split}, sigma {sigma:g}")
-        found = extract_features(model, batches, layers, sigma, noise_seed=noise_seed, view=view)
+        found = extract_features(model, batches, layers, sigma, noise_seed=noise_seed, view=noise_view(split, 0))
         return {layer: values.numpy() for layer, values in found.items()}
 
     return features
@@ -149,48 +150,20 @@ def conditions(args: argparse.Namespace) -> dict[str, int]:
     return {"num_noise_samples": args.num_noise_samples, **null_class}
 
 
-def save_classifier(
-    args: argparse.Namespace, data: LabelledImages, result: dict[str, Any], processor: DDAEImageProcessor
-) -> float:
-    """Write the denoiser and the probe as one classifier, and return its test accuracy as a user would load it."""
-    scaler, model = result["fitted"]
-    names = data.names
-    classifier = DDAEForImageClassification.from_pretrained(
-        args.model_name_or_path,
-        layer=result["layer"],
-        sigma=result["sigma"],
-        noise_seed=args.noise_seed,
-        **conditions(args),
-        feature_norm="none",
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        ignore_mismatched_sizes=True,
-        cache_dir=args.cache_dir,
-    )
-    weight, bias = class_weights(model, len(names))
-    # Standardising is affine, so it goes into the classifier's weights.
-    weight = weight / scaler.scale_
-    with torch.no_grad():
-        classifier.classifier.weight.copy_(torch.from_numpy(weight))
-        classifier.classifier.bias.copy_(torch.from_numpy(bias - weight @ scaler.mean_))
-    classifier.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
-    loaded = DDAEForImageClassification.from_pretrained(args.output_dir).to(best_device())
-    indices = np.arange(len(data.labels["test"]))
-    with torch.no_grad():
-        batches = data.batches("test", indices, "saved classifier")
-        predicted = np.concatenate([loaded(x.to(loaded.device)).logits.argmax(-1).cpu().numpy() for x in batches])
-    return float((predicted == data.labels["test"]).mean())
+def raw_weights(
+    scaler: StandardScaler, model: LogisticRegression, num_labels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights (num_labels, C) and biases for features as they are.
 
-
-def class_weights(model: LogisticRegression, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return weights (num_labels, C) and biases; a class without training images gets a logit that never wins."""
+    A class without training images gets a logit that never wins.
+    """
     weight, bias = model.coef_, model.intercept_
     if len(model.classes_) == 2:  # scikit-learn keeps one row, the second class's
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     full_weight, full_bias = np.zeros((num_labels, weight.shape[1])), np.full(num_labels, -1e4)
-    full_weight[model.classes_], full_bias[model.classes_] = weight, bias
-    return full_weight, full_bias
+    full_weight[model.classes_] = weight / scaler.scale_
+    full_bias[model.classes_] = bias - full_weight[model.classes_] @ scaler.mean_
+    return torch.from_numpy(full_weight), torch.from_numpy(full_bias)
 
 
 def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> None:
@@ -261,7 +234,10 @@ def main(argv: list[str] | None = None) -> None:
         results["untrained network"] = probe(features, data, layers, sigmas, args)
     output = Path(args.output_dir)
     best = results["DDAE"]
-    saved_accuracy = save_classifier(args, data, best, processor)
+    weight, bias = raw_weights(*best["fitted"], len(data.names))
+    where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": args.noise_seed, **conditions(args)}
+    save_classifier(output, args.model_name_or_path, processor, data.names, weight, bias, **where)
+    saved_accuracy = float((classify(output, data) == data.labels["test"]).mean())
     save_confusion(output / "confusion.png", data.labels["test"], best["predicted"], data.names)
     counts = (len(data.labels["train"]), len(data.labels["test"]))
     for result in results.values():

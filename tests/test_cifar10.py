@@ -4,9 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 import linear_probe
 import pretrain
-import pytest
 
 DATA = os.environ.get("DDAE_CIFAR10_DIR", "")
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"

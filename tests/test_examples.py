@@ -8,10 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generate
-import linear_probe
 import numpy as np
-import pretrain
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +18,14 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
+import finetune
+import generate
+import linear_probe
+import noisy_classifier
+import pretrain
+import sweep
 from data import image_grid, parse_with_config, read_config
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.checkpoints import build_denoiser
@@ -257,8 +261,9 @@ def test_networks_have_the_parameters_that_their_files_say(name):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_describes_a_network_that_can_be_trained(path):
-    if path.stem.endswith("_probe"):
-        linear_probe.parse_arguments(["--config", str(path), "--model_name_or_path", "somewhere"])
+    evaluations = {"probe": linear_probe, "sweep": sweep, "finetune": finetune, "noisy": noisy_classifier}
+    if script := evaluations.get(path.stem.split("_")[-1]):
+        script.parse_arguments(["--config", str(path), "--model_name_or_path", "somewhere"])
         return
     args = pretrain.parse_arguments(["--config", str(path), "--dataset_name", "somewhere"])
     denoiser, scheduler = pretrain.new_networks(args, 0)
@@ -419,17 +424,18 @@ def test_the_saved_weights_are_scikit_learns_on_raw_features():
     for classes in (2, 4):
         labels = rng.integers(0, classes, 200)
         scaler, model = linear_probe.fit(features, labels, 1.0)
-        weight, bias = linear_probe.class_weights(model, classes)
-        logits = (weight / scaler.scale_) @ features.T + (bias - weight / scaler.scale_ @ scaler.mean_)[:, None]
-        probabilities = torch.softmax(torch.from_numpy(logits.T), -1).numpy()
+        weight, bias = linear_probe.raw_weights(scaler, model, classes)
+        logits = torch.from_numpy(features) @ weight.T + bias
+        probabilities = torch.softmax(logits, -1).numpy()
         np.testing.assert_allclose(probabilities, model.predict_proba(scaler.transform(features)), atol=1e-8)
 
 
 def test_a_class_without_training_images_never_wins():
-    model = LogisticRegression().fit(np.array([[0.0], [1.0], [2.0]]), [0, 2, 3])
-    weight, bias = linear_probe.class_weights(model, 5)
-    logits = weight @ np.array([[0.0, 1.0, 2.0]]) + bias[:, None]
-    assert set(logits.argmax(0)) <= {0, 2, 3}
+    features = np.array([[0.0], [1.0], [2.0]])
+    scaler = StandardScaler().fit(features)
+    weight, bias = linear_probe.raw_weights(scaler, LogisticRegression().fit(scaler.transform(features), [0, 2, 3]), 5)
+    logits = torch.from_numpy(features) @ weight.T + bias
+    assert set(logits.argmax(1).tolist()) <= {0, 2, 3}
 
 
 @pytest.mark.parametrize(

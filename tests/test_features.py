@@ -1,11 +1,16 @@
-"""Features of a data set against the model's own forward."""
+"""Features of a data set against the model's own forward, and what is kept of them on disk."""
 
+import json
+import shutil
+from collections import namedtuple
+
+import numpy as np
 import pytest
 import torch
 
 from ddae_hf import DDAEConfig, DDAEModel
 from ddae_hf.checkpoints import plain_config
-from ddae_hf.features import extract_features
+from ddae_hf.features import FeatureCache, augment_view, extract_features
 from ddae_hf.noise import indexed_noise
 
 from .conftest import make_unet
@@ -55,3 +60,124 @@ def test_features_are_averaged_over_the_draws_of_noise(model, images):
 def test_an_empty_data_set_is_refused(model):
     with pytest.raises(ValueError, match="empty"):
         extract_features(model, [], LAYERS, 0.5)
+
+
+class Source:
+    """Images in batches from any index on, which counts how many were asked for."""
+
+    def __init__(self, images, size=2, stop_after=None):
+        self.images, self.size, self.stop_after, self.read = images, size, stop_after, 0
+
+    def __call__(self, start):
+        for first in range(start, len(self.images), self.size):
+            if self.stop_after is not None and self.read >= self.stop_after:
+                raise KeyboardInterrupt
+            batch = self.images[first : first + self.size]
+            self.read += len(batch)
+            yield batch
+
+
+def cached(cache, source, layers=LAYERS, sigma=0.5, data="some images", **options):
+    return cache.features(source, 5, layers, sigma, data={"images": data}, **options)
+
+
+def test_the_cache_keeps_what_extraction_gives(model, images, tmp_path):
+    expected = extract_features(model, [images], LAYERS, 0.5, noise_seed=3, view=1)
+    found = cached(FeatureCache(tmp_path, model, noise_seed=3), Source(images), view=1)
+    for layer in LAYERS:
+        assert isinstance(found[layer], np.memmap) and not found[layer].flags.writeable
+        torch.testing.assert_close(torch.from_numpy(np.array(found[layer])), expected[layer], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_on_disk_is_not_computed_again(model, images, tmp_path):
+    first, second = Source(images), Source(images)
+    before = cached(FeatureCache(tmp_path, model), first)
+    after = cached(FeatureCache(tmp_path, model), second)
+    assert (first.read, second.read) == (5, 0)
+    assert all(np.array_equal(before[layer], after[layer]) for layer in LAYERS)
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(model, images, tmp_path):
+    whole = cached(FeatureCache(tmp_path / "whole", model), Source(images))
+    with pytest.raises(KeyboardInterrupt):
+        cached(FeatureCache(tmp_path / "parts", model), Source(images, stop_after=2))
+    rest = Source(images)
+    found = cached(FeatureCache(tmp_path / "parts", model), rest)
+    assert rest.read == 3
+    assert all(np.array_equal(whole[layer], found[layer]) for layer in LAYERS)
+
+
+def test_a_new_layer_does_not_touch_the_others(model, images, tmp_path):
+    cached(FeatureCache(tmp_path, model), Source(images), layers=LAYERS[:1])
+    (file,) = tmp_path.glob("*/mid_block.npy")
+    changed = file.stat().st_mtime_ns
+    found = cached(FeatureCache(tmp_path, model), Source(images))
+    assert file.stat().st_mtime_ns == changed
+    expected = extract_features(model, [images], LAYERS, 0.5)
+    torch.testing.assert_close(torch.from_numpy(np.array(found[LAYERS[1]])), expected[LAYERS[1]], rtol=1e-4, atol=1e-5)
+
+
+def test_all_that_features_depend_on_is_told_apart(model, images, tmp_path):
+    """Each of these has features of its own; the last is the first again."""
+    changed = DDAEModel(model.config).eval()
+    changed.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        changed.denoiser.conv_in.bias[0] += 1e-6  # lost in bfloat16
+    Case = namedtuple("Case", ["model", "seed", "options"], defaults=[model, 0, {}])
+    cases = [Case(), Case(model=changed), Case(seed=1), Case(options={"sigma": 0.6}), Case(options={"view": 2})]
+    cases += [Case(options={"data": "others"}), Case()]
+    read = []
+    for case in cases:
+        source = Source(images)
+        cached(FeatureCache(tmp_path, case.model, case.seed), source, **case.options)
+        read.append(source.read)
+    assert read == [5] * 6 + [0]
+    identities = [json.loads(path.read_text()) for path in tmp_path.glob("*/identity.json")]
+    assert sorted(identity["sigma"] for identity in identities) == [0.5] * 5 + [0.6]
+
+
+def test_other_numbers_of_images_than_announced_are_refused(model, images, tmp_path):
+    with pytest.raises(ValueError, match="4 images came, but 5 were announced"):
+        cached(FeatureCache(tmp_path, model), Source(images[:4]))
+    with pytest.raises(ValueError, match="More than the 5 images"):
+        cached(FeatureCache(tmp_path / "more", model), Source(images.repeat(2, 1, 1, 1)))
+
+
+def test_a_full_disk_is_told_before_anything_is_written(model, images, tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 10, 100))
+    with pytest.raises(OSError, match="GiB are free: give another folder"):
+        cached(FeatureCache(tmp_path, model), Source(images))
+    assert not list(tmp_path.glob("*/*.npy"))
+
+
+def test_an_unknown_layer_is_refused(model, images, tmp_path):
+    with pytest.raises(ValueError, match="no layer 'mid_blok'"):
+        cached(FeatureCache(tmp_path, model), Source(images), layers=["mid_blok"])
+
+
+def test_views_are_mirrored_and_cropped_by_index_alone():
+    images = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6).repeat(32, 1, 1, 1)
+    whole = augment_view(images, range(64), 0, 1, True, 2)
+    assert whole.shape == images.shape
+    torch.testing.assert_close(augment_view(images[10:20], range(10, 20), 0, 1, True, 2), whole[10:20])
+    assert not torch.equal(augment_view(images, range(64), 0, 2, True, 2), whole)
+    assert not torch.equal(augment_view(images, range(64), 1, 1, True, 2), whole)
+    flipped = augment_view(images, range(64), 0, 1, True, 0)
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, images, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(flipped, images, strict=True)]
+    assert all(m != s for m, s in zip(mirrored, same, strict=True)) and 15 < sum(mirrored) < 49
+    torch.testing.assert_close(augment_view(images, range(64), 0, 1, False, 0), images)
+
+
+def test_crops_are_shifts_with_black_borders():
+    image = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    seen = set()
+    for i in range(200):
+        (crop,) = augment_view(image, [i], 0, 1, False, 1)
+        padded = torch.full((8, 8), -1.0)
+        padded[1:7, 1:7] = image[0, 0]
+        found = [(r, c) for r in range(3) for c in range(3) if torch.equal(crop[0], padded[r : r + 6, c : c + 6])]
+        seen.update(found)
+        assert len(found) == 1
+    assert len(seen) == 9

@@ -13,11 +13,11 @@ import ddae_hf
 ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines.
 ORDER = [
-    ["noise", "hidden_states", "augment", "checkpoints", "conditioning"],
+    ["noise", "hidden_states", "augment", "checkpoints", "conditioning", "lbfgs"],
     ["configuration_ddae"],
     ["objectives", "sampling", "image_processing_ddae"],
     ["pipeline_ddae", "modeling_ddae"],
-    ["features"],
+    ["features", "probing", "generation_metrics"],
     ["__init__"],
 ]
 RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}

@@ -1,0 +1,347 @@
+r"""Probes: how well features tell classes apart.
+
+Multinomial logistic regression minimises, over weights W (K, C) and biases b (K,), on standardised features z (C,)
+
+    mean_i cross_entropy(W z_i + b, y_i) + l2 / 2 ||W||^2.
+
+(scikit-learn's `LogisticRegression(C=c)` is this with l2 = 1 / (c N), for N images.) Many such problems, one for every
+layer and every l2, are solved together by L-BFGS (Liu and Nocedal 1989), each with its own memory and step length.
+Features are read in pieces, so that what is mapped from disk is never in memory as a whole.
+
+L-BFGS works on whitened weights: with the features' correlation matrix Q diag(v) Q^T, the Hessian at W = 0 is at most
+(v / K + l2) along the columns of Q, and dividing by its root makes every problem a round one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .lbfgs import HISTORY, minimise
+
+# A layer's features: an array (N, C) for every view, in memory or mapped from disk.
+Views = Sequence[np.ndarray]
+
+_CHUNK_BYTES = 64 * 2**20
+_MEMORY_BYTES = 2**30  # for L-BFGS's history
+
+
+@dataclass
+class LinearProbes:
+    """Linear classifiers on one layer's features, one for every l2.
+
+    Attributes:
+        weight: (L, K, C), for features as they are, not standardised.
+        bias: (L, K).
+        loss: The objectives at these weights, (L,), float64.
+        converged: Whether the estimated distance from each optimum is below the tolerance, (L,).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    loss: Tensor
+    converged: Tensor
+
+    def predict(self, views: Views, indices: np.ndarray | None = None) -> np.ndarray:
+        """Return predicted classes (L, N), from logits averaged over the views.
+
+        Args:
+            views: The layer's features, (N, C) each.
+            indices: The images to classify; by default all.
+        """
+        rows = np.arange(len(views[0])) if indices is None else indices
+        predicted = np.empty((len(self.weight), len(rows)), dtype=np.int64)
+        size = _chunk_size(len(views), self.weight.shape[2], self.bias.numel())
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            # The mean of logits is the logit of mean features.
+            mean = _stack(views, part).mean(0).to(self.weight.device)
+            logits = torch.einsum("nc,lkc->lnk", mean, self.weight) + self.bias[:, None]
+            predicted[:, start : start + size] = logits.argmax(2).cpu().numpy()
+        return predicted
+
+
+def fit_logistic_regression(
+    features: Mapping[str, Views],
+    labels: np.ndarray,
+    l2: Sequence[float],
+    *,
+    num_classes: int | None = None,
+    indices: np.ndarray | None = None,
+    tolerance: float = 1e-7,
+    max_iterations: int = 500,
+    device: torch.device | str = "cpu",
+) -> dict[str, LinearProbes]:
+    """Fit multinomial logistic regression on each layer's features, with each of L strengths of regularisation.
+
+    Args:
+        features: Each layer's views, (N, C) each, which count as more images; C is the layer's own.
+        labels: Classes (N,), from 0.
+        l2: Strengths of regularisation, positive: see the module's formula.
+        num_classes: Number of classes K; by default the largest label + 1.
+        indices: The images to fit on; by default all.
+        tolerance: Where to stop: estimated distance of a problem's loss from its optimum.
+        max_iterations: Where to stop in any case.
+        device: Where to compute.
+
+    Returns:
+        The probes by layer name.
+
+    Raises:
+        ValueError: Nothing to fit, features that do not fit together or are no numbers, labels or strengths out of
+            range.
+    """
+    rows = np.arange(len(labels)) if indices is None else np.asarray(indices)
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    _check_problem(features, labels[rows], len(labels), l2, classes)
+    fitted: dict[str, LinearProbes] = {}
+    for width in {views[0].shape[1] for views in features.values()}:
+        names = [name for name, views in features.items() if views[0].shape[1] == width]
+        together = max(1, _MEMORY_BYTES // (4 * len(l2) * classes * (width + 1) * (2 * HISTORY + 8)))
+        for first in range(0, len(names), together):
+            group = names[first : first + together]
+            problem = _Problem([features[n] for n in group], labels, rows, l2, classes, torch.device(device))
+            fitted.update(zip(group, problem.solve(tolerance, max_iterations), strict=True))
+    return {name: fitted[name] for name in features}
+
+
+def _check_problem(
+    features: Mapping[str, Views], labels: np.ndarray, count: int, l2: Sequence[float], classes: int
+) -> None:
+    if not features or not all(features.values()) or len(labels) == 0 or not l2:
+        raise ValueError("There is nothing to fit: give features of at least one layer, one image and one l2.")
+    shapes = sorted({(len(views), *view.shape) for views in features.values() for view in views})
+    if len({shape[0] for shape in shapes}) > 1 or any(len(shape) != 3 or shape[1] != count for shape in shapes):
+        raise ValueError(
+            f"Features have shapes {shapes} (views, images, width): every layer must have as many views, and every "
+            f"view the {count} images of the labels."
+        )
+    if not all(0 < strength < math.inf for strength in l2):
+        raise ValueError(f"l2 is {list(l2)}: every strength must be positive, or there may be no optimum.")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"Labels are {labels.min()} to {labels.max()}: allowed are 0 to {classes - 1}.")
+
+
+def _stack(arrays: Sequence[np.ndarray], rows: np.ndarray) -> Tensor:
+    """Return rows of P arrays (N, C) as a tensor (P, n, C)."""
+    return torch.from_numpy(np.stack([np.asarray(array[rows], dtype=np.float32) for array in arrays]))
+
+
+def _chunk_size(probes: int, width: int, outputs: int) -> int:
+    return max(1, _CHUNK_BYTES // (4 * probes * (width + 3 * outputs)))
+
+
+class _Problem:
+    """P x L problems of logistic regression on P layers' features; their variables are a matrix (P L, K C + K)."""
+
+    def __init__(
+        self,
+        features: Sequence[Views],
+        labels: np.ndarray,
+        rows: np.ndarray,
+        l2: Sequence[float],
+        classes: int,
+        device: torch.device,
+    ):
+        self.features, self.device, self.classes = features, device, classes
+        self.rows, self.labels = np.sort(rows), torch.as_tensor(labels)
+        self.probes, self.width = len(features), features[0][0].shape[1]
+        self.l2 = torch.tensor(l2, dtype=torch.float32, device=device)
+        self.count = len(rows) * len(features[0])
+        moments = self._moments()
+        self.mean, self.std = moments[0].float(), moments[1].float()
+        # (P, C, C) and, for every l2, (P, L, 1, C)
+        values, self.basis = (m.float() for m in torch.linalg.eigh(moments[2]))
+        self.root = (values.clamp_min(0)[:, None, None] / classes + self.l2[:, None, None]).rsqrt()
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features (P, n, C) and labels (n,), every view of every image once."""
+        size = _chunk_size(self.probes, self.width, len(self.l2) * self.classes)
+        for view in zip(*self.features, strict=True):
+            for start in range(0, len(self.rows), size):
+                part = self.rows[start : start + size]
+                yield _stack(view, part).to(self.device), self.labels[part].to(self.device)
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the features' means (P, C), standard deviations and correlations (P, C, C), float64."""
+        shape = (self.probes, self.width)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for x, _ in self.chunks():
+            total += x.double().sum(1)
+        if not total.isfinite().all():
+            raise ValueError("Some features are no finite numbers: the network overflows, run it in float32.")
+        mean = total / self.count
+        products = torch.zeros((*shape, self.width), dtype=torch.float64, device=self.device)
+        for x, _ in self.chunks():
+            x = (x - mean[:, None]).float()  # centred in float64: no digits are lost
+            products += x.mT @ x
+        covariance = products / self.count
+        std = covariance.diagonal(dim1=1, dim2=2).sqrt()
+        # What does not vary has no say, as in scikit-learn's StandardScaler.
+        std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+        return mean, std, covariance / (std[:, :, None] * std[:, None, :])
+
+    def weights(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights on standardised features (P, L, K, C) and the biases (P, L, K) of variables."""
+        split = self.classes * self.width
+        whitened = variables[:, :split].reshape(self.probes, len(self.l2), self.classes, self.width)
+        bias = variables[:, split:].reshape(self.probes, len(self.l2), self.classes) * math.sqrt(self.classes)
+        return (whitened * self.root) @ self.basis.mT[:, None], bias
+
+    def evaluate(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objectives (P L,), float64, and their gradients by the variables."""
+        weight, bias = self.weights(variables)
+        flat, strengths = weight.flatten(1, 2), len(self.l2)
+        loss = torch.zeros(self.probes, strengths, dtype=torch.float64, device=self.device)
+        by_weight, by_bias = torch.zeros_like(flat), torch.zeros_like(bias.flatten(1))
+        for x, y in self.chunks():
+            x = (x - self.mean[:, None]) / self.std[:, None]
+            logits = torch.baddbmm(bias.flatten(1)[:, None], x, flat.mT).unflatten(2, (strengths, self.classes))
+            log_probabilities = F.log_softmax(logits, dim=3)
+            target = y[None, :, None, None].expand(self.probes, -1, strengths, 1)
+            chosen = log_probabilities.gather(3, target)
+            loss -= chosen.squeeze(3).sum(1, dtype=torch.float64)
+            error = log_probabilities.exp_().scatter_add_(3, target, torch.full_like(chosen, -1.0)).flatten(2)
+            by_weight += error.mT @ x
+            by_bias += error.sum(1)
+        loss = loss / self.count + 0.5 * self.l2 * weight.double().square().sum((2, 3))
+        by_weight = (by_weight / self.count).view_as(weight) + self.l2[:, None, None] * weight
+        by_whitened = (by_weight @ self.basis[:, None]) * self.root
+        by_bias = by_bias * (math.sqrt(self.classes) / self.count)
+        parts = (by_whitened.reshape(len(loss.flatten()), -1), by_bias.reshape(len(loss.flatten()), -1))
+        return loss.flatten(), torch.cat(parts, dim=1)
+
+    def solve(self, tolerance: float, max_iterations: int) -> list[LinearProbes]:
+        """Minimise, and return every layer's probes for features as they are."""
+        start = torch.zeros(self.probes * len(self.l2), self.classes * (self.width + 1), device=self.device)
+        variables, loss, converged = minimise(self.evaluate, start, tolerance, max_iterations)
+        weight, bias = self.weights(variables)
+        weight = weight / self.std[:, None, None]
+        bias = bias - (weight * self.mean[:, None, None]).sum(3)
+        shape = (self.probes, len(self.l2))
+        return [
+            LinearProbes(*parts) for parts in zip(weight, bias, loss.view(shape), converged.view(shape), strict=True)
+        ]
+
+
+def knn_predict(
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    neighbours: Sequence[int],
+    *,
+    temperature: float = 0.07,
+    num_classes: int | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[int, np.ndarray]:
+    """Classify by the nearest training images: cosine similarity, votes weighted by exp(similarity / temperature).
+
+    The protocol and the temperature are those of Wu et al. 2018 (arXiv 1805.01978). Features are centred on the
+    training images' mean first: pooled hidden states share a large offset, beside which all would look alike.
+
+    Args:
+        train: Features of the training images (N, C).
+        labels: Their classes (N,), from 0.
+        test: Features of the images to classify (M, C).
+        neighbours: Numbers of neighbours, each at most N.
+        temperature: What similarities are divided by.
+        num_classes: Number of classes; by default the largest label + 1.
+        device: Where to compute.
+
+    Returns:
+        Predicted classes (M,) by number of neighbours.
+    """
+    if not 1 <= min(neighbours) <= max(neighbours) <= len(train):
+        raise ValueError(f"neighbours are {list(neighbours)}: allowed are 1 to the {len(train)} training images.")
+    mean = torch.from_numpy(train.mean(0, dtype=np.float64)).float().to(device)
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    targets, most, size = torch.as_tensor(labels).to(device), max(neighbours), 4096
+    votes: dict[int, list[Tensor]] = {k: [] for k in neighbours}
+    for queries in _unit_rows(test, mean, 1024):
+        similarity = torch.empty(len(queries), 0, device=device)
+        classes_found = torch.empty(len(queries), 0, dtype=torch.long, device=device)
+        for i, keys in enumerate(_unit_rows(train, mean, size)):
+            near = targets[i * size : i * size + len(keys)].expand(len(queries), -1)
+            similarity, classes_found = (
+                torch.cat([similarity, queries @ keys.T], 1),
+                torch.cat([classes_found, near], 1),
+            )
+            similarity, order = similarity.topk(min(most, similarity.shape[1]), dim=1)
+            classes_found = classes_found.gather(1, order)
+        weight = ((similarity - 1) / temperature).exp()
+        for k in neighbours:
+            ballot = torch.zeros(len(queries), classes, device=device)
+            votes[k].append(ballot.scatter_add_(1, classes_found[:, :k], weight[:, :k]).argmax(1).cpu())
+    return {k: torch.cat(parts).numpy() for k, parts in votes.items()}
+
+
+def _unit_rows(features: np.ndarray, mean: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield centred features (n, C) of length 1."""
+    for start in range(0, len(features), size):
+        part = torch.from_numpy(np.array(features[start : start + size], dtype=np.float32)).to(mean.device)
+        yield F.normalize(part - mean, dim=1)
+
+
+def alignment(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the mean squared distance between two views' features (N, C), each of length 1; 0 is perfect.
+
+    Wang and Isola 2020 (arXiv 2005.10242), with exponent 2.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"Views have shapes {first.shape} and {second.shape}: they must show the same images.")
+    a, b = (F.normalize(torch.from_numpy(np.array(x, dtype=np.float64)), dim=1) for x in (first, second))
+    return (a - b).square().sum(1).mean().item()
+
+
+def uniformity(features: np.ndarray) -> float:
+    """Return the logarithm of the mean over pairs of images of exp(-2 d^2); the lower, the more evenly they spread.
+
+    d is the distance between two images' features (N, C), each of length 1. Wang and Isola 2020 (arXiv 2005.10242).
+    """
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} image(s) came: uniformity is of pairs, give at least two.")
+    x = F.normalize(torch.from_numpy(np.array(features, dtype=np.float64)), dim=1)
+    # |a - b|^2 = 2 - 2 ab; an image paired with itself adds 1, which is taken away.
+    total = sum(torch.exp(4 * (part @ x.T) - 4).sum().item() for part in x.split(1024)) - len(x)
+    return math.log(total / (len(x) * (len(x) - 1)))
+
+
+class OnlineProbes(nn.Module):
+    """Linear classifiers, one a layer, trained together by gradient descent while a network computes their features.
+
+    Args:
+        widths: Width C of each layer's features, by layer name.
+        num_classes: Number of classes K.
+        batch_norm: Whether features pass a batch norm without parameters first, as in He et al. 2022
+            (arXiv 2111.06377) and l-DAE (arXiv 2401.14404).
+    """
+
+    def __init__(self, widths: dict[str, int], num_classes: int, batch_norm: bool = False):
+        super().__init__()
+        self.layers = list(widths)
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(c, affine=False) if batch_norm else nn.Identity() for c in widths.values()
+        )
+        self.heads = nn.ModuleList(nn.Linear(c, num_classes) for c in widths.values())
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return logits (B, K) of features (B, C), by layer name."""
+        parts = zip(self.layers, self.norms, self.heads, strict=True)
+        return {layer: head(norm(features[layer])) for layer, norm, head in parts}
+
+    def linear(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return a layer's classifier in evaluation, weights (K, C) and biases (K,), its batch norm folded in."""
+        head: Any = self.heads[self.layers.index(layer)]
+        norm: Any = self.norms[self.layers.index(layer)]
+        weight, bias = head.weight.detach(), head.bias.detach()
+        if isinstance(norm, nn.Identity):
+            return weight, bias
+        weight = weight * (norm.running_var + norm.eps).rsqrt()
+        return weight, bias - weight @ norm.running_mean

@@ -1,0 +1,398 @@
+"""Fine-tune a denoiser and a linear classifier on it as one network.
+
+    python examples/finetune.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
+        --label_fraction 0.1 --layer_decay 0.75 --random_flip --random_crop 4 --ema_decay 0.999
+
+Images get noise of the tap's level, fresh in every step. Nothing is chosen: the last weights, averaged with
+`--ema_decay`, are tested once. The output folder opens with `DDAEForImageClassification.from_pretrained`;
+`eval_results.json` holds the accuracy with the model's fixed noise, which is what a user of the folder gets, and with
+noise of its own for every image. `--from_scratch` trains the same network from random weights, to compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from datasets import Dataset, Features, Value
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from data import (
+    LabelledImages,
+    add_data_arguments,
+    add_label_arguments,
+    flip,
+    parse_with_config,
+    random_crop,
+)
+from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
+
+OPTIONS, AVERAGED = "training_options.yaml", "averaged.safetensors"
+FREE = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "cache_dir", "config"}  # may differ in resuming
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add_label_arguments(parser)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
+    add("--output_dir", default="runs/finetuned", help="Folder of the classifier, its figures and checkpoints.")
+    add("--layer", help="Where the classifier reads the network; by default the checkpoint's layer.")
+    add("--sigma", type=float, help="Noise level of the images; by default the checkpoint's.")
+    add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
+    add("--from_scratch", action=flag, default=False, help="Start from random weights.")
+    add("--label_fraction", type=float, default=1.0, help="Part of each class's training images that is used.")
+    add("--batch_size", type=int, default=128, help="Images a step on each device.")
+    add("--num_train_epochs", type=int, default=10)
+    add("--max_train_steps", type=int, help="Number of steps; overrides --num_train_epochs.")
+    add("--learning_rate", type=float, default=5e-4, help="Of the classifier; see --layer_decay.")
+    add("--layer_decay", type=float, default=1.0, help="Factor of the learning rate from one layer to the one before.")
+    add("--lr_warmup_ratio", type=float, default=0.05, help="Part of the steps in which the learning rate rises.")
+    add("--weight_decay", type=float, default=0.05, help="Of matrices and kernels.")
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--label_smoothing", type=float, default=0.0)
+    add("--mixup", type=float, default=0.0, help="alpha of mixup's Beta(alpha, alpha); 0 mixes nothing.")
+    add("--random_flip", action=flag, default=False, help="Mirror half of the images.")
+    add("--random_crop", type=int, default=0, metavar="PADDING", help="Shift images by up to this many pixels.")
+    add("--ema_decay", type=float, help="Average the weights with this decay; by default they are not averaged.")
+    add("--seed", type=int, default=0, help="Seed of everything that is random in training.")
+    add("--noise_seed", type=int, help="Seed of the noise in evaluation; by default the checkpoint's.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    add("--checkpointing_steps", type=int, default=500, help="Save a checkpoint, ready to resume, every N steps.")
+    add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest` for the newest in --output_dir.")
+    return checked(parser, parse_with_config(parser, argv))
+
+
+def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Return the options, or stop at those that cannot work."""
+    for name in ("batch_size", "num_train_epochs", "max_train_steps", "checkpointing_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+    for name in ("label_fraction", "layer_decay"):
+        if not 0 < getattr(args, name) <= 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be above 0 and at most 1.")
+    for name in ("label_smoothing", "lr_warmup_ratio", "ema_decay"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 0 and below 1.")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "mixup", "random_crop"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name} is {getattr(args, name)}: it must not be negative.")
+    if args.mixup and args.batch_size < 2:
+        parser.error("--mixup mixes the images of a batch: --batch_size must be at least 2.")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision fp16 needs a GPU.")
+    return args
+
+
+def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+    """Return the folder to resume from, or None for a fresh start."""
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    found = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda f: int(f.name.split("-")[1]))
+    if wanted is None and found:
+        raise SystemExit(
+            f"{folder} holds checkpoints of an earlier run: resume it (--resume_from_checkpoint latest), or choose "
+            "another --output_dir."
+        )
+    # What is written last is missing where saving was interrupted.
+    last = "trainer_state.json" if args.ema_decay is None else AVERAGED
+    folders = [Path(wanted)] if wanted not in (None, "latest") else found
+    complete = [f for f in folders if (f / last).is_file() and (f.parent / OPTIONS).is_file()]
+    if not complete and wanted not in (None, "latest"):
+        raise SystemExit(f"--resume_from_checkpoint {wanted}: there is no checkpoint with a training state.")
+    if complete:
+        check_same_run(args, complete[-1].parent / OPTIONS)
+    return complete[-1] if complete else None
+
+
+def check_same_run(args: argparse.Namespace, path: Path) -> None:
+    """Stop if the options differ from those of the run that is resumed."""
+    trained = yaml.safe_load(path.read_text(encoding="utf-8"))
+    different = sorted(name for name, value in vars(args).items() if name not in FREE and value != trained.get(name))
+    if different:
+        raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
+
+
+def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return the sorted indices of this part of every class, at least one image of each; small parts lie in large."""
+    rng = np.random.default_rng(seed)
+    classes = [rng.permutation(np.flatnonzero(labels == k)) for k in np.unique(labels)]
+    return np.sort(np.concatenate([indices[: max(1, round(fraction * len(indices)))] for indices in classes]))
+
+
+def build_model(args: argparse.Namespace, names: list[str]) -> DDAEForImageClassification:
+    """Return the classifier, on the pretrained denoiser or on one of random weights."""
+    given = {"layer": args.layer, "sigma": args.sigma, "null_class": args.null_class, "noise_seed": args.noise_seed}
+    options = {name: value for name, value in given.items() if value is not None}
+    options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    source, where = args.model_name_or_path, {"cache_dir": args.cache_dir}
+    torch.manual_seed(args.seed)
+    if args.from_scratch:
+        config = DDAEConfig.from_pretrained(source, **options, **where)
+        config.generator_fingerprint = None
+        return DDAEForImageClassification(config)
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+    return DDAEForImageClassification.from_pretrained(source, **options, **where)
+
+
+def check_sizes(args: argparse.Namespace, config: DDAEConfig, count: int) -> None:
+    """Stop at options that do not go with the images' size or number."""
+    if args.random_crop >= min(config.image_size):
+        raise SystemExit(f"--random_crop is {args.random_crop}: the images' sides are {config.image_size}.")
+    if config.feature_norm == "batch_norm" and count % args.batch_size == 1:
+        raise SystemExit(f"{count} images leave a batch of one, which has no variance: change --batch_size.")
+
+
+def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
+    """Return how many layers lie before each parameter that the logits depend on.
+
+    The depth of a parameter in a block is the number (from 1) of the first layer, in the order of `layer_names`, whose
+    hidden state has a gradient for it; what stands outside the blocks (first convolution, embeddings) has depth 0. The
+    classifier comes after the last layer. Parameters that are missing have no part in the logits.
+    """
+    blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
+    names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
+    states = model.eval().ddae(blank, output_hidden_states=True).hidden_states
+    depths, seen = {}, set()
+    for number, state in enumerate(states, start=1):
+        nodes = [state.grad_fn]  # the graph that gradients would flow along, of which earlier layers have seen a part
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+            if name := names.get(getattr(node, "variable", None)):
+                depths[name] = number if "block" in name.split(".")[2] else 0
+    return depths | {name: len(states) + 1 for name, _ in model.classifier.named_parameters(prefix="classifier")}
+
+
+def parameter_groups(
+    model: DDAEForImageClassification, learning_rate: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return the optimiser's groups, and freeze what the logits do not depend on.
+
+    The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
+    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). Biases, gains and other vectors are not decayed.
+    """
+    depths = parameter_depths(model)
+    top = max(depths.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in depths)
+        if name in depths:
+            depth, decayed = depths[name], parameter.ndim > 1
+            group = {"params": [], "lr": learning_rate * layer_decay ** (top - depth)}
+            group = groups.setdefault((depth, decayed), group | {"weight_decay": weight_decay * decayed})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def mix(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Return mixup (Zhang et al. 2018, arXiv 1710.09412): each image and its target, averaged with another's.
+
+    `images` are (B, C, H, W), `targets` probabilities (B, K). An image's share is drawn from Beta(alpha, alpha).
+    """
+    share = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images.device)
+    other = torch.randperm(len(images)).to(images.device)
+    images = torch.lerp(images[other], images, share[:, None, None, None])
+    return images, torch.lerp(targets[other], targets, share[:, None])
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack a batch; of noise, the model takes the draws first, (draws, B, C, H, W)."""
+    batch = default_collate(rows)
+    return batch | {"noise": batch["noise"].transpose(0, 1)} if "noise" in batch else batch
+
+
+class Accuracy(evaluate.Metric):
+    """The part of predictions that are right; `evaluate.load("accuracy")` would ask the Hub for it."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = Features({"predictions": Value("int64"), "references": Value("int64")})
+        return evaluate.MetricInfo(description=str(self.__doc__), citation="", features=features)
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
+
+
+class AveragedWeights(TrainerCallback):
+    """An exponential moving average of the weights, kept beside Trainer's checkpoints."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.ema = EMAModel(self.parameters.values(), decay=decay, foreach=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Average."""
+        self.ema.step(self.parameters.values())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the averages to the checkpoint that Trainer has written."""
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGED
+            partial = path.with_suffix(".partial")
+            averages = [value.contiguous() for value in self.ema.shadow_params]
+            save_file(dict(zip(self.parameters, averages, strict=True)), partial)
+            os.replace(partial, path)
+
+    def load(self, checkpoint: Path) -> None:
+        """Restore the averages of a checkpoint."""
+        saved = load_file(checkpoint / AVERAGED)
+        for name, value in zip(self.parameters, self.ema.shadow_params, strict=True):
+            value.copy_(saved[name])
+        self.ema.optimization_step = int(checkpoint.name.split("-")[1])
+
+
+class FineTuner(Trainer):
+    """Trainer with this script's learning rates and changes of images.
+
+    What is random in a step depends on (seed, step, process) alone, so that a resumed run repeats it.
+    """
+
+    def __init__(self, options: argparse.Namespace, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.options, self.images_seen = options, 0
+        groups = parameter_groups(self.model, options.learning_rate, options.layer_decay, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, in training on changed images and targets."""
+        if model.training:
+            state = [self.options.seed, self.state.global_step, self.args.process_index]
+            torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1, np.uint64)[0]))
+            inputs = inputs | self.change(inputs["pixel_values"], inputs["labels"])
+            self.images_seen += len(inputs["labels"]) * self.args.world_size
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def change(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return flipped, cropped and mixed images, and their classes as smoothed probabilities (B, K)."""
+        images = flip(images) if self.options.random_flip else images
+        images = random_crop(images, self.options.random_crop) if self.options.random_crop else images
+        targets = F.one_hot(labels, len(self.model.config.id2label)).float()
+        if self.options.mixup:
+            images, targets = mix(images, targets, self.options.mixup)
+        images = images.contiguous(memory_format=torch.channels_last)
+        # Label smoothing (Szegedy et al. 2016, arXiv 1512.00567).
+        targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), self.options.label_smoothing)
+        return {"pixel_values": images, "labels": targets}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and stop if the loss is no number."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise SystemExit(f"The loss is {logs['loss']}: lower --learning_rate, or train in higher precision.")
+        super().log(logs, *args, **kwargs)
+
+
+def make_trainer(args: argparse.Namespace, model: DDAEForImageClassification, dataset: Dataset) -> FineTuner:
+    """Return Trainer, ready to train."""
+    arguments = TrainingArguments(
+        args.output_dir, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
+        num_train_epochs=args.num_train_epochs, max_steps=args.max_train_steps or -1, lr_scheduler_type="cosine",
+        warmup_steps=args.lr_warmup_ratio, max_grad_norm=args.max_grad_norm, seed=args.seed, data_seed=args.seed,
+        fp16=args.mixed_precision == "fp16", bf16=args.mixed_precision == "bf16",
+        save_steps=args.checkpointing_steps, save_total_limit=2, logging_steps=50, disable_tqdm=False, report_to="none",
+        logging_nan_inf_filter=False,  # it would hide them
+        remove_unused_columns=False,  # the columns are what the pixels are made from
+        ddp_find_unused_parameters=False,  # they are frozen
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    if arguments.n_gpu > 1:  # Trainer would split batches along the draws of noise
+        raise SystemExit(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
+
+    def compute_metrics(found: Any) -> dict[str, float]:
+        metric = Accuracy(keep_in_memory=True)
+        return metric.compute(predictions=found.predictions.argmax(-1), references=found.label_ids)
+
+    return FineTuner(args, model, arguments, collate, dataset, compute_metrics=compute_metrics)
+
+
+def train(args: argparse.Namespace, trainer: FineTuner, resume: Path | None) -> dict[str, Any]:
+    """Train, leave the last weights or their averages in the model, and return how long it took."""
+    average = None
+    if args.ema_decay is not None:
+        average = AveragedWeights(trainer.model, args.ema_decay)
+        trainer.add_callback(average)
+        if resume is not None:
+            average.load(resume)
+    if trainer.is_world_process_zero():
+        (Path(args.output_dir) / OPTIONS).write_text(yaml.safe_dump(vars(args), sort_keys=False), encoding="utf-8")
+    started = time.monotonic()
+    state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else TrainerState()
+    if resume and state.global_step == state.max_steps:
+        trainer.state = state  # Trainer would go one step too far
+        load_model(trainer.model, resume / "model.safetensors")
+    else:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.monotonic() - started
+    if average is not None:
+        average.ema.copy_to(average.parameters.values())
+    rate = round(trainer.images_seen / seconds, 1)
+    return {"steps": trainer.state.global_step, "train_seconds_this_run": round(seconds, 1), "images_per_second": rate}
+
+
+def test(trainer: FineTuner, data: LabelledImages) -> dict[str, float]:
+    """Return loss and accuracy on the test images, with the model's fixed noise and with noise of every image's own."""
+    own = (trainer.model.config.num_noise_samples, trainer.model.config.noise_seed)
+    figures = trainer.evaluate(data.dataset("test"), metric_key_prefix="test")
+    figures |= trainer.evaluate(data.dataset("test", own), metric_key_prefix="test_own_noise")
+    return {name: value for name, value in figures.items() if name.endswith(("_loss", "_accuracy"))}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+    start = "random" if report["options"]["from_scratch"] else "pretrained"
+    return f"""Test accuracy in %, {report["num_test_images"]:,} test images:\n
+| start | labels | layer, sigma | fixed noise | each image's own noise | training images/s |
+|---|---|---|---|---|---|
+| {start} | {report["num_train_labels"]:,} | {report["layer"]}, {report["sigma"]:.3g} \
+| {100 * report["test_accuracy"]:.2f} | {100 * report["test_own_noise_accuracy"]:.2f} \
+| {report["images_per_second"]:.0f} |"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_arguments(argv)
+    logging.set_verbosity_error()  # a new classifier is what is wanted here
+    logging.disable_progress_bar()
+    started = time.monotonic()
+    resume = checkpoint_to_resume(args)
+    try:
+        processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+        data = LabelledImages(args, processor)
+        model = build_model(args, data.names).to(memory_format=torch.channels_last)
+        chosen = draw_fraction(data.labels["train"], args.label_fraction, args.seed)
+        check_sizes(args, model.config, len(chosen))
+        trainer = make_trainer(args, model, data.dataset("train").select(chosen))
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    report = {"options": vars(args), "layer": model.config.layer, "sigma": model.config.sigma}
+    report |= {"num_train_labels": len(chosen), "num_test_images": len(data.labels["test"])}
+    report |= train(args, trainer, resume) | test(trainer, data)
+    report["seconds_this_run"] = round(time.monotonic() - started, 1)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(args.output_dir)
+        processor.save_pretrained(args.output_dir)
+        results = Path(args.output_dir) / "eval_results.json"
+        results.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"{table(report)}\n\nThe classifier is in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""Classify noisy images: a small network on a frozen denoiser's features, against a network trained on noisy images.
+
+    python examples/noisy_classifier.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
+        --num_views 10 --random_flip --wide_resnet 10 --random_crop 4 --output_dir runs/noisy_classifier
+
+Both are told the noise level and learn at levels drawn log-uniformly from [--sigma_min, --sigma_max]. The denoiser runs
+once over the training images for each of `--num_views` draws of level and noise; the multi-layer perceptron (MLP) then
+learns from these stored features. The other is a Wide ResNet (Zagoruyko and Komodakis 2016, arXiv 1605.07146) from
+random weights, with fresh noise in every step. Test images, each with noise of its own, serve for the final figures
+alone: `accuracy.png`, `eval_results.json`. `mlp/` and `wide_resnet/` hold the weights. The same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from data import (
+    LabelledImages,
+    add_data_arguments,
+    add_label_arguments,
+    best_device,
+    flip,
+    parse_with_config,
+    random_crop,
+)
+from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
+from ddae_hf.checkpoints import fingerprint
+from ddae_hf.hidden_states import check_layers
+from ddae_hf.noise import check_sigma, indexed_noise
+
+TEST_VIEW, FIRST_TRAIN_VIEW = 1, 2  # training and test images never share noise
+EMBEDDING = 64
+SIGMA_DATA = 0.5  # as in EDM: noisy images divided by sqrt(sigma^2 + 0.25) are of one scale at every level
+# What both the stored features and the Wide ResNet depend on; then either one alone.
+COMMON = ["dataset_name", "dataset_config_name", "train_data_dir", "train_split", "image_column", "label_column"]
+COMMON += ["max_train_samples", "sigma_min", "sigma_max", "random_flip", "random_crop", "seed"]
+OF_FEATURES = ["layers", "null_class", "noise_seed", "batch_size"]
+OF_WIDE_RESNET = ["wide_resnet", "wide_resnet_steps", "wide_resnet_batch_size", "wide_resnet_learning_rate"]
+Predictor = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add_label_arguments(parser)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
+    add("--output_dir", default="runs/noisy_classifier", help="Folder of figures, weights and stored features.")
+    add("--layers", nargs="+", help="Layers whose features are put side by side; by default the checkpoint's one.")
+    add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
+    add("--sigma_min", type=float, default=0.02, help="Lowest noise level to learn at.")
+    add("--sigma_max", type=float, default=10.0, help="Highest noise level to learn at.")
+    add("--sigmas", nargs="+", type=float, help="Noise levels to test at; by default 8 from lowest to highest.")
+    add("--random_flip", action=flag, default=False, help="Mirror half of the training images.")
+    add("--random_crop", type=int, default=0, metavar="PADDING", help="Shift them by up to this many pixels.")
+    add("--batch_size", type=int, default=250, help="Images that networks which do not learn see at a time.")
+    add("--num_views", type=int, default=8, help="Draws of level and noise for every training image's features.")
+    add("--hidden_size", type=int, default=512, help="Width of the MLP's hidden layers.")
+    add("--num_hidden_layers", type=int, default=2)
+    add("--dropout", type=float, default=0.1, help="In the MLP.")
+    add("--num_train_epochs", type=int, default=10, help="Passes of the MLP over all stored features.")
+    add("--train_batch_size", type=int, default=256, help="Features a step of the MLP.")
+    add("--learning_rate", type=float, default=1e-3, help="Of the MLP.")
+    add("--weight_decay", type=float, default=0.01, help="Of the MLP.")
+    add("--wide_resnet", type=int, default=10, help="Widening factor k of WRN-28-k; 0 leaves it out.")
+    add("--wide_resnet_steps", type=int, default=39000)
+    add("--wide_resnet_batch_size", type=int, default=128)
+    add("--wide_resnet_learning_rate", type=float, default=0.1)
+    add("--checkpointing_steps", type=int, default=500, help="Save the Wide ResNet's training every N steps.")
+    add("--noise_seed", type=int, default=0, help="Seed of levels and noise of stored features and test images.")
+    add("--seed", type=int, default=0, help="Seed of everything else that is random in training.")
+    args = parse_with_config(parser, argv)
+    counts = ("num_views", "hidden_size", "num_hidden_layers", "num_train_epochs", "train_batch_size", "batch_size")
+    for name in (*counts, "wide_resnet_steps", "wide_resnet_batch_size", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+    for name in ("wide_resnet", "random_crop", "noise_seed", "seed"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} is {getattr(args, name)}: it must not be negative.")
+    if not 0 < args.sigma_min < args.sigma_max:
+        parser.error(f"--sigma_min is {args.sigma_min:g} and --sigma_max {args.sigma_max:g}: 0 < min < max must hold.")
+    args.sigmas = sorted(args.sigmas or np.geomspace(args.sigma_min, args.sigma_max, 8).tolist())
+    if args.sigmas[0] < args.sigma_min or args.sigmas[-1] > args.sigma_max:
+        parser.error(f"--sigmas are {args.sigmas}: they must lie between --sigma_min and --sigma_max.")
+    return args
+
+
+def embed_sigma(sigma: Tensor) -> Tensor:
+    """Return sines and cosines (B, 64) of log(sigma) / 4, EDM's measure, for levels (B,); 10 keeps them smooth."""
+    return get_timestep_embedding(10 * sigma.log() / 4, EMBEDDING)
+
+
+class NoiseConditionalMLP(nn.Module):
+    """A multi-layer perceptron on features (B, C) of noisy images, told their noise levels in every hidden layer."""
+
+    def __init__(self, in_features: int, num_labels: int, hidden_size: int, num_hidden_layers: int, dropout: float):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("deviation", torch.ones(in_features))
+        widths = [in_features] + [hidden_size] * num_hidden_layers
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.shifts = nn.ModuleList(nn.Linear(EMBEDDING, hidden_size) for _ in self.layers)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in self.layers)
+        self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(hidden_size, num_labels)
+
+    def forward(self, features: Tensor, sigma: Tensor) -> Tensor:
+        """Return logits (B, num_labels) of features (B, C) at levels (B,)."""
+        hidden, embedding = (features - self.mean) / self.deviation, embed_sigma(sigma)
+        for layer, shift, norm in zip(self.layers, self.shifts, self.norms, strict=True):
+            hidden = self.dropout(F.silu(norm(layer(hidden) + shift(embedding))))
+        return self.classifier(hidden)
+
+
+class _Block(nn.Module):
+    """A pre-activation residual block whose inner channels are shifted by what the noise level says."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.shift = nn.Linear(EMBEDDING, width)
+        self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False) if channels != width else None
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        active = F.relu(self.norm1(hidden))
+        inner = self.conv1(active) + self.shift(embedding)[:, :, None, None]
+        # Where the width changes, the shortcut starts after the activation.
+        return self.conv2(F.relu(self.norm2(inner))) + (self.shortcut(active) if self.shortcut else hidden)
+
+
+class WideResNet(nn.Module):
+    """WRN-28-k for noisy images: three groups of four blocks, of 16k, 32k and 64k channels.
+
+    Without the maps of the noise level (`shift`), it is the network of Zagoruyko and Komodakis.
+    """
+
+    def __init__(self, k: int, num_labels: int, num_channels: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(num_channels, 16, 3, padding=1, bias=False)
+        widths = [16] + [16 * k] * 4 + [32 * k] * 4 + [64 * k] * 4
+        strides = [2 if i in (4, 8) else 1 for i in range(12)]
+        self.blocks = nn.ModuleList(_Block(*shape) for shape in zip(widths, widths[1:], strides, strict=False))
+        self.norm, self.classifier = nn.BatchNorm2d(64 * k), nn.Linear(64 * k, num_labels)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Return logits (B, num_labels) of images plus `sigma` (B,) times noise, (B, C, H, W)."""
+        embedding = embed_sigma(sigma)
+        hidden = self.conv(noisy * torch.rsqrt(sigma**2 + SIGMA_DATA**2)[:, None, None, None])
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        return self.classifier(F.relu(self.norm(hidden)).mean((2, 3)))
+
+
+def log_uniform(args: argparse.Namespace, count: int, seed: list[int]) -> Tensor:
+    """Draw noise levels (count,), float32."""
+    low, high = args.sigma_min, args.sigma_max
+    logs = np.random.default_rng(seed).uniform(np.log(low), np.log(high), count)
+    return torch.from_numpy(np.exp(logs).clip(low, high)).float()  # rounding must not leave the schedule
+
+
+@torch.no_grad()
+def features(model: DDAEModel, layers: list[str], images: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    """Return the pooled hidden states of noisy images at the layers, side by side, (B, C)."""
+    images = images.to(memory_format=torch.channels_last)
+    states = model(images, sigma=sigma, noise=noise, output_hidden_states=layers).hidden_states
+    return torch.cat([pool_hidden_states(state, model.config.pooling) for state in states], dim=1)
+
+
+def changed(args: argparse.Namespace, images: Tensor) -> Tensor:
+    """Return flipped and cropped training images."""
+    images = flip(images) if args.random_flip else images
+    return random_crop(images, args.random_crop) if args.random_crop else images
+
+
+def set_seed(*seed: int) -> None:
+    """Make what is random from here on depend on these numbers alone."""
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+
+
+def store_view(args: argparse.Namespace, model: DDAEModel, data: LabelledImages, view: int) -> tuple[Path, Tensor]:
+    """Return the file of the training images' features (N, C) in this draw, made if it is missing, and their levels."""
+    count = len(data.labels["train"])
+    path = Path(args.output_dir) / "features" / f"view-{view}.npy"
+    sigmas = log_uniform(args, count, [args.noise_seed, view])
+    if path.exists():
+        return path, sigmas
+    set_seed(args.seed, view)
+    size = sum(model.config.from_dict(model.config.to_dict(), layer=layer).hidden_size for layer in args.layers)
+    partial = path.with_suffix(".partial")
+    stored, start = np.lib.format.open_memmap(partial, "w+", np.float32, (count, size)), 0
+    for images in data.batches("train", np.arange(count), f"features, view {view + 1} of {args.num_views}"):
+        rows = slice(start, start := start + len(images))
+        noise = indexed_noise(images.shape[1:], range(count)[rows], args.noise_seed, FIRST_TRAIN_VIEW + view)
+        images, noise, level = (x.to(model.device) for x in (changed(args, images), noise, sigmas[rows]))
+        stored[rows] = features(model, args.layers, images, noise, level).cpu().numpy()
+    stored.flush()
+    os.replace(partial, path)
+    return path, sigmas
+
+
+def train_mlp(args: argparse.Namespace, views: list[tuple[Path, Tensor]], data: LabelledImages) -> NoiseConditionalMLP:
+    """Return the MLP trained on stored features, which it standardises, and save it."""
+    stored, sigmas = [np.load(path, mmap_mode="r") for path, _ in views], [sigma for _, sigma in views]
+    labels, device = torch.from_numpy(data.labels["train"]).long(), best_device()
+    config = {"in_features": stored[0].shape[1], "num_labels": len(data.names), "hidden_size": args.hidden_size}
+    config |= {"num_hidden_layers": args.num_hidden_layers, "dropout": args.dropout}
+    set_seed(args.seed)
+    mlp = NoiseConditionalMLP(**config).to(device).train()
+    moments = np.mean([[view.mean(0, np.float64), np.square(view, dtype=np.float64).mean(0)] for view in stored], 0)
+    mlp.mean.copy_(torch.from_numpy(moments[0]))
+    mlp.deviation.copy_(torch.from_numpy(np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-12))))
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    passes = [view for _ in range(args.num_train_epochs) for view in torch.randperm(len(stored)).tolist()]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(passes))
+    for view in tqdm(passes, desc="MLP"):
+        for batch in torch.randperm(len(labels)).split(args.train_batch_size):
+            inputs, level, target = torch.from_numpy(stored[view][batch.numpy()]), sigmas[view][batch], labels[batch]
+            loss = F.cross_entropy(mlp(inputs.to(device), level.to(device)), target.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    save(mlp, Path(args.output_dir) / "mlp", config | {"layers": args.layers})
+    return mlp.eval()
+
+
+def save(network: nn.Module, folder: Path, config: dict[str, Any]) -> None:
+    """Write a network's weights, and what it is built from as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def training_steps(args: argparse.Namespace, data: LabelledImages, first: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield step numbers from `first`, noisy images, their levels and labels, each a function of seed and step."""
+    dataset, size = data.dataset("train"), args.wide_resnet_batch_size
+    epoch_steps = -(-len(dataset) // size)
+    for step in range(first, args.wide_resnet_steps):
+        epoch, place = divmod(step, epoch_steps)
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(dataset))
+        batch = dataset[order[place * size : (place + 1) * size]]
+        set_seed(args.seed, step)
+        images = changed(args, batch["pixel_values"])
+        sigma = log_uniform(args, len(images), [args.seed, step])
+        yield step, [images + sigma[:, None, None, None] * torch.randn_like(images), sigma, batch["labels"]]
+
+
+def train_wide_resnet(args: argparse.Namespace, data: LabelledImages) -> WideResNet:
+    """Return the Wide ResNet trained on noisy images, from where an earlier run stopped, and save it."""
+    device, folder = best_device(), Path(args.output_dir) / "wide_resnet"
+    config = {"k": args.wide_resnet, "num_labels": len(data.names), "num_channels": data.processor.num_channels}
+    set_seed(args.seed)
+    network = WideResNet(**config).to(device, memory_format=torch.channels_last).train()
+    rate, steps = args.wide_resnet_learning_rate, args.wide_resnet_steps
+    optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    first = load_state(folder / "state.safetensors", network, optimizer)
+    progress = tqdm(initial=first, total=steps, desc=f"WRN-28-{args.wide_resnet}")
+    for step, batch in training_steps(args, data, first):
+        noisy, sigma, labels = (x.to(device) for x in batch)
+        optimizer.param_groups[0]["lr"] = rate * (1 + np.cos(np.pi * step / steps)) / 2
+        loss = F.cross_entropy(network(noisy.to(memory_format=torch.channels_last), sigma), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress.update()
+        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
+            save_state(folder / "state.safetensors", network, optimizer, step + 1)
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    save(network, folder, config)
+    return network.eval()
+
+
+def save_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write weights, statistics, momentum and step."""
+    momentum = {f"momentum.{n}": optimizer.state[p]["momentum_buffer"] for n, p in network.named_parameters()}
+    tensors = {name: value.contiguous() for name, value in (network.state_dict() | momentum).items()}
+    save_file(tensors, path.with_suffix(".partial"), metadata={"step": str(step)})
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore what `save_state` wrote, if it did, and return the step."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        network.load_state_dict({name: file.get_tensor(name) for name in network.state_dict()})
+        for name, parameter in network.named_parameters():
+            buffer = torch.empty_like(parameter).copy_(file.get_tensor(f"momentum.{name}"))
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+        return int(file.metadata()["step"])
+
+
+@torch.no_grad()
+def accuracies(
+    args: argparse.Namespace, data: LabelledImages, predictors: dict[str, Predictor]
+) -> dict[str, list[float]]:
+    """Return every classifier's accuracy at every level; the noise of a test image is the same for all of them."""
+    labels, device, found = data.labels["test"], best_device(), {name: [] for name in predictors}
+    for sigma in args.sigmas:
+        right, start = dict.fromkeys(predictors, 0), 0
+        for images in data.batches("test", np.arange(len(labels)), f"test, sigma {sigma:.3g}"):
+            rows = slice(start, start := start + len(images))
+            noise = indexed_noise(images.shape[1:], range(len(labels))[rows], args.noise_seed, TEST_VIEW)
+            for name, predict in predictors.items():
+                predicted = predict(images.to(device), noise.to(device), sigma).argmax(-1).cpu().numpy()
+                right[name] += int((predicted == labels[rows]).sum())
+        for name, count in right.items():
+            found[name].append(count / len(labels))
+    return found
+
+
+def plot(path: Path, report: dict[str, Any]) -> None:
+    """Draw accuracies over noise levels, with their standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), clear=True, num="accuracy")
+    sigmas, count = report["options"]["sigmas"], report["num_test_images"]
+    for (name, values), marker in zip(report["test_accuracies"].items(), "os", strict=False):
+        shares = np.array(values)
+        errors = np.sqrt(shares * (1 - shares) / count)
+        axes.errorbar(sigmas, 100 * shares, 100 * errors, marker=marker, capsize=3, label=name)
+    axes.axhline(100 * report["chance"], color="grey", linestyle="--", label="chance")
+    axes.set(xscale="log", xlabel="Noise level sigma (standard deviation of the noise on images in [-1, 1])")
+    axes.set(ylabel="Test accuracy in %", title=f"Classifying noisy images, {count:,} test images", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+    columns = report["test_accuracies"]
+    lines = [f"Test accuracy in %, {report['num_test_images']:,} test images:", ""]
+    lines += [f"| sigma | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for i, sigma in enumerate(report["options"]["sigmas"]):
+        lines.append(f"| {sigma:.3g} | " + " | ".join(f"{100 * a[i]:.2f}" for a in columns.values()) + " |")
+    return "\n".join(lines)
+
+
+def open_model(args: argparse.Namespace) -> DDAEModel:
+    """Return the frozen denoiser, or stop where it does not have the layers or the levels."""
+    options = {"layer": args.layers[0]} if args.layers else {}
+    options |= {} if args.null_class is None else {"null_class": args.null_class}
+    model = DDAEModel.from_pretrained(args.model_name_or_path, **options, cache_dir=args.cache_dir)
+    args.layers = args.layers or [model.config.layer]
+    check_layers(model.denoiser, args.layers)
+    for sigma in (args.sigma_min, args.sigma_max):
+        check_sigma(model.scheduler, sigma)
+    if args.random_crop >= min(model.config.image_size):
+        raise ValueError(f"--random_crop is {args.random_crop}: the images' sides are {model.config.image_size}.")
+    return model.to(best_device(), memory_format=torch.channels_last).eval()
+
+
+def check_folder(args: argparse.Namespace, name: str, names: list[str], **more: Any) -> None:
+    """Note what a sub-folder's contents depend on, or stop if it holds others."""
+    path = Path(args.output_dir) / name / "options.json"
+    options = json.loads(json.dumps({name: getattr(args, name) for name in COMMON + names} | more))
+    old = json.loads(path.read_text()) if path.exists() else options
+    if different := sorted(name for name in options if options[name] != old.get(name)):
+        raise SystemExit(f"{path.parent} was made with other options ({', '.join(different)}): choose another folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_arguments(argv)
+    started = time.monotonic()
+    try:
+        model = open_model(args)
+        processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+        data = LabelledImages(args, processor)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    source = {"scheduler": model.config.scheduler, "pooling": model.config.pooling}
+    check_folder(args, "features", OF_FEATURES, weights=fingerprint(model.denoiser), **source)
+    if args.wide_resnet:
+        check_folder(args, "wide_resnet", OF_WIDE_RESNET)
+    mlp = train_mlp(args, [store_view(args, model, data, view) for view in range(args.num_views)], data)
+
+    def on_features(images: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        return mlp(features(model, args.layers, images, noise, sigma), images.new_full((len(images),), sigma))
+
+    predictors, networks = {"MLP on the denoiser": on_features}, {"MLP on the denoiser": mlp}
+    if args.wide_resnet:
+        network = train_wide_resnet(args, data)
+
+        def on_pixels(images: Tensor, noise: Tensor, sigma: float) -> Tensor:
+            return network(images + sigma * noise, images.new_full((len(images),), sigma))
+
+        predictors[f"WRN-28-{args.wide_resnet}"], networks[f"WRN-28-{args.wide_resnet}"] = on_pixels, network
+    report = {"options": vars(args), "num_train_images": len(data.labels["train"])}
+    report |= {"num_test_images": len(data.labels["test"]), "chance": 1 / len(data.names)}
+    report["trained_parameters"] = {name: sum(p.numel() for p in n.parameters()) for name, n in networks.items()}
+    report["test_accuracies"] = accuracies(args, data, predictors)
+    report["seconds_this_run"] = round(time.monotonic() - started, 1)
+    folder = Path(args.output_dir)
+    (folder / "eval_results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot(folder / "accuracy.png", report)
+    print(f"{table(report)}\n\nThe curves are in {folder / 'accuracy.png'}.")
+
+
+if __name__ == "__main__":
+    main()

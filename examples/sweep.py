@@ -1,0 +1,419 @@
+"""Find a denoiser's best layer and noise level: probe every pair of them, and save the best as a classifier.
+
+    python examples/sweep.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
+        --layers decoder --sigmas 0.02 0.05 0.1 0.2 --output_dir runs/cifar10_sweep
+
+One pass over the images a noise level serves all layers. Features are kept in `--features_dir`: another run, another
+kind of probe or an interrupted run starts from what is there. Layer, noise level and regularisation are chosen on a
+part of the training images; test images are looked at once, with the chosen pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from data import (
+    LabelledImages,
+    add_data_arguments,
+    add_label_arguments,
+    best_device,
+    classify,
+    draw_labels,
+    images_hash,
+    noise_view,
+    parse_with_config,
+    save_classifier,
+    write_json,
+)
+from ddae_hf import DDAEImageProcessor, DDAEModel
+from ddae_hf.features import FeatureCache, augment_view
+from ddae_hf.hidden_states import decoder_layer_names
+from ddae_hf.probing import alignment, fit_logistic_regression, knn_predict, uniformity
+from online_probes import predict_online, train_online
+from plots import curves, heat_map
+from training_curve import add_curve_arguments, draw_training_curve, sample_quality, test_loss, training_checkpoints
+
+SIGMAS = [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0]
+PROTOCOLS = ("logistic_regression", "paper", "batch_norm")
+PROTOCOL_HELP = """protocols:
+  logistic_regression  full-batch logistic regression on standardised features that are computed once
+  paper                a linear layer trained with Adam for 15 epochs of fresh noise, flips and crops (4 pixels)
+  batch_norm           the same behind a batch norm without parameters"""
+NEIGHBOURS = (20, 200)
+ALIGNMENT_IMAGES = 2000
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=PROTOCOL_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_data_arguments(parser)
+    add_label_arguments(parser)
+    add_curve_arguments(parser)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model_name_or_path", help="Checkpoint, folder or Hub id, in any layout.")
+    add("--output_dir", default="runs/sweep", help="Folder of the figures, the pictures and the best classifier.")
+    add("--features_dir", help="Folder where features are kept; by default `features` in --output_dir.")
+    add("--layers", nargs="+", default=["decoder"], help="Names of layers, or `decoder` or `all`.")
+    add("--sigmas", nargs="+", type=float, default=SIGMAS, help="Noise levels.")
+    add("--l2", nargs="+", type=float, default=[1e-5, 1e-4, 1e-3, 1e-2], help="Strengths of regularisation.")
+    add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="Kind of probe: see the end of this help.")
+    add("--num_epochs", type=int, default=15, help="Epochs of the protocols that train online.")
+    add("--learning_rate", type=float, default=1e-3, help="Their learning rate.")
+    add("--online_batch_size", type=int, default=128, help="Their batch size.")
+    add("--validation_fraction", type=float, default=0.2, help="Share of the training images that is chosen on.")
+    add(
+        "--num_views",
+        type=int,
+        default=1,
+        help="Views of each image, each with its own noise: trained on, averaged over in tests.",
+    )
+    add("--random_flip", action=flag, help="Mirror half of the images, in views after the first.")
+    add("--random_crop", type=int, metavar="PADDING", help="Crop them at random out of so much padding.")
+    add("--num_noise_seeds", type=int, default=3, help="Noise seeds that the best pair is tested with.")
+    add("--knn", action=flag, default=False, help="Also classify by the nearest 20 and 200 neighbours.")
+    add("--alignment", action=flag, default=False, help="Also measure alignment and uniformity.")
+    add(
+        "--few_labels",
+        nargs="+",
+        type=int,
+        default=[],
+        help="Also probe with so many labels a class, such as 1 5 10 100.",
+    )
+    add("--num_draws", type=int, default=5, help="Draws of those labels.")
+    add("--num_noise_samples", type=int, default=1, help="Draws of noise that every view's features are averaged over.")
+    add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
+    add("--batch_size", type=int, default=250)
+    add("--noise_seed", type=int, default=0, help="First noise seed.")
+    add("--seed", type=int, default=0, help="Seed of the validation split and the draws of labels.")
+    args = parse_with_config(parser, argv)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop at options that cannot work, and settle those that depend on the protocol."""
+    if (args.model_name_or_path is None) == (args.checkpoints is None):
+        parser.error("Give one of --model_name_or_path and --checkpoints.")
+    for name in ("num_views", "num_noise_seeds", "num_draws", "num_noise_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+    if not all(0 < l2 < math.inf for l2 in args.l2):
+        parser.error(f"--l2 is {args.l2}: every strength must be positive.")
+    if not 0 < args.validation_fraction < 1:
+        parser.error(f"--validation_fraction is {args.validation_fraction}: it must be between 0 and 1.")
+    online = args.protocol != "logistic_regression"
+    if not online and args.num_views == 1 and (args.random_flip or args.random_crop):
+        parser.error("--random_flip and --random_crop change the views after the first: give --num_views 2 or more.")
+    if online and (args.num_views > 1 or args.few_labels):
+        parser.error(f"--num_views and --few_labels are of logistic regression, not of --protocol {args.protocol}.")
+    args.random_flip = online if args.random_flip is None else args.random_flip
+    args.random_crop = 4 * online if args.random_crop is None else args.random_crop
+    args.features_dir = args.features_dir or str(Path(args.output_dir) / "features")
+
+
+class Sweep:
+    """One checkpoint, the grid of layers and noise levels, and its features of the data set."""
+
+    def __init__(self, args: argparse.Namespace, checkpoint: str, data: LabelledImages):
+        self.args, self.data, self.checkpoint = args, data, checkpoint
+        self.conditions = {} if args.null_class is None else {"null_class": args.null_class}
+        self.conditions |= {"num_noise_samples": args.num_noise_samples}
+        self.model = DDAEModel.from_pretrained(checkpoint, **self.conditions, cache_dir=args.cache_dir)
+        groups = {"decoder": decoder_layer_names(self.model.denoiser), "all": self.model.layer_names()}
+        self.layers = list(dict.fromkeys(name for entry in args.layers for name in groups.get(entry, [entry])))
+        for layer in self.layers:  # refuse what cannot be probed before any long work
+            for sigma in args.sigmas:
+                try:
+                    self.model.config.from_dict(self.model.config.to_dict(), layer=layer, sigma=sigma)
+                except ValueError as error:
+                    raise SystemExit(str(error)) from error
+        for per_class in args.few_labels:
+            draw_labels(data.labels["train"], per_class, args.seed)
+        self.model.to(best_device(), memory_format=torch.channels_last)
+        self.identity = {
+            name: {"images": images_hash(split, data.images), "preprocessing": data.processor.to_dict()}
+            for name, split in data.splits.items()
+        }
+        count = len(data.labels["train"])
+        order = np.random.default_rng(args.seed).permutation(count)
+        held_out = max(1, round(args.validation_fraction * count))
+        self.held_out, self.fitted = np.sort(order[:held_out]), np.sort(order[held_out:])
+        self.caches: dict[int, FeatureCache] = {}
+
+    def view(self, images: torch.Tensor, indices: Sequence[int] | np.ndarray, view: int) -> torch.Tensor:
+        """Return a view of images: the first is the images themselves."""
+        args = self.args
+        return augment_view(images, indices, args.seed, view, args.random_flip, args.random_crop) if view else images
+
+    def cache(self, noise_seed: int) -> FeatureCache:
+        """Return the features on disk of a noise seed."""
+        if noise_seed not in self.caches:
+            self.caches[noise_seed] = FeatureCache(self.args.features_dir, self.model, noise_seed)
+        return self.caches[noise_seed]
+
+    def features(
+        self,
+        split: str,
+        layers: list[str],
+        sigma: float,
+        noise_seed: int,
+        *,
+        views: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
+    ) -> dict[str, list[np.ndarray]]:
+        """Return the features of a split's images, or of those at `rows`: for each layer an array (N, C) a view."""
+        args, data = self.args, self.data
+        indices = np.arange(len(data.labels[split])) if rows is None else rows
+        part = {} if rows is None else {"rows": hashlib.sha256(rows.tobytes()).hexdigest()}
+        found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
+        for view in range(args.num_views) if views is None else views:
+            title = f"sigma {sigma:g}, {split} images, view {view}"
+
+            def images(start: int, view: int = view, title: str = title) -> Iterable[torch.Tensor]:
+                for batch in data.batches(split, indices[start:], title):
+                    yield self.view(batch, range(start, start := start + len(batch)), view)
+
+            changes = {"flip": args.random_flip, "crop": args.random_crop, "seed": args.seed} if view else {}
+            known, number = {**self.identity[split], **part, **changes}, noise_view(split, view)
+            cache = self.cache(noise_seed)
+            new = cache.features(images, len(indices), layers, sigma, view=number, data=known)
+            for layer in layers:
+                found[layer].append(new[layer])
+        return found
+
+
+def probe_level(sweep: Sweep, sigma: float) -> list[dict[str, Any]]:
+    """Probe every layer at one noise level, and return the figures on held-out training images."""
+    args, labels = sweep.args, sweep.data.labels["train"]
+    num_classes, held_out = len(sweep.data.names), sweep.held_out
+    if args.protocol == "logistic_regression":
+        features = sweep.features("train", sweep.layers, sigma, args.noise_seed)
+        probes = fit_logistic_regression(
+            features, labels, args.l2, num_classes=num_classes, indices=sweep.fitted, device=best_device()
+        )
+        predicted = {layer: probes[layer].predict(features[layer], held_out) for layer in sweep.layers}
+    else:
+        online = train_online(sweep, sweep.layers, sigma, sweep.fitted, args.noise_seed)
+        predicted = predict_online(sweep, online, "train", sigma, held_out, args.noise_seed)
+    rows = []
+    for layer in sweep.layers:
+        scores = [float((p == labels[held_out]).mean()) for p in predicted[layer]]
+        best = int(np.argmax(scores))
+        row = {"layer": layer, "sigma": sigma, "validation_accuracy": scores[best]}
+        if args.protocol == "logistic_regression":
+            row |= {"l2": args.l2[best], "by_l2": dict(zip(map(str, args.l2), scores, strict=True))}
+        rows.append(row)
+    add_other_figures(sweep, rows, sigma)
+    return rows
+
+
+def add_other_figures(sweep: Sweep, rows: list[dict[str, Any]], sigma: float) -> None:
+    """Add to each layer's figures at a noise level what else is asked for, on held-out training images."""
+    args, labels, held_out = sweep.args, sweep.data.labels["train"], sweep.held_out
+    if not (args.knn or args.alignment):
+        return
+    views = sweep.features("train", sweep.layers, sigma, args.noise_seed, views=[0])
+    counts = [k for k in NEIGHBOURS if k <= len(sweep.fitted)]
+    some = held_out[:ALIGNMENT_IMAGES]
+    if args.alignment:
+        others = sweep.features("train", sweep.layers, sigma, args.noise_seed, views=[1], rows=some)
+    for row in tqdm(rows, desc=f"sigma {sigma:g}, other figures", leave=False):
+        (view,) = views[row["layer"]]
+        if args.knn:
+            train, truth = view[sweep.fitted], labels[sweep.fitted]
+            predicted = knn_predict(train, truth, view[held_out], counts, device=best_device())
+            row |= {f"knn_{k}": float((classes == labels[held_out]).mean()) for k, classes in predicted.items()}
+        if args.alignment:
+            (other,) = others[row["layer"]]
+            row |= {"alignment": alignment(view[some], other), "uniformity": uniformity(view[some])}
+
+
+def fit_best(sweep: Sweep, best: dict[str, Any], noise_seed: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Fit the chosen pair on all training images; return weights (K, C), biases (K,) and the test images' classes."""
+    args, data, layer, sigma = sweep.args, sweep.data, best["layer"], best["sigma"]
+    count = {split: len(labels) for split, labels in data.labels.items()}
+    if args.protocol != "logistic_regression":
+        online = train_online(sweep, [layer], sigma, np.arange(count["train"]), noise_seed)
+        predicted = predict_online(sweep, online, "test", sigma, np.arange(count["test"]), noise_seed)
+        return *online.linear(layer), predicted[layer][0]
+    train = sweep.features("train", [layer], sigma, noise_seed)
+    options = {"num_classes": len(data.names), "device": best_device()}
+    probes = fit_logistic_regression(train, data.labels["train"], [best["l2"]], **options)[layer]
+    predicted = probes.predict(sweep.features("test", [layer], sigma, noise_seed)[layer])
+    return probes.weight[0], probes.bias[0], predicted[0]
+
+
+def few_label_figures(sweep: Sweep, best: dict[str, Any]) -> dict[str, list[float]]:
+    """Return test accuracies with few labels a class, by their number, one for every draw of them."""
+    args, data, layer = sweep.args, sweep.data, best["layer"]
+    labels, figures = data.labels["train"], {}
+    if not args.few_labels:
+        return figures
+    train = sweep.features("train", [layer], best["sigma"], args.noise_seed)
+    test = sweep.features("test", [layer], best["sigma"], args.noise_seed)[layer]
+    for per_class in args.few_labels:
+        scores = []
+        for draw in range(args.num_draws):
+            few = draw_labels(labels, per_class, args.seed + draw)
+            # With so few labels none is spared for choosing: scikit-learn's default strength, C = 1.
+            options = {"num_classes": len(data.names), "indices": few, "device": best_device()}
+            probes = fit_logistic_regression(train, labels, [1 / len(few)], **options)[layer]
+            scores.append(float((probes.predict(test)[0] == data.labels["test"]).mean()))
+        figures[str(per_class)] = scores
+    return figures
+
+
+def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
+    """Probe every noise level, and keep each one's figures, so that an interrupted run goes on with the next."""
+    args = sweep.args
+    names = ("protocol", "l2", "num_views", "random_flip", "random_crop", "validation_fraction", "knn", "alignment")
+    names = (*names, "num_epochs", "learning_rate", "online_batch_size", "seed")
+    known = {"features": sweep.cache(args.noise_seed).identity, "data": sweep.identity["train"], "layers": sweep.layers}
+    known |= {name: getattr(args, name) for name in names}
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    rows = []
+    for sigma in tqdm(args.sigmas, desc="Noise levels"):
+        path = folder / "levels" / f"sigma-{sigma:g}.json"
+        level = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if level.get("key") != key:
+            started = time.monotonic()
+            level = {"key": key, "rows": probe_level(sweep, sigma)}
+            level["seconds"] = round(time.monotonic() - started, 1)
+            write_json(path, level)
+        rows += level["rows"]
+    return rows
+
+
+def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledImages, folder: Path) -> dict[str, Any]:
+    """Sweep one checkpoint, test its best pair, save it as a classifier, and return every figure."""
+    started = time.monotonic()
+    sweep = Sweep(args, checkpoint, data)
+    rows = sweep_levels(sweep, folder)
+    best, labels = max(rows, key=lambda row: row["validation_accuracy"]), data.labels["test"]
+    levels_done = time.monotonic()
+    seeds = range(args.noise_seed, args.noise_seed + args.num_noise_seeds)
+    fitted = [fit_best(sweep, best, seed) for seed in seeds]
+    accuracies = [float((predicted == labels).mean()) for _, _, predicted in fitted]
+    few = few_label_figures(sweep, best)
+    weight, bias, predicted = fitted[0]
+    where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": args.noise_seed, **sweep.conditions}
+    save_classifier(folder / "classifier", checkpoint, data.processor, data.names, weight, bias, **where)
+    saved = float((classify(folder / "classifier", data) == labels).mean())
+    np.save(folder / "test_predictions.npy", predicted)
+    np.save(folder / "test_labels.npy", labels)
+    draw(folder, rows, sweep.layers, args.sigmas, best)
+    report = {
+        "checkpoint": checkpoint,
+        "options": vars(args),
+        "images": {"fitted": len(sweep.fitted), "held_out": len(sweep.held_out), "test": len(labels)},
+        "pairs": rows,
+        "best": best,
+        "test_accuracies": dict(zip(map(str, seeds), accuracies, strict=True)),
+        "few_label_test_accuracies": few,
+        "saved_classifier_test_accuracy": saved,
+        "seconds": {"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
+    }
+    write_json(folder / "eval_results.json", report)
+    return report
+
+
+def draw(
+    folder: Path, rows: list[dict[str, Any]], layers: list[str], sigmas: list[float], best: dict[str, Any]
+) -> None:
+    """Draw validation accuracy over layers and noise levels, and over noise levels alone."""
+    accuracy = {(row["layer"], row["sigma"]): 100 * row["validation_accuracy"] for row in rows}
+    values = [[accuracy[layer, sigma] for sigma in sigmas] for layer in layers]
+    heat_map(
+        folder / "heat_map.png", values, layers, [f"{sigma:g}" for sigma in sigmas],
+        title="Linear probe: accuracy on held-out images (%)", xlabel="noise level sigma", ylabel="layer",
+        framed=(layers.index(best["layer"]), sigmas.index(best["sigma"])),
+    )  # fmt: skip
+    order = sorted(sigmas)
+    lines = {
+        "best layer of each level": [max(accuracy[layer, sigma] for layer in layers) for sigma in order],
+        best["layer"]: [accuracy[best["layer"], sigma] for sigma in order],
+    }
+    path, label = folder / "accuracy_over_sigma.png", "accuracy on held-out images (%)"
+    curves(path, order, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label, log=True)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return what was found, as text."""
+    best, images, scores = report["best"], report["images"], np.array(list(report["test_accuracies"].values()))
+    lines = [
+        f"Best of {len(report['pairs'])} pairs on {images['held_out']:,} held-out training images: {best['layer']}, "
+        f"sigma {best['sigma']:g} ({100 * best['validation_accuracy']:.2f} %).",
+        f"Fitted on all {images['fitted'] + images['held_out']:,}, on {images['test']:,} test images: "
+        f"{100 * scores[0]:.2f} %; "
+        + (f"over {len(scores)} noise seeds {spread(scores)} %." if len(scores) > 1 else ""),
+        f"The saved classifier, with its fixed noise: {100 * report['saved_classifier_test_accuracy']:.2f} %.",
+    ]
+    for per_class, values in report["few_label_test_accuracies"].items():
+        lines.append(f"With {per_class} labels a class, {len(values)} draws: {spread(np.array(values))} %.")
+    return "\n".join(lines)
+
+
+def points_table(points: list[dict[str, Any]]) -> str:
+    """Return what was found over a training run, as a Markdown table."""
+    lines = ["| step | layer, sigma | test accuracy | loss on test images | Frechet distance |", "|---" * 5 + "|"]
+    for point in points:
+        where, distance = f"{point['layer']}, {point['sigma']:g}", point.get("frechet_distance")
+        figures = f"{100 * point['test_accuracy']:.2f} | {point['test_loss']:.4f}"
+        lines.append(f"| {point['step']} | {where} | {figures} | {'' if distance is None else f'{distance:.4g}'} |")
+    return "\n".join(lines)
+
+
+def spread(values: np.ndarray) -> str:
+    """Return mean and standard deviation, in percent."""
+    return f"{100 * values.mean():.2f} ± {100 * values.std(ddof=len(values) > 1):.2f}"
+
+
+def sweep_run(args: argparse.Namespace, data: LabelledImages, checkpoints: dict[int, Path]) -> list[dict[str, Any]]:
+    """Sweep every checkpoint of a training run, and draw accuracy, loss and sample quality over its steps."""
+    folder, points = Path(args.output_dir), []
+    for step, checkpoint in checkpoints.items():
+        part = folder / f"checkpoint-{step}"
+        report = sweep_checkpoint(args, str(checkpoint), data, part)
+        point = {"step": step, **report["best"], "test_accuracy": report["test_accuracies"][str(args.noise_seed)]}
+        point["test_loss"] = test_loss(args, checkpoint, data)
+        if args.quality_extractor:
+            point["frechet_distance"] = sample_quality(args, checkpoint, part / "generation")
+        points.append(point)
+        print(f"Step {step}:\n{summary(report)}\n")
+    draw_training_curve(folder / "training_curve.png", points)
+    write_json(folder / "training_curve.json", {"options": vars(args), "points": points})
+    return points
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_arguments(argv)
+    logging.set_verbosity_error()  # a new classifier is what is wanted here
+    logging.disable_progress_bar()
+    folder = Path(args.output_dir)
+    checkpoints = training_checkpoints(args.checkpoints) if args.checkpoints else {}
+    first = str(next(iter(checkpoints.values()), args.model_name_or_path))
+    data = LabelledImages(args, DDAEImageProcessor.from_pretrained(first, cache_dir=args.cache_dir))
+    if checkpoints:
+        print(points_table(sweep_run(args, data, checkpoints)))
+    else:
+        print(summary(sweep_checkpoint(args, first, data, folder)))
+    print(f"Classifiers, pictures and every figure are in {folder}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The sweep as a user runs it, at tiny size, on real digits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+import sweep
+from data import LabelledImages, classify, images_hash
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
+from ddae_hf.hidden_states import decoder_layer_names
+
+from .conftest import make_dit, make_unet
+
+GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
+SCHEDULERS = {"ddpm": DDIMScheduler, "edm": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
+
+
+def save_checkpoint(folder, network="unet", framework="ddpm", seed=0):
+    """Random networks have features too."""
+    if network == "unet":
+        denoiser = make_unet(seed, **GREY)
+    else:
+        denoiser = make_dit(seed, in_channels=1, num_layers=2, num_embeds_ada_norm=0)
+        for parameter in denoiser.parameters():  # diffusers' own start ends in zeros
+            torch.nn.init.normal_(parameter, std=0.1)
+    DDAEPipeline.for_denoiser(denoiser, SCHEDULERS[framework]()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def run(checkpoint, digits, folder, *options):
+    arguments = ["--model_name_or_path", checkpoint, "--dataset_name", str(digits), "--output_dir", str(folder)]
+    arguments += ["--max_train_samples", "300", "--max_test_samples", "100", "--sigmas", "0.1", "2"]
+    sweep.main([*arguments, "--num_noise_seeds", "1", *options])
+    return json.loads((Path(folder) / "eval_results.json").read_text())
+
+
+@pytest.mark.parametrize(("network", "framework"), [("unet", "flow"), ("dit", "edm")])
+def test_every_pair_is_probed_and_the_best_becomes_a_classifier(network, framework, digits, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", network, framework)
+    options = ["--knn", "--alignment", "--few_labels", "1", "5", "--num_draws", "2", "--num_noise_seeds", "2"]
+    report = run(checkpoint, digits, tmp_path / "sweep", *options)
+    pairs = {(row["layer"], row["sigma"]): row for row in report["pairs"]}
+    denoiser = DDAEPipeline.from_pretrained(checkpoint).denoiser
+    assert pairs.keys() == {(layer, sigma) for layer in decoder_layer_names(denoiser) for sigma in (0.1, 2)}
+    best = report["best"]
+    assert best["validation_accuracy"] == max(row["validation_accuracy"] for row in pairs.values())
+    for row in pairs.values():
+        assert row["validation_accuracy"] == max(row["by_l2"].values()) == row["by_l2"][str(row["l2"])]
+        assert 0 < row["knn_20"] < 1 and 0 < row["knn_200"] < 1
+        assert row["uniformity"] < 0 < row["alignment"]
+    # What noise hides is told apart less.
+    for layer in decoder_layer_names(denoiser):
+        assert pairs[layer, 2]["validation_accuracy"] < pairs[layer, 0.1]["validation_accuracy"]
+        assert pairs[layer, 2]["knn_20"] <= pairs[layer, 0.1]["knn_20"]
+        assert pairs[layer, 2]["alignment"] > pairs[layer, 0.1]["alignment"]
+    assert list(report["test_accuracies"]) == ["0", "1"] and 0.5 < report["test_accuracies"]["0"] <= 1
+    few = report["few_label_test_accuracies"]
+    assert len(few["1"]) == 2 and np.mean(few["1"]) < np.mean(few["5"]) < report["test_accuracies"]["0"]
+    model = DDAEForImageClassification.from_pretrained(tmp_path / "sweep" / "classifier")
+    assert (model.config.layer, model.config.sigma) == (best["layer"], best["sigma"])
+    assert report["saved_classifier_test_accuracy"] == pytest.approx(report["test_accuracies"]["0"], abs=0.1)
+    for name in ("heat_map.png", "accuracy_over_sigma.png"):
+        assert min(Image.open(tmp_path / "sweep" / name).size) > 200
+
+
+def test_the_chosen_probe_is_scikit_learns_on_the_cached_features(checkpoint, digits, tmp_path):
+    """The whole way from cached features to test predictions, with the choice made anew."""
+    report = run(checkpoint, digits, tmp_path, "--sigmas", "0.1", "--l2", "1e-3", "1e-1")
+    best = report["best"]
+    found = {}
+    for path in (tmp_path / "features").glob("*/identity.json"):
+        split = "test" if json.loads(path.read_text())["view"] == 1 else "train"
+        found[split] = np.load(path.parent / f"{best['layer']}.npy").astype(np.float64)
+    assert {name: len(values) for name, values in found.items()} == {"train": 300, "test": 100}
+    options = sweep.parse_arguments(["--model_name_or_path", checkpoint, "--dataset_name", str(digits)])
+    options.max_train_samples, options.max_test_samples = 300, 100
+    labels = LabelledImages(options, DDAEImageProcessor.from_pretrained(checkpoint)).labels
+    scaler = StandardScaler().fit(found["train"])
+    model = LogisticRegression(C=1 / (best["l2"] * 300), max_iter=5000)
+    predicted = model.fit(scaler.transform(found["train"]), labels["train"]).predict(scaler.transform(found["test"]))
+    assert (predicted == np.load(tmp_path / "test_predictions.npy")).mean() >= 0.99
+    expected = (np.load(tmp_path / "test_predictions.npy") == labels["test"]).mean()
+    assert report["test_accuracies"]["0"] == pytest.approx(expected)
+
+
+def test_held_out_images_are_not_fitted_on_nor_test_images_chosen_on(checkpoint, digits, tmp_path):
+    arguments = ["--model_name_or_path", checkpoint, "--dataset_name", str(digits), "--output_dir", str(tmp_path)]
+    args = sweep.parse_arguments([*arguments, "--max_train_samples", "300"])
+    data = LabelledImages(args, DDAEImageProcessor.from_pretrained(checkpoint))
+    parts = sweep.Sweep(args, checkpoint, data)
+    assert len(parts.held_out) == 60
+    assert sorted([*parts.held_out, *parts.fitted]) == list(range(300))
+    train, test = (images_hash(data.splits[name], data.images) for name in ("train", "test"))
+    assert train != test and train == parts.identity["train"]["images"]
+
+
+def test_a_second_run_and_another_probe_read_the_features_that_are_there(checkpoint, digits, tmp_path, monkeypatch):
+    first = run(checkpoint, digits, tmp_path)
+    calls = []
+    monkeypatch.setattr("ddae_hf.features.batch_features", lambda *a, **k: calls.append(a))
+    again = run(checkpoint, digits, tmp_path)
+    other = run(checkpoint, digits, tmp_path, "--l2", "0.1", "--knn", "--few_labels", "2")
+    assert not calls
+    assert again["pairs"] == first["pairs"] and again["test_accuracies"] == first["test_accuracies"]
+    assert other["pairs"] != first["pairs"]
+
+
+def test_an_interrupted_sweep_gives_what_an_uninterrupted_one_gives(checkpoint, digits, tmp_path, monkeypatch):
+    expected = run(checkpoint, digits, tmp_path / "whole", "--batch_size", "50")
+    original, calls = sweep.FeatureCache.features, []
+
+    def stop(self, images, *arguments, **options):
+        def some(start):
+            for batch in images(start):
+                calls.append(len(batch))
+                if len(calls) == 9:  # in the second noise level
+                    raise KeyboardInterrupt
+                yield batch
+
+        return original(self, some, *arguments, **options)
+
+    monkeypatch.setattr(sweep.FeatureCache, "features", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, digits, tmp_path / "parts", "--batch_size", "50")
+    resumed = run(checkpoint, digits, tmp_path / "parts", "--batch_size", "50")
+    assert sum(calls) == 2 * 300 + 100 + 50  # the batch that was interrupted is read once more
+    assert resumed["pairs"] == expected["pairs"] and resumed["test_accuracies"] == expected["test_accuracies"]
+
+
+def test_more_views_are_trained_on_and_averaged(checkpoint, digits, tmp_path):
+    options = ["--sigmas", "1", "--layers", "mid_block"]
+    one = run(checkpoint, digits, tmp_path, *options)
+    many = run(checkpoint, digits, tmp_path, *options, "--num_views", "4")
+    assert many["test_accuracies"]["0"] > one["test_accuracies"]["0"] + 0.02
+    cropped = run(checkpoint, digits, tmp_path, *options, "--num_views", "2", "--random_crop", "2")
+    assert cropped["pairs"] != many["pairs"]
+    views = sorted(json.loads(p.read_text())["view"] for p in (tmp_path / "features").glob("*/identity.json"))
+    assert views == sorted([*range(8), 2, 3])  # the views that are changed are others than those that are not
+
+
+@pytest.mark.parametrize("protocol", ["paper", "batch_norm"])
+def test_online_protocols_train_on_fresh_noise(protocol, checkpoint, digits, tmp_path):
+    options = ["--sigmas", "0.1", "--protocol", protocol, "--num_epochs", "4", "--learning_rate", "0.3"]
+    options += ["--no-random_flip", "--random_crop", "0", "--online_batch_size", "32", "--layers", "mid_block"]
+    report = run(checkpoint, digits, tmp_path, *options)
+    assert report["test_accuracies"]["0"] > 0.4
+    assert not (tmp_path / "features").exists()
+    data_options = sweep.parse_arguments(["--model_name_or_path", checkpoint, "--dataset_name", str(digits)])
+    data_options.max_test_samples = 100
+    data = LabelledImages(data_options, DDAEImageProcessor.from_pretrained(checkpoint))
+    accuracy = (classify(tmp_path / "classifier", data) == data.labels["test"]).mean()
+    assert accuracy == report["saved_classifier_test_accuracy"]
+    # A level that is done is not trained again.
+    before = (tmp_path / "levels" / "sigma-0.1.json").stat().st_mtime_ns
+    run(checkpoint, digits, tmp_path, *options)
+    assert (tmp_path / "levels" / "sigma-0.1.json").stat().st_mtime_ns == before
+
+
+def test_a_training_run_is_drawn_over_its_steps(checkpoint, digits, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(checkpoint, folder / "checkpoint-20")
+    save_checkpoint(folder, seed=1)
+    (folder / "train_results.json").write_text(json.dumps({"steps": 3}))
+    arguments = ["--checkpoints", str(folder), "--dataset_name", str(digits), "--output_dir", str(tmp_path / "sweep")]
+    arguments += ["--max_train_samples", "100", "--max_test_samples", "50", "--sigmas", "0.1", "--num_noise_seeds", "1"]
+    arguments += ["--quality_extractor", f"ddae:{checkpoint}", "--num_quality_images", "50"]
+    sweep.main([*arguments, "--num_inference_steps", "2", "--layers", "mid_block"])
+    points = json.loads((tmp_path / "sweep" / "training_curve.json").read_text())["points"]
+    assert [point["step"] for point in points] == [3, 20]
+    assert len({point["test_loss"] for point in points}) == len({point["frechet_distance"] for point in points}) == 2
+    assert min(Image.open(tmp_path / "sweep" / "training_curve.png").size) > 200
+
+
+def test_what_cannot_work_is_refused_at_once(checkpoint, digits, tmp_path, capsys):
+    for options, message in [
+        (["--num_views", "0"], "--num_views is 0: it must be at least 1"),
+        (["--validation_fraction", "1"], "must be between 0 and 1"),
+        (["--l2", "0"], "every strength must be positive"),
+        (["--random_flip"], "give --num_views 2 or more"),
+        (["--protocol", "paper", "--num_views", "2"], "are of logistic regression, not of --protocol paper"),
+        (["--protocol", "best"], "invalid choice"),
+        (["--checkpoints", "runs"], "Give one of --model_name_or_path and --checkpoints"),
+    ]:
+        with pytest.raises(SystemExit):
+            run(checkpoint, digits, tmp_path, *options)
+        assert message in capsys.readouterr().err
+    for options, message in [
+        (["--layers", "up_blocks.7"], "no layer 'up_blocks.7'"),
+        (["--sigmas", "1000"], "sigma"),
+        (["--few_labels", "100"], "the smallest class has"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            run(checkpoint, digits, tmp_path, *options)
+    with pytest.raises(SystemExit, match="no folder `checkpoint-STEP`"):
+        sweep.main(["--checkpoints", str(tmp_path), "--dataset_name", str(digits)])
+    assert not list(tmp_path.rglob("*.npy"))
