@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without windows)
+
+
+def draw_sweep(
+    folder: Path, rows: list[dict[str, Any]], layers: list[str], sigmas: list[float], best: dict[str, Any]
+) -> None:
+    """Draw validation accuracy over layers and noise levels, and over noise levels alone."""
+    accuracy = {(row["layer"], row["sigma"]): 100 * row["validation_accuracy"] for row in rows}
+    values = [[accuracy[layer, sigma] for sigma in sigmas] for layer in layers]
+    heat_map(
+        folder / "heat_map.png", values, layers, [f"{sigma:g}" for sigma in sigmas],
+        title="Linear probe: accuracy on held-out images (%)", xlabel="noise level sigma", ylabel="layer",
+        framed=(layers.index(best["layer"]), sigmas.index(best["sigma"])),
+    )  # fmt: skip
+    order = sorted(sigmas)
+    lines = {
+        "best layer of each level": [max(accuracy[layer, sigma] for layer in layers) for sigma in order],
+        best["layer"]: [accuracy[best["layer"], sigma] for sigma in order],
+    }
+    path, label = folder / "accuracy_over_sigma.png", "accuracy on held-out images (%)"
+    curves(path, order, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label, log=True)
 
 
 def heat_map(

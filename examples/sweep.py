@@ -42,8 +42,15 @@ from ddae_hf.features import FeatureCache, augment_view
 from ddae_hf.hidden_states import decoder_layer_names
 from ddae_hf.probing import alignment, fit_logistic_regression, knn_predict, uniformity
 from online_probes import predict_online, train_online
-from plots import curves, heat_map
-from training_curve import add_curve_arguments, draw_training_curve, sample_quality, test_loss, training_checkpoints
+from plots import draw_sweep
+from training_curve import (
+    add_curve_arguments,
+    draw_training_curve,
+    points_table,
+    sample_quality,
+    test_loss,
+    training_checkpoints,
+)
 
 SIGMAS = [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0]
 PROTOCOLS = ("logistic_regression", "paper", "batch_norm")
@@ -120,6 +127,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--random_flip and --random_crop change the views after the first: give --num_views 2 or more.")
     if online and (args.num_views > 1 or args.few_labels):
         parser.error(f"--num_views and --few_labels are of logistic regression, not of --protocol {args.protocol}.")
+    args.sigmas = list(dict.fromkeys(args.sigmas))
     args.random_flip = online if args.random_flip is None else args.random_flip
     args.random_crop = 4 * online if args.random_crop is None else args.random_crop
     args.features_dir = args.features_dir or str(Path(args.output_dir) / "features")
@@ -135,24 +143,32 @@ class Sweep:
         self.model = DDAEModel.from_pretrained(checkpoint, **self.conditions, cache_dir=args.cache_dir)
         groups = {"decoder": decoder_layer_names(self.model.denoiser), "all": self.model.layer_names()}
         self.layers = list(dict.fromkeys(name for entry in args.layers for name in groups.get(entry, [entry])))
-        for layer in self.layers:  # refuse what cannot be probed before any long work
-            for sigma in args.sigmas:
-                try:
-                    self.model.config.from_dict(self.model.config.to_dict(), layer=layer, sigma=sigma)
-                except ValueError as error:
-                    raise SystemExit(str(error)) from error
-        for per_class in args.few_labels:
-            draw_labels(data.labels["train"], per_class, args.seed)
+        count = len(data.labels["train"])
+        order = np.random.default_rng(args.seed).permutation(count)
+        held_out = max(1, round(args.validation_fraction * count))
+        self.held_out, self.fitted = np.sort(order[:held_out]), np.sort(order[held_out:])
+        self.check()
         self.model.to(best_device(), memory_format=torch.channels_last)
         self.identity = {
             name: {"images": images_hash(split, data.images), "preprocessing": data.processor.to_dict()}
             for name, split in data.splits.items()
         }
-        count = len(data.labels["train"])
-        order = np.random.default_rng(args.seed).permutation(count)
-        held_out = max(1, round(args.validation_fraction * count))
-        self.held_out, self.fitted = np.sort(order[:held_out]), np.sort(order[held_out:])
         self.caches: dict[int, FeatureCache] = {}
+
+    def check(self) -> None:
+        """Refuse what cannot be probed, before any long work."""
+        args, labels = self.args, self.data.labels["train"]
+        for layer in self.layers:
+            for sigma in args.sigmas:
+                self.model.config.from_dict(self.model.config.to_dict(), layer=layer, sigma=sigma)
+        for per_class in args.few_labels:
+            draw_labels(labels, per_class, args.seed)
+        fewest = min(NEIGHBOURS) if args.knn else 1
+        if len(self.fitted) < fewest or (args.alignment and len(self.held_out) < 2):
+            raise ValueError(
+                f"The {len(labels)} training images leave {len(self.fitted)} to fit on and {len(self.held_out)} to "
+                f"choose on: {fewest} and {1 + args.alignment} are needed. Give more, or another --validation_fraction."
+            )
 
     def view(self, images: torch.Tensor, indices: Sequence[int] | np.ndarray, view: int) -> torch.Tensor:
         """Return a view of images: the first is the images themselves."""
@@ -284,10 +300,11 @@ def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
     names = (*names, "num_epochs", "learning_rate", "online_batch_size", "seed")
     known = {"features": sweep.cache(args.noise_seed).identity, "data": sweep.identity["train"], "layers": sweep.layers}
     known |= {name: getattr(args, name) for name in names}
+    known["labels"] = hashlib.sha256(sweep.data.labels["train"].tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     rows = []
     for sigma in tqdm(args.sigmas, desc="Noise levels"):
-        path = folder / "levels" / f"sigma-{sigma:g}.json"
+        path = folder / "levels" / f"sigma-{sigma}.json"
         level = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if level.get("key") != key:
             started = time.monotonic()
@@ -301,7 +318,10 @@ def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
 def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledImages, folder: Path) -> dict[str, Any]:
     """Sweep one checkpoint, test its best pair, save it as a classifier, and return every figure."""
     started = time.monotonic()
-    sweep = Sweep(args, checkpoint, data)
+    try:
+        sweep = Sweep(args, checkpoint, data)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
     rows = sweep_levels(sweep, folder)
     best, labels = max(rows, key=lambda row: row["validation_accuracy"]), data.labels["test"]
     levels_done = time.monotonic()
@@ -315,7 +335,7 @@ def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledIm
     saved = float((classify(folder / "classifier", data) == labels).mean())
     np.save(folder / "test_predictions.npy", predicted)
     np.save(folder / "test_labels.npy", labels)
-    draw(folder, rows, sweep.layers, args.sigmas, best)
+    draw_sweep(folder, rows, sweep.layers, args.sigmas, best)
     report = {
         "checkpoint": checkpoint,
         "options": vars(args),
@@ -331,26 +351,6 @@ def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledIm
     return report
 
 
-def draw(
-    folder: Path, rows: list[dict[str, Any]], layers: list[str], sigmas: list[float], best: dict[str, Any]
-) -> None:
-    """Draw validation accuracy over layers and noise levels, and over noise levels alone."""
-    accuracy = {(row["layer"], row["sigma"]): 100 * row["validation_accuracy"] for row in rows}
-    values = [[accuracy[layer, sigma] for sigma in sigmas] for layer in layers]
-    heat_map(
-        folder / "heat_map.png", values, layers, [f"{sigma:g}" for sigma in sigmas],
-        title="Linear probe: accuracy on held-out images (%)", xlabel="noise level sigma", ylabel="layer",
-        framed=(layers.index(best["layer"]), sigmas.index(best["sigma"])),
-    )  # fmt: skip
-    order = sorted(sigmas)
-    lines = {
-        "best layer of each level": [max(accuracy[layer, sigma] for layer in layers) for sigma in order],
-        best["layer"]: [accuracy[best["layer"], sigma] for sigma in order],
-    }
-    path, label = folder / "accuracy_over_sigma.png", "accuracy on held-out images (%)"
-    curves(path, order, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label, log=True)
-
-
 def summary(report: dict[str, Any]) -> str:
     """Return what was found, as text."""
     best, images, scores = report["best"], report["images"], np.array(list(report["test_accuracies"].values()))
@@ -364,16 +364,6 @@ def summary(report: dict[str, Any]) -> str:
     ]
     for per_class, values in report["few_label_test_accuracies"].items():
         lines.append(f"With {per_class} labels a class, {len(values)} draws: {spread(np.array(values))} %.")
-    return "\n".join(lines)
-
-
-def points_table(points: list[dict[str, Any]]) -> str:
-    """Return what was found over a training run, as a Markdown table."""
-    lines = ["| step | layer, sigma | test accuracy | loss on test images | Frechet distance |", "|---" * 5 + "|"]
-    for point in points:
-        where, distance = f"{point['layer']}, {point['sigma']:g}", point.get("frechet_distance")
-        figures = f"{100 * point['test_accuracy']:.2f} | {point['test_loss']:.4f}"
-        lines.append(f"| {point['step']} | {where} | {figures} | {'' if distance is None else f'{distance:.4g}'} |")
     return "\n".join(lines)
 
 
@@ -407,7 +397,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     checkpoints = training_checkpoints(args.checkpoints) if args.checkpoints else {}
     first = str(next(iter(checkpoints.values()), args.model_name_or_path))
-    data = LabelledImages(args, DDAEImageProcessor.from_pretrained(first, cache_dir=args.cache_dir))
+    try:
+        processor = DDAEImageProcessor.from_pretrained(first, cache_dir=args.cache_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    data = LabelledImages(args, processor)
     if checkpoints:
         print(points_table(sweep_run(args, data, checkpoints)))
     else:

@@ -48,7 +48,7 @@ def training_checkpoints(run: str) -> dict[int, Path]:
 def test_loss(args: argparse.Namespace, checkpoint: Path, data: LabelledImages) -> float:
     """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
     options = {} if args.null_class is None else {"null_class": args.null_class}
-    model = DDAEModel.from_pretrained(checkpoint, **options).to(best_device())
+    model = DDAEModel.from_pretrained(checkpoint, dtype=torch.float32, **options).to(best_device())
     null_class = None if model.config.null_class is None else torch.tensor(model.config.null_class)
     generator = torch.Generator().manual_seed(args.seed)
     losses = []
@@ -87,3 +87,13 @@ def draw_training_curve(path: Path, points: list[dict[str, Any]]) -> None:
     stacked_curves(
         path, steps, panels, marked, title="Best probe, loss and samples while training", xlabel="training step"
     )
+
+
+def points_table(points: list[dict[str, Any]]) -> str:
+    """Return what was found over a training run, as a Markdown table."""
+    lines = ["| step | layer, sigma | test accuracy | loss on test images | Frechet distance |", "|---" * 5 + "|"]
+    for point in points:
+        where, distance = f"{point['layer']}, {point['sigma']:g}", point.get("frechet_distance")
+        figures = f"{100 * point['test_accuracy']:.2f} | {point['test_loss']:.4f}"
+        lines.append(f"| {point['step']} | {where} | {figures} | {'' if distance is None else f'{distance:.4g}'} |")
+    return "\n".join(lines)

@@ -201,6 +201,10 @@ def test_what_cannot_work_is_refused_at_once(checkpoint, digits, tmp_path, capsy
         (["--layers", "up_blocks.7"], "no layer 'up_blocks.7'"),
         (["--sigmas", "1000"], "sigma"),
         (["--few_labels", "100"], "the smallest class has"),
+        (["--validation_fraction", "0.999"], "leave 0 to fit on and 300 to choose on"),
+        (["--knn", "--max_train_samples", "24"], "leave 19 to fit on"),
+        (["--alignment", "--max_train_samples", "5"], "1 and 2 are needed"),
+        (["--model_name_or_path", str(tmp_path / "nowhere")], "is not a folder"),
     ]:
         with pytest.raises(SystemExit, match=message):
             run(checkpoint, digits, tmp_path, *options)
