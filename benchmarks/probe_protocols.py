@@ -1,12 +1,12 @@
-"""The sweep's probes against the paper's, on one grid: seconds a noise level, and accuracies on the same test images.
+"""The sweep's probes against those trained online, on one grid: seconds a noise level, accuracies on the same images.
 
     python benchmarks/probe_protocols.py --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
-        --max_train_samples 20000 --paper_sigmas 0.02 --output_dir runs/probe_protocols
+        --max_train_samples 20000 --rival_sigmas 0.02 --output_dir runs/probe_protocols
 
-Logistic regression reads every image once a noise level; the paper's protocol trains linear layers for 15 epochs of
-fresh noise, flips and crops. Both probe all layers of the decoder, choose on the same held-out images, and are tested
-once. `--paper_sigmas` runs the paper's at some of the levels only, where it takes hours. Options that are not named
-here go to `examples/sweep.py`.
+Logistic regression reads every image once a noise level; its rivals, the paper's linear layers and the same behind a
+batch norm, train for 15 epochs of fresh noise, flips and crops. All probe every layer of the decoder, choose on the
+same held-out images, and are tested once. `--rival_sigmas` runs the rivals at some of the levels only, as they take
+hours on a CPU. Options that are not named here go to `examples/sweep.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+RIVALS = ["paper", "batch_norm"]
 SWEEP = Path(__file__).parent.parent / "examples" / "sweep.py"
 
 
@@ -44,25 +45,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/probe_protocols"))
-    parser.add_argument("--paper_sigmas", nargs="+", help="Noise levels of the paper's protocol; by default all.")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS, help="Protocols to compare with.")
+    parser.add_argument("--rival_sigmas", nargs="+", help="Noise levels of the rivals; by default all.")
     args, options = parser.parse_known_args()
     common = [*options, "--num_noise_seeds", "1"]
-    ours = run(args.output_dir / "logistic_regression", common)
-    some = ["--sigmas", *args.paper_sigmas] if args.paper_sigmas else []
-    theirs = run(args.output_dir / "paper", [*common, *some, "--protocol", "paper"])
+    some = ["--sigmas", *args.rival_sigmas] if args.rival_sigmas else []
+    reports = {"logistic_regression": run(args.output_dir / "logistic_regression", common)}
+    for rival in args.rivals:
+        reports[rival] = run(args.output_dir / rival, [*common, *some, "--protocol", rival])
     labels = np.load(args.output_dir / "logistic_regression" / "test_labels.npy")
-    seconds = [np.array(report["level_seconds"]) for report in (ours, theirs)]
-    print("| protocol | levels | seconds a level: mean, least, most | best pair | test accuracy |\n" + "|---" * 5 + "|")
-    for name, report, times in zip(("logistic regression", "the paper's"), (ours, theirs), seconds, strict=True):
-        best, accuracy = report["best"], next(iter(report["test_accuracies"].values()))
+    ours = reports["logistic_regression"]
+    print(f"Gain of logistic regression on the same {len(labels):,} test images, in points with a 95 % interval:\n")
+    print("| protocol | levels | seconds a level: mean, least, most | ratio | best pair | test accuracy | gain |")
+    print("|---" * 7 + "|")
+    for name, report in reports.items():
+        times, best = np.array(report["level_seconds"]), report["best"]
         figures = f"{times.mean():.1f}, {times.min():.1f}, {times.max():.1f}"
-        where = f"{best['layer']}, {best['sigma']:g}"
-        print(f"| {name} | {len(times)} | {figures} | {where} | {100 * accuracy:.2f} |")
-    gain, half = paired(ours, theirs, labels)
-    print(f"\nSeconds a level, the paper's over logistic regression's: {seconds[1].mean() / seconds[0].mean():.1f}")
-    print(
-        f"Gain of logistic regression on the same {len(labels):,} test images: {gain:+.2f} ± {half:.2f} points (95 %)"
-    )
+        ratio = times.mean() / np.mean(ours["level_seconds"])
+        accuracy = 100 * next(iter(report["test_accuracies"].values()))
+        gain, half = paired(ours, report, labels)
+        line = (
+            f"| {name} | {len(times)} | {figures} | {ratio:.1f} | {best['layer']}, {best['sigma']:g} | {accuracy:.2f} |"
+        )
+        print(line + (" |" if report is ours else f" {gain:+.2f} ± {half:.2f} |"))
 
 
 if __name__ == "__main__":

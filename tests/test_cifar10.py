@@ -8,6 +8,7 @@ import pytest
 
 import linear_probe
 import pretrain
+import sweep
 
 DATA = os.environ.get("DDAE_CIFAR10_DIR", "")
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -25,4 +26,9 @@ def test_a_short_run_on_cifar10_learns_features_better_than_chance(tmp_path):
     options += ["--output_dir", str(tmp_path / "probe"), "--max_train_samples", "2000", "--max_test_samples", "1000"]
     linear_probe.main(options)
     report = json.loads((tmp_path / "probe" / "eval_results.json").read_text())
-    assert report["results"]["DDAE"]["test_accuracy"] > 0.2
+    accuracy = report["results"]["DDAE"]["test_accuracy"]
+    assert accuracy > 0.2
+    options[options.index(str(tmp_path / "probe"))] = str(tmp_path / "sweep")
+    sweep.main([*options, "--sigmas", "0.05", "--num_noise_seeds", "1"])
+    report = json.loads((tmp_path / "sweep" / "eval_results.json").read_text())
+    assert report["test_accuracies"]["0"] > accuracy - 0.03
