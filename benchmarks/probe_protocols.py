@@ -22,14 +22,17 @@ import numpy as np
 
 RIVALS = ["paper", "batch_norm"]
 SWEEP = Path(__file__).parent.parent / "examples" / "sweep.py"
+sys.path.insert(0, str(SWEEP.parent))
+
+import sweep  # noqa: E402
 
 
 def run(folder: Path, options: list[str]) -> dict[str, Any]:
     """Run a sweep, or go on with it, and return its report, its test predictions and the seconds of its levels."""
     subprocess.run([sys.executable, str(SWEEP), "--output_dir", str(folder), *options], check=True)
     report = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
-    levels = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "levels").glob("*.json")]
-    seconds = [level["seconds"] for level in levels]
+    paths = [folder / "levels" / f"sigma-{sigma}.json" for sigma in report["options"]["sigmas"]]
+    seconds = [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in paths]
     return report | {"predicted": np.load(folder / "test_predictions.npy"), "level_seconds": seconds}
 
 
@@ -50,6 +53,8 @@ def main() -> None:
     args, options = parser.parse_known_args()
     common = [*options, "--num_noise_seeds", "1"]
     some = ["--sigmas", *args.rival_sigmas] if args.rival_sigmas else []
+    for rival in args.rivals:  # refuse before any long work what they do not take
+        sweep.parse_arguments([*common, *some, "--protocol", rival])
     reports = {"logistic_regression": run(args.output_dir / "logistic_regression", common)}
     for rival in args.rivals:
         reports[rival] = run(args.output_dir / rival, [*common, *some, "--protocol", rival])

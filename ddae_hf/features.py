@@ -205,7 +205,8 @@ class FeatureCache:
         start = min(rows.get(layer, 0) for layer in layers)
         widths = {layer: hidden_size(self.model.denoiser, layer) for layer in layers}
         new = [layer for layer in layers if not rows.get(layer)]
-        _check_space(folder, sum(4 * count * widths[layer] for layer in new))
+        # Files take space only as they are filled.
+        _check_space(folder, sum(4 * (count - rows.get(layer, 0)) * widths[layer] for layer in layers))
         files = {}
         for layer in layers:
             shape = None if layer not in new else (count, widths[layer])

@@ -23,7 +23,8 @@ def minimise(
         max_iterations: Where to stop in any case.
 
     Returns:
-        Variables (B, D), values (B,), and which functions are done (B,).
+        Variables (B, D), values (B,), and which functions are done (B,): by the tolerance, or because rounding lets no
+        further step descend.
     """
     value, gradient = evaluate(variables)
     history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)

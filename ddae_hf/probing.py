@@ -4,7 +4,8 @@ Multinomial logistic regression minimises, over weights W (K, C) and biases b (K
 
     mean_i cross_entropy(W z_i + b, y_i) + l2 / 2 ||W||^2.
 
-(scikit-learn's `LogisticRegression(C=c)` is this with l2 = 1 / (c N), for N images.) Many such problems, one for every
+(scikit-learn's `LogisticRegression(C=c)` is this with l2 = 1 / (c N), for N images; of two classes, where it has one
+row of weights for the two here, with l2 = 2 / (c N).) Many such problems, one for every
 layer and every l2, are solved together by L-BFGS (Liu and Nocedal 1989), each with its own memory and step length.
 Features are read in pieces, so that what is mapped from disk is never in memory as a whole.
 
@@ -15,6 +16,7 @@ L-BFGS works on whitened weights: with the features' correlation matrix Q diag(v
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +40,10 @@ class LinearProbes:
     """Linear classifiers on one layer's features, one for every l2.
 
     Attributes:
-        weight: (L, K, C), for features as they are, not standardised.
-        bias: (L, K).
+        weight: (L, K, C), float64, for features as they are, not standardised.
+        bias: (L, K), float64.
         loss: The objectives at these weights, (L,), float64.
-        converged: Whether the estimated distance from each optimum is below the tolerance, (L,).
+        converged: Whether each came to its end, (L,): see `lbfgs.minimise`.
     """
 
     weight: Tensor
@@ -62,7 +64,7 @@ class LinearProbes:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             # The mean of logits is the logit of mean features.
-            mean = _stack(views, part).mean(0).to(self.weight.device)
+            mean = _stack(views, part).mean(0, dtype=torch.float64).to(self.weight.device)
             logits = torch.einsum("nc,lkc->lnk", mean, self.weight) + self.bias[:, None]
             predicted[:, start : start + size] = logits.argmax(2).cpu().numpy()
         return predicted
@@ -223,8 +225,15 @@ class _Problem:
         start = torch.zeros(self.probes * len(self.l2), self.classes * (self.width + 1), device=self.device)
         variables, loss, converged = minimise(self.evaluate, start, tolerance, max_iterations)
         weight, bias = self.weights(variables)
-        weight = weight / self.std[:, None, None]
-        bias = bias - (weight * self.mean[:, None, None]).sum(3)
+        if not converged.all():
+            warnings.warn(
+                f"{int((~converged).sum())} of {len(converged)} probes did not reach their optimum in {max_iterations} "
+                "iterations: regularise them more, or allow more iterations.",
+                stacklevel=3,
+            )
+        # In float64, as features may be far from zero.
+        weight = weight.double() / self.std[:, None, None].double()
+        bias = bias.double() - (weight * self.mean[:, None, None].double()).sum(3)
         shape = (self.probes, len(self.l2))
         return [
             LinearProbes(*parts) for parts in zip(weight, bias, loss.view(shape), converged.view(shape), strict=True)

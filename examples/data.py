@@ -1,4 +1,4 @@
-"""What the scripts share: options, images of a data set, what a network is told of them, saved classifiers."""
+"""What the scripts share: options, images of a data set, what a network is told of them, pictures."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from ddae_hf import DDAEForImageClassification, DDAEImageProcessor
+from ddae_hf import DDAEImageProcessor
 from ddae_hf.augment import augment, embed_labels, label_width
 from ddae_hf.conditioning import drop_labels, num_labels
-from ddae_hf.noise import indexed_noise
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -106,13 +104,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_train_samples", type=int, help="Use only the first N training images.")
 
 
-def add_label_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which images are tested on, beside those of `add_data_arguments`."""
-    group = parser.add_argument_group("test data")
-    group.add_argument("--test_split", default="test", help="Split to test on.")
-    group.add_argument("--max_test_samples", type=int, help="Use only the first N test images.")
-
-
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how training images are changed, and what a network is told of them."""
     group, flag = parser.add_argument_group("inputs"), argparse.BooleanOptionalAction
@@ -158,6 +149,8 @@ def pick_split(splits: DatasetDict, name: str, limit: int | None = None) -> Data
     if name not in splits:
         raise SystemExit(f"The data set has no split {name!r}; it has {sorted(splits)}.")
     split = splits[name]
+    if limit is not None and limit < 1:
+        raise SystemExit(f"{limit} images of the split {name!r} are asked for: it must be at least 1.")
     if len(split) == 0:
         raise SystemExit(f"The split {name!r} is empty.")
     return split.select(range(min(limit, len(split)))) if limit else split
@@ -190,71 +183,12 @@ def label_column(dataset: Dataset, name: str | None) -> str:
     return column
 
 
-class LabelledImages:
-    """The labelled images: their pixels in batches, their labels, the names of classes."""
-
-    def __init__(self, args: argparse.Namespace, processor: DDAEImageProcessor):
-        splits = load_splits(args)
-        self.splits = {
-            "train": pick_split(splits, args.train_split, args.max_train_samples),
-            "test": pick_split(splits, args.test_split, args.max_test_samples),
-        }
-        self.processor, self.batch_size = processor, args.batch_size
-        self.images = image_column(self.splits["train"], args.image_column)
-        column = label_column(self.splits["train"], args.label_column)
-        self.labels = {name: np.asarray(split[column][:]) for name, split in self.splits.items()}
-        feature = self.splits["train"].features[column]
-        count = int(self.labels["train"].max()) + 1
-        self.names = feature.names if isinstance(feature, ClassLabel) else [str(i) for i in range(count)]
-        for name, labels in self.labels.items():
-            if labels.min() < 0 or labels.max() >= len(self.names):
-                raise SystemExit(
-                    f"Labels of the split {name!r} are {labels.min()} to {labels.max()}: allowed are 0 to "
-                    f"{len(self.names) - 1}."
-                )
-        if len(np.unique(self.labels["train"])) < 2:
-            raise SystemExit("The training images are all of one class: a classifier needs at least two.")
-
-    def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
-        """Yield `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
-        for start in tqdm(range(0, len(indices), self.batch_size), desc=title, leave=False):
-            yield self.pixel_values(split, indices[start : start + self.batch_size])
-
-    def pixel_values(self, split: str, indices: np.ndarray) -> torch.Tensor:
-        """Return `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
-        images = self.splits[split].select(indices)[:][self.images]
-        return self.processor(images, return_tensors="pt")["pixel_values"]
-
-    def dataset(self, split: str, noise: tuple[int, int] | None = None) -> Dataset:
-        """Return a split as `pixel_values` and `labels`, and `noise` of each image's own if (draws, seed) came."""
-        dataset = self.splits[split].select_columns([self.images]).add_column("labels", self.labels[split])
-        dataset = dataset.add_column("index", np.arange(len(dataset)))
-
-        def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-            pixels = self.processor(batch[self.images], return_tensors="pt")["pixel_values"]
-            row = {"pixel_values": pixels, "labels": torch.tensor(batch["labels"])}
-            if noise is not None:
-                shape, view = (noise[0], *pixels.shape[1:]), noise_view(split, 0)
-                row["noise"] = indexed_noise(shape, batch["index"], noise[1], view)
-            return row
-
-        return dataset.with_transform(prepare)
-
-
-def noise_view(split: str, view: int) -> int:
-    """Return the number of a view's draw of noise: training and test images never share one."""
-    return 2 * view + (split == "test")
-
-
-def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Return the indices of `per_class` images of every class."""
-    rng = np.random.default_rng(seed)
-    smallest = np.bincount(labels).min()
-    if per_class > smallest:
-        raise SystemExit(f"--labels_per_class is {per_class}, but the smallest class has {smallest} training images.")
-    return np.concatenate(
-        [rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in np.unique(labels)]
-    )
+def read_labels(dataset: Dataset, column: str) -> np.ndarray:
+    """Return the labels (N,) of a column, or stop where some are missing."""
+    labels = dataset[column][:]
+    if None in labels:
+        raise SystemExit(f"Some images have no label in the column {column!r}: leave them out.")
+    return np.asarray(labels)
 
 
 def images_hash(dataset: Dataset, column: str) -> str:
@@ -267,42 +201,6 @@ def images_hash(dataset: Dataset, column: str) -> str:
     return digest.hexdigest()
 
 
-def save_classifier(
-    folder: str | os.PathLike[str],
-    checkpoint: str,
-    processor: DDAEImageProcessor,
-    names: Sequence[str],
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    **options: Any,
-) -> None:
-    """Write a checkpoint's denoiser with a linear classifier, weights (K, C) and biases (K,), as one model.
-
-    `options` are those of its configuration, such as `layer` and `sigma`, and of `from_pretrained`.
-    """
-    model = DDAEForImageClassification.from_pretrained(
-        checkpoint,
-        feature_norm="none",
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        ignore_mismatched_sizes=True,
-        **options,
-    )
-    with torch.no_grad():
-        model.classifier.weight.copy_(weight)
-        model.classifier.bias.copy_(bias)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-@torch.no_grad()
-def classify(folder: str | os.PathLike[str], data: LabelledImages, split: str = "test") -> np.ndarray:
-    """Return the classes that a saved classifier gives a split's images, as its users get them."""
-    model = DDAEForImageClassification.from_pretrained(folder).to(best_device())
-    batches = data.batches(split, np.arange(len(data.labels[split])), "saved classifier")
-    return np.concatenate([model(images.to(model.device)).logits.argmax(-1).cpu().numpy() for images in batches])
-
-
 def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
     """Return the training images, a data set of `image` and, where classes are used, `labels`; and how many classes."""
     dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
@@ -313,9 +211,7 @@ def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
     dataset = dataset.rename_columns({old: new for new, old in columns.items() if old != new})
     if not args.class_conditional:
         return dataset, 0
-    if None in (labels := dataset["labels"][:]):
-        raise SystemExit("Some of the images have no label: leave them out, or train without --class_conditional.")
-    labels, feature = np.asarray(labels), dataset.features["labels"]
+    labels, feature = read_labels(dataset, "labels"), dataset.features["labels"]
     count = feature.num_classes if isinstance(feature, ClassLabel) else int(labels.max()) + 1
     if labels.min() < 0 or labels.max() >= count:
         raise SystemExit(f"Labels of the images are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")

@@ -4,8 +4,8 @@
         --dataset_name uoft-cs/cifar10 --baseline_split test --extractor transformers:facebook/dinov2-base \
         --output_dir runs/cifar10_generation
 
-Images are sampled into `images` of the output folder, number i from seed `--seed` + i; an interrupted run goes on with
-the same command, and several processes share the sampling. `--images_dir` measures images that are there already.
+Images are sampled into `images` of the output folder, number i from seed `--seed` + i; interrupted sampling goes on with
+the same command, and several processes share it. `--images_dir` measures images that are there already.
 
 All figures are taken between features of one network, and cannot be compared with those of another:
 
@@ -88,7 +88,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_reference_samples", type=int, help="Use only the first N images of it.")
     add("--baseline_split", help="Also compare real images of this split, at most as many as generated ones.")
     add("--image_column", help="Column of images; by default the only one that holds images.")
-    add("--cache_dir", help="Where downloaded data is kept.")
     args = parse_with_config(parser, argv)
     check_arguments(parser, args)
     return args
@@ -174,9 +173,9 @@ class Extractor:
 def ddae_extractor(path: str, args: argparse.Namespace) -> Extractor:
     """Return pooled hidden states of a denoiser, under noise that depends on each image's number and the view."""
     tap = {"layer": args.extractor_layer, "sigma": args.extractor_sigma}
-    model = DDAEModel.from_pretrained(path, **{name: value for name, value in tap.items() if value is not None})
+    model = DDAEModel.from_pretrained(path, **{n: v for n, v in tap.items() if v is not None}, cache_dir=args.cache_dir)
     model.to(best_device(), memory_format=torch.channels_last)
-    processor = DDAEImageProcessor.from_pretrained(path)
+    processor = DDAEImageProcessor.from_pretrained(path, cache_dir=args.cache_dir)
     config = model.config
     names = ("layer", "sigma", "pooling", "noise_seed", "num_noise_samples", "null_class", "denoiser", "scheduler")
 
@@ -190,7 +189,9 @@ def ddae_extractor(path: str, args: argparse.Namespace) -> Extractor:
 
 def transformers_extractor(path: str, args: argparse.Namespace) -> Extractor:
     """Return the pooled output of a vision model, or the mean of its last hidden state where it has none."""
-    model, info = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    model, info = AutoModel.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, cache_dir=args.cache_dir
+    )
     if model.main_input_name != "pixel_values":
         raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: give a model of images alone.")
     missing = set(info["missing_keys"])
@@ -200,7 +201,7 @@ def transformers_extractor(path: str, args: argparse.Namespace) -> Extractor:
     if missing:
         raise ValueError(f"its weights {sorted(missing)[:3]} are missing.")
     model.to(best_device()).eval()
-    processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=args.cache_dir)
 
     @torch.no_grad()
     def run(images: list[PILImage.Image]) -> Any:
@@ -299,13 +300,14 @@ def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
     """Return all figures of one set against the reference."""
     size = min(KID_SUBSET_SIZE, len(reference), len(features))
     kernel, spread = kernel_distance(reference, features, subsets=KID_SUBSETS, subset_size=size)
+    whole = size == len(reference) == len(features)  # then every subset is the same
     device = best_device()
     precision, recall = precision_recall(reference.to(device), features.to(device))
     return {
         "num_images": len(features),
         "frechet_distance": frechet_distance(reference, features),
         "kernel_distance": kernel,
-        "kernel_distance_std_over_subsets": spread,
+        "kernel_distance_std_over_subsets": None if whole else spread,
         "kernel_distance_subset_size": size,
         "precision": precision,
         "recall": recall,
@@ -316,9 +318,8 @@ def generator_report(args: argparse.Namespace, pipeline: DDAEPipeline | None) ->
     """Return what the generated images were made by."""
     if pipeline is None:
         return {"images_dir": args.images_dir}
-    made = {name: getattr(args, name) for name in IMAGE_OPTIONS} | {
-        "weights": fingerprint(pipeline.denoiser, dtype=None)
-    }
+    made = {name: getattr(args, name) for name in ("model_name_or_path", *IMAGE_OPTIONS)}
+    made |= {"weights": fingerprint(pipeline.denoiser, dtype=None)}
     return made | {"scheduler": type(pipeline.scheduler).__name__}
 
 
@@ -365,10 +366,9 @@ def table(report: dict[str, Any]) -> str:
     lines = ["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     lines += ["| images | number | Frechet distance | kernel distance x 1000 | precision | recall |", "|---" * 6 + "|"]
     for name, r in report["results"].items():
-        kernel, spread = 1000 * r["kernel_distance"], 1000 * r["kernel_distance_std_over_subsets"]
-        figures = (
-            f"{r['frechet_distance']:.4g} | {kernel:.3g} ± {spread:.2g} | {r['precision']:.3f} | {r['recall']:.3f}"
-        )
+        kernel, spread = f"{1000 * r['kernel_distance']:.3g}", r["kernel_distance_std_over_subsets"]
+        kernel += "" if spread is None else f" ± {1000 * spread:.2g}"
+        figures = f"{r['frechet_distance']:.4g} | {kernel} | {r['precision']:.3f} | {r['recall']:.3f}"
         lines.append(f"| {name} | {r['num_images']:,} | {figures} |")
     return "\n".join(lines)
 

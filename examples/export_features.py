@@ -34,11 +34,13 @@ from data import (
     load_splits,
     parse_with_config,
     pick_split,
+    read_labels,
     write_json,
 )
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import FeatureCache
 from ddae_hf.hidden_states import decoder_layer_names
+from labelled import check_null_class
 
 ROW_GROUP = 10_000
 
@@ -76,6 +78,7 @@ def open_model(args: argparse.Namespace) -> tuple[DDAEModel, list[str], float]:
     sigma = model.config.sigma if args.sigma is None else args.sigma
     for layer in layers:  # refuse what is not there before any long work
         model.config.from_dict(model.config.to_dict(), layer=layer, sigma=sigma)
+    check_null_class(model)
     return model.to(best_device(), memory_format=torch.channels_last), list(dict.fromkeys(layers)), sigma
 
 
@@ -86,7 +89,7 @@ def find_labels(dataset: Dataset, name: str | None) -> tuple[np.ndarray | None, 
         return None, None
     column = label_column(dataset, name)
     feature = dataset.features[column]
-    return np.asarray(dataset[column][:]), feature.names if isinstance(feature, ClassLabel) else None
+    return read_labels(dataset, column), feature.names if isinstance(feature, ClassLabel) else None
 
 
 def compute(
@@ -135,7 +138,10 @@ def main(argv: list[str] | None = None) -> None:
         model, layers, sigma = open_model(args)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
-    features = compute(args, model, dataset, column, layers, sigma)
+    try:
+        features = compute(args, model, dataset, column, layers, sigma)
+    except OSError as error:  # no space
+        raise SystemExit(str(error)) from error
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if args.format == "parquet":

@@ -32,15 +32,9 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from data import (
-    LabelledImages,
-    add_data_arguments,
-    add_label_arguments,
-    flip,
-    parse_with_config,
-    random_crop,
-)
+from data import add_data_arguments, flip, parse_with_config, random_crop
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
+from labelled import LabelledImages, add_label_arguments
 
 OPTIONS, AVERAGED = "training_options.yaml", "averaged.safetensors"
 FREE = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "cache_dir", "config"}  # may differ in resuming
@@ -113,11 +107,14 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
     # What is written last is missing where saving was interrupted.
     last = "trainer_state.json" if args.ema_decay is None else AVERAGED
     folders = [Path(wanted)] if wanted not in (None, "latest") else found
-    complete = [f for f in folders if (f / last).is_file() and (f.parent / OPTIONS).is_file()]
-    if not complete and wanted not in (None, "latest"):
-        raise SystemExit(f"--resume_from_checkpoint {wanted}: there is no checkpoint with a training state.")
-    if complete:
-        check_same_run(args, complete[-1].parent / OPTIONS)
+    options = [f.parent / OPTIONS for f in folders if (f.parent / OPTIONS).is_file()]
+    if options:
+        check_same_run(args, options[-1])
+    complete = [f for f in folders if options and (f / last).is_file()]
+    if folders and not complete:
+        raise SystemExit(
+            f"--resume_from_checkpoint {wanted}: there is no checkpoint with a training state that is complete."
+        )
     return complete[-1] if complete else None
 
 
@@ -155,6 +152,8 @@ def check_sizes(args: argparse.Namespace, config: DDAEConfig, count: int) -> Non
     """Stop at options that do not go with the images' size or number."""
     if args.random_crop >= min(config.image_size):
         raise SystemExit(f"--random_crop is {args.random_crop}: the images' sides are {config.image_size}.")
+    if config.feature_norm == "batch_norm" and args.ema_decay is not None:
+        raise SystemExit("The checkpoint has a batch norm, whose statistics cannot be averaged: leave out --ema_decay.")
     if config.feature_norm == "batch_norm" and count % args.batch_size == 1:
         raise SystemExit(f"{count} images leave a batch of one, which has no variance: change --batch_size.")
 

@@ -22,14 +22,12 @@ from tqdm.auto import tqdm
 
 from data import best_device, image_grid, parse_with_config
 from ddae_hf import DDAEPipeline
-from ddae_hf.checkpoints import fingerprint
+from ddae_hf.checkpoints import fingerprint, plain_config
 from ddae_hf.conditioning import num_labels
 from ddae_hf.noise import family
 
 # What the images of a folder depend on, beside the weights.
-IMAGE_OPTIONS = (
-    "model_name_or_path", "num_inference_steps", "scheduler", "sampler", "class_label", "guidance_scale", "seed"
-)  # fmt: skip
+IMAGE_OPTIONS = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,6 +54,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--class_label", type=class_label, help="Class to generate, or `all` for the classes in turn.")
     add("--guidance_scale", type=float, default=1.0, help="Strength of classifier-free guidance; at 1 there is none.")
     add("--seed", type=int, default=0)
+    add("--cache_dir", help="Where downloaded checkpoints and data are kept.")
 
 
 def class_label(value: str) -> int | str:
@@ -79,7 +78,10 @@ def open_processes() -> PartialState:
 
 def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
     """Return the pipeline on the best device there is, with the scheduler asked for."""
-    pipeline = DDAEPipeline.from_pretrained(args.model_name_or_path)
+    try:
+        pipeline = DDAEPipeline.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
     if args.scheduler:
         chosen = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
         trained, wanted = family(pipeline.scheduler), family(chosen)
@@ -95,7 +97,8 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
 
 def check_folder(args: argparse.Namespace, note: Path, pipeline: DDAEPipeline) -> dict[str, Any]:
     """Return what the images depend on, or stop if the folder's note says that it holds others."""
-    options = {name: getattr(args, name) for name in IMAGE_OPTIONS} | {"weights": fingerprint(pipeline.denoiser)}
+    options = {name: getattr(args, name) for name in IMAGE_OPTIONS} | {"null_class": pipeline.null_class}
+    options |= {"weights": fingerprint(pipeline.denoiser, dtype=None), "scheduler": plain_config(pipeline.scheduler)}
     if note.exists() and json.loads(note.read_text()) != options:
         raise SystemExit(f"{note.parent} holds images made with other options or weights: choose another --output_dir.")
     return options

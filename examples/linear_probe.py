@@ -24,20 +24,19 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import (
-    LabelledImages,
-    add_data_arguments,
-    add_label_arguments,
-    best_device,
-    classify,
-    draw_labels,
-    noise_view,
-    parse_with_config,
-    save_classifier,
-)
+from data import add_data_arguments, best_device, parse_with_config
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
+from labelled import (
+    LabelledImages,
+    add_label_arguments,
+    check_null_class,
+    classify,
+    draw_labels,
+    noise_view,
+    save_classifier,
+)
 
 PIXELS = "pixels"
 Features = Callable[[str, np.ndarray, list[str], float], dict[str, np.ndarray]]
@@ -216,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
     data = LabelledImages(args, processor)
     model = DDAEModel.from_pretrained(args.model_name_or_path, **conditions(args), cache_dir=args.cache_dir)
+    check_null_class(model)
     groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
     layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]
     sigmas = args.sigmas or [model.config.sigma]
@@ -236,7 +236,9 @@ def main(argv: list[str] | None = None) -> None:
     best = results["DDAE"]
     weight, bias = raw_weights(*best["fitted"], len(data.names))
     where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": args.noise_seed, **conditions(args)}
-    save_classifier(output, args.model_name_or_path, processor, data.names, weight, bias, **where)
+    save_classifier(
+        output, args.model_name_or_path, processor, data.names, weight, bias, **where, cache_dir=args.cache_dir
+    )
     saved_accuracy = float((classify(output, data) == data.labels["test"]).mean())
     save_confusion(output / "confusion.png", data.labels["test"], best["predicted"], data.names)
     counts = (len(data.labels["train"]), len(data.labels["test"]))

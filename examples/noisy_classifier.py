@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from data import (
-    LabelledImages,
-    add_data_arguments,
-    add_label_arguments,
-    best_device,
-    flip,
-    parse_with_config,
-    random_crop,
-)
+from data import add_data_arguments, best_device, flip, images_hash, parse_with_config, random_crop
 from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
 from ddae_hf.checkpoints import fingerprint
 from ddae_hf.hidden_states import check_layers
 from ddae_hf.noise import check_sigma, indexed_noise
+from labelled import LabelledImages, add_label_arguments, check_null_class
 from noisy_networks import NoiseConditionalMLP, WideResNet
 
 TEST_VIEW, FIRST_TRAIN_VIEW = 1, 2  # training and test images never share noise
@@ -295,6 +289,7 @@ def open_model(args: argparse.Namespace) -> DDAEModel:
     model = DDAEModel.from_pretrained(args.model_name_or_path, **options, cache_dir=args.cache_dir)
     args.layers = args.layers or [model.config.layer]
     check_layers(model.denoiser, args.layers)
+    check_null_class(model)
     for sigma in (args.sigma_min, args.sigma_max):
         check_sigma(model.scheduler, sigma)
     if args.random_crop >= min(model.config.image_size):
@@ -323,10 +318,13 @@ def main(argv: list[str] | None = None) -> None:
         data = LabelledImages(args, processor)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
+    content = {"images": images_hash(data.splits["train"], data.images), "labels": data.labels["train"].tolist()}
+    content = {"preprocessing": processor.to_dict(), "data": sha256(json.dumps(content).encode()).hexdigest()}
     source = {"scheduler": model.config.scheduler, "pooling": model.config.pooling}
-    check_folder(args, "features", OF_FEATURES, weights=fingerprint(model.denoiser), **source)
+    source |= {"weights": fingerprint(model.denoiser, dtype=None), "dtype": str(model.denoiser.dtype)}
+    check_folder(args, "features", OF_FEATURES, **source, **content)
     if args.wide_resnet:
-        check_folder(args, "wide_resnet", OF_WIDE_RESNET)
+        check_folder(args, "wide_resnet", OF_WIDE_RESNET, **content)
     mlp = train_mlp(args, [store_view(args, model, data, view) for view in range(args.num_views)], data)
 
     def on_features(images: Tensor, noise: Tensor, sigma: float) -> Tensor:

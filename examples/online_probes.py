@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from data import best_device, noise_view
+from data import best_device
 from ddae_hf.features import batch_features
 from ddae_hf.hidden_states import hidden_size
 from ddae_hf.probing import OnlineProbes
+from labelled import noise_view
 
 if TYPE_CHECKING:
     from sweep import Sweep

@@ -24,27 +24,25 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import (
-    LabelledImages,
-    add_data_arguments,
-    add_label_arguments,
-    best_device,
-    classify,
-    draw_labels,
-    images_hash,
-    noise_view,
-    parse_with_config,
-    save_classifier,
-    write_json,
-)
+from data import add_data_arguments, best_device, images_hash, parse_with_config, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import FeatureCache, augment_view
 from ddae_hf.hidden_states import decoder_layer_names
 from ddae_hf.probing import alignment, fit_logistic_regression, knn_predict, uniformity
+from labelled import (
+    LabelledImages,
+    add_label_arguments,
+    check_null_class,
+    classify,
+    draw_labels,
+    noise_view,
+    save_classifier,
+)
 from online_probes import predict_online, train_online
 from plots import draw_sweep
 from training_curve import (
     add_curve_arguments,
+    check_run,
     draw_training_curve,
     points_table,
     sample_quality,
@@ -91,7 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--random_flip", action=flag, help="Mirror half of the images, in views after the first.")
     add("--random_crop", type=int, metavar="PADDING", help="Crop them at random out of so much padding.")
     add("--num_noise_seeds", type=int, default=3, help="Noise seeds that the best pair is tested with.")
-    add("--knn", action=flag, default=False, help="Also classify by the nearest 20 and 200 neighbours.")
+    add("--knn", action=flag, default=False, help="Also classify by the nearest 20 and, of as many images, 200.")
     add("--alignment", action=flag, default=False, help="Also measure alignment and uniformity.")
     add(
         "--few_labels",
@@ -115,9 +113,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """Stop at options that cannot work, and settle those that depend on the protocol."""
     if (args.model_name_or_path is None) == (args.checkpoints is None):
         parser.error("Give one of --model_name_or_path and --checkpoints.")
-    for name in ("num_views", "num_noise_seeds", "num_draws", "num_noise_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+    counts = ("num_views", "num_noise_seeds", "num_draws", "num_noise_samples", "batch_size", "num_epochs")
+    for name, least in [(name, 1) for name in (*counts, "online_batch_size")] + [("noise_seed", 0), ("random_crop", 0)]:
+        if (getattr(args, name) or 0 if least == 0 else getattr(args, name)) < least:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least {least}.")
+    if not 0 < args.learning_rate < math.inf:
+        parser.error(f"--learning_rate is {args.learning_rate}: it must be positive.")
     if not all(0 < l2 < math.inf for l2 in args.l2):
         parser.error(f"--l2 is {args.l2}: every strength must be positive.")
     if not 0 < args.validation_fraction < 1:
@@ -153,11 +154,14 @@ class Sweep:
             name: {"images": images_hash(split, data.images), "preprocessing": data.processor.to_dict()}
             for name, split in data.splits.items()
         }
+        if self.identity["train"] == self.identity["test"]:
+            raise ValueError("The test images are the training images: give another --test_split.")
         self.caches: dict[int, FeatureCache] = {}
 
     def check(self) -> None:
         """Refuse what cannot be probed, before any long work."""
         args, labels = self.args, self.data.labels["train"]
+        check_null_class(self.model)
         for layer in self.layers:
             for sigma in args.sigmas:
                 self.model.config.from_dict(self.model.config.to_dict(), layer=layer, sigma=sigma)
@@ -285,7 +289,7 @@ def few_label_figures(sweep: Sweep, best: dict[str, Any]) -> dict[str, list[floa
         scores = []
         for draw in range(args.num_draws):
             few = draw_labels(labels, per_class, args.seed + draw)
-            # With so few labels none is spared for choosing: scikit-learn's default strength, C = 1.
+            # With so few labels none is spared for choosing: scikit-learn's C = 1, its default (of two classes 2).
             options = {"num_classes": len(data.names), "indices": few, "device": best_device()}
             probes = fit_logistic_regression(train, labels, [1 / len(few)], **options)[layer]
             scores.append(float((probes.predict(test)[0] == data.labels["test"]).mean()))
@@ -296,8 +300,10 @@ def few_label_figures(sweep: Sweep, best: dict[str, Any]) -> dict[str, list[floa
 def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
     """Probe every noise level, and keep each one's figures, so that an interrupted run goes on with the next."""
     args = sweep.args
-    names = ("protocol", "l2", "num_views", "random_flip", "random_crop", "validation_fraction", "knn", "alignment")
-    names = (*names, "num_epochs", "learning_rate", "online_batch_size", "seed")
+    own = {"logistic_regression": ("l2", "num_views")}.get(
+        args.protocol, ("num_epochs", "learning_rate", "online_batch_size")
+    )
+    names = ("protocol", "random_flip", "random_crop", "validation_fraction", "knn", "alignment", "seed", *own)
     known = {"features": sweep.cache(args.noise_seed).identity, "data": sweep.identity["train"], "layers": sweep.layers}
     known |= {name: getattr(args, name) for name in names}
     known["labels"] = hashlib.sha256(sweep.data.labels["train"].tobytes()).hexdigest()
@@ -307,10 +313,12 @@ def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
         path = folder / "levels" / f"sigma-{sigma}.json"
         level = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if level.get("key") != key:
-            started = time.monotonic()
-            level = {"key": key, "rows": probe_level(sweep, sigma)}
-            level["seconds"] = round(time.monotonic() - started, 1)
-            write_json(path, level)
+            started, rest = time.monotonic(), level.get("seconds", 0) if level.get("interrupted") == key else 0
+            level = {"interrupted": key}
+            try:
+                level = {"key": key, "rows": probe_level(sweep, sigma)}
+            finally:
+                write_json(path, level | {"seconds": round(rest + time.monotonic() - started, 1)})
         rows += level["rows"]
     return rows
 
@@ -322,7 +330,10 @@ def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledIm
         sweep = Sweep(args, checkpoint, data)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
-    rows = sweep_levels(sweep, folder)
+    try:
+        rows = sweep_levels(sweep, folder)
+    except OSError as error:  # no space for the features
+        raise SystemExit(str(error)) from error
     best, labels = max(rows, key=lambda row: row["validation_accuracy"]), data.labels["test"]
     levels_done = time.monotonic()
     seeds = range(args.noise_seed, args.noise_seed + args.num_noise_seeds)
@@ -331,6 +342,7 @@ def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledIm
     few = few_label_figures(sweep, best)
     weight, bias, predicted = fitted[0]
     where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": args.noise_seed, **sweep.conditions}
+    where["cache_dir"] = args.cache_dir
     save_classifier(folder / "classifier", checkpoint, data.processor, data.names, weight, bias, **where)
     saved = float((classify(folder / "classifier", data) == labels).mean())
     np.save(folder / "test_predictions.npy", predicted)
@@ -403,6 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     data = LabelledImages(args, processor)
     if checkpoints:
+        check_run(args, checkpoints)
         print(points_table(sweep_run(args, data, checkpoints)))
     else:
         print(summary(sweep_checkpoint(args, first, data, folder)))

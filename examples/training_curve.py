@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 import evaluate_generation
-from data import LabelledImages, best_device
-from ddae_hf import DDAEModel
+from data import best_device
+from ddae_hf import DDAEConfig, DDAEModel
 from ddae_hf.noise import sample_training_sigma
 from ddae_hf.objectives import denoising_loss
+from labelled import LabelledImages
 from plots import stacked_curves
 
 LOSS_IMAGES = 5000
@@ -61,8 +62,29 @@ def test_loss(args: argparse.Namespace, checkpoint: Path, data: LabelledImages) 
     return torch.cat(losses).mean().item()
 
 
+def check_run(args: argparse.Namespace, checkpoints: dict[int, Path]) -> None:
+    """Open what the measurements over a run need, so that what cannot work ends it before any long work."""
+    for checkpoint in checkpoints.values():
+        try:
+            DDAEConfig.from_pretrained(checkpoint)
+        except (ValueError, OSError) as error:
+            raise SystemExit(str(error)) from error
+    if args.quality_extractor:
+        options = quality_options(args, next(iter(checkpoints.values())), Path(args.output_dir))
+        quality = evaluate_generation.parse_arguments(options)
+        images = evaluate_generation.real_images(quality, quality.num_images)["reference"]
+        evaluate_generation.open_extractor(quality, images)
+
+
 def sample_quality(args: argparse.Namespace, checkpoint: Path, folder: Path) -> float:
     """Return the Frechet distance of a checkpoint's samples to the training images, by `evaluate_generation.py`."""
+    evaluate_generation.main(quality_options(args, checkpoint, folder))
+    report = json.loads((folder / "generation_results.json").read_text(encoding="utf-8"))
+    return report["results"]["generated"]["frechet_distance"]
+
+
+def quality_options(args: argparse.Namespace, checkpoint: Path, folder: Path) -> list[str]:
+    """Return the options of `evaluate_generation.py` for a checkpoint's samples."""
     options = ["--model_name_or_path", str(checkpoint), "--output_dir", str(folder)]
     options += ["--extractor", args.quality_extractor, "--features_dir", args.features_dir, "--seed", str(args.seed)]
     options += ["--num_images", str(args.num_quality_images), "--num_inference_steps", str(args.num_inference_steps)]
@@ -70,9 +92,7 @@ def sample_quality(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     for name in ("sampler", "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "cache_dir"):
         if getattr(args, name) is not None:
             options += [f"--{name}", str(getattr(args, name))]
-    evaluate_generation.main(options)
-    report = json.loads((folder / "generation_results.json").read_text(encoding="utf-8"))
-    return report["results"]["generated"]["frechet_distance"]
+    return options
 
 
 def draw_training_curve(path: Path, points: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -377,6 +378,13 @@ def test_generated_images_depend_on_their_number_alone(trained, tmp_path):
     with pytest.raises(SystemExit, match="made with other options or weights"):
         raw = ["--model_name_or_path", str(trained / "raw"), "--num_inference_steps", "2"]
         generate.main([*raw, "--output_dir", str(tmp_path / "b")])
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)  # the same weights under another schedule
+    DDPMScheduler(beta_end=0.01).save_pretrained(other / "scheduler")
+    with pytest.raises(SystemExit, match="made with other options or weights"):
+        generate.main(["--model_name_or_path", str(other), *options[2:], "--output_dir", str(tmp_path / "b")])
+    with pytest.raises(SystemExit, match="is not a folder"):
+        generate.main(["--model_name_or_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "c")])
 
 
 @pytest.fixture(scope="module")
@@ -534,7 +542,7 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
     with pytest.raises(SystemExit, match="null class of .*first is 0: it must be the last, 4"):
         pretrain.main([*arguments, "--init_from", str(tmp_path / "first"), *options, "--mixed_precision", "no"])
     Dataset.from_dict({"image": [picture] * 2, "label": [0, None]}, numbered).to_parquet(tmp_path / "some.parquet")
-    with pytest.raises(SystemExit, match="Some of the images have no label"):
+    with pytest.raises(SystemExit, match="Some images have no label in the column"):
         train(tmp_path / "some.parquet", tmp_path / "other", *options, "--label_column", "label")
     with pytest.raises(SystemExit, match="Labels of the images are -1 to 0"):
         train(tmp_path / "numbered.parquet", tmp_path / "other", *options, "--label_column", "label")

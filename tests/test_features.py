@@ -1,5 +1,6 @@
 """Features of a data set against the model's own forward, and what is kept of them on disk."""
 
+import copy
 import json
 import shutil
 from collections import namedtuple
@@ -125,15 +126,23 @@ def test_all_that_features_depend_on_is_told_apart(model, images, tmp_path):
         changed.denoiser.conv_in.bias[0] += 1e-6  # lost in bfloat16
     Case = namedtuple("Case", ["model", "seed", "options"], defaults=[model, 0, {}])
     cases = [Case(), Case(model=changed), Case(seed=1), Case(options={"sigma": 0.6}), Case(options={"view": 2})]
-    cases += [Case(options={"data": "others"}), Case()]
+    cases += [Case(options={"data": "others"})]
+    cosine = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
+    for option in ({"pooling": "max"}, {"num_noise_samples": 2}, {"scheduler": cosine}):
+        other = DDAEModel(model.config.from_dict(model.config.to_dict(), **option)).eval()
+        other.load_state_dict(model.state_dict())
+        cases.append(Case(model=other))
+    half = copy.deepcopy(model)
+    half.denoiser.to(torch.bfloat16)
+    cases += [Case(model=half), Case()]
     read = []
     for case in cases:
         source = Source(images)
         cached(FeatureCache(tmp_path, case.model, case.seed), source, **case.options)
         read.append(source.read)
-    assert read == [5] * 6 + [0]
+    assert read == [5] * 10 + [0]
     identities = [json.loads(path.read_text()) for path in tmp_path.glob("*/identity.json")]
-    assert sorted(identity["sigma"] for identity in identities) == [0.5] * 5 + [0.6]
+    assert sorted(identity["sigma"] for identity in identities) == [0.5] * 9 + [0.6]
 
 
 def test_other_numbers_of_images_than_announced_are_refused(model, images, tmp_path):

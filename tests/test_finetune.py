@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -118,8 +119,18 @@ def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, d
     with pytest.raises(SystemExit, match="other options: learning_rate, random_flip differ"):
         other = ["--resume_from_checkpoint", "latest", "--no-random_flip", "--learning_rate", "0.5"]
         run(checkpoints / "ddpm", digits, folder, *SIX, *other)
+    with pytest.raises(SystemExit, match="other options: ema_decay differ"):
+        run(checkpoints / "ddpm", digits, folder, *SIX, "--resume_from_checkpoint", "latest", "--ema_decay", "0.5")
     with pytest.raises(SystemExit, match="there is no checkpoint with a training state"):
         run(checkpoints / "ddpm", digits, tmp_path, *SIX, "--resume_from_checkpoint", str(tmp_path))
+
+
+def test_checkpoints_without_their_averages_are_not_trained_over(finetuned, checkpoints, digits, tmp_path):
+    shutil.copytree(finetuned[0], tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint-*/averaged.safetensors"):
+        path.unlink()
+    with pytest.raises(SystemExit, match="there is no checkpoint with a training state that is complete"):
+        run(checkpoints / "ddpm", digits, tmp_path / "run", *SIX, "--resume_from_checkpoint", "latest")
 
 
 def test_averaged_weights_follow_the_rule(checkpoints, digits, tmp_path, monkeypatch):

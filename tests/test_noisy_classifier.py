@@ -1,6 +1,7 @@
 """Classifying noisy images as a user does, at tiny size, on real digits; and the networks that learn it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -141,6 +142,13 @@ def test_a_folder_of_other_options_is_refused(trained, checkpoints, digits, tmp_
     DDAEPipeline.for_denoiser(make_unet(seed=1, **GREY), DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=r"\(weights\)"):
         run(tmp_path, digits, folder, *TWO)
+    with pytest.raises(SystemExit, match=r"\(data\)"):  # the same folder's name, other images in it
+        changed = tmp_path / "changed"
+        shutil.copytree(digits, changed)
+        run(checkpoints / "ddpm", changed, tmp_path / "out", *TWO)
+        rows = Dataset.from_parquet(str(digits / "train.parquet")).select(range(100, 300))
+        rows.to_parquet(changed / "train.parquet")
+        run(checkpoints / "ddpm", changed, tmp_path / "out", *TWO)
 
 
 @pytest.mark.parametrize(("k", "parameters"), [(10, 36_479_194), (2, 1_467_610)])

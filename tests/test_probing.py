@@ -61,6 +61,24 @@ def test_every_probe_reaches_scikit_learns_optimum(chunk_bytes, monkeypatch):
             assert (predicted[i] == classes).mean() > 0.99
 
 
+def test_features_far_from_zero_are_classified_as_they_were_fitted():
+    features, labels = make_features()
+    (near,) = fit_logistic_regression({"a": [features]}, labels, L2).values()
+    features = features + 1e5 * features.std(0)
+    (probe,) = fit_logistic_regression({"a": [features]}, labels, L2).values()
+    for i, l2 in enumerate(L2):
+        found = objective(probe.weight[i], probe.bias[i], features, labels, l2)
+        assert found == pytest.approx(probe.loss[i].item(), abs=1e-4)
+    assert (probe.predict([features]) == near.predict([make_features()[0]])).mean() > 0.97
+
+
+def test_too_few_iterations_are_told():
+    features, labels = make_features()
+    with pytest.warns(UserWarning, match="3 of 3 probes did not reach their optimum in 2 iterations"):
+        (probe,) = fit_logistic_regression({"a": [features]}, labels, L2, max_iterations=2).values()
+    assert not probe.converged.any()
+
+
 def test_two_classes_agree_with_scikit_learn():
     """scikit-learn's two-class model has one row w; two rows w / 2 and -w / 2 have half its penalty."""
     features, labels = make_features(classes=2)

@@ -13,9 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import sweep
-from data import LabelledImages, classify, images_hash
+from data import images_hash
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.hidden_states import decoder_layer_names
+from labelled import LabelledImages, classify
 
 from .conftest import make_dit, make_unet
 
@@ -23,10 +24,10 @@ GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
 SCHEDULERS = {"ddpm": DDIMScheduler, "edm": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 
 
-def save_checkpoint(folder, network="unet", framework="ddpm", seed=0):
+def save_checkpoint(folder, network="unet", framework="ddpm", seed=0, **options):
     """Random networks have features too."""
     if network == "unet":
-        denoiser = make_unet(seed, **GREY)
+        denoiser = make_unet(seed, **GREY, **options)
     else:
         denoiser = make_dit(seed, in_channels=1, num_layers=2, num_embeds_ada_norm=0)
         for parameter in denoiser.parameters():  # diffusers' own start ends in zeros
@@ -225,6 +226,10 @@ def test_a_training_run_is_drawn_over_its_steps(checkpoint, digits, tmp_path):
 def test_what_cannot_work_is_refused_at_once(checkpoint, digits, tmp_path, capsys):
     for options, message in [
         (["--num_views", "0"], "--num_views is 0: it must be at least 1"),
+        (["--protocol", "paper", "--num_epochs", "0"], "--num_epochs is 0: it must be at least 1"),
+        (["--noise_seed", "-1"], "--noise_seed is -1: it must be at least 0"),
+        (["--random_crop", "-1"], "--random_crop is -1: it must be at least 0"),
+        (["--learning_rate", "0"], "--learning_rate is 0.0: it must be positive"),
         (["--validation_fraction", "1"], "must be between 0 and 1"),
         (["--l2", "0"], "every strength must be positive"),
         (["--random_flip"], "give --num_views 2 or more"),
@@ -238,7 +243,10 @@ def test_what_cannot_work_is_refused_at_once(checkpoint, digits, tmp_path, capsy
     for options, message in [
         (["--layers", "up_blocks.7"], "no layer 'up_blocks.7'"),
         (["--sigmas", "1000"], "sigma"),
-        (["--few_labels", "100"], "the smallest class has"),
+        (["--few_labels", "100"], "100 labels a class are asked for: allowed are 1 to"),
+        (["--few_labels", "0"], "0 labels a class are asked for: allowed are 1 to"),
+        (["--max_train_samples", "-5"], "-5 images of the split 'train' are asked for: it must be at least 1"),
+        (["--test_split", "train", "--max_test_samples", "300"], "The test images are the training images"),
         (["--validation_fraction", "0.999"], "leave 0 to fit on and 300 to choose on"),
         (["--knn", "--max_train_samples", "24"], "leave 19 to fit on"),
         (["--alignment", "--max_train_samples", "5"], "1 and 2 are needed"),
@@ -246,6 +254,16 @@ def test_what_cannot_work_is_refused_at_once(checkpoint, digits, tmp_path, capsy
     ]:
         with pytest.raises(SystemExit, match=message):
             run(checkpoint, digits, tmp_path, *options)
+    labelled = save_checkpoint(tmp_path / "conditional", num_class_embeds=11)
+    with pytest.raises(SystemExit, match="without a null class: give --null_class"):
+        run(labelled, digits, tmp_path)
+    run_options = ["--dataset_name", str(digits), "--output_dir", str(tmp_path / "sweep")]
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-5")
+    with pytest.raises(SystemExit, match="--extractor ddae:nowhere cannot be used"):
+        sweep.main(["--checkpoints", str(tmp_path / "run"), "--quality_extractor", "ddae:nowhere", *run_options])
+    (tmp_path / "run" / "checkpoint-6").mkdir()
+    with pytest.raises(SystemExit, match="checkpoint-6 is no checkpoint"):
+        sweep.main(["--checkpoints", str(tmp_path / "run"), *run_options])
     with pytest.raises(SystemExit, match="no folder `checkpoint-STEP`"):
         sweep.main(["--checkpoints", str(tmp_path), "--dataset_name", str(digits)])
     assert not list(tmp_path.rglob("*.npy"))

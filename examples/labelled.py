@@ -1,0 +1,136 @@
+"""Labelled images, and classifiers on them: what the scripts that evaluate share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from tqdm.auto import tqdm
+
+from data import best_device, image_column, label_column, load_splits, pick_split, read_labels
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel
+from ddae_hf.conditioning import class_conditioning
+from ddae_hf.noise import indexed_noise
+
+
+def add_label_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which images are tested on, beside those of `add_data_arguments`."""
+    group = parser.add_argument_group("test data")
+    group.add_argument("--test_split", default="test", help="Split to test on.")
+    group.add_argument("--max_test_samples", type=int, help="Use only the first N test images.")
+
+
+class LabelledImages:
+    """The labelled images: their pixels in batches, their labels, the names of classes."""
+
+    def __init__(self, args: argparse.Namespace, processor: DDAEImageProcessor):
+        splits = load_splits(args)
+        self.splits = {
+            "train": pick_split(splits, args.train_split, args.max_train_samples),
+            "test": pick_split(splits, args.test_split, args.max_test_samples),
+        }
+        self.processor, self.batch_size = processor, args.batch_size
+        self.images = image_column(self.splits["train"], args.image_column)
+        column = label_column(self.splits["train"], args.label_column)
+        self.labels = {name: read_labels(split, column) for name, split in self.splits.items()}
+        feature = self.splits["train"].features[column]
+        count = int(self.labels["train"].max()) + 1
+        self.names = feature.names if isinstance(feature, ClassLabel) else [str(i) for i in range(count)]
+        for name, labels in self.labels.items():
+            if labels.min() < 0 or labels.max() >= len(self.names):
+                raise SystemExit(
+                    f"Labels of the split {name!r} are {labels.min()} to {labels.max()}: allowed are 0 to "
+                    f"{len(self.names) - 1}."
+                )
+        if len(np.unique(self.labels["train"])) < 2:
+            raise SystemExit("The training images are all of one class: a classifier needs at least two.")
+
+    def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
+        """Yield `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
+        for start in tqdm(range(0, len(indices), self.batch_size), desc=title, leave=False):
+            yield self.pixel_values(split, indices[start : start + self.batch_size])
+
+    def pixel_values(self, split: str, indices: np.ndarray) -> torch.Tensor:
+        """Return `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
+        images = self.splits[split].select(indices)[:][self.images]
+        return self.processor(images, return_tensors="pt")["pixel_values"]
+
+    def dataset(self, split: str, noise: tuple[int, int] | None = None) -> Dataset:
+        """Return a split as `pixel_values` and `labels`, and `noise` of each image's own if (draws, seed) came."""
+        dataset = self.splits[split].select_columns([self.images]).add_column("labels", self.labels[split])
+        dataset = dataset.add_column("index", np.arange(len(dataset)))
+
+        def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+            pixels = self.processor(batch[self.images], return_tensors="pt")["pixel_values"]
+            row = {"pixel_values": pixels, "labels": torch.tensor(batch["labels"])}
+            if noise is not None:
+                shape, view = (noise[0], *pixels.shape[1:]), noise_view(split, 0)
+                row["noise"] = indexed_noise(shape, batch["index"], noise[1], view)
+            return row
+
+        return dataset.with_transform(prepare)
+
+
+def check_null_class(model: DDAEModel) -> None:
+    """Stop if a network is class-conditional and nothing says which of its labels stands for none."""
+    try:
+        class_conditioning(model.denoiser, None, 1, "cpu", model.config.null_class)
+    except ValueError as error:
+        raise SystemExit("The network is class-conditional, without a null class: give --null_class.") from error
+
+
+def noise_view(split: str, view: int) -> int:
+    """Return the number of a view's draw of noise: training and test images never share one."""
+    return 2 * view + (split == "test")
+
+
+def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Return the indices of `per_class` images of every class that has any."""
+    rng = np.random.default_rng(seed)
+    classes, counts = np.unique(labels, return_counts=True)
+    if not 1 <= per_class <= counts.min():
+        raise SystemExit(
+            f"{per_class} labels a class are asked for: allowed are 1 to {counts.min()}, which the smallest class has."
+        )
+    return np.concatenate([rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in classes])
+
+
+def save_classifier(
+    folder: str | os.PathLike[str],
+    checkpoint: str,
+    processor: DDAEImageProcessor,
+    names: Sequence[str],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Write a checkpoint's denoiser with a linear classifier, weights (K, C) and biases (K,), as one model.
+
+    `options` are those of its configuration, such as `layer` and `sigma`, and of `from_pretrained`.
+    """
+    model = DDAEForImageClassification.from_pretrained(
+        checkpoint,
+        feature_norm="none",
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    with torch.no_grad():
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(bias)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@torch.no_grad()
+def classify(folder: str | os.PathLike[str], data: LabelledImages, split: str = "test") -> np.ndarray:
+    """Return the classes that a saved classifier gives a split's images, as its users get them."""
+    model = DDAEForImageClassification.from_pretrained(folder).to(best_device())
+    batches = data.batches(split, np.arange(len(data.labels[split])), "saved classifier")
+    return np.concatenate([model(images.to(model.device)).logits.argmax(-1).cpu().numpy() for images in batches])
