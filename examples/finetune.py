@@ -152,10 +152,10 @@ def check_sizes(args: argparse.Namespace, config: DDAEConfig, count: int) -> Non
     """Stop at options that do not go with the images' size or number."""
     if args.random_crop >= min(config.image_size):
         raise SystemExit(f"--random_crop is {args.random_crop}: the images' sides are {config.image_size}.")
-    if config.feature_norm == "batch_norm" and args.ema_decay is not None:
-        raise SystemExit("The checkpoint has a batch norm, whose statistics cannot be averaged: leave out --ema_decay.")
     if config.feature_norm == "batch_norm" and count % args.batch_size == 1:
         raise SystemExit(f"{count} images leave a batch of one, which has no variance: change --batch_size.")
+    if config.feature_norm == "batch_norm" and args.ema_decay is not None:
+        raise SystemExit("The checkpoint has a batch norm, whose statistics are not averaged: leave out --ema_decay.")
 
 
 def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:

@@ -312,10 +312,12 @@ def test_half_precision_without_a_gpu_is_refused(checkpoints, digits, tmp_path, 
     assert "fp16 needs a GPU" in capsys.readouterr().err
 
 
-def test_a_batch_of_one_is_refused_where_batch_statistics_are_taken(checkpoints, digits, tmp_path):
+def test_what_batch_statistics_cannot_do_is_refused(checkpoints, digits, tmp_path):
     make_model("ddpm", checkpoints, feature_norm="batch_norm").save_pretrained(tmp_path / "start")
     with pytest.raises(SystemExit, match="100 images leave a batch of one"):
         run(tmp_path / "start", digits, tmp_path / "out", "--batch_size", "33")
+    with pytest.raises(SystemExit, match="leave out --ema_decay"):
+        run(tmp_path / "start", digits, tmp_path / "out")
 
 
 def test_a_loss_that_is_no_number_ends_training(trainer):
