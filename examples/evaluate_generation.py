@@ -4,8 +4,8 @@
         --dataset_name uoft-cs/cifar10 --baseline_split test --extractor transformers:facebook/dinov2-base \
         --output_dir runs/cifar10_generation
 
-Images are sampled into `images` of the output folder, number i from seed `--seed` + i; interrupted sampling goes on with
-the same command, and several processes share it. `--images_dir` measures images that are there already.
+Images are sampled into `images` of the output folder, number i from seed `--seed` + i; interrupted sampling goes on
+with the same command, and several processes share it. `--images_dir` measures images that are there already.
 
 All figures are taken between features of one network, and cannot be compared with those of another:
 
