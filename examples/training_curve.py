@@ -97,11 +97,11 @@ def quality_options(args: argparse.Namespace, checkpoint: Path, folder: Path) ->
 
 def draw_training_curve(path: Path, points: list[dict[str, Any]]) -> None:
     """Draw accuracy, loss and sample quality over training steps, the best of each marked."""
-    panels = {"accuracy (%)": [100 * point["test_accuracy"] for point in points]}
+    panels = {"test accuracy (%)": [100 * point["test_accuracy"] for point in points]}
     panels["loss on test images"] = [point["test_loss"] for point in points]
     if "frechet_distance" in points[0]:
         panels["Frechet distance"] = [point["frechet_distance"] for point in points]
-    best = {name: (max if name == "accuracy (%)" else min)(values) for name, values in panels.items()}
+    best = {name: (max if name == "test accuracy (%)" else min)(values) for name, values in panels.items()}
     marked = {name: values.index(best[name]) for name, values in panels.items()}
     steps = [point["step"] for point in points]
     stacked_curves(
