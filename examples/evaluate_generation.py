@@ -405,7 +405,9 @@ def main(argv: list[str] | None = None) -> None:
             "num_images": len(reference),
         },
         "versions": versions(args),
-        "results": {sets[role].name: compare(reference, values) for role, values in features.items()},
+        "results": {
+            sets[role].name: compare(reference, values) for role, values in tqdm(features.items(), desc="Comparing")
+        },
         "seconds": round(time.monotonic() - started, 1),
     }
     output.mkdir(parents=True, exist_ok=True)

@@ -113,10 +113,11 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """Stop at options that cannot work, and settle those that depend on the protocol."""
     if (args.model_name_or_path is None) == (args.checkpoints is None):
         parser.error("Give one of --model_name_or_path and --checkpoints.")
-    counts = ("num_views", "num_noise_seeds", "num_draws", "num_noise_samples", "batch_size", "num_epochs")
-    for name, least in [(name, 1) for name in (*counts, "online_batch_size")] + [("noise_seed", 0), ("random_crop", 0)]:
-        if (getattr(args, name) or 0 if least == 0 else getattr(args, name)) < least:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least {least}.")
+    counts = ("num_views", "num_noise_seeds", "num_draws", "num_noise_samples", "batch_size")
+    least = dict.fromkeys((*counts, "num_epochs", "online_batch_size"), 1) | {"noise_seed": 0, "random_crop": 0}
+    for name, smallest in least.items():
+        if (value := getattr(args, name)) is not None and value < smallest:
+            parser.error(f"--{name} is {value}: it must be at least {smallest}.")
     if not 0 < args.learning_rate < math.inf:
         parser.error(f"--learning_rate is {args.learning_rate}: it must be positive.")
     if not all(0 < l2 < math.inf for l2 in args.l2):
@@ -300,9 +301,8 @@ def few_label_figures(sweep: Sweep, best: dict[str, Any]) -> dict[str, list[floa
 def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
     """Probe every noise level, and keep each one's figures, so that an interrupted run goes on with the next."""
     args = sweep.args
-    own = {"logistic_regression": ("l2", "num_views")}.get(
-        args.protocol, ("num_epochs", "learning_rate", "online_batch_size")
-    )
+    online = args.protocol != "logistic_regression"
+    own = ("num_epochs", "learning_rate", "online_batch_size") if online else ("l2", "num_views")
     names = ("protocol", "random_flip", "random_crop", "validation_fraction", "knn", "alignment", "seed", *own)
     known = {"features": sweep.cache(args.noise_seed).identity, "data": sweep.identity["train"], "layers": sweep.layers}
     known |= {name: getattr(args, name) for name in names}
