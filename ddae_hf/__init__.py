@@ -1,6 +1,7 @@
 """Denoising diffusion autoencoders: one checkpoint that generates images and classifies them.
 
-Public names are imported when first used.
+Importing it makes transformers' Auto classes, and so its pipelines, know the model type `ddae`. Other public names are
+imported when first used.
 """
 
 from __future__ import annotations
@@ -8,13 +9,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+)
+
+from .backbone_ddae import DDAEBackbone
+from .configuration_ddae import DDAEConfig
+from .image_processing_ddae import DDAEImageProcessor
+from .modeling_ddae import DDAEForImageClassification, DDAEModel
+
 __version__ = "0.1.0"
 
 _MODULES = {
-    "DDAEConfig": "configuration_ddae",
-    "DDAEForImageClassification": "modeling_ddae",
-    "DDAEImageProcessor": "image_processing_ddae",
-    "DDAEModel": "modeling_ddae",
     "DDAEPipeline": "pipeline_ddae",
     "add_noise": "noise",
     "collect_hidden_states": "hidden_states",
@@ -24,6 +34,7 @@ _MODULES = {
     "timestep_to_sigma": "noise",
 }
 __all__ = [  # noqa: F822 (found by `__getattr__`)
+    "DDAEBackbone",
     "DDAEConfig",
     "DDAEForImageClassification",
     "DDAEImageProcessor",
@@ -38,12 +49,15 @@ __all__ = [  # noqa: F822 (found by `__getattr__`)
 ]
 
 if TYPE_CHECKING:
-    from .configuration_ddae import DDAEConfig
     from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
-    from .image_processing_ddae import DDAEImageProcessor
-    from .modeling_ddae import DDAEForImageClassification, DDAEModel
     from .noise import add_noise, sigma_to_timestep, timestep_to_sigma
     from .pipeline_ddae import DDAEPipeline
+
+AutoConfig.register("ddae", DDAEConfig, exist_ok=True)
+AutoModel.register(DDAEConfig, DDAEModel, exist_ok=True)
+AutoModelForImageClassification.register(DDAEConfig, DDAEForImageClassification, exist_ok=True)
+AutoBackbone.register(DDAEConfig, DDAEBackbone, exist_ok=True)
+AutoImageProcessor.register(DDAEConfig, image_processor_classes={"pil": DDAEImageProcessor}, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,8 @@
 """Checkpoints: which layout a folder or Hub repository has, and how its parts map to a denoiser and a scheduler.
 
-- `transformers`: `config.json` (`model_type: ddae`) and `model.safetensors`, as our models save themselves.
+- `transformers`: `config.json` (`model_type: ddae`) and `model.safetensors`, as our models save themselves. With
+  `head.safetensors` in place of the latter it holds a classifier alone, and the denoiser's weights are those of its
+  base: the pipeline in the same folder, or another checkpoint.
 - `pipeline`: `model_index.json`, `unet/` or `transformer/`, and `scheduler/`, as `DDAEPipeline` and diffusers save.
 - `flat`: `model_index.json`, `config.json`, `scheduler_config.json` and weights side by side, as in
   `google/ddpm-cifar10-32`.
@@ -14,13 +16,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
 from huggingface_hub import is_offline_mode
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 # Denoisers whose hidden states can be read, and the component that holds one in a diffusers pipeline.
@@ -29,6 +34,8 @@ COMPONENTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
 HUB_ARGUMENTS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
 )  # fmt: skip
+
+HEAD_FILE = "head.safetensors"
 
 
 def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
@@ -100,6 +107,8 @@ class Checkpoint:
     denoiser: dict[str, Any]
     scheduler: dict[str, Any] | None
     hub: dict[str, Any] = field(default_factory=dict)
+    head: str | None = None  # the local path of a classifier without its denoiser, whose weights are in `base`
+    base: Checkpoint | None = None
 
     @property
     def weights_subfolder(self) -> str:
@@ -112,7 +121,16 @@ class Checkpoint:
 
         Args:
             dtype: Type of the parameters; by default the one they are stored in.
+
+        Raises:
+            ValueError: No weights in safetensors, or a classifier's base whose weights are not those that it was
+                trained on.
         """
+        if self.base is not None:
+            denoiser = self.base.load_denoiser()
+            check_base(str(self.head), self.base, denoiser)
+            # The denoiser's own `to` would log a warning about an empty list.
+            return denoiser if dtype is None else torch.nn.Module.to(denoiser, dtype)
         hub = {**self.hub, "subfolder": self.weights_subfolder}
         if self.layout == "transformers":
             return self._denoiser_of_transformers_layout(hub, dtype)
@@ -140,6 +158,79 @@ class Checkpoint:
         denoiser = build_denoiser(self.denoiser)
         denoiser.load_state_dict(state, assign=True)
         return (denoiser if dtype is None else denoiser.to(dtype)).eval()
+
+
+def head_metadata(head: str) -> dict[str, str]:
+    """Return what a classifier without its denoiser says of its base: `base`, `revision`, `fingerprint`."""
+    with safe_open(head, framework="pt") as tensors:
+        return dict(tensors.metadata() or {})
+
+
+def check_base(head: str, base: Checkpoint, denoiser: torch.nn.Module) -> None:
+    """Raise `ValueError` unless a denoiser has exactly the weights that the classifier in `head` was trained on."""
+    if fingerprint(denoiser, dtype=None) != head_metadata(head)["fingerprint"]:
+        raise ValueError(
+            f"The weights of {base.path} are not those that the classifier in {head} was trained on: they have changed "
+            "since. Bring back the base as it was, or train a classifier on it as it is."
+        )
+
+
+def write_head(
+    folder: str | os.PathLike[str],
+    tensors: dict[str, torch.Tensor],
+    denoiser: torch.nn.Module,
+    base: str | os.PathLike[str] | None = None,
+    **hub: Any,
+) -> None:
+    """Write a classifier's own tensors into a folder, in place of its whole weights, and what they say of their base.
+
+    Args:
+        folder: The folder.
+        tensors: The classifier's parameters and buffers.
+        denoiser: The denoiser that it was trained on.
+        base: The checkpoint that has the denoiser's weights; by default the pipeline in `folder`.
+        **hub: Where the base's files are.
+
+    Raises:
+        ValueError: No base, or one with another denoiser.
+    """
+    folder = Path(folder)
+    if base is None and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} holds no pipeline: save the generative checkpoint there first (`DDAEPipeline.save_pretrained`), "
+            "or name another one as `base`."
+        )
+    name = "." if base is None else os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
+    # Without `base`, what the folder holds of an earlier classifier plays no part.
+    checkpoint = read_pipeline(folder) if base is None else read_checkpoint(base, **hub)
+    original = checkpoint.load_denoiser()
+    if fingerprint(original) != fingerprint(denoiser):
+        raise ValueError(
+            f"The denoiser of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came from "
+            "elsewhere: `save_pretrained` writes it whole."
+        )
+    known = {"base": name, "fingerprint": fingerprint(original, dtype=None)}
+    if base is not None:
+        known |= {"revision": commit_of(base, **hub) or "", "subfolder": hub.get("subfolder") or ""}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        folder / HEAD_FILE,
+        {"format": "pt", **{k: v for k, v in known.items() if v}},
+    )
+    for whole in folder.glob("model*.safetensors*"):
+        whole.unlink()
+
+
+def _read_base(path: str, head: str, hub: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint that holds the denoiser of a classifier without one."""
+    known = head_metadata(head)
+    if not {"base", "fingerprint"} <= set(known):
+        raise ValueError(f"{path} has a {HEAD_FILE} that does not name its base: write it with `save_head`.")
+    if known["base"] == ".":
+        return read_pipeline(path, **hub)
+    where = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
+    return read_checkpoint(known["base"], revision=known.get("revision"), subfolder=known.get("subfolder"), **where)
 
 
 def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
@@ -190,7 +281,11 @@ def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
     hub["subfolder"] = hub.get("subfolder") or ""
     config = _read_json(path, "config.json", hub)
     if config and config.get("model_type") == "ddae":
-        return Checkpoint(path, "transformers", config, config["denoiser"], config["scheduler"], hub)
+        found = Checkpoint(path, "transformers", config, config["denoiser"], config["scheduler"], hub)
+        found.head = find_file(path, HEAD_FILE, **hub)
+        if found.head is not None:
+            found.base = _read_base(path, found.head, hub)
+        return found
     index = _read_json(path, "model_index.json", hub)
     if index is not None:
         return _read_pipeline(path, index, config, hub)
@@ -204,6 +299,14 @@ def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
         "a config.json of a DDAE model or of a diffusers denoiser "
         f"(found: {config.get('model_type', 'another config.json') if config else 'no config.json'})."
     )
+
+
+def read_pipeline(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
+    """Return the generative checkpoint in a folder or repository that may hold a classifier too."""
+    index = _read_json(os.fspath(path), "model_index.json", hub)
+    if index is None:
+        raise ValueError(f"{path} holds no pipeline: it has no model_index.json.")
+    return _read_pipeline(os.fspath(path), index, None, {**hub, "subfolder": hub.get("subfolder") or ""})
 
 
 def _read_pipeline(
@@ -238,3 +341,12 @@ def _read_pipeline(
     scheduler = {**plain_config(scheduler), "_class_name": classes.get("scheduler", scheduler.get("_class_name"))}
     known = {} if index.get("null_class") is None else {"null_class": index["null_class"]}
     return Checkpoint(path, layout, known, denoiser, scheduler, hub)
+
+
+def commit_of(path: str | os.PathLike[str], **hub: Any) -> str | None:
+    """Return the commit that a Hub repository's files are of, or None for a folder."""
+    if os.path.isdir(path):
+        return None
+    found = find_file(path, "model_index.json", **hub) or find_file(path, "config.json", **hub)
+    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", found or "")
+    return commit[1] if commit else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 from .checkpoints import (
     HUB_ARGUMENTS,
@@ -20,7 +21,7 @@ from .checkpoints import (
     read_checkpoint,
 )
 from .conditioning import num_labels
-from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size
+from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
 from .noise import check_sigma, check_time_embedding, prediction_type, timestep_to_sigma
 
 # The network and the schedule of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
@@ -42,8 +43,8 @@ DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": "DDPMScheduler"}
 FEATURE_NORMS = ("none", "batch_norm")
 
 
-class DDAEConfig(PreTrainedConfig):
-    """Configuration of `DDAEModel` and `DDAEForImageClassification`.
+class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of `DDAEModel`, `DDAEForImageClassification` and `DDAEBackbone`.
 
     Args:
         denoiser: The denoiser's diffusers config with its `_class_name`; by default the paper's 35.7 M U-Net.
@@ -58,6 +59,8 @@ class DDAEConfig(PreTrainedConfig):
         num_noise_samples: Draws of noise that features are averaged over.
         null_class: The label that stands for none in a class-conditional U-Net; a DiT's is its last.
         generator_fingerprint: `checkpoints.fingerprint` of the pretrained denoiser; set when one is opened.
+        out_features: Layers whose feature maps a `DDAEBackbone` returns, in forward order; by default `layer`.
+        out_indices: The same as indices into `stage_names`, in place of names.
         **kwargs: transformers' own, such as `num_labels`, `id2label` and `label2id`.
 
     Raises:
@@ -76,10 +79,13 @@ class DDAEConfig(PreTrainedConfig):
     num_noise_samples: int = 1
     null_class: int | None = None
     generator_fingerprint: str | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in defaults and refuse what cannot work."""
         timestep = kwargs.pop("timestep", None)
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__post_init__(**kwargs)
         self.denoiser = plain_config(self.denoiser)
         self.scheduler = plain_config(self.scheduler)
@@ -99,6 +105,8 @@ class DDAEConfig(PreTrainedConfig):
         if self.layer is None:
             self.layer = default_layer(denoiser)
         check_layers(denoiser, [self.layer])
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features, out_indices)
 
     def _check_choices(self) -> None:
         check_denoiser_class(self.denoiser.get("_class_name"))
@@ -145,14 +153,28 @@ class DDAEConfig(PreTrainedConfig):
         """Number of channels at `layer`, the width of its features."""
         return hidden_size(_skeleton(json.dumps(self.denoiser, sort_keys=True)), str(self.layer))
 
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the denoiser's layers in forward order: what a backbone calls its stages."""
+        return layer_names(_skeleton(json.dumps(self.denoiser, sort_keys=True)))
+
+    @property
+    def stage_channels(self) -> list[int]:
+        """Number of channels of each of `stage_names`."""
+        denoiser = _skeleton(json.dumps(self.denoiser, sort_keys=True))
+        return [hidden_size(denoiser, layer) for layer in self.stage_names]
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from a dictionary; keyword arguments take the place of its entries, and are checked with them."""
-        own = {f.name for f in fields(cls) if f.name in cls.__annotations__} | {"timestep"}
+        own = {f.name for f in fields(cls) if f.name in cls.__annotations__}
+        own |= {"timestep", "out_features", "out_indices"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         config_dict = dict(config_dict)
-        if overrides.get("timestep") is not None and overrides.get("sigma") is None:
-            config_dict.pop("sigma", None)
+        # What is given takes the place of the same thing said otherwise.
+        for given, other in (("timestep", "sigma"), ("out_features", "out_indices"), ("out_indices", "out_features")):
+            if overrides.get(given) is not None and overrides.get(other) is None:
+                config_dict.pop(other, None)
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from transformers.processing_utils import ImagesKwargs
 
 from .checkpoints import HUB_ARGUMENTS, find_file, read_checkpoint
+from .remote_code import PROCESSOR_AUTO_MAP, save_code
 
 
 class DDAEImageProcessorKwargs(ImagesKwargs, total=False):
@@ -59,6 +61,15 @@ class DDAEImageProcessor(PilBackend):
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
         return _options_for(checkpoint.denoiser), {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], include_code: bool = False, **kwargs: Any) -> Any:
+        """Write `preprocessor_config.json`, as in transformers; `include_code` as in `DDAEModel.save_pretrained`."""
+        if self._auto_class is None:  # otherwise it came as remote code itself, which transformers writes again
+            vars(self).pop("auto_map", None)
+            if include_code:
+                self.auto_map = PROCESSOR_AUTO_MAP
+                save_code(save_directory, "image_processing_ddae")
+        return super().save_pretrained(save_directory, **kwargs)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2:

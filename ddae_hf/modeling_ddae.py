@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from .checkpoints import HUB_ARGUMENTS, build_denoiser, build_scheduler, computed_buffers, fingerprint, read_checkpoint
+from .checkpoints import (
+    HEAD_FILE,
+    HUB_ARGUMENTS,
+    build_denoiser,
+    build_scheduler,
+    computed_buffers,
+    fingerprint,
+    read_checkpoint,
+    write_head,
+)
 from .conditioning import check_label_range, class_conditioning, disable_label_dropout, fed_timestep
 from .configuration_ddae import DDAEConfig
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
 from .noise import add_noise, check_sigma, sigma_range, timestep_to_sigma
+from .remote_code import AUTO_MAP, save_code
 
 
 class DDAEPreTrainedModel(PreTrainedModel):
@@ -62,7 +76,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, **kwargs)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
-        if checkpoint.layout == "transformers":
+        if checkpoint.layout == "transformers" and checkpoint.head is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         config = kwargs.pop("config", None)
@@ -71,7 +85,8 @@ class DDAEPreTrainedModel(PreTrainedModel):
             config, kwargs = DDAEConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-        if checkpoint.scheduler is None and not scheduler_given:
+        base = checkpoint.base or checkpoint
+        if base.scheduler is None and not scheduler_given and checkpoint.head is None:
             warnings.warn(
                 f"{checkpoint.path} holds a network without its scheduler: {config.scheduler['_class_name']} is taken. "
                 "If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
@@ -81,10 +96,62 @@ class DDAEPreTrainedModel(PreTrainedModel):
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
         denoiser = checkpoint.load_denoiser(dtype if isinstance(dtype, torch.dtype) else None)
         config.generator_fingerprint = fingerprint(denoiser)
-        prefix = "denoiser." if cls is DDAEModel else "ddae.denoiser."
+        prefix = "denoiser." if issubclass(cls, DDAEModel) else "ddae.denoiser."
         state = {prefix + name: value for name, value in denoiser.state_dict().items()}
+        if checkpoint.head is not None and issubclass(cls, DDAEForImageClassification):
+            state |= load_file(checkpoint.head)
         dtype = denoiser.dtype if dtype in (None, "auto") else dtype
         return super().from_pretrained(None, *model_args, config=config, state_dict=state, dtype=dtype, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, include_code: bool = False, **kwargs: Any
+    ) -> Any:
+        """Write `config.json` and `model.safetensors`, as in transformers.
+
+        Args:
+            save_directory: The folder.
+            *args: See `PreTrainedModel.save_pretrained`.
+            include_code: Whether to write this package's modules beside them, so that the folder, or the repository
+                that it becomes, opens with transformers' Auto classes and `trust_remote_code=True` where `ddae_hf` is
+                not installed.
+            **kwargs: See `PreTrainedModel.save_pretrained`, `push_to_hub` among them.
+        """
+        Path(save_directory, HEAD_FILE).unlink(missing_ok=True)  # of a classifier that was there before
+        self._prepare_code(save_directory, include_code)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _prepare_code(self, folder: str | os.PathLike[str], include_code: bool) -> None:
+        """Write the code if asked for, and let `config.auto_map` name what is in the folder or in a repository."""
+        if self._auto_class is not None:  # came as remote code itself, which transformers writes again
+            return
+        known = vars(self.config).pop("auto_map", None) or {}
+        if include_code:
+            save_code(folder, "backbone_ddae")
+        auto_map = AUTO_MAP if include_code else {name: code for name, code in known.items() if "--" in code}
+        if auto_map:
+            self.config.auto_map = auto_map
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Compute attention with torch's fused function (`"sdpa"`) or in plain steps (`"eager"`)."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        _use_attention(self, self.config._attn_implementation)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        function = args[0] if args else kwargs.get("gradient_checkpointing_func")
+        if enable and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True computes blocks without gradients, so that their hidden states could not be "
+                'trained: use gradient_checkpointing_kwargs={"use_reentrant": False}, the default.'
+            )
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+
+
+def _use_attention(model: nn.Module, implementation: str | None) -> None:
+    """Let the denoiser's attention layers compute as transformers' name for it says."""
+    processor: Any = AttnProcessor() if implementation == "eager" else AttnProcessor2_0()
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(processor)
 
 
 class DDAEModel(DDAEPreTrainedModel):
@@ -96,13 +163,18 @@ class DDAEModel(DDAEPreTrainedModel):
 
     denoiser: Any
     fixed_noise: Tensor
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\."]  # of a classifier's checkpoint
 
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.denoiser = build_denoiser(config.denoiser)
         disable_label_dropout(self.denoiser)
+        if config._attn_implementation == "eager":
+            _use_attention(self.denoiser, "eager")
         shape = (config.num_noise_samples, config.num_channels, *config.image_size)
         self.register_buffer("fixed_noise", torch.empty(shape, dtype=torch.float32), persistent=False)
+        if not self.fixed_noise.is_meta:
+            self.fixed_noise.copy_(self.draw_fixed_noise())
         # Built on the CPU even while the model's own tensors are without memory.
         with torch.device("cpu"):
             self.scheduler = build_scheduler(config.scheduler)
@@ -216,32 +288,49 @@ class DDAEModel(DDAEPreTrainedModel):
             ValueError: Images of another size, a noise level outside the schedule, both `sigma` and `timestep`, an
                 unknown layer, or labels that the denoiser needs or does not take.
         """
-        self._check_images(pixel_values)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         wanted = self._layers_to_return(output_hidden_states)
-        draws = self._noise_draws(pixel_values, noise, generator)
-        count, batch_size = draws.shape[:2]
-        level = _repeat(self._level(sigma, timestep), count)
-        device, null_class = pixel_values.device, self.config.null_class
-        conditioning = class_conditioning(self.denoiser, class_labels, batch_size, device, null_class)
-        noisy, fed = add_noise(self.scheduler, _repeat(pixel_values.float(), count), draws.flatten(0, 1), level)
-        layers = list(dict.fromkeys([*wanted, self.config.layer]))
-        found = collect_hidden_states(
-            self.denoiser,
-            noisy.to(self.denoiser.dtype),
-            fed_timestep(self.denoiser, fed),
-            layers,
-            stop_early=True,
-            **{name: _repeat(value, count) for name, value in conditioning.items()},
+        level = {"sigma": sigma, "timestep": timestep}
+        found = self.read_layers(
+            pixel_values, [*wanted, self.config.layer], class_labels, noise=noise, generator=generator, **level
         )
-        if count > 1:
-            found = {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
         last = found[self.config.layer]
         pooled = pool_hidden_states(last, self.config.pooling)
         hidden_states = tuple(found[name] for name in wanted) or None
         if not return_dict:
             return (last, pooled) if hidden_states is None else (last, pooled, hidden_states)  # type: ignore[return-value]
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=hidden_states)
+
+    def read_layers(
+        self,
+        pixel_values: Tensor,
+        layers: list[str],
+        class_labels: Tensor | None = None,
+        *,
+        sigma: float | Tensor | None = None,
+        timestep: float | Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the hidden states of `layers` by name, and compute nothing after the deepest; see `forward`."""
+        self._check_images(pixel_values)
+        draws = self._noise_draws(pixel_values, noise, generator)
+        count, batch_size = draws.shape[:2]
+        level = _repeat(self._level(sigma, timestep), count)
+        device, null_class = pixel_values.device, self.config.null_class
+        conditioning = class_conditioning(self.denoiser, class_labels, batch_size, device, null_class)
+        noisy, fed = add_noise(self.scheduler, _repeat(pixel_values.float(), count), draws.flatten(0, 1), level)
+        found = collect_hidden_states(
+            self.denoiser,
+            noisy.to(self.denoiser.dtype),
+            fed_timestep(self.denoiser, fed),
+            list(dict.fromkeys(layers)),
+            stop_early=True,
+            **{name: _repeat(value, count) for name, value in conditioning.items()},
+        )
+        if count > 1:
+            found = {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
+        return found
 
 
 def _repeat(values: Tensor, count: int) -> Tensor:
@@ -267,6 +356,35 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     def freeze_denoiser(self) -> None:
         """Train the classifier alone: see `DDAEModel.freeze_denoiser`."""
         self.ddae.freeze_denoiser()
+
+    def save_head(
+        self,
+        save_directory: str | os.PathLike[str],
+        base: str | os.PathLike[str] | None = None,
+        *,
+        include_code: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Write the classifier without its denoiser: `config.json` and a `head.safetensors` of some kilobytes.
+
+        `from_pretrained` of the folder takes the denoiser from its base, pinned to the base's commit, and refuses a
+        base whose weights have changed since.
+
+        Args:
+            save_directory: The folder. Without `base` it holds the generative checkpoint already, as `DDAEPipeline` or
+                diffusers saved it, and then serves both jobs with one copy of the weights.
+            base: The generative checkpoint, a Hub repository id or a folder, if it is another.
+            include_code: See `save_pretrained`.
+            **hub: `revision`, `subfolder`, `token` and so on, which say where the base's files are.
+
+        Raises:
+            ValueError: The denoiser is not that of the base (it was fine-tuned, so `save_pretrained` is needed).
+        """
+        head = {name: value for name, value in self.state_dict().items() if ".denoiser." not in name}
+        write_head(save_directory, head, self.ddae.denoiser, base, **hub)
+        self._prepare_code(save_directory, include_code)
+        self.config.architectures, self.config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
+        self.config.save_pretrained(save_directory)
 
     def forward(
         self,

@@ -64,7 +64,7 @@ class _VariancePreserving:
         sigmas = self.sigmas.to(t.device)
         last = len(sigmas) - 1
         low = t.detach().floor().clamp(0, last).nan_to_num().long()
-        start, stop = sigmas.take(low), sigmas.take((low + 1).clamp(max=last))
+        start, stop = _at(sigmas, low), _at(sigmas, (low + 1).clamp(max=last))
         fraction = t - low
         between = torch.exp(torch.lerp(start.double().log(), stop.double().log(), fraction.double())).float()
         sigma = torch.where(fraction == 0, start, between)
@@ -73,11 +73,13 @@ class _VariancePreserving:
     def timestep(self, sigma: Tensor) -> Tensor:
         sigmas = self.sigmas.to(sigma.device)
         last = len(sigmas) - 1
-        low = (torch.searchsorted(sigmas, sigma.detach().contiguous(), right=True) - 1).clamp(0, max(last - 1, 0))
+        # The last level that is not above sigma; counted, which ONNX can do.
+        low = ((sigmas <= sigma.detach()[..., None]).sum(-1) - 1).clamp(0, max(last - 1, 0))
         high = (low + 1).clamp(max=last)
-        start, stop = sigmas.take(low).double().log(), sigmas.take(high).double().log()
-        fraction = torch.where(sigma == sigmas.take(low), 0.0, (sigma.double().log() - start) / (stop - start))
-        fraction = torch.where(sigma == sigmas.take(high), 1.0, fraction) * (high > low)
+        at_low, at_high = _at(sigmas, low), _at(sigmas, high)
+        start, stop = at_low.double().log(), at_high.double().log()
+        fraction = torch.where(sigma == at_low, 0.0, (sigma.double().log() - start) / (stop - start))
+        fraction = torch.where(sigma == at_high, 1.0, fraction) * (high > low)
         timestep = (low + fraction).float()
         return torch.where((sigma >= sigmas[0]) & (sigma <= sigmas[-1]), timestep, torch.nan)
 
@@ -94,6 +96,11 @@ class _VariancePreserving:
         """Draw timesteps uniformly over the schedule (Ho et al. 2020)."""
         sigmas = self.sigmas.to(device)
         return sigmas[torch.randint(len(sigmas), shape, device=device, generator=generator)]
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Return `values[index]`, for an index without dimensions too, by an operation that ONNX has."""
+    return values.gather(0, index.reshape(-1)).reshape(index.shape)
 
 
 class _Karras:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, EDMEulerScheduler, SchedulerMixin, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -26,8 +27,10 @@ from .checkpoints import (
 )
 from .conditioning import class_conditioning, default_null_class, fed_timestep, num_labels
 from .noise import add_noise, check_time_embedding, denoised, family
+from .remote_code import save_pipeline_code
 from .sampling import churn_factor, heun_step
 
+_Network = Callable[[Tensor, Tensor], Tensor]
 _Step = Callable[[int, Tensor, Tensor], Tensor]
 _HEUN = {"s_churn": 0.0, "s_min": 0.0, "s_max": math.inf, "s_noise": 1.0, "clip_denoised": False}
 
@@ -51,6 +54,7 @@ class DDAEPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet->transformer"  # type: ignore[assignment]
     _optional_components = ["unet", "scheduler", "transformer"]
     _callback_tensor_inputs = ["latents"]
+    _guidance_scale, _interrupt, _num_timesteps = 1.0, False, 0
     _fine_tuned_from: str | None = None  # the classifier's checkpoint, where its denoiser is not a generator's
 
     def __init__(
@@ -61,29 +65,22 @@ class DDAEPipeline(DiffusionPipeline):
         null_class: int | None = None,
     ):
         super().__init__()
-        if scheduler is None:
-            raise ValueError("Pass a `scheduler`: the one that the denoiser was trained under.")
-        given = {"unet": unet, "transformer": transformer}
-        found = [name for name, network in given.items() if network is not None]
-        if len(found) != 1:
-            raise ValueError(f"Pass one denoiser, as `unet` or as `transformer`: {' and '.join(found) or 'none'} came.")
-        name = type(given[found[0]]).__name__
-        check_denoiser_class(name, f"`{found[0]}`")
-        if COMPONENTS[name] != found[0]:
-            raise ValueError(f"`{found[0]}` is a {name}: pass it as `{COMPONENTS[name]}`.")
-        self.register_modules(scheduler=scheduler, **given)
-        count = num_labels(self.denoiser.config)
-        if null_class is not None and not 0 <= null_class < count:
-            has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
-            raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
+        parts = {"unet": unet, "scheduler": scheduler, "transformer": transformer}
+        _check_parts(null_class, **parts)
+        self.register_modules(**parts)
         self.register_to_config(null_class=null_class)
 
     @classmethod
     def for_denoiser(cls, denoiser: Any, scheduler: Any, null_class: int | None = None) -> DDAEPipeline:
         """Return the pipeline of a denoiser, whichever key diffusers keeps its class under."""
-        check_denoiser_class(type(denoiser).__name__)
-        networks = {COMPONENTS[type(denoiser).__name__]: denoiser}
+        check_denoiser_class(_class_name(denoiser))
+        networks = {COMPONENTS[_class_name(denoiser)]: denoiser}
         return cls(scheduler=scheduler, null_class=null_class, **networks)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components that are there, as this class and stock ones take them: `DDPMPipeline(**these)`."""
+        return {name: part for name, part in super().components.items() if part is not None}
 
     @property
     def denoiser(self) -> Any:
@@ -95,6 +92,39 @@ class DDAEPipeline(DiffusionPipeline):
         """The label that stands for none, where the denoiser has one."""
         given = self.config["null_class"]
         return default_null_class(self.denoiser.config) if given is None else given
+
+    @null_class.setter
+    def null_class(self, label: int | None) -> None:
+        _check_parts(label, **self.components)
+        self.register_to_config(null_class=label)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Strength of guidance of the last call; a callback that sets `_guidance_scale` changes the steps after it."""
+        return self._guidance_scale
+
+    def save_pretrained(
+        self, save_directory: Any, safe_serialization: bool = True, *, include_code: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the components and `model_index.json`, as in diffusers.
+
+        Args:
+            save_directory: The folder.
+            safe_serialization: Always true: only safetensors weights are written.
+            include_code: Whether to write this package's modules too. Where it is not installed, the folder then opens
+                with `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)`.
+            **kwargs: See `DiffusionPipeline.save_pretrained`, `push_to_hub` among them.
+
+        Raises:
+            ValueError: Pickled weights are asked for, or components were set that do not make a pipeline.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization is False, but only safetensors weights are written: leave it out.")
+        _check_parts(self.config["null_class"], **self.components)
+        self.register_modules(**self.components)  # diffusers enters none that is set where there was none
+        if include_code:
+            save_pipeline_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
         """Return `model_index.json` without what is not there, so that stock pipelines find only what they know."""
@@ -111,27 +141,31 @@ class DDAEPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDAEPipeline:
         """Open a pipeline from any layout: see `ddae_hf.checkpoints`.
 
-        Takes what `DiffusionPipeline.from_pretrained` takes. A bare network has no scheduler: pass `scheduler=`, or
-        DDPM's defaults are taken, with a warning. A classifier's checkpoint opens as the generator it came from; if its
-        denoiser was fine-tuned since, sampling warns.
+        Takes what `DiffusionPipeline.from_pretrained` takes, with its default of float32. A bare network has no
+        scheduler: pass `scheduler=`, or DDPM's defaults are taken, with a warning. A classifier's checkpoint opens as
+        the generator it came from; if its denoiser was fine-tuned since, sampling warns.
 
         Raises:
-            ValueError: No checkpoint, or a denoiser that is not supported.
+            ValueError: No checkpoint, a denoiser that is not supported, pickled weights, or a wrong `dtype`.
         """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors is False, but only safetensors weights are read: leave it out.")
+        dtypes = _dtypes(kwargs)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
+        checkpoint = checkpoint.base or checkpoint  # the generator of a classifier that has none of its own
         if checkpoint.layout in ("pipeline", "flat") and not checkpoint.hub["subfolder"]:
-            return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+            where = {"revision": checkpoint.hub.get("revision"), "use_safetensors": True}
+            return super().from_pretrained(checkpoint.path, **{**kwargs, **where})
         name = COMPONENTS[checkpoint.denoiser["_class_name"]]
         allowed = {*HUB_ARGUMENTS, "dtype", "torch_dtype", name, "scheduler", "null_class", "use_safetensors"}
         if unknown := sorted(set(kwargs) - allowed):
-            raise ValueError(
-                f"For a checkpoint of this layout {unknown} cannot be given: allowed are {sorted(allowed)}."
-            )
-        denoiser = kwargs.get(name) or checkpoint.load_denoiser()
-        origin = checkpoint.config.get("generator_fingerprint")
-        tuned = checkpoint.layout == "transformers" and name not in kwargs and fingerprint(denoiser) != origin
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        denoiser = denoiser.to(dtype) if isinstance(dtype, torch.dtype) else denoiser
+            raise ValueError(f"For this layout {unknown} cannot be given: allowed are {sorted(allowed)}.")
+        denoiser, tuned = kwargs.get(name), False
+        if denoiser is None:
+            denoiser = checkpoint.load_denoiser()
+            origin = checkpoint.config.get("generator_fingerprint")
+            tuned = checkpoint.layout == "transformers" and fingerprint(denoiser) != origin
+            denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
         scheduler = kwargs.get("scheduler") or _scheduler_of(checkpoint)
         null_class = kwargs.get("null_class", checkpoint.config.get("null_class"))
         pipeline = cls(scheduler=scheduler, null_class=null_class, **{name: denoiser})
@@ -144,9 +178,7 @@ class DDAEPipeline(DiffusionPipeline):
         size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
         shape = (batch_size, config.in_channels, *size)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators came for a batch of {batch_size}: pass one, or one an image."
-            )
+            raise ValueError(f"{len(generator)} generators came for a batch of {batch_size}: pass one, or one each.")
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
@@ -154,25 +186,22 @@ class DDAEPipeline(DiffusionPipeline):
         return latents.to(self._execution_device, torch.float32)
 
     def _check_inputs(self, batch_size: int, steps: int, output_type: str, callback_tensors: list[str]) -> None:
+        _check_parts(self.config["null_class"], **self.components)
         family(self.scheduler)  # refuses a scheduler of no framework that is known
-        if steps < 1:
-            raise ValueError(f"num_inference_steps is {steps}: it must be at least 1.")
+        for name, value in {"num_inference_steps": steps, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1.")
         parameters = list(inspect.signature(self.scheduler.step).parameters.values())
         if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[3:]):
             raise ValueError(f"{type(self.scheduler).__name__} takes steps that need more than an image and its noise.")
         config = self.denoiser.config
         check_time_embedding(config, self.scheduler)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}: allowed are 'pil', 'np' and 'pt'.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}: allowed are 'pil', 'np', 'pt' and 'latent'.")
         if output_type == "pil" and config.in_channels not in (1, 3):
             raise ValueError(f"Images of {config.in_channels} channels have no PIL form: use output_type='np' or 'pt'.")
-        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback tensors {sorted(unknown)} are unknown: allowed are {self._callback_tensor_inputs}."
-            )
+        if unknown := sorted(set(callback_tensors) - set(self._callback_tensor_inputs)):
+            raise ValueError(f"unknown callback tensors {unknown}: allowed are {self._callback_tensor_inputs}.")
 
     def _check_sampler(self, sampler: str | None, heun_options: dict[str, Any]) -> None:
         if sampler not in (None, "heun"):
@@ -185,30 +214,32 @@ class DDAEPipeline(DiffusionPipeline):
                 "trained with EDM, set `pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)`."
             )
 
-    def _network(self, class_labels: Any, batch_size: int, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def _check_guidance(self, class_labels: Any) -> None:
+        if self.guidance_scale != 1 and (class_labels is None or self.null_class is None):
+            missing = "`class_labels`" if class_labels is None else "a null class, which this denoiser lacks"
+            raise ValueError(f"guidance_scale is {self.guidance_scale}: guidance needs {missing}.")
+
+    def _network(self, class_labels: Any, batch_size: int) -> _Network:
         """Return the function of (scaled sample, timestep (B,)) that calls the network, with guidance if asked for."""
-        denoiser, device, null_class = self.denoiser, self._execution_device, self.null_class
-        conditioning = class_conditioning(denoiser, class_labels, batch_size, device, null_class)
-        guided = guidance_scale != 1
-        if guided:
-            if class_labels is None or null_class is None:
-                missing = "`class_labels`" if class_labels is None else "a null class, which this denoiser lacks"
-                raise ValueError(f"guidance_scale is {guidance_scale}: guidance needs {missing}.")
-            labels = conditioning["class_labels"]
-            conditioning = {"class_labels": torch.cat([labels, torch.full_like(labels, null_class)])}
+        denoiser, null_class = self.denoiser, self.null_class
+        conditioning = class_conditioning(denoiser, class_labels, batch_size, self._execution_device, null_class)
         channels = denoiser.config.in_channels
         learns_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
 
         def call(sample: Tensor, timestep: Tensor) -> Tensor:
-            fed = fed_timestep(denoiser, timestep)
+            self._check_guidance(class_labels)  # a callback may have changed it
+            fed, told = fed_timestep(denoiser, timestep), conditioning
             sample = sample.to(denoiser.dtype)
-            if guided:
+            guided = self.guidance_scale != 1
+            if guided and null_class is not None:
+                labels = conditioning["class_labels"]
+                told = {"class_labels": torch.cat([labels, torch.full_like(labels, null_class)])}
                 sample, fed = torch.cat([sample, sample]), torch.cat([fed, fed])
-            output = denoiser(sample, fed, **conditioning).sample.float()
+            output = denoiser(sample, fed, **told).sample.float()
             prediction, variance = output[:, :channels], output[:, channels:]
             if guided:
                 with_label, without = prediction.chunk(2)
-                prediction, variance = torch.lerp(without, with_label, guidance_scale), variance[:batch_size]
+                prediction, variance = torch.lerp(without, with_label, self.guidance_scale), variance[:batch_size]
             return torch.cat([prediction, variance], dim=1) if learns_variance else prediction
 
         return call
@@ -250,22 +281,26 @@ class DDAEPipeline(DiffusionPipeline):
             s_max: Highest sigma to which it adds noise.
             s_noise: Standard deviation of the added noise, in units of what the levels ask for.
             clip_denoised: Whether the Heun sampler clips the denoised image to [-1, 1] at every step.
-            output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1] or `"pt"` (B, C, H, W) in [0, 1].
+            output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`, the
+                last step's tensor (B, C, H, W): images in [-1, 1], not clipped.
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
-            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; tensors that
-                it returns replace the pipeline's.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; tensors in
+                the dictionary that it returns replace the pipeline's. It may set `pipeline._guidance_scale` for the
+                steps that follow, and `pipeline._interrupt` to stop there. A `PipelineCallback` of diffusers will do.
             callback_on_step_end_tensor_inputs: Which tensors the callback gets; `"latents"`, the noisy image.
 
         Raises:
             ValueError: An argument that cannot work, before any step is taken.
         """
-        tensors = callback_on_step_end_tensor_inputs or ["latents"]
-        heun_options: dict[str, Any] = dict(
-            s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise, clip_denoised=clip_denoised
-        )
+        tensors = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            tensors = callback_on_step_end.tensor_inputs
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        heun: Any = dict(s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise, clip_denoised=clip_denoised)
         self._check_inputs(batch_size, num_inference_steps, output_type, tensors)
-        self._check_sampler(sampler, heun_options)
-        network = self._network(class_labels, batch_size, guidance_scale)
+        self._check_sampler(sampler, heun)
+        network = self._network(class_labels, batch_size)
+        self._check_guidance(class_labels)
         if self._fine_tuned_from is not None:
             warnings.warn(
                 f"The denoiser in {self._fine_tuned_from} was trained as a classifier and is no longer the generator "
@@ -275,7 +310,7 @@ class DDAEPipeline(DiffusionPipeline):
         noise = self._initial_noise(batch_size, generator, latents)
         self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
         if sampler == "heun":
-            sample, step = self._heun(noise, network, generator, **heun_options)
+            sample, step = self._heun(noise, network, generator, **heun)
         else:
             sample, step = self._scheduler_steps(noise, network, generator)
         timesteps = self.scheduler.timesteps
@@ -285,16 +320,18 @@ class DDAEPipeline(DiffusionPipeline):
                 sample = step(i, timestep, sample)
                 if callback_on_step_end is not None:
                     outputs = callback_on_step_end(self, i, timestep, dict.fromkeys(tensors, sample))
-                    sample = outputs.pop("latents", sample)
+                    sample = _latents_of(outputs, sample)
                 progress.update()
+                if self._interrupt:
+                    break
         images = self._postprocess(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _scheduler_steps(self, noise: Tensor, network: Callable[..., Tensor], generator: Any) -> tuple[Tensor, _Step]:
+    def _scheduler_steps(self, noise: Tensor, network: _Network, generator: Any) -> tuple[Tensor, _Step]:
         """Return the sample to start from, and the scheduler's own step."""
         scheduler = self.scheduler
-        options = {"generator": generator} if _takes(scheduler.step, "generator") else {}
+        options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
         def step(i: int, timestep: Tensor, sample: Tensor) -> Tensor:
             # Flow-matching schedulers feed the sample as it is.
@@ -305,13 +342,7 @@ class DDAEPipeline(DiffusionPipeline):
         return noise * getattr(scheduler, "init_noise_sigma", 1.0), step
 
     def _heun(
-        self,
-        noise: Tensor,
-        network: Callable[..., Tensor],
-        generator: Any,
-        clip_denoised: bool,
-        s_noise: float,
-        **churn: Any,
+        self, noise: Tensor, network: _Network, generator: Any, clip_denoised: bool, s_noise: float, **churn: Any
     ) -> tuple[Tensor, _Step]:
         """Return the sample to start from, and the step of EDM's second-order sampler."""
         sigmas = self.scheduler.sigmas.tolist()
@@ -330,6 +361,8 @@ class DDAEPipeline(DiffusionPipeline):
         return noise * sigmas[0], step
 
     def _postprocess(self, sample: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return sample
         images = (sample / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -337,8 +370,42 @@ class DDAEPipeline(DiffusionPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array)
 
 
-def _takes(function: Callable[..., Any], argument: str) -> bool:
-    return argument in inspect.signature(function).parameters
+def _class_name(network: Any) -> str:
+    return type(getattr(network, "_orig_mod", network)).__name__  # `torch.compile` wraps the network
+
+
+def _check_parts(null_class: int | None, unet: Any = None, scheduler: Any = None, transformer: Any = None) -> None:
+    """Refuse components that do not make a pipeline."""
+    if scheduler is None:
+        raise ValueError("Pass a `scheduler`: the one that the denoiser was trained under.")
+    found = {key: net for key, net in {"unet": unet, "transformer": transformer}.items() if net is not None}
+    if len(found) != 1:
+        raise ValueError(f"Pass one denoiser, as `unet` or as `transformer`: {' and '.join(found) or 'none'} came.")
+    [(key, denoiser)] = found.items()
+    name = _class_name(denoiser)
+    check_denoiser_class(name, f"`{key}`")
+    if COMPONENTS[name] != key:
+        raise ValueError(f"`{key}` is a {name}: pass it as `{COMPONENTS[name]}`.")
+    count = num_labels(denoiser.config)
+    if null_class is not None and not 0 <= null_class < count:
+        has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
+        raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
+
+
+def _dtypes(kwargs: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Return the type of each component from the arguments of `from_pretrained`, and of the rest as `"default"`."""
+    asked = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
+    dtypes = asked if isinstance(asked, dict) else {"default": asked}
+    if wrong := [dtype for dtype in dtypes.values() if not isinstance(dtype, torch.dtype)]:
+        raise ValueError(f"dtype is {wrong[0]!r}: pass a torch.dtype, or a dictionary of them by component.")
+    return {"default": torch.float32, **dtypes}
+
+
+def _latents_of(outputs: Any, sample: Tensor) -> Tensor:
+    """Return the sample to go on with after a callback."""
+    if not isinstance(outputs, dict):
+        raise ValueError(f"callback_on_step_end returned {outputs!r}: it must return a dictionary, even if empty.")
+    return outputs.get("latents", sample)
 
 
 def _scheduler_of(checkpoint: Checkpoint) -> Any:

@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset
 from tqdm.auto import tqdm
 
 from data import best_device, image_column, label_column, load_splits, pick_split, read_labels
-from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.checkpoints import fingerprint
 from ddae_hf.conditioning import class_conditioning
 from ddae_hf.noise import indexed_noise
 
@@ -109,9 +110,11 @@ def save_classifier(
     bias: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Write a checkpoint's denoiser with a linear classifier, weights (K, C) and biases (K,), as one model.
+    """Write a checkpoint's denoiser with a linear classifier, weights (K, C) and biases (K,), as one folder.
 
-    `options` are those of its configuration, such as `layer` and `sigma`, and of `from_pretrained`.
+    It holds the generator as a pipeline, and beside it the classifier without the denoiser's weights; of a denoiser
+    that was fine-tuned, and generates no more, the whole classifier. `options` are those of its configuration, such as
+    `layer` and `sigma`, and of `from_pretrained`.
     """
     model = DDAEForImageClassification.from_pretrained(
         checkpoint,
@@ -124,7 +127,11 @@ def save_classifier(
     with torch.no_grad():
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(bias)
-    model.save_pretrained(folder)
+    if fingerprint(model.ddae.denoiser) == model.config.generator_fingerprint:
+        DDAEPipeline.from_pretrained(checkpoint, cache_dir=options.get("cache_dir")).save_pretrained(folder)
+        model.save_head(folder)
+    else:
+        model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

@@ -13,11 +13,13 @@ import ddae_hf
 ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines.
 ORDER = [
-    ["noise", "hidden_states", "augment", "checkpoints", "conditioning", "lbfgs"],
+    ["noise", "hidden_states", "augment", "checkpoints", "conditioning", "lbfgs", "remote_code"],
     ["configuration_ddae"],
     ["objectives", "sampling", "image_processing_ddae"],
     ["pipeline_ddae", "modeling_ddae"],
-    ["features", "probing", "generation_metrics"],
+    ["backbone_ddae"],
+    ["features", "probing", "generation_metrics", "run_results"],
+    ["model_card"],
     ["__init__"],
 ]
 RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
@@ -43,7 +45,7 @@ def test_imports_go_one_way():
 
 def test_every_public_name_is_there_and_no_other_is():
     assert ddae_hf.__all__ == sorted(
-        ["DDAEConfig", "DDAEModel", "DDAEForImageClassification", "DDAEImageProcessor", "DDAEPipeline"]
+        ["DDAEBackbone", "DDAEConfig", "DDAEModel", "DDAEForImageClassification", "DDAEImageProcessor", "DDAEPipeline"]
         + [
             "add_noise",
             "sigma_to_timestep",

@@ -1,0 +1,92 @@
+"""`DDAEBackbone`: a denoiser's hidden states as feature maps at several depths, for dense tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+from .configuration_ddae import DDAEConfig
+from .modeling_ddae import DDAEModel, DDAEPreTrainedModel
+
+
+class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
+    """Feature maps of the layers that `out_features` or `out_indices` name, as transformers' backbones give them.
+
+    `stage_names` are the denoiser's layers in forward order, `channels` the widths of those asked for. Opens every
+    layout of checkpoint: `DDAEBackbone.from_pretrained(repo, out_features=["mid_block", "up_blocks.2.attentions.0"])`.
+    Nothing after the deepest layer asked for is computed. As in `DDAEModel`, evaluation adds fixed noise of
+    `config.sigma`, and training fresh noise.
+    """
+
+    has_attentions = False
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\."]  # of a classifier's checkpoint
+
+    def __init__(self, config: DDAEConfig):
+        if config.out_features is None:
+            config.set_output_features_output_indices([str(config.layer)], None)
+        super().__init__(config)
+        self.ddae = DDAEModel(config)
+        self.num_features = config.stage_channels
+        self.post_init()
+
+    def freeze_denoiser(self) -> None:
+        """Train only what stands on the backbone: see `DDAEModel.freeze_denoiser`."""
+        self.ddae.freeze_denoiser()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        sigma: float | Tensor | None = None,
+        timestep: float | Tensor | None = None,
+        class_labels: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """Return feature maps.
+
+        Args:
+            pixel_values: Images (B, C, H, W) in [-1, 1].
+            sigma: See `DDAEModel.forward`, as for the arguments that follow.
+            timestep: See there.
+            class_labels: See there.
+            noise: See there.
+            generator: See there.
+            output_hidden_states: Whether to return the raw hidden states of all `stage_names` too.
+            return_dict: Whether to return a `BackboneOutput` or a tuple.
+            **kwargs: Ignored.
+
+        Returns:
+            `feature_maps`, for each of `out_features` a tensor (B, channels, height, width); a DiT's tokens are laid
+            out on the grid of its patches.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wanted = list(self.config.out_features)
+        found = self.ddae.read_layers(
+            pixel_values,
+            self.stage_names if every else wanted,
+            class_labels,
+            sigma=sigma,
+            timestep=timestep,
+            noise=noise,
+            generator=generator,
+        )
+        feature_maps = tuple(self._on_a_grid(found[name]) for name in wanted)
+        hidden_states = tuple(found[name] for name in self.stage_names) if every else None
+        if not return_dict:
+            return (feature_maps,) if hidden_states is None else (feature_maps, hidden_states)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)  # type: ignore[arg-type]
+
+    def _on_a_grid(self, hidden: Tensor) -> Tensor:
+        """Return a hidden state as (B, C, height, width)."""
+        if hidden.ndim == 4:
+            return hidden
+        height, width = (side // self.ddae.denoiser.config.patch_size for side in self.config.image_size)
+        return hidden.transpose(1, 2).unflatten(2, (height, width))
