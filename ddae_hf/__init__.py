@@ -9,13 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-)
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+# The top level has a stand-in for it where torchvision is missing, in older versions.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .backbone_ddae import DDAEBackbone
 from .configuration_ddae import DDAEConfig

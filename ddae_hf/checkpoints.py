@@ -137,6 +137,7 @@ class Checkpoint:
         name = "diffusion_pytorch_model.safetensors"
         files = _weight_files(self.path, name, hub)
         if not files:
+            refuse_offline(name, self.path, hub)
             raise ValueError(
                 f"{self.path} has no {name} in {self.weights_subfolder or 'its root'}. Only safetensors weights are "
                 "read, never pickles (`.bin`): convert them with diffusers' `save_pretrained(safe_serialization=True)`."
@@ -154,6 +155,7 @@ class Checkpoint:
                     if prefix in ("", "ddae.") and name:
                         state[name] = tensors.get_tensor(key)
         if not state:
+            refuse_offline("model.safetensors", self.path, hub)
             raise ValueError(f"{self.path} has no denoiser weights in model.safetensors.")
         denoiser = build_denoiser(self.denoiser)
         denoiser.load_state_dict(state, assign=True)
@@ -242,6 +244,16 @@ def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | 
     return cached_file(path, filename, _raise_exceptions_for_missing_entries=False, **hub)
 
 
+def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:
+    """Raise `OSError` if what a repository has may be missing only because the Hub is not asked."""
+    if not os.path.isdir(path) and (hub.get("local_files_only") or is_offline_mode()):
+        revision = f" at revision {hub['revision']}" if hub.get("revision") else ""
+        raise OSError(
+            f"{what} of {path}{revision} is not in the Hub's cache (nor is there such a folder), and the Hub is not "
+            "asked in offline mode."
+        )
+
+
 def _read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] | None:
     found = find_file(path, filename, **hub)
     if found is None:
@@ -292,8 +304,7 @@ def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
     if config and "_class_name" in config:
         check_denoiser_class(config["_class_name"], f"The network in {path}")
         return Checkpoint(path, "model", {}, plain_config(config), None, hub)
-    if not os.path.isdir(path) and (hub.get("local_files_only") or is_offline_mode()):
-        raise OSError(f"{path} is no folder here, nor in the Hub's cache, and the Hub is not asked in offline mode.")
+    refuse_offline("A configuration", path, hub)
     raise ValueError(
         f"{path} is no checkpoint that ddae_hf can open: it has neither a model_index.json (a diffusers pipeline) nor "
         "a config.json of a DDAE model or of a diffusers denoiser "

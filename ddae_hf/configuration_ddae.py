@@ -178,6 +178,13 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Open a checkpoint's configuration, whatever its layout; keyword arguments take the place of its entries."""
+        # transformers 5.17 loses the token on its own way here, and could not read a private repository's.
+        config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(config_dict, **kwargs)
+
+    @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
