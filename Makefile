@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-minimum check wheel digits-frameworks cifar10-cpu clean
+.PHONY: quickstart demo model-cards test test-slow test-minimum check wheel digits-frameworks cifar10-cpu clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -14,6 +14,15 @@ $(VENV)/.installed: requirements.txt setup.py
 
 quickstart: $(VENV)/.installed  ## Pretrain, generate and classify handwritten digits.
 	$(BIN)/python examples/quickstart.py --output_dir runs/quickstart
+
+demo: $(VENV)/.installed  ## A page on the quickstart's network: generate, classify, explore.
+	test -f runs/quickstart/classifier/config.json || $(BIN)/python examples/quickstart.py --output_dir runs/quickstart
+	test -f runs/quickstart/sweep/eval_results.json || $(BIN)/python examples/sweep.py --knn --layers all \
+		--model_name_or_path runs/quickstart/checkpoint --dataset_name runs/quickstart/digits --output_dir runs/quickstart/sweep
+	$(BIN)/python examples/demo/app.py
+
+model-cards: $(VENV)/.installed  ## Write the cards of the checkpoints in runs/ again.
+	$(BIN)/python model_cards/render.py
 
 test: $(VENV)/.installed  ## The default tests.
 	$(BIN)/python -m pytest

@@ -18,7 +18,18 @@ EXAMPLES = [
     "tqdm>=4.66.3",
 ]
 INCEPTION = ["torch-fidelity>=0.4"]  # and a torchvision of the torch's build
-DEVELOPMENT = ["build>=1.2", "mypy>=1.15", "pytest>=8.3", "ruff>=0.11", "types-PyYAML"]
+DEMO = [*EXAMPLES, "gradio>=6.31"]
+DEVELOPMENT = [
+    *DEMO,
+    "build>=1.2",
+    "mypy>=1.15",
+    "onnxruntime>=1.32",
+    "onnxscript>=0.7",
+    "pytest>=8.3",
+    "ruff>=0.11",
+    "selenium>=4.51",
+    "types-PyYAML",
+]
 
 setup(
     name="ddae_hf",
@@ -28,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["ddae_hf"],
-    package_data={"ddae_hf": ["py.typed"]},
+    package_data={"ddae_hf": ["py.typed", "model_card_template.md"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -40,7 +51,7 @@ setup(
         "numpy>=2.0.2",
         "pillow>=11.0",
     ],
-    extras_require={"examples": EXAMPLES, "inception": EXAMPLES + INCEPTION, "dev": EXAMPLES + DEVELOPMENT},
+    extras_require={"examples": EXAMPLES, "inception": EXAMPLES + INCEPTION, "demo": DEMO, "dev": DEVELOPMENT},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -1,0 +1,236 @@
+"""A page on which one network generates and classifies images: a Gradio app, and a Space.
+
+    python examples/demo/app.py
+
+By default it shows what `make quickstart` wrote, or, in the folder that make_space.py lays, what lies beside it. The
+options, and environment variables for a Space, name others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # the scripts' shared helpers, which in a Space lie beside this file
+
+import gradio as gr  # noqa: E402 (it reads the variable above)
+from diffusers import EDMEulerScheduler  # noqa: E402
+from pictures import CSS  # noqa: E402
+from views import NO_CLASS, OWN_SAMPLER, Demo  # noqa: E402
+
+from data import add_data_arguments  # noqa: E402
+from ddae_hf.conditioning import num_labels  # noqa: E402
+from ddae_hf.noise import sigma_range  # noqa: E402
+from labelled import add_label_arguments  # noqa: E402
+
+RUN = HERE if (HERE / "checkpoint").is_dir() else Path("runs/quickstart")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add_label_arguments(parser)
+
+    def add(name: str, default: Path, help: str) -> None:
+        variable = f"DDAE_{name.upper()}"
+        value = os.environ.get(variable, str(default))
+        parser.add_argument(f"--{name}", default=value, help=f"{help} Or ${variable}. Default: {default}")
+
+    add("checkpoint", RUN / "checkpoint", "Generator, folder or Hub id, in any layout.")
+    add("classifier", RUN / "classifier", "Classifier, folder or Hub id, as linear_probe.py or sweep.py save it.")
+    add("sweep", RUN / "sweep", "Folder that sweep.py wrote.")
+    add("features_dir", RUN / "features", "Folder where the features of the training images are kept.")
+    parser.add_argument("--batch_size", type=int, default=250, help="Of the pass that computes them.")
+    parser.add_argument("--host", help="Address to listen on; by default this machine's own alone.")
+    parser.add_argument("--port", type=int, help="Port; by default the first free one from 7860 on.")
+    args = parser.parse_args(argv)
+    if args.dataset_name is None and args.train_data_dir is None:
+        args.dataset_name = os.environ.get("DDAE_DATASET_NAME", str(RUN / "digits"))
+    if args.batch_size < 1:
+        parser.error(f"--batch_size is {args.batch_size}: it must be at least 1.")
+    for name in ("checkpoint", "classifier", "dataset_name"):
+        value = getattr(args, name)
+        if value is not None and Path(value).parent == RUN and not Path(value).exists():
+            parser.error(f"There is no {value}: `make quickstart` makes it, or name another with --{name}.")
+    return args
+
+
+def image_field(demo: Demo) -> gr.Image:
+    """Return a field for an image, with a test image of each class below it to click on."""
+    field = gr.Image(type="filepath", format="png", label="Image", height=230, elem_classes="upload")
+    # gradio would open the file itself, and show a trace where it holds no image.
+    field.preprocess = lambda payload: payload and payload.path
+    labels = demo.data.labels["test"]
+    first = [int(np.flatnonzero(labels == k)[0]) for k in np.unique(labels)[:10]]
+    images = [demo.data.splits["test"][i][demo.data.images] for i in first]
+    gr.Examples([[image] for image in images], [field], label="Test images", examples_per_page=10)
+    return field
+
+
+def generate_tab(demo: Demo) -> None:
+    """Lay out the tab that generates."""
+    pipeline, config = demo.pipeline, demo.pipeline.denoiser.config
+    names = dict(enumerate(demo.data.names))
+    classes = [(names.get(k, str(k)), k) for k in range(num_labels(config)) if k != pipeline.null_class]
+    has_null = pipeline.null_class is not None
+    choices = [("any", NO_CLASS)] * has_null + classes if classes else [("any", NO_CLASS)]
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            count = gr.Slider(1, 64, 16, step=1, label="Images")
+            steps = gr.Slider(1, 250, 50, step=1, label="Steps")
+            seed = gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed")
+            heun = isinstance(pipeline.scheduler, EDMEulerScheduler)
+            sampler = gr.Radio([OWN_SAMPLER, "heun"], value=OWN_SAMPLER, label="Sampler", visible=heun)
+            label = gr.Dropdown(choices, value=choices[0][1], label="Class", visible=bool(classes))
+            guidance = gr.Slider(1, 6, 1, step=0.1, label="Guidance", visible=bool(classes) and has_null)
+            with gr.Row():
+                start, stop = (
+                    gr.Button("Generate", variant="primary", elem_id="start"),
+                    gr.Button("Stop", variant="stop", elem_id="stop"),
+                )
+        with gr.Column(scale=3, min_width=320):
+            bar = gr.HTML("Press Generate: noise becomes images, step by step.", elem_id="bar")
+            images = gr.HTML(elem_id="images")
+            gr.Markdown("**The first image on its way**: as it is (above), what the network takes it for (below)")
+            way = gr.HTML(elem_id="way")
+    event = start.click(
+        demo.generate,
+        [count, steps, seed, sampler, label, guidance],
+        [bar, images, way],
+        show_progress="hidden",
+        concurrency_limit=2,
+        api_name="generate",
+    )
+    stop.click(None, cancels=[event], api_visibility="private")
+
+
+def classify_tab(demo: Demo) -> None:
+    """Lay out the tab that classifies."""
+    (layer, sigma), (low, high) = demo.tap, sigma_range(demo.model.ddae.scheduler)
+    low, high = min(math.ceil(1000 * low) / 1000, sigma), min(high, max(3.0, sigma))
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            image = image_field(demo)
+            level = gr.Slider(low, high, sigma, step=0.001, label="Noise level sigma")
+            gr.Markdown(f"The classifier was fitted at sigma {sigma:g}: at others its features are not those it knows.")
+        with gr.Column(scale=2, min_width=320):
+            probabilities = gr.Label(num_top_classes=5, label="Class probabilities", elem_id="probabilities")
+            gr.Markdown("**What the network sees**")
+            seen = gr.HTML(elem_id="seen")
+            pooling = demo.model.config.pooling
+            gr.Markdown(f"**What it makes of it**: hidden states at `{layer}`, whose {pooling} the classifier reads")
+            maps = gr.HTML(elem_id="maps")
+    gr.on(
+        [image.change, level.change],
+        demo.classify,
+        [image, level],
+        [probabilities, seen, maps],
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_name="classify",
+    )
+
+
+def sweep_tab(demo: Demo) -> None:
+    """Lay out the tab of layers and noise levels."""
+    report = demo.sweep
+    if report is None:
+        command = f"python examples/sweep.py --model_name_or_path {demo.args.checkpoint} "
+        command += f"--dataset_name {demo.args.dataset_name} --layers all --output_dir {demo.args.sweep}"
+        gr.Markdown(f"There is no sweep in `{demo.args.sweep}`. This makes one:\n\n```bash\n{command}\n```")
+        return
+    best, images = report["best"], report["images"]
+    test = 100 * next(iter(report["test_accuracies"].values()))
+    gr.Markdown(
+        f"Accuracy (%) of a linear probe on {images['held_out']:,} held-out training images, for every layer and noise "
+        "level; colours follow the logarithm of the error. Click a pair for its figures. The best, "
+        f"`{best['layer']}` at sigma {best['sigma']:g}, was fitted again on all training images and then tested on "
+        f"{images['test']:,} others: **{test:.2f} %**."
+    )
+    table, text = demo.pair_figures(best["layer"], best["sigma"])
+    told = "element.addEventListener('click', e => { const b = e.target.closest('[data-pair]');"
+    told += " if (b) trigger('select', {pair: b.dataset.pair}); });"
+    heat = gr.HTML(table, js_on_load=told)
+    with gr.Row():
+        layers = list(dict.fromkeys(row["layer"] for row in report["pairs"]))
+        layer = gr.Dropdown(layers, value=best["layer"], label="Layer", min_width=260)
+        sigmas = sorted({row["sigma"] for row in report["pairs"]})
+        sigma = gr.Dropdown(
+            [(f"{s:g}", s) for s in sigmas], value=best["sigma"], label="Noise level sigma", min_width=260
+        )
+    shown = gr.Markdown(text, elem_id="pair")
+    options = {"show_progress": "hidden", "api_visibility": "private"}
+    heat.select(demo.clicked_pair, None, [layer, sigma, heat, shown], **options)
+    gr.on([layer.input, sigma.input], demo.pair_figures, [layer, sigma], [heat, shown], **options)
+
+
+def neighbours_tab(demo: Demo) -> None:
+    """Lay out the tab of nearest neighbours."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            image = image_field(demo)
+            count = gr.Slider(1, 48, 12, step=1, label="Neighbours")
+        with gr.Column(scale=2, min_width=320):
+            gr.Markdown(
+                f"**The most similar of {len(demo.features):,} training images**, by the cosine of their features"
+            )
+            found = gr.HTML(elem_id="found")
+    gr.on(
+        [image.change, count.change],
+        demo.neighbours,
+        [image, count],
+        found,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_name="neighbours",
+    )
+
+
+def build(demo: Demo) -> gr.Blocks:
+    """Return the page."""
+    layer, sigma = demo.tap
+    parameters = sum(p.numel() for p in demo.pipeline.denoiser.parameters())
+    with gr.Blocks(title="DDAE", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(
+            "# One network generates and classifies\n"
+            f"A denoiser of {parameters / 1e6:.2g} million parameters. Started from noise, it draws images; its hidden "
+            f"states at `{layer}`, with noise of sigma {sigma:g} on an image, are what a linear classifier reads."
+        )
+        for title, lay_out in (
+            ("Generate", generate_tab),
+            ("Classify", classify_tab),
+            ("Layers and noise", sweep_tab),
+            ("Neighbours", neighbours_tab),
+        ):
+            with gr.Tab(title, elem_id=lay_out.__name__):
+                lay_out(demo)
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the app."""
+    args = parse_arguments(argv)
+    # Fonts of the system: none is fetched.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    page = build(Demo(args)).queue(max_size=32)
+    page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        theme=theme,
+        css=CSS,
+        run_history=False,
+        max_file_size="20mb",
+        ssr_mode=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

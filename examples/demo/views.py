@@ -1,0 +1,197 @@
+"""What the page's fields lead to: the two views of a denoiser and the sweep, asked by whoever looks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from denoising import own_pipeline, stream
+from pictures import feature_maps, figures, heat_map, notice, progress, to_pil
+from PIL import Image, ImageOps
+
+from data import best_device, image_grid, images_hash
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline, add_noise
+from ddae_hf.features import FeatureCache, batch_features
+from labelled import LabelledImages, noise_view
+
+MAX_PIXELS = 50_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+STRIP, CHANNELS, SECONDS_A_FRAME = 8, 6, 0.1
+OTHER_FIGURES = {"l2": "Regularisation l2", "alignment": "Alignment", "uniformity": "Uniformity"}
+OWN_SAMPLER, NO_CLASS = "the scheduler's", -1
+
+
+def open_upload(path: str | None) -> Image.Image:
+    """Return the image in a file, turned upright; raise `ValueError`, to be read by who sent it, if there is none."""
+    if path is None:
+        raise ValueError("No image yet: upload one, or click an example.")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if (pixels := image.width * image.height) <= MAX_PIXELS:
+                return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise ValueError("This file holds no image that can be read: send a PNG, JPEG or WebP file.") from error
+    raise ValueError(
+        f"This image has {pixels / 1e6:.0f} million pixels, and at most {MAX_PIXELS / 1e6:.0f} are taken: make it "
+        "smaller. The network sees a few pixels of it anyway."
+    )
+
+
+def read_sweep(folder: Path) -> dict[str, Any] | None:
+    """Return what a sweep found, or None where none was run."""
+    path = folder / "eval_results.json"
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not report.get("pairs"):
+        raise SystemExit(f"{path} is not a sweep's: give --sweep the folder that sweep.py wrote.")
+    return report
+
+
+class Demo:
+    """What the page shows: the two views of a denoiser, the images, the sweep. Nothing in it changes between calls."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        try:
+            self.pipeline = DDAEPipeline.from_pretrained(args.checkpoint, cache_dir=args.cache_dir).to(best_device())
+            self.model = DDAEForImageClassification.from_pretrained(args.classifier, cache_dir=args.cache_dir)
+            self.processor = DDAEImageProcessor.from_pretrained(args.classifier, cache_dir=args.cache_dir)
+        except (ValueError, OSError) as error:
+            raise SystemExit(str(error)) from error
+        self.model.to(best_device()).eval()
+        self.data = LabelledImages(args, self.processor)
+        self.sweep = read_sweep(Path(args.sweep))
+        self.features = torch.from_numpy(self.training_features())
+
+    @property
+    def tap(self) -> tuple[str, float]:
+        """The layer and the noise level of the classifier."""
+        return self.model.config.layer, self.model.config.sigma
+
+    def training_features(self) -> np.ndarray:
+        """Return the features (N, C) of the training images, from disk if they were computed before."""
+        (layer, sigma), data, split = self.tap, self.data, self.data.splits["train"]
+        identity = {"images": images_hash(split, data.images), "preprocessing": self.processor.to_dict()}
+        cache = FeatureCache(self.args.features_dir, self.model.ddae, self.model.config.noise_seed)
+        try:
+            found = cache.features(
+                lambda start: data.batches("train", np.arange(start, len(split)), "Features of the training images"),
+                len(split),
+                [layer],
+                sigma,
+                view=noise_view("train", 0),
+                data=identity,
+            )
+        except OSError as error:  # no space for them
+            raise SystemExit(str(error)) from error
+        return np.array(found[layer])
+
+    def pixel_values(self, image: Image.Image) -> torch.Tensor:
+        """Return an image as the network takes it, (1, C, H, W)."""
+        return self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
+
+    def generate(
+        self, count: int, steps: int, seed: int | None, sampler: str, label: int, guidance: float
+    ) -> Iterator[tuple[str, str, str]]:
+        """Yield how far it is, the images, and the first one's way, after steps of the sampling."""
+        if seed is None:
+            yield notice("Give a seed, a whole number from 0 on: image number i comes from seed + i."), "", ""
+            return
+        options = {
+            "batch_size": count,
+            "num_inference_steps": steps,
+            "generator": [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)],
+            "class_labels": None if label == NO_CLASS else label,
+            "sampler": None if sampler == OWN_SAMPLER else sampler,
+            "guidance_scale": guidance,
+        }
+        way: list[tuple[Image.Image, str]] = []
+        shown_at, captions = 0.0, [f"seed {seed + i}" for i in range(count)]
+        try:
+            with closing(stream(own_pipeline(self.pipeline), STRIP, **options)) as sampling:
+                for step in sampling:
+                    last = step.number == step.total
+                    images = step.images.clamp(-1, 1) if last else step.images
+                    if step.estimate is not None:
+                        pair = [to_pil(images[0]), to_pil(step.estimate.clamp(-1, 1))]
+                        way.append((image_grid(pair, columns=1), f"sigma {step.sigma:.2g}"))
+                    elif time.monotonic() - shown_at < SECONDS_A_FRAME:
+                        continue
+                    shown_at = time.monotonic()
+                    state = "done" if last else f"noise level sigma {step.sigma:.3g} is left"
+                    bar = progress(step.number, step.total, f"Step {step.number} of {step.total}: {state}")
+                    yield bar, figures([to_pil(x) for x in images], captions, 76), figures(*zip(*way, strict=True), 76)
+        except ValueError as error:  # options that this checkpoint does not take
+            yield notice(str(error)), "", ""
+
+    @torch.no_grad()
+    def classify(self, path: str | None, sigma: float) -> tuple[dict[str, float] | None, str, str]:
+        """Return the classes' probabilities, what the network sees, and what it makes of it."""
+        try:
+            image = open_upload(path)
+        except ValueError as error:
+            return None, notice(str(error)), ""
+        model, layer = self.model, self.tap[0]
+        clean = self.pixel_values(image)
+        outputs = model(clean, sigma=sigma, output_hidden_states=[layer])
+        probabilities = outputs.logits[0].float().softmax(-1).tolist()
+        noisy, _ = add_noise(model.ddae.scheduler, clean, model.ddae.fixed_noise[:1], sigma)
+        size = f"{clean.shape[-1]} x {clean.shape[-2]} pixels"
+        seen = figures(
+            [to_pil(clean[0]), to_pil(noisy[0])], [f"The image, {size}", f"With noise, sigma {sigma:g}"], 150
+        )
+        names = (model.config.id2label[k] for k in range(len(probabilities)))
+        return (
+            dict(zip(names, probabilities, strict=True)),
+            seen,
+            figures(*feature_maps(outputs.hidden_states[0][0], CHANNELS), 104),
+        )
+
+    def neighbours(self, path: str | None, count: int) -> str:
+        """Return the training images whose features are the most like an image's."""
+        try:
+            image = open_upload(path)
+        except ValueError as error:
+            return notice(str(error))
+        (layer, sigma), data = self.tap, self.data
+        seed, view = self.model.config.noise_seed, noise_view("test", 0)  # noise that no training image has
+        pixels = self.pixel_values(image)
+        query = batch_features(self.model.ddae, pixels, [0], [layer], sigma, noise_seed=seed, view=view)[layer].cpu()
+        # Centred as in `knn_predict`: features share an offset beside which all are alike.
+        mean = self.features.mean(0)
+        likeness = torch.cosine_similarity(query - mean, self.features - mean)
+        nearest = likeness.topk(min(count, len(likeness)))
+        images = [data.splits["train"][i][data.images] for i in nearest.indices.tolist()]
+        names = [data.names[data.labels["train"][i]] for i in nearest.indices.tolist()]
+        captions = [f"{name}, cosine {value:.2f}" for name, value in zip(names, nearest.values.tolist(), strict=True)]
+        return figures([to_pil(pixels[0]), *images], ["Your image", *captions], 100)
+
+    def pair_figures(self, layer: str, sigma: float) -> tuple[str, str]:
+        """Return the sweep's table with a pair marked in it, and the pair's figures."""
+        found = [row for row in self.sweep["pairs"] if (row["layer"], row["sigma"]) == (layer, sigma)]
+        if not found:
+            return heat_map(self.sweep["pairs"], {}), "This pair was not swept."
+        lines = [f"**{layer}, sigma {sigma:g}**\n"]
+        for name, value in found[0].items():
+            if name == "validation_accuracy" or name.startswith("knn_"):
+                what = (
+                    "Linear probe" if name == "validation_accuracy" else f"Nearest {name.removeprefix('knn_')} images"
+                )
+                lines.append(f"- {what}, held-out images: {100 * value:.2f} %")
+            elif name in OTHER_FIGURES:
+                lines.append(f"- {OTHER_FIGURES[name]}: {value:.4g}")
+        return heat_map(self.sweep["pairs"], found[0]), "\n".join(lines)
+
+    def clicked_pair(self, event: gr.EventData) -> tuple[str, float, str, str]:
+        """Return the pair whose button was clicked, and what `pair_figures` says of it."""
+        row = self.sweep["pairs"][int(event.pair)]
+        return row["layer"], row["sigma"], *self.pair_figures(row["layer"], row["sigma"])
