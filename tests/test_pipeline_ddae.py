@@ -68,7 +68,7 @@ def test_generators_make_each_image_independent_of_its_batch(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     together = pipeline(3, generator=generators, num_inference_steps=4, output_type="np").images
     for i in range(3):
-        np.testing.assert_allclose(sample(pipeline, 1, seed=i)[0], together[i], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(sample(pipeline, 1, seed=i)[0], together[i], rtol=0, atol=1e-4)
 
 
 def test_latents_are_standard_normal_noise_scaled_inside(unet, scheduler):
