@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARALLEL := --numprocesses 2 --dist loadfile
 
 .PHONY: quickstart demo model-cards test test-slow test-minimum check wheel digits-frameworks cifar10-cpu clean
 
@@ -24,8 +25,8 @@ demo: $(VENV)/.installed  ## A page on the quickstart's network: generate, class
 model-cards: $(VENV)/.installed  ## Write the cards of the checkpoints in runs/ again.
 	$(BIN)/python model_cards/render.py
 
-test: $(VENV)/.installed  ## The default tests.
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## The default tests, on two processes.
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(VENV)/.installed  ## The tests that take minutes.
 	$(BIN)/python -m pytest -m slow
@@ -34,7 +35,7 @@ test-minimum:  ## The default tests on the oldest supported versions, with the s
 	$(PYTHON) -m venv $(VENV)-minimum
 	$(VENV)-minimum/bin/pip install --quiet --requirement requirements-minimum.txt
 	$(VENV)-minimum/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	$(VENV)-minimum/bin/python -m pytest
+	$(VENV)-minimum/bin/python -m pytest $(PARALLEL)
 
 check: $(VENV)/.installed  ## Lint, formatting, types.
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ DEVELOPMENT = [
     "onnxruntime>=1.32",
     "onnxscript>=0.7",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.11",
     "selenium>=4.51",
     "types-PyYAML",

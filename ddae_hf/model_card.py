@@ -1,0 +1,273 @@
+"""Model cards: what a checkpoint is, and what was measured of it.
+
+A card says what the checkpoint's own configuration and the files that runs leave say (`run_results`): a fact that no
+file holds is not in it. Its words are in `model_card_template.md`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import validate_repo_id
+
+from .checkpoints import Checkpoint, build_scheduler, read_checkpoint
+from .conditioning import num_labels
+from .configuration_ddae import DDAEConfig
+from .noise import family
+from .run_results import KINDS, Run, Summary, environment_rows, option_rows, read_runs, summarise
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
+FRAMEWORKS = {"ddpm": "DDPM", "edm": "EDM", "flow": "flow matching"}
+# The smallest network of the paper.
+PAPER_PARAMETERS = 35_700_000
+# Names of more classes than this are left to `config.json`.
+MOST_NAMES = 20
+
+
+def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> ModelCard:
+    """Return a checkpoint's card. `save_card` also puts its pictures where the card looks for them.
+
+    Args:
+        folder: The checkpoint, in any layout.
+        repo_id: The Hub repository that the card's code opens; by default the code opens `folder`, as it is given.
+        **options: `results`, other folders with results of this checkpoint; `model_name`, by default the repository's
+            or the folder's; `dataset_name` and `dataset_id` (on the Hub), over what the runs say of their data;
+            `base_model`, the Hub repository that this checkpoint was trained from; `license`, by the Hub's name of it.
+
+    Raises:
+        ValueError: A folder without a checkpoint, a file that is no result of this project's scripts, or an id that no
+            repository can have.
+    """
+    return _Card(Path(folder), repo_id, **options).render()
+
+
+def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> Path:
+    """Write a checkpoint's card, `README.md`, and its accuracies on the Hub's data sets, `.eval_results/*.yaml`.
+
+    Those of an earlier card are replaced. Pictures of other folders are copied into `images`.
+
+    Args:
+        folder: The checkpoint, in any layout.
+        repo_id: See `make_card`.
+        **options: See `make_card`.
+
+    Returns:
+        The path of the card.
+    """
+    card = _Card(Path(folder), repo_id, **options)
+    rendered = card.render()
+    for picture in card.pictures():
+        target = card.folder / card.link(picture)
+        if target != picture:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(picture, target)
+    for kind in KINDS:
+        path = card.folder / ".eval_results" / f"{kind}.yaml"
+        path.unlink(missing_ok=True)
+        if entries := card.eval_result_entries(kind):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    rendered.save(card.folder / "README.md")
+    return card.folder / "README.md"
+
+
+class _Card:
+    """A checkpoint and the results that its card shows."""
+
+    def __init__(
+        self,
+        folder: Path,
+        repo_id: str | None,
+        *,
+        results: Iterable[str | os.PathLike[str]] = (),
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        dataset_id: str | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+    ):
+        folders: dict[Path, Path] = {}
+        for path in (folder, *map(Path, results)):
+            folders.setdefault(path.resolve(), path)
+            if not path.is_dir():
+                raise ValueError(f"{path} is no folder: give a checkpoint's folder, and folders of results.")
+        for given in (repo_id, dataset_id, base_model):
+            if given is not None:
+                validate_repo_id(given)
+        self.folder, self.path = folder, repo_id or folder.as_posix()
+        self.checkpoint: Checkpoint = read_checkpoint(folder)
+        self.config = DDAEConfig.from_pretrained(folder)
+        self.training, self.runs = read_runs(folders.values())
+        self.summaries: list[Summary] = [summarise(run) for run in self.runs]
+        self.name = model_name or (repo_id or folder.resolve().name).split("/")[-1]
+        given_name = dataset_name or (Path(dataset_id).name if dataset_id else None)
+        self.given_dataset = {k: v for k, v in (("id", dataset_id), ("name", given_name)) if v is not None}
+        self.base_model = base_model or self._fact("base_model")
+        self.license = license or self._fact("license")
+        links = [self.link(picture) for picture in self.pictures()]
+        if double := {link for link in links if links.count(link) > 1}:
+            raise ValueError(f"Two folders of results have the same name ({', '.join(double)}): rename one of them.")
+
+    def _fact(self, name: str) -> Any:
+        """Return what a run that made this checkpoint, not one on it or before it, says."""
+        own = [run for run in self._all_runs() if run.folder == self.folder]
+        if name == "base_model":  # which gave the network's shape alone to one that began with random weights
+            own = [run for run in own if not run.options.get("from_scratch")]
+        places = [place for run in own for place in (run.report, run.options)]
+        return next((place[name] for place in places if place.get(name)), None)
+
+    def _all_runs(self) -> list[Run]:
+        return [*([self.training] if self.training else []), *self.runs]
+
+    def dataset(self, run: Run) -> dict[str, Any]:
+        """Return what is known of a run's data."""
+        return {**run.dataset, **self.given_dataset}
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the checkpoint names classes, and is not only a denoiser."""
+        return "DDAEForImageClassification" in (self.checkpoint.config.get("architectures") or ())
+
+    def samples(self) -> Path | None:
+        """The grid of samples of the end of pretraining."""
+        return max((self.training.folder / "samples").glob("step-*.png"), default=None) if self.training else None
+
+    def pictures(self) -> list[Path]:
+        """Return every picture that the card shows."""
+        samples = self.samples()
+        return [*([samples] if samples else []), *(picture for run in self.runs for picture in run.pictures)]
+
+    def link(self, picture: Path) -> str:
+        """Return a picture's path relative to the checkpoint; those of other folders have theirs in `images`."""
+        if picture.is_relative_to(self.folder):
+            return picture.relative_to(self.folder).as_posix()
+        parent = picture.parent.parent if picture.parent.name == "samples" else picture.parent
+        return f"images/{parent.name}-{picture.name}"
+
+    def figures(self, run: Run, summary: Summary) -> list[EvalResult]:
+        """Return a run's main figures as the Hub knows them; of a classifier first its own accuracy."""
+        known, generated = self.dataset(run), run.kind == "generation"
+        figures = [(f.metric, f.name, f.value, f.conditions) for f in summary.figures]
+        if self.is_classifier and summary.saved is not None:
+            own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
+            figures.insert(0, ("accuracy", "Test accuracy, with the model's fixed noise", summary.saved, own))
+        return [
+            EvalResult(
+                task_type="unconditional-image-generation" if generated else "image-classification",
+                dataset_type=known.get("id", "local"),  # the Hub asks for a word here
+                dataset_name=known.get("name", "local"),
+                # What agrees in task, type, configuration and split is taken for one data set.
+                dataset_config=known.get("config") or (None if "id" in known else known.get("name")),
+                dataset_split=known.get("train_split" if generated else "test_split"),
+                metric_type=metric,
+                metric_name=name,
+                metric_value=value,
+                metric_args=conditions,
+            )
+            for metric, name, value, conditions in figures
+        ]
+
+    def eval_result_entries(self, kind: str) -> list[EvalResultEntry]:
+        """Return the main accuracy of every run of a kind, on data that the Hub has."""
+        entries = []
+        for run, summary in zip(self.runs, self.summaries, strict=True):
+            first = next((f for f in self.figures(run, summary) if f.metric_type == "accuracy"), None)
+            if run.kind == kind and first is not None and "id" in self.dataset(run):
+                details = ", ".join(f"{name} {value}" for name, value in (first.metric_args or {}).items())
+                notes = f"{first.metric_name}, a fraction ({details})"
+                entry = EvalResultEntry(first.dataset_type, "default", first.metric_value, notes=notes)
+                entries.append(entry)
+        return entries
+
+    def metadata(self) -> ModelCardData:
+        """Return what the Hub reads."""
+        pairs = zip(self.runs, self.summaries, strict=True)
+        figures = [figure for run, summary in pairs for figure in self.figures(run, summary)]
+        transformers = self.checkpoint.layout == "transformers"
+        task = "image-classification" if self.is_classifier else "image-feature-extraction"
+        ids = {known["id"] for run in self._all_runs() if "id" in (known := self.dataset(run))}
+        return ModelCardData(
+            library_name="transformers" if transformers else "diffusers",
+            pipeline_tag=task if transformers else "unconditional-image-generation",
+            tags=TAGS,
+            license=self.license,
+            base_model=self.base_model,
+            base_model_relation="finetune" if self.base_model else None,
+            datasets=sorted(ids) or None,
+            metrics=list(dict.fromkeys(figure.metric_type for figure in figures)) or None,
+            model_name=self.name if figures else None,
+            eval_results=figures or None,
+        )
+
+    def description(self) -> dict[str, Any]:
+        """Return what the checkpoint is, and how it is used."""
+        config, scheduler = self.config, self.checkpoint.scheduler
+        tried = {run.kind: run.report for run in self.runs}
+        best = (
+            tried["sweep"]["best"] if "sweep" in tried else tried.get("linear_probe", {}).get("results", {}).get("DDAE")
+        )
+        own = self.checkpoint.layout == "transformers" or best is None
+        is_dit = "num_embeds_ada_norm" in config.denoiser
+        heun = scheduler is not None and scheduler["_class_name"] == "EDMEulerScheduler"
+        trained_with = {} if self.training is None else self.training.options
+        return {
+            "classifier": self.is_classifier,
+            "fine_tuned": self.is_classifier and any(run.kind == "fine_tuning" for run in self.runs),
+            "network": config.denoiser["_class_name"],
+            "framework": FRAMEWORKS[family(build_scheduler(scheduler))] if scheduler else None,
+            "scheduler": scheduler["_class_name"] if scheduler else None,
+            "size": config.image_size,
+            "channels": config.num_channels,
+            "layer": config.layer if own else best["layer"],
+            "sigma": config.sigma if own else best["sigma"],
+            "tap_is_measured": best is not None,
+            "classes": list((config.id2label or {}).values()) if self.is_classifier else [],
+            "most_names": MOST_NAMES,
+            "conditional": num_labels(config.denoiser) > is_dit,
+            "labels_needed": num_labels(config.denoiser) > 0 and config.null_class is None and not is_dit,
+            "sampler": "heun" if heun else None,
+            "steps": 18 if heun else trained_with.get("num_inference_steps"),
+        }
+
+    def render(self) -> ModelCard:
+        """Return the card."""
+        samples, training = self.samples(), self.training
+        sections = [
+            (summary, {self.link(path): text for path, text in run.pictures.items()}, self.dataset(run))
+            for run, summary in zip(self.runs, self.summaries, strict=True)
+        ]
+        tuned = [option_rows(run.options) for run in self.runs if run.kind == "fine_tuning"]
+        card = ModelCard.from_template(
+            self.metadata(),
+            template_str=TEMPLATE.read_text(encoding="utf-8"),
+            name=self.name,
+            path=self.path,
+            **self.description(),
+            samples=self.link(samples) if samples else None,
+            samples_step=int(samples.stem.split("-")[1]) if samples else None,
+            sections=sections,
+            training=training.report if training else {},
+            options=training.options if training else {},
+            trained_on=self.dataset(training) if training else {},
+            small=training is not None and training.report.get("parameters", PAPER_PARAMETERS) < PAPER_PARAMETERS,
+            option_tables=[option_rows(training.options)] if training and training.options else [],
+            tuning_tables=tuned,
+            generation_measured=any(run.kind == "generation" for run in self.runs),
+            environment=environment_rows(training, self.runs),
+            table=_table,
+        )
+        return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
