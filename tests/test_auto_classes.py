@@ -14,11 +14,11 @@ from PIL import Image
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import ddae_hf
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
@@ -104,7 +104,8 @@ sys.modules["ddae_hf"] = None  # importing it fails, as where it is not installe
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 folder, generator = sys.argv[1:3]
 def refusal(function):
     try: return str(function())
