@@ -61,7 +61,7 @@ def figures(folder: Path, splits: Any) -> dict[str, Any]:
     return {
         "parameters": training["parameters"],
         "steps": training["steps"],
-        "seconds": training["seconds_this_run"],
+        "seconds": training["seconds"],
         "loss": training["loss_last_100_batches"],
         "recognised": recognised(splits, samples)["generated"],
         "layer": probe["layer"],

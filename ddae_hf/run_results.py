@@ -34,7 +34,7 @@ PICTURES = {
 # Options that say where things are and how a run is watched, not how a network is trained.
 PLUMBING = re.compile(
     "dataset_|image_column|label_column|train_data_dir|output_dir|cache_dir|logging_dir|model_name|config$|init_from|.*checkpoint"
-    "|sampl|num_sampl|num_inference_steps|report_to|dataloader_|hub_|push_to|license|streaming|.*_split|.*seconds"
+    "|sampl|num_sampl|num_inference_steps|report_to|dataloader_|hub_|push_to|license|streaming|shuffle_|.*_split|.*seconds"
 )
 
 

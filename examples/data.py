@@ -7,15 +7,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
@@ -113,6 +113,30 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--label_dropout", type=float, default=0.1, help="How often it is told the null class instead.")
 
 
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how training images are read."""
+    group = parser.add_argument_group("loading")
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that decode images.")
+    group.add_argument(
+        "--streaming", action=argparse.BooleanOptionalAction, default=False,
+        help="Read images while training, without ever downloading or holding the whole data set.",
+    )  # fmt: skip
+    group.add_argument(
+        "--shuffle_buffer", type=int, default=10000, help="Images of a stream among which the next one is drawn."
+    )
+
+
+def check_loading_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop at options of `add_loading_arguments` that cannot work."""
+    for name, least in {"dataloader_num_workers": 0, "shuffle_buffer": 1}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least {least}.")
+    if args.streaming and args.max_train_steps is None:
+        parser.error("--streaming needs --max_train_steps: how many images an epoch has is not known.")
+    if args.streaming and args.max_train_samples and args.dataloader_num_workers > 1:
+        parser.error("--max_train_samples: workers share a stream's files, none knows its first N: take one.")
+
+
 def check_input_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Stop at options of `add_input_arguments` that cannot work."""
     if args.augment and (args.random_flip or args.class_conditional):
@@ -127,59 +151,74 @@ def check_input_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
         )
 
 
-def load_splits(args: argparse.Namespace) -> DatasetDict:
-    """Load every split of the data set that the options name."""
+def load_splits(args: argparse.Namespace, streaming: bool = False) -> DatasetDict:
+    """Load every split of the data set that the options name; as streams, they are read when they are iterated."""
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise SystemExit("Give one of --dataset_name and --train_data_dir.")
+    options = {"cache_dir": args.cache_dir, "streaming": streaming}
     try:
         if args.train_data_dir is not None:
             if not os.path.isdir(args.train_data_dir):
                 raise FileNotFoundError("there is no such folder")
-            return load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
+            return load_dataset("imagefolder", data_dir=args.train_data_dir, **options)
         if os.path.isfile(args.dataset_name):
-            return load_dataset("parquet", data_files={args.train_split: args.dataset_name}, cache_dir=args.cache_dir)
-        return load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+            return load_dataset("parquet", data_files={args.train_split: args.dataset_name}, **options)
+        return load_dataset(args.dataset_name, args.dataset_config_name, **options)
     except Exception as error:  # the loaders raise a dozen kinds
         source = args.train_data_dir or args.dataset_name
         raise SystemExit(f"The data set {source} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def pick_split(splits: DatasetDict, name: str, limit: int | None = None) -> Dataset:
+def pick_split(splits: DatasetDict, name: str, limit: int | None = None) -> Any:
     """Return one split, or stop with the names of those there are."""
     if name not in splits:
         raise SystemExit(f"The data set has no split {name!r}; it has {sorted(splits)}.")
     split = splits[name]
     if limit is not None and limit < 1:
         raise SystemExit(f"{limit} images of the split {name!r} are asked for: it must be at least 1.")
+    if isinstance(split, IterableDataset):
+        return split.take(limit) if limit else split
     if len(split) == 0:
         raise SystemExit(f"The split {name!r} is empty.")
     return split.select(range(min(limit, len(split)))) if limit else split
 
 
-def image_column(dataset: Dataset, name: str | None) -> str:
+def columns_of(dataset: Dataset | IterableDataset) -> Features:
+    """Return what the columns hold, or stop at a stream that does not say it."""
+    if dataset.features is None:
+        raise SystemExit("The data set does not say what its columns hold, so it cannot be streamed: leave that out.")
+    return dataset.features
+
+
+def image_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
     """Return the column of images, checked by decoding one, or stop with the columns there are."""
-    found = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
+    features = columns_of(dataset)
+    found = [column for column, feature in features.items() if isinstance(feature, Image)]
     if name is None and len(found) != 1:
-        raise SystemExit(f"Name the column of images with --image_column; columns are {dataset.column_names}.")
+        raise SystemExit(f"Name the column of images with --image_column; columns are {list(features)}.")
     column = name or found[0]
     if column not in found:
-        raise SystemExit(f"There is no column of images {column!r}; columns are {dict(dataset.features)}.")
+        raise SystemExit(f"There is no column of images {column!r}; columns are {dict(features)}.")
     try:
-        dataset[0][column].load()
+        for row in dataset.select_columns([column]).take(1):
+            row[column].load()
+            return column
     except Exception as error:  # Pillow raises several kinds
         raise SystemExit(f"The first image of column {column!r} cannot be read: {error}") from error
+    raise SystemExit("The stream is empty.")
     return column
 
 
-def label_column(dataset: Dataset, name: str | None) -> str:
+def label_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
     """Return the column of integer labels, or stop with the columns there are."""
-    found = [column for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    features = columns_of(dataset)
+    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     column = name or (found[0] if len(found) == 1 else None)
     if column is None:
-        raise SystemExit(f"Name the column of labels with --label_column; columns are {dataset.column_names}.")
-    feature = dataset.features.get(column)
+        raise SystemExit(f"Name the column of labels with --label_column; columns are {list(features)}.")
+    feature = features.get(column)
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
-        raise SystemExit(f"There is no column of integer labels {column!r}; columns are {dict(dataset.features)}.")
+        raise SystemExit(f"There is no column of integer labels {column!r}; columns are {dict(features)}.")
     return column
 
 
@@ -201,9 +240,9 @@ def images_hash(dataset: Dataset, column: str) -> str:
     return digest.hexdigest()
 
 
-def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
+def load_training_images(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, int]:
     """Return the training images, a data set of `image` and, where classes are used, `labels`; and how many classes."""
-    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
+    dataset = pick_split(load_splits(args, args.streaming), args.train_split, args.max_train_samples)
     columns = {"image": image_column(dataset, args.image_column)}
     if args.class_conditional:
         columns["labels"] = label_column(dataset, args.label_column)
@@ -211,42 +250,59 @@ def load_training_images(args: argparse.Namespace) -> tuple[Dataset, int]:
     dataset = dataset.rename_columns({old: new for new, old in columns.items() if old != new})
     if not args.class_conditional:
         return dataset, 0
-    labels, feature = read_labels(dataset, "labels"), dataset.features["labels"]
+    feature = dataset.features["labels"]
+    if args.streaming:
+        if not isinstance(feature, ClassLabel):
+            raise SystemExit("A stream's column of labels must name its classes (ClassLabel): leave out --streaming.")
+        return dataset, feature.num_classes
+    labels = read_labels(dataset, "labels")
     count = feature.num_classes if isinstance(feature, ClassLabel) else int(labels.max()) + 1
     if labels.min() < 0 or labels.max() >= count:
         raise SystemExit(f"Labels of the images are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
     return dataset, count
 
 
-def training_batches(args: argparse.Namespace, dataset: Dataset, denoiser: Any) -> DataLoader:
-    """Return shuffled batches `{"pixel_values": (B, C, H, W)}`, and `labels` (B,) where there are classes."""
-    processor = DDAEImageProcessor.for_denoiser(denoiser.config)
+def check_stream(args: argparse.Namespace, stream: IterableDataset, processes: int) -> None:
+    """Stop if a stream may be too short for an epoch to have a batch for every process.
 
-    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-        images = batch.pop("image")
-        return {**batch, "pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+    What does not fill a batch is dropped, by each worker of its own part.
+    """
+    needed = args.train_batch_size * (processes + max(args.dataloader_num_workers, 1) - 1)
+    found = sum(1 for _ in stream.cast_column("image", Image(decode=False)).take(needed))
+    if found < needed:
+        raise SystemExit(
+            f"The stream has {found} images: --train_batch_size {args.train_batch_size}, {processes} processes and "
+            f"{args.dataloader_num_workers} workers need {needed}. Lower one of them."
+        )
 
+
+def collate(processor: DDAEImageProcessor, num_classes: int, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return a batch: `pixel_values` (B, C, H, W), and `labels` (B,) where there are classes."""
+    batch = {"pixel_values": processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]}
+    if num_classes:
+        labels = [row["labels"] for row in rows]
+        if wrong := [label for label in labels if label is None or not 0 <= label < num_classes]:
+            raise ValueError(f"An image has the label {wrong[0]}: allowed are 0 to {num_classes - 1}.")
+        batch["labels"] = torch.tensor(labels)
+    return batch
+
+
+def training_batches(
+    args: argparse.Namespace, dataset: Dataset | IterableDataset, denoiser: Any, num_classes: int
+) -> DataLoader:
+    """Return shuffled batches as `collate` makes them; a stream is shuffled anew in every epoch."""
+    streaming = isinstance(dataset, IterableDataset)
+    if streaming:
+        dataset = dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
     return DataLoader(
-        dataset.with_transform(prepare),
+        dataset,
         batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=len(dataset) >= args.train_batch_size,
+        shuffle=not streaming,
+        drop_last=streaming or len(dataset) >= args.train_batch_size,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
+        collate_fn=partial(collate, DDAEImageProcessor.for_denoiser(denoiser.config), num_classes),
     )
-
-
-def batches_from(
-    accelerator: Accelerator, dataloader: Any, first_step: int, epoch_steps: int
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Yield numbered batches without end, from the one that `first_step` begins with."""
-    epoch, done = divmod(first_step, epoch_steps)
-    skipped = done * accelerator.gradient_accumulation_steps
-    while True:
-        dataloader.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
-        yield from enumerate(batches, start=epoch * len(dataloader) + skipped)
-        epoch, skipped = epoch + 1, 0
 
 
 def flip(images: torch.Tensor) -> torch.Tensor:

@@ -19,12 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
@@ -32,12 +31,16 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from data import add_data_arguments, flip, parse_with_config, random_crop
+from data import add_data_arguments, flip, parse_with_config, random_crop, write_json
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
+from facts import base_model, data_facts, machine
+from hub import add_hub_arguments, prepare, publish
 from labelled import LabelledImages, add_label_arguments
+from metrics import classification_metrics
 
-OPTIONS, AVERAGED = "training_options.yaml", "averaged.safetensors"
+OPTIONS, PROGRESS, AVERAGED = "training_options.yaml", "progress.json", "averaged.safetensors"
 FREE = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "cache_dir", "config"}  # may differ in resuming
+FREE |= {"push_to_hub", "hub_model_id", "hub_private", "license"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,6 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     add_label_arguments(parser)
+    add_hub_arguments(parser)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
     add("--output_dir", default="runs/finetuned", help="Folder of the classifier, its figures and checkpoints.")
@@ -105,7 +109,7 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
             "another --output_dir."
         )
     # What is written last is missing where saving was interrupted.
-    last = "trainer_state.json" if args.ema_decay is None else AVERAGED
+    last = PROGRESS if args.ema_decay is None else AVERAGED
     folders = [Path(wanted)] if wanted not in (None, "latest") else found
     options = [f.parent / OPTIONS for f in folders if (f.parent / OPTIONS).is_file()]
     if options:
@@ -220,17 +224,6 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch | {"noise": batch["noise"].transpose(0, 1)} if "noise" in batch else batch
 
 
-class Accuracy(evaluate.Metric):
-    """The part of predictions that are right; `evaluate.load("accuracy")` would ask the Hub for it."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = Features({"predictions": Value("int64"), "references": Value("int64")})
-        return evaluate.MetricInfo(description=str(self.__doc__), citation="", features=features)
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
-
-
 class AveragedWeights(TrainerCallback):
     """An exponential moving average of the weights, kept beside Trainer's checkpoints."""
 
@@ -257,6 +250,24 @@ class AveragedWeights(TrainerCallback):
         for name, value in zip(self.parameters, self.ema.shadow_params, strict=True):
             value.copy_(saved[name])
         self.ema.optimization_step = int(checkpoint.name.split("-")[1])
+
+
+class Progress(TrainerCallback):
+    """Images and seconds of training, kept beside Trainer's checkpoints, so that resumed runs add up."""
+
+    def __init__(self, trainer: FineTuner, resume: Path | None):
+        self.trainer, self.started = trainer, time.monotonic()
+        self.before = json.loads((resume / PROGRESS).read_text()) if resume else {"images": 0, "seconds": 0.0}
+
+    def total(self) -> dict[str, float]:
+        """Return the images and seconds of all runs."""
+        seconds = self.before["seconds"] + time.monotonic() - self.started
+        return {"images": self.before["images"] + self.trainer.images_seen, "seconds": seconds}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add them to the checkpoint that Trainer has written."""
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS, self.total())
 
 
 class FineTuner(Trainer):
@@ -316,15 +327,15 @@ def make_trainer(args: argparse.Namespace, model: DDAEForImageClassification, da
         raise SystemExit(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
 
     def compute_metrics(found: Any) -> dict[str, float]:
-        metric = Accuracy(keep_in_memory=True)
-        return metric.compute(predictions=found.predictions.argmax(-1), references=found.label_ids)
+        return classification_metrics().compute(predictions=found.predictions.argmax(-1), references=found.label_ids)
 
     return FineTuner(args, model, arguments, collate, dataset, compute_metrics=compute_metrics)
 
 
 def train(args: argparse.Namespace, trainer: FineTuner, resume: Path | None) -> dict[str, Any]:
     """Train, leave the last weights or their averages in the model, and return how long it took."""
-    average = None
+    progress, average = Progress(trainer, resume), None
+    trainer.add_callback(progress)
     if args.ema_decay is not None:
         average = AveragedWeights(trainer.model, args.ema_decay)
         trainer.add_callback(average)
@@ -332,36 +343,42 @@ def train(args: argparse.Namespace, trainer: FineTuner, resume: Path | None) -> 
             average.load(resume)
     if trainer.is_world_process_zero():
         (Path(args.output_dir) / OPTIONS).write_text(yaml.safe_dump(vars(args), sort_keys=False), encoding="utf-8")
-    started = time.monotonic()
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else TrainerState()
     if resume and state.global_step == state.max_steps:
         trainer.state = state  # Trainer would go one step too far
         load_model(trainer.model, resume / "model.safetensors")
     else:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    seconds = time.monotonic() - started
+    total = progress.total()
     if average is not None:
         average.ema.copy_to(average.parameters.values())
-    rate = round(trainer.images_seen / seconds, 1)
-    return {"steps": trainer.state.global_step, "train_seconds_this_run": round(seconds, 1), "images_per_second": rate}
+    seconds = total["seconds"] - progress.before["seconds"]
+    return {
+        "steps": trainer.state.global_step,
+        "images": total["images"],
+        "train_seconds": round(total["seconds"], 1),
+        "train_seconds_this_run": round(seconds, 1),
+        "images_per_second": round(trainer.images_seen / seconds, 1),
+    }
 
 
 def test(trainer: FineTuner, data: LabelledImages) -> dict[str, float]:
-    """Return loss and accuracy on the test images, with the model's fixed noise and with noise of every image's own."""
+    """Return figures of the test images, with the model's fixed noise and with noise of every image's own."""
     own = (trainer.model.config.num_noise_samples, trainer.model.config.noise_seed)
     figures = trainer.evaluate(data.dataset("test"), metric_key_prefix="test")
     figures |= trainer.evaluate(data.dataset("test", own), metric_key_prefix="test_own_noise")
-    return {name: value for name, value in figures.items() if name.endswith(("_loss", "_accuracy"))}
+    wanted = ("_loss", "_accuracy", "_f1", "_precision", "_recall")
+    return {name: value for name, value in figures.items() if name.endswith(wanted)}
 
 
 def table(report: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
     start = "random" if report["options"]["from_scratch"] else "pretrained"
     return f"""Test accuracy in %, {report["num_test_images"]:,} test images:\n
-| start | labels | layer, sigma | fixed noise | each image's own noise | training images/s |
-|---|---|---|---|---|---|
+| start | labels | layer, sigma | fixed noise | its macro F1 | each image's own noise | training images/s |
+|---|---|---|---|---|---|---|
 | {start} | {report["num_train_labels"]:,} | {report["layer"]}, {report["sigma"]:.3g} \
-| {100 * report["test_accuracy"]:.2f} | {100 * report["test_own_noise_accuracy"]:.2f} \
+| {100 * report["test_accuracy"]:.2f} | {100 * report["test_f1"]:.2f} | {100 * report["test_own_noise_accuracy"]:.2f} \
 | {report["images_per_second"]:.0f} |"""
 
 
@@ -370,6 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.set_verbosity_error()  # a new classifier is what is wanted here
     logging.disable_progress_bar()
+    prepare(args)
     started = time.monotonic()
     resume = checkpoint_to_resume(args)
     try:
@@ -384,13 +402,17 @@ def main(argv: list[str] | None = None) -> None:
     report = {"options": vars(args), "layer": model.config.layer, "sigma": model.config.sigma}
     report |= {"num_train_labels": len(chosen), "num_test_images": len(data.labels["test"])}
     report |= train(args, trainer, resume) | test(trainer, data)
-    report["seconds_this_run"] = round(time.monotonic() - started, 1)
+    seconds = time.monotonic() - started
+    report["seconds_this_run"] = round(seconds, 1)
+    report["seconds"] = round(seconds + report["train_seconds"] - report["train_seconds_this_run"], 1)
+    report |= {"dataset": data_facts(args, len(chosen)), **base_model(args.model_name_or_path)}
+    report |= machine(trainer.args.device.type, trainer.args.world_size)
     if trainer.is_world_process_zero():
         model.save_pretrained(args.output_dir)
         processor.save_pretrained(args.output_dir)
-        results = Path(args.output_dir) / "eval_results.json"
-        results.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(args.output_dir) / "eval_results.json", report)
         print(f"{table(report)}\n\nThe classifier is in {args.output_dir}.")
+        publish(args, Path(args.output_dir), "Fine-tune")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ figure.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +23,12 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import add_data_arguments, best_device, parse_with_config
+from data import add_data_arguments, best_device, parse_with_config, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
+from facts import base_model, data_facts, machine
+from hub import add_hub_arguments, prepare, publish
 from labelled import (
     LabelledImages,
     add_label_arguments,
@@ -37,6 +38,7 @@ from labelled import (
     noise_view,
     save_classifier,
 )
+from metrics import F1
 
 PIXELS = "pixels"
 Features = Callable[[str, np.ndarray, list[str], float], dict[str, np.ndarray]]
@@ -47,6 +49,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     add_label_arguments(parser)
+    add_hub_arguments(parser)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
     add("--output_dir", default="runs/classifier", help="Folder of the classifier and its figures.")
@@ -129,6 +132,7 @@ def probe(
     predicted = model.predict(scaler.transform(test))
     result |= {
         "test_accuracy": float((predicted == test_labels).mean()),
+        "test_f1": F1().compute(predictions=predicted, references=test_labels)["f1"],
         "fitted": (scaler, model),
         "predicted": predicted,
     }
@@ -211,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.set_verbosity_error()  # a new classifier is what is wanted here
     logging.disable_progress_bar()
+    prepare(args)
     started = time.monotonic()
     processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
     data = LabelledImages(args, processor)
@@ -251,10 +256,14 @@ def main(argv: list[str] | None = None) -> None:
         "results": results,
         "saved_classifier_test_accuracy": saved_accuracy,
         "seconds": round(time.monotonic() - started, 1),
+        "dataset": data_facts(args, counts[0]),
+        **base_model(args.model_name_or_path),
+        **machine(best_device()),
     }
-    (output / "eval_results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "eval_results.json", report)
     print(table(results, args, counts))
     print(f"\nThe saved classifier, with its fixed noise: {100 * saved_accuracy:.2f} %. It is in {output}.")
+    publish(args, output, "Add a linear classifier", generator=args.model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import json
 import logging
 import math
 import os
-import platform
-import shutil
-import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +27,28 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from data import (
     add_data_arguments,
     add_input_arguments,
-    batches_from,
+    add_loading_arguments,
     check_input_arguments,
-    image_grid,
+    check_loading_arguments,
+    check_stream,
     load_training_images,
     parse_with_config,
     training_batches,
     training_inputs,
 )
-from ddae_hf import DDAEConfig, DDAEPipeline
+from ddae_hf import DDAEConfig
 from ddae_hf.augment import accept_augmentation_labels
 from ddae_hf.checkpoints import build_denoiser, build_scheduler, plain_config, read_checkpoint
 from ddae_hf.conditioning import disable_label_dropout, is_conditional, label_options, num_labels
 from ddae_hf.noise import sample_training_sigma
 from ddae_hf.objectives import denoising_loss
+from hub import PRIVATE, add_hub_arguments, prepare, publish
+from training_run import Progress, Run, checkpoint_to_resume, mean
 
 logger = get_logger(__name__)
 
@@ -61,7 +60,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options, those of the command line over those of `--config`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    add_loading_arguments(parser)
     add_input_arguments(parser)
+    add_hub_arguments(parser)
     add = parser.add_argument
     add("--denoiser", type=yaml.safe_load, default={}, help="Options of the network and its `_class_name`, as YAML.")
     add("--scheduler", type=yaml.safe_load, default={}, help="Options of the scheduler and its `_class_name`.")
@@ -91,7 +92,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema_decay", type=float, default=0.9999, help="Decay of the averaged weights after its ramp.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default what accelerate is configured for.")
     add("--allow_tf32", action=argparse.BooleanOptionalAction, default=False)
-    add("--dataloader_num_workers", type=int, default=0)
     add("--checkpointing_steps", type=int, default=5000, help="Save a checkpoint, ready to resume, every N steps.")
     add("--checkpoints_total_limit", type=int, help="Keep only the newest N checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest` for the newest in --output_dir.")
@@ -107,13 +107,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--logging_dir", default="logs", help="Folder of the tracker's files, inside --output_dir.")
     args = parse_with_config(parser, argv)
     counts = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps")
-    for name in (*counts, "num_samples", "num_inference_steps"):
-        if getattr(args, name) < 1:
+    for name in (*counts, "max_train_steps", "num_samples", "num_inference_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
     if labels := sorted({"num_class_embeds", "num_embeds_ada_norm"} & set(args.denoiser)):
         parser.error(f"--denoiser has {labels[0]}: leave it out, --class_conditional takes it from the data set.")
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
+    check_loading_arguments(parser, args)
     check_input_arguments(parser, args)
     return args
 
@@ -130,39 +131,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if args.report_to and not accelerator.log_with:
         raise SystemExit(f"--report_to {args.report_to}: that tracker is not installed.")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for name in ("accelerate", "httpx", "huggingface_hub"):
+    for name in ("accelerate", "httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
         if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             logger.warning("This processor has no bfloat16 arithmetic: --mixed_precision no will be faster.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
-
-
-def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
-    """Return the folder to resume from, or None for a fresh start."""
-    found = saved_checkpoints(args.output_dir)
-    if args.resume_from_checkpoint is None:
-        if found:
-            raise SystemExit(
-                f"{args.output_dir} holds checkpoints of an earlier run: resume it (--resume_from_checkpoint latest), "
-                "or choose another --output_dir."
-            )
-        return None
-    if args.resume_from_checkpoint != "latest":
-        folder = Path(args.resume_from_checkpoint)
-        if not (folder / "state").is_dir():
-            raise SystemExit(f"--resume_from_checkpoint {folder}: there is no checkpoint with a training state.")
-        return folder
-    if not found:
-        logger.info(f"{args.output_dir} has no checkpoint yet: starting afresh.")
-    return found[-1] if found else None
-
-
-def saved_checkpoints(output_dir: str) -> list[Path]:
-    """Return the folders `checkpoint-STEP`, oldest first."""
-    folders = [f for f in Path(output_dir).glob("checkpoint-*") if f.name.split("-")[1].isdigit()]
-    return sorted(folders, key=lambda f: int(f.name.split("-")[1]))
 
 
 def new_networks(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any]:
@@ -247,105 +222,12 @@ def seed_step(args: argparse.Namespace, accelerator: Accelerator, batch_index: i
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
-class Run:
-    """Writes what a training run leaves behind: checkpoints, samples, results."""
-
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, ema_denoiser: Any, scheduler: Any):
-        self.args, self.accelerator, self.scheduler = args, accelerator, scheduler
-        self.ema_denoiser = ema_denoiser.to(accelerator.device)
-        self.ema = EMAModel(self.ema_denoiser.parameters(), decay=args.ema_decay, foreach=True)
-        self.folder = Path(args.output_dir)
-        # The weights are saved as pipelines; accelerate keeps the rest of the training state.
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-        if args.report_to:
-            accelerator.init_trackers("ddae_hf", {k: str(v) for k, v in vars(args).items()})
-
-    def resume(self, checkpoint: Path) -> int:
-        """Restore optimiser and schedule, and return the step they were saved at."""
-        self.accelerator.load_state(str(checkpoint / "state"))
-        self.ema.optimization_step = int(checkpoint.name.split("-")[1])
-        logger.info(f"Resuming from {checkpoint}.")
-        return self.ema.optimization_step
-
-    def log(self, step: int, losses: deque[torch.Tensor], rate: float, progress: tqdm) -> None:
-        """Show the mean of the last losses, and stop if it is no number."""
-        loss = mean(losses)
-        if not math.isfinite(loss):
-            raise SystemExit(f"The loss is {loss} at step {step}: lower --learning_rate, or train in higher precision.")
-        progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
-        self.accelerator.log({"loss": loss, "lr": rate}, step=step)
-
-    def pipeline(self, denoiser: Any) -> DDAEPipeline:
-        """Return a pipeline of the network, which knows its null class."""
-        null_class = num_labels(self.ema_denoiser.config) - 1 if self.args.class_conditional else None
-        return DDAEPipeline.for_denoiser(denoiser, copy.deepcopy(self.scheduler), null_class)
-
-    def save(self, denoiser: Any, folder: Path) -> None:
-        """Write the averaged network, the raw one in `raw`, and the options."""
-        self.ema.copy_to(self.ema_denoiser.parameters())
-        raw = self.accelerator.unwrap_model(denoiser, keep_torch_compile=False)
-        self.pipeline(self.ema_denoiser).save_pretrained(folder)
-        self.pipeline(raw).save_pretrained(folder / "raw")
-        options = yaml.safe_dump(vars(self.args), sort_keys=False)
-        (folder / "training_options.yaml").write_text(options, encoding="utf-8")
-
-    def checkpoint(self, denoiser: Any, step: int) -> None:
-        """Write `checkpoint-STEP`, complete or not at all, and drop the oldest beyond the limit."""
-        partial, final = self.folder / "partial-checkpoint", self.folder / f"checkpoint-{step}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial / "state"))
-        if self.accelerator.is_main_process:
-            self.save(denoiser, partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in saved_checkpoints(self.args.output_dir)[: -(self.args.checkpoints_total_limit or 10**9)]:
-                shutil.rmtree(old)
-            logger.info(f"Saved {final}.")
-        self.accelerator.wait_for_everyone()
-
-    def sample(self, step: int) -> None:
-        """Draw a grid from the averaged network, always from the same noise."""
-        if not self.accelerator.is_main_process:
-            return
-        self.ema.copy_to(self.ema_denoiser.parameters())
-        pipeline = self.pipeline(self.ema_denoiser)
-        pipeline.set_progress_bar_config(desc="Sampling", leave=False)
-        generator = torch.Generator("cpu").manual_seed(self.args.seed)
-        count, steps = self.args.num_samples, self.args.num_inference_steps
-        labels = torch.arange(count) % pipeline.null_class if self.args.class_conditional else None
-        options = {"num_inference_steps": steps, "sampler": self.args.sampler, "output_type": "np"}
-        images = pipeline(count, labels, generator, **options).images
-        shades = images[..., :3] if images.shape[-1] >= 3 else images[..., :1]
-        path = self.folder / "samples" / f"step-{step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(pipeline.numpy_to_pil(shades)).save(path)
-
-    def finish(self, denoiser: Any, step: int, images: int, seconds: float, loss: float) -> None:
-        """Write the final network, its samples and the results."""
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.save(denoiser, self.folder)
-            if self.args.sample_steps and step % self.args.sample_steps:
-                self.sample(step)
-            on_gpu = self.accelerator.device.type == "cuda"
-            results = {
-                "steps": step,
-                "loss_last_100_batches": loss,
-                "images_this_run": images,
-                "seconds_this_run": round(seconds, 1),
-                "images_per_second": round(images / seconds, 1),
-                "parameters": sum(p.numel() for p in self.ema_denoiser.parameters()),
-                "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-                "processes": self.accelerator.num_processes,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            }
-            (self.folder / "train_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            logger.info(f"{results['images_per_second']} images/s, loss {loss:.4f}; saved {self.folder}.")
-        self.accelerator.end_training()
+def batches_from(accelerator: Accelerator, dataloader: Any, progress: Progress) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches without end, from where `progress` is, which whoever takes them counts."""
+    while True:
+        dataloader.set_epoch(progress.epoch)
+        done = progress.batch
+        yield from accelerator.skip_first_batches(dataloader, done) if done else dataloader
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -356,34 +238,37 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         network, ema_denoiser, scheduler = build_networks(args, resume, num_classes)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    dataloader = training_batches(args, dataset, network)
-    logger.info(f"Training on {len(dataset)} images of {network.config.sample_size} pixels.")
+    dataloader = training_batches(args, dataset, network, num_classes)
+    size = len(dataset) if not args.streaming else None
+    if args.streaming:
+        check_stream(args, dataset, accelerator.num_processes)
+    logger.info(
+        f"Training on {'a stream of' if args.streaming else size} images of {network.config.sample_size} pixels."
+    )
     processes = accelerator.num_processes
     rate = args.learning_rate * (processes if args.scale_lr else 1)
     adam = (rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay)
     optimizer = torch.optim.AdamW(network.parameters(), *adam, fused=True)
     denoiser, optimizer, dataloader = accelerator.prepare(network, optimizer, dataloader)
-    if len(dataloader) == 0:
+    if not args.streaming and len(dataloader) == 0:
         raise SystemExit(f"There are fewer images than --train_batch_size x {processes} processes: lower it.")
-    epoch_steps = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
-    total_steps = args.max_train_steps or args.num_train_epochs * epoch_steps
+    total_steps = args.max_train_steps
+    if total_steps is None:
+        total_steps = args.num_train_epochs * math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     # accelerate advances the schedule once for every process.
     schedule = {"num_warmup_steps": args.lr_warmup_steps * processes, "num_training_steps": total_steps * processes}
     lr_scheduler = accelerator.prepare(get_scheduler(args.lr_scheduler, optimizer, **schedule))
     run = Run(args, accelerator, ema_denoiser, scheduler)
-    step = first = run.resume(resume) if resume else 0
+    step = first = run.start(resume)
     if step >= total_steps:
         raise SystemExit(f"{resume} is at step {step} of the {total_steps} asked for: there is nothing left to train.")
-    progress = tqdm(initial=first, total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
+    bar = tqdm(initial=first, total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
     losses: deque[torch.Tensor] = deque(maxlen=100)
-    images = 0
-    started = time.monotonic()
     denoiser.train()
-    for index, batch in batches_from(accelerator, dataloader, first, epoch_steps):
-        seed_step(args, accelerator, index)
+    for batch in batches_from(accelerator, dataloader, run.progress):
+        seed_step(args, accelerator, run.progress.batches)
         with accelerator.accumulate(denoiser):
             clean, labels = training_inputs(args, batch, network)
-            images += len(clean) * processes
             loss = denoising_loss(denoiser, scheduler, clean, class_labels=labels, log_normal=args.log_sigma).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -392,32 +277,33 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             lr_scheduler.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
+        run.progress.count(len(clean) * processes, accelerator.gradient_state.end_of_dataloader)
         if not accelerator.sync_gradients:
             continue
         step += 1
         run.ema.step(denoiser.parameters())
-        progress.update()
+        bar.update()
         if step % 10 == 0 or step == total_steps:
-            run.log(step, losses, lr_scheduler.get_last_lr()[0], progress)
+            run.log(step, losses, lr_scheduler.get_last_lr()[0], bar)
         if step % args.checkpointing_steps == 0:
             run.checkpoint(denoiser, step)
         if args.sample_steps and step % args.sample_steps == 0:
             run.sample(step)
         if step == total_steps:
             break
-    progress.close()
-    run.finish(denoiser, step, images, time.monotonic() - started, mean(losses))
-
-
-def mean(losses: deque[torch.Tensor]) -> float:
-    """Return the mean of the last losses."""
-    return torch.stack(list(losses)).mean().item()
+    bar.close()
+    run.finish(denoiser, step, mean(losses), size)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
-    train(args, make_accelerator(args))
+    accelerator = make_accelerator(args)
+    if accelerator.is_main_process:
+        prepare(args)
+    train(args, accelerator)
+    if accelerator.is_main_process:
+        publish(args, Path(args.output_dir), "Pretrain", (*PRIVATE, f"{args.logging_dir}/*"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,24 +24,26 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import add_data_arguments, best_device, images_hash, parse_with_config, write_json
+from data import best_device, images_hash, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import FeatureCache, augment_view
 from ddae_hf.hidden_states import decoder_layer_names
 from ddae_hf.probing import alignment, fit_logistic_regression, knn_predict, uniformity
+from facts import base_model, data_facts, machine
+from hub import prepare, publish
 from labelled import (
     LabelledImages,
-    add_label_arguments,
     check_null_class,
     classify,
     draw_labels,
     noise_view,
     save_classifier,
 )
+from metrics import F1
 from online_probes import predict_online, train_online
 from plots import draw_sweep
+from sweep_options import parse_arguments
 from training_curve import (
-    add_curve_arguments,
     check_run,
     draw_training_curve,
     points_table,
@@ -50,89 +52,8 @@ from training_curve import (
     training_checkpoints,
 )
 
-SIGMAS = [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0]
-PROTOCOLS = ("logistic_regression", "paper", "batch_norm")
-PROTOCOL_HELP = """protocols:
-  logistic_regression  full-batch logistic regression on standardised features that are computed once
-  paper                a linear layer trained with Adam for 15 epochs of fresh noise, flips and crops (4 pixels)
-  batch_norm           the same behind a batch norm without parameters"""
 NEIGHBOURS = (20, 200)
 ALIGNMENT_IMAGES = 2000
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=PROTOCOL_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_data_arguments(parser)
-    add_label_arguments(parser)
-    add_curve_arguments(parser)
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("--model_name_or_path", help="Checkpoint, folder or Hub id, in any layout.")
-    add("--output_dir", default="runs/sweep", help="Folder of the figures, the pictures and the best classifier.")
-    add("--features_dir", help="Folder where features are kept; by default `features` in --output_dir.")
-    add("--layers", nargs="+", default=["decoder"], help="Names of layers, or `decoder` or `all`.")
-    add("--sigmas", nargs="+", type=float, default=SIGMAS, help="Noise levels.")
-    add("--l2", nargs="+", type=float, default=[1e-5, 1e-4, 1e-3, 1e-2], help="Strengths of regularisation.")
-    add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="Kind of probe: see the end of this help.")
-    add("--num_epochs", type=int, default=15, help="Epochs of the protocols that train online.")
-    add("--learning_rate", type=float, default=1e-3, help="Their learning rate.")
-    add("--online_batch_size", type=int, default=128, help="Their batch size.")
-    add("--validation_fraction", type=float, default=0.2, help="Share of the training images that is chosen on.")
-    add(
-        "--num_views",
-        type=int,
-        default=1,
-        help="Views of each image, each with its own noise: trained on, averaged over in tests.",
-    )
-    add("--random_flip", action=flag, help="Mirror half of the images, in views after the first.")
-    add("--random_crop", type=int, metavar="PADDING", help="Crop them at random out of so much padding.")
-    add("--num_noise_seeds", type=int, default=3, help="Noise seeds that the best pair is tested with.")
-    add("--knn", action=flag, default=False, help="Also classify by the nearest 20 and, of as many images, 200.")
-    add("--alignment", action=flag, default=False, help="Also measure alignment and uniformity.")
-    add(
-        "--few_labels",
-        nargs="+",
-        type=int,
-        default=[],
-        help="Also probe with so many labels a class, such as 1 5 10 100.",
-    )
-    add("--num_draws", type=int, default=5, help="Draws of those labels.")
-    add("--num_noise_samples", type=int, default=1, help="Draws of noise that every view's features are averaged over.")
-    add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
-    add("--batch_size", type=int, default=250)
-    add("--noise_seed", type=int, default=0, help="First noise seed.")
-    add("--seed", type=int, default=0, help="Seed of the validation split and the draws of labels.")
-    args = parse_with_config(parser, argv)
-    check_arguments(parser, args)
-    return args
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Stop at options that cannot work, and settle those that depend on the protocol."""
-    if (args.model_name_or_path is None) == (args.checkpoints is None):
-        parser.error("Give one of --model_name_or_path and --checkpoints.")
-    counts = ("num_views", "num_noise_seeds", "num_draws", "num_noise_samples", "batch_size")
-    least = dict.fromkeys((*counts, "num_epochs", "online_batch_size"), 1) | {"noise_seed": 0, "random_crop": 0}
-    for name, smallest in least.items():
-        if (value := getattr(args, name)) is not None and value < smallest:
-            parser.error(f"--{name} is {value}: it must be at least {smallest}.")
-    if not 0 < args.learning_rate < math.inf:
-        parser.error(f"--learning_rate is {args.learning_rate}: it must be positive.")
-    if not all(0 < l2 < math.inf for l2 in args.l2):
-        parser.error(f"--l2 is {args.l2}: every strength must be positive.")
-    if not 0 < args.validation_fraction < 1:
-        parser.error(f"--validation_fraction is {args.validation_fraction}: it must be between 0 and 1.")
-    online = args.protocol != "logistic_regression"
-    if not online and args.num_views == 1 and (args.random_flip or args.random_crop):
-        parser.error("--random_flip and --random_crop change the views after the first: give --num_views 2 or more.")
-    if online and (args.num_views > 1 or args.few_labels):
-        parser.error(f"--num_views and --few_labels are of logistic regression, not of --protocol {args.protocol}.")
-    args.sigmas = list(dict.fromkeys(args.sigmas))
-    args.random_flip = online if args.random_flip is None else args.random_flip
-    args.random_crop = 4 * online if args.random_crop is None else args.random_crop
-    args.features_dir = args.features_dir or str(Path(args.output_dir) / "features")
 
 
 class Sweep:
@@ -355,9 +276,13 @@ def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledIm
         "pairs": rows,
         "best": best,
         "test_accuracies": dict(zip(map(str, seeds), accuracies, strict=True)),
+        "test_f1": F1().compute(predictions=predicted, references=labels)["f1"],
         "few_label_test_accuracies": few,
         "saved_classifier_test_accuracy": saved,
         "seconds": {"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
+        "dataset": data_facts(args, len(data.labels["train"])),
+        **base_model(checkpoint),
+        **machine(best_device()),
     }
     write_json(folder / "eval_results.json", report)
     return report
@@ -403,9 +328,10 @@ def sweep_run(args: argparse.Namespace, data: LabelledImages, checkpoints: dict[
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, __doc__)
     logging.set_verbosity_error()  # a new classifier is what is wanted here
     logging.disable_progress_bar()
+    prepare(args)
     folder = Path(args.output_dir)
     checkpoints = training_checkpoints(args.checkpoints) if args.checkpoints else {}
     first = str(next(iter(checkpoints.values()), args.model_name_or_path))
@@ -419,6 +345,9 @@ def main(argv: list[str] | None = None) -> None:
         print(points_table(sweep_run(args, data, checkpoints)))
     else:
         print(summary(sweep_checkpoint(args, first, data, folder)))
+        for name in ("eval_results.json", "heat_map.png"):  # so that the classifier has its figures with it
+            shutil.copyfile(folder / name, folder / "classifier" / name)
+        publish(args, folder / "classifier", "Add the classifier of a sweep", generator=args.model_name_or_path)
     print(f"Classifiers, pictures and every figure are in {folder}.")
 
 

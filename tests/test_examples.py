@@ -1,6 +1,7 @@
 """The scripts as a user runs them, at tiny size, on real digits."""
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -9,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -27,11 +30,12 @@ import linear_probe
 import noisy_classifier
 import pretrain
 import sweep
-from data import image_grid, parse_with_config, read_config
+from data import image_grid, load_training_images, parse_with_config, read_config, training_batches
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.checkpoints import build_denoiser
 from ddae_hf.conditioning import label_options, num_labels
 from ddae_hf.noise import family
+from training_run import Progress
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32, 32], "layers_per_block": 1}
@@ -43,28 +47,13 @@ CONFIGS = EXAMPLES / "configs"
 
 
 def train(digits, folder, *options):
-    arguments = [
-        "--dataset_name",
-        str(digits),
-        "--output_dir",
-        str(folder),
-        "--denoiser",
-        json.dumps(TINY),
-        "--seed",
-        "1",
-    ]
-    arguments += [
-        "--train_batch_size",
-        "32",
-        "--max_train_samples",
-        "100",
-        "--lr_warmup_steps",
-        "2",
-        "--num_samples",
-        "4",
-    ]
-    arguments += ["--num_inference_steps", "2", "--sample_steps", "4", "--mixed_precision", "no", "--random_flip"]
-    pretrain.main([*arguments, *options])
+    train_on(digits, folder, "--train_batch_size", "32", "--max_train_samples", "100", *options)
+
+
+def train_on(data, folder, *options):
+    arguments = ["--dataset_name", str(data), "--output_dir", str(folder), "--denoiser", json.dumps(TINY)]
+    arguments += ["--seed", "1", "--lr_warmup_steps", "2", "--num_samples", "4", "--num_inference_steps", "2"]
+    pretrain.main([*arguments, "--sample_steps", "4", "--mixed_precision", "no", "--random_flip", *options])
 
 
 @pytest.fixture(scope="module")
@@ -173,18 +162,161 @@ def test_a_folder_of_images_is_a_data_set(tmp_path):
     assert DDAEPipeline.from_pretrained(tmp_path / "out").denoiser.config.sample_size == 8
 
 
-def test_two_processes_train_one_network(digits, tmp_path):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def shards(digits, tmp_path_factory):
+    """A hundred digits in four files, so that there is something for workers to share.
+
+    datasets rests for five seconds at a stream's end, for the sake of threads that none of these files has.
+    """
+    folder = tmp_path_factory.mktemp("shards")
+    dataset = Dataset.from_parquet(str(digits / "train.parquet")).select(range(100))
+    for i in range(4):
+        dataset.shard(4, i).to_parquet(folder / f"train-{i}-of-4.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+        yield folder
+
+
+WATCHED = """
+import json, sys
+import datasets
+from accelerate.state import PartialState
+import pretrain
+
+def watched(args, batch, network):
+    numbers = [hash(image.numpy().tobytes()) for image in batch["pixel_values"]]
+    with open(f"{args.output_dir}-process-{PartialState().process_index}.jsonl", "a") as file:
+        file.write(json.dumps(numbers) + chr(10))
+    return inputs(args, batch, network)
+
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+inputs, pretrain.training_inputs = pretrain.training_inputs, watched
+pretrain.Accelerator.end_training = lambda accelerator: None  # it would close the process group of the next run
+for options in json.loads(sys.argv[1]):
+    pretrain.main(options)
+"""
+
+
+def test_two_processes_train_one_network_and_share_every_image(shards, tmp_path):
+    """Of 100 images, two processes take three whole batches of 16 each an epoch, from files and from a stream."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(EXAMPLES / "accelerate_configs" / "two_cpu_processes.yaml")]
-    script = [str(EXAMPLES / "pretrain.py"), "--dataset_name", str(digits), "--output_dir", str(tmp_path / "two")]
-    options = ["--denoiser", json.dumps(TINY), "--max_train_steps", "2", "--train_batch_size", "16", "--seed", "0"]
-    options += ["--sample_steps", "0", "--checkpointing_steps", "2"]
-    subprocess.run([*launch, *script, *options], check=True, env=environment, capture_output=True)
-    results = json.loads((tmp_path / "two" / "train_results.json").read_text())
-    assert results["processes"] == 2 and results["images_this_run"] == 64
-    states = list((tmp_path / "two" / "checkpoint-2" / "state").glob("random_states_*.pkl"))
-    assert len(states) == 2
+    options = ["--dataset_name", str(shards), "--denoiser", json.dumps(TINY), "--train_batch_size", "16"]
+    options += ["--sample_steps", "0", "--checkpointing_steps", "2", "--max_train_steps"]
+    mapped = [*options, "2", "--output_dir", str(tmp_path / "mapped")]
+    streamed = [*options, "6", "--output_dir", str(tmp_path / "streamed"), "--streaming", "--shuffle_buffer", "30"]
+    (tmp_path / "watched.py").write_text(WATCHED)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    environment["PYTHONPATH"] = str(EXAMPLES)
+    run = [*launch, str(tmp_path / "watched.py"), json.dumps([mapped, streamed])]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, steps, epochs in (("mapped", 2, 1), ("streamed", 6, 2)):
+        results = json.loads((tmp_path / name / "train_results.json").read_text())
+        assert results["processes"] == 2 and results["images"] == steps * 32
+        assert len(list((tmp_path / name / "checkpoint-2" / "state").glob("random_states_*.pkl"))) == 2
+        seen = [(tmp_path / f"{name}-process-{i}.jsonl").read_text().splitlines() for i in (0, 1)]
+        for epoch in range(epochs):
+            images = [n for lines in seen for line in lines[3 * epoch : 3 * epoch + 3] for n in json.loads(line)]
+            assert len(images) == len(set(images)) == 32 * min(steps, 3)
+
+
+def stream_batches(shards, progress, count, *options):
+    """The hashes of a stream's next batches, and how far they lead."""
+    arguments = ["--dataset_name", str(shards), "--streaming", "--max_train_steps", "1", "--train_batch_size", "16"]
+    args = pretrain.parse_arguments([*arguments, "--class_conditional", *options])
+    dataset, num_classes = load_training_images(args)
+    accelerator = Accelerator(cpu=True)
+    denoiser = build_denoiser({"_class_name": "UNet2DModel", **TINY})
+    dataloader = accelerator.prepare(training_batches(args, dataset, denoiser, num_classes))
+    found = []
+    for batch in itertools.islice(pretrain.batches_from(accelerator, dataloader, progress), count):
+        images = zip(batch["pixel_values"], batch["labels"].tolist(), strict=True)
+        found.append([(hash(image.numpy().tobytes()), label) for image, label in images])
+        progress.count(16, accelerator.gradient_state.end_of_dataloader)
+    return found
+
+
+def test_a_stream_is_shuffled_anew_in_every_epoch_and_repeats_with_its_seed(shards, digits):
+    """An epoch is six batches of a hundred images; the four that are left over are others each time."""
+    dataset = Dataset.from_parquet(str(digits / "train.parquet")).select(range(100))
+    pixels = DDAEImageProcessor(size={"height": 8, "width": 8}, num_channels=1)(dataset["image"][:])["pixel_values"]
+    known = [(hash(np.asarray(p).tobytes()), label) for p, label in zip(pixels, dataset["label"][:], strict=True)]
+    batches = stream_batches(shards, Progress(), 12, "--shuffle_buffer", "20")
+    epochs = [[image for batch in batches[i : i + 6] for image in batch] for i in (0, 6)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 96 and set(epoch) <= set(known)
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) != epochs[0]
+    assert stream_batches(shards, Progress(), 12, "--shuffle_buffer", "20") == batches
+    assert stream_batches(shards, Progress(), 6, "--shuffle_buffer", "20", "--seed", "1") != batches[:6]
+    assert stream_batches(shards, Progress(1, 2, 8), 4, "--shuffle_buffer", "20") == batches[8:]
+    few = stream_batches(shards, Progress(), 2, "--max_train_samples", "32")
+    first = {
+        (hash(np.asarray(p).tobytes()), label) for p, label in zip(pixels[:32], dataset["label"][:32], strict=True)
+    }
+    assert {image for batch in few for image in batch} == first
+
+
+def test_training_on_a_stream_resumes_exactly_and_adds_up(shards, tmp_path):
+    """With two workers an epoch is six batches, three steps of two: step 4 is inside the second."""
+    options = ["--streaming", "--class_conditional", "--dataloader_num_workers", "2", "--train_batch_size", "16"]
+    options += ["--max_train_steps", "5", "--gradient_accumulation_steps", "2", "--checkpointing_steps", "4"]
+    train_on(shards, tmp_path / "whole", *options)
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / "checkpoint-4").symlink_to(tmp_path / "whole" / "checkpoint-4")
+    again = ["--resume_from_checkpoint", "latest", "--checkpointing_steps", "5"]
+    train_on(shards, tmp_path / "resumed", *options, *again)
+    for part in (".", "raw"):
+        expected, resumed = weights(tmp_path / "whole" / part), weights(tmp_path / "resumed" / part)
+        assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    results = json.loads((tmp_path / "resumed" / "train_results.json").read_text())
+    assert results["images"] == 5 * 32 and results["images_this_run"] == 32
+    before, after = (
+        json.loads((tmp_path / "resumed" / f"checkpoint-{step}" / "state" / "progress.json").read_text())
+        for step in (4, 5)
+    )
+    assert (before["images"], after["images"]) == (128, 160) and after["seconds"] > before["seconds"]
+    assert results["seconds"] == pytest.approx(before["seconds"] + results["seconds_this_run"], abs=0.11)
+    assert before["seconds"] > 0 and results["versions"]["torch"] == torch.__version__
+    assert results["dataset"] == {"name": shards.name, "train_split": "train"} and results["hardware"]["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--streaming needs --max_train_steps"),
+        (["--max_train_steps", "1", "--shuffle_buffer", "0"], "--shuffle_buffer is 0"),
+        (["--max_train_steps", "1", "--max_train_samples", "9", "--dataloader_num_workers", "2"], "take one"),
+        (["--max_train_steps", "1", "--train_batch_size", "101"], "The stream has 100 images"),
+        (["--max_train_steps", "1", "--train_batch_size", "60", "--dataloader_num_workers", "2"], "need 120"),
+        (["--max_train_steps", "1", "--image_column", "picture"], "no column of images 'picture'"),
+        (["--max_train_steps", "1", "--class_conditional", "--label_column", "x"], "no column of integer labels 'x'"),
+        (["--max_train_steps", "1", "--train_split", "test"], "has no split 'test'"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_before_it_trains(shards, tmp_path, capsys, options, message):
+    arguments = ["--dataset_name", str(shards), "--streaming", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as refusal:
+        pretrain.main([*arguments, "--denoiser", json.dumps(TINY), *options])
+    assert message in str(refusal.value) + capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stream_must_name_its_classes_and_give_every_image_one(tmp_path):
+    from datasets import ClassLabel, Features, Value
+    from datasets import Image as ImageFeature
+
+    picture = Image.fromarray(np.zeros((8, 8), np.uint8))
+    for name, kind in {"numbers": Value("int64"), "names": ClassLabel(names=["a", "b"])}.items():
+        features = Features({"image": ImageFeature(), "label": kind})
+        Dataset.from_dict({"image": [picture] * 2, "label": [0, None]}, features).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    options = ["--streaming", "--class_conditional", "--label_column", "label", "--train_batch_size", "2"]
+    with pytest.raises(SystemExit, match="must name its classes"):
+        train_on(tmp_path / "numbers.parquet", tmp_path / "out", *options, "--max_train_steps", "1")
+    with pytest.raises(ValueError, match="An image has the label None: allowed are 0 to 1"):
+        train_on(tmp_path / "names.parquet", tmp_path / "out", *options, "--max_train_steps", "1")
 
 
 FRAMEWORKS = ["DDIMScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"]
@@ -409,6 +541,7 @@ def probed(trained, digits, tmp_path_factory):
 def test_the_probe_leaves_a_classifier_and_every_figure(probed, digits):
     report = json.loads((probed / "eval_results.json").read_text())
     assert list(report["results"]) == ["DDAE", "raw pixels", "untrained network"]
+    assert report["results"]["DDAE"]["test_f1"] == pytest.approx(report["results"]["DDAE"]["test_accuracy"], abs=0.1)
     for name, result in report["results"].items():
         assert 0.5 < result["test_accuracy"] <= 1 and len(result["few_label_test_accuracies"]) == 3
         best = max(t["validation_accuracy"] for t in result["tried"])

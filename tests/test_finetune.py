@@ -12,6 +12,7 @@ import yaml
 from datasets import Dataset
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from sklearn.metrics import f1_score
 from transformers import TrainerCallback
 
 import finetune
@@ -60,14 +61,19 @@ def make_model(name, checkpoints, **options):
     return DDAEForImageClassification.from_pretrained(checkpoints / name, num_labels=10, **options)
 
 
-def accuracies(folder, digits, count):
-    """Test accuracy of a saved folder, with its fixed noise and with every image's own."""
+def answers(folder, digits, count):
+    """True classes, and those that a saved folder gives with its fixed noise and with every image's own."""
     model, processor = DDAEForImageClassification.from_pretrained(folder), DDAEImageProcessor.from_pretrained(folder)
     test = Dataset.from_parquet(str(digits / "test.parquet")).select(range(count))
     labels, pixels = torch.tensor(test["label"][:]), processor(test["image"][:], return_tensors="pt")["pixel_values"]
     own = indexed_noise(tuple(pixels.shape[1:]), range(count), model.config.noise_seed, 1)
     with torch.no_grad():
-        return [(model(pixels, noise=n).logits.argmax(-1) == labels).float().mean().item() for n in (None, own)]
+        return labels, [model(pixels, noise=n).logits.argmax(-1) for n in (None, own)]
+
+
+def accuracies(folder, digits, count):
+    labels, given = answers(folder, digits, count)
+    return [(classes == labels).float().mean().item() for classes in given]
 
 
 @pytest.mark.parametrize("name", ["edm", "flow"])
@@ -90,6 +96,10 @@ def test_the_reported_accuracy_is_that_of_the_saved_folder_on_every_test_image(f
     assert report["num_test_images"] == 70 and report["num_train_labels"] == 100
     assert report["test_accuracy"] == pytest.approx(fixed) and report["test_own_noise_accuracy"] == pytest.approx(own)
     assert report["images_per_second"] > 0 and report["options"]["mixup"] == 0.4
+    labels, given = answers(folder, digits, 70)
+    f1 = [f1_score(labels, classes, average="macro", zero_division=0) for classes in given]
+    assert [report["test_f1"], report["test_own_noise_f1"]] == pytest.approx(f1) and 0 < f1[0] != fixed
+    assert report["dataset"]["num_images"] == 100 and report["processes"] == 1
 
 
 def test_an_interrupted_run_resumes_exactly(finetuned, checkpoints, digits, tmp_path):
@@ -103,6 +113,11 @@ def test_an_interrupted_run_resumes_exactly(finetuned, checkpoints, digits, tmp_
         expected, resumed = load_file(folder / file), load_file(tmp_path / file)
         assert expected.keys() == resumed.keys() and all(torch.equal(expected[n], resumed[n]) for n in expected)
     assert (again["test_accuracy"], again["test_loss"]) == (report["test_accuracy"], report["test_loss"])
+    assert again["images"] == report["images"] == 100 + 64
+    before = json.loads((folder / "checkpoint-3" / finetune.PROGRESS).read_text())
+    assert before["images"] == 96 and before["seconds"] > 0
+    total = before["seconds"] + again["train_seconds_this_run"]
+    assert again["train_seconds"] == pytest.approx(total, abs=0.11) and again["seconds"] > again["seconds_this_run"]
 
 
 def test_a_finished_run_resumes_to_the_same_figures(finetuned, checkpoints, digits, tmp_path):

@@ -1,0 +1,230 @@
+"""Find the points of an image again in a warped copy of it, by feature maps of a denoiser that was never taught to.
+
+    python examples/correspondence.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
+        --train_split test --num_images 64 --sigma 0.02 --output_dir runs/correspondence
+
+Every image is turned, shifted and bent by a map whose inverse is exact; for each point, the most similar pixel of the
+warped copy is compared with the true place. `DDAEBackbone`'s maps are brought to the image's size and to length 1,
+each by itself, and put side by side: similarity is the mean cosine over layers. Two images of a pair get different
+noise, as noise shared by both would stay in place while the image moves. The same points are looked up by the same
+network with random weights, and by clean colours: of single pixels, and of patches, which a warp as gentle as this one
+hardly changes and which are hard to beat. `results.json` holds the figures, `correspondence.png` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from data import add_data_arguments, best_device, image_column, load_splits, parse_with_config, pick_split, write_json
+from ddae_hf import DDAEBackbone, DDAEConfig, DDAEImageProcessor
+from ddae_hf.noise import indexed_noise
+from labelled import check_null_class
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without windows)
+
+RADII = (1, 2, 4)  # pixels within which a point counts as found
+POINTS = 32  # at most so many in a row
+SHOWN = 2  # pairs in the picture
+METHODS = ("denoiser", "random weights", "5x5 patches", "pixel colours")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
+    add("--output_dir", default="runs/correspondence", help="Folder of results.json and correspondence.png.")
+    add("--out_features", nargs="+", help="Layers; by default the encoder's at half size and the checkpoint's one.")
+    add("--sigma", type=float, help="Noise level; by default the checkpoint's.")
+    add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
+    add("--num_images", type=int, default=64, help="Use the first N images of the split.")
+    add("--max_rotation", type=float, default=20.0, help="Largest angle of a warp, in degrees.")
+    add("--max_shift", type=float, default=3.0, help="Largest shift along each axis, in pixels.")
+    add("--max_bend", type=float, default=1.5, help="Largest height of the waves along each axis, in pixels.")
+    add("--seed", type=int, default=0, help="Seed of warps, noise and random weights.")
+    args = parse_with_config(parser, argv)
+    for name, least in (("num_images", 1), ("max_rotation", 0), ("max_shift", 0), ("max_bend", 0), ("seed", 0)):
+        if not least <= getattr(args, name) < math.inf:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be finite and at least {least}.")
+    return args
+
+
+class Warp:
+    """A turn about the image's centre, a shift, and a wave along each axis: every step has an exact inverse.
+
+    Places are complex128: x + iy in pixels, from 0 at the centre of the first one.
+    """
+
+    def __init__(self, size: tuple[int, int], args: argparse.Namespace, index: int):
+        """Draw the warp of an image of (height, width): a function of the seed and the image's index."""
+        rng = np.random.default_rng([args.seed, index])
+        self.size, self.centre = size, complex(size[1] - 1, size[0] - 1) / 2
+        self.turn = np.exp(1j * math.radians(rng.uniform(-1, 1) * args.max_rotation)).item()
+        self.shift = complex(*rng.uniform(-1, 1, 2) * args.max_shift)
+        self.bend, self.phase = rng.uniform(-1, 1, 2) * args.max_bend, rng.uniform(0, 2 * math.pi, 2)
+
+    def _wave(self, axis: int, at: Tensor) -> Tensor:
+        return self.bend[axis] * torch.sin(2 * math.pi * at / max(self.size) + self.phase[axis])
+
+    def places(self, original: Tensor) -> Tensor:
+        """Return where points of the original are in the warped image."""
+        moved = (original - self.centre) * self.turn + self.centre + self.shift
+        x = moved.real + self._wave(0, moved.imag)
+        return torch.complex(x, moved.imag + self._wave(1, x))
+
+    def origins(self, warped: Tensor) -> Tensor:
+        """Return where points of the warped image come from: the inverse of `places`."""
+        y = warped.imag - self._wave(1, warped.real)
+        x = warped.real - self._wave(0, y)
+        return (torch.complex(x, y) - self.shift - self.centre) / self.turn + self.centre
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the warped image (C, H, W); what comes from outside repeats the border."""
+        grid = torch.view_as_real(self.origins(pixels(self.size))) * 2 / (torch.tensor(self.size[::-1]) - 1) - 1
+        options: dict[str, Any] = {"padding_mode": "border", "align_corners": True}
+        return F.grid_sample(image[None].double(), grid.reshape(1, *self.size, 2), **options)[0].to(image)
+
+
+def pixels(size: tuple[int, int], step: int = 1) -> Tensor:
+    """Return the places of an image's pixels, row by row, or of every `step`-th of them."""
+    y, x = torch.meshgrid(*(torch.arange(0, side, step).double() for side in size), indexing="ij")
+    return torch.complex(x, y).flatten()
+
+
+@torch.no_grad()
+def dense_features(backbone: DDAEBackbone, images: Tensor, noise: Tensor) -> Tensor:
+    """Return features (B, C, H, W) of images, of length 1 at every layer."""
+    maps = backbone(images.to(backbone.device), noise=noise.to(backbone.device)).feature_maps
+    maps = [F.interpolate(hidden.float(), images.shape[-2:], mode="bilinear") for hidden in maps]
+    return torch.cat([F.normalize(hidden, dim=1) for hidden in maps], dim=1).cpu()
+
+
+def patches(images: Tensor) -> Tensor:
+    """Return the colours of the 5x5 pixels around each, (B, 25 C, H, W)."""
+    return F.unfold(F.pad(images, [2] * 4, mode="replicate"), 5).unflatten(2, images.shape[-2:])
+
+
+def match(original: Tensor, warped: Tensor, points: Tensor) -> Tensor:
+    """Return the places in the warped image whose features (C, H, W) are nearest to those of whole-numbered points.
+
+    Nearest by distance, which for features of one length is the highest cosine.
+    """
+    wanted, there = original[:, points.imag.long(), points.real.long()], warped.flatten(1)
+    nearest = (wanted.T @ there - there.square().sum(0) / 2).argmax(1)
+    return pixels(tuple(warped.shape[-2:]))[nearest]
+
+
+def open_backbones(args: argparse.Namespace) -> list[DDAEBackbone]:
+    """Return the network and the same with random weights, or stop."""
+    options = {name: value for name in ("sigma", "null_class") if (value := getattr(args, name)) is not None}
+    config = DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir, **options)
+    names, reach, side = config.stage_names, args.max_shift + args.max_bend, min(config.image_size)
+    layers = args.out_features or [*[name for name in names if name.startswith("down_blocks.1.")][-1:], config.layer]
+    if unknown := [layer for layer in layers if layer not in names]:
+        raise ValueError(f"--out_features: there is no layer {', '.join(unknown)}; there are {', '.join(names)}.")
+    if reach >= (side - 1) / 2:
+        raise ValueError(f"--max_shift and --max_bend are {reach:g} together: take less than {(side - 1) / 2:g}.")
+    options |= {"out_features": sorted(set(layers), key=names.index), "cache_dir": args.cache_dir}
+    trained = DDAEBackbone.from_pretrained(args.model_name_or_path, **options)
+    check_null_class(trained.ddae)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        untrained = DDAEBackbone(trained.config)
+    return [backbone.eval().to(best_device()) for backbone in (trained, untrained)]
+
+
+def look_up(
+    args: argparse.Namespace, images: Tensor, backbones: list[DDAEBackbone]
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, ...]]]:
+    """Return the errors in pixels of every way to look points up, and the network's answers for the first pairs."""
+    size = (images.shape[2], images.shape[3])
+    step = math.ceil(max(size) / POINTS)
+    points, errors, shown = pixels(size, step), {name: [] for name in METHODS}, []  # type: ignore[var-annotated]
+    for index, image in enumerate(tqdm(images, desc="Pairs")):
+        warp = Warp(size, args, index)
+        pair = torch.stack([image, warp(image)])
+        noise = torch.cat([indexed_noise(tuple(image.shape), [index], args.seed, view) for view in (0, 1)])
+        places = warp.places(points)
+        from_centre = torch.view_as_real(places - warp.centre).abs()
+        inside = (from_centre <= (torch.tensor(size[::-1]) - 1) / 2).all(1)  # what left the picture is not looked for
+        ways = [*(dense_features(backbone, pair, noise) for backbone in backbones), patches(pair), pair]
+        for name, features in zip(METHODS, ways, strict=True):
+            found = match(*features, points[inside])
+            errors[name].append((found - places[inside]).abs())
+            if name == METHODS[0] and index < SHOWN:
+                some = (points[inside].real / step % 8 == 3) & (points[inside].imag / step % 8 == 3)
+                shown.append((*pair, points[inside][some], found[some], errors[name][-1][some]))
+    return {name: torch.cat(values) for name, values in errors.items()}, shown
+
+
+def draw(path: Path, shown: list[tuple[Tensor, ...]], errors: dict[str, Tensor], furthest: float) -> None:
+    """Draw pairs of images with some points and what the network found for them, and the part found over distance."""
+    figure = plt.figure(figsize=(10.5, 2.75 * max(len(shown), 2)), layout="constrained")
+    grid = figure.add_gridspec(len(shown), 3, width_ratios=(1, 1, 1.6))
+    for row, (*pair, points, found, error) in enumerate(shown):
+        panels = [figure.add_subplot(grid[row, column], xticks=[], yticks=[]) for column in (0, 1)]
+        for axes, image in zip(panels, pair, strict=True):
+            axes.set_title(("original", "warped")[axes is panels[1]] if row == 0 else "")
+            axes.imshow(
+                (image.permute(1, 2, 0).expand(-1, -1, 3) / 2 + 0.5).clamp(0, 1).numpy(), interpolation="nearest"
+            )
+        for *ends, distance in zip(points.tolist(), found.tolist(), error, strict=True):
+            colour, marker = ("lime", "o") if distance <= RADII[1] else ("red", "X")
+            for axes, end in zip(panels, ends, strict=True):
+                axes.plot(end.real, end.imag, marker, color=colour, markersize=7, markeredgecolor="black")
+            line = {"axesA": panels[0], "axesB": panels[1], "color": colour, "alpha": 0.7}
+            a, b = ((end.real, end.imag) for end in ends)
+            figure.add_artist(matplotlib.patches.ConnectionPatch(a, b, "data", "data", **line))
+    axes, radii = figure.add_subplot(grid[:, 2]), np.linspace(0, furthest, 81)
+    for (name, error), style in zip(errors.items(), ("-", "--", "-.", ":"), strict=True):
+        axes.plot(
+            radii, [100 * (error <= radius).double().mean().item() for radius in radii], style, label=name, linewidth=2
+        )
+    axes.set(xlabel="distance from the true place (pixels)", ylabel="points found within it (%)", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.suptitle(f"Points looked up in a warped copy: found within {RADII[1]} pixels (green), further off (red)")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_arguments(argv)
+    logging.disable_progress_bar()
+    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
+    dataset = dataset.select(range(min(args.num_images, len(dataset))))
+    column = image_column(dataset, args.image_column)
+    try:
+        backbones = open_backbones(args)
+        processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    errors, shown = look_up(args, processor(dataset[:][column], return_tensors="pt")["pixel_values"], backbones)
+    rows, config, folder = {}, backbones[0].config, Path(args.output_dir)
+    print(f"{'%, error in pixels':20}" + "".join(f"{f'PCK@{radius}':>8}" for radius in RADII) + f"{'error':>8}")
+    for name, error in errors.items():
+        pck = {f"pck@{radius}": (error <= radius).double().mean().item() for radius in RADII}
+        rows[name] = {**pck, "mean_error": error.mean().item()}
+        print(f"{name:20}" + "".join(f"{100 * value:8.1f}" for value in pck.values()) + f"{error.mean():8.2f}")
+    about = {"layers": config.out_features, "sigma": config.sigma, "images": len(dataset), "points": len(error)}
+    write_json(folder / "results.json", {"options": vars(args), **about, "results": rows})
+    draw(folder / "correspondence.png", shown, errors, max(config.image_size) / 4)
+    print(f"{len(error):,} points of {len(dataset)} images; look at {folder / 'correspondence.png'}.")
+
+
+if __name__ == "__main__":
+    main()

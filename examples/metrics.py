@@ -1,0 +1,68 @@
+"""Metrics of a classifier that `evaluate` combines and computes offline: `evaluate.load` would ask the Hub for them.
+
+Names, arguments and results are those of evaluate's metrics, and scikit-learn computes them; but classes are averaged
+as `macro`, the plain mean over them, unless `average` says otherwise, and what cannot be divided is 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import evaluate
+import numpy as np
+from datasets import Features, Value
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+
+class ClassMetric(evaluate.Metric):
+    """A figure of predicted against true classes; metrics of one process keep them in memory."""
+
+    def __init__(self, *args: Any, num_process: int = 1, **options: Any):
+        super().__init__(*args, num_process=num_process, **{"keep_in_memory": num_process == 1, **options})
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = Features({"predictions": Value("int64"), "references": Value("int64")})
+        return evaluate.MetricInfo(description=str(self.__doc__), citation="", features=features)
+
+    def named(self, value: Any) -> dict[str, Any]:
+        """Return a figure, or one of each class, (K,), by the metric's name."""
+        return {self.name: float(value) if np.ndim(value) == 0 else value}
+
+
+class Accuracy(ClassMetric):
+    """The part of predictions that are right, or with `normalize=False` their number."""
+
+    def _compute(self, predictions: list[int], references: list[int], **options: Any) -> dict[str, Any]:
+        return self.named(accuracy_score(references, predictions, **options))
+
+
+class F1(ClassMetric):
+    """The harmonic mean of precision and recall."""
+
+    def _compute(
+        self, predictions: list[int], references: list[int], average: str | None = "macro", **options: Any
+    ) -> dict[str, Any]:
+        return self.named(f1_score(references, predictions, average=average, **{"zero_division": 0, **options}))
+
+
+class Precision(ClassMetric):
+    """The part of the images given a class that are of it."""
+
+    def _compute(
+        self, predictions: list[int], references: list[int], average: str | None = "macro", **options: Any
+    ) -> dict[str, Any]:
+        return self.named(precision_score(references, predictions, average=average, **{"zero_division": 0, **options}))
+
+
+class Recall(ClassMetric):
+    """The part of a class's images that are given it."""
+
+    def _compute(
+        self, predictions: list[int], references: list[int], average: str | None = "macro", **options: Any
+    ) -> dict[str, Any]:
+        return self.named(recall_score(references, predictions, average=average, **{"zero_division": 0, **options}))
+
+
+def classification_metrics() -> evaluate.CombinedEvaluations:
+    """Return accuracy, and F1, precision and recall averaged over classes, in one."""
+    return evaluate.combine([Accuracy(), F1(), Precision(), Recall()])

@@ -1,0 +1,99 @@
+"""Points looked up in warped images, whose true places are known."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import correspondence
+from correspondence import Warp, match, pixels
+from ddae_hf import DDAEPipeline
+
+from .conftest import make_unet
+
+SIZE = (20, 28)
+OPTIONS = argparse.Namespace(seed=3, max_rotation=30.0, max_shift=3.0, max_bend=1.5)
+LAYERS = ["mid_block", "up_blocks.0.attentions.0"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    DDAEPipeline.for_denoiser(make_unet(), DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def run(checkpoint, digits, folder, *options):
+    arguments = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(digits), "--output_dir", str(folder)]
+    correspondence.main([*arguments, "--num_images", "2", "--max_shift", "1", "--max_bend", "0.5", *options])
+
+
+def inside(places):
+    x, y = places.real, places.imag
+    return (x >= 0) & (y >= 0) & (x <= SIZE[1] - 1) & (y <= SIZE[0] - 1)
+
+
+def coordinates():
+    """Return an image whose colours are the places of its pixels."""
+    return torch.view_as_real(pixels(SIZE)).reshape(*SIZE, 2).permute(2, 0, 1)
+
+
+def test_a_warped_image_shows_at_a_place_what_the_map_says():
+    for index in range(3):
+        warp, places = Warp(SIZE, OPTIONS, index), pixels(SIZE)
+        assert (warp.places(places) - places).abs().max() > 1
+        torch.testing.assert_close(warp.origins(warp.places(places)), places)
+        origins = warp.origins(places)
+        seen = torch.complex(*warp(coordinates()).flatten(1))
+        torch.testing.assert_close(seen[inside(origins)], origins[inside(origins)])
+        assert torch.equal(warp.places(places), Warp(SIZE, OPTIONS, index).places(places))  # no other randomness
+    assert not torch.equal(Warp(SIZE, OPTIONS, 0).places(places), Warp(SIZE, OPTIONS, 1).places(places))
+
+
+def test_features_that_are_coordinates_find_every_point_and_random_ones_find_points_by_chance():
+    warp, points = Warp(SIZE, OPTIONS, 0), pixels(SIZE)
+    points = points[inside(warp.places(points))]
+    true = warp.places(points)
+    origins = torch.view_as_real(warp.origins(pixels(SIZE))).reshape(*SIZE, 2).permute(2, 0, 1)
+    assert ((match(coordinates(), origins, points) - true).abs() <= 1).all()
+    generator = torch.Generator().manual_seed(0)
+    original, warped = torch.randn(2, 16, *SIZE, generator=generator, dtype=torch.float64)
+    found = ((match(original, warped, points) - true).abs() <= 4).double().mean()
+    chance = ((pixels(SIZE) - true[:, None]).abs() <= 4).double().mean()
+    assert abs(found - chance) < 0.05 and chance < 0.1
+
+
+def test_figures_and_picture_are_a_function_of_the_options(checkpoint, digits, tmp_path, capsys):
+    for name, options in (("a", []), ("b", []), ("other", ["--seed", "1"])):
+        run(checkpoint, digits, tmp_path / name, "--out_features", *reversed(LAYERS), "--sigma", "0.1", *options)
+    a, b, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("a", "b", "other"))
+    assert a["results"] == b["results"] != other["results"]
+    assert a["layers"] == LAYERS and a["sigma"] == 0.1 and a["images"] == 2 and 0 < a["points"] <= 2 * 64
+    assert (tmp_path / "a" / "correspondence.png").read_bytes() == (tmp_path / "b" / "correspondence.png").read_bytes()
+    printed = capsys.readouterr().out
+    for name, figures in a["results"].items():
+        assert f"{figures['mean_error']:.2f}" in next(line for line in printed.splitlines() if line.startswith(name))
+    assert a["results"]["denoiser"] != a["results"]["random weights"]
+
+
+def test_an_image_that_does_not_move_is_found_by_its_colours(checkpoint, digits, tmp_path):
+    run(checkpoint, digits, tmp_path, "--max_shift", "0", "--max_bend", "0", "--max_rotation", "0", "--sigma", "2")
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert results["5x5 patches"]["pck@1"] > 0.9  # but for patches that are there twice
+    # Were its noise the same in both views, the network would find every point.
+    assert results["denoiser"]["mean_error"] > 0
+
+
+def test_wrong_options_are_refused(checkpoint, digits, tmp_path, capsys):
+    for options, message in (
+        (["--out_features", "mid"], "no layer mid; there are .*mid_block"),
+        (["--max_shift", "3.2"], "--max_shift and --max_bend are 3.7 together: take less than 3.5"),
+        (["--sigma", "1e9"], "sigma"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(checkpoint, digits, tmp_path / "out", *options)
+    with pytest.raises(SystemExit):
+        run(checkpoint, digits, tmp_path / "out", "--num_images", "0")
+    assert "--num_images is 0: it must be finite and at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

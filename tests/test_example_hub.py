@@ -1,0 +1,191 @@
+"""The scripts push what they leave to a Hub, over HTTP, with the real client."""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import finetune
+import hub
+import linear_probe
+import pretrain
+import sweep
+from ddae_hf import DDAEPipeline
+
+from .conftest import make_unet
+from .hub_server import HubServer, run_client
+
+TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32], "layers_per_block": 1}
+TINY |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+SCRIPTS = """
+import sys
+sys.path.insert(0, "examples")
+import finetune, linear_probe, pretrain, sweep
+for script, options in {}:
+    globals()[script].main(options)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("objects")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(server, digits, tmp_path_factory):
+    """All scripts, one after the other: the classifiers are of the network that the first has pushed."""
+    root = tmp_path_factory.mktemp("runs")
+    data = ["--dataset_name", str(digits), "--max_train_samples", "120", "--push_to_hub"]
+    probed = [*data, "--model_name_or_path", "tester/denoiser", "--max_test_samples", "50"]
+    options = ["--denoiser", json.dumps(TINY), "--train_batch_size", "16", "--num_samples", "4", "--license", "mit"]
+    options += ["--max_train_steps", "2", "--checkpointing_steps", "1", "--num_inference_steps", "2"]
+    tuned = ["--max_train_steps", "1", "--hub_model_id", "tester/other-name"]
+    jobs = [
+        ("pretrain", [*data, *options, "--hub_private", "--output_dir", str(root / "denoiser")]),
+        ("linear_probe", [*probed, "--output_dir", str(root / "probe"), "--sigmas", "0.1"]),
+        ("sweep", [*probed, "--output_dir", str(root / "sweep"), "--sigmas", "0.1", "--num_noise_seeds", "1"]),
+        ("finetune", [*probed, *tuned, "--output_dir", str(root / "tuned"), "--checkpointing_steps", "1"]),
+    ]
+    done = run_client(server, SCRIPTS.format(jobs), cache=root / "home")
+    assert done.returncode == 0, done.stderr
+    return root, done.stdout
+
+
+def files(server, name):
+    return set(server.repositories[f"tester/{name}"].resolve("main").files)
+
+
+def content(server, name, path):
+    return (server.root / server.repositories[f"tester/{name}"].resolve("main").files[path].sha256).read_bytes()
+
+
+def test_every_script_pushes_its_result_and_not_what_only_training_needs(pushed, server):
+    root, printed = pushed
+    assert server.repositories["tester/denoiser"].private and not server.repositories["tester/probe"].private
+    assert {n.split("/")[0] for n in files(server, "denoiser")} == {
+        *(".gitattributes", "README.md", "model_index.json", "unet", "scheduler", "samples"),
+        *("training_options.yaml", "train_results.json"),
+    }
+    beside = {"probe": "confusion.png", "sweep": "heat_map.png", "other-name": "training_options.yaml"}
+    for name, own in beside.items():
+        found = files(server, name)
+        assert found >= {"README.md", "config.json", "preprocessor_config.json", "eval_results.json", own}
+        assert not any(word in path for path in found for word in ("checkpoint-", "partial", "features", "levels"))
+        assert any(path.endswith(".safetensors") for path in found)
+        assert f"{server.url}/tester/{name}" in printed
+    weights = {("denoiser", "denoiser"): "unet/diffusion_pytorch_model.safetensors"}
+    weights |= {("other-name", "tuned"): "model.safetensors"}
+    for (name, folder), path in weights.items():
+        assert content(server, name, path) == (root / folder / path).read_bytes()
+    assert (root / "denoiser" / "checkpoint-2" / "state").is_dir() and (root / "tuned" / "checkpoint-1").is_dir()
+
+
+def test_cards_tell_the_repository_and_the_network_it_began_with(pushed, server):
+    root, _ = pushed
+    card = ModelCard(content(server, "denoiser", "README.md").decode())
+    assert card.data.license == "mit" and 'from_pretrained("tester/denoiser")' in card.text
+    results = json.loads((root / "denoiser" / "train_results.json").read_text())
+    assert results["dataset"]["num_images"] == 120 and results["hardware"]["cpu"] in card.text
+    for name in ("probe", "sweep", "other-name"):
+        card = ModelCard(content(server, name, "README.md").decode())
+        assert card.data.base_model == "tester/denoiser" and f"tester/{name}" in card.text
+        report = json.loads(content(server, name, "eval_results.json"))
+        assert report["dataset"]["test_split"] == "test" and report["seconds"] and report["versions"]["torch"]
+        assert report["options"]["hub_model_id"] == f"tester/{name}"
+        f1 = report.get("test_f1", report.get("results", {}).get("DDAE", {}).get("test_f1"))
+        assert 0 < f1 <= 1 and f"{100 * f1:.2f}" in card.text
+
+
+def local(server, monkeypatch, **options):
+    """Options, and this process's client set on the server."""
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "HfApi", lambda: hub_api(endpoint=server.url))
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    known = {"push_to_hub": True, "hub_model_id": None, "hub_private": False, "output_dir": "runs/name"}
+    return argparse.Namespace(**known | options)
+
+
+hub_api = hub.HfApi
+
+
+@pytest.mark.parametrize("script", [pretrain, linear_probe, sweep, finetune])
+def test_what_cannot_be_pushed_is_refused_before_any_work(script, tmp_path):
+    out = ["--output_dir", str(tmp_path / "out"), "--dataset_name", "x"]
+    out += [] if script is pretrain else ["--model_name_or_path", "nowhere"]
+    for options, message in (
+        (["--hub_model_id", "a/b"], "--hub_model_id is given without --push_to_hub"),
+        (["--hub_private"], "--hub_private is given without --push_to_hub"),
+        (["--push_to_hub"], "HF_HUB_OFFLINE is set"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            script.main([*out, *options])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_over_a_run_is_not_pushed(capsys):
+    with pytest.raises(SystemExit):
+        sweep.parse_arguments(["--checkpoints", "runs/x", "--push_to_hub"])
+    assert "pushes one classifier" in capsys.readouterr().err
+
+
+def test_a_token_is_needed_and_must_be_good(server, monkeypatch, tmp_path):
+    args = local(server, monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(SystemExit, match="the repository name cannot be written to"):
+        hub.prepare(args)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="needs a token that may write: log in with `hf auth login`"):
+        hub.prepare(args)
+
+
+def test_repositories_that_do_not_fit_are_refused(server, monkeypatch):
+    args = local(server, monkeypatch, hub_model_id="open")
+    hub.prepare(args)
+    assert args.hub_model_id == "tester/open" and not server.repositories["tester/open"].private
+    hub.prepare(args)  # it may be there already
+    with pytest.raises(SystemExit, match="tester/open is there already, and public"):
+        hub.prepare(local(server, monkeypatch, hub_model_id="open", hub_private=True))
+    with pytest.raises(SystemExit, match="the repository someone/else cannot be written to"):
+        hub.prepare(local(server, monkeypatch, hub_model_id="someone/else"))
+    with pytest.raises(SystemExit, match="the repository a b cannot be written to"):
+        hub.prepare(local(server, monkeypatch, hub_model_id="a b"))
+
+
+def test_a_push_that_fails_says_how_to_push_and_that_works(server, monkeypatch, tmp_path):
+    folder = tmp_path / "a run"
+    DDAEPipeline.for_denoiser(make_unet(), pretrain.build_scheduler(pretrain.SCHEDULER)).save_pretrained(folder)
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"state")
+    args = local(server, monkeypatch, hub_model_id="late")
+    hub.prepare(args)
+    repository = server.repositories.pop("tester/late")
+    with pytest.raises(SystemExit) as failed:
+        hub.publish(args, folder, "Push")
+    assert f"{folder} is complete, but it was not pushed" in str(failed.value)
+    server.repositories["tester/late"] = repository
+    command = shlex.split(str(failed.value).splitlines()[-1])
+    assert command[:4] == ["hf", "upload", "tester/late", str(folder)]
+    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
+    done = subprocess.run([Path(sys.executable).parent / "hf", *command[1:]], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    found = files(server, "late")
+    assert "README.md" in found and "unet/config.json" in found and not any("checkpoint" in path for path in found)
+
+
+def test_a_card_is_written_without_a_push_too(server, monkeypatch, tmp_path):
+    DDAEPipeline.for_denoiser(make_unet(), pretrain.build_scheduler(pretrain.SCHEDULER)).save_pretrained(tmp_path)
+    before = len(server.requests)
+    hub.publish(local(server, monkeypatch, push_to_hub=False), tmp_path, "Nothing")
+    assert yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])["library_name"]
+    assert len(server.requests) == before
