@@ -23,6 +23,7 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
     """
 
     has_attentions = False
+    _auto_name = "AutoBackbone"
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\."]  # of a classifier's checkpoint
 
     def __init__(self, config: DDAEConfig):

@@ -14,7 +14,6 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from transformers.processing_utils import ImagesKwargs
 
 from .checkpoints import HUB_ARGUMENTS, find_file, read_checkpoint
-from .remote_code import PROCESSOR_AUTO_MAP, save_code
 
 
 class DDAEImageProcessorKwargs(ImagesKwargs, total=False):
@@ -64,12 +63,15 @@ class DDAEImageProcessor(PilBackend):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], include_code: bool = False, **kwargs: Any) -> Any:
         """Write `preprocessor_config.json`, as in transformers; `include_code` as in `DDAEModel.save_pretrained`."""
-        if self._auto_class is None:  # otherwise it came as remote code itself, which transformers writes again
-            vars(self).pop("auto_map", None)
-            if include_code:
-                self.auto_map = PROCESSOR_AUTO_MAP
-                save_code(save_directory, "image_processing_ddae")
-        return super().save_pretrained(save_directory, **kwargs)
+        vars(self).pop("auto_map", None)  # what is written again below, where it is wanted
+        if not include_code or self._auto_class is not None:
+            return super().save_pretrained(save_directory, **kwargs)
+        # transformers writes the code of a class that is registered so, in time for its push.
+        type(self).register_for_auto_class()
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            type(self)._auto_class = None
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2:

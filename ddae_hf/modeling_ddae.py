@@ -42,6 +42,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
+    _auto_name: str  # the Auto class that opens it
     _supports_sdpa = True
     _no_split_modules = ["ResnetBlock2D", "BasicTransformerBlock"]
     _keep_in_fp32_modules_strict = ["time_proj"]
@@ -117,19 +118,23 @@ class DDAEPreTrainedModel(PreTrainedModel):
             **kwargs: See `PreTrainedModel.save_pretrained`, `push_to_hub` among them.
         """
         Path(save_directory, HEAD_FILE).unlink(missing_ok=True)  # of a classifier that was there before
-        self._prepare_code(save_directory, include_code)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        self._set_auto_map(include_code)
+        if not include_code or self._auto_class is not None:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        # transformers writes the code of a class that is registered so, in time for its push.
+        type(self).register_for_auto_class(self._auto_name)
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            type(self)._auto_class = None
 
-    def _prepare_code(self, folder: str | os.PathLike[str], include_code: bool) -> None:
-        """Write the code if asked for, and let `config.auto_map` name what is in the folder or in a repository."""
-        if self._auto_class is not None:  # came as remote code itself, which transformers writes again
-            return
+    def _set_auto_map(self, include_code: bool) -> None:
+        """Let `config.auto_map` name code that is in the folder or in a repository, and no other."""
         known = vars(self.config).pop("auto_map", None) or {}
-        if include_code:
-            save_code(folder, "backbone_ddae")
-        auto_map = AUTO_MAP if include_code else {name: code for name, code in known.items() if "--" in code}
-        if auto_map:
-            self.config.auto_map = auto_map
+        if self._auto_class is None:  # otherwise it came as remote code itself, which is written again
+            known = AUTO_MAP if include_code else {name: code for name, code in known.items() if "--" in code}
+        if known:
+            self.config.auto_map = dict(known)
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Compute attention with torch's fused function (`"sdpa"`) or in plain steps (`"eager"`)."""
@@ -163,6 +168,7 @@ class DDAEModel(DDAEPreTrainedModel):
 
     denoiser: Any
     fixed_noise: Tensor
+    _auto_name = "AutoModel"
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\."]  # of a classifier's checkpoint
 
     def __init__(self, config: DDAEConfig):
@@ -344,6 +350,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the whole network does.
     """
 
+    _auto_name = "AutoModelForImageClassification"
+
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
@@ -382,7 +390,9 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         """
         head = {name: value for name, value in self.state_dict().items() if ".denoiser." not in name}
         write_head(save_directory, head, self.ddae.denoiser, base, **hub)
-        self._prepare_code(save_directory, include_code)
+        self._set_auto_map(include_code)
+        if include_code:
+            save_code(save_directory, "modeling_ddae")
         self.config.architectures, self.config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(save_directory)
 

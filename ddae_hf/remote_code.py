@@ -11,14 +11,12 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-# Which class of which module in a checkpoint's folder an Auto class of transformers takes.
+# Which class of which module in a checkpoint's folder an Auto class of transformers takes; a backbone adds itself.
 AUTO_MAP = {
-    "AutoBackbone": "backbone_ddae.DDAEBackbone",
     "AutoConfig": "configuration_ddae.DDAEConfig",
     "AutoModel": "modeling_ddae.DDAEModel",
     "AutoModelForImageClassification": "modeling_ddae.DDAEForImageClassification",
 }
-PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_ddae.DDAEImageProcessor"}
 
 
 def save_code(folder: str | os.PathLike[str], module: str) -> list[str]:

@@ -52,7 +52,59 @@ def publish(folders):
         processor.save_pretrained(f"{folders}/{name}")
     for name in "flat", "bare", "shared", "head":
         api.upload_folder(repo_id=api.create_repo(name).repo_id, folder_path=f"{folders}/{name}")
+    classifier.save_pretrained(f"{folders}/code", push_to_hub=True, repo_id="tester/code", include_code=True)
+    processor.save_pretrained(f"{folders}/code", push_to_hub=True, repo_id="tester/code", include_code=True)
+    pipeline.save_pretrained(f"{folders}/drawing", push_to_hub=True, repo_id="tester/drawing", include_code=True)
+    train(classifier, processor, f"{folders}/trained")
     return [first, second]
+
+
+def train(model, processor, folder):
+    """Let transformers' Trainer train and push."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    options = {"max_steps": 1, "push_to_hub": True, "hub_model_id": "tester/trained", "report_to": []}
+    data = [{"pixel_values": torch.zeros(3, 8, 8), "labels": i % 2} for i in range(4)]
+    arguments = TrainingArguments(folder, use_cpu=True, disable_tqdm=True, logging_strategy="no", **options)
+    trainer = Trainer(model, arguments, train_dataset=data, processing_class=processor)
+    trainer.train()
+    trainer.push_to_hub()
+
+
+def without_the_package():
+    """Open repositories that carry their code where importing `ddae_hf` fails."""
+    import sys
+
+    sys.modules["ddae_hf"] = None
+    import torch
+    from diffusers import DiffusionPipeline
+    from transformers import AutoModelForImageClassification
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    def refusal(auto, path, **options):
+        try:
+            return str(auto.from_pretrained(path, **options))
+        except ValueError as error:
+            return str(error)
+
+    found = {
+        "refusals": [
+            refusal(AutoModelForImageClassification, "tester/code", trust_remote_code=False),
+            refusal(AutoImageProcessor, "tester/code", trust_remote_code=False),
+            refusal(DiffusionPipeline, "tester/drawing", custom_pipeline="pipeline"),
+        ],
+        "executed": [name for name in sys.modules if name.endswith(("ing_ddae", "ion_ddae", "pipeline_ddae"))],
+    }
+    model = AutoModelForImageClassification.from_pretrained("tester/code", trust_remote_code=True)
+    found["answer"] = model(torch.zeros(1, 3, 8, 8)).logits.tolist()
+    processor = AutoImageProcessor.from_pretrained("tester/code", trust_remote_code=True)
+    found["processor"] = [type(processor).__name__, processor.size["height"]]
+    remote = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+    pipeline = DiffusionPipeline.from_pretrained("tester/drawing", **remote)
+    options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2, "output_type": "pt"}
+    found["images"] = pipeline(1, **options).images.flatten().tolist()
+    return found
 
 
 def look(path, images, classify=False, **hub):
@@ -90,6 +142,16 @@ def stock(path):
     pipeline = DDPMPipeline.from_pretrained(path)
     images = pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
     return images.flatten().tolist()
+
+
+def backbone(path):
+    """Return what the Auto class of backbones makes of a repository."""
+    from transformers import AutoBackbone
+
+    import ddae_hf  # noqa: F401 (which registers it)
+
+    model = AutoBackbone.from_pretrained(path, out_features=["mid_block"])
+    return [type(model).__name__, model.channels]
 
 
 def weights(path, **hub):
@@ -151,7 +213,7 @@ def ask(hub, questions, **options):
     """Return the values that these expressions have for a client, and what it asked the Hub for."""
     before = len(hub.server.requests)
     call = "{" + ", ".join(f"{name!r}: {question}" for name, question in questions.items()) + "}"
-    code = SMALL_PIECES + program(call, look, stock, weights, refusals)
+    code = SMALL_PIECES + program(call, look, stock, backbone, weights, refusals)
     found = answer(run_client(hub.server, code, OMP_NUM_THREADS="1", **options))
     return found | {"requests": hub.server.requests[before:]}
 
@@ -172,7 +234,7 @@ def hub(tmp_path_factory, layouts):
     save_file({"images": torch.rand(5, 3, 8, 8, generator=generator) * 2 - 1}, root / "images.safetensors")
     (root / "server").mkdir()
     with HubServer(root / "server") as server:
-        code = program(f"publish({str(folders)!r})", publish)
+        code = program(f"publish({str(folders)!r})", publish, train)
         commits = answer(run_client(server, code, cache=root / "publisher", OMP_NUM_THREADS="1"))
         images = str(root / "images.safetensors")
         names = GENERATORS + CLASSIFIERS
@@ -203,6 +265,8 @@ def opened(hub, killed):
         "interrupted": "weights('tester/model')",
         "all": hub.everything,
         "stock": "stock('tester/pipeline')",
+        "trained": f"look('tester/trained', {hub.images!r}, True)",
+        "backbone": "backbone('tester/trained')",
         "revisions": f"[weights('tester/pipeline', revision=r) for r in ({hub.commits[0]!r}, 'v1', 'before/second')]",
         "unknown revision": "refusals('tester/pipeline', revision='v2')",
         "private": "refusals('tester/secret')",
@@ -263,6 +327,30 @@ def test_weights_are_in_one_repository_once(hub):
 
 def test_diffusers_own_pipeline_opens_what_was_pushed(opened, hub):
     assert opened["stock"] == pytest.approx(stock(str(hub.folders / "second")), abs=1e-5)
+
+
+def test_trainer_pushes_what_it_trained(opened, hub):
+    """The network is no longer the one that it began with, and a backbone opens it as well."""
+    folder = str(hub.folders / "trained")
+    assert_same(opened["trained"], look(folder, hub.images, True))
+    assert opened["trained"]["weights"] != look(str(hub.folders / "classifier"), hub.images, True)["weights"]
+    assert opened["backbone"] == ["DDAEBackbone", [64]]
+
+
+def test_code_travels_to_where_the_package_is_not_installed(hub):
+    """It runs for those who trust it, and for nobody else."""
+    client = {"cache": hub.root / "stranger", "token": False, "OMP_NUM_THREADS": "1"}
+    found = answer(run_client(hub.server, program("without_the_package()", without_the_package), **client))
+    for message in found["refusals"]:
+        assert "trust_remote_code=True" in message
+    assert not found["executed"]
+    model = DDAEForImageClassification.from_pretrained(hub.folders / "classifier")
+    expected = model(torch.zeros(1, 3, 8, 8)).logits
+    torch.testing.assert_close(torch.tensor(found["answer"]), expected, rtol=1e-4, atol=1e-5)
+    assert found["processor"] == ["DDAEImageProcessor", 8]
+    options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2, "output_type": "pt"}
+    images = DDAEPipeline.from_pretrained(hub.folders / "pipeline")(1, **options).images
+    assert found["images"] == pytest.approx(images.flatten().tolist(), abs=1e-5)
 
 
 def test_a_commit_a_tag_and_a_branch_give_the_weights_of_their_time(opened, local, hub):
