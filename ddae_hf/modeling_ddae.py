@@ -391,7 +391,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         head = {name: value for name, value in self.state_dict().items() if ".denoiser." not in name}
         write_head(save_directory, head, self.ddae.denoiser, base, **hub)
         self._set_auto_map(include_code)
-        if include_code:
+        if include_code or self._auto_class is not None:  # what came as remote code carries it on
             save_code(save_directory, "modeling_ddae")
         self.config.architectures, self.config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(save_directory)

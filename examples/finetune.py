@@ -109,12 +109,12 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
             "another --output_dir."
         )
     # What is written last is missing where saving was interrupted.
-    last = PROGRESS if args.ema_decay is None else AVERAGED
+    needed = [PROGRESS] if args.ema_decay is None else [PROGRESS, AVERAGED]
     folders = [Path(wanted)] if wanted not in (None, "latest") else found
     options = [f.parent / OPTIONS for f in folders if (f.parent / OPTIONS).is_file()]
     if options:
         check_same_run(args, options[-1])
-    complete = [f for f in folders if options and (f / last).is_file()]
+    complete = [f for f in folders if options and all((f / name).is_file() for name in needed)]
     if folders and not complete:
         raise SystemExit(
             f"--resume_from_checkpoint {wanted}: there is no checkpoint with a training state that is complete."

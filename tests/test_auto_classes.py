@@ -128,6 +128,7 @@ found["label"] = classify(Image.new("RGB", (9, 9), "red"))[0]["label"]
 remote = {"custom_pipeline": "pipeline", "trust_remote_code": True}
 found["images"] = sample(DiffusionPipeline.from_pretrained(generator, **remote))
 model.save_pretrained(sys.argv[3])
+model.save_head(sys.argv[3] + "/head", base=generator)
 print(json.dumps(found))
 """
 
@@ -154,4 +155,5 @@ def test_a_folder_with_its_code_opens_without_the_package(folder, tmp_path):
     options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2, "output_type": "pt"}
     torch.testing.assert_close(torch.tensor(found["images"]), generate(1, **options).images, rtol=0, atol=1e-5)
     # What is saved from there carries its code on.
-    assert {path.name for path in Path(again).glob("*.py")} >= {"modeling_ddae.py", "configuration_ddae.py"}
+    for saved in (again, again / "head"):
+        assert {path.name for path in Path(saved).glob("*.py")} >= {"modeling_ddae.py", "configuration_ddae.py"}
