@@ -24,7 +24,6 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
 
     has_attentions = False
     _auto_name = "AutoBackbone"
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\."]  # of a classifier's checkpoint
 
     def __init__(self, config: DDAEConfig):
         if config.out_features is None:
@@ -71,7 +70,7 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wanted = list(self.config.out_features)
         found = self.ddae.read_layers(
-            pixel_values,
+            self.ddae.encode(pixel_values, generator=generator),
             self.stage_names if every else wanted,
             class_labels,
             sigma=sigma,
@@ -89,5 +88,5 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         """Return a hidden state as (B, C, height, width)."""
         if hidden.ndim == 4:
             return hidden
-        height, width = (side // self.ddae.denoiser.config.patch_size for side in self.config.image_size)
+        height, width = (side // self.ddae.denoiser.config.patch_size for side in self.config.sample_shape[1:])
         return hidden.transpose(1, 2).unflatten(2, (height, width))

@@ -3,7 +3,8 @@
 - `transformers`: `config.json` (`model_type: ddae`) and `model.safetensors`, as our models save themselves. With
   `head.safetensors` in place of the latter it holds a classifier alone, and the denoiser's weights are those of its
   base: the pipeline in the same folder, or another checkpoint.
-- `pipeline`: `model_index.json`, `unet/` or `transformer/`, and `scheduler/`, as `DDAEPipeline` and diffusers save.
+- `pipeline`: `model_index.json`, `unet/` or `transformer/`, `scheduler/`, and `vae/` where the denoiser works on
+  latents, as `DDAEPipeline` and diffusers save.
 - `flat`: `model_index.json`, `config.json`, `scheduler_config.json` and weights side by side, as in
   `google/ddpm-cifar10-32`.
 - `model`: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` or DiT's saves.
@@ -14,6 +15,7 @@ Only safetensors weights are read: nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -28,8 +30,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from .conditioning import adjust_timestep_embedding
+
 # Denoisers whose hidden states can be read, and the component that holds one in a diffusers pipeline.
 COMPONENTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
+VAES = ("AutoencoderKL",)
 # The arguments of `from_pretrained` that say where files are.
 HUB_ARGUMENTS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
@@ -42,6 +47,12 @@ def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
     """Raise `ValueError` unless `name` is a denoiser class that this package supports."""
     if name not in COMPONENTS:
         raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed are {', '.join(COMPONENTS)}.")
+
+
+def check_vae_class(name: str | None, where: str = "the vae") -> None:
+    """Raise `ValueError` unless `name` is a class of VAE that this package supports."""
+    if name not in VAES:
+        raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed is {', '.join(VAES)}.")
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -59,6 +70,14 @@ def plain_config(config: Any) -> dict[str, Any]:
 def build_denoiser(config: dict[str, Any]) -> Any:
     """Build a randomly initialised denoiser from its diffusers config (with `_class_name`)."""
     check_denoiser_class(config.get("_class_name"))
+    denoiser = getattr(diffusers, config["_class_name"]).from_config(config)
+    adjust_timestep_embedding(denoiser)
+    return denoiser
+
+
+def build_vae(config: dict[str, Any]) -> Any:
+    """Build a randomly initialised VAE from its diffusers config (with `_class_name`)."""
+    check_vae_class(config.get("_class_name"))
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
@@ -80,20 +99,21 @@ def build_scheduler(config: dict[str, Any]) -> Any:
     return cls.from_config(config)
 
 
-def fingerprint(module: torch.nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> str:
-    """Return a SHA-256 of a network's parameters and persistent buffers.
+def fingerprint(*modules: torch.nn.Module | None, dtype: torch.dtype | None = torch.bfloat16) -> str:
+    """Return a SHA-256 of networks' parameters and persistent buffers.
 
     Args:
-        module: The network.
+        *modules: The networks; `None` stands for one that is not there.
         dtype: Type that values are rounded to first: with bfloat16, storing a checkpoint in bfloat16 leaves it the
             same. `None` takes them as they are, so that no two networks share a hash.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if dtype is not None and value.is_floating_point():
-            value = value.to(dtype)
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()) if module is not None else []:
+            if dtype is not None and value.is_floating_point():
+                value = value.to(dtype)
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -106,15 +126,10 @@ class Checkpoint:
     config: dict[str, Any]  # what is known of a DDAEConfig beside the denoiser and the scheduler
     denoiser: dict[str, Any]
     scheduler: dict[str, Any] | None
+    vae: dict[str, Any] | None = None
     hub: dict[str, Any] = field(default_factory=dict)
     head: str | None = None  # the local path of a classifier without its denoiser, whose weights are in `base`
     base: Checkpoint | None = None
-
-    @property
-    def weights_subfolder(self) -> str:
-        """The folder of the denoiser's weights, relative to `path`."""
-        inside = COMPONENTS[self.denoiser["_class_name"]] if self.layout == "pipeline" else ""
-        return "/".join(part for part in (self.hub.get("subfolder"), inside) if part)
 
     def load_denoiser(self, dtype: torch.dtype | None = None) -> Any:
         """Load the denoiser with its weights.
@@ -127,39 +142,62 @@ class Checkpoint:
                 trained on.
         """
         if self.base is not None:
-            denoiser = self.base.load_denoiser()
-            check_base(str(self.head), self.base, denoiser)
-            # The denoiser's own `to` would log a warning about an empty list.
-            return denoiser if dtype is None else torch.nn.Module.to(denoiser, dtype)
-        hub = {**self.hub, "subfolder": self.weights_subfolder}
+            return self._checked(self.base.load_denoiser(), "fingerprint", dtype)
         if self.layout == "transformers":
-            return self._denoiser_of_transformers_layout(hub, dtype)
+            return self._network_of_transformers_layout("denoiser", build_denoiser(self.denoiser), dtype)
+        name = self.denoiser["_class_name"]
+        denoiser = self._diffusers_network(name, COMPONENTS[name] if self.layout == "pipeline" else "", dtype)
+        adjust_timestep_embedding(denoiser)
+        return denoiser
+
+    def load_vae(self, dtype: torch.dtype | None = None) -> Any:
+        """Load the VAE with its weights, or return None where there is none; see `load_denoiser`."""
+        if self.base is not None:
+            vae = self.base.load_vae()
+            return vae if vae is None else self._checked(vae, "vae_fingerprint", dtype)
+        if self.vae is None:
+            return None
+        if self.layout == "transformers":
+            return self._network_of_transformers_layout("vae", build_vae(self.vae), dtype)
+        return self._diffusers_network(self.vae["_class_name"], "vae", dtype)
+
+    def _checked(self, network: Any, known: str, dtype: torch.dtype | None) -> Any:
+        """Return a network of the base, if it is the one that the classifier in `head` was trained on."""
+        check_base(str(self.head), self.base, network, known)
+        # The network's own `to` would log a warning about an empty list.
+        return network if dtype is None else torch.nn.Module.to(network, dtype)
+
+    def _diffusers_network(self, class_name: str, inside: str, dtype: torch.dtype | None) -> Any:
+        """Load a network as diffusers saves it, in the sub-folder `inside`."""
+        folder = "/".join(part for part in (self.hub.get("subfolder"), inside) if part)
+        hub = {**self.hub, "subfolder": folder}
         name = "diffusion_pytorch_model.safetensors"
         files = _weight_files(self.path, name, hub)
         if not files:
             refuse_offline(name, self.path, hub)
             raise ValueError(
-                f"{self.path} has no {name} in {self.weights_subfolder or 'its root'}. Only safetensors weights are "
+                f"{self.path} has no {name} in {folder or 'its root'}. Only safetensors weights are "
                 "read, never pickles (`.bin`): convert them with diffusers' `save_pretrained(safe_serialization=True)`."
             )
-        cls = getattr(diffusers, self.denoiser["_class_name"])
+        cls = getattr(diffusers, class_name)
         # diffusers' own loading also renames the attention weights of early checkpoints.
         return cls.from_pretrained(self.path, torch_dtype=dtype or _stored_dtype(files[0]), use_safetensors=True, **hub)
 
-    def _denoiser_of_transformers_layout(self, hub: dict[str, Any], dtype: torch.dtype | None) -> Any:
+    def _network_of_transformers_layout(self, part: str, network: Any, dtype: torch.dtype | None) -> Any:
+        """Fill a network with the weights that a model of transformers' layout has under the name `part`."""
         state: dict[str, torch.Tensor] = {}
+        hub = {**self.hub, "subfolder": self.hub.get("subfolder") or ""}
         for file in _weight_files(self.path, "model.safetensors", hub):
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    prefix, _, name = key.partition("denoiser.")
+                    prefix, _, name = key.partition(f"{part}.")
                     if prefix in ("", "ddae.") and name:
                         state[name] = tensors.get_tensor(key)
         if not state:
             refuse_offline("model.safetensors", self.path, hub)
-            raise ValueError(f"{self.path} has no denoiser weights in model.safetensors.")
-        denoiser = build_denoiser(self.denoiser)
-        denoiser.load_state_dict(state, assign=True)
-        return (denoiser if dtype is None else denoiser.to(dtype)).eval()
+            raise ValueError(f"{self.path} has no {part} weights in model.safetensors.")
+        network.load_state_dict(state, assign=True)
+        return (network if dtype is None else network.to(dtype)).eval()
 
 
 def head_metadata(head: str) -> dict[str, str]:
@@ -168,9 +206,12 @@ def head_metadata(head: str) -> dict[str, str]:
         return dict(tensors.metadata() or {})
 
 
-def check_base(head: str, base: Checkpoint, denoiser: torch.nn.Module) -> None:
-    """Raise `ValueError` unless a denoiser has exactly the weights that the classifier in `head` was trained on."""
-    if fingerprint(denoiser, dtype=None) != head_metadata(head)["fingerprint"]:
+def check_base(head: str, base: Any, network: torch.nn.Module, known: str = "fingerprint") -> None:
+    """Raise `ValueError` unless a base's network has exactly the weights that the classifier in `head` was trained on.
+
+    `known` is the name of what the head knows of it: `"fingerprint"` of the denoiser, `"vae_fingerprint"` of the VAE.
+    """
+    if fingerprint(network, dtype=None) != head_metadata(head).get(known):
         raise ValueError(
             f"The weights of {base.path} are not those that the classifier in {head} was trained on: they have changed "
             "since. Bring back the base as it was, or train a classifier on it as it is."
@@ -181,6 +222,7 @@ def write_head(
     folder: str | os.PathLike[str],
     tensors: dict[str, torch.Tensor],
     denoiser: torch.nn.Module,
+    vae: torch.nn.Module | None = None,
     base: str | os.PathLike[str] | None = None,
     **hub: Any,
 ) -> None:
@@ -190,11 +232,12 @@ def write_head(
         folder: The folder.
         tensors: The classifier's parameters and buffers.
         denoiser: The denoiser that it was trained on.
-        base: The checkpoint that has the denoiser's weights; by default the pipeline in `folder`.
+        vae: The VAE that made the denoiser's latents, where it works on them.
+        base: The checkpoint that has their weights; by default the pipeline in `folder`.
         **hub: Where the base's files are.
 
     Raises:
-        ValueError: No base, or one with another denoiser.
+        ValueError: No base, or one with another denoiser or VAE.
     """
     folder = Path(folder)
     if base is None and not (folder / "model_index.json").is_file():
@@ -205,13 +248,15 @@ def write_head(
     name = "." if base is None else os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
     # Without `base`, what the folder holds of an earlier classifier plays no part.
     checkpoint = read_pipeline(folder) if base is None else read_checkpoint(base, **hub)
-    original = checkpoint.load_denoiser()
-    if fingerprint(original) != fingerprint(denoiser):
-        raise ValueError(
-            f"The denoiser of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came from "
-            "elsewhere: `save_pretrained` writes it whole."
-        )
+    original, original_vae = checkpoint.load_denoiser(), checkpoint.load_vae()
+    for part, own, its in (("denoiser", denoiser, original), ("VAE", vae, original_vae)):
+        if fingerprint(its) != fingerprint(own):
+            raise ValueError(
+                f"The {part} of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came "
+                "from elsewhere: `save_pretrained` writes it whole."
+            )
     known = {"base": name, "fingerprint": fingerprint(original, dtype=None)}
+    known |= {} if original_vae is None else {"vae_fingerprint": fingerprint(original_vae, dtype=None)}
     if base is not None:
         known |= {"revision": commit_of(base, **hub) or "", "subfolder": hub.get("subfolder") or ""}
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,7 +338,9 @@ def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
     hub["subfolder"] = hub.get("subfolder") or ""
     config = _read_json(path, "config.json", hub)
     if config and config.get("model_type") == "ddae":
-        found = Checkpoint(path, "transformers", config, config["denoiser"], config["scheduler"], hub)
+        found = Checkpoint(
+            path, "transformers", config, config["denoiser"], config["scheduler"], config.get("vae"), hub
+        )
         found.head = find_file(path, HEAD_FILE, **hub)
         if found.head is not None:
             found.base = _read_base(path, found.head, hub)
@@ -302,8 +349,9 @@ def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
     if index is not None:
         return _read_pipeline(path, index, config, hub)
     if config and "_class_name" in config:
+        config = _present_class(plain_config(config))
         check_denoiser_class(config["_class_name"], f"The network in {path}")
-        return Checkpoint(path, "model", {}, plain_config(config), None, hub)
+        return Checkpoint(path, "model", {}, config, None, hub=hub)
     refuse_offline("A configuration", path, hub)
     raise ValueError(
         f"{path} is no checkpoint that ddae_hf can open: it has neither a model_index.json (a diffusers pipeline) nor "
@@ -330,28 +378,46 @@ def _read_pipeline(
     networks = [k for k in classes if k in ("unet", "transformer", "prior", "decoder")]
     if not networks:
         raise ValueError(f"{where} has no denoiser: its components are {', '.join(classes) or 'none'}.")
-    check_denoiser_class(classes[networks[0]], f"{where}: its `{networks[0]}`")
-    others = sorted(set(parts) - {networks[0], "scheduler"})
-    if others:
-        raise ValueError(
-            f"{where} has components beside its denoiser and scheduler ({', '.join(others)}), which are not supported: "
-            "allowed are pipelines that work on pixels, such as DDPMPipeline, DDIMPipeline and DDAEPipeline."
-        )
-    inside = {**hub, "subfolder": "/".join(part for part in (hub["subfolder"], networks[0]) if part)}
-    denoiser = _read_json(path, "config.json", inside)
+
+    def read(inside: str, filename: str) -> dict[str, Any] | None:
+        folder = "/".join(part for part in (hub["subfolder"], inside) if part)
+        return _read_json(path, filename, {**hub, "subfolder": folder})
+
+    denoiser = read(networks[0], "config.json")
     layout: Literal["pipeline", "flat"] = "pipeline" if denoiser else "flat"
-    if layout == "pipeline":
-        inside["subfolder"] = "/".join(part for part in (hub["subfolder"], "scheduler") if part)
-        scheduler = _read_json(path, "scheduler_config.json", inside)
-    else:
-        denoiser, scheduler = root_config, _read_json(path, "scheduler_config.json", hub)
-    if denoiser is None or scheduler is None:
-        missing = f"{networks[0]}'s config.json" if denoiser is None else "scheduler_config.json"
+    denoiser = denoiser or root_config
+    denoiser = denoiser and _present_class({**plain_config(denoiser), "_class_name": classes[networks[0]]})
+    check_denoiser_class(
+        (denoiser or {"_class_name": classes[networks[0]]})["_class_name"], f"{where}: its `{networks[0]}`"
+    )
+    if others := sorted(set(parts) - {networks[0], "scheduler", "vae"}):
+        raise ValueError(
+            f"{where} has components beside its denoiser, scheduler and vae ({', '.join(others)}), which are not "
+            "supported: allowed are pipelines such as DDPMPipeline, DDIMPipeline, DiTPipeline and DDAEPipeline."
+        )
+    scheduler = read("scheduler" if layout == "pipeline" else "", "scheduler_config.json")
+    vae = read("vae", "config.json") if "vae" in parts else None
+    if denoiser is None or scheduler is None or (vae is None and "vae" in parts):
+        missing = "vae's config.json" if denoiser and scheduler else "scheduler_config.json"
+        missing = missing if denoiser else f"{networks[0]}'s config.json"
         raise ValueError(f"{where} is incomplete: {missing} is missing.")
-    denoiser = {**plain_config(denoiser), "_class_name": classes[networks[0]]}
     scheduler = {**plain_config(scheduler), "_class_name": classes.get("scheduler", scheduler.get("_class_name"))}
+    if vae is not None:
+        check_vae_class(classes["vae"], f"{where}: its `vae`")
+        vae = {**plain_config(vae), "_class_name": classes["vae"]}
     known = {} if index.get("null_class") is None else {"null_class": index["null_class"]}
-    return Checkpoint(path, layout, known, denoiser, scheduler, hub)
+    return Checkpoint(path, layout, known, denoiser, scheduler, vae, hub)
+
+
+def _present_class(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a DiT from the time when diffusers had it in a class of many kinds, as its present class's.
+
+    `facebook/DiT-XL-2-256` is one.
+    """
+    if config["_class_name"] != "Transformer2DModel" or config.get("norm_type") != "ada_norm_zero":
+        return config
+    known = inspect.signature(diffusers.DiTTransformer2DModel).parameters
+    return {k: v for k, v in config.items() if k in known} | {"_class_name": "DiTTransformer2DModel"}
 
 
 def commit_of(path: str | os.PathLike[str], **hub: Any) -> str | None:

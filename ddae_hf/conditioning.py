@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.embeddings import LabelEmbedding, Timesteps
 from torch import Tensor
 
 
@@ -24,6 +24,20 @@ def fed_timestep(denoiser: Any, timestep: Tensor) -> Tensor:
     if getattr(denoiser.config, "time_embedding_type", None) == "learned":
         return timestep.round().long()
     return timestep
+
+
+def adjust_timestep_embedding(denoiser: Any) -> None:
+    """Give a DiT's timestep embedding the frequencies that its config asks for in `downscale_freq_shift`.
+
+    Frequency i of n is `10000 ** (-i / (n - shift))`. The official DiTs have shift 0, which their conversions note;
+    diffusers builds every DiT with shift 1, and so do checkpoints without the note stay.
+    """
+    shift = denoiser.config.get("downscale_freq_shift")
+    if shift is None or "num_embeds_ada_norm" not in denoiser.config:
+        return
+    for module in denoiser.modules():
+        if isinstance(module, Timesteps):
+            module.downscale_freq_shift = shift
 
 
 def num_labels(config: Any) -> int:

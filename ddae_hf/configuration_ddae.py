@@ -16,12 +16,15 @@ from .checkpoints import (
     HUB_ARGUMENTS,
     build_denoiser,
     build_scheduler,
+    build_vae,
     check_denoiser_class,
+    check_vae_class,
     plain_config,
     read_checkpoint,
 )
 from .conditioning import num_labels
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
+from .latents import check_vae, downsampling
 from .noise import check_sigma, check_time_embedding, prediction_type, timestep_to_sigma
 
 # The network and the schedule of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
@@ -49,16 +52,21 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     Args:
         denoiser: The denoiser's diffusers config with its `_class_name`; by default the paper's 35.7 M U-Net.
         scheduler: The scheduler's, likewise; by default `DDPMScheduler`'s own.
+        vae: The diffusers config of the `AutoencoderKL` that makes latents of images, where the denoiser works on them.
+            Without it, what the denoiser works on are the model's images.
+        sample_posterior: Whether latents are draws from the VAE's distribution in place of its mean.
         layer: The tap, a name out of `layer_names(denoiser)`; by default the decoder's middle one.
-        sigma: Noise level of the tap: standard deviation of the noise on images in [-1, 1]. The default 0.05 is close
-            to the paper's best levels (0.047 for DDPM, 0.060 for EDM).
+        sigma: Noise level of the tap: standard deviation of the noise on images in [-1, 1], or on scaled latents. The
+            default 0.05 is close to the paper's best levels on images (0.047 for DDPM, 0.060 for EDM).
         timestep: The noise level as the denoiser is fed it (0-based), in place of `sigma`; stored as `sigma`.
         pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions.
         feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters.
-        noise_seed: Seed of the fixed noise used in evaluation.
+        noise_seed: Seed of the fixed noise used in evaluation, that of `sample_posterior` included.
         num_noise_samples: Draws of noise that features are averaged over.
         null_class: The label that stands for none in a class-conditional U-Net; a DiT's is its last.
         generator_fingerprint: `checkpoints.fingerprint` of the pretrained denoiser; set when one is opened.
+        features_only: Why the denoiser cannot generate, where its hidden states are right but its output is not; a
+            converter says so.
         out_features: Layers whose feature maps a `DDAEBackbone` returns, in forward order; by default `layer`.
         out_indices: The same as indices into `stage_names`, in place of names.
         **kwargs: transformers' own, such as `num_labels`, `id2label` and `label2id`.
@@ -71,6 +79,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     denoiser: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_DENOISER))
     scheduler: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_SCHEDULER))
+    vae: dict[str, Any] | None = None
+    sample_posterior: bool = False
     layer: str | None = None
     sigma: float | int | None = None
     pooling: str = "mean"
@@ -79,6 +89,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     num_noise_samples: int = 1
     null_class: int | None = None
     generator_fingerprint: str | None = None
+    features_only: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -91,6 +102,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self.scheduler = plain_config(self.scheduler)
         self._check_choices()
         denoiser = _skeleton(json.dumps(self.denoiser, sort_keys=True))
+        self._check_vae(denoiser)
         self._check_network(denoiser)
         scheduler = build_scheduler(self.scheduler)
         prediction_type(scheduler)
@@ -118,19 +130,33 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.noise_seed < 0:
             raise ValueError(f"noise_seed is {self.noise_seed}: it must not be negative.")
 
+    def _check_vae(self, denoiser: Any) -> None:
+        """Complete the VAE's config with the shape of its images and latents, and refuse one of another denoiser's."""
+        if self.vae is None:
+            if self.sample_posterior:
+                raise ValueError("sample_posterior is set, but there is no vae whose latents could be drawn.")
+            return
+        self.vae = plain_config(self.vae)
+        check_vae_class(self.vae.get("_class_name"))
+        with torch.device("meta"):
+            vae = build_vae(self.vae)
+        for name in ("in_channels", "latent_channels", "block_out_channels"):
+            self.vae.setdefault(name, vae.config[name])
+        check_vae(self.vae, denoiser.config)
+
     def _check_network(self, denoiser: Any) -> None:
         """Complete the denoiser's config with the shape of its images, and refuse shapes and labels that cannot be."""
         for name in ("sample_size", "in_channels"):
             self.denoiser.setdefault(name, denoiser.config[name])
         side = self.denoiser["sample_size"]
         if side is None:
-            raise ValueError("The denoiser's config has no sample_size: set it to the side of its images in pixels.")
+            raise ValueError("The denoiser's config has no sample_size: set it to the side of its images or latents.")
         if hasattr(denoiser, "down_blocks"):
             factor = 2 ** (len(denoiser.down_blocks) - 1)
             reason = f"with {len(denoiser.down_blocks)} levels, each half the size of the one before"
         else:
-            factor, reason = denoiser.config.patch_size, f"with patches of {denoiser.config.patch_size} pixels"
-        if any(side % factor for side in self.image_size):
+            factor, reason = denoiser.config.patch_size, f"with patches of {denoiser.config.patch_size}"
+        if any(side % factor for side in self.sample_shape[1:]):
             raise ValueError(f"sample_size is {side}: {reason}, it must be a multiple of {factor}.")
         count = num_labels(denoiser.config)
         if self.null_class is not None and not 0 <= self.null_class < count:
@@ -138,15 +164,22 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"null_class is {self.null_class}, but of this denoiser {has}.")
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the denoiser's images, in pixels."""
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what noise is added to: images, or latents where there is a `vae`."""
         side = self.denoiser["sample_size"]
-        return (side, side) if isinstance(side, int) else tuple(side)
+        height, width = (side, side) if isinstance(side, int) else side
+        return self.denoiser["in_channels"], height, width
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the model's images, in pixels."""
+        factor = 1 if self.vae is None else downsampling(self.vae)
+        return self.sample_shape[1] * factor, self.sample_shape[2] * factor
 
     @property
     def num_channels(self) -> int:
-        """Number of channels of the denoiser's images."""
-        return self.denoiser["in_channels"]
+        """Number of channels of the model's images."""
+        return (self.vae or self.denoiser)["in_channels"]
 
     @property
     def hidden_size(self) -> int:
@@ -192,7 +225,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
         if checkpoint.layout == "transformers":
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        config_dict = {**checkpoint.config, "denoiser": checkpoint.denoiser}
+        config_dict = {**checkpoint.config, "denoiser": checkpoint.denoiser, "vae": checkpoint.vae}
         if checkpoint.scheduler is not None:
             config_dict["scheduler"] = checkpoint.scheduler
         return config_dict, {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}

@@ -87,12 +87,12 @@ def batch_features(
     Returns:
         Features (B, C), float32 on the model's device, by layer name.
     """
-    shape = (model.config.num_noise_samples, *images.shape[1:])
-    noise = indexed_noise(shape, indices, noise_seed, view).transpose(0, 1).to(model.device)
-    images = images.to(model.device, memory_format=torch.channels_last)
-    hidden = model(images, sigma=sigma, noise=noise, output_hidden_states=list(layers)).hidden_states
-    pooled = (pool_hidden_states(states, model.config.pooling) for states in hidden)
-    return dict(zip(layers, pooled, strict=True))
+    config, shape = model.config, model.config.sample_shape
+    noise = indexed_noise((config.num_noise_samples, *shape), indices, noise_seed, view).transpose(0, 1)
+    own = indexed_noise(shape, indices, noise_seed, view, stream=2) if config.sample_posterior else None
+    clean = model.encode(images.to(model.device, memory_format=torch.channels_last), own)
+    hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise.to(model.device))
+    return {layer: pool_hidden_states(hidden[layer], config.pooling) for layer in layers}
 
 
 def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
@@ -142,10 +142,12 @@ class FeatureCache:
         self.folder, self.model, self.noise_seed = Path(folder), model, noise_seed
         config = model.config
         self.identity = {
-            "weights": fingerprint(model.denoiser, dtype=None),
+            "weights": fingerprint(model.denoiser, model.vae, dtype=None),
             "dtype": str(model.denoiser.dtype),
             "denoiser": config.denoiser,
             "scheduler": config.scheduler,
+            "vae": config.vae,
+            "sample_posterior": config.sample_posterior,
             "pooling": config.pooling,
             "num_noise_samples": config.num_noise_samples,
             "null_class": config.null_class,

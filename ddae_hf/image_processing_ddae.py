@@ -14,6 +14,7 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from transformers.processing_utils import ImagesKwargs
 
 from .checkpoints import HUB_ARGUMENTS, find_file, read_checkpoint
+from .latents import downsampling
 
 
 class DDAEImageProcessorKwargs(ImagesKwargs, total=False):
@@ -48,9 +49,9 @@ class DDAEImageProcessor(PilBackend):
     do_normalize = True
 
     @classmethod
-    def for_denoiser(cls, config: Any, **kwargs: Any) -> DDAEImageProcessor:
-        """Return the processor of a denoiser, from its diffusers config or a mapping like it."""
-        return cls(**_options_for(config), **kwargs)
+    def for_denoiser(cls, config: Any, vae: Any = None, **kwargs: Any) -> DDAEImageProcessor:
+        """Return the processor of a denoiser, from its diffusers config or a mapping like it, and that of its VAE."""
+        return cls(**_options_for(config, vae), **kwargs)
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
@@ -59,7 +60,9 @@ class DDAEImageProcessor(PilBackend):
         if find_file(pretrained_model_name_or_path, "preprocessor_config.json", **hub):
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
-        return _options_for(checkpoint.denoiser), {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
+        return _options_for(checkpoint.denoiser, checkpoint.vae), {
+            k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS
+        }
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], include_code: bool = False, **kwargs: Any) -> Any:
         """Write `preprocessor_config.json`, as in transformers; `include_code` as in `DDAEModel.save_pretrained`."""
@@ -144,13 +147,14 @@ class DDAEImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
-def _options_for(denoiser: Any) -> dict[str, Any]:
-    denoiser = dict(denoiser)
+def _options_for(denoiser: Any, vae: Any = None) -> dict[str, Any]:
+    denoiser, factor = dict(denoiser), 1 if vae is None else downsampling(vae)
     side = denoiser.get("sample_size")
     if side is None:
         raise ValueError("The denoiser's config has no sample_size: pass size={'height': ..., 'width': ...} in pixels.")
     height, width = (side, side) if isinstance(side, int) else side
-    return {"size": {"height": height, "width": width}, "num_channels": denoiser.get("in_channels", 3)}
+    channels = dict(denoiser if vae is None else vae).get("in_channels", 3)
+    return {"size": {"height": height * factor, "width": width * factor}, "num_channels": channels}
 
 
 def _from_pil(image: Image.Image, channels: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from .checkpoints import (
     HUB_ARGUMENTS,
     build_denoiser,
     build_scheduler,
+    build_vae,
     computed_buffers,
     fingerprint,
     read_checkpoint,
@@ -30,6 +31,7 @@ from .checkpoints import (
 from .conditioning import check_label_range, class_conditioning, disable_label_dropout, fed_timestep
 from .configuration_ddae import DDAEConfig
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
+from .latents import encode, freeze
 from .noise import add_noise, check_sigma, sigma_range, timestep_to_sigma
 from .remote_code import AUTO_MAP, save_code
 
@@ -43,9 +45,12 @@ class DDAEPreTrainedModel(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _auto_name: str  # the Auto class that opens it
+    # Of a classifier's checkpoint, or of one with a VAE that is left out.
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\.", r"^(ddae\.)?vae\."]
     _supports_sdpa = True
     _no_split_modules = ["ResnetBlock2D", "BasicTransformerBlock"]
     _keep_in_fp32_modules_strict = ["time_proj"]
+    _keep_in_fp32_modules = ["vae"]  # float16 overflows in the common ones
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -69,7 +74,8 @@ class DDAEPreTrainedModel(PreTrainedModel):
         """Open a checkpoint of any layout: see `ddae_hf.checkpoints`.
 
         From a generative checkpoint, `layer` and one of `sigma` and `timestep` say where to tap it, and `num_labels`
-        (or `id2label`) how many classes the new classifier has. Everything else is as in transformers.
+        (or `id2label`) how many classes the new classifier has. With `vae=None` a denoiser of latents comes without its
+        VAE, and takes latents as its images. Everything else is as in transformers.
 
         Raises:
             ValueError: No checkpoint, a denoiser that is not supported, or a tap that it does not have.
@@ -95,10 +101,16 @@ class DDAEPreTrainedModel(PreTrainedModel):
             )
         config = copy.deepcopy(config)
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
-        denoiser = checkpoint.load_denoiser(dtype if isinstance(dtype, torch.dtype) else None)
+        own_dtype = dtype if isinstance(dtype, torch.dtype) else None
+        denoiser = checkpoint.load_denoiser(own_dtype)
         config.generator_fingerprint = fingerprint(denoiser)
-        prefix = "denoiser." if issubclass(cls, DDAEModel) else "ddae.denoiser."
-        state = {prefix + name: value for name, value in denoiser.state_dict().items()}
+        parts = {"denoiser": denoiser}
+        if config.vae is not None:
+            parts["vae"] = checkpoint.load_vae(own_dtype)
+            if parts["vae"] is None:
+                raise ValueError(f"{checkpoint.path} has no vae: a config of one without its weights is of no use.")
+        prefix = "" if issubclass(cls, DDAEModel) else "ddae."
+        state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
         if checkpoint.head is not None and issubclass(cls, DDAEForImageClassification):
             state |= load_file(checkpoint.head)
         dtype = denoiser.dtype if dtype in (None, "auto") else dtype
@@ -162,22 +174,29 @@ def _use_attention(model: nn.Module, implementation: str | None) -> None:
 class DDAEModel(DDAEPreTrainedModel):
     """A denoiser whose hidden states at one layer and one noise level are features.
 
+    Where the denoiser works on latents and `config.vae` describes their VAE, images are encoded first; the VAE is never
+    trained, and its decoder plays no part. `model.vae.enable_slicing()` and `enable_tiling()` bound its memory.
+
     In evaluation every image gets the same fixed noise, drawn from `config.noise_seed`, so that a feature depends on
     the image alone; in training the noise is fresh.
     """
 
     denoiser: Any
+    vae: Any
     fixed_noise: Tensor
     _auto_name = "AutoModel"
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\."]  # of a classifier's checkpoint
 
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.denoiser = build_denoiser(config.denoiser)
         disable_label_dropout(self.denoiser)
+        self.vae = None if config.vae is None else build_vae(config.vae)
+        if self.vae is not None:
+            freeze(self.vae)
         if config._attn_implementation == "eager":
             _use_attention(self.denoiser, "eager")
-        shape = (config.num_noise_samples, config.num_channels, *config.image_size)
+        # With `sample_posterior` the last draw is the VAE's.
+        shape = (config.num_noise_samples + config.sample_posterior, *config.sample_shape)
         self.register_buffer("fixed_noise", torch.empty(shape, dtype=torch.float32), persistent=False)
         if not self.fixed_noise.is_meta:
             self.fixed_noise.copy_(self.draw_fixed_noise())
@@ -189,7 +208,10 @@ class DDAEModel(DDAEPreTrainedModel):
         self.post_init()
 
     def draw_fixed_noise(self) -> Tensor:
-        """Return the noise of evaluation, (num_noise_samples, C, H, W): a function of `config.noise_seed`."""
+        """Return the noise of evaluation, (num_noise_samples, C, H, W): a function of `config.noise_seed`.
+
+        With `config.sample_posterior` there is one draw more, the VAE's.
+        """
         generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
         shape = tuple(self.fixed_noise.shape)
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(self.fixed_noise)
@@ -200,8 +222,10 @@ class DDAEModel(DDAEPreTrainedModel):
         self.denoiser.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> DDAEModel:
-        """Set the mode; a frozen denoiser stays in evaluation mode, without dropout."""
+        """Set the mode; the VAE, and a frozen denoiser, stay in evaluation mode, without dropout."""
         super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
         if self._frozen:
             self.denoiser.eval()
         return self
@@ -234,17 +258,45 @@ class DDAEModel(DDAEPreTrainedModel):
         low, high = self._sigma_range
         return torch.tensor(min(max(level, low), high), dtype=torch.float32)
 
-    def _noise_draws(self, pixel_values: Tensor, noise: Tensor | None, generator: Any) -> Tensor:
-        """Return noise (draws, B, C, H, W): given, from the generator, fixed in evaluation, or fresh in training."""
-        if noise is not None:
-            if noise.shape[-4:] != pixel_values.shape or noise.ndim not in (4, 5):
-                raise ValueError(f"noise has shape {tuple(noise.shape)}, but the images {tuple(pixel_values.shape)}.")
-            return noise if noise.ndim == 5 else noise[None]
-        shape = (self.config.num_noise_samples, *pixel_values.shape)
+    def _draw(self, shape: tuple[int, ...], device: Any, generator: Any, fixed: Tensor) -> Tensor:
+        """Return noise (draws, B, C, H, W): from the generator, fresh in training, or fixed (draws, C, H, W)."""
         if generator is not None or self.training:
-            device = pixel_values.device if generator is None else generator.device
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(pixel_values.device)
-        return self.fixed_noise[:, None].to(pixel_values.device).expand(shape)
+            source = device if generator is None else generator.device
+            return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
+        return fixed[:, None].to(device).expand(shape)
+
+    def _noise_draws(self, clean: Tensor, noise: Tensor | None, generator: Any) -> Tensor:
+        """Return the noise (draws, B, C, H, W) that is added."""
+        if noise is not None:
+            if noise.shape[-4:] != clean.shape or noise.ndim not in (4, 5):
+                raise ValueError(f"noise has shape {tuple(noise.shape)}: it is added to {tuple(clean.shape)}.")
+            return noise if noise.ndim == 5 else noise[None]
+        count = self.config.num_noise_samples
+        return self._draw((count, *clean.shape), clean.device, generator, self.fixed_noise[:count])
+
+    def encode(self, pixel_values: Tensor, noise: Tensor | None = None, generator: Any = None) -> Tensor:
+        """Return what noise is added to: scaled latents or, without a VAE, the images themselves.
+
+        Args:
+            pixel_values: Images (B, C, H, W) in [-1, 1].
+            noise: Standard-normal noise, of the latents' shape, of a draw with `config.sample_posterior`. Without it
+                and without a generator evaluation takes one fixed draw, and training draws.
+            generator: Generator of that noise.
+
+        Returns:
+            (B, *config.sample_shape), float32.
+
+        Raises:
+            ValueError: Images of another size or type.
+        """
+        self._check_images(pixel_values)
+        if self.vae is None:
+            return pixel_values.float()
+        if self.config.sample_posterior and noise is None:
+            shape = (1, len(pixel_values), *self.config.sample_shape)
+            noise = self._draw(shape, pixel_values.device, generator, self.fixed_noise[-1:])[0]
+        with torch.no_grad():
+            return encode(self.vae, pixel_values, noise if self.config.sample_posterior else None)
 
     def _layers_to_return(self, output_hidden_states: bool | list[str | int] | None) -> list[str]:
         if output_hidden_states is None:
@@ -275,12 +327,12 @@ class DDAEModel(DDAEPreTrainedModel):
 
         Args:
             pixel_values: Images (B, C, H, W) in [-1, 1].
-            sigma: Noise level, scalar or (B,); by default `config.sigma`.
+            sigma: Noise level, of images or scaled latents, scalar or (B,); by default `config.sigma`.
             timestep: The noise level as the denoiser is fed it, in place of `sigma`.
             class_labels: Labels (B,) of a class-conditional denoiser; by default its null class.
-            noise: Standard-normal noise to add, (B, C, H, W) or several draws of it, (draws, B, C, H, W).
-            generator: Generator of fresh noise. Without `noise` and `generator`, evaluation adds the fixed noise and
-                training draws.
+            noise: Standard-normal noise to add, (B, *config.sample_shape) or several draws, (draws, B, ...).
+            generator: Generator of fresh noise, that of `config.sample_posterior` included. Without `noise` and
+                `generator`, evaluation adds the fixed noise and training draws.
             output_hidden_states: `True` for the hidden states of every layer up to the configured one; a list of layer
                 names or indices for those.
             return_dict: Whether to return a `BaseModelOutputWithPooling` or a tuple.
@@ -297,8 +349,9 @@ class DDAEModel(DDAEPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         wanted = self._layers_to_return(output_hidden_states)
         level = {"sigma": sigma, "timestep": timestep}
+        clean = self.encode(pixel_values, generator=generator)
         found = self.read_layers(
-            pixel_values, [*wanted, self.config.layer], class_labels, noise=noise, generator=generator, **level
+            clean, [*wanted, self.config.layer], class_labels, noise=noise, generator=generator, **level
         )
         last = found[self.config.layer]
         pooled = pool_hidden_states(last, self.config.pooling)
@@ -309,7 +362,7 @@ class DDAEModel(DDAEPreTrainedModel):
 
     def read_layers(
         self,
-        pixel_values: Tensor,
+        clean: Tensor,
         layers: list[str],
         class_labels: Tensor | None = None,
         *,
@@ -318,14 +371,16 @@ class DDAEModel(DDAEPreTrainedModel):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Return the hidden states of `layers` by name, and compute nothing after the deepest; see `forward`."""
-        self._check_images(pixel_values)
-        draws = self._noise_draws(pixel_values, noise, generator)
+        """Return the hidden states of `layers` by name, and compute nothing after the deepest.
+
+        `clean` (B, *config.sample_shape) is what `encode` returns; for the rest see `forward`.
+        """
+        draws = self._noise_draws(clean, noise, generator)
         count, batch_size = draws.shape[:2]
         level = _repeat(self._level(sigma, timestep), count)
-        device, null_class = pixel_values.device, self.config.null_class
+        device, null_class = clean.device, self.config.null_class
         conditioning = class_conditioning(self.denoiser, class_labels, batch_size, device, null_class)
-        noisy, fed = add_noise(self.scheduler, _repeat(pixel_values.float(), count), draws.flatten(0, 1), level)
+        noisy, fed = add_noise(self.scheduler, _repeat(clean, count), draws.flatten(0, 1), level)
         found = collect_hidden_states(
             self.denoiser,
             noisy.to(self.denoiser.dtype),
@@ -388,8 +443,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         Raises:
             ValueError: The denoiser is not that of the base (it was fine-tuned, so `save_pretrained` is needed).
         """
-        head = {name: value for name, value in self.state_dict().items() if ".denoiser." not in name}
-        write_head(save_directory, head, self.ddae.denoiser, base, **hub)
+        head = {name: value for name, value in self.state_dict().items() if not name.startswith("ddae.")}
+        write_head(save_directory, head, self.ddae.denoiser, self.ddae.vae, base, **hub)
         self._set_auto_map(include_code)
         if include_code or self._auto_class is not None:  # what came as remote code carries it on
             save_code(save_directory, "modeling_ddae")

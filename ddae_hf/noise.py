@@ -404,7 +404,7 @@ def check_time_embedding(config: Any, scheduler: Any) -> None:
         )
 
 
-def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int = 0) -> Tensor:
+def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int = 0, stream: int = 0) -> Tensor:
     """Draw standard-normal noise that depends on (seed, image index, view) alone.
 
     Batch size, order and number of processes play no part, so that cached features can be made in any pieces.
@@ -414,9 +414,13 @@ def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int
         indices: The images' non-negative indices in their data set, N integers.
         seed: The noise seed.
         view: Number of the draw, where an image gets several.
+        stream: Number of the purpose: draws of different ones have nothing to do with each other.
 
     Returns:
         float32 (N, *shape) on the CPU.
     """
-    draws = [np.random.default_rng([seed, view, int(i)]).standard_normal(shape, dtype=np.float32) for i in indices]
-    return torch.from_numpy(np.stack(draws))
+    purpose = [stream] if stream else []
+    seeds = ([seed, view, int(i), *purpose] for i in indices)
+    return torch.from_numpy(
+        np.stack([np.random.default_rng(s).standard_normal(shape, dtype=np.float32) for s in seeds])
+    )

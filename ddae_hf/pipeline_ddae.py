@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import math
@@ -10,7 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel, EDMEulerScheduler, SchedulerMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    EDMEulerScheduler,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,10 +30,18 @@ from .checkpoints import (
     Checkpoint,
     build_scheduler,
     check_denoiser_class,
+    check_vae_class,
     fingerprint,
     read_checkpoint,
 )
-from .conditioning import class_conditioning, default_null_class, fed_timestep, num_labels
+from .conditioning import (
+    adjust_timestep_embedding,
+    class_conditioning,
+    default_null_class,
+    fed_timestep,
+    num_labels,
+)
+from .latents import check_vae, decode
 from .noise import add_noise, check_time_embedding, denoised, family
 from .remote_code import save_pipeline_code
 from .sampling import churn_factor, heun_step
@@ -39,20 +55,24 @@ class DDAEPipeline(DiffusionPipeline):
     """Generates images with a denoiser whose hidden states `DDAEModel` reads.
 
     Saves as an ordinary diffusers pipeline. `DDPMPipeline.from_pretrained` opens that of a U-Net too, and samples it if
-    it is unconditional and its framework is DDPM or flow matching; EDM's inputs it does not scale.
+    it is unconditional and its framework is DDPM or flow matching; EDM's inputs it does not scale. `DiTPipeline` opens
+    that of a DiT with a VAE. `pipeline.vae.enable_slicing()` and `enable_tiling()` bound the memory of decoding.
 
     Args:
         unet: The denoiser, for images of its `sample_size`, where it is a U-Net.
         transformer: The denoiser, where it is a DiT.
         scheduler: The scheduler it was trained under, or another of the same framework.
         null_class: The label that stands for none, of a class-conditional U-Net that has one. A DiT's is its last.
+        vae: What decodes the denoiser's latents to images, where it works on latents.
+        id2label: The names of the denoiser's classes by label, several of one class with commas between them.
     """
 
     unet: Any
     transformer: Any
     scheduler: Any
-    model_cpu_offload_seq = "unet->transformer"  # type: ignore[assignment]
-    _optional_components = ["unet", "scheduler", "transformer"]
+    vae: Any
+    model_cpu_offload_seq = "unet->transformer->vae"  # type: ignore[assignment]
+    _optional_components = ["unet", "scheduler", "transformer", "vae"]
     _callback_tensor_inputs = ["latents"]
     _guidance_scale, _interrupt, _num_timesteps = 1.0, False, 0
     _fine_tuned_from: str | None = None  # the classifier's checkpoint, where its denoiser is not a generator's
@@ -63,19 +83,23 @@ class DDAEPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin | None = None,
         transformer: DiTTransformer2DModel | None = None,
         null_class: int | None = None,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
-        parts = {"unet": unet, "scheduler": scheduler, "transformer": transformer}
+        parts = {"unet": unet, "scheduler": scheduler, "transformer": transformer, "vae": vae}
         _check_parts(null_class, **parts)
         self.register_modules(**parts)
-        self.register_to_config(null_class=null_class)
+        adjust_timestep_embedding(self.denoiser)
+        names = id2label and {int(label): name for label, name in id2label.items()}
+        self.register_to_config(null_class=null_class, id2label=names)
 
     @classmethod
-    def for_denoiser(cls, denoiser: Any, scheduler: Any, null_class: int | None = None) -> DDAEPipeline:
-        """Return the pipeline of a denoiser, whichever key diffusers keeps its class under."""
+    def for_denoiser(cls, denoiser: Any, scheduler: Any, null_class: int | None = None, **parts: Any) -> DDAEPipeline:
+        """Return the pipeline of a denoiser, whichever key diffusers keeps its class under; `parts` are the others."""
         check_denoiser_class(_class_name(denoiser))
         networks = {COMPONENTS[_class_name(denoiser)]: denoiser}
-        return cls(scheduler=scheduler, null_class=null_class, **networks)
+        return cls(scheduler=scheduler, null_class=null_class, **networks, **parts)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -97,6 +121,24 @@ class DDAEPipeline(DiffusionPipeline):
     def null_class(self, label: int | None) -> None:
         _check_parts(label, **self.components)
         self.register_to_config(null_class=label)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The label of each name of a class, sorted by name; empty where the classes have no names."""
+        names = (self.config["id2label"] or {}).items()
+        return dict(sorted((name.strip(), int(label)) for label, several in names for name in several.split(",")))
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Return the labels of classes by their names, as `class_labels` are given.
+
+        Raises:
+            ValueError: A name that no class has.
+        """
+        wanted, known = [label] if isinstance(label, str) else label, self.labels
+        if unknown := [name for name in wanted if name not in known]:
+            near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.0)
+            raise ValueError(f"No class is named {unknown[0]!r}. The nearest are {near}; `labels` lists all.")
+        return [known[name] for name in wanted]
 
     @property
     def guidance_scale(self) -> float:
@@ -153,11 +195,14 @@ class DDAEPipeline(DiffusionPipeline):
         dtypes = _dtypes(kwargs)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
         checkpoint = checkpoint.base or checkpoint  # the generator of a classifier that has none of its own
+        if reason := checkpoint.config.get("features_only"):
+            raise ValueError(f"{checkpoint.path} has features, but cannot generate: {reason}")
         if checkpoint.layout in ("pipeline", "flat") and not checkpoint.hub["subfolder"]:
             where = {"revision": checkpoint.hub.get("revision"), "use_safetensors": True}
             return super().from_pretrained(checkpoint.path, **{**kwargs, **where})
         name = COMPONENTS[checkpoint.denoiser["_class_name"]]
         allowed = {*HUB_ARGUMENTS, "dtype", "torch_dtype", name, "scheduler", "null_class", "use_safetensors"}
+        allowed |= {"vae", "id2label"}
         if unknown := sorted(set(kwargs) - allowed):
             raise ValueError(f"For this layout {unknown} cannot be given: allowed are {sorted(allowed)}.")
         denoiser, tuned = kwargs.get(name), False
@@ -168,7 +213,9 @@ class DDAEPipeline(DiffusionPipeline):
             denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
         scheduler = kwargs.get("scheduler") or _scheduler_of(checkpoint)
         null_class = kwargs.get("null_class", checkpoint.config.get("null_class"))
-        pipeline = cls(scheduler=scheduler, null_class=null_class, **{name: denoiser})
+        vae = kwargs["vae"] if "vae" in kwargs else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
+        parts = {name: denoiser, "vae": vae, "id2label": kwargs.get("id2label")}
+        pipeline = cls(scheduler=scheduler, null_class=null_class, **parts)
         pipeline._fine_tuned_from = checkpoint.path if tuned else None
         return pipeline
 
@@ -198,8 +245,9 @@ class DDAEPipeline(DiffusionPipeline):
         check_time_embedding(config, self.scheduler)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}: allowed are 'pil', 'np', 'pt' and 'latent'.")
-        if output_type == "pil" and config.in_channels not in (1, 3):
-            raise ValueError(f"Images of {config.in_channels} channels have no PIL form: use output_type='np' or 'pt'.")
+        channels = config.in_channels if self.vae is None else self.vae.config.out_channels
+        if output_type == "pil" and channels not in (1, 3):
+            raise ValueError(f"Images of {channels} channels have no PIL form: use output_type='np' or 'pt'.")
         if unknown := sorted(set(callback_tensors) - set(self._callback_tensor_inputs)):
             raise ValueError(f"unknown callback tensors {unknown}: allowed are {self._callback_tensor_inputs}.")
 
@@ -239,7 +287,8 @@ class DDAEPipeline(DiffusionPipeline):
             prediction, variance = output[:, :channels], output[:, channels:]
             if guided:
                 with_label, without = prediction.chunk(2)
-                prediction, variance = torch.lerp(without, with_label, self.guidance_scale), variance[:batch_size]
+                prediction = without + self.guidance_scale * (with_label - without)
+                variance = variance[:batch_size]
             return torch.cat([prediction, variance], dim=1) if learns_variance else prediction
 
         return call
@@ -282,7 +331,7 @@ class DDAEPipeline(DiffusionPipeline):
             s_noise: Standard deviation of the added noise, in units of what the levels ask for.
             clip_denoised: Whether the Heun sampler clips the denoised image to [-1, 1] at every step.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or `"latent"`, the
-                last step's tensor (B, C, H, W): images in [-1, 1], not clipped.
+                last step's tensor: scaled latents or, without a VAE, images in [-1, 1], not clipped.
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; tensors in
                 the dictionary that it returns replace the pipeline's. It may set `pipeline._guidance_scale` for the
@@ -363,7 +412,8 @@ class DDAEPipeline(DiffusionPipeline):
     def _postprocess(self, sample: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return sample
-        images = (sample / 2 + 0.5).clamp(0, 1)
+        decoded = sample if self.vae is None else decode(self.vae, sample)
+        images = (decoded / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         array = images.cpu().permute(0, 2, 3, 1).numpy()
@@ -374,7 +424,9 @@ def _class_name(network: Any) -> str:
     return type(getattr(network, "_orig_mod", network)).__name__  # `torch.compile` wraps the network
 
 
-def _check_parts(null_class: int | None, unet: Any = None, scheduler: Any = None, transformer: Any = None) -> None:
+def _check_parts(
+    null_class: int | None, unet: Any = None, scheduler: Any = None, transformer: Any = None, vae: Any = None
+) -> None:
     """Refuse components that do not make a pipeline."""
     if scheduler is None:
         raise ValueError("Pass a `scheduler`: the one that the denoiser was trained under.")
@@ -386,6 +438,9 @@ def _check_parts(null_class: int | None, unet: Any = None, scheduler: Any = None
     check_denoiser_class(name, f"`{key}`")
     if COMPONENTS[name] != key:
         raise ValueError(f"`{key}` is a {name}: pass it as `{COMPONENTS[name]}`.")
+    if vae is not None:
+        check_vae_class(_class_name(vae))
+        check_vae(vae.config, denoiser.config)
     count = num_labels(denoiser.config)
     if null_class is not None and not 0 <= null_class < count:
         has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"

@@ -12,7 +12,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -34,6 +42,33 @@ def make_dit(seed=0, **options):
     torch.manual_seed(seed)
     tiny = {"sample_size": 8, "in_channels": 3, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16}
     return DiTTransformer2DModel(**{**tiny, "num_embeds_ada_norm": 5, **options}).eval()
+
+
+def make_vae(seed=0, **options):
+    """A VAE whose latents have half the side of its images, and four channels."""
+    torch.manual_seed(seed)
+    tiny = {"block_out_channels": (8, 8), "norm_num_groups": 4, "sample_size": 16}
+    tiny |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(**{**tiny, **options}).eval()
+
+
+@pytest.fixture(scope="session")
+def latent_dit(tmp_path_factory):
+    """A DiT of latents as `facebook/DiT-XL-2-256` has its parts: 1000 classes, their names, a learned variance.
+
+    Its transformer is described as diffusers did when that one was published. Images are 16 pixels wide, latents 8.
+    """
+    folder = tmp_path_factory.mktemp("latent_dit")
+    dit = make_dit(in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+    DiTPipeline(dit, make_vae(), DDIMScheduler()).save_pretrained(folder)
+    old = json.loads((folder / "transformer" / "config.json").read_text())
+    old |= {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "num_vector_embeds": None}
+    (folder / "transformer" / "config.json").write_text(json.dumps(old))
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"transformer": ["diffusers", "Transformer2DModel"]}
+    index["id2label"] = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 @pytest.fixture

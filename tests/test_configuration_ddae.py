@@ -56,7 +56,7 @@ def test_keyword_arguments_take_the_place_of_saved_values_and_are_checked(tmp_pa
         ({"scheduler": {"_class_name": "Nothing"}}, "must name a diffusers scheduler"),
         ({"scheduler": {"_class_name": "ScoreSdeVeScheduler"}}, "is not supported"),
         ({"scheduler": {"_class_name": "EDMEulerScheduler"}, "sigma": 90.0}, "allowed are 0.002 to 80"),
-        ({"denoiser": plain_config(make_dit(sample_size=9))}, "with patches of 2 pixels, it must be a multiple of 2"),
+        ({"denoiser": plain_config(make_dit(sample_size=9))}, "with patches of 2, it must be a multiple of 2"),
         ({"denoiser": plain_config(make_dit()), "null_class": 6}, "its labels are 0 to 5"),
         ({"denoiser": plain_config(make_dit()), "layer": "transformer_blocks.9"}, "nearest are transformer_blocks"),
         ({"scheduler": {"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": True}}, "zero-terminal SNR"),

@@ -13,9 +13,10 @@ import ddae_hf
 ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines.
 ORDER = [
-    ["noise", "hidden_states", "augment", "checkpoints", "conditioning", "lbfgs", "remote_code"],
+    ["noise", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "remote_code"],
+    ["checkpoints"],
     ["configuration_ddae"],
-    ["objectives", "sampling", "image_processing_ddae"],
+    ["objectives", "sampling", "image_processing_ddae", "conversion"],
     ["pipeline_ddae", "modeling_ddae"],
     ["backbone_ddae"],
     ["features", "probing", "generation_metrics", "run_results"],

@@ -1,0 +1,58 @@
+"""Latents: the small tensors that stand for images where a denoiser does not work on pixels.
+
+A diffusers `AutoencoderKL` (Rombach et al. 2022, arXiv 2112.10752) maps images `x` (B, C, H, W) in [-1, 1] to a normal
+distribution over `u` (B, c, h, w), of mean `mu` and deviation `s`, and maps `u` back to images. The denoiser is fed the
+*scaled latents* `z = (u - shift_factor) * scaling_factor`, of a variance near one; noise levels are in their unit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Return the scaled latents of images. The decoder plays no part.
+
+    Args:
+        vae: An `AutoencoderKL`; `vae.enable_slicing()` and `vae.enable_tiling()` bound its memory.
+        pixel_values: Images (B, C, H, W) in [-1, 1].
+        noise: Standard-normal noise (B, c, h, w) for a draw `mu + s * noise`; without it the mean is taken.
+
+    Returns:
+        (B, c, h, w), float32.
+    """
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    latents = posterior.mean.float()
+    if noise is not None:
+        latents = latents + posterior.std.float() * noise.to(latents.device)
+    return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Return the images (B, C, H, W), float32, about in [-1, 1], that scaled latents (B, c, h, w) stand for."""
+    unscaled = 1 / vae.config.scaling_factor * latents + (vae.config.shift_factor or 0)
+    return vae.decode(unscaled.to(vae.dtype)).sample.float()
+
+
+def downsampling(config: Any) -> int:
+    """Return how many pixels a latent's side stands for, from the VAE's diffusers config."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def check_vae(config: Any, denoiser: Any) -> None:
+    """Raise `ValueError` unless a VAE's latents, by its complete diffusers config, are what a denoiser takes."""
+    if config["latent_channels"] != denoiser["in_channels"]:
+        raise ValueError(
+            f"The vae has latents of {config['latent_channels']} channels, but the denoiser takes "
+            f"{denoiser['in_channels']}: give the vae that the denoiser was trained with."
+        )
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        raise ValueError("The vae scales each channel by its own latents_mean and latents_std: that is not supported.")
+
+
+def freeze(vae: torch.nn.Module) -> None:
+    """Keep a VAE as it is: no gradients, evaluation mode."""
+    vae.requires_grad_(False).eval()
