@@ -1,0 +1,462 @@
+"""Published checkpoints: equal to an evaluation of the original formulas, or refused; nothing in a file runs."""
+
+import argparse
+import io
+import math
+import os
+import pickle
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from torch import nn
+
+import convert as script
+from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline, add_noise, layer_names, timestep_to_sigma
+from ddae_hf.conditioning import adjust_timestep_embedding, fed_timestep
+from ddae_hf.configuration_ddae import DEFAULT_DENOISER
+from ddae_hf.conversion import DIT_HEADS, convert, convert_dit, convert_unet
+from ddae_hf.hidden_states import collect_hidden_states
+
+from .conftest import make_vae
+
+
+def random_state(shapes, seed=0):
+    """Weights of which every part matters: norms near one, the others of a layer's usual size."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape, generator=generator)
+        fan = math.prod(shape[1:])
+        state[name] = 1 + 0.3 * value if "norm" in name and name.endswith("weight") else value / max(fan, 10) ** 0.5
+    return state
+
+
+def linear(name, outputs, inputs, kernel=()):
+    return {f"{name}.weight": (outputs, inputs, *kernel), f"{name}.bias": (outputs,)}
+
+
+def apply(state, name, x):
+    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+# --- DiT, after the paper: adaLN-Zero blocks on patches, cosine and sine of t * 10000 ** (-i / 128) ---
+
+
+def dit_state(width=64, depth=3, patch=2, channels=4, grid=4, classes=1000, learn_sigma=True):
+    shapes = linear("x_embedder.proj", width, channels, (patch, patch))
+    shapes |= linear("t_embedder.mlp.0", width, 256) | linear("t_embedder.mlp.2", width, width)
+    shapes |= {"y_embedder.embedding_table.weight": (classes + 1, width)}
+    for i in range(depth):
+        shapes |= linear(f"blocks.{i}.attn.qkv", 3 * width, width) | linear(f"blocks.{i}.attn.proj", width, width)
+        shapes |= linear(f"blocks.{i}.mlp.fc1", 4 * width, width) | linear(f"blocks.{i}.mlp.fc2", width, 4 * width)
+        shapes |= linear(f"blocks.{i}.adaLN_modulation.1", 6 * width, width)
+    outputs = patch**2 * channels * (2 if learn_sigma else 1)
+    shapes |= linear("final_layer.linear", outputs, width)
+    shapes |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    angles = torch.arange(grid)[:, None] * 10000 ** (-torch.arange(width // 4) / (width / 4))
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    column, row = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
+    return random_state(shapes) | {"pos_embed": torch.cat([column, row], dim=1)[None]}
+
+
+def evaluate_dit(state, x, t, labels, heads):
+    """Return the output, and the hidden states after each block."""
+
+    def normed(h, shift, scale):
+        h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        return h * (1 + scale[:, None]) + shift[:, None]
+
+    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    time = apply(state, "t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))
+    c = F.silu(apply(state, "t_embedder.mlp.2", F.silu(time)) + state["y_embedder.embedding_table.weight"][labels])
+    kernel = state["x_embedder.proj.weight"]
+    patch = kernel.shape[-1]
+    patches = F.unfold(x, patch, stride=patch).mT
+    h = patches @ kernel.flatten(1).T + state["x_embedder.proj.bias"] + state["pos_embed"]
+    hidden = []
+    for i in range(sum(name.endswith("attn.qkv.bias") for name in state)):
+        shift1, scale1, gate1, shift2, scale2, gate2 = apply(state, f"blocks.{i}.adaLN_modulation.1", c).chunk(6, dim=1)
+        qkv = apply(state, f"blocks.{i}.attn.qkv", normed(h, shift1, scale1))
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        h = h + gate1[:, None] * apply(state, f"blocks.{i}.attn.proj", attended.transpose(1, 2).flatten(2))
+        inner = F.gelu(apply(state, f"blocks.{i}.mlp.fc1", normed(h, shift2, scale2)), approximate="tanh")
+        h = h + gate2[:, None] * apply(state, f"blocks.{i}.mlp.fc2", inner)
+        hidden.append(h)
+    out = apply(
+        state, "final_layer.linear", normed(h, *apply(state, "final_layer.adaLN_modulation.1", c).chunk(2, dim=1))
+    )
+    # Each token is a patch: rows of pixels, pixels, channels.
+    out = out.unflatten(-1, (patch * patch, -1)).transpose(2, 3).flatten(2).mT
+    return F.fold(out, x.shape[-1], patch, stride=patch), hidden
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    """A training checkpoint of a DiT, converted by the script, and its weights."""
+    root = tmp_path_factory.mktemp("dit")
+    state, args = dit_state(classes=7), argparse.Namespace(num_classes=7, model="DiT")
+    other = {name: torch.zeros_like(value) for name, value in state.items()}
+    torch.save({"model": other, "ema": state, "opt": {"state": {}, "param_groups": []}, "args": args}, root / "a.pt")
+    make_vae().save_pretrained(root / "vae")
+    script.main([str(root / "a.pt"), "--num_heads", "4", "--vae", str(root / "vae"), "--output_dir", str(root / "out")])
+    return root / "out", state
+
+
+def dit_inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.tensor([0.0, 3.0, 120.0, 511.0, 999.0])
+    return torch.randn(5, 4, 8, 8, generator=generator), times, torch.tensor([0, 6, 3, 7, 2])
+
+
+def test_a_dit_computes_what_the_original_does(dit):
+    folder, state = dit
+    x, t, labels = dit_inputs()
+    expected, hidden = evaluate_dit(state, x, t, labels, heads=4)
+    assert expected.std() > 0.3
+    pipeline, model = DDAEPipeline.from_pretrained(folder), DDAEModel.from_pretrained(folder)
+    for denoiser in (pipeline.denoiser, model.denoiser):
+        output = denoiser(x, t, class_labels=labels).sample
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    states = collect_hidden_states(model.denoiser, x, t, layer_names(model.denoiser), class_labels=labels)
+    for mine, theirs in zip(states.values(), hidden, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_frequencies_survive_saving_and_stock_diffusers_has_its_own(dit, tmp_path):
+    folder, state = dit
+    x, t, labels = dit_inputs()
+    expected, _ = evaluate_dit(state, x, t, labels, heads=4)
+    DDAEPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    again = DDAEPipeline.from_pretrained(tmp_path / "again").transformer
+    torch.testing.assert_close(again(x, t, class_labels=labels).sample, expected, rtol=1e-5, atol=1e-5)
+    DDAEForImageClassification.from_pretrained(folder, num_labels=2).save_pretrained(tmp_path / "classifier")
+    again = DDAEForImageClassification.from_pretrained(tmp_path / "classifier").ddae.denoiser
+    torch.testing.assert_close(again(x, t, class_labels=labels).sample, expected, rtol=1e-5, atol=1e-5)
+    stock = DiTPipeline.from_pretrained(folder).transformer
+    plain = stock(x, t, class_labels=labels).sample
+    torch.testing.assert_close(plain[0], expected[0], rtol=1e-5, atol=1e-5)  # at t = 0 frequencies play no part
+    assert (plain[2:] - expected[2:]).std() > 0.01 * expected.std()
+    for _ in range(2):
+        adjust_timestep_embedding(stock)
+        torch.testing.assert_close(stock(x, t, class_labels=labels).sample, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dit_that_says_nothing_of_frequencies_keeps_those_of_diffusers():
+    dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_embeds_ada_norm=2)
+    adjust_timestep_embedding(dit)
+    assert dit.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift == 1
+
+
+def test_a_converted_dit_samples(dit):
+    pipeline = DDAEPipeline.from_pretrained(dit[0])
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    (image,) = pipeline(class_labels=[3], guidance_scale=2.0, num_inference_steps=2, generator=generator).images
+    assert image.size == (16, 16) and pipeline.null_class == 7
+
+
+def test_a_pixel_dit_without_learned_variance():
+    state = dit_state(width=384, depth=1, channels=3, grid=2, classes=1000, learn_sigma=False)
+    conversion = convert_dit(state)
+    config = conversion.denoiser.config
+    assert (config.num_attention_heads, config.out_channels, config.sample_size) == (DIT_HEADS[384], 3, 4)
+    torch.manual_seed(0)
+    x, t, labels = torch.randn(2, 3, 4, 4), torch.tensor([50.0, 900.0]), torch.tensor([1, 1000])
+    expected, _ = evaluate_dit(state, x, t, labels, heads=6)
+    torch.testing.assert_close(conversion.denoiser(x, t, class_labels=labels).sample, expected, rtol=1e-5, atol=1e-5)
+    assert conversion.source_parameters == sum(v.numel() for v in state.values()) - state["pos_embed"].numel()
+
+
+def test_what_a_dit_file_does_not_say_is_asked_for():
+    state = dit_state(depth=1)
+    with pytest.raises(ValueError, match=r"width 64.*Pass num_heads"):
+        convert_dit(state)
+    for heads in (5, 0, -4):
+        with pytest.raises(ValueError, match="must divide the width"):
+            convert_dit(state, num_heads=heads)
+    with pytest.raises(ValueError, match=r"1001 rows for 1001 classes.*null class"):
+        convert_dit(state, num_heads=4, num_classes=1001)
+    state["pos_embed"] = state["pos_embed"] + 0.01
+    with pytest.raises(ValueError, match="sine-cosine"):
+        convert_dit(state, num_heads=4)
+    with pytest.raises(ValueError, match=r"has parts that networks of its kind lack: blocks.0.ls1"):
+        convert_dit({**dit_state(depth=1), "blocks.0.ls1": torch.ones(64)}, num_heads=4)
+    state = dit_state(depth=1)
+    state |= random_state(linear("blocks.0.mlp.fc1", 128, 64) | linear("blocks.0.mlp.fc2", 64, 128))
+    with pytest.raises(ValueError, match=r"does not hold these weights.*\(128,\) in the file and \(256,\)"):
+        convert_dit(state, num_heads=4)
+
+
+# --- The authors' U-Net, after their description: norms of 32 groups, one attention head, sine and cosine of time ---
+
+
+def residual(name, inputs, outputs, time):
+    shapes = {f"{name}.norm1.{part}": (inputs,) for part in ("weight", "bias")}
+    shapes |= {f"{name}.norm2.{part}": (outputs,) for part in ("weight", "bias")}
+    shapes |= linear(f"{name}.conv1", outputs, inputs, (3, 3)) | linear(f"{name}.conv2.1", outputs, outputs, (3, 3))
+    shapes |= linear(f"{name}.time_emb.1", outputs, time)
+    return shapes | (linear(f"{name}.shortcut", outputs, inputs, (1, 1)) if inputs != outputs else {})
+
+
+def attention(name, width):
+    shapes = {f"{name}.norm.{part}": (width,) for part in ("weight", "bias")}
+    return shapes | linear(f"{name}.projection", 3 * width, width) | linear(f"{name}.output", width, width)
+
+
+def unet_shapes(stem=32, multiples=(1, 2), attends=(False, True), blocks=1):
+    time = 4 * stem
+    shapes = linear("image_proj", stem, 3, (3, 3)) | linear("time_emb.lin1", time, stem)
+    shapes |= linear("time_emb.lin2", time, time)
+    widths = [stem * m for m in multiples]
+    width, skips, i = stem, [stem], 0
+    for level, outputs in enumerate(widths):
+        for _ in range(blocks):
+            shapes |= residual(f"down.{i}.res", width, outputs, time)
+            shapes |= attention(f"down.{i}.attn", outputs) if attends[level] else {}
+            width, i = outputs, i + 1
+            skips.append(width)
+        if level < len(widths) - 1:
+            shapes |= linear(f"down.{i}.conv", width, width, (3, 3))
+            i += 1
+            skips.append(width)
+    shapes |= residual("middle.res1", width, width, time) | residual("middle.res2", width, width, time)
+    shapes |= attention("middle.attn", width)
+    i = 0
+    for level in reversed(range(len(widths))):
+        for _ in range(blocks + 1):
+            shapes |= residual(f"up.{i}.res", width + skips.pop(), widths[level], time)
+            width = widths[level]
+            shapes |= attention(f"up.{i}.attn", width) if attends[level] else {}
+            i += 1
+        if level:
+            shapes |= linear(f"up.{i}.conv", width, width, (3, 3))
+            i += 1
+    shapes |= {f"norm.{part}": (width,) for part in ("weight", "bias")}
+    return shapes | linear("final", 3, width, (3, 3))
+
+
+def evaluate_unet(state, x, time):
+    """Return the output, and the hidden states of encoder blocks, middle and decoder blocks in order."""
+
+    def norm(name, h, groups=32):
+        return F.group_norm(h, groups, state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-5)
+
+    def conv(name, h, stride=1):
+        weight = state[f"{name}.weight"]
+        return F.conv2d(h, weight, state[f"{name}.bias"], stride=stride, padding=weight.shape[-1] // 2)
+
+    def residual_block(name, h):
+        inner = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", h)))
+        inner = inner + apply(state, f"{name}.time_emb.1", F.silu(embedded))[:, :, None, None]
+        inner = conv(f"{name}.conv2.1", F.silu(norm(f"{name}.norm2", inner)))
+        return inner + (conv(f"{name}.shortcut", h) if f"{name}.shortcut.weight" in state else h)
+
+    def attend(name, h):
+        if f"{name}.norm.weight" not in state:
+            return h
+        q, k, v = apply(state, f"{name}.projection", norm(f"{name}.norm", h).flatten(2).mT).chunk(3, dim=-1)
+        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return h + apply(state, f"{name}.output", mixed).mT.unflatten(2, h.shape[2:])
+
+    half = state["time_emb.lin1.weight"].shape[1] // 2
+    angles = time[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / (half - 1))
+    embedded = apply(state, "time_emb.lin1", torch.cat([angles.sin(), angles.cos()], dim=1))
+    embedded = apply(state, "time_emb.lin2", F.silu(embedded))
+    h, hidden = conv("image_proj", x), []
+    skips, count = [h], {side: len({k.split(".")[1] for k in state if k.startswith(side)}) for side in ("down", "up")}
+    for i in range(count["down"]):
+        if f"down.{i}.conv.weight" in state:
+            h = conv(f"down.{i}.conv", h, stride=2)
+        else:
+            h = attend(f"down.{i}.attn", residual_block(f"down.{i}.res", h))
+            hidden.append(h)
+        skips.append(h)
+    h = residual_block("middle.res2", attend("middle.attn", residual_block("middle.res1", h)))
+    hidden.append(h)
+    for i in range(count["up"]):
+        if f"up.{i}.conv.weight" in state:
+            h = conv(f"up.{i}.conv", h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+        else:
+            h = attend(f"up.{i}.attn", residual_block(f"up.{i}.res", torch.cat([h, skips.pop()], dim=1)))
+            hidden.append(h)
+    return conv("final", F.silu(norm("norm", h, groups=8))), hidden
+
+
+@pytest.fixture(scope="module")
+def unet_file(tmp_path_factory):
+    state = random_state(unet_shapes())
+    ema = {f"ema_model.nn_model.{name}": value for name, value in state.items()}
+    ema |= {f"online_model.nn_model.{name}": value * 0 for name, value in state.items()}
+    ema |= {"initted": torch.tensor(True), "step": torch.tensor(5)}
+    path = tmp_path_factory.mktemp("unet") / "model_1999.pth"
+    torch.save({"MODEL": {"module.nn_model.x": torch.zeros(1)}, "EMA": ema, "opt": {"state": {}}}, path)
+    return path, state
+
+
+def test_the_default_network_has_the_size_of_the_authors():
+    shapes = unet_shapes(128, (1, 2, 2, 2), (False, True, False, False), 2)
+    with torch.device("meta"):
+        ours = UNet2DModel.from_config(DEFAULT_DENOISER).num_parameters()
+    assert sum(map(math.prod, shapes.values())) == ours == 35_746_307
+
+
+@pytest.mark.parametrize("framework", ["ddpm", "edm"])
+def test_a_unet_has_the_hidden_states_of_the_original(unet_file, framework, tmp_path):
+    path, state = unet_file
+    script.main([str(path), "--framework", framework, "--sample_size", "8", "--output_dir", str(tmp_path / "out")])
+    model = DDAEModel.from_pretrained(tmp_path / "out")
+    torch.manual_seed(0)
+    clean, noise = torch.rand(5, 3, 8, 8) * 2 - 1, torch.randn(5, 3, 8, 8)
+    if framework == "ddpm":  # they count t from 1, and feed t / 1000
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        t = torch.tensor([1, 2, 11, 500, 1000])
+        abar = (1 - betas).cumprod(0)[t - 1]
+        sigma, time = timestep_to_sigma(model.scheduler, t - 1), t / 1000
+        x = (abar.sqrt()[:, None, None, None] * clean + (1 - abar).sqrt()[:, None, None, None] * noise).float()
+        assert model.config.sigma == pytest.approx(sigma[2].item(), rel=1e-6)
+    else:
+        sigma = torch.tensor([0.002, 0.06, 0.5, 7.0, 80.0])
+        time, level = sigma.log() / 4, sigma[:, None, None, None]
+        x = (clean + level * noise) / (level**2 + 0.25).sqrt()
+    sample, timestep = add_noise(model.scheduler, clean, noise, sigma)
+    timestep = fed_timestep(model.denoiser, timestep)
+    torch.testing.assert_close(sample, x, rtol=1e-4, atol=1e-4)
+    assert framework == "edm" or torch.equal(timestep, t - 1)
+    expected, hidden = evaluate_unet(state, x, time)
+    taps = layer_names(model.denoiser)
+    states = collect_hidden_states(model.denoiser, x, timestep, taps)
+    for tap, theirs in zip(taps, hidden, strict=True):
+        torch.testing.assert_close(states[tap], theirs, rtol=1e-5, atol=1e-5)
+    features = model(clean, sigma=sigma, noise=noise).last_hidden_state
+    torch.testing.assert_close(features, states[model.config.layer], rtol=1e-3, atol=1e-3)
+    wrong = model.denoiser(x, timestep).sample
+    assert (wrong - expected).abs().max() > 1e-2  # why sampling is refused
+    with pytest.raises(ValueError, match=r"cannot generate.*8 groups"):
+        DDAEPipeline.from_pretrained(tmp_path / "out")
+    classifier = DDAEForImageClassification.from_pretrained(tmp_path / "out", num_labels=2)
+    assert classifier(clean).logits.shape == (5, 2)
+
+
+def test_what_a_unet_cannot_be_is_said(unet_file, tmp_path):
+    path, state = unet_file
+    with pytest.raises(ValueError, match="does not say under which one"):
+        convert(path)
+    with pytest.raises(ValueError, match=r"num_heads came.*allowed are framework, sample_size"):
+        convert(path, framework="ddpm", num_heads=4)
+    with pytest.raises(ValueError, match=r"64 channels behind a stem of 32.*DDPM\+\+"):
+        convert_unet(random_state({**unet_shapes(), **residual("down.0.res", 32, 64, 128)}), "ddpm")
+    with pytest.raises(ValueError, match=r"has parts that networks of its kind lack: time_emb.aug_emb"):
+        convert_unet({**state, "time_emb.aug_emb.weight": torch.zeros(32, 9)}, "edm")
+    missing = {f"ema_model.nn_model.{k}": v for k, v in state.items() if k != "final.bias"}
+    torch.save({"EMA": missing}, tmp_path / "missing.pth")
+    with pytest.raises(ValueError, match=r"lacks the tensor 'final.bias'"):
+        convert(tmp_path / "missing.pth", framework="ddpm")
+
+
+# --- Pickles ---
+
+
+def edm_pickle(folder, network="SongUNet"):
+    """A pickle in EDM's format, whose source code would leave a file behind if it ran."""
+    module = ModuleType("torch_utils.persistence")
+    exec("def _reconstruct_persistent_obj(meta): raise SystemError", module.__dict__)
+    source = f"open({str(folder / 'ran')!r}, 'w')"
+
+    class Persistent:
+        def __init__(self, class_name, **state):
+            meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state}
+            self.meta = meta
+
+        def __reduce__(self):
+            return module._reconstruct_persistent_obj, (self.meta,)
+
+    inner = {"_parameters": {"weight": nn.Parameter(torch.zeros(5, 2))}, "_modules": nn.ModuleDict()}
+    inner = Persistent(network, skip_scale=np.sqrt(0.5), **inner)
+    content = {"ema": Persistent("EDMPrecond", sigma_data=0.5, _modules={"model": inner}), "augment_pipe": None}
+    modules = {"torch_utils": ModuleType("torch_utils"), "torch_utils.persistence": module}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in modules.items():
+            patch.setitem(sys.modules, name, value)
+        (folder / "edm.pkl").write_bytes(pickle.dumps(content))
+    return folder / "edm.pkl"
+
+
+@pytest.mark.parametrize(
+    "network, reason", [("SongUNet", r"sqrt\(1/2\)"), ("DhariwalUNet", "worked out"), ("Other", "none of SongUNet")]
+)
+def test_a_pickle_of_edm_is_refused_by_name(tmp_path, network, reason):
+    with pytest.raises(ValueError, match=rf"EDMPrecond.*10 parameters. It cannot be converted.*{reason}") as error:
+        convert(edm_pickle(tmp_path, network))
+    assert (network in str(error.value)) is (network != "Other") and not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("save", [lambda content, path: path.write_bytes(pickle.dumps(content)), torch.save])
+def test_a_file_that_names_a_function_does_not_run_it(tmp_path, save):
+    mark = tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'w')"
+    for function, args, name in (
+        (os.system, (f"touch {mark}",), r"(posix|nt)\.system"),
+        (eval, (code,), r"(builtins\.)?eval"),
+        (getattr, ("", "join"), r"(builtins\.)?getattr"),
+    ):
+        save({"ema": Evil(function, *args)}, tmp_path / "evil.pkl")
+        with pytest.raises(ValueError, match=f"names {name}"):
+            convert(tmp_path / "evil.pkl")
+    assert not mark.exists()
+
+
+def test_what_an_allowed_name_is_given_does_not_run_either(tmp_path):
+    mark, inner = tmp_path / "ran", io.BytesIO()
+    torch.save(Evil(eval, f"open({str(mark)!r}, 'w')"), inner)
+    evil = Evil(torch.storage._load_from_bytes, inner.getvalue())
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"ema": evil}))
+    with pytest.raises(ValueError, match="nothing of EDM's"):
+        convert(tmp_path / "evil.pkl")
+    # The class itself is given a state, and an entry of a module is asked for by a dotted name.
+    for text in (b"ccollections\nOrderedDict\n}b.", b"\x80\x04\x8c\x02os\x8c\x04path\x93."):
+        (tmp_path / "evil.pkl").write_bytes(text)
+        with pytest.raises(ValueError, match="nor a pickle that can be read safely"):
+            convert(tmp_path / "evil.pkl")
+    assert not mark.exists()
+
+
+def test_files_of_no_known_kind_are_refused(tmp_path):
+    for name, content in (("other.pt", {"state_dict": {}, "epoch": 3}), ("list.pt", [1, 2])):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match="no checkpoint of a known kind"):
+            convert(tmp_path / name)
+    torch.save(dit_state(depth=1), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert convert(tmp_path / "old.pt", num_heads=4).denoiser.config.num_layers == 1
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:20_000])
+    (tmp_path / "text.pt").write_text("Not found")
+    for name, reason in (("cut.pt", "restricted loader"), ("text.pt", "neither a torch file"), ("no.pt", "is no file")):
+        with pytest.raises(ValueError, match=reason):
+            convert(tmp_path / name)
+
+
+def test_the_script_writes_into_empty_folders_only(unet_file, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is not an empty folder"):
+        script.main([str(unet_file[0]), "--framework", "ddpm", "--output_dir", str(tmp_path / "full")])
+    with pytest.raises(SystemExit, match="does not say under which one"):
+        script.main([str(unet_file[0]), "--output_dir", str(tmp_path / "new")])
+    make_vae().save_pretrained(tmp_path / "vae")
+    common = ["--framework", "ddpm", "--vae", str(tmp_path / "vae"), "--output_dir", str(tmp_path / "new")]
+    with pytest.raises(SystemExit, match="works on pixels"):
+        script.main([str(unet_file[0]), *common])
+    assert not (tmp_path / "new").exists() and len(list((tmp_path / "full").iterdir())) == 1
