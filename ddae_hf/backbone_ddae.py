@@ -10,7 +10,8 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from .configuration_ddae import DDAEConfig
-from .modeling_ddae import DDAEModel, DDAEPreTrainedModel
+from .modeling_ddae import DDAEModel
+from .pretrained_ddae import DDAEPreTrainedModel
 
 
 class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):

@@ -9,7 +9,7 @@
   `google/ddpm-cifar10-32`.
 - `model`: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` or DiT's saves.
 
-Only safetensors weights are read: nothing is unpickled.
+Only safetensors weights are read: nothing is unpickled here. `conversion` reads published checkpoints in other formats.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from .conditioning import adjust_timestep_embedding
+from .conditioning import FREQUENCIES, adjust_timestep_embedding
 
 # Denoisers whose hidden states can be read, and the component that holds one in a diffusers pipeline.
 COMPONENTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
@@ -70,7 +70,10 @@ def plain_config(config: Any) -> dict[str, Any]:
 def build_denoiser(config: dict[str, Any]) -> Any:
     """Build a randomly initialised denoiser from its diffusers config (with `_class_name`)."""
     check_denoiser_class(config.get("_class_name"))
-    denoiser = getattr(diffusers, config["_class_name"]).from_config(config)
+    # An option that no class of diffusers has, which it would log as ignored.
+    own = {name: value for name, value in config.items() if name == FREQUENCIES}
+    denoiser = getattr(diffusers, config["_class_name"]).from_config({k: v for k, v in config.items() if k not in own})
+    denoiser.register_to_config(**own)
     adjust_timestep_embedding(denoiser)
     return denoiser
 
@@ -159,7 +162,7 @@ class Checkpoint:
             return None
         if self.layout == "transformers":
             return self._network_of_transformers_layout("vae", build_vae(self.vae), dtype)
-        return self._diffusers_network(self.vae["_class_name"], "vae", dtype)
+        return self._diffusers_network(self.vae["_class_name"], "" if self.layout == "model" else "vae", dtype)
 
     def _checked(self, network: Any, known: str, dtype: torch.dtype | None) -> Any:
         """Return a network of the base, if it is the one that the classifier in `head` was trained on."""
@@ -418,6 +421,27 @@ def _present_class(config: dict[str, Any]) -> dict[str, Any]:
         return config
     known = inspect.signature(diffusers.DiTTransformer2DModel).parameters
     return {k: v for k, v in config.items() if k in known} | {"_class_name": "DiTTransformer2DModel"}
+
+
+def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:
+    """Load a VAE: the `AutoencoderKL` that a folder or Hub repository holds itself or in `vae/`, or a checkpoint's.
+
+    Raises:
+        ValueError: None of these is there, or its weights are not in safetensors.
+        OSError: The folder or repository does not exist or cannot be reached.
+    """
+    path = os.fspath(path)
+    hub = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and v is not None}
+    own = hub.get("subfolder") or ""
+    for inside in (f"{own}/vae" if own else "vae", own):
+        config = _read_json(path, "config.json", {**hub, "subfolder": inside}) or {}
+        if "_class_name" in config and (inside != own or config["_class_name"] not in COMPONENTS):
+            check_vae_class(config["_class_name"], f"The network in {path}")
+            return Checkpoint(path, "model", {}, {}, None, config, {**hub, "subfolder": inside}).load_vae()
+    vae = read_checkpoint(path, **hub).load_vae()
+    if vae is None:
+        raise ValueError(f"{path} is a checkpoint without a vae: its denoiser works on pixels.")
+    return vae
 
 
 def commit_of(path: str | os.PathLike[str], **hub: Any) -> str | None:

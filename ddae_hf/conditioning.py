@@ -14,6 +14,9 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding, Timesteps
 from torch import Tensor
 
+# The option of a DiT's config that says which frequencies its timestep embedding has.
+FREQUENCIES = "downscale_freq_shift"
+
 
 def fed_timestep(denoiser: Any, timestep: Tensor) -> Tensor:
     """Return `timestep` in the type that the denoiser's embedding takes.
@@ -32,7 +35,7 @@ def adjust_timestep_embedding(denoiser: Any) -> None:
     Frequency i of n is `10000 ** (-i / (n - shift))`. The official DiTs have shift 0, which their conversions note;
     diffusers builds every DiT with shift 1, and so do checkpoints without the note stay.
     """
-    shift = denoiser.config.get("downscale_freq_shift")
+    shift = denoiser.config.get(FREQUENCIES)
     if shift is None or "num_embeds_ada_norm" not in denoiser.config:
         return
     for module in denoiser.modules():

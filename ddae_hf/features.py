@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import fill, write_text
 from .checkpoints import fingerprint
 from .hidden_states import check_layers, hidden_size, pool_hidden_states
 from .modeling_ddae import DDAEModel
@@ -186,71 +186,11 @@ class FeatureCache:
         text = json.dumps(identity, indent=2, sort_keys=True)
         folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:20]
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "identity.json", text + "\n")
-        rows = _read_rows(folder)
-        missing = [layer for layer in layers if rows.get(layer, 0) < count]
-        if missing:
-            self._compute(folder, images, count, missing, sigma, view, rows)
-        return {layer: np.load(folder / f"{layer}.npy", mmap_mode="r") for layer in layers}
+        write_text(folder / "identity.json", text + "\n")
 
-    def _compute(
-        self,
-        folder: Path,
-        images: Images,
-        count: int,
-        layers: Sequence[str],
-        sigma: float,
-        view: int,
-        rows: dict[str, int],
-    ) -> None:
-        """Fill the files of `layers` from the row where the least advanced one stopped."""
-        start = min(rows.get(layer, 0) for layer in layers)
-        widths = {layer: hidden_size(self.model.denoiser, layer) for layer in layers}
-        new = [layer for layer in layers if not rows.get(layer)]
-        # Files take space only as they are filled.
-        _check_space(folder, sum(4 * (count - rows.get(layer, 0)) * widths[layer] for layer in layers))
-        files = {}
-        for layer in layers:
-            shape = None if layer not in new else (count, widths[layer])
-            mode = "r+" if shape is None else "w+"
-            dtype = None if shape is None else np.float32
-            files[layer] = np.lib.format.open_memmap(folder / f"{layer}.npy", mode, dtype, shape)
-        done = start
-        for batch in images(start):
-            end = done + len(batch)
-            if end > count:
-                raise ValueError(f"More than the {count} images came that were announced.")
-            indices = range(done, end)
-            found = batch_features(self.model, batch, indices, layers, sigma, noise_seed=self.noise_seed, view=view)
-            for layer, values in found.items():
-                files[layer][done:end] = values.cpu().numpy()
-                files[layer].flush()
-            done = end
-            rows.update({layer: max(done, rows.get(layer, 0)) for layer in layers})
-            _write(folder / "rows.json", json.dumps(rows) + "\n")
-        if done != count:
-            raise ValueError(f"{done} images came, but {count} were announced.")
+        def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
+            for batch in images(start):
+                indices = range(start, start := start + len(batch))
+                yield batch_features(self.model, batch, indices, missing, sigma, noise_seed=self.noise_seed, view=view)
 
-
-def _read_rows(folder: Path) -> dict[str, int]:
-    """Return how many rows each layer's file holds; a file that is gone holds none."""
-    path = folder / "rows.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {layer: count for layer, count in rows.items() if (folder / f"{layer}.npy").exists()}
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    # Writing to a mapped file on a full disk ends the process without a message.
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"The features need {needed / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free: give "
-            "another folder, fewer layers or fewer images."
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file complete or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        return fill(folder, {layer: (hidden_size(self.model.denoiser, layer),) for layer in layers}, count, batches)

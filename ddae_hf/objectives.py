@@ -34,9 +34,10 @@ def denoising_loss(
     """Return the denoising loss of each image.
 
     Args:
-        denoiser: A diffusers network, or a wrapped (compiled, distributed) one.
+        denoiser: A diffusers network, or a wrapped (compiled, distributed) one. Output channels beyond those of
+            `clean`, a learned variance, play no part.
         scheduler: Its diffusers scheduler, which says what is predicted.
-        clean: Images (B, C, H, W) in [-1, 1].
+        clean: Images (B, C, H, W) in [-1, 1], or scaled latents.
         sigma: Noise levels (B,); drawn from the family's training distribution if not given.
         noise: Standard-normal noise (B, C, H, W); drawn if not given.
         class_labels: Labels (B,) of a class-conditional network, or vectors (B, width) of one that takes vectors.
@@ -55,4 +56,4 @@ def denoising_loss(
     conditioning = class_conditioning(network, class_labels, clean.shape[0], clean.device)
     output = denoiser(noisy, fed_timestep(network, timestep), **conditioning).sample
     target = prediction_target(scheduler, clean, noise, sigma)
-    return (output.float() - target).square().mean(dim=tuple(range(1, clean.ndim)))
+    return (output[:, : clean.shape[1]].float() - target).square().mean(dim=tuple(range(1, clean.ndim)))

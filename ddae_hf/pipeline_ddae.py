@@ -136,6 +136,8 @@ class DDAEPipeline(DiffusionPipeline):
         """
         wanted, known = [label] if isinstance(label, str) else label, self.labels
         if unknown := [name for name in wanted if name not in known]:
+            if not known:
+                raise ValueError("The classes of this checkpoint have no names: give `class_labels` as numbers.")
             near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.0)
             raise ValueError(f"No class is named {unknown[0]!r}. The nearest are {near}; `labels` lists all.")
         return [known[name] for name in wanted]

@@ -33,8 +33,8 @@ PICTURES = {
 }
 # Options that say where things are and how a run is watched, not how a network is trained.
 PLUMBING = re.compile(
-    "dataset_|image_column|label_column|train_data_dir|output_dir|cache_dir|logging_dir|model_name|config$|init_from|.*checkpoint"
-    "|sampl|num_sampl|num_inference_steps|report_to|dataloader_|hub_|push_to|license|streaming|shuffle_|.*_split|.*seconds"
+    "dataset_|image_column|label_column|train_data_dir|latents_dir|output_dir|cache_dir|logging_dir|model_name|config$|vae$|init_from"
+    "|.*checkpoint|sampl|num_sampl|num_inference_steps|report_to|dataloader_|hub_|push_to|license|streaming|shuffle_|.*_split|.*seconds"
 )
 
 
@@ -199,8 +199,8 @@ def _sweep(report: dict[str, Any], options: dict[str, Any]) -> Summary:
     protocol = (
         f"Test accuracy in %, {images['test']:,} test images, of linear probes ({probe}) on the frozen "
         f"network. The best of {len(report['pairs'])} pairs of layer and noise level was chosen on "
-        f"{images['held_out']:,} held-out training images (seed {options['seed']}), and fitted again on these and "
-        f"the other {images['fitted']:,}."
+        f"{images['held_out']:,} held-out training images (seed {options['seed']}) after fitting on "
+        f"{images['fitted']:,}, and fitted again on all {images.get('train', images['fitted'] + images['held_out']):,}."
     )
     if report["few_label_test_accuracies"]:
         protocol += f" With few labels: mean and standard deviation over {options['num_draws']} draws of them."
@@ -224,6 +224,8 @@ def _fine_tuning(report: dict[str, Any], options: dict[str, Any]) -> Summary:
         f"{report['num_train_labels']:,} labelled images in {report['steps']:,} steps (seed {options['seed']}); it is "
         f"read at {_tap(report)}."
     )
+    if options.get("latents_dir"):
+        protocol += " It learnt from latents that were encoded before, which are also what these figures are of."
     names = [name for name in ("accuracy", "f1", "precision", "recall") if f"test_{name}" in report]
     rows = []
     for noise, key in (("the model's fixed noise", "test"), ("each image's own", "test_own_noise")):
@@ -231,7 +233,8 @@ def _fine_tuning(report: dict[str, Any], options: dict[str, Any]) -> Summary:
         rows.append([noise, *("" if value is None else percent(value) for value in values)])
     where = {"layer": report["layer"], "sigma": report["sigma"], "num_train_labels": report["num_train_labels"]}
     figures = [Figure(name, f"Test {name.replace('f1', 'macro F1')}", report[f"test_{name}"], where) for name in names]
-    return Summary("Fine-tuning", protocol, ["noise", *(n.replace("f1", "macro F1") for n in names)], rows, figures)
+    head = ["noise", *(name.replace("f1", "macro F1") for name in names)]
+    return Summary("Fine-tuning", protocol, head, rows, figures, report.get("saved_classifier_test_accuracy"))
 
 
 def _generation(report: dict[str, Any], options: dict[str, Any]) -> Summary:

@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import DiTPipeline
 
 from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.checkpoints import check_vae_class, find_file, fingerprint, plain_config
+from ddae_hf.checkpoints import fingerprint, load_vae, plain_config
 from ddae_hf.conversion import FRAMEWORKS, Conversion, convert
 
 
@@ -34,14 +34,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     unet("--framework", choices=FRAMEWORKS, help="What it was trained under; required, as the file does not say it.")
     unet("--sample_size", type=int, help="Side of its images in pixels, by default 32.")
     return parser.parse_args(argv)
-
-
-def open_vae(path: str) -> Any:
-    """Load an `AutoencoderKL`, or that of a pipeline."""
-    inside = "vae" if find_file(path, "config.json", subfolder="vae") else ""
-    config = AutoencoderKL.load_config(path, subfolder=inside)
-    check_vae_class(config.get("_class_name"), f"The network in {path}")
-    return AutoencoderKL.from_pretrained(path, subfolder=inside, use_safetensors=True)
 
 
 def write_generator(conversion: Conversion, vae: Any, folder: Path) -> str:
@@ -76,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{folder} is not an empty folder: choose another --output_dir.")
     names = ("num_heads", "num_classes", "framework", "sample_size")
     try:
-        vae = None if args.vae is None else open_vae(args.vae)
+        vae = None if args.vae is None else load_vae(args.vae)
         conversion = convert(args.checkpoint, **{name: getattr(args, name) for name in names})
         print(f"{args.checkpoint} holds {conversion.source}; {conversion.source_parameters:,} parameters.")
         reason = conversion.config.get("features_only")

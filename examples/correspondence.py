@@ -7,8 +7,9 @@ Every image is turned, shifted and bent by a map whose inverse is exact; for eac
 warped copy is compared with the true place. `DDAEBackbone`'s maps are brought to the image's size and to length 1,
 each by itself, and put side by side: similarity is the mean cosine over layers. Two images of a pair get different
 noise, as noise shared by both would stay in place while the image moves. The same points are looked up by the same
-network with random weights, and by clean colours: of single pixels, and of patches, which a warp as gentle as this one
-hardly changes and which are hard to beat. `results.json` holds the figures, `correspondence.png` shows them.
+network with random weights (a VAE keeps its own), and by clean colours: of single pixels, and of patches, which a warp
+as gentle as this one hardly changes and which are hard to beat. `results.json` holds the figures, `correspondence.png`
+shows them.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import add_data_arguments, best_device, image_column, load_splits, parse_with_config, pick_split, write_json
+from data import add_data_arguments, image_column, load_splits, parse_with_config, pick_split, write_json
 from ddae_hf import DDAEBackbone, DDAEConfig, DDAEImageProcessor
 from ddae_hf.noise import indexed_noise
-from labelled import check_null_class
+from labelled import check_null_class, ready
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without windows)
@@ -137,13 +138,16 @@ def open_backbones(args: argparse.Namespace) -> list[DDAEBackbone]:
         raise ValueError(f"--out_features: there is no layer {', '.join(unknown)}; there are {', '.join(names)}.")
     if reach >= (side - 1) / 2:
         raise ValueError(f"--max_shift and --max_bend are {reach:g} together: take less than {(side - 1) / 2:g}.")
+    # Draws of latents would be the same for both images of a pair.
+    options |= {"sample_posterior": False}
     options |= {"out_features": sorted(set(layers), key=names.index), "cache_dir": args.cache_dir}
     trained = DDAEBackbone.from_pretrained(args.model_name_or_path, **options)
     check_null_class(trained.ddae)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         untrained = DDAEBackbone(trained.config)
-    return [backbone.eval().to(best_device()) for backbone in (trained, untrained)]
+    untrained.ddae.vae = trained.ddae.vae  # only the denoiser has random weights
+    return [ready(backbone.eval()) for backbone in (trained, untrained)]
 
 
 def look_up(
@@ -156,7 +160,8 @@ def look_up(
     for index, image in enumerate(tqdm(images, desc="Pairs")):
         warp = Warp(size, args, index)
         pair = torch.stack([image, warp(image)])
-        noise = torch.cat([indexed_noise(tuple(image.shape), [index], args.seed, view) for view in (0, 1)])
+        shape = backbones[0].config.sample_shape
+        noise = torch.cat([indexed_noise(shape, [index], args.seed, view) for view in (0, 1)])
         places = warp.places(points)
         from_centre = torch.view_as_real(places - warp.centre).abs()
         inside = (from_centre <= (torch.tensor(size[::-1]) - 1) / 2).all(1)  # what left the picture is not looked for

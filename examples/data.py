@@ -17,7 +17,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset
 from PIL import Image as PILImage
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.augment import augment, embed_labels, label_width
@@ -290,7 +290,11 @@ def collate(processor: DDAEImageProcessor, num_classes: int, rows: list[dict[str
 def training_batches(
     args: argparse.Namespace, dataset: Dataset | IterableDataset, denoiser: Any, num_classes: int
 ) -> DataLoader:
-    """Return shuffled batches as `collate` makes them; a stream is shuffled anew in every epoch."""
+    """Return shuffled batches: of images as `collate` makes them, of latents as they are.
+
+    A stream is shuffled anew in every epoch.
+    """
+    prepare = partial(collate, DDAEImageProcessor.for_denoiser(denoiser.config), num_classes)
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
         dataset = dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
@@ -301,7 +305,7 @@ def training_batches(
         drop_last=streaming or len(dataset) >= args.train_batch_size,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
-        collate_fn=partial(collate, DDAEImageProcessor.for_denoiser(denoiser.config), num_classes),
+        collate_fn=prepare if "image" in dataset.column_names else default_collate,
     )
 
 

@@ -16,6 +16,9 @@ All figures are taken between features of one network, and cannot be compared wi
   torch-fidelity's conversion, which needs torch-fidelity and torchvision. The network itself resizes images. A FID by
   this path has not been run by us.
 
+Where the data has some of the classes of a class-conditional checkpoint, name them with `--class_label`, so that images
+of the same classes are compared; `all` takes every class in turn, and needs as many images as there are classes.
+
 Features are kept in `--features_dir`, each file beside a JSON file that says what they are of, and are reused.
 """
 
@@ -55,11 +58,13 @@ from generate import (
     IMAGE_OPTIONS,
     add_sampling_arguments,
     check_sampling_arguments,
+    chosen_classes,
     image_paths,
     open_pipeline,
     open_processes,
     sample,
 )
+from labelled import ready
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there
@@ -174,17 +179,19 @@ def ddae_extractor(path: str, args: argparse.Namespace) -> Extractor:
     """Return pooled hidden states of a denoiser, under noise that depends on each image's number and the view."""
     tap = {"layer": args.extractor_layer, "sigma": args.extractor_sigma}
     model = DDAEModel.from_pretrained(path, **{n: v for n, v in tap.items() if v is not None}, cache_dir=args.cache_dir)
-    model.to(best_device(), memory_format=torch.channels_last)
+    ready(model)
     processor = DDAEImageProcessor.from_pretrained(path, cache_dir=args.cache_dir)
     config = model.config
-    names = ("layer", "sigma", "pooling", "noise_seed", "num_noise_samples", "null_class", "denoiser", "scheduler")
+    names = ["layer", "sigma", "pooling", "noise_seed", "num_noise_samples", "null_class", "denoiser", "scheduler"]
+    names += [] if config.vae is None else ["vae", "sample_posterior"]
 
     def compute(batches: Iterable[list[PILImage.Image]], view: int) -> torch.Tensor:
         pixels = (processor(images, return_tensors="pt")["pixel_values"] for images in batches)
         options: dict[str, Any] = {"noise_seed": config.noise_seed, "view": view}
         return extract_features(model, pixels, [config.layer], config.sigma, **options)[config.layer]
 
-    return Extractor(identity_of(model.denoiser, processor) | {n: getattr(config, n) for n in names}, compute)
+    identity = identity_of(processor, model.denoiser, model.vae)
+    return Extractor(identity | {n: getattr(config, n) for n in names}, compute)
 
 
 def transformers_extractor(path: str, args: argparse.Namespace) -> Extractor:
@@ -216,7 +223,7 @@ def transformers_extractor(path: str, args: argparse.Namespace) -> Extractor:
             return outputs.pooler_output.flatten(1).float().cpu()
         return pool_hidden_states(outputs.last_hidden_state).cpu()
 
-    identity = identity_of(model, processor)
+    identity = identity_of(processor, model)
     identity["features"] = "pooler_output" if has_pooler else "mean of last_hidden_state"
     return Extractor(identity, lambda batches, view: torch.cat([features(images) for images in batches]))
 
@@ -249,15 +256,15 @@ def inception_extractor(path: str, args: argparse.Namespace) -> Extractor:
         batches = [torch.stack(arrays)] if alike else [array[None] for array in arrays]
         return torch.cat([network(pixels.to(best_device()))[0].flatten(1).float().cpu() for pixels in batches])
 
-    identity = identity_of(network, None) | {"features": "last pooling"}
+    identity = identity_of(None, network) | {"features": "last pooling"}
     return Extractor(identity, lambda batches, view: torch.cat([features(images) for images in batches]))
 
 
-def identity_of(network: torch.nn.Module, processor: Any) -> dict[str, Any]:
-    """Return what tells a network and the preparation of its images from others."""
+def identity_of(processor: Any, network: torch.nn.Module, vae: torch.nn.Module | None = None) -> dict[str, Any]:
+    """Return what tells a network, with its VAE, and the preparation of its images from others."""
     return {
         "network": type(network).__name__,
-        "weights": fingerprint(network, dtype=None),
+        "weights": fingerprint(network, vae, dtype=None),
         "dtype": str(next(network.parameters()).dtype),
         "preprocessing": {k: v for k, v in processor.to_dict().items() if v is not None} if processor else {},
     }
@@ -319,7 +326,9 @@ def generator_report(args: argparse.Namespace, pipeline: DDAEPipeline | None) ->
     if pipeline is None:
         return {"images_dir": args.images_dir}
     made = {name: getattr(args, name) for name in ("model_name_or_path", *IMAGE_OPTIONS)}
-    made |= {"weights": fingerprint(pipeline.denoiser, dtype=None)}
+    made |= {"weights": fingerprint(pipeline.denoiser, pipeline.vae, dtype=None)}
+    classes = chosen_classes(args, pipeline)
+    made |= {} if classes is None else {"num_classes": [min(args.num_images, len(classes)), len(classes)]}
     return made | {"scheduler": type(pipeline.scheduler).__name__}
 
 
@@ -356,7 +365,10 @@ def table(report: dict[str, Any]) -> str:
         rows["generator's weights"] = f"SHA-256 {generator['weights'][:16]}"
         rows["sampling"] = f"{sampler}, {generator['num_inference_steps']} steps, seeds from {generator['seed']}"
         if generator["class_label"] is not None:
-            rows["classes"] = f"{generator['class_label']}, guidance {generator['guidance_scale']:g}"
+            labels, (made, asked) = generator["class_label"], generator["num_classes"]
+            names = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
+            few = "" if made == asked else f" (images of the first {made:,} of {asked:,})"
+            rows["classes"] = f"{names}{few}, guidance {generator['guidance_scale']:g}"
     tap = f"{extractor['layer']} at sigma {extractor['sigma']:.3g}" if "layer" in extractor else extractor["features"]
     rows["features"] = f"{extractor['name']}, {tap}, {extractor['width']} numbers an image"
     rows["extractor's weights"] = f"SHA-256 {extractor['weights'][:16]}"

@@ -27,7 +27,6 @@ from transformers.utils import logging
 
 from data import (
     add_data_arguments,
-    best_device,
     image_column,
     images_hash,
     label_column,
@@ -40,7 +39,7 @@ from data import (
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import FeatureCache
 from ddae_hf.hidden_states import decoder_layer_names
-from labelled import check_null_class
+from labelled import check_null_class, ready
 
 ROW_GROUP = 10_000
 
@@ -79,7 +78,7 @@ def open_model(args: argparse.Namespace) -> tuple[DDAEModel, list[str], float]:
     for layer in layers:  # refuse what is not there before any long work
         model.config.from_dict(model.config.to_dict(), layer=layer, sigma=sigma)
     check_null_class(model)
-    return model.to(best_device(), memory_format=torch.channels_last), list(dict.fromkeys(layers)), sigma
+    return ready(model), list(dict.fromkeys(layers)), sigma
 
 
 def find_labels(dataset: Dataset, name: str | None) -> tuple[np.ndarray | None, list[str] | None]:

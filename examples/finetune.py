@@ -7,6 +7,10 @@ Images get noise of the tap's level, fresh in every step. Nothing is chosen: the
 `--ema_decay`, are tested once. The output folder opens with `DDAEForImageClassification.from_pretrained`;
 `eval_results.json` holds the accuracy with the model's fixed noise, which is what a user of the folder gets, and with
 noise of its own for every image. `--from_scratch` trains the same network from random weights, to compare.
+
+The VAE of a denoiser of latents is never trained, nor drawn at random. With `--latents_dir` it does not even run: the
+folder has the images' latents, as `latent_transfer.py` writes them, and every step draws one of their views. The saved
+classifier has the VAE again, and its accuracy on pixels is reported too.
 """
 
 from __future__ import annotations
@@ -33,9 +37,12 @@ from transformers.utils import logging
 
 from data import add_data_arguments, flip, parse_with_config, random_crop, write_json
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
+from ddae_hf.checkpoints import load_vae, plain_config
+from ddae_hf.latent_folder import LatentFolder
 from facts import base_model, data_facts, machine
 from hub import add_hub_arguments, prepare, publish
-from labelled import LabelledImages, add_label_arguments
+from labelled import LabelledImages, add_label_arguments, classify, draw_fraction
+from latents import EncodedImages, one_view
 from metrics import classification_metrics
 
 OPTIONS, PROGRESS, AVERAGED = "training_options.yaml", "progress.json", "averaged.safetensors"
@@ -55,6 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layer", help="Where the classifier reads the network; by default the checkpoint's layer.")
     add("--sigma", type=float, help="Noise level of the images; by default the checkpoint's.")
     add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
+    add("--latents_dir", help="Folder of the images' latents, to train on in place of their pixels.")
     add("--from_scratch", action=flag, default=False, help="Start from random weights.")
     add("--label_fraction", type=float, default=1.0, help="Part of each class's training images that is used.")
     add("--batch_size", type=int, default=128, help="Images a step on each device.")
@@ -92,6 +100,9 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "mixup", "random_crop"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name} is {getattr(args, name)}: it must not be negative.")
+    for name in ("random_flip", "random_crop"):
+        if args.latents_dir is not None and getattr(args, name):
+            parser.error(f"--{name}: images in --latents_dir were changed before they were encoded: leave it out.")
     if args.mixup and args.batch_size < 2:
         parser.error("--mixup mixes the images of a batch: --batch_size must be at least 2.")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -130,26 +141,45 @@ def check_same_run(args: argparse.Namespace, path: Path) -> None:
         raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
 
 
-def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return the sorted indices of this part of every class, at least one image of each; small parts lie in large."""
-    rng = np.random.default_rng(seed)
-    classes = [rng.permutation(np.flatnonzero(labels == k)) for k in np.unique(labels)]
-    return np.sort(np.concatenate([indices[: max(1, round(fraction * len(indices)))] for indices in classes]))
+def open_data(args: argparse.Namespace, processor: DDAEImageProcessor, config: DDAEConfig) -> LabelledImages:
+    """Return the images by their pixels or, with --latents_dir, by their latents, checked against the checkpoint."""
+    if args.latents_dir is None:
+        return LabelledImages(args, processor, config.sample_shape)
+    folder = LatentFolder(args.latents_dir)
+    folder.check_vae(load_vae(args.model_name_or_path, cache_dir=args.cache_dir))
+    if folder.shape != config.sample_shape:
+        raise ValueError(f"{args.latents_dir} has latents {folder.shape}: the denoiser takes {config.sample_shape}.")
+    return EncodedImages(args, processor, folder)
 
 
 def build_model(args: argparse.Namespace, names: list[str]) -> DDAEForImageClassification:
-    """Return the classifier, on the pretrained denoiser or on one of random weights."""
+    """Return the classifier, on the pretrained denoiser or on one of random weights; of latents without its VAE."""
     given = {"layer": args.layer, "sigma": args.sigma, "null_class": args.null_class, "noise_seed": args.noise_seed}
     options = {name: value for name, value in given.items() if value is not None}
     options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    options |= {} if args.latents_dir is None else {"vae": None, "sample_posterior": False}
     source, where = args.model_name_or_path, {"cache_dir": args.cache_dir}
     torch.manual_seed(args.seed)
     if args.from_scratch:
         config = DDAEConfig.from_pretrained(source, **options, **where)
         config.generator_fingerprint = None
-        return DDAEForImageClassification(config)
+        model = DDAEForImageClassification(config)
+        if config.vae is not None:  # without which there are no latents to learn on
+            model.ddae.vae.load_state_dict(load_vae(source, **where).state_dict())
+        return model
     options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
     return DDAEForImageClassification.from_pretrained(source, **options, **where)
+
+
+def with_vae(
+    args: argparse.Namespace, model: DDAEForImageClassification, folder: LatentFolder
+) -> DDAEForImageClassification:
+    """Return a classifier of latents with the VAE that they were made by, so that it takes images."""
+    vae = load_vae(args.model_name_or_path, cache_dir=args.cache_dir)
+    latents = {"vae": plain_config(vae), "sample_posterior": folder.index["sample_posterior"]}
+    whole = DDAEForImageClassification(DDAEConfig.from_dict(model.config.to_dict() | latents))
+    whole.load_state_dict(model.state_dict() | {f"ddae.vae.{k}": v for k, v in vae.state_dict().items()})
+    return whole
 
 
 def check_sizes(args: argparse.Namespace, config: DDAEConfig, count: int) -> None:
@@ -271,7 +301,7 @@ class Progress(TrainerCallback):
 
 
 class FineTuner(Trainer):
-    """Trainer with this script's learning rates and changes of images.
+    """Trainer with this script's learning rates and changes of images; with --latents_dir, images are latents.
 
     What is random in a step depends on (seed, step, process) alone, so that a resumed run repeats it.
     """
@@ -287,7 +317,7 @@ class FineTuner(Trainer):
         if model.training:
             state = [self.options.seed, self.state.global_step, self.args.process_index]
             torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1, np.uint64)[0]))
-            inputs = inputs | self.change(inputs["pixel_values"], inputs["labels"])
+            inputs = inputs | self.change(one_view(inputs["pixel_values"]), inputs["labels"])
             self.images_seen += len(inputs["labels"]) * self.args.world_size
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -374,7 +404,9 @@ def test(trainer: FineTuner, data: LabelledImages) -> dict[str, float]:
 def table(report: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
     start = "random" if report["options"]["from_scratch"] else "pretrained"
-    return f"""Test accuracy in %, {report["num_test_images"]:,} test images:\n
+    saved = report.get("saved_classifier_test_accuracy")
+    on = "" if saved is None else f" by their latents; the saved classifier has {100 * saved:.2f} on their pixels"
+    return f"""Test accuracy in %, {report["num_test_images"]:,} test images{on}:\n
 | start | labels | layer, sigma | fixed noise | its macro F1 | each image's own noise | training images/s |
 |---|---|---|---|---|---|---|
 | {start} | {report["num_train_labels"]:,} | {report["layer"]}, {report["sigma"]:.3g} \
@@ -392,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     resume = checkpoint_to_resume(args)
     try:
         processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
-        data = LabelledImages(args, processor)
+        data = open_data(args, processor, DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir))
         model = build_model(args, data.names).to(memory_format=torch.channels_last)
         chosen = draw_fraction(data.labels["train"], args.label_fraction, args.seed)
         check_sizes(args, model.config, len(chosen))
@@ -408,8 +440,12 @@ def main(argv: list[str] | None = None) -> None:
     report |= {"dataset": data_facts(args, len(chosen)), **base_model(args.model_name_or_path)}
     report |= machine(trainer.args.device.type, trainer.args.world_size)
     if trainer.is_world_process_zero():
-        model.save_pretrained(args.output_dir)
+        whole = with_vae(args, model, data.folder) if isinstance(data, EncodedImages) else model
+        whole.save_pretrained(args.output_dir)
         processor.save_pretrained(args.output_dir)
+        if whole is not model:
+            right = classify(args.output_dir, data.pixels) == data.labels["test"]
+            report["saved_classifier_test_accuracy"] = float(right.mean())
         write_json(Path(args.output_dir) / "eval_results.json", report)
         print(f"{table(report)}\n\nThe classifier is in {args.output_dir}.")
         publish(args, Path(args.output_dir), "Fine-tune")

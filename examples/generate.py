@@ -3,7 +3,8 @@
     python examples/generate.py --model_name_or_path runs/cifar10_ddpm_unet --num_images 1000 --output_dir runs/samples
 
 Image number i comes from seed `--seed` + i, whatever the batch size and the number of processes, and an image that is
-there already is not made again. Several GPUs share the work: `accelerate launch` or `torchrun`.
+there already is not made again. Several GPUs share the work: `accelerate launch` or `torchrun`. `--class_label` takes
+labels or, where the checkpoint has them, names of classes: `--class_label 207 "tabby cat"`.
 """
 
 from __future__ import annotations
@@ -51,21 +52,23 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_inference_steps", type=int, default=100)
     add("--scheduler", help="Another diffusers scheduler of the same framework, such as DDIMScheduler.")
     add("--sampler", choices=["heun"], help="EDM's second-order sampler, in place of the scheduler's steps.")
-    add("--class_label", type=class_label, help="Class to generate, or `all` for the classes in turn.")
+    add("--class_label", nargs="+", type=class_label, help="Classes to generate in turn, by number or name, or `all`.")
     add("--guidance_scale", type=float, default=1.0, help="Strength of classifier-free guidance; at 1 there is none.")
     add("--seed", type=int, default=0)
     add("--cache_dir", help="Where downloaded checkpoints and data are kept.")
 
 
 def class_label(value: str) -> int | str:
-    """Return a class's number, or the word `all`."""
-    return value if value == "all" else int(value)
+    """Return a class's number, or a word: its name, or `all`."""
+    return int(value) if value.lstrip("-").isdigit() else value
 
 
 def check_sampling_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Stop at options of `add_sampling_arguments` that cannot work."""
     if args.num_images < 1 or args.batch_size < 1 or args.num_inference_steps < 1:
         parser.error("--num_images, --batch_size and --num_inference_steps must be at least 1.")
+    if args.class_label is not None and len(args.class_label) == 1:
+        [args.class_label] = args.class_label
     known = getattr(diffusers, args.scheduler or "DDIMScheduler", None)
     if not (isinstance(known, type) and issubclass(known, diffusers.SchedulerMixin)):
         parser.error(f"--scheduler {args.scheduler}: diffusers has no such scheduler.")
@@ -90,15 +93,19 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
                 f"--scheduler {args.scheduler} is of {wanted}, but the network was trained with {trained}."
             )
         pipeline.scheduler = chosen
+    chosen_classes(args, pipeline)  # stops here at those that there are not
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     pipeline.denoiser.to(memory_format=torch.channels_last)
+    if pipeline.vae is not None:
+        pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
     return pipeline.to(best_device())
 
 
 def check_folder(args: argparse.Namespace, note: Path, pipeline: DDAEPipeline) -> dict[str, Any]:
     """Return what the images depend on, or stop if the folder's note says that it holds others."""
     options = {name: getattr(args, name) for name in IMAGE_OPTIONS} | {"null_class": pipeline.null_class}
-    options |= {"weights": fingerprint(pipeline.denoiser, dtype=None), "scheduler": plain_config(pipeline.scheduler)}
+    options |= {"weights": fingerprint(pipeline.denoiser, pipeline.vae, dtype=None)}
+    options |= {"scheduler": plain_config(pipeline.scheduler)}
     if note.exists() and json.loads(note.read_text()) != options:
         raise SystemExit(f"{note.parent} holds images made with other options or weights: choose another --output_dir.")
     return options
@@ -136,18 +143,30 @@ def sample(args: argparse.Namespace, pipeline: DDAEPipeline, processes: PartialS
     return lacking
 
 
+def chosen_classes(args: argparse.Namespace, pipeline: DDAEPipeline) -> list[int] | None:
+    """Return the labels of the classes that images are of in turn, or None where no class is asked for; or stop."""
+    if args.class_label is None:
+        return None
+    classes = [k for k in range(num_labels(pipeline.denoiser.config)) if k != pipeline.null_class]
+    if args.class_label == "all" and classes:
+        return classes
+    given = args.class_label if isinstance(args.class_label, list) else [args.class_label]
+    if "all" in given:
+        reason = "it takes no other class beside it" if classes else "the denoiser is unconditional, it has no classes"
+        raise SystemExit(f"--class_label all: {reason}.")
+    try:
+        return [k if isinstance(k, int) else pipeline.get_label_ids(k)[0] for k in given]
+    except ValueError as error:  # no such name
+        raise SystemExit(f"--class_label: {error}") from error
+
+
 def sample_batch(args: argparse.Namespace, pipeline: DDAEPipeline, numbers: range) -> list[Image.Image]:
     """Return the images of these numbers."""
-    labels = args.class_label
-    if labels == "all":
-        classes = [k for k in range(num_labels(pipeline.denoiser.config)) if k != pipeline.null_class]
-        if not classes:
-            raise SystemExit(f"--class_label all: {args.model_name_or_path} is unconditional, it has no classes.")
-        labels = [classes[i % len(classes)] for i in numbers]
+    classes = chosen_classes(args, pipeline)
     try:
         return pipeline(
             len(numbers),
-            class_labels=labels,
+            class_labels=classes and [classes[i % len(classes)] for i in numbers],
             generator=[torch.Generator("cpu").manual_seed(args.seed + i) for i in numbers],
             num_inference_steps=args.num_inference_steps,
             sampler=args.sampler,

@@ -26,17 +26,39 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_test_samples", type=int, help="Use only the first N test images.")
 
 
-class LabelledImages:
-    """The labelled images: their pixels in batches, their labels, the names of classes."""
+class Images:
+    """Images of the splits of a data set: their pixels in batches."""
 
-    def __init__(self, args: argparse.Namespace, processor: DDAEImageProcessor):
-        splits = load_splits(args)
-        self.splits = {
-            "train": pick_split(splits, args.train_split, args.max_train_samples),
-            "test": pick_split(splits, args.test_split, args.max_test_samples),
+    def __init__(self, splits: dict[str, Dataset], column: str, processor: DDAEImageProcessor, batch_size: int):
+        self.splits, self.images, self.processor, self.batch_size = splits, column, processor, batch_size
+
+    def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
+        """Yield `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
+        for start in tqdm(range(0, len(indices), self.batch_size), desc=title, leave=False):
+            yield self.pixel_values(split, indices[start : start + self.batch_size])
+
+    def pixel_values(self, split: str, indices: np.ndarray) -> torch.Tensor:
+        """Return `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
+        images = self.splits[split].select(indices)[:][self.images]
+        return self.processor(images, return_tensors="pt")["pixel_values"]
+
+
+class LabelledImages(Images):
+    """The labelled images: their pixels in batches, their labels, the names of classes.
+
+    `sample_shape` is that of what noise is added to, where that is not the images.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, processor: DDAEImageProcessor, sample_shape: tuple[int, ...] | None = None
+    ):
+        self.sample_shape = sample_shape
+        found = load_splits(args)
+        splits = {
+            "train": pick_split(found, args.train_split, args.max_train_samples),
+            "test": pick_split(found, args.test_split, args.max_test_samples),
         }
-        self.processor, self.batch_size = processor, args.batch_size
-        self.images = image_column(self.splits["train"], args.image_column)
+        super().__init__(splits, image_column(splits["train"], args.image_column), processor, args.batch_size)
         column = label_column(self.splits["train"], args.label_column)
         self.labels = {name: read_labels(split, column) for name, split in self.splits.items()}
         feature = self.splits["train"].features[column]
@@ -51,15 +73,10 @@ class LabelledImages:
         if len(np.unique(self.labels["train"])) < 2:
             raise SystemExit("The training images are all of one class: a classifier needs at least two.")
 
-    def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
-        """Yield `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
-        for start in tqdm(range(0, len(indices), self.batch_size), desc=title, leave=False):
-            yield self.pixel_values(split, indices[start : start + self.batch_size])
-
-    def pixel_values(self, split: str, indices: np.ndarray) -> torch.Tensor:
-        """Return `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
-        images = self.splits[split].select(indices)[:][self.images]
-        return self.processor(images, return_tensors="pt")["pixel_values"]
+    @property
+    def pixels(self) -> LabelledImages:
+        """The images by their pixels: these themselves."""
+        return self
 
     def dataset(self, split: str, noise: tuple[int, int] | None = None) -> Dataset:
         """Return a split as `pixel_values` and `labels`, and `noise` of each image's own if (draws, seed) came."""
@@ -70,11 +87,18 @@ class LabelledImages:
             pixels = self.processor(batch[self.images], return_tensors="pt")["pixel_values"]
             row = {"pixel_values": pixels, "labels": torch.tensor(batch["labels"])}
             if noise is not None:
-                shape, view = (noise[0], *pixels.shape[1:]), noise_view(split, 0)
-                row["noise"] = indexed_noise(shape, batch["index"], noise[1], view)
+                shape = (noise[0], *(self.sample_shape or pixels.shape[1:]))
+                row["noise"] = indexed_noise(shape, batch["index"], noise[1], noise_view(split, 0))
             return row
 
         return dataset.with_transform(prepare)
+
+
+def ready(model: Any) -> Any:
+    """Return a model on the best device there is; its VAE takes one image at a time, which bounds what it needs."""
+    if model.base_model.vae is not None:
+        model.base_model.vae.enable_slicing()
+    return model.to(best_device(), memory_format=torch.channels_last)
 
 
 def check_null_class(model: DDAEModel) -> None:
@@ -101,6 +125,13 @@ def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     return np.concatenate([rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in classes])
 
 
+def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return the sorted indices of this part of every class, at least one image of each; small parts lie in large."""
+    rng = np.random.default_rng(seed)
+    classes = [rng.permutation(np.flatnonzero(labels == k)) for k in np.unique(labels)]
+    return np.sort(np.concatenate([indices[: max(1, round(fraction * len(indices)))] for indices in classes]))
+
+
 def save_classifier(
     folder: str | os.PathLike[str],
     checkpoint: str,
@@ -112,9 +143,9 @@ def save_classifier(
 ) -> None:
     """Write a checkpoint's denoiser with a linear classifier, weights (K, C) and biases (K,), as one folder.
 
-    It holds the generator as a pipeline, and beside it the classifier without the denoiser's weights; of a denoiser
-    that was fine-tuned, and generates no more, the whole classifier. `options` are those of its configuration, such as
-    `layer` and `sigma`, and of `from_pretrained`.
+    It holds the generator as a pipeline, with its VAE where it has one, and beside it the classifier without their
+    weights; of a denoiser that was fine-tuned, and generates no more, the whole classifier. `options` are those of its
+    configuration, such as `layer` and `sigma`, and of `from_pretrained`.
     """
     model = DDAEForImageClassification.from_pretrained(
         checkpoint,
@@ -138,6 +169,6 @@ def save_classifier(
 @torch.no_grad()
 def classify(folder: str | os.PathLike[str], data: LabelledImages, split: str = "test") -> np.ndarray:
     """Return the classes that a saved classifier gives a split's images, as its users get them."""
-    model = DDAEForImageClassification.from_pretrained(folder).to(best_device())
+    model = ready(DDAEForImageClassification.from_pretrained(folder))
     batches = data.batches(split, np.arange(len(data.labels[split])), "saved classifier")
     return np.concatenate([model(images.to(model.device)).logits.argmax(-1).cpu().numpy() for images in batches])

@@ -36,6 +36,7 @@ from labelled import (
     classify,
     draw_labels,
     noise_view,
+    ready,
     save_classifier,
 )
 from metrics import F1
@@ -229,12 +230,13 @@ def main(argv: list[str] | None = None) -> None:
             model.config.from_dict(model.config.to_dict(), layer=layer, sigma=sigma)
     if args.labels_per_class:
         draw_labels(data.labels["train"], args.labels_per_class, args.seed)
-    model.to(best_device(), memory_format=torch.channels_last)
+    ready(model)
     results = {"DDAE": probe(network_features(model, data, args.noise_seed, "DDAE"), data, layers, sigmas, args)}
     if args.baselines:
         results["raw pixels"] = probe(pixel_features(data), data, [PIXELS], [0.0], args)
         torch.manual_seed(args.seed)
         untrained = DDAEModel(model.config).eval().to(best_device(), memory_format=torch.channels_last)
+        untrained.vae = model.vae  # only the denoiser is untrained
         features = network_features(untrained, data, args.noise_seed, "untrained")
         results["untrained network"] = probe(features, data, layers, sigmas, args)
     output = Path(args.output_dir)

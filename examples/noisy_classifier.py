@@ -6,7 +6,8 @@
 Both are told the noise level and learn at levels drawn log-uniformly from [--sigma_min, --sigma_max]. The denoiser runs
 once over the training images for each of `--num_views` draws of level and noise; the multi-layer perceptron (MLP) then
 learns from these stored features. The other is a Wide ResNet (Zagoruyko and Komodakis 2016, arXiv 1605.07146) from
-random weights, with fresh noise in every step. Test images, each with noise of its own, serve for the final figures
+random weights, with fresh noise in every step. It is shown what the denoiser is shown: of a checkpoint with a VAE the
+noisy latents, in whose unit noise levels are. Test images, each with noise of its own, serve for the final figures
 alone: `accuracy.png`, `eval_results.json`. `mlp/` and `wide_resnet/` hold the weights. The same command resumes.
 """
 
@@ -34,7 +35,7 @@ from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
 from ddae_hf.checkpoints import fingerprint
 from ddae_hf.hidden_states import check_layers
 from ddae_hf.noise import check_sigma, indexed_noise
-from labelled import LabelledImages, add_label_arguments, check_null_class
+from labelled import LabelledImages, add_label_arguments, check_null_class, ready
 from noisy_networks import NoiseConditionalMLP, WideResNet
 
 TEST_VIEW, FIRST_TRAIN_VIEW = 1, 2  # training and test images never share noise
@@ -100,12 +101,23 @@ def log_uniform(args: argparse.Namespace, count: int, seed: list[int]) -> Tensor
     return torch.from_numpy(np.exp(logs).clip(low, high)).float()  # rounding must not leave the schedule
 
 
+def draw(model: DDAEModel, images: Tensor, indices: range, seed: int, view: int) -> tuple[Tensor, Tensor]:
+    """Return what noise is added to, images or their latents, and the noise, both (B, C, H, W), of a data set's images.
+
+    The noise, and that of latents which are draws, depends on (seed, an image's index, view) alone.
+    """
+    shape, own = model.config.sample_shape, None
+    if model.config.sample_posterior:
+        own = indexed_noise(shape, indices, seed, view, stream=2)
+    clean = model.encode(images.to(model.device, memory_format=torch.channels_last), own)
+    return clean, indexed_noise(shape, indices, seed, view).to(model.device)
+
+
 @torch.no_grad()
-def features(model: DDAEModel, layers: list[str], images: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return the pooled hidden states of noisy images at the layers, side by side, (B, C)."""
-    images = images.to(memory_format=torch.channels_last)
-    states = model(images, sigma=sigma, noise=noise, output_hidden_states=layers).hidden_states
-    return torch.cat([pool_hidden_states(state, model.config.pooling) for state in states], dim=1)
+def features(model: DDAEModel, layers: list[str], clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    """Return the pooled hidden states of noisy images or latents at the layers, side by side, (B, C)."""
+    states = model.read_layers(clean, layers, sigma=sigma, noise=noise)
+    return torch.cat([pool_hidden_states(states[layer], model.config.pooling) for layer in layers], dim=1)
 
 
 def changed(args: argparse.Namespace, images: Tensor) -> Tensor:
@@ -132,9 +144,9 @@ def store_view(args: argparse.Namespace, model: DDAEModel, data: LabelledImages,
     stored, start = np.lib.format.open_memmap(partial, "w+", np.float32, (count, size)), 0
     for images in data.batches("train", np.arange(count), f"features, view {view + 1} of {args.num_views}"):
         rows = slice(start, start := start + len(images))
-        noise = indexed_noise(images.shape[1:], range(count)[rows], args.noise_seed, FIRST_TRAIN_VIEW + view)
-        images, noise, level = (x.to(model.device) for x in (changed(args, images), noise, sigmas[rows]))
-        stored[rows] = features(model, args.layers, images, noise, level).cpu().numpy()
+        place = (range(count)[rows], args.noise_seed, FIRST_TRAIN_VIEW + view)
+        clean, noise = draw(model, changed(args, images), *place)
+        stored[rows] = features(model, args.layers, clean, noise, sigmas[rows].to(model.device)).cpu().numpy()
     stored.flush()
     os.replace(partial, path)
     return path, sigmas
@@ -173,8 +185,10 @@ def save(network: nn.Module, folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def training_steps(args: argparse.Namespace, data: LabelledImages, first: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield step numbers from `first`, noisy images, their levels and labels, each a function of seed and step."""
+def training_steps(
+    args: argparse.Namespace, model: DDAEModel, data: LabelledImages, first: int
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield step numbers from `first`, noisy images or latents, their levels and labels, functions of seed and step."""
     dataset, size = data.dataset("train"), args.wide_resnet_batch_size
     epoch_steps = -(-len(dataset) // size)
     for step in range(first, args.wide_resnet_steps):
@@ -184,20 +198,22 @@ def training_steps(args: argparse.Namespace, data: LabelledImages, first: int) -
         set_seed(args.seed, step)
         images = changed(args, batch["pixel_values"])
         sigma = log_uniform(args, len(images), [args.seed, step])
-        yield step, [images + sigma[:, None, None, None] * torch.randn_like(images), sigma, batch["labels"]]
+        noise = torch.randn(len(images), *model.config.sample_shape)
+        clean = model.encode(images.to(model.device), torch.randn_like(noise)).cpu()
+        yield step, [clean + sigma[:, None, None, None] * noise, sigma, batch["labels"]]
 
 
-def train_wide_resnet(args: argparse.Namespace, data: LabelledImages) -> WideResNet:
-    """Return the Wide ResNet trained on noisy images, from where an earlier run stopped, and save it."""
+def train_wide_resnet(args: argparse.Namespace, model: DDAEModel, data: LabelledImages) -> WideResNet:
+    """Return the Wide ResNet trained on what the denoiser sees, from where an earlier run stopped, and save it."""
     device, folder = best_device(), Path(args.output_dir) / "wide_resnet"
-    config = {"k": args.wide_resnet, "num_labels": len(data.names), "num_channels": data.processor.num_channels}
+    config = {"k": args.wide_resnet, "num_labels": len(data.names), "num_channels": model.config.sample_shape[0]}
     set_seed(args.seed)
     network = WideResNet(**config).to(device, memory_format=torch.channels_last).train()
     rate, steps = args.wide_resnet_learning_rate, args.wide_resnet_steps
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     first = load_state(folder / "state.safetensors", network, optimizer)
     progress = tqdm(initial=first, total=steps, desc=f"WRN-28-{args.wide_resnet}")
-    for step, batch in training_steps(args, data, first):
+    for step, batch in training_steps(args, model, data, first):
         noisy, sigma, labels = (x.to(device) for x in batch)
         optimizer.param_groups[0]["lr"] = rate * (1 + np.cos(np.pi * step / steps)) / 2
         loss = F.cross_entropy(network(noisy.to(memory_format=torch.channels_last), sigma), labels)
@@ -234,21 +250,19 @@ def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer)
 
 @torch.no_grad()
 def accuracies(
-    args: argparse.Namespace, data: LabelledImages, predictors: dict[str, Predictor]
+    args: argparse.Namespace, model: DDAEModel, data: LabelledImages, predictors: dict[str, Predictor]
 ) -> dict[str, list[float]]:
     """Return every classifier's accuracy at every level; the noise of a test image is the same for all of them."""
-    labels, device, found = data.labels["test"], best_device(), {name: [] for name in predictors}
-    for sigma in args.sigmas:
-        right, start = dict.fromkeys(predictors, 0), 0
-        for images in data.batches("test", np.arange(len(labels)), f"test, sigma {sigma:.3g}"):
-            rows = slice(start, start := start + len(images))
-            noise = indexed_noise(images.shape[1:], range(len(labels))[rows], args.noise_seed, TEST_VIEW)
-            for name, predict in predictors.items():
-                predicted = predict(images.to(device), noise.to(device), sigma).argmax(-1).cpu().numpy()
-                right[name] += int((predicted == labels[rows]).sum())
-        for name, count in right.items():
-            found[name].append(count / len(labels))
-    return found
+    labels, start = data.labels["test"], 0
+    right = {name: [0] * len(args.sigmas) for name in predictors}
+    for images in data.batches("test", np.arange(len(labels)), "test"):
+        rows = slice(start, start := start + len(images))
+        clean, noise = draw(model, images, range(len(labels))[rows], args.noise_seed, TEST_VIEW)
+        for name, predict in predictors.items():
+            for i, sigma in enumerate(args.sigmas):
+                predicted = predict(clean, noise, sigma).argmax(-1).cpu().numpy()
+                right[name][i] += int((predicted == labels[rows]).sum())
+    return {name: [count / len(labels) for count in counts] for name, counts in right.items()}
 
 
 def plot(path: Path, report: dict[str, Any]) -> None:
@@ -265,7 +279,7 @@ def plot(path: Path, report: dict[str, Any]) -> None:
         errors = np.sqrt(shares * (1 - shares) / count)
         axes.errorbar(sigmas, 100 * shares, 100 * errors, marker=marker, capsize=3, label=name)
     axes.axhline(100 * report["chance"], color="grey", linestyle="--", label="chance")
-    axes.set(xscale="log", xlabel="Noise level sigma (standard deviation of the noise on images in [-1, 1])")
+    axes.set(xscale="log", xlabel=f"Noise level sigma (standard deviation of the noise on {report['noise_on']})")
     axes.set(ylabel="Test accuracy in %", title=f"Classifying noisy images, {count:,} test images", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -294,7 +308,7 @@ def open_model(args: argparse.Namespace) -> DDAEModel:
         check_sigma(model.scheduler, sigma)
     if args.random_crop >= min(model.config.image_size):
         raise ValueError(f"--random_crop is {args.random_crop}: the images' sides are {model.config.image_size}.")
-    return model.to(best_device(), memory_format=torch.channels_last).eval()
+    return ready(model.eval())
 
 
 def check_folder(args: argparse.Namespace, name: str, names: list[str], **more: Any) -> None:
@@ -321,27 +335,30 @@ def main(argv: list[str] | None = None) -> None:
     content = {"images": images_hash(data.splits["train"], data.images), "labels": data.labels["train"].tolist()}
     content = {"preprocessing": processor.to_dict(), "data": sha256(json.dumps(content).encode()).hexdigest()}
     source = {"scheduler": model.config.scheduler, "pooling": model.config.pooling}
-    source |= {"weights": fingerprint(model.denoiser, dtype=None), "dtype": str(model.denoiser.dtype)}
+    source |= {"weights": fingerprint(model.denoiser, model.vae, dtype=None), "dtype": str(model.denoiser.dtype)}
+    if model.vae is not None:  # which both networks see images by
+        content |= {"vae": fingerprint(model.vae, dtype=None), "sample_posterior": model.config.sample_posterior}
     check_folder(args, "features", OF_FEATURES, **source, **content)
     if args.wide_resnet:
         check_folder(args, "wide_resnet", OF_WIDE_RESNET, **content)
     mlp = train_mlp(args, [store_view(args, model, data, view) for view in range(args.num_views)], data)
 
-    def on_features(images: Tensor, noise: Tensor, sigma: float) -> Tensor:
-        return mlp(features(model, args.layers, images, noise, sigma), images.new_full((len(images),), sigma))
+    def on_features(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        return mlp(features(model, args.layers, clean, noise, sigma), clean.new_full((len(clean),), sigma))
 
     predictors, networks = {"MLP on the denoiser": on_features}, {"MLP on the denoiser": mlp}
     if args.wide_resnet:
-        network = train_wide_resnet(args, data)
+        network = train_wide_resnet(args, model, data)
 
-        def on_pixels(images: Tensor, noise: Tensor, sigma: float) -> Tensor:
-            return network(images + sigma * noise, images.new_full((len(images),), sigma))
+        def on_noisy(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+            return network(clean + sigma * noise, clean.new_full((len(clean),), sigma))
 
-        predictors[f"WRN-28-{args.wide_resnet}"], networks[f"WRN-28-{args.wide_resnet}"] = on_pixels, network
+        predictors[f"WRN-28-{args.wide_resnet}"], networks[f"WRN-28-{args.wide_resnet}"] = on_noisy, network
     report = {"options": vars(args), "num_train_images": len(data.labels["train"])}
     report |= {"num_test_images": len(data.labels["test"]), "chance": 1 / len(data.names)}
+    report["noise_on"] = "images in [-1, 1]" if model.vae is None else "scaled latents"
     report["trained_parameters"] = {name: sum(p.numel() for p in n.parameters()) for name, n in networks.items()}
-    report["test_accuracies"] = accuracies(args, data, predictors)
+    report["test_accuracies"] = accuracies(args, model, data, predictors)
     report["seconds_this_run"] = round(time.monotonic() - started, 1)
     folder = Path(args.output_dir)
     (folder / "eval_results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -73,7 +73,7 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Return logits (B, num_labels) of images plus `sigma` (B,) times noise, (B, C, H, W)."""
+        """Return logits (B, num_labels) of images, or latents, plus `sigma` (B,) times noise, (B, C, H, W)."""
         embedding = embed_sigma(sigma)
         hidden = self.conv(noisy * torch.rsqrt(sigma**2 + SIGMA_DATA**2)[:, None, None, None])
         for block in self.blocks:

@@ -33,7 +33,7 @@ def train_online(sweep: Sweep, layers: list[str], sigma: float, rows: np.ndarray
     for epoch in range(1, args.num_epochs + 1):
         order = np.random.default_rng([args.seed, epoch]).permutation(rows)
         for indices in np.array_split(order, steps):
-            images = sweep.view(data.pixel_values("train", indices), indices, epoch)
+            images = sweep.view("train", indices, indices, epoch)
             view = noise_view("train", epoch)
             features = batch_features(model, images, indices, layers, sigma, noise_seed=noise_seed, view=view)
             labels = torch.from_numpy(data.labels["train"][indices]).to(best_device())

@@ -1,10 +1,13 @@
-"""Train a denoiser on images, which need no labels.
+"""Train a denoiser on images, which need no labels, or on the latents that `encode_latents.py` made of them.
 
     accelerate launch examples/pretrain.py --config examples/configs/cifar10_ddpm_unet.yaml \
         --dataset_name uoft-cs/cifar10 --output_dir runs/cifar10_ddpm_unet
+    accelerate launch examples/pretrain.py --config examples/configs/cifar10_latent_dit.yaml \
+        --latents_dir runs/cifar10_latents --output_dir runs/cifar10_latent_dit
 
 The output folder opens with `DDAEPipeline.from_pretrained` and `DDAEForImageClassification.from_pretrained` as the
 network of averaged (EMA) weights; the weights that the optimiser left are in its sub-folder `raw`, which opens alike.
+Both hold the VAE of the latents that they were trained on.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import json
 import logging
 import math
 import os
@@ -36,7 +40,6 @@ from data import (
     check_input_arguments,
     check_loading_arguments,
     check_stream,
-    load_training_images,
     parse_with_config,
     training_batches,
     training_inputs,
@@ -45,10 +48,13 @@ from ddae_hf import DDAEConfig
 from ddae_hf.augment import accept_augmentation_labels
 from ddae_hf.checkpoints import build_denoiser, build_scheduler, plain_config, read_checkpoint
 from ddae_hf.conditioning import disable_label_dropout, is_conditional, label_options, num_labels
+from ddae_hf.latent_folder import LatentFolder
 from ddae_hf.noise import sample_training_sigma
 from ddae_hf.objectives import denoising_loss
 from hub import PRIVATE, add_hub_arguments, prepare, publish
-from training_run import Progress, Run, checkpoint_to_resume, mean
+from latents import one_view
+from training_data import TrainingData, add_latent_arguments, check_latent_arguments, load_training_data
+from training_run import LATENTS, Progress, Run, checkpoint_to_resume, mean
 
 logger = get_logger(__name__)
 
@@ -60,6 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options, those of the command line over those of `--config`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    add_latent_arguments(parser)
     add_loading_arguments(parser)
     add_input_arguments(parser)
     add_hub_arguments(parser)
@@ -114,6 +121,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--denoiser has {labels[0]}: leave it out, --class_conditional takes it from the data set.")
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
+    check_latent_arguments(parser, args)
     check_loading_arguments(parser, args)
     check_input_arguments(parser, args)
     return args
@@ -140,9 +148,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def new_networks(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any]:
+def new_networks(args: argparse.Namespace, num_classes: int, latents: LatentFolder | None = None) -> tuple[Any, Any]:
     """Return the denoiser, randomly initialised, and the scheduler that the options describe."""
-    options = {**DENOISER, "sample_size": args.resolution or 32, **args.denoiser}
+    inputs: dict[str, Any] = {"sample_size": args.resolution or 32}
+    if latents is not None:
+        channels, side, _ = latents.shape
+        inputs = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+    options = {**DENOISER, **inputs, **args.denoiser}
     denoiser = build_denoiser({**options, **label_options(options["_class_name"], num_classes)})
     scheduler = build_scheduler({**SCHEDULER, **args.scheduler})
     for given, built in ((args.denoiser, denoiser), (args.scheduler, scheduler)):
@@ -151,28 +163,33 @@ def new_networks(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any]:
     return denoiser, scheduler
 
 
-def check_same_run(args: argparse.Namespace, resume: Path, num_classes: int, denoiser: Any, scheduler: Any) -> None:
+def check_same_run(args: argparse.Namespace, resume: Path, data: TrainingData, denoiser: Any, scheduler: Any) -> None:
     """Stop if the options describe another network, scheduler or objective than those of the run that is resumed."""
     trained = yaml.safe_load((resume / "training_options.yaml").read_text(encoding="utf-8"))
+    latents = json.loads((resume / LATENTS).read_text(encoding="utf-8")) if (resume / LATENTS).is_file() else None
     objective = ("init_from", "random_flip", "augment", "class_conditional", "label_dropout", "log_sigma")
     pairs = [({name: getattr(args, name) for name in objective}, trained)]
+    pairs.append(({"latents": data.described}, {"latents": latents}))
     if not args.init_from and not trained.get("init_from"):
-        built = zip(new_networks(args, num_classes), (denoiser, scheduler), strict=True)
+        built = zip(new_networks(args, data.num_classes, data.latents), (denoiser, scheduler), strict=True)
         pairs += [(plain_config(wanted), plain_config(saved)) for wanted, saved in built]
     different = sorted({name for wanted, saved in pairs for name in wanted if wanted[name] != saved.get(name)})
     if different:
         raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
 
 
-def build_networks(args: argparse.Namespace, resume: Path | None, num_classes: int) -> tuple[Any, Any, Any]:
+def build_networks(args: argparse.Namespace, resume: Path | None, data: TrainingData) -> tuple[Any, Any, Any]:
     """Return the denoiser in training, the one of averaged weights, and the scheduler."""
+    num_classes = data.num_classes
     if resume is not None:
         raw, averaged = read_checkpoint(resume / "raw"), read_checkpoint(resume)
         denoiser, ema_denoiser = raw.load_denoiser(torch.float32), averaged.load_denoiser(torch.float32)
         scheduler = build_scheduler(averaged.scheduler)
-        check_same_run(args, resume, num_classes, denoiser, scheduler)
+        check_same_run(args, resume, data, denoiser, scheduler)
+        data.check_vae_of(averaged)
     elif args.init_from:
         source = read_checkpoint(args.init_from, cache_dir=args.cache_dir)
+        data.check_vae_of(source)
         denoiser = source.load_denoiser(torch.float32)
         scheduler = build_scheduler(source.scheduler or SCHEDULER)
         ema_denoiser = copy.deepcopy(denoiser)
@@ -181,9 +198,9 @@ def build_networks(args: argparse.Namespace, resume: Path | None, num_classes: i
             raise SystemExit(f"The null class of {args.init_from} is {null_class}: it must be the last, {num_classes}.")
     else:
         torch.manual_seed(args.seed)
-        denoiser, scheduler = new_networks(args, num_classes)
+        denoiser, scheduler = new_networks(args, num_classes, data.latents)
         ema_denoiser = copy.deepcopy(denoiser)
-    check_networks(args, denoiser, scheduler, num_classes)
+    check_networks(args, denoiser, scheduler, num_classes, data.latents)
     disable_label_dropout(denoiser)
     if args.augment:
         accept_augmentation_labels(denoiser)
@@ -192,9 +209,18 @@ def build_networks(args: argparse.Namespace, resume: Path | None, num_classes: i
     return denoiser.to(memory_format=torch.channels_last), ema_denoiser.requires_grad_(False).eval(), scheduler
 
 
-def check_networks(args: argparse.Namespace, denoiser: Any, scheduler: Any, num_classes: int) -> None:
+def check_networks(
+    args: argparse.Namespace, denoiser: Any, scheduler: Any, num_classes: int, latents: LatentFolder | None = None
+) -> None:
     """Stop if the network and the scheduler cannot be trained with these options."""
     config = denoiser.config
+    if latents is not None:
+        channels, side, _ = latents.shape
+        if (config.in_channels, config.sample_size) != (channels, side):
+            raise SystemExit(
+                f"The latents have {channels} channels and a side of {side}: the network must have them as its "
+                f"in_channels and sample_size, and has {config.in_channels} and {config.sample_size}."
+            )
     null_class = num_classes or None
     if num_classes and num_labels(config) != num_classes + 1:
         raise SystemExit(
@@ -209,6 +235,8 @@ def check_networks(args: argparse.Namespace, denoiser: Any, scheduler: Any, num_
         raise SystemExit(f"--sampler heun needs an EDMEulerScheduler, not a {type(scheduler).__name__}.")
     # These refuse what cannot work.
     described = {"denoiser": plain_config(denoiser), "scheduler": plain_config(scheduler)}
+    if latents is not None:
+        described["vae"] = latents.index["vae"]
     DDAEConfig(**described, timestep=0, null_class=null_class)
     sample_training_sigma(scheduler, 1, log_normal=args.log_sigma)
     copy.deepcopy(scheduler).set_timesteps(args.num_inference_steps)
@@ -233,18 +261,15 @@ def batches_from(accelerator: Accelerator, dataloader: Any, progress: Progress) 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Train, from the start or from a checkpoint, and leave the result in `--output_dir`."""
     resume = checkpoint_to_resume(args)
-    dataset, num_classes = load_training_images(args)
+    data = load_training_data(args)
     try:
-        network, ema_denoiser, scheduler = build_networks(args, resume, num_classes)
+        network, ema_denoiser, scheduler = build_networks(args, resume, data)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    dataloader = training_batches(args, dataset, network, num_classes)
-    size = len(dataset) if not args.streaming else None
+    dataloader = training_batches(args, data.dataset, network, data.num_classes)
     if args.streaming:
-        check_stream(args, dataset, accelerator.num_processes)
-    logger.info(
-        f"Training on {'a stream of' if args.streaming else size} images of {network.config.sample_size} pixels."
-    )
+        check_stream(args, data.dataset, accelerator.num_processes)
+    logger.info(f"Training on {data.describe(network.config.sample_size)}.")
     processes = accelerator.num_processes
     rate = args.learning_rate * (processes if args.scale_lr else 1)
     adam = (rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay)
@@ -258,7 +283,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # accelerate advances the schedule once for every process.
     schedule = {"num_warmup_steps": args.lr_warmup_steps * processes, "num_training_steps": total_steps * processes}
     lr_scheduler = accelerator.prepare(get_scheduler(args.lr_scheduler, optimizer, **schedule))
-    run = Run(args, accelerator, ema_denoiser, scheduler)
+    run = Run(args, accelerator, ema_denoiser, scheduler, data)
     step = first = run.start(resume)
     if step >= total_steps:
         raise SystemExit(f"{resume} is at step {step} of the {total_steps} asked for: there is nothing left to train.")
@@ -268,6 +293,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for batch in batches_from(accelerator, dataloader, run.progress):
         seed_step(args, accelerator, run.progress.batches)
         with accelerator.accumulate(denoiser):
+            batch["pixel_values"] = one_view(batch["pixel_values"])
             clean, labels = training_inputs(args, batch, network)
             loss = denoising_loss(denoiser, scheduler, clean, class_labels=labels, log_normal=args.log_sigma).mean()
             accelerator.backward(loss)
@@ -292,7 +318,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if step == total_steps:
             break
     bar.close()
-    run.finish(denoiser, step, mean(losses), size)
+    run.finish(denoiser, step, mean(losses))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,6 +37,7 @@ from labelled import (
     classify,
     draw_labels,
     noise_view,
+    ready,
     save_classifier,
 )
 from metrics import F1
@@ -63,19 +64,15 @@ class Sweep:
         self.args, self.data, self.checkpoint = args, data, checkpoint
         self.conditions = {} if args.null_class is None else {"null_class": args.null_class}
         self.conditions |= {"num_noise_samples": args.num_noise_samples}
-        self.model = DDAEModel.from_pretrained(checkpoint, **self.conditions, cache_dir=args.cache_dir)
+        self.model = self.open_model()
         groups = {"decoder": decoder_layer_names(self.model.denoiser), "all": self.model.layer_names()}
         self.layers = list(dict.fromkeys(name for entry in args.layers for name in groups.get(entry, [entry])))
-        count = len(data.labels["train"])
-        order = np.random.default_rng(args.seed).permutation(count)
-        held_out = max(1, round(args.validation_fraction * count))
-        self.held_out, self.fitted = np.sort(order[:held_out]), np.sort(order[held_out:])
+        # The training images that the pair is chosen on, and which of these are fitted and held out.
+        order = np.random.default_rng(args.seed).permutation(len(data.labels["train"]))[: args.max_selection_samples]
+        held_out = max(1, round(args.validation_fraction * len(order)))
+        self.held_out, self.fitted, self.rows = (np.sort(x) for x in (order[:held_out], order[held_out:], order))
         self.check()
-        self.model.to(best_device(), memory_format=torch.channels_last)
-        self.identity = {
-            name: {"images": images_hash(split, data.images), "preprocessing": data.processor.to_dict()}
-            for name, split in data.splits.items()
-        }
+        self.identity = self.identify()
         if self.identity["train"] == self.identity["test"]:
             raise ValueError("The test images are the training images: give another --test_split.")
         self.caches: dict[int, FeatureCache] = {}
@@ -92,14 +89,38 @@ class Sweep:
         fewest = min(NEIGHBOURS) if args.knn else 1
         if len(self.fitted) < fewest or (args.alignment and len(self.held_out) < 2):
             raise ValueError(
-                f"The {len(labels)} training images leave {len(self.fitted)} to fit on and {len(self.held_out)} to "
-                f"choose on: {fewest} and {1 + args.alignment} are needed. Give more, or another --validation_fraction."
+                f"{len(self.rows)} of the {len(labels)} training images leave {len(self.fitted)} to fit on and "
+                f"{len(self.held_out)} to choose on: {fewest} and {1 + args.alignment} are needed. Give more, or "
+                "another --validation_fraction."
             )
 
-    def view(self, images: torch.Tensor, indices: Sequence[int] | np.ndarray, view: int) -> torch.Tensor:
-        """Return a view of images: the first is the images themselves."""
-        args = self.args
-        return augment_view(images, indices, args.seed, view, args.random_flip, args.random_crop) if view else images
+    def open_model(self) -> DDAEModel:
+        """Return the model, in evaluation mode."""
+        return DDAEModel.from_pretrained(self.checkpoint, **self.conditions, cache_dir=self.args.cache_dir)
+
+    def identify(self) -> dict[str, dict[str, Any]]:
+        """Return what tells the images of each split from others."""
+        data = self.data
+        return {
+            name: {"images": images_hash(split, data.images), "preprocessing": data.processor.to_dict()}
+            for name, split in data.splits.items()
+        }
+
+    def view(self, split: str, rows: np.ndarray, numbers: Sequence[int] | np.ndarray, view: int) -> torch.Tensor:
+        """Return a view of the images at `rows`, the first being the images themselves; `numbers` seed the changes."""
+        args, images = self.args, self.data.pixel_values(split, rows)
+        return augment_view(images, numbers, args.seed, view, args.random_flip, args.random_crop) if view else images
+
+    def selection_features(
+        self, layers: list[str], sigma: float, views: Sequence[int] | None = None
+    ) -> dict[str, list[np.ndarray]]:
+        """Return the features of the training images that the pair is chosen on: by layer, an array (N, C) a view."""
+        rows = None if len(self.rows) == len(self.data.labels["train"]) else self.rows
+        return self.features("train", layers, sigma, self.args.noise_seed, views=views, rows=rows)
+
+    def positions(self, indices: np.ndarray) -> np.ndarray:
+        """Return where images, given by their indices, are among `rows`."""
+        return np.searchsorted(self.rows, indices)
 
     def cache(self, noise_seed: int) -> FeatureCache:
         """Return the features on disk of a noise seed."""
@@ -118,16 +139,17 @@ class Sweep:
         rows: np.ndarray | None = None,
     ) -> dict[str, list[np.ndarray]]:
         """Return the features of a split's images, or of those at `rows`: for each layer an array (N, C) a view."""
-        args, data = self.args, self.data
-        indices = np.arange(len(data.labels[split])) if rows is None else rows
+        args = self.args
+        indices = np.arange(len(self.data.labels[split])) if rows is None else rows
         part = {} if rows is None else {"rows": hashlib.sha256(rows.tobytes()).hexdigest()}
         found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
         for view in range(args.num_views) if views is None else views:
             title = f"sigma {sigma:g}, {split} images, view {view}"
 
             def images(start: int, view: int = view, title: str = title) -> Iterable[torch.Tensor]:
-                for batch in data.batches(split, indices[start:], title):
-                    yield self.view(batch, range(start, start := start + len(batch)), view)
+                for first in tqdm(range(start, len(indices), args.batch_size), desc=title, leave=False):
+                    chosen = indices[first : first + args.batch_size]
+                    yield self.view(split, chosen, range(first, first + len(chosen)), view)
 
             changes = {"flip": args.random_flip, "crop": args.random_crop, "seed": args.seed} if view else {}
             known, number = {**self.identity[split], **part, **changes}, noise_view(split, view)
@@ -143,11 +165,11 @@ def probe_level(sweep: Sweep, sigma: float) -> list[dict[str, Any]]:
     args, labels = sweep.args, sweep.data.labels["train"]
     num_classes, held_out = len(sweep.data.names), sweep.held_out
     if args.protocol == "logistic_regression":
-        features = sweep.features("train", sweep.layers, sigma, args.noise_seed)
-        probes = fit_logistic_regression(
-            features, labels, args.l2, num_classes=num_classes, indices=sweep.fitted, device=best_device()
-        )
-        predicted = {layer: probes[layer].predict(features[layer], held_out) for layer in sweep.layers}
+        features = sweep.selection_features(sweep.layers, sigma)
+        options = {"num_classes": num_classes, "indices": sweep.positions(sweep.fitted), "device": best_device()}
+        probes = fit_logistic_regression(features, labels[sweep.rows], args.l2, **options)
+        at = sweep.positions(held_out)
+        predicted = {layer: probes[layer].predict(features[layer], at) for layer in sweep.layers}
     else:
         online = train_online(sweep, sweep.layers, sigma, sweep.fitted, args.noise_seed)
         predicted = predict_online(sweep, online, "train", sigma, held_out, args.noise_seed)
@@ -168,7 +190,8 @@ def add_other_figures(sweep: Sweep, rows: list[dict[str, Any]], sigma: float) ->
     args, labels, held_out = sweep.args, sweep.data.labels["train"], sweep.held_out
     if not (args.knn or args.alignment):
         return
-    views = sweep.features("train", sweep.layers, sigma, args.noise_seed, views=[0])
+    views = sweep.selection_features(sweep.layers, sigma, views=[0])
+    fitted, tested = sweep.positions(sweep.fitted), sweep.positions(held_out)
     counts = [k for k in NEIGHBOURS if k <= len(sweep.fitted)]
     some = held_out[:ALIGNMENT_IMAGES]
     if args.alignment:
@@ -176,12 +199,13 @@ def add_other_figures(sweep: Sweep, rows: list[dict[str, Any]], sigma: float) ->
     for row in tqdm(rows, desc=f"sigma {sigma:g}, other figures", leave=False):
         (view,) = views[row["layer"]]
         if args.knn:
-            train, truth = view[sweep.fitted], labels[sweep.fitted]
-            predicted = knn_predict(train, truth, view[held_out], counts, device=best_device())
+            train, truth = view[fitted], labels[sweep.fitted]
+            predicted = knn_predict(train, truth, view[tested], counts, device=best_device())
             row |= {f"knn_{k}": float((classes == labels[held_out]).mean()) for k, classes in predicted.items()}
         if args.alignment:
             (other,) = others[row["layer"]]
-            row |= {"alignment": alignment(view[some], other), "uniformity": uniformity(view[some])}
+            first = view[tested[: len(some)]]
+            row |= {"alignment": alignment(first, other), "uniformity": uniformity(first)}
 
 
 def fit_best(sweep: Sweep, best: dict[str, Any], noise_seed: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -225,6 +249,7 @@ def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
     online = args.protocol != "logistic_regression"
     own = ("num_epochs", "learning_rate", "online_batch_size") if online else ("l2", "num_views")
     names = ("protocol", "random_flip", "random_crop", "validation_fraction", "knn", "alignment", "seed", *own)
+    names += ("max_selection_samples",)
     known = {"features": sweep.cache(args.noise_seed).identity, "data": sweep.identity["train"], "layers": sweep.layers}
     known |= {name: getattr(args, name) for name in names}
     known["labels"] = hashlib.sha256(sweep.data.labels["train"].tobytes()).hexdigest()
@@ -244,13 +269,18 @@ def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledImages, folder: Path) -> dict[str, Any]:
-    """Sweep one checkpoint, test its best pair, save it as a classifier, and return every figure."""
-    started = time.monotonic()
+def open_sweep(args: argparse.Namespace, checkpoint: str, data: LabelledImages, kind: type[Sweep] = Sweep) -> Sweep:
+    """Return the sweep of a checkpoint, or stop if it cannot be."""
     try:
-        sweep = Sweep(args, checkpoint, data)
+        return kind(args, checkpoint, data)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
+
+
+def sweep_checkpoint(sweep: Sweep, folder: Path) -> dict[str, Any]:
+    """Sweep one checkpoint, test its best pair, save it as a classifier, and return every figure."""
+    args, data, checkpoint, started = sweep.args, sweep.data, sweep.checkpoint, time.monotonic()
+    ready(sweep.model)
     try:
         rows = sweep_levels(sweep, folder)
     except OSError as error:  # no space for the features
@@ -265,14 +295,19 @@ def sweep_checkpoint(args: argparse.Namespace, checkpoint: str, data: LabelledIm
     where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": args.noise_seed, **sweep.conditions}
     where["cache_dir"] = args.cache_dir
     save_classifier(folder / "classifier", checkpoint, data.processor, data.names, weight, bias, **where)
-    saved = float((classify(folder / "classifier", data) == labels).mean())
+    saved = float((classify(folder / "classifier", data.pixels) == labels).mean())
     np.save(folder / "test_predictions.npy", predicted)
     np.save(folder / "test_labels.npy", labels)
     draw_sweep(folder, rows, sweep.layers, args.sigmas, best)
     report = {
         "checkpoint": checkpoint,
         "options": vars(args),
-        "images": {"fitted": len(sweep.fitted), "held_out": len(sweep.held_out), "test": len(labels)},
+        "images": {
+            "fitted": len(sweep.fitted),
+            "held_out": len(sweep.held_out),
+            "train": len(data.labels["train"]),
+            "test": len(labels),
+        },
         "pairs": rows,
         "best": best,
         "test_accuracies": dict(zip(map(str, seeds), accuracies, strict=True)),
@@ -294,7 +329,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"Best of {len(report['pairs'])} pairs on {images['held_out']:,} held-out training images: {best['layer']}, "
         f"sigma {best['sigma']:g} ({100 * best['validation_accuracy']:.2f} %).",
-        f"Fitted on all {images['fitted'] + images['held_out']:,}, on {images['test']:,} test images: "
+        f"Fitted on all {images['train']:,}, on {images['test']:,} test images: "
         f"{100 * scores[0]:.2f} %; "
         + (f"over {len(scores)} noise seeds {spread(scores)} %." if len(scores) > 1 else ""),
         f"The saved classifier, with its fixed noise: {100 * report['saved_classifier_test_accuracy']:.2f} %.",
@@ -314,7 +349,7 @@ def sweep_run(args: argparse.Namespace, data: LabelledImages, checkpoints: dict[
     folder, points = Path(args.output_dir), []
     for step, checkpoint in checkpoints.items():
         part = folder / f"checkpoint-{step}"
-        report = sweep_checkpoint(args, str(checkpoint), data, part)
+        report = sweep_checkpoint(open_sweep(args, str(checkpoint), data), part)
         point = {"step": step, **report["best"], "test_accuracy": report["test_accuracies"][str(args.noise_seed)]}
         point["test_loss"] = test_loss(args, checkpoint, data)
         if args.quality_extractor:
@@ -326,13 +361,24 @@ def sweep_run(args: argparse.Namespace, data: LabelledImages, checkpoints: dict[
     return points
 
 
+def sweep_one(sweep: Sweep) -> dict[str, Any]:
+    """Sweep one checkpoint, print what was found, publish the classifier with its figures, and return them all."""
+    args, folder = sweep.args, Path(sweep.args.output_dir)
+    classifier = folder / "classifier"
+    report = sweep_checkpoint(sweep, folder)
+    print(summary(report))
+    for name in ("eval_results.json", "heat_map.png"):
+        shutil.copyfile(folder / name, classifier / name)
+    publish(args, classifier, "Add the classifier of a sweep", generator=args.model_name_or_path)
+    return report
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv, __doc__)
     logging.set_verbosity_error()  # a new classifier is what is wanted here
     logging.disable_progress_bar()
     prepare(args)
-    folder = Path(args.output_dir)
     checkpoints = training_checkpoints(args.checkpoints) if args.checkpoints else {}
     first = str(next(iter(checkpoints.values()), args.model_name_or_path))
     try:
@@ -344,11 +390,8 @@ def main(argv: list[str] | None = None) -> None:
         check_run(args, checkpoints)
         print(points_table(sweep_run(args, data, checkpoints)))
     else:
-        print(summary(sweep_checkpoint(args, first, data, folder)))
-        for name in ("eval_results.json", "heat_map.png"):  # so that the classifier has its figures with it
-            shutil.copyfile(folder / name, folder / "classifier" / name)
-        publish(args, folder / "classifier", "Add the classifier of a sweep", generator=args.model_name_or_path)
-    print(f"Classifiers, pictures and every figure are in {folder}.")
+        sweep_one(open_sweep(args, first, data))
+    print(f"Classifiers, pictures and every figure are in {args.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from data import add_data_arguments, parse_with_config
@@ -19,8 +20,12 @@ PROTOCOL_HELP = """protocols:
   batch_norm           the same behind a batch norm without parameters"""
 
 
-def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """Return the options; `description` is what `--help` says of the script."""
+def parse_arguments(
+    argv: list[str] | None = None,
+    description: str | None = None,
+    extend: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:
+    """Return the options; `description` is what `--help` says of the script, `extend` adds options of its own."""
     parser = argparse.ArgumentParser(
         description=description, epilog=PROTOCOL_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,6 +60,10 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     add("--batch_size", type=int, default=250)
     add("--noise_seed", type=int, default=0, help="First noise seed.")
     add("--seed", type=int, default=0, help="Seed of the validation split and the draws of labels.")
+    selection = "Choose layer and noise level on this many training images; by default on all."
+    add("--max_selection_samples", type=int, help=selection)
+    if extend is not None:
+        extend(parser)
     args = parse_with_config(parser, argv)
     check_arguments(parser, args)
     return args
@@ -66,6 +75,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("Give one of --model_name_or_path and --checkpoints.")
     if args.checkpoints and args.push_to_hub:
         parser.error("--push_to_hub pushes one classifier: sweep one checkpoint, with --model_name_or_path.")
+    if args.max_selection_samples is not None and args.max_selection_samples < 2:
+        parser.error(f"--max_selection_samples is {args.max_selection_samples}: it must be at least 2.")
     counts = ("num_views", "num_noise_seeds", "num_draws", "num_noise_samples", "batch_size")
     least = dict.fromkeys((*counts, "num_epochs", "online_batch_size"), 1) | {"noise_seed": 0, "random_crop": 0}
     for name, smallest in least.items():
@@ -80,8 +91,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     online = args.protocol != "logistic_regression"
     if not online and args.num_views == 1 and (args.random_flip or args.random_crop):
         parser.error("--random_flip and --random_crop change the views after the first: give --num_views 2 or more.")
-    if online and (args.num_views > 1 or args.few_labels):
-        parser.error(f"--num_views and --few_labels are of logistic regression, not of --protocol {args.protocol}.")
+    encoded = hasattr(args, "latents_dir")  # views are made beforehand, for every protocol
+    for name in ["few_labels"] + ["num_views"] * (not encoded):
+        if online and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is of logistic regression, not of --protocol {args.protocol}.")
     args.sigmas = list(dict.fromkeys(args.sigmas))
     args.random_flip = online if args.random_flip is None else args.random_flip
     args.random_crop = 4 * online if args.random_crop is None else args.random_crop

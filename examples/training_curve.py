@@ -54,9 +54,10 @@ def test_loss(args: argparse.Namespace, checkpoint: Path, data: LabelledImages) 
     generator = torch.Generator().manual_seed(args.seed)
     losses = []
     for images in data.batches("test", np.arange(len(data.labels["test"]))[:LOSS_IMAGES], "loss on test images"):
+        clean = model.encode(images.to(model.device))
         sigma = sample_training_sigma(model.scheduler, len(images), generator=generator)
-        noise = torch.randn(images.shape, generator=generator)
-        clean, noise, sigma = (x.to(model.device) for x in (images, noise, sigma))
+        noise = torch.randn(clean.shape, generator=generator)
+        noise, sigma = noise.to(model.device), sigma.to(model.device)
         loss = denoising_loss(model.denoiser, model.scheduler, clean, sigma=sigma, noise=noise, class_labels=null_class)
         losses.append(loss.cpu())
     return torch.cat(losses).mean().item()

@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 
 from data import image_grid, write_json
 from ddae_hf import DDAEPipeline
-from ddae_hf.conditioning import num_labels
-from facts import base_model, data_facts, machine
+from ddae_hf.conditioning import default_null_class, num_labels
+from facts import base_model, machine
+from training_data import TrainingData
 
 logger = get_logger(__name__)
 
-PROGRESS = Path("state") / "progress.json"
+PROGRESS, LATENTS = Path("state") / "progress.json", Path("state") / "latents.json"
 
 
 @dataclasses.dataclass
@@ -76,8 +77,10 @@ def saved_checkpoints(output_dir: str) -> list[Path]:
 class Run:
     """Writes what a training run leaves behind: checkpoints, samples, results."""
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, ema_denoiser: Any, scheduler: Any):
-        self.args, self.accelerator, self.scheduler = args, accelerator, scheduler
+    def __init__(
+        self, args: argparse.Namespace, accelerator: Accelerator, ema_denoiser: Any, scheduler: Any, data: TrainingData
+    ):
+        self.args, self.accelerator, self.scheduler, self.data = args, accelerator, scheduler, data
         self.ema_denoiser = ema_denoiser.to(accelerator.device)
         self.ema = EMAModel(self.ema_denoiser.parameters(), decay=args.ema_decay, foreach=True)
         self.folder = Path(args.output_dir)
@@ -107,9 +110,12 @@ class Run:
         self.accelerator.log({"loss": loss, "lr": rate}, step=step)
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
-        """Return a pipeline of the network, which knows its null class."""
-        null_class = num_labels(self.ema_denoiser.config) - 1 if self.args.class_conditional else None
-        return DDAEPipeline.for_denoiser(denoiser, copy.deepcopy(self.scheduler), null_class)
+        """Return a pipeline of the network, which knows its null class, its classes and the VAE of its latents."""
+        config, null_class = self.ema_denoiser.config, None
+        if self.args.class_conditional and default_null_class(config) is None:
+            null_class = num_labels(config) - 1
+        parts = {"vae": self.data.vae, "id2label": dict(enumerate(self.data.names)) if self.data.names else None}
+        return DDAEPipeline.for_denoiser(denoiser, copy.deepcopy(self.scheduler), null_class, **parts)
 
     def save(self, denoiser: Any, folder: Path) -> None:
         """Write the averaged network, the raw one in `raw`, and the options."""
@@ -130,6 +136,8 @@ class Run:
         if self.accelerator.is_main_process:
             seconds = self.resumed.seconds + time.monotonic() - self.started
             write_json(partial / PROGRESS, dataclasses.asdict(self.progress) | {"seconds": seconds})
+            if self.data.described is not None:
+                write_json(partial / LATENTS, self.data.described)
             self.save(denoiser, partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -143,20 +151,22 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         self.ema.copy_to(self.ema_denoiser.parameters())
-        pipeline = self.pipeline(self.ema_denoiser)
+        pipeline = self.pipeline(self.ema_denoiser).to(self.accelerator.device)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         generator = torch.Generator("cpu").manual_seed(self.args.seed)
         count, steps = self.args.num_samples, self.args.num_inference_steps
         labels = torch.arange(count) % pipeline.null_class if self.args.class_conditional else None
         options = {"num_inference_steps": steps, "sampler": self.args.sampler, "output_type": "np"}
         images = pipeline(count, labels, generator, **options).images
+        if self.data.vae is not None:  # its place is left to the training
+            self.data.vae.to("cpu")
         shades = images[..., :3] if images.shape[-1] >= 3 else images[..., :1]
         path = self.folder / "samples" / f"step-{step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(pipeline.numpy_to_pil(shades)).save(path)
 
-    def finish(self, denoiser: Any, step: int, loss: float, num_images: int | None) -> None:
-        """Write the final network, its samples and the results; `num_images` is the data set's size if it is known."""
+    def finish(self, denoiser: Any, step: int, loss: float) -> None:
+        """Write the final network, its samples and the results."""
         seconds = time.monotonic() - self.started
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -173,7 +183,8 @@ class Run:
                 "seconds_this_run": round(seconds, 1),
                 "images_per_second": round(images / seconds, 1),
                 "parameters": sum(p.numel() for p in self.ema_denoiser.parameters()),
-                "dataset": data_facts(self.args, num_images),
+                "dataset": self.data.facts,
+                **({"latents": self.data.described} if self.data.described else {}),
                 **machine(self.accelerator.device.type, self.accelerator.num_processes),
                 **base_model(self.args.init_from),
             }

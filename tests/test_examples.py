@@ -30,6 +30,7 @@ import linear_probe
 import noisy_classifier
 import pretrain
 import sweep
+import train_vae
 from data import image_grid, load_training_images, parse_with_config, read_config, training_batches
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.checkpoints import build_denoiser
@@ -397,6 +398,9 @@ def test_every_configuration_describes_a_network_that_can_be_trained(path):
     evaluations = {"probe": linear_probe, "sweep": sweep, "finetune": finetune, "noisy": noisy_classifier}
     if script := evaluations.get(path.stem.split("_")[-1]):
         script.parse_arguments(["--config", str(path), "--model_name_or_path", "somewhere"])
+        return
+    if path.stem.endswith("_vae"):
+        train_vae.new_vae(train_vae.parse_arguments(["--config", str(path), "--dataset_name", "somewhere"]))
         return
     args = pretrain.parse_arguments(["--config", str(path), "--dataset_name", "somewhere"])
     denoiser, scheduler = pretrain.new_networks(args, 0)

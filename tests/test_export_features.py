@@ -10,8 +10,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 import export_features
-from ddae_hf import DDAEPipeline
-from ddae_hf.features import FeatureCache
+from ddae_hf import DDAEPipeline, arrays
 
 from .conftest import make_unet
 
@@ -35,10 +34,9 @@ def test_parquet_and_npy_hold_the_same_features_with_their_labels(checkpoint, di
     options = ["--dataset_name", str(digits), "--max_train_samples", "40", "--sigma", "0.3"]
     options += ["--features_dir", str(tmp_path / "features")]
     export(checkpoint, tmp_path / "a", *options)
-    computed = FeatureCache._compute
-    monkeypatch.setattr(FeatureCache, "_compute", None)  # the second export finds them on disk
-    export(checkpoint, tmp_path / "b", *options, "--format", "npy")
-    monkeypatch.setattr(FeatureCache, "_compute", computed)
+    with monkeypatch.context() as patched:
+        patched.setattr(arrays, "_compute", None)  # the second export finds them on disk
+        export(checkpoint, tmp_path / "b", *options, "--format", "npy")
     table = pd.read_parquet(tmp_path / "a" / "features.parquet")
     assert list(table) == ["index", "label", *LAYERS] and list(table["index"]) == list(range(40))
     for layer in LAYERS:

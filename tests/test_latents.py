@@ -234,3 +234,21 @@ def test_a_network_with_features_only_is_refused_as_a_generator(tmp_path):
     DDAEModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has features, but cannot generate: its output layer is another network's"):
         DDAEPipeline.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_autocast_leaves_the_vae_in_full_precision(latent_dit, pixels):
+    model = DDAEModel.from_pretrained(latent_dit)
+    wanted = model.encode(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode(pixels), wanted)
+
+
+@torch.no_grad()
+def test_it_compiles_to_one_graph_and_exports(latent_dit, pixels):
+    model = DDAEForImageClassification.from_pretrained(latent_dit, num_labels=3, layer="transformer_blocks.0").eval()
+    logits = model(pixels).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(pixels).logits, logits)
+    exported = torch.export.export(model, (pixels,)).module()
+    torch.testing.assert_close(exported(pixels).logits, logits)

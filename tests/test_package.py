@@ -13,13 +13,13 @@ import ddae_hf
 ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines.
 ORDER = [
-    ["noise", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "remote_code"],
+    ["arrays", "noise", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "pickles", "remote_code"],
     ["checkpoints"],
     ["configuration_ddae"],
-    ["objectives", "sampling", "image_processing_ddae", "conversion"],
+    ["objectives", "sampling", "image_processing_ddae", "pretrained_ddae", "conversion"],
     ["pipeline_ddae", "modeling_ddae"],
     ["backbone_ddae"],
-    ["features", "probing", "generation_metrics", "run_results"],
+    ["features", "latent_folder", "probing", "generation_metrics", "run_results"],
     ["model_card"],
     ["__init__"],
 ]

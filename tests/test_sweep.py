@@ -233,7 +233,7 @@ def test_what_cannot_work_is_refused_at_once(checkpoint, digits, tmp_path, capsy
         (["--validation_fraction", "1"], "must be between 0 and 1"),
         (["--l2", "0"], "every strength must be positive"),
         (["--random_flip"], "give --num_views 2 or more"),
-        (["--protocol", "paper", "--num_views", "2"], "are of logistic regression, not of --protocol paper"),
+        (["--protocol", "paper", "--num_views", "2"], "is of logistic regression, not of --protocol paper"),
         (["--protocol", "best"], "invalid choice"),
         (["--checkpoints", "runs"], "Give one of --model_name_or_path and --checkpoints"),
     ]:

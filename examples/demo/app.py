@@ -78,7 +78,7 @@ def image_field(demo: Demo) -> gr.Image:
 def generate_tab(demo: Demo) -> None:
     """Lay out the tab that generates."""
     pipeline, config = demo.pipeline, demo.pipeline.denoiser.config
-    names = dict(enumerate(demo.data.names))
+    names = demo.class_names
     classes = [(names.get(k, str(k)), k) for k in range(num_labels(config)) if k != pipeline.null_class]
     has_null = pipeline.null_class is not None
     choices = [("any", NO_CLASS)] * has_null + classes if classes else [("any", NO_CLASS)]
@@ -198,11 +198,12 @@ def build(demo: Demo) -> gr.Blocks:
     """Return the page."""
     layer, sigma = demo.tap
     parameters = sum(p.numel() for p in demo.pipeline.denoiser.parameters())
+    what = "an image" if demo.pipeline.vae is None else "an image's latents"
     with gr.Blocks(title="DDAE", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             "# One network generates and classifies\n"
             f"A denoiser of {parameters / 1e6:.2g} million parameters. Started from noise, it draws images; its hidden "
-            f"states at `{layer}`, with noise of sigma {sigma:g} on an image, are what a linear classifier reads."
+            f"states at `{layer}`, with noise of sigma {sigma:g} on {what}, are what a linear classifier reads."
         )
         for title, lay_out in (
             ("Generate", generate_tab),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddae_hf import DDAEPipeline, timestep_to_sigma
 from ddae_hf.conditioning import class_conditioning, fed_timestep
+from ddae_hf.latents import decode
 from ddae_hf.noise import denoised
 
 
@@ -30,7 +31,7 @@ class Step:
         number: The step, from 1.
         total: Number of steps.
         sigma: Noise level that is left.
-        images: Noisy images (B, C, H, W), as the scheduler keeps them; after the last step, the generated ones.
+        images: Noisy images or latents (B, C, H, W), as the scheduler keeps them; after the last step, those generated.
         estimate: What the network takes the first of them for, (C, H, W), at some of the steps.
     """
 
@@ -44,7 +45,7 @@ class Step:
 def own_pipeline(pipeline: DDAEPipeline) -> DDAEPipeline:
     """Return a pipeline on the same network with a scheduler of its own, for schedulers count their steps."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    own = DDAEPipeline.for_denoiser(pipeline.denoiser, scheduler, pipeline.null_class)
+    own = DDAEPipeline.for_denoiser(pipeline.denoiser, scheduler, pipeline.null_class, vae=pipeline.vae)
     own.set_progress_bar_config(disable=True)
     return own
 
@@ -66,17 +67,17 @@ def stream(pipeline: DDAEPipeline, num_estimates: int, **options: Any) -> Iterat
     def after_step(pipeline: DDAEPipeline, i: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if stopped.is_set():
             raise _Stopped
-        images, timesteps = tensors["latents"], pipeline.scheduler.timesteps
+        samples, timesteps = tensors["latents"], pipeline.scheduler.timesteps
         number, total, following = i + 1, len(timesteps), timesteps[i + 1 : i + 2]
         estimate = None
         if number in np.linspace(1, total, num_estimates).round():
-            estimate = _estimate(pipeline, images[:1], following, options.get("class_labels"))[0]
+            estimate = _estimate(pipeline, samples[:1], following, options.get("class_labels"))[0]
         sigma = timestep_to_sigma(pipeline.scheduler, following).item() if len(following) else 0.0
-        steps.put(Step(number, total, sigma, images, estimate))
+        steps.put(Step(number, total, sigma, samples, estimate))
         return {}
 
     with ThreadPoolExecutor(1) as pool:
-        sampling = pool.submit(pipeline, **options, output_type="pt", callback_on_step_end=after_step)
+        sampling = pool.submit(pipeline, **options, output_type="latent", callback_on_step_end=after_step)
         sampling.add_done_callback(lambda _: steps.put(None))
         try:
             yield from iter(steps.get, None)
@@ -86,8 +87,14 @@ def stream(pipeline: DDAEPipeline, num_estimates: int, **options: Any) -> Iterat
 
 
 @torch.no_grad()
+def visible(vae: Any, samples: Tensor) -> Tensor:
+    """Return samples (B, C, H, W) as images: what a VAE decodes, where they are its latents."""
+    return samples if vae is None else decode(vae, samples)
+
+
+@torch.no_grad()
 def _estimate(pipeline: DDAEPipeline, sample: Tensor, timestep: Tensor, class_labels: Any) -> Tensor:
-    """Return the clean image that the network sees in a noisy one, (1, C, H, W); after the last step, the image.
+    """Return the clean image, or latents, that the network sees in a noisy one, (1, C, H, W); in the end, the sample.
 
     `timestep` is the next step's, (1,), or empty.
     """

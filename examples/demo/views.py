@@ -13,14 +13,14 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
-from denoising import own_pipeline, stream
+from denoising import own_pipeline, stream, visible
 from pictures import feature_maps, figures, heat_map, notice, progress, to_pil
 from PIL import Image, ImageOps
 
 from data import best_device, image_grid, images_hash
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline, add_noise
 from ddae_hf.features import FeatureCache, batch_features
-from labelled import LabelledImages, noise_view
+from labelled import LabelledImages, noise_view, ready
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -67,10 +67,23 @@ class Demo:
             self.processor = DDAEImageProcessor.from_pretrained(args.classifier, cache_dir=args.cache_dir)
         except (ValueError, OSError) as error:
             raise SystemExit(str(error)) from error
-        self.model.to(best_device()).eval()
+        ready(self.model.eval())
+        if self.pipeline.vae is not None:
+            self.pipeline.vae.enable_slicing()
         self.data = LabelledImages(args, self.processor)
         self.sweep = read_sweep(Path(args.sweep))
         self.features = torch.from_numpy(self.training_features())
+
+    @property
+    def side(self) -> int:
+        """The width of generated images on the page: that of the page's smallest pictures, more for large images."""
+        return max(76, min(160, self.model.config.image_size[1]))
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """The names of the generator's classes by label: its own, or those of the images' classes."""
+        own = self.pipeline.config["id2label"] or dict(enumerate(self.data.names))
+        return {int(label): name for label, name in own.items()}
 
     @property
     def tap(self) -> tuple[str, float]:
@@ -115,21 +128,25 @@ class Demo:
             "guidance_scale": guidance,
         }
         way: list[tuple[Image.Image, str]] = []
-        shown_at, captions = 0.0, [f"seed {seed + i}" for i in range(count)]
+        shown, shown_at, captions = "", 0.0, [f"seed {seed + i}" for i in range(count)]
+        vae, side = self.pipeline.vae, self.side
         try:
             with closing(stream(own_pipeline(self.pipeline), STRIP, **options)) as sampling:
                 for step in sampling:
                     last = step.number == step.total
-                    images = step.images.clamp(-1, 1) if last else step.images
-                    if step.estimate is not None:
-                        pair = [to_pil(images[0]), to_pil(step.estimate.clamp(-1, 1))]
-                        way.append((image_grid(pair, columns=1), f"sigma {step.sigma:.2g}"))
-                    elif time.monotonic() - shown_at < SECONDS_A_FRAME:
+                    if step.estimate is None and time.monotonic() - shown_at < SECONDS_A_FRAME:
                         continue
+                    if step.estimate is not None or vae is None:  # a VAE would take longer than the steps between
+                        images = visible(vae, step.images)
+                        images = images.clamp(-1, 1) if last else images
+                        shown = figures([to_pil(x) for x in images], captions, side)
+                    if step.estimate is not None:
+                        pair = [to_pil(images[0]), to_pil(visible(vae, step.estimate[None])[0].clamp(-1, 1))]
+                        way.append((image_grid(pair, columns=1), f"sigma {step.sigma:.2g}"))
                     shown_at = time.monotonic()
                     state = "done" if last else f"noise level sigma {step.sigma:.3g} is left"
                     bar = progress(step.number, step.total, f"Step {step.number} of {step.total}: {state}")
-                    yield bar, figures([to_pil(x) for x in images], captions, 76), figures(*zip(*way, strict=True), 76)
+                    yield bar, shown, figures(*zip(*way, strict=True), side)
         except ValueError as error:  # options that this checkpoint does not take
             yield notice(str(error)), "", ""
 
@@ -144,11 +161,11 @@ class Demo:
         clean = self.pixel_values(image)
         outputs = model(clean, sigma=sigma, output_hidden_states=[layer])
         probabilities = outputs.logits[0].float().softmax(-1).tolist()
-        noisy, _ = add_noise(model.ddae.scheduler, clean, model.ddae.fixed_noise[:1], sigma)
-        size = f"{clean.shape[-1]} x {clean.shape[-2]} pixels"
-        seen = figures(
-            [to_pil(clean[0]), to_pil(noisy[0])], [f"The image, {size}", f"With noise, sigma {sigma:g}"], 150
-        )
+        noisy, _ = add_noise(model.ddae.scheduler, model.ddae.encode(clean), model.ddae.fixed_noise[:1], sigma)
+        noisy, vae = visible(model.ddae.vae, noisy), model.ddae.vae
+        captions = [f"The image, {clean.shape[-1]} x {clean.shape[-2]} pixels", f"With noise, sigma {sigma:g}"]
+        captions[1] += "" if vae is None else ", on its latents; as the VAE decodes them"
+        seen = figures([to_pil(clean[0]), to_pil(noisy[0])], captions, 150)
         names = (model.config.id2label[k] for k in range(len(probabilities)))
         return (
             dict(zip(names, probabilities, strict=True)),

@@ -1,0 +1,185 @@
+"""`LatentFolder`: the scaled latents of a data set on disk, made once and read in any order.
+
+    latents.json          what the latents are of and how they were made
+    train-0.npy, ...      one array (N, c, h, w), float16, a split and view
+    train-labels.npy      the labels (N,) of a split, where there are any
+    rows.json             how many rows of each array are done
+
+Latents take 8 KiB an image of 256 pixels and view. They are written and read through memory maps, a batch at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .arrays import check_space, fill, num_bytes, rows_done, write_text
+from .checkpoints import fingerprint, plain_config
+from .latents import downsampling, encode
+from .noise import indexed_noise
+
+INDEX = "latents.json"
+DTYPE = "float16"
+
+
+class LatentFolder:
+    """Latents of the splits of a data set, in one or more views of every image.
+
+    Args:
+        folder: Where the latents are, or are to be.
+
+    Attributes:
+        index: What `latents.json` says: `vae` (its config), `vae_fingerprint`, `shape` (c, h, w), `sample_posterior`,
+            `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
+
+    Raises:
+        ValueError: The folder holds no latents.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        if not (self.folder / INDEX).is_file():
+            raise ValueError(f"{folder} holds no latents: it has no {INDEX}.")
+        self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        vae: Any,
+        image_size: tuple[int, int],
+        splits: dict[str, dict[str, Any]],
+        *,
+        sample_posterior: bool = False,
+        seed: int = 0,
+        **notes: Any,
+    ) -> LatentFolder:
+        """Open a folder for latents that are described so, or create it; they are not computed yet.
+
+        Args:
+            folder: The folder.
+            vae: The `AutoencoderKL`.
+            image_size: Height and width of its images.
+            splits: By name, `count` (number of images) and `views` (number of views), and what tells the images and
+                their views from others, as JSON.
+            sample_posterior: Whether latents are draws in place of means; each (seed, image, view) has its own.
+            seed: Seed of those draws.
+            **notes: What readers may want to know, as JSON.
+
+        Raises:
+            ValueError: The folder holds latents of another description.
+            OSError: Not enough space on disk.
+        """
+        height, width = (side // downsampling(vae.config) for side in image_size)
+        index = {
+            "vae": plain_config(vae),
+            "vae_fingerprint": fingerprint(vae, dtype=None),
+            "shape": [vae.config.latent_channels, height, width],
+            "sample_posterior": sample_posterior,
+            "seed": seed,
+            "splits": splits,
+        }
+        path = Path(folder) / INDEX
+        text = json.dumps({**notes, **index}, indent=2, sort_keys=True) + "\n"
+        if path.is_file():
+            known, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+            if different := sorted(name for name in index if known.get(name) != wanted[name]):
+                raise ValueError(
+                    f"{folder} holds other latents ({', '.join(different)} differ): give another folder, or delete it."
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+        latents = cls(folder)
+        check_space(latents.folder, latents.missing_bytes())
+        return latents
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        channels, height, width = self.index["shape"]
+        return channels, height, width
+
+    def views(self, split: str) -> int:
+        """Return the number of a split's views, or raise `ValueError` with the splits there are."""
+        if split not in self.index["splits"]:
+            raise ValueError(f"{self.folder} has no split {split!r}: it has {sorted(self.index['splits'])}.")
+        return self.index["splits"][split]["views"]
+
+    def missing_bytes(self) -> int:
+        """Return the space that the latents that are not computed yet will take."""
+        rows, missing = rows_done(self.folder), 0
+        for split, known in self.index["splits"].items():
+            for view in range(known["views"]):
+                missing += num_bytes(self.shape, known["count"] - rows.get(f"{split}-{view}", 0), DTYPE)
+        return missing
+
+    def encode(self, vae: Any, split: str, view: int, images: Callable[[int], Iterable[Tensor]]) -> None:
+        """Compute a view's latents, from the image at which an interrupted run stopped.
+
+        Args:
+            vae: The `AutoencoderKL` that the folder was created for, on the device to use.
+            split: Name of the split.
+            view: Number of the view.
+            images: Called with an index, gives `pixel_values` in batches from that image on.
+
+        Raises:
+            ValueError: Another number of images than announced.
+        """
+        name, count = f"{split}-{view}", self.index["splits"][split]["count"]
+        # No two splits share a draw.
+        number = len(self.index["splits"]) * view + sorted(self.index["splits"]).index(split)
+
+        @torch.no_grad()
+        def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
+            for pixels in images(start):
+                indices = range(start, start := start + len(pixels))
+                seed, own = self.index["seed"], None
+                if self.index["sample_posterior"]:
+                    own = indexed_noise(self.shape, indices, seed, number, stream=2)
+                yield {name: encode(vae, pixels.to(vae.device), own)}
+
+        fill(self.folder, {name: self.shape}, count, batches, DTYPE)
+
+    def latents(self, split: str, view: int = 0) -> np.ndarray:
+        """Return a view's latents (N, c, h, w), float16, mapped from disk.
+
+        Raises:
+            ValueError: No such split or view, or one that is not complete.
+        """
+        views, count = self.views(split), self.index["splits"][split]["count"]
+        if not 0 <= view < views:
+            raise ValueError(f"{self.folder} has {views} views of the split {split!r}: view {view} is not among them.")
+        done = rows_done(self.folder).get(f"{split}-{view}", 0)
+        if done < count:
+            raise ValueError(
+                f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}: finish encoding "
+                "them with the command that began it."
+            )
+        return np.load(self.folder / f"{split}-{view}.npy", mmap_mode="r")
+
+    def write_labels(self, split: str, labels: np.ndarray) -> None:
+        """Keep a split's labels (N,) beside its latents."""
+        np.save(self.folder / f"{split}-labels.npy", labels)
+
+    def labels(self, split: str) -> np.ndarray:
+        """Return a split's labels (N,), or raise `ValueError` where it has none."""
+        path = self.folder / f"{split}-labels.npy"
+        if not path.is_file():
+            raise ValueError(f"{self.folder} has no labels of the split {split!r}.")
+        return np.load(path)
+
+    def check_vae(self, vae: Any) -> None:
+        """Raise `ValueError` unless the latents are those of this VAE, scaled as it says."""
+        if fingerprint(vae, dtype=None) != self.index["vae_fingerprint"]:
+            raise ValueError(f"The latents in {self.folder} were made by another VAE than this one.")
+        for name in ("scaling_factor", "shift_factor"):
+            made, has = self.index["vae"].get(name), vae.config.get(name)
+            if made != has:
+                raise ValueError(f"The latents in {self.folder} were made with a {name} of {made}: this VAE has {has}.")

@@ -1,0 +1,149 @@
+"""Latents of a data set: how they are made, what that takes, and batches of them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from data import best_device, images_hash
+from ddae_hf.arrays import num_bytes
+from ddae_hf.features import augment_view
+from ddae_hf.latent_folder import DTYPE, LatentFolder
+from ddae_hf.noise import indexed_noise
+from labelled import Images, LabelledImages, noise_view
+
+
+def describe_splits(images: Images, views: dict[str, int], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a `LatentFolder` is told of splits, with so many views each, whose later ones are changed so."""
+    return {
+        name: {
+            "count": len(images.splits[name]),
+            "views": count,
+            "images": images_hash(images.splits[name], images.images),
+            "preprocessing": images.processor.to_dict(),
+            "changes": changes,
+        }
+        for name, count in views.items()
+    }
+
+
+def state_use(folder: LatentFolder, vae: Any, batch_size: int, image_size: tuple[int, int]) -> str:
+    """Return what encoding a folder's latents will take, in words."""
+    splits = folder.index["splits"]
+    counts = {name: known["count"] * known["views"] for name, known in splits.items()}
+    total, missing = num_bytes(folder.shape, sum(counts.values()), DTYPE), folder.missing_bytes()
+    of = ", ".join(f"{known['count']:,} {name} images x {known['views']} views" for name, known in splits.items())
+    batch = num_bytes((vae.config.in_channels, *image_size), batch_size)
+    weights = sum(p.numel() * p.element_size() for p in vae.parameters())
+    return (
+        f"Latents of {of}: {sum(counts.values()):,} of {'x'.join(map(str, folder.shape))}, {size(total)} on disk in "
+        f"{folder.folder}, {size(missing)} of them still to be computed. Memory stays bounded: while encoding the VAE "
+        f"({size(weights)}) and what it needs for {batch_size} images at a time ({size(batch)} as pixels), afterwards "
+        "the denoiser; latents are read from the disk."
+    )
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def encode_views(folder: LatentFolder, vae: Any, images: Images, changes: dict[str, Any], mirror: bool = False) -> None:
+    """Compute the latents that a folder lacks, with the VAE on the best device there is and back afterwards.
+
+    Views after the first are changed as `augment_view` does with `changes` or, with `mirror`, mirrored.
+    """
+    if not folder.missing_bytes():
+        return
+    home, started = vae.device, time.monotonic()
+    vae.to(best_device(), memory_format=torch.channels_last)
+    for split, known in folder.index["splits"].items():
+        for view in range(known["views"]):
+
+            def batches(start: int, split: str = split, view: int = view, count: int = known["count"]) -> Iterable:
+                title = f"Encoding {split} images, view {view}"
+                for pixels in images.batches(split, np.arange(start, count), title):
+                    indices = range(start, start := start + len(pixels))
+                    if view and mirror:
+                        pixels = pixels.flip(-1)
+                    elif view:
+                        pixels = augment_view(pixels, indices, view=view, **changes)
+                    yield pixels.contiguous(memory_format=torch.channels_last)
+
+            folder.encode(vae, split, view, batches)
+    vae.to(home)
+    print(f"Encoded in {time.monotonic() - started:.0f} s.")
+
+
+def read(latents: np.ndarray, indices: np.ndarray | list[int]) -> torch.Tensor:
+    """Return latents (B, c, h, w) at some indices of an array on disk, float32."""
+    return torch.from_numpy(latents[np.asarray(indices)]).float()
+
+
+def latent_dataset(
+    folder: LatentFolder,
+    split: str,
+    labels: np.ndarray | None = None,
+    views: int | None = None,
+    noise: tuple[int, int] | None = None,
+) -> Dataset:
+    """Return a split's latents as a data set of `pixel_values` and, where they came, `labels`.
+
+    With `views`, `pixel_values` are the first so many views of an image, (views, c, h, w): training draws one of them,
+    see `one_view`. Without, they are the first, (c, h, w). With `noise` (draws, seed) rows have noise of their own.
+    """
+    count = min(len(folder.latents(split, view)) for view in range(views or 1))
+    columns = {"index": np.arange(count)} | ({} if labels is None else {"labels": labels})
+
+    def rows(batch: dict[str, Any]) -> dict[str, Any]:
+        # Opened here: datasets pickles what a transform holds, which would read every latent into memory.
+        found = [read(folder.latents(split, view), batch["index"]) for view in range(views or 1)]
+        row = {"pixel_values": torch.stack(found, dim=1) if views else found[0]}
+        if labels is not None:
+            row["labels"] = torch.tensor(batch["labels"])
+        if noise is not None:
+            row["noise"] = indexed_noise((noise[0], *folder.shape), batch["index"], noise[1], noise_view(split, 0))
+        return row
+
+    return Dataset.from_dict(columns).with_transform(rows)
+
+
+def one_view(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return one view, drawn at random, of each image: of (B, views, c, h, w) so (B, c, h, w); images stay."""
+    if pixel_values.ndim == 4:
+        return pixel_values
+    count, views = pixel_values.shape[:2]
+    drawn = torch.randint(views, (count,), device=pixel_values.device)
+    return pixel_values[torch.arange(count, device=pixel_values.device), drawn]
+
+
+class EncodedImages(LabelledImages):
+    """Labelled images by their latents, which stand in for their pixels."""
+
+    def __init__(self, args: argparse.Namespace, processor: Any, folder: LatentFolder):
+        super().__init__(args, processor)
+        self.folder, self.as_pixels = folder, LabelledImages(args, processor)
+        for name, split in self.splits.items():
+            known = folder.index["splits"].get(name, {})
+            if known.get("images") != images_hash(split, self.images):
+                raise ValueError(f"{folder.folder} has no latents of these {name} images: encode them.")
+
+    @property
+    def pixels(self) -> LabelledImages:
+        """The images by their pixels."""
+        return self.as_pixels
+
+    def pixel_values(self, split: str, indices: np.ndarray, view: int = 0) -> torch.Tensor:
+        """Return the latents (B, c, h, w) of a view of the images at `indices`."""
+        return read(self.folder.latents(split, view), indices)
+
+    def dataset(self, split: str, noise: tuple[int, int] | None = None) -> Dataset:
+        """Return a split as `pixel_values`, all views of training images, `labels`, and `noise` as for pixels."""
+        views = self.folder.views(split) if split == "train" else None
+        return latent_dataset(self.folder, split, self.labels[split], views, noise)

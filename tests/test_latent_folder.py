@@ -1,0 +1,262 @@
+"""Latents on disk: what is written, that it is written once, and what is refused."""
+
+import json
+import shutil
+import weakref
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+import encode_latents
+from ddae_hf import DDAEImageProcessor
+from ddae_hf.arrays import fill, rows_done
+from ddae_hf.latent_folder import LatentFolder
+from ddae_hf.latents import encode
+
+from .conftest import make_vae
+
+COUNT, SIDE = 7, 16
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return make_vae()
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.rand(COUNT, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def splits(**views):
+    return {name: {"count": COUNT, "views": count, "images": "abc"} for name, count in views.items()}
+
+
+def create(folder, vae, **options):
+    options = {"splits": splits(train=1), **options}
+    return LatentFolder.create(folder, vae, (SIDE, SIDE), **options)
+
+
+class Source:
+    """Images in batches from any index on, which counts how many were asked for."""
+
+    def __init__(self, images, size=2, stop_after=None):
+        self.images, self.size, self.stop_after, self.read = images, size, stop_after, 0
+
+    def __call__(self, start):
+        for first in range(start, len(self.images), self.size):
+            if self.stop_after is not None and self.read >= self.stop_after:
+                raise KeyboardInterrupt
+            batch = self.images[first : first + self.size]
+            self.read += len(batch)
+            yield batch
+
+
+def written(folder, vae, source, view=0, split="train"):
+    folder.encode(vae, split, view, source)
+    return torch.from_numpy(np.array(folder.latents(split, view)))
+
+
+@torch.no_grad()
+def test_what_is_kept_are_the_scaled_latents_rounded_to_half_precision(vae, pixels, tmp_path):
+    folder = create(tmp_path, vae)
+    found = written(folder, vae, Source(pixels, size=COUNT))
+    assert torch.equal(found, encode(vae, pixels).half())
+    assert found.dtype == torch.float16 and found.shape == (COUNT, *folder.shape) == (COUNT, 4, 8, 8)
+    mapped = LatentFolder(tmp_path).latents("train")
+    assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(vae, pixels, tmp_path):
+    whole = written(create(tmp_path / "whole", vae), vae, Source(pixels))
+    with pytest.raises(KeyboardInterrupt):
+        create(tmp_path / "parts", vae).encode(vae, "train", 0, Source(pixels, stop_after=4))
+    parts, rest = create(tmp_path / "parts", vae), Source(pixels)
+    with pytest.raises(ValueError, match="has 4 of 7 latents of the split 'train', view 0: finish encoding"):
+        parts.latents("train")
+    assert parts.missing_bytes() == 3 * 4 * 8 * 8 * 2
+    assert torch.equal(written(parts, vae, rest), whole)
+    assert rest.read == 3 and parts.missing_bytes() == 0
+    again = Source(pixels)
+    assert torch.equal(written(parts, vae, again), whole) and again.read == 0
+
+
+def test_draws_depend_on_the_seed_the_image_and_the_view_alone(vae, pixels, tmp_path):
+    def drawn(name, source, view=0, split="train", seed=0):
+        options = {"splits": splits(train=2, test=2), "sample_posterior": True, "seed": seed}
+        return written(create(tmp_path / name, vae, **options), vae, source, view, split).float()
+
+    whole = drawn("whole", Source(pixels, size=COUNT))
+    torch.testing.assert_close(drawn("pieces", Source(pixels, size=3)), whole, rtol=2e-3, atol=1e-4)
+    mean = encode(vae, pixels).detach()
+    others = [drawn("whole", Source(pixels), view=1), drawn("whole", Source(pixels), split="test")]
+    others += [drawn("whole", Source(pixels), view=1, split="test"), drawn("seed", Source(pixels), seed=1), mean]
+    for i, other in enumerate(others):
+        for draw in [whole, *others[:i]]:
+            assert (draw - other).abs().amax((1, 2, 3)).min() > 0.01
+    same = drawn("same", Source(pixels[:1].expand(COUNT, -1, -1, -1)))
+    assert (same[0] - same[1:]).abs().amax((1, 2, 3)).min() > 0.01
+
+
+def test_latents_of_another_description_are_refused(vae, pixels, tmp_path):
+    create(tmp_path, vae, note="first")
+    create(tmp_path, vae, note="second")
+    assert LatentFolder(tmp_path).index["note"] == "second"
+    for options, name in (
+        ({"splits": splits(train=2)}, "splits"),
+        ({"sample_posterior": True}, "sample_posterior"),
+        ({"seed": 1}, "seed"),
+    ):
+        with pytest.raises(ValueError, match=rf"holds other latents \({name} differ\): give another folder"):
+            create(tmp_path, vae, **options)
+    with pytest.raises(ValueError, match=r"\(vae_fingerprint differ\)"):
+        create(tmp_path, make_vae(seed=1))
+    with pytest.raises(ValueError, match=r"\(vae differ\)"):
+        create(tmp_path, make_vae(scaling_factor=0.5))
+    folder = LatentFolder(tmp_path)
+    folder.check_vae(make_vae())
+    with pytest.raises(ValueError, match="made by another VAE"):
+        folder.check_vae(make_vae(seed=1))
+    with pytest.raises(ValueError, match=r"with a scaling_factor of 0.18215: this VAE has 0.5"):
+        folder.check_vae(make_vae(scaling_factor=0.5))
+    with pytest.raises(ValueError, match=r"with a shift_factor of None: this VAE has 0.1"):
+        folder.check_vae(make_vae(shift_factor=0.1))
+
+
+def test_what_is_not_there_is_told(vae, pixels, tmp_path):
+    with pytest.raises(ValueError, match="holds no latents: it has no latents.json"):
+        LatentFolder(tmp_path)
+    folder = create(tmp_path, vae)
+    with pytest.raises(ValueError, match="has 0 of 7 latents"):
+        folder.latents("train")
+    with pytest.raises(ValueError, match=r"has no split 'test': it has \['train'\]"):
+        folder.latents("test")
+    written(folder, vae, Source(pixels))
+    with pytest.raises(ValueError, match="has 1 views of the split 'train': view 1 is not among them"):
+        folder.latents("train", 1)
+    with pytest.raises(ValueError, match="no labels of the split 'train'"):
+        folder.labels("train")
+    folder.write_labels("train", np.arange(COUNT))
+    assert np.array_equal(LatentFolder(tmp_path).labels("train"), np.arange(COUNT))
+    (tmp_path / "train-0.npy").unlink()
+    with pytest.raises(ValueError, match="has 0 of 7 latents"):
+        folder.latents("train")
+
+
+def test_other_numbers_of_images_than_announced_are_refused(vae, pixels, tmp_path):
+    with pytest.raises(ValueError, match="4 images came, but 7 were announced"):
+        create(tmp_path, vae).encode(vae, "train", 0, Source(pixels[:4]))
+    with pytest.raises(ValueError, match="More than the 7 images"):
+        create(tmp_path / "more", vae).encode(vae, "train", 0, Source(pixels.repeat(2, 1, 1, 1)))
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(vae, tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    needed = COUNT * 4 * 8 * 8 * 2
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(10, 10, free))
+        if free == needed:
+            create(tmp_path, vae)
+        else:
+            with pytest.raises(OSError, match="GiB are free: give another folder, or keep less"):
+                create(tmp_path / "full", vae)
+
+
+def test_one_batch_is_held_at_a_time(vae, pixels, tmp_path):
+    """A batch is asked for when the one before is on disk, and the images of none before that one are kept."""
+    folder, alive = create(tmp_path, vae), []
+
+    def images(start):
+        for first in range(start, COUNT, 2):
+            assert rows_done(tmp_path).get("train-0", 0) == first
+            assert sum(reference() is not None for reference in alive) <= 1
+            batch = pixels[first : first + 2].clone()
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    folder.encode(vae, "train", 0, images)
+    assert len(alive) == 4
+
+
+def test_arrays_are_filled_from_the_least_advanced_on(tmp_path):
+    """Rows that are there are not asked for again; another array is added beside them."""
+    asked = []
+
+    def batches(start, missing):
+        asked.append((start, list(missing)))
+        for i in range(start, 5):
+            yield {name: torch.full((1, 2), float(i)) for name in missing}
+
+    shapes = {"a": (2,), "b": (2,)}
+    fill(tmp_path, {"a": (2,)}, 5, batches)
+    arrays = fill(tmp_path, shapes, 5, batches, "float32")
+    assert asked == [(0, ["a"]), (0, ["b"])] and rows_done(tmp_path) == {"a": 5, "b": 5}
+    for array in arrays.values():
+        assert np.array_equal(array, np.repeat(np.arange(5.0)[:, None], 2, axis=1)) and array.dtype == np.float32
+
+
+@pytest.fixture(scope="module")
+def encoded(vae, digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoded")
+    vae.save_pretrained(folder / "vae")
+    options = ["--vae", str(folder / "vae"), "--dataset_name", str(digits), "--max_train_samples", "10"]
+    encode_latents.main([*options, "--mirror", "--output_dir", str(folder / "latents"), "--batch_size", "4"])
+    return folder
+
+
+@torch.no_grad()
+def test_the_script_encodes_images_and_their_mirror_images(encoded, vae, digits):
+    train = Dataset.from_parquet(str(digits / "train.parquet")).select(range(10))
+    processor = DDAEImageProcessor(size={"height": SIDE, "width": SIDE}, num_channels=3)
+    images = processor(train["image"][:], return_tensors="pt")["pixel_values"]
+    folder = LatentFolder(encoded / "latents")
+    for view, pixels in enumerate((images, images.flip(-1))):
+        expected = encode(vae, pixels).numpy()
+        np.testing.assert_allclose(folder.latents("train", view).astype(np.float32), expected, rtol=2e-3, atol=1e-4)
+    assert np.array_equal(folder.labels("train"), train["label"][:])
+    index = folder.index
+    assert index["names"] == [str(i) for i in range(10)] and index["vae_source"] == str(encoded / "vae")
+    assert index["dataset"] == {"name": digits.name, "train_split": "train", "num_images": 10}
+
+
+def test_the_script_computes_nothing_twice(encoded, digits, capsys):
+    files = {path: path.stat().st_mtime_ns for path in (encoded / "latents").glob("train-?.npy")}
+    options = ["--vae", str(encoded / "vae"), "--dataset_name", str(digits), "--max_train_samples"]
+    encode_latents.main([*options, "10", "--mirror", "--output_dir", str(encoded / "latents")])
+    assert "Encoded in" not in capsys.readouterr().out
+    assert len(files) == 2 and all(path.stat().st_mtime_ns == changed for path, changed in files.items())
+    with pytest.raises(SystemExit, match=r"holds other latents \(splits differ\)"):
+        encode_latents.main([*options, "9", "--mirror", "--output_dir", str(encoded / "latents")])
+
+
+def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
+    Dataset.from_parquet(str(digits / "train.parquet")).select(range(3)).remove_columns("label").to_parquet(
+        tmp_path / "images.parquet"
+    )
+    options = ["--vae", str(encoded / "vae"), "--dataset_name", str(tmp_path / "images.parquet")]
+    encode_latents.main([*options, "--sample_posterior", "--output_dir", str(tmp_path / "out")])
+    index = json.loads((tmp_path / "out" / "latents.json").read_text())
+    assert index["names"] is None and index["sample_posterior"] is True
+    assert not list((tmp_path / "out").glob("*labels*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resolution", "15"], "--resolution is 15: it must be a multiple of 2"),
+        (["--batch_size", "0"], "--batch_size is 0: it must be at least 1"),
+        (["--vae", "nowhere/at/all"], "is not a folder"),
+        (["--label_column", "image"], "no column of integer labels 'image'"),
+        (["--train_split", "validation"], "has no split 'validation'"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused_first(encoded, digits, tmp_path, capsys, options, message):
+    arguments = ["--vae", str(encoded / "vae"), "--dataset_name", str(digits), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as refusal:
+        encode_latents.main([*arguments, *options])
+    assert message in str(refusal.value) + capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
