@@ -245,10 +245,7 @@ def test_autocast_leaves_the_vae_in_full_precision(latent_dit, pixels):
 
 
 @torch.no_grad()
-def test_it_compiles_to_one_graph_and_exports(latent_dit, pixels):
+def test_it_exports(latent_dit, pixels):
     model = DDAEForImageClassification.from_pretrained(latent_dit, num_labels=3, layer="transformer_blocks.0").eval()
-    logits = model(pixels).logits
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(pixels).logits, logits)
     exported = torch.export.export(model, (pixels,)).module()
-    torch.testing.assert_close(exported(pixels).logits, logits)
+    torch.testing.assert_close(exported(pixels).logits, model(pixels).logits)
