@@ -62,9 +62,13 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"{needed / 2**30:.1f} GiB are needed in {folder}, where {free / 2**30:.1f} GiB are free: give another "
-            "folder, or keep less."
+            f"{size(needed)} are needed in {folder}, where {size(free)} are free: give another folder, or keep less."
         )
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -252,6 +252,11 @@ def write_head(
     # Without `base`, what the folder holds of an earlier classifier plays no part.
     checkpoint = read_pipeline(folder) if base is None else read_checkpoint(base, **hub)
     original, original_vae = checkpoint.load_denoiser(), checkpoint.load_vae()
+    if vae is None and original_vae is not None:
+        raise ValueError(
+            f"This classifier was opened without the VAE of {checkpoint.path} and takes latents: put its weights into "
+            "one that was opened with the VAE, or write it whole with `save_pretrained`."
+        )
     for part, own, its in (("denoiser", denoiser, original), ("VAE", vae, original_vae)):
         if fingerprint(its) != fingerprint(own):
             raise ValueError(
@@ -440,7 +445,10 @@ def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:
             return Checkpoint(path, "model", {}, {}, None, config, {**hub, "subfolder": inside}).load_vae()
     vae = read_checkpoint(path, **hub).load_vae()
     if vae is None:
-        raise ValueError(f"{path} is a checkpoint without a vae: its denoiser works on pixels.")
+        raise ValueError(
+            f"{path} has no vae. If its denoiser works on latents, save it with the VAE that it was trained with: "
+            "`DDAEPipeline.from_pretrained(path, vae=...).save_pretrained(...)`."
+        )
     return vae
 
 

@@ -101,6 +101,9 @@ def class_conditioning(
             return {}
         if class_labels is None:
             raise ValueError("This denoiser is class-conditional: pass class_labels, or set its null_class.")
+    several = class_labels if isinstance(class_labels, list) else [class_labels]
+    if any(isinstance(label, str) for label in several):
+        raise ValueError(f"class_labels are {class_labels!r}: they are numbers; `get_label_ids` gives those of names.")
     labels = torch.as_tensor(class_labels, device=device)
     labels = labels.reshape(1) if labels.ndim == 0 else labels
     if len(labels) not in (1, batch_size):

@@ -43,6 +43,7 @@ DEFAULT_DENOISER: dict[str, Any] = {
     "dropout": 0.1,
 }
 DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": "DDPMScheduler"}
+SIGMA_OF_LATENTS = 0.42
 FEATURE_NORMS = ("none", "batch_norm")
 
 
@@ -57,7 +58,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         sample_posterior: Whether latents are draws from the VAE's distribution in place of its mean.
         layer: The tap, a name out of `layer_names(denoiser)`; by default the decoder's middle one.
         sigma: Noise level of the tap: standard deviation of the noise on images in [-1, 1], or on scaled latents. The
-            default 0.05 is close to the paper's best levels on images (0.047 for DDPM, 0.060 for EDM).
+            defaults are close to the paper's best levels: 0.05 on images (0.047 for DDPM, 0.060 for EDM), and 0.42 on
+            latents (DiT-XL/2 on CIFAR-10).
         timestep: The noise level as the denoiser is fed it (0-based), in place of `sigma`; stored as `sigma`.
         pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions.
         feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters.
@@ -112,7 +114,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if timestep is not None:
             self.sigma = timestep_to_sigma(scheduler, timestep).item()
         elif self.sigma is None:
-            self.sigma = 0.05
+            self.sigma = 0.05 if self.vae is None else SIGMA_OF_LATENTS
         check_sigma(scheduler, self.sigma)
         if self.layer is None:
             self.layer = default_layer(denoiser)
@@ -204,6 +206,10 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         own |= {"timestep", "out_features", "out_indices"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         config_dict = dict(config_dict)
+        if "vae" in overrides and overrides["vae"] is None:  # what draws latents goes with it, what is noised stays
+            config_dict.pop("sample_posterior", None)
+            if config_dict.get("vae") is not None and overrides.get("timestep") is None:
+                config_dict.setdefault("sigma", SIGMA_OF_LATENTS)
         # What is given takes the place of the same thing said otherwise.
         for given, other in (("timestep", "sigma"), ("out_features", "out_indices"), ("out_indices", "out_features")):
             if overrides.get(given) is not None and overrides.get(other) is None:

@@ -10,7 +10,6 @@ Known are files of three kinds, told apart by what they hold:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -80,6 +79,8 @@ def convert(path: str | os.PathLike[str], **options: Any) -> Conversion:
             return convert_unet(unet, **given)
     except KeyError as error:
         raise ValueError(f"{path} lacks the tensor {error}, which networks of its kind have.") from error
+    except (TypeError, IndexError) as error:
+        raise ValueError(f"{path} is not laid out as networks of its kind are: {error}.") from error
     held = f"the entries {', '.join(map(str, list(parts)[:5]))}" if parts else "no entries"
     raise ValueError(
         f"{path} is no checkpoint of a known kind (it holds {held}): known are official DiT `.pt` files, `model_*.pth` "
@@ -90,7 +91,13 @@ def convert(path: str | os.PathLike[str], **options: Any) -> Conversion:
 def _tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
     """Return the tensors of a dictionary whose names begin so, without that beginning."""
     named = value.items() if isinstance(value, dict) else ()
-    return {k.removeprefix(prefix): v for k, v in named if isinstance(v, Tensor) and str(k).startswith(prefix)}
+    found = {k.removeprefix(prefix): v for k, v in named if isinstance(v, Tensor) and str(k).startswith(prefix)}
+    for name, tensor in found.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"The tensor {name} of shape {tuple(tensor.shape)} has fewer values in the file than that."
+            )
+    return found
 
 
 def _check_options(given: dict[str, Any], allowed: tuple[str, ...], kind: str) -> None:
@@ -112,7 +119,11 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
     Raises:
         ValueError: An unknown number of heads, or what diffusers' DiT lacks.
     """
-    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    if (kernel := state["x_embedder.proj.weight"]).ndim != 4:
+        raise ValueError(
+            f"The tensor x_embedder.proj.weight has shape {tuple(kernel.shape)}, and must have four sides."
+        )
+    width, channels, patch, _ = kernel.shape
     depth = _count(state, "blocks")
     side = math.isqrt(state["pos_embed"].shape[1])
     heads = DIT_HEADS.get(width) if num_heads is None else num_heads
@@ -286,8 +297,13 @@ def _attention_modules(there: str, here: str) -> _Modules:
 
 
 def _count(state: dict[str, Tensor], modules: str) -> int:
-    """Return the length of a list of modules."""
-    return 1 + max((int(name.split(".")[1]) for name in state if name.startswith(f"{modules}.")), default=-1)
+    """Return the length of a list of modules, every one of which must have a tensor."""
+    numbers = {name.split(".")[1] for name in state if name.startswith(f"{modules}.")}
+    if not numbers or numbers != {str(i) for i in range(len(numbers))}:
+        raise ValueError(
+            f"The file's `{modules}` are not numbered from 0 on: {', '.join(sorted(numbers)[:5]) or 'none'}."
+        )
+    return len(numbers)
 
 
 def _size(state: dict[str, Tensor]) -> int:
@@ -336,10 +352,11 @@ def _refuse_edm(ema: Record) -> None:
     for record in records(ema):
         argument = record.args[0] if record.args else None
         if record.name.startswith("torch_utils.persistence.") and isinstance(argument, dict):
-            names.append(str(argument.get("class_name")))
+            names += [name for name in [argument.get("class_name")] if isinstance(name, str)]
         elif record.name == "torch._utils._rebuild_parameter" and isinstance(argument, Record):
-            with contextlib.suppress(IndexError, TypeError):
-                parameters += math.prod(argument.args[2])
+            shape = argument.args[2] if len(argument.args) > 2 else None
+            if isinstance(shape, tuple) and all(isinstance(side, int) for side in shape):
+                parameters += math.prod(shape)
     network = next((name for name in names if name in _EDM_REASONS), None)
     what = " with a ".join(dict.fromkeys(name for name in (*names[:1], network) if name)) or "nothing of EDM's"
     reason = _EDM_REASONS[network] if network else f"none of {', '.join(_EDM_REASONS)} is in it"

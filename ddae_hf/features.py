@@ -146,13 +146,13 @@ class FeatureCache:
             "dtype": str(model.denoiser.dtype),
             "denoiser": config.denoiser,
             "scheduler": config.scheduler,
-            "vae": config.vae,
-            "sample_posterior": config.sample_posterior,
             "pooling": config.pooling,
             "num_noise_samples": config.num_noise_samples,
             "null_class": config.null_class,
             "noise_seed": noise_seed,
         }
+        if config.vae is not None:
+            self.identity |= {"vae": config.vae, "sample_posterior": config.sample_posterior}
 
     def features(
         self,

@@ -80,20 +80,22 @@ class LatentFolder:
         height, width = (side // downsampling(vae.config) for side in image_size)
         index = {
             "vae": plain_config(vae),
-            "vae_fingerprint": fingerprint(vae, dtype=None),
+            "vae_fingerprint": fingerprint(vae, dtype=torch.float32),
             "shape": [vae.config.latent_channels, height, width],
             "sample_posterior": sample_posterior,
-            "seed": seed,
+            "seed": seed if sample_posterior else None,
             "splits": splits,
         }
         path = Path(folder) / INDEX
         text = json.dumps({**notes, **index}, indent=2, sort_keys=True) + "\n"
         if path.is_file():
             known, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-            if different := sorted(name for name in index if known.get(name) != wanted[name]):
+            if different := _differences(known, {name: wanted[name] for name in index}):
                 raise ValueError(
-                    f"{folder} holds other latents ({', '.join(different)} differ): give another folder, or delete it."
+                    f"{folder} holds other latents ({'; '.join(different)}): give another folder, or delete this one."
                 )
+        else:  # rows without a description are of nobody knows what
+            (path.parent / "rows.json").unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
         latents = cls(folder)
@@ -143,7 +145,13 @@ class LatentFolder:
                 seed, own = self.index["seed"], None
                 if self.index["sample_posterior"]:
                     own = indexed_noise(self.shape, indices, seed, number, stream=2)
-                yield {name: encode(vae, pixels.to(vae.device), own)}
+                latents = encode(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
+                if not latents.isfinite().all():
+                    raise ValueError(
+                        f"Latents of the {split} images {indices[0]} to {indices[-1]} are no finite numbers in "
+                        f"{DTYPE}: the VAE overflows. Run it in float32, and look at its scaling_factor."
+                    )
+                yield {name: latents}
 
         fill(self.folder, {name: self.shape}, count, batches, DTYPE)
 
@@ -177,9 +185,22 @@ class LatentFolder:
 
     def check_vae(self, vae: Any) -> None:
         """Raise `ValueError` unless the latents are those of this VAE, scaled as it says."""
-        if fingerprint(vae, dtype=None) != self.index["vae_fingerprint"]:
+        if fingerprint(vae, dtype=torch.float32) != self.index["vae_fingerprint"]:
             raise ValueError(f"The latents in {self.folder} were made by another VAE than this one.")
         for name in ("scaling_factor", "shift_factor"):
             made, has = self.index["vae"].get(name), vae.config.get(name)
             if made != has:
                 raise ValueError(f"The latents in {self.folder} were made with a {name} of {made}: this VAE has {has}.")
+
+
+def _differences(known: dict[str, Any], wanted: dict[str, Any], inside: str = "") -> list[str]:
+    """Return in words where a description differs from the one that is wanted."""
+    found: list[str] = []
+    for name, value in wanted.items():
+        has = known.get(name)
+        if isinstance(has, dict) and isinstance(value, dict):
+            found += _differences(has, value | dict.fromkeys(has.keys() - value.keys()), f"{inside}{name}.")
+        elif has != value:
+            hashes = len(str(has)) + len(str(value)) > 100
+            found.append(f"{inside}{name} differs" if hashes else f"{inside}{name} is {has} there, {value} here")
+    return found

@@ -39,7 +39,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 def downsampling(config: Any) -> int:
     """Return how many pixels a latent's side stands for, from the VAE's diffusers config."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 ** (len(config.get("block_out_channels") or [64]) - 1)  # one level is diffusers' default
 
 
 def check_vae(config: Any, denoiser: Any) -> None:

@@ -146,7 +146,7 @@ class DDAEModel(DDAEPreTrainedModel):
             shape = (1, len(pixel_values), *self.config.sample_shape)
             noise = self._draw(shape, pixel_values.device, generator, self.fixed_noise[-1:])[0]
         # Under autocast the VAE would lose precision, and in float16 overflow.
-        with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+        with torch.autocast(pixel_values.device.type, enabled=False):
             return encode(self.vae, pixel_values, noise if self.config.sample_posterior else None)
 
     def _layers_to_return(self, output_hidden_states: bool | list[str | int] | None) -> list[str]:

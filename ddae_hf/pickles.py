@@ -51,7 +51,8 @@ class Record:
         self.state = state
 
 
-class _Describer(pickle.Unpickler):
+class _Describer(pickle._Unpickler):  # type: ignore[name-defined]
+    # The unpickler in C would make room for any number of objects that a pickle claims to have.
     def find_class(self, module: str, name: str) -> Any:
         if (full := f"{module}.{name}") not in RECORDED:
             raise ValueError(f"it names {full}, and allowed are {', '.join(sorted(RECORDED))}")

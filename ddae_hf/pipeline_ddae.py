@@ -213,9 +213,9 @@ class DDAEPipeline(DiffusionPipeline):
             origin = checkpoint.config.get("generator_fingerprint")
             tuned = checkpoint.layout == "transformers" and fingerprint(denoiser) != origin
             denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
-        scheduler = kwargs.get("scheduler") or _scheduler_of(checkpoint)
         null_class = kwargs.get("null_class", checkpoint.config.get("null_class"))
         vae = kwargs["vae"] if "vae" in kwargs else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
+        scheduler = kwargs.get("scheduler") or _scheduler_of(checkpoint, of_latents=vae is not None)
         parts = {name: denoiser, "vae": vae, "id2label": kwargs.get("id2label")}
         pipeline = cls(scheduler=scheduler, null_class=null_class, **parts)
         pipeline._fine_tuned_from = checkpoint.path if tuned else None
@@ -258,6 +258,8 @@ class DDAEPipeline(DiffusionPipeline):
             raise ValueError(f"sampler is {sampler!r}: allowed are 'heun', and None for the scheduler's own.")
         if sampler is None and (given := [name for name, value in heun_options.items() if value != _HEUN[name]]):
             raise ValueError(f"{', '.join(given)} came, which only sampler='heun' takes.")
+        if heun_options["clip_denoised"] and self.vae is not None:
+            raise ValueError("clip_denoised clips to [-1, 1], and latents have no such bounds: leave it out.")
         if sampler == "heun" and not isinstance(self.scheduler, EDMEulerScheduler):
             raise ValueError(
                 f"sampler='heun' needs an EDMEulerScheduler, not a {type(self.scheduler).__name__}: for a network "
@@ -465,7 +467,7 @@ def _latents_of(outputs: Any, sample: Tensor) -> Tensor:
     return outputs.get("latents", sample)
 
 
-def _scheduler_of(checkpoint: Checkpoint) -> Any:
+def _scheduler_of(checkpoint: Checkpoint, of_latents: bool) -> Any:
     if checkpoint.scheduler is not None:
         return build_scheduler(checkpoint.scheduler)
     warnings.warn(
@@ -473,4 +475,4 @@ def _scheduler_of(checkpoint: Checkpoint) -> Any:
         "to 0.02, 1000 timesteps, noise prediction). If it was trained otherwise, pass `scheduler=`.",
         stacklevel=3,
     )
-    return DDPMScheduler()
+    return DDPMScheduler(clip_sample=not of_latents)  # which have no bounds

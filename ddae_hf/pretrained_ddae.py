@@ -17,6 +17,7 @@ from transformers import initialization as init
 
 from .checkpoints import HEAD_FILE, HUB_ARGUMENTS, computed_buffers, fingerprint, read_checkpoint
 from .configuration_ddae import DDAEConfig
+from .latents import freeze
 from .remote_code import AUTO_MAP
 
 
@@ -66,6 +67,14 @@ class DDAEPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: No checkpoint, a denoiser that is not supported, or a tap that it does not have.
         """
+        opened = cls._open(pretrained_model_name_or_path, *model_args, **kwargs)
+        vae = (opened[0] if isinstance(opened, tuple) else opened).base_model.vae
+        if vae is not None:  # loading has made new parameters of it
+            freeze(vae)
+        return opened
+
+    @classmethod
+    def _open(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, **kwargs)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
@@ -92,7 +101,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         config.generator_fingerprint = fingerprint(denoiser)
         parts = {"denoiser": denoiser}
         if config.vae is not None:
-            parts["vae"] = checkpoint.load_vae(own_dtype)
+            parts["vae"] = checkpoint.load_vae()
             if parts["vae"] is None:
                 raise ValueError(f"{checkpoint.path} has no vae: a config of one without its weights is of no use.")
         prefix = cls._inner_prefix
@@ -137,7 +146,8 @@ class DDAEPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Compute attention with torch's fused function (`"sdpa"`) or in plain steps (`"eager"`)."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        use_attention(self, self.config._attn_implementation)
+        inner: Any = self.base_model
+        use_attention(inner.denoiser, self.config._attn_implementation)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         function = args[0] if args else kwargs.get("gradient_checkpointing_func")
@@ -149,9 +159,9 @@ class DDAEPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
 
-def use_attention(model: nn.Module, implementation: str | None) -> None:
-    """Let the denoiser's attention layers compute as transformers' name for it says."""
+def use_attention(denoiser: nn.Module, implementation: str | None) -> None:
+    """Let a denoiser's attention layers compute as transformers' name for it says."""
     processor: Any = AttnProcessor() if implementation == "eager" else AttnProcessor2_0()
-    for module in model.modules():
+    for module in denoiser.modules():
         if isinstance(module, Attention):
             module.set_processor(processor)

@@ -202,6 +202,13 @@ def _sweep(report: dict[str, Any], options: dict[str, Any]) -> Summary:
         f"{images['held_out']:,} held-out training images (seed {options['seed']}) after fitting on "
         f"{images['fitted']:,}, and fitted again on all {images.get('train', images['fitted'] + images['held_out']):,}."
     )
+    if options.get("latents_dir"):
+        protocol += " Images were given by their latents, encoded beforehand."
+    if options["num_views"] > 1:
+        changes = ["mirrored"] * options["random_flip"] + ["cropped"] * (options["random_crop"] > 0)
+        others = f", the others {' and '.join(changes)} at random" if changes else ""
+        protocol += f" Each image came in {options['num_views']} views, the first as it is{others}"
+        protocol += "; those of test images are averaged over."
     if report["few_label_test_accuracies"]:
         protocol += f" With few labels: mean and standard deviation over {options['num_draws']} draws of them."
     rows = [[f"noise seed {seed}", _tap(best), percent(value)] for seed, value in accuracies.items()]

@@ -1,4 +1,4 @@
-"""Find the points of an image again in a warped copy of it, by feature maps of a denoiser that was never taught to.
+r"""Find the points of an image again in a warped copy of it, by feature maps of a denoiser that was never taught to.
 
     python examples/correspondence.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
         --train_split test --num_images 64 --sigma 0.02 --output_dir runs/correspondence

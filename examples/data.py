@@ -154,7 +154,8 @@ def check_input_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
 def load_splits(args: argparse.Namespace, streaming: bool = False) -> DatasetDict:
     """Load every split of the data set that the options name; as streams, they are read when they are iterated."""
     if (args.dataset_name is None) == (args.train_data_dir is None):
-        raise SystemExit("Give one of --dataset_name and --train_data_dir.")
+        latents = " (or --latents_dir alone)" if hasattr(args, "latents_dir") else ""
+        raise SystemExit(f"Give one of --dataset_name and --train_data_dir{latents}.")
     options = {"cache_dir": args.cache_dir, "streaming": streaming}
     try:
         if args.train_data_dir is not None:

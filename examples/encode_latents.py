@@ -1,4 +1,4 @@
-"""Encode images by a VAE once, so that denoisers of latents train on them without it.
+r"""Encode images by a VAE once, so that denoisers of latents train on them without it.
 
     python examples/encode_latents.py --vae runs/cifar10_vae --dataset_name uoft-cs/cifar10 --mirror \
         --output_dir runs/cifar10_latents
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
     try:
-        vae = load_vae(args.vae, cache_dir=args.cache_dir)
+        vae = load_vae(args.vae, cache_dir=args.cache_dir).float()
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     side, factor = args.resolution or vae.config.sample_size, downsampling(vae.config)

@@ -1,4 +1,4 @@
-"""Measure how far a checkpoint's images are from real ones: Frechet and kernel distance, precision and recall.
+r"""Measure how far a checkpoint's images are from real ones: Frechet and kernel distance, precision and recall.
 
     accelerate launch examples/evaluate_generation.py --model_name_or_path runs/cifar10_ddpm_unet \
         --dataset_name uoft-cs/cifar10 --baseline_split test --extractor transformers:facebook/dinov2-base \

@@ -1,4 +1,4 @@
-"""Write the features of a data set's images to parquet or npy files, for use elsewhere.
+r"""Write the features of a data set's images to parquet or npy files, for use elsewhere.
 
     python examples/export_features.py --model_name_or_path runs/cifar10_ddpm_unet --train_data_dir photos \
         --layers up_blocks.1.resnets.2 --sigma 0.05 --output_dir runs/photos

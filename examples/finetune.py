@@ -1,4 +1,4 @@
-"""Fine-tune a denoiser and a linear classifier on it as one network.
+r"""Fine-tune a denoiser and a linear classifier on it as one network.
 
     python examples/finetune.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
         --label_fraction 0.1 --layer_decay 0.75 --random_flip --random_crop 4 --ema_decay 0.999
@@ -149,7 +149,7 @@ def open_data(args: argparse.Namespace, processor: DDAEImageProcessor, config: D
     folder.check_vae(load_vae(args.model_name_or_path, cache_dir=args.cache_dir))
     if folder.shape != config.sample_shape:
         raise ValueError(f"{args.latents_dir} has latents {folder.shape}: the denoiser takes {config.sample_shape}.")
-    return EncodedImages(args, processor, folder)
+    return EncodedImages(LabelledImages(args, processor), folder)
 
 
 def build_model(args: argparse.Namespace, names: list[str]) -> DDAEForImageClassification:

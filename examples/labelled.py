@@ -12,7 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from tqdm.auto import tqdm
 
-from data import best_device, image_column, label_column, load_splits, pick_split, read_labels
+from data import best_device, image_column, images_hash, label_column, load_splits, pick_split, read_labels
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import fingerprint
 from ddae_hf.conditioning import class_conditioning
@@ -31,6 +31,13 @@ class Images:
 
     def __init__(self, splits: dict[str, Dataset], column: str, processor: DDAEImageProcessor, batch_size: int):
         self.splits, self.images, self.processor, self.batch_size = splits, column, processor, batch_size
+        self.hashes: dict[str, str] = {}
+
+    def hash(self, split: str) -> str:
+        """Return a SHA-256 of a split's image files, which are read once."""
+        if split not in self.hashes:
+            self.hashes[split] = images_hash(self.splits[split], self.images)
+        return self.hashes[split]
 
     def batches(self, split: str, indices: np.ndarray, title: str) -> Iterator[torch.Tensor]:
         """Yield `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
@@ -158,7 +165,8 @@ def save_classifier(
     with torch.no_grad():
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(bias)
-    if fingerprint(model.ddae.denoiser) == model.config.generator_fingerprint:
+    generates = model.config.features_only is None
+    if generates and fingerprint(model.ddae.denoiser) == model.config.generator_fingerprint:
         DDAEPipeline.from_pretrained(checkpoint, cache_dir=options.get("cache_dir")).save_pretrained(folder)
         model.save_head(folder)
     else:

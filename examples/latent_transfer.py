@@ -1,4 +1,4 @@
-"""Transfer a denoiser of latents, such as an ImageNet DiT, to a labelled data set that it was never trained on.
+r"""Transfer a denoiser of latents, such as an ImageNet DiT, to a labelled data set that it was never trained on.
 
     python examples/latent_transfer.py --model_name_or_path facebook/DiT-XL-2-256 --dataset_name uoft-cs/cifar10 \
         --num_views 10 --random_flip --random_crop 32 --output_dir runs/dit_cifar10
@@ -13,6 +13,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,17 @@ from transformers.utils import logging
 
 import finetune
 from ddae_hf import DDAEImageProcessor, DDAEModel
-from ddae_hf.arrays import check_space
+from ddae_hf.arrays import size
 from ddae_hf.checkpoints import load_vae
 from ddae_hf.hidden_states import hidden_size
 from ddae_hf.latent_folder import LatentFolder
 from hub import prepare
 from labelled import LabelledImages
-from latents import EncodedImages, describe_splits, encode_views, size, state_use
+from latents import EncodedImages, describe_splits, encode_views, state_use
 from sweep import Sweep, sweep_one
 from sweep_options import parse_arguments
 
-SIGMAS = [0.15, 0.28, 0.42, 0.56]  # of scaled latents: a DiT's timesteps 41, 81, 121 and 161
+SIGMAS = [0.15, 0.28, 0.42, 0.56]  # of scaled latents: about a DiT's timesteps 42, 82, 122 and 160
 FORWARDED = ("dataset_name", "dataset_config_name", "train_data_dir", "train_split", "test_split", "image_column")
 FORWARDED += ("label_column", "cache_dir", "max_train_samples", "max_test_samples", "null_class", "seed", "noise_seed")
 
@@ -50,10 +51,20 @@ class LatentSweep(Sweep):
         self.conditions["sample_posterior"] = self.data.folder.index["sample_posterior"]  # of the whole classifier
         return model
 
+    def check(self) -> None:
+        """Refuse what cannot be probed, before any long work."""
+        folder, shape = self.data.folder, self.model.config.sample_shape
+        if folder.shape != shape:
+            raise ValueError(
+                f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes {shape}: "
+                "mend its preprocessor_config.json, or give the VAE that it was trained with."
+            )
+        super().check()
+
     def identify(self) -> dict[str, dict[str, Any]]:
         """Return what tells the latents of each split from others."""
         index = self.data.folder.index
-        known = {name: index[name] for name in ("vae_fingerprint", "sample_posterior", "seed")}
+        known = {name: index[name] for name in ("vae", "vae_fingerprint", "shape", "sample_posterior", "seed")}
         return {name: {**known, **index["splits"][name]} for name in self.data.splits}
 
     def view(self, split: str, rows: np.ndarray, numbers: Sequence[int] | np.ndarray, view: int) -> torch.Tensor:
@@ -87,7 +98,10 @@ def check(args: argparse.Namespace) -> None:
     if args.finetune is not None:
         if not isinstance(args.finetune, dict):
             raise SystemExit(f"--finetune is {args.finetune!r}: it takes options, such as '{{num_train_epochs: 5}}'.")
-        finetune.parse_arguments(finetune_options(args, {"layer": "", "sigma": 1.0}))
+        try:
+            finetune.parse_arguments(finetune_options(args, {"layer": "", "sigma": 1.0}))
+        except SystemExit as error:
+            raise SystemExit(f"--finetune {args.finetune}: finetune.py does not take this; see above.") from error
 
 
 def create_folder(args: argparse.Namespace, images: LabelledImages, vae: Any) -> LatentFolder:
@@ -109,27 +123,28 @@ def side(images: LabelledImages) -> tuple[int, int]:
     return images.processor.size["height"], images.processor.size["width"]
 
 
-def features_use(sweep: LatentSweep) -> tuple[int, str]:
-    """Return the bytes that features will take, and how often the denoiser will run, in words."""
+def features_use(sweep: LatentSweep) -> str:
+    """Return what features will take, and how often the denoiser will run, in words."""
     args = sweep.args
     if args.protocol != "logistic_regression":
-        return 0, "These probes keep no features: the denoiser runs on every image at each noise level and epoch."
+        return "These probes keep no features: the denoiser runs on every image at each noise level and epoch."
     widths = [4 * hidden_size(sweep.model.denoiser, layer) for layer in sweep.layers]
     choosing, every = len(sweep.rows) * len(args.sigmas), sum(len(labels) for labels in sweep.data.labels.values())
     probing = every * args.num_views * args.num_noise_seeds
-    grid, best = choosing * sum(widths), probing * max(widths)
-    text = (
-        f"Features take {size(grid)} to choose on ({len(sweep.layers)} layers, {len(args.sigmas)} noise levels, "
-        f"{len(sweep.rows):,} images) and at most {size(best)} of the best pair, in {args.features_dir}. The denoiser "
-        f"runs on {choosing:,} latents to choose, and on {probing:,} to probe the best pair with "
-        f"{args.num_noise_seeds} noise seeds: up to the deepest layer asked for, no further."
+    free = shutil.disk_usage(sweep.data.folder.folder).free
+    return (
+        f"Features take {size(choosing * sum(widths))} to choose on ({len(sweep.layers)} layers, {len(args.sigmas)} "
+        f"noise levels, {len(sweep.rows):,} images) and at most {size(probing * max(widths))} of the best pair, in "
+        f"{args.features_dir}; {size(free)} are free beside the latents. The denoiser runs on {choosing:,} latents to "
+        f"choose, and on {probing:,} to probe the best pair with {args.num_noise_seeds} noise seeds: up to the deepest "
+        "layer asked for, no further."
     )
-    return grid + best, text
 
 
 def finetune_options(args: argparse.Namespace, best: dict[str, Any]) -> list[str]:
     """Return the options of `finetune.py` that go on from the best pair, those of `--finetune` last."""
-    options = {name: getattr(args, name) for name in ("model_name_or_path", "latents_dir", *FORWARDED)}
+    names = ("model_name_or_path", "latents_dir", *FORWARDED)
+    options = {name: getattr(args, name) for name in names} | {"resume_from_checkpoint": "latest"}
     options |= {"layer": best["layer"], "sigma": best["sigma"], "output_dir": str(Path(args.output_dir) / "finetuned")}
     words: list[str] = []
     for name, value in (options | args.finetune).items():
@@ -151,18 +166,16 @@ def main(argv: list[str] | None = None) -> None:
     source, cache = args.model_name_or_path, {"cache_dir": args.cache_dir}
     try:
         images = LabelledImages(args, DDAEImageProcessor.from_pretrained(source, **cache))
-        vae = load_vae(source, **cache).requires_grad_(False)
+        vae = load_vae(source, **cache).float().requires_grad_(False)
         folder = create_folder(args, images, vae)
-        sweep = LatentSweep(args, source, EncodedImages(args, images.processor, folder))
-        needed, features = features_use(sweep)
-        print(f"{state_use(folder, vae, args.encode_batch_size, side(images))}\n{features}")
-        check_space(folder.folder, needed + folder.missing_bytes())
+        sweep = LatentSweep(args, source, EncodedImages(images, folder))
+        print(f"{state_use(folder, vae, args.encode_batch_size, side(images))}\n{features_use(sweep)}")
+        images.batch_size = args.encode_batch_size
+        for name, labels in images.labels.items():
+            folder.write_labels(name, labels)
+        encode_views(folder, vae, images, changes_of(args))
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
-    images.batch_size = args.encode_batch_size
-    for name, labels in images.labels.items():
-        folder.write_labels(name, labels)
-    encode_views(folder, vae, images, changes_of(args))
     report = sweep_one(sweep)
     if args.finetune is not None:
         finetune.main(finetune_options(args, report["best"]))

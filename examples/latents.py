@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from data import best_device, images_hash
-from ddae_hf.arrays import num_bytes
+from data import best_device
+from ddae_hf.arrays import num_bytes, size
 from ddae_hf.features import augment_view
 from ddae_hf.latent_folder import DTYPE, LatentFolder
 from ddae_hf.noise import indexed_noise
@@ -25,7 +24,7 @@ def describe_splits(images: Images, views: dict[str, int], changes: dict[str, An
         name: {
             "count": len(images.splits[name]),
             "views": count,
-            "images": images_hash(images.splits[name], images.images),
+            "images": images.hash(name),
             "preprocessing": images.processor.to_dict(),
             "changes": changes,
         }
@@ -47,11 +46,6 @@ def state_use(folder: LatentFolder, vae: Any, batch_size: int, image_size: tuple
         f"({size(weights)}) and what it needs for {batch_size} images at a time ({size(batch)} as pixels), afterwards "
         "the denoiser; latents are read from the disk."
     )
-
-
-def size(count: int) -> str:
-    """Return a number of bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def encode_views(folder: LatentFolder, vae: Any, images: Images, changes: dict[str, Any], mirror: bool = False) -> None:
@@ -126,13 +120,15 @@ def one_view(pixel_values: torch.Tensor) -> torch.Tensor:
 class EncodedImages(LabelledImages):
     """Labelled images by their latents, which stand in for their pixels."""
 
-    def __init__(self, args: argparse.Namespace, processor: Any, folder: LatentFolder):
-        super().__init__(args, processor)
-        self.folder, self.as_pixels = folder, LabelledImages(args, processor)
-        for name, split in self.splits.items():
-            known = folder.index["splits"].get(name, {})
-            if known.get("images") != images_hash(split, self.images):
-                raise ValueError(f"{folder.folder} has no latents of these {name} images: encode them.")
+    def __init__(self, images: LabelledImages, folder: LatentFolder):
+        vars(self).update(vars(images))
+        self.folder, self.as_pixels = folder, images
+        for name in self.splits:
+            if folder.index["splits"].get(name, {}).get("images") != self.hash(name):
+                raise ValueError(
+                    f"{folder.folder} has no latents of these {name} images: latent_transfer.py makes them, from the "
+                    "same data with the same --max_train_samples and --max_test_samples."
+                )
 
     @property
     def pixels(self) -> LabelledImages:

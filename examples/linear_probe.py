@@ -1,4 +1,4 @@
-"""Train a linear classifier on a denoiser's hidden states, and save both as one model.
+r"""Train a linear classifier on a denoiser's hidden states, and save both as one model.
 
     python examples/linear_probe.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
         --layers decoder --sigmas 0.02 0.05 0.14 --baselines --output_dir runs/cifar10_classifier

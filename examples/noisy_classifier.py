@@ -1,4 +1,4 @@
-"""Classify noisy images: a small network on a frozen denoiser's features, against a network trained on noisy images.
+r"""Classify noisy images: a small network on a frozen denoiser's features, against a network trained on noisy images.
 
     python examples/noisy_classifier.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
         --num_views 10 --random_flip --wide_resnet 10 --random_crop 4 --output_dir runs/noisy_classifier

@@ -1,4 +1,4 @@
-"""Train a denoiser on images, which need no labels, or on the latents that `encode_latents.py` made of them.
+r"""Train a denoiser on images, which need no labels, or on the latents that `encode_latents.py` made of them.
 
     accelerate launch examples/pretrain.py --config examples/configs/cifar10_ddpm_unet.yaml \
         --dataset_name uoft-cs/cifar10 --output_dir runs/cifar10_ddpm_unet

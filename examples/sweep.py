@@ -1,4 +1,4 @@
-"""Find a denoiser's best layer and noise level: probe every pair of them, and save the best as a classifier.
+r"""Find a denoiser's best layer and noise level: probe every pair of them, and save the best as a classifier.
 
     python examples/sweep.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
         --layers decoder --sigmas 0.02 0.05 0.1 0.2 --output_dir runs/cifar10_sweep
@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import best_device, images_hash, write_json
+from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import FeatureCache, augment_view
 from ddae_hf.hidden_states import decoder_layer_names
@@ -86,6 +86,9 @@ class Sweep:
                 self.model.config.from_dict(self.model.config.to_dict(), layer=layer, sigma=sigma)
         for per_class in args.few_labels:
             draw_labels(labels, per_class, args.seed)
+        size = dict(self.data.processor.size)
+        if args.random_crop >= min(size.values()):
+            raise ValueError(f"--random_crop is {args.random_crop}: it must be below the sides of the images, {size}.")
         fewest = min(NEIGHBOURS) if args.knn else 1
         if len(self.fitted) < fewest or (args.alignment and len(self.held_out) < 2):
             raise ValueError(
@@ -101,10 +104,7 @@ class Sweep:
     def identify(self) -> dict[str, dict[str, Any]]:
         """Return what tells the images of each split from others."""
         data = self.data
-        return {
-            name: {"images": images_hash(split, data.images), "preprocessing": data.processor.to_dict()}
-            for name, split in data.splits.items()
-        }
+        return {name: {"images": data.hash(name), "preprocessing": data.processor.to_dict()} for name in data.splits}
 
     def view(self, split: str, rows: np.ndarray, numbers: Sequence[int] | np.ndarray, view: int) -> torch.Tensor:
         """Return a view of the images at `rows`, the first being the images themselves; `numbers` seed the changes."""
@@ -295,6 +295,7 @@ def sweep_checkpoint(sweep: Sweep, folder: Path) -> dict[str, Any]:
     where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": args.noise_seed, **sweep.conditions}
     where["cache_dir"] = args.cache_dir
     save_classifier(folder / "classifier", checkpoint, data.processor, data.names, weight, bias, **where)
+    sweep.model.to("cpu")  # the whole classifier takes its place
     saved = float((classify(folder / "classifier", data.pixels) == labels).mean())
     np.save(folder / "test_predictions.npy", predicted)
     np.save(folder / "test_labels.npy", labels)

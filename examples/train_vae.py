@@ -1,4 +1,4 @@
-"""Train a small variational autoencoder on images, which need no labels, for denoisers that work on latents.
+r"""Train a small variational autoencoder on images, which need no labels, for denoisers that work on latents.
 
     python examples/train_vae.py --config examples/configs/cifar10_vae.yaml \
         --dataset_name uoft-cs/cifar10 --output_dir runs/cifar10_vae

@@ -111,7 +111,11 @@ def _load_latents(args: argparse.Namespace) -> TrainingData:
     if "vae_source" not in folder.index:
         raise ValueError(f"{folder.folder} was not made by encode_latents.py, which says of what the latents are.")
     if args.class_conditional:
-        labels = folder.labels(split)
+        try:
+            labels = folder.labels(split)
+        except ValueError as error:
+            reason = "leave out --class_conditional, or encode images of a data set with a --label_column"
+            raise ValueError(f"{error} {reason.capitalize()}.") from error
     dataset = pick_split({split: latent_dataset(folder, split, labels, views)}, split, args.max_train_samples)
     try:
         vae = load_vae(args.vae or folder.index["vae_source"], cache_dir=args.cache_dir)

@@ -16,11 +16,20 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 import convert as script
-from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline, add_noise, layer_names, timestep_to_sigma
+from ddae_hf import (
+    DDAEForImageClassification,
+    DDAEImageProcessor,
+    DDAEModel,
+    DDAEPipeline,
+    add_noise,
+    layer_names,
+    timestep_to_sigma,
+)
 from ddae_hf.conditioning import adjust_timestep_embedding, fed_timestep
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
 from ddae_hf.conversion import DIT_HEADS, convert, convert_dit, convert_unet
 from ddae_hf.hidden_states import collect_hidden_states
+from labelled import save_classifier
 
 from .conftest import make_vae
 
@@ -446,6 +455,41 @@ def test_files_of_no_known_kind_are_refused(tmp_path):
     for name, reason in (("cut.pt", "restricted loader"), ("text.pt", "neither a torch file"), ("no.pt", "is no file")):
         with pytest.raises(ValueError, match=reason):
             convert(tmp_path / name)
+
+
+def test_a_small_file_cannot_claim_a_large_network(tmp_path):
+    state = dit_state(depth=1)
+    expanded = torch.zeros(1).expand(1, 2000**2, 64)
+    claims = {
+        "blocks": (state | {"blocks.19999.x": torch.zeros(1)}, "not numbered from 0 on"),
+        "positions": (state | {"pos_embed": expanded}, "pos_embed of shape .* has fewer values"),
+        "kernel": (state | {"x_embedder.proj.weight": torch.zeros(64)}, "must have four sides"),
+        "classes": ({"ema": state, "args": argparse.Namespace(num_classes="ten")}, "not laid out as networks"),
+    }
+    for name, (content, reason) in claims.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=reason):
+            convert(tmp_path / name, num_heads=4)
+    (tmp_path / "memo.pkl").write_bytes(b"\x80\x02Nr\xff\xff\xff\x0f.")  # room for 268 million objects
+    with pytest.raises(ValueError, match="no checkpoint of a known kind"):
+        convert(tmp_path / "memo.pkl")
+    shared = ("SongUNet",)
+    for _ in range(40):  # as words it would have a million million parts
+        shared = (shared, shared)
+    (tmp_path / "nested.pkl").write_bytes(edm_pickle(tmp_path, shared).read_bytes())
+    with pytest.raises(ValueError, match="is a pickle of EDM"):
+        convert(tmp_path / "nested.pkl")
+
+
+def test_a_probe_of_features_alone_is_saved_whole(unet_file, tmp_path):
+    script.main([str(unet_file[0]), "--framework", "edm", "--sample_size", "8", "--output_dir", str(tmp_path / "net")])
+    options = {"layer": "mid_block", "sigma": 0.1}
+    processor = DDAEImageProcessor.from_pretrained(tmp_path / "net")
+    width = DDAEModel.from_pretrained(tmp_path / "net", **options).config.hidden_size
+    weight, bias = torch.randn(2, width), torch.randn(2)
+    save_classifier(tmp_path / "probe", str(tmp_path / "net"), processor, ["a", "b"], weight, bias, **options)
+    model = DDAEForImageClassification.from_pretrained(tmp_path / "probe")
+    assert torch.equal(model.classifier.weight, weight) and model.config.layer == "mid_block"
 
 
 def test_the_script_writes_into_empty_folders_only(unet_file, tmp_path):

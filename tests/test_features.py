@@ -155,7 +155,7 @@ def test_other_numbers_of_images_than_announced_are_refused(model, images, tmp_p
 def test_a_full_disk_is_told_before_anything_is_written(model, images, tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 10, 100))
-    with pytest.raises(OSError, match="GiB are free: give another folder"):
+    with pytest.raises(OSError, match="iB are free: give another folder"):
         cached(FeatureCache(tmp_path, model), Source(images))
     assert not list(tmp_path.glob("*/*.npy"))
 

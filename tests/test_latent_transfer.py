@@ -116,13 +116,47 @@ def test_online_probes_go_through_the_views(checkpoint, digits, tmp_path, monkey
     assert {view for split, view in seen if split == "test"} == {0}
 
 
+def test_another_scale_of_latents_is_not_taken_for_the_same(checkpoint, digits, transferred, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "scaled")
+    config = json.loads((tmp_path / "scaled" / "vae" / "config.json").read_text())
+    (tmp_path / "scaled" / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
+    shutil.copytree(transferred / "features", tmp_path / "features")
+    before = {path.name for path in (tmp_path / "features").iterdir()}
+    latent_transfer.main(options(tmp_path / "scaled", digits, tmp_path, "--layers", "transformer_blocks.1"))
+    new = {path.name for path in (tmp_path / "features").iterdir()} - before
+    assert len(new) == 4  # two levels to choose on, and the best pair's training and test images
+    with pytest.raises(SystemExit, match="vae.scaling_factor is 1.0 there, 0.18215 here"):
+        latent_transfer.main(options(checkpoint, digits, tmp_path))
+
+
+def test_a_processor_of_another_size_stops_before_anything_is_encoded(checkpoint, digits, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "small")
+    DDAEImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "small")
+    with pytest.raises(SystemExit, match=r"make latents \(4, 4, 4\), but its denoiser takes \(4, 8, 8\)"):
+        latent_transfer.main(options(tmp_path / "small", digits, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("latents/*.npy"))
+
+
+def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint, digits, transferred, capsys):
+    views = ("--num_views", 2, "--random_flip", "--random_crop", 2, "--few_labels", 2, "--num_draws", 2)
+    for steps in (2, 2):  # the second run finds it done
+        tune = json.dumps({"max_train_steps": steps, "batch_size": 16})
+        latent_transfer.main(options(checkpoint, digits, transferred, *views, "--finetune", tune))
+    report, best = (
+        json.loads((transferred / name / "eval_results.json").read_text()) for name in ("finetuned", "classifier")
+    )
+    assert (report["layer"], report["sigma"]) == (best["best"]["layer"], best["best"]["sigma"])
+    assert report["steps"] == 2 and report["saved_classifier_test_accuracy"] >= 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--checkpoints", "runs"], "Give one of"),
         (["--encode_batch_size", "0"], "must be at least 1"),
         (["--finetune", "5"], "it takes options"),
-        (["--finetune", "{nothing: 5}"], "unrecognized arguments: --nothing"),
+        (["--finetune", "{nothing: 5}"], "finetune.py does not take this"),
+        (["--num_views", "2", "--random_crop", "16"], "must be below the sides of the images"),
         (["--layers", "transformer_blocks.9"], "There is no layer 'transformer_blocks.9'"),
         (["--sigmas", "1000"], "sigma"),
     ],
@@ -135,5 +169,5 @@ def test_what_cannot_work_stops_before_anything_is_encoded(checkpoint, digits, t
 
 
 def test_a_network_of_pixels_is_refused(layouts, digits, tmp_path):
-    with pytest.raises(SystemExit, match="without a vae: its denoiser works on pixels"):
+    with pytest.raises(SystemExit, match="has no vae. If its denoiser works on latents, save it with the VAE"):
         latent_transfer.main(options(layouts / "pipeline", digits, tmp_path))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, EDMEulerScheduler
 from transformers import AutoModelForImageClassification, pipeline
 
 from ddae_hf import (
@@ -151,6 +151,7 @@ def test_draws_of_latents_are_fixed_in_evaluation_and_each_image_s_own_in_featur
     assert not torch.equal(model.train().encode(pixels), model.encode(pixels))
     model.eval().save_pretrained(tmp_path)
     assert torch.equal(DDAEModel.from_pretrained(tmp_path).encode(pixels), model.encode(pixels))
+    assert not DDAEModel.from_pretrained(tmp_path, vae=None).config.sample_posterior
     layers = ["transformer_blocks.0", "transformer_blocks.3"]
     whole = extract_features(model, [pixels], layers, 0.3)
     pieces = extract_features(model, [pixels[:2], pixels[2:]], layers, 0.3)
@@ -165,11 +166,19 @@ def test_draws_of_latents_are_fixed_in_evaluation_and_each_image_s_own_in_featur
     torch.testing.assert_close(found[layers[0]], tokens.mean(1), rtol=1e-5, atol=1e-5)
 
 
-def test_the_vae_is_never_trained(latent_dit, pixels):
-    model = DDAEForImageClassification.from_pretrained(latent_dit, num_labels=2).train()
-    model(pixels, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
-    assert not model.ddae.vae.training and all(p.grad is None for p in model.ddae.vae.parameters())
-    assert model.ddae.denoiser.pos_embed.proj.weight.grad.abs().sum() > 0
+def test_the_vae_is_never_trained(latent_dit, pixels, tmp_path):
+    DDAEForImageClassification.from_pretrained(latent_dit, num_labels=2).save_pretrained(tmp_path)
+    for source in (latent_dit, tmp_path):
+        model = DDAEForImageClassification.from_pretrained(source, num_labels=2).train()
+        pixels.grad = None
+        model(pixels.requires_grad_(), labels=torch.zeros(5, dtype=torch.long)).loss.backward()
+        assert not model.ddae.vae.training and all(p.grad is None for p in model.ddae.vae.parameters())
+        assert model.ddae.denoiser.pos_embed.proj.weight.grad.abs().sum() > 0
+        assert pixels.grad.abs().sum() > 0  # attributions go through the VAE
+        model.freeze_denoiser()
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
+    model, info = DDAEModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not any(p.requires_grad for p in model.vae.parameters())
 
 
 @torch.no_grad()
@@ -194,9 +203,30 @@ def test_a_u_net_of_latents_and_half_precision(tmp_path, pixels):
     model = DDAEBackbone.from_pretrained(tmp_path, out_features=["mid_block"])
     assert model(pixels).feature_maps[0].shape == (5, 64, 4, 4)
     half = DDAEModel.from_pretrained(tmp_path, dtype=torch.float16)
-    assert half.denoiser.dtype == torch.float16 and half.vae.dtype == torch.float32
+    assert half.denoiser.dtype == torch.float16
+    assert torch.equal(half.vae.quant_conv.weight, make_vae().quant_conv.weight)  # in float32, and unrounded
     brief = DDAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert brief.vae.dtype == torch.bfloat16 and brief(pixels).pooler_output.isfinite().all()
+
+
+def test_a_bare_network_of_latents_is_completed_and_not_clipped(tmp_path, latent_dit):
+    make_dit(in_channels=4).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="DDPM's defaults are taken"):
+        pipe = DDAEPipeline.from_pretrained(tmp_path, vae=make_vae())
+    latents = pipe(2, 0, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="latent").images
+    assert latents.abs().max() > 1
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(ValueError, match="clip_denoised clips to"):
+        pipe(2, 0, num_inference_steps=3, sampler="heun", clip_denoised=True)
+    with pytest.raises(ValueError, match="`get_label_ids` gives those of names"):
+        DDAEPipeline.from_pretrained(latent_dit)(class_labels=["goldfish"])
+
+
+def test_a_classifier_of_latents_does_not_pass_for_one_of_images(latent_dit, tmp_path):
+    model = DDAEForImageClassification.from_pretrained(latent_dit, num_labels=2, vae=None)
+    assert model.config.sigma == DDAEModel.from_pretrained(latent_dit).config.sigma == 0.42
+    with pytest.raises(ValueError, match="was opened without the VAE of"):
+        model.save_head(tmp_path, base=latent_dit)
 
 
 def test_what_does_not_go_together_is_refused(latent_dit, tmp_path):
