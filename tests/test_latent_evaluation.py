@@ -112,7 +112,9 @@ def test_generated_images_are_measured_by_features_of_latents(latent_dit, other,
     files = sorted((tmp_path / "images").glob("*.png"))
     made = processor([Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
     real, _ = pixels_and_labels(latent_dit, digits, "train", 40)
-    features = [extract_features(model, [x], [LAYER], 0.05, view=v)[LAYER] for v, x in enumerate([real, made])]
+    features = [
+        extract_features(model, [x], [LAYER], model.config.sigma, view=v)[LAYER] for v, x in enumerate([real, made])
+    ]
     distance = report["results"]["generated"]["frechet_distance"]
     assert distance == pytest.approx(frechet_distance(*features), rel=1e-3)
     assert distance != found[other]["results"]["generated"]["frechet_distance"]
