@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart demo model-cards test test-slow test-minimum check wheel digits-frameworks cifar10-cpu clean
+.PHONY: quickstart demo model-cards test test-slow test-minimum check wheel digits-frameworks cifar10-cpu cifar10-latent clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -57,6 +57,19 @@ cifar10-cpu: $(VENV)/.installed  ## Recreate the CPU checkpoint and its figures:
 	$(BIN)/python examples/generate.py --model_name_or_path runs/cifar10_cpu --output_dir runs/cifar10_cpu_samples
 	$(BIN)/python examples/linear_probe.py --config examples/configs/cifar10_cpu_probe.yaml \
 		--model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_cpu_classifier
+
+cifar10-latent: $(VENV)/.installed  ## Train the small VAE and latent DiT and transfer it: make cifar10-latent DDAE_CIFAR10_DIR=...
+	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
+	test -f runs/cifar10_vae/train_results.json || $(BIN)/python examples/train_vae.py --config examples/configs/cifar10_vae.yaml \
+		--dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_vae --resume_from_checkpoint latest
+	$(BIN)/python examples/encode_latents.py --vae runs/cifar10_vae --dataset_name "$(DDAE_CIFAR10_DIR)" --mirror --batch_size 64 \
+		--output_dir runs/cifar10_latents
+	test -f runs/cifar10_latent_dit/train_results.json || $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
+		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") examples/pretrain.py \
+		--config examples/configs/cifar10_latent_dit.yaml --latents_dir runs/cifar10_latents --output_dir runs/cifar10_latent_dit \
+		--resume_from_checkpoint latest
+	$(BIN)/python examples/latent_transfer.py --model_name_or_path runs/cifar10_latent_dit --dataset_name "$(DDAE_CIFAR10_DIR)" \
+		--batch_size 500 --encode_batch_size 64 --few_labels 1 10 100 --output_dir runs/cifar10_latent_transfer
 
 clean:  ## Remove what was built and run.
 	rm -rf $(VENV) $(VENV)-minimum build dist *.egg-info runs

@@ -27,6 +27,7 @@ CARDS = {
         ["cifar10_cpu_sweep", "cifar10_cpu"],
         "CIFAR-10 (JPEG copy)",
     ),
+    "cifar10_latent_dit": ("cifar10_latent_dit", ["cifar10_latent_transfer"], "CIFAR-10 (JPEG copy)"),
 }
 LONGEST_SIDE = 640
 
