@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from .checkpoints import build_denoiser, build_scheduler, build_vae, write_head
+from .checkpoints import build_denoiser, build_scheduler, build_vae
 from .conditioning import check_label_range, class_conditioning, disable_label_dropout, fed_timestep
 from .configuration_ddae import DDAEConfig
+from .heads import write_head
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
 from .latents import encode, freeze
 from .noise import add_noise, check_sigma, sigma_range, timestep_to_sigma

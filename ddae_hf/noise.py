@@ -274,7 +274,7 @@ def check_sigma(scheduler: Any, sigma: float) -> None:
     if not _inside(sigma, low, high):
         raise ValueError(
             f"sigma {sigma} is outside the schedule of {type(scheduler).__name__}: allowed are {low:.5g} to {high:.5g} "
-            "(standard deviation of the noise on images in [-1, 1])."
+            "(standard deviation of the noise on images in [-1, 1], or on scaled latents)."
         )
 
 

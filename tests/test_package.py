@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["arrays", "noise", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "pickles", "remote_code"],
     ["checkpoints"],
-    ["configuration_ddae"],
+    ["configuration_ddae", "heads"],
     ["objectives", "sampling", "image_processing_ddae", "pretrained_ddae", "conversion"],
     ["pipeline_ddae", "modeling_ddae"],
     ["backbone_ddae"],
