@@ -52,6 +52,21 @@ def make_vae(seed=0, **options):
     return AutoencoderKL(**{**tiny, **options}).eval()
 
 
+class Source:
+    """Images in batches from any index on, which counts how many were asked for."""
+
+    def __init__(self, images, size=2, stop_after=None):
+        self.images, self.size, self.stop_after, self.read = images, size, stop_after, 0
+
+    def __call__(self, start):
+        for first in range(start, len(self.images), self.size):
+            if self.stop_after is not None and self.read >= self.stop_after:
+                raise KeyboardInterrupt
+            batch = self.images[first : first + self.size]
+            self.read += len(batch)
+            yield batch
+
+
 @pytest.fixture(scope="session")
 def latent_dit(tmp_path_factory):
     """A DiT of latents as `facebook/DiT-XL-2-256` has its parts: 1000 classes, their names, a learned variance.

@@ -14,7 +14,7 @@ from ddae_hf.checkpoints import plain_config
 from ddae_hf.features import FeatureCache, augment_view, extract_features
 from ddae_hf.noise import indexed_noise
 
-from .conftest import make_unet
+from .conftest import Source, make_unet
 
 LAYERS = ["mid_block", "up_blocks.1.resnets.0"]
 
@@ -61,21 +61,6 @@ def test_features_are_averaged_over_the_draws_of_noise(model, images):
 def test_an_empty_data_set_is_refused(model):
     with pytest.raises(ValueError, match="empty"):
         extract_features(model, [], LAYERS, 0.5)
-
-
-class Source:
-    """Images in batches from any index on, which counts how many were asked for."""
-
-    def __init__(self, images, size=2, stop_after=None):
-        self.images, self.size, self.stop_after, self.read = images, size, stop_after, 0
-
-    def __call__(self, start):
-        for first in range(start, len(self.images), self.size):
-            if self.stop_after is not None and self.read >= self.stop_after:
-                raise KeyboardInterrupt
-            batch = self.images[first : first + self.size]
-            self.read += len(batch)
-            yield batch
 
 
 def cached(cache, source, layers=LAYERS, sigma=0.5, data="some images", **options):

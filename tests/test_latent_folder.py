@@ -16,7 +16,7 @@ from ddae_hf.arrays import fill, rows_done
 from ddae_hf.latent_folder import LatentFolder
 from ddae_hf.latents import encode
 
-from .conftest import make_vae
+from .conftest import Source, make_vae
 
 COUNT, SIDE = 7, 16
 
@@ -38,21 +38,6 @@ def splits(**views):
 def create(folder, vae, **options):
     options = {"splits": splits(train=1), **options}
     return LatentFolder.create(folder, vae, (SIDE, SIDE), **options)
-
-
-class Source:
-    """Images in batches from any index on, which counts how many were asked for."""
-
-    def __init__(self, images, size=2, stop_after=None):
-        self.images, self.size, self.stop_after, self.read = images, size, stop_after, 0
-
-    def __call__(self, start):
-        for first in range(start, len(self.images), self.size):
-            if self.stop_after is not None and self.read >= self.stop_after:
-                raise KeyboardInterrupt
-            batch = self.images[first : first + self.size]
-            self.read += len(batch)
-            yield batch
 
 
 def written(folder, vae, source, view=0, split="train"):
