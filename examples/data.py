@@ -18,10 +18,13 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import Dataset as TorchDataset
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.augment import augment, embed_labels, label_width
 from ddae_hf.conditioning import drop_labels, num_labels
+from pixels import Pixels, scaled
+from precision import training_layout
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -116,7 +119,10 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how training images are read."""
     group = parser.add_argument_group("loading")
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that decode images.")
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=0,
+        help="Processes that decode images, anew in each epoch; with 0 images that fit into memory are decoded once.",
+    )  # fmt: skip
     group.add_argument(
         "--streaming", action=argparse.BooleanOptionalAction, default=False,
         help="Read images while training, without ever downloading or holding the whole data set.",
@@ -288,17 +294,43 @@ def collate(processor: DDAEImageProcessor, num_classes: int, rows: list[dict[str
     return batch
 
 
+class ImageBatches(TorchDataset):
+    """Whole batches of `pixel_values` (B, C, H, W), which `scaled` makes floats, and of `labels` (B,), if any."""
+
+    def __init__(self, pixels: Pixels, labels: np.ndarray | None = None):
+        self.pixels, self.labels = pixels, None if labels is None else torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Return the batch of the images at `indices`."""
+        batch = {"pixel_values": self.pixels.read(indices)}
+        return batch if self.labels is None else batch | {"labels": self.labels[indices]}
+
+
+def whole(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch that needs no putting together."""
+    return batch
+
+
 def training_batches(
     args: argparse.Namespace, dataset: Dataset | IterableDataset, denoiser: Any, num_classes: int
 ) -> DataLoader:
-    """Return shuffled batches: of images as `collate` makes them, of latents as they are.
+    """Return shuffled batches: of images `ImageBatches`, of a stream's as `collate` makes them, of latents as they are.
 
     A stream is shuffled anew in every epoch.
     """
-    prepare = partial(collate, DDAEImageProcessor.for_denoiser(denoiser.config), num_classes)
+    processor, put_together = DDAEImageProcessor.for_denoiser(denoiser.config), default_collate
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
         dataset = dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
+        put_together = partial(collate, processor, num_classes)
+    elif "image" in dataset.column_names:
+        # Workers have memory of their own, in which each would keep what it happens to decode.
+        pixels = Pixels(dataset, "image", processor, keep=args.dataloader_num_workers == 0)
+        dataset = ImageBatches(pixels, read_labels(dataset, "labels") if num_classes else None)
+        put_together = whole
     return DataLoader(
         dataset,
         batch_size=args.train_batch_size,
@@ -306,7 +338,8 @@ def training_batches(
         drop_last=streaming or len(dataset) >= args.train_batch_size,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
-        collate_fn=prepare if "image" in dataset.column_names else default_collate,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=put_together,
     )
 
 
@@ -331,8 +364,10 @@ def random_crop(images: torch.Tensor, padding: int) -> torch.Tensor:
 def training_inputs(
     args: argparse.Namespace, batch: dict[str, torch.Tensor], network: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return clean images, augmented if asked for, and what the network is told of them."""
-    clean, labels = batch["pixel_values"].to(memory_format=torch.channels_last), batch.get("labels")
+    """Return clean images as floats, augmented if asked for, and what the network is told of them."""
+    pixels, labels = batch["pixel_values"], batch.get("labels")
+    pixels = pixels.to(memory_format=training_layout(pixels.device))
+    clean = scaled(pixels, DDAEImageProcessor.for_denoiser(network.config))
     if args.augment:
         clean, numbers = augment(clean, args.augment)
         return clean, embed_labels(numbers, label_width(network))

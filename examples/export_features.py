@@ -40,6 +40,7 @@ from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.features import FeatureCache
 from ddae_hf.hidden_states import decoder_layer_names
 from labelled import check_null_class, ready
+from precision import add_dtype_argument, chosen_dtype
 
 ROW_GROUP = 10_000
 
@@ -60,6 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
     add("--noise_seed", type=int, default=0)
     add("--batch_size", type=int, default=250)
+    add_dtype_argument(parser)
     args = parse_with_config(parser, argv)
     for name, least in (("batch_size", 1), ("num_noise_samples", 1), ("noise_seed", 0), ("view", 0)):
         if getattr(args, name) < least:
@@ -71,6 +73,7 @@ def open_model(args: argparse.Namespace) -> tuple[DDAEModel, list[str], float]:
     """Return the model, the layers and the noise level that the options name, or stop."""
     options = {"num_noise_samples": args.num_noise_samples}
     options |= {} if args.null_class is None else {"null_class": args.null_class}
+    options |= chosen_dtype(args)
     model = DDAEModel.from_pretrained(args.model_name_or_path, **options, cache_dir=args.cache_dir)
     groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
     layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]

@@ -35,7 +35,7 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from data import add_data_arguments, flip, parse_with_config, random_crop, write_json
+from data import add_data_arguments, best_device, flip, parse_with_config, random_crop, write_json
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
 from ddae_hf.checkpoints import load_vae, plain_config
 from ddae_hf.latent_folder import LatentFolder
@@ -44,6 +44,7 @@ from hub import add_hub_arguments, prepare, publish
 from labelled import LabelledImages, add_label_arguments, classify, draw_fraction
 from latents import EncodedImages, one_view
 from metrics import classification_metrics
+from precision import training_layout
 
 OPTIONS, PROGRESS, AVERAGED = "training_options.yaml", "progress.json", "averaged.safetensors"
 FREE = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "cache_dir", "config"}  # may differ in resuming
@@ -328,7 +329,7 @@ class FineTuner(Trainer):
         targets = F.one_hot(labels, len(self.model.config.id2label)).float()
         if self.options.mixup:
             images, targets = mix(images, targets, self.options.mixup)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=training_layout(images.device))
         # Label smoothing (Szegedy et al. 2016, arXiv 1512.00567).
         targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), self.options.label_smoothing)
         return {"pixel_values": images, "labels": targets}
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
         data = open_data(args, processor, DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir))
-        model = build_model(args, data.names).to(memory_format=torch.channels_last)
+        model = build_model(args, data.names).to(memory_format=training_layout(torch.device(best_device())))
         chosen = draw_fraction(data.labels["train"], args.label_fraction, args.seed)
         check_sizes(args, model.config, len(chosen))
         trainer = make_trainer(args, model, data.dataset("train").select(chosen))

@@ -26,6 +26,7 @@ from ddae_hf import DDAEPipeline
 from ddae_hf.checkpoints import fingerprint, plain_config
 from ddae_hf.conditioning import num_labels
 from ddae_hf.noise import family
+from precision import add_dtype_argument, chosen_dtype
 
 # What the images of a folder depend on, beside the weights.
 IMAGE_OPTIONS = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
@@ -49,6 +50,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how images are sampled."""
     add = parser.add_argument_group("sampling").add_argument
     add("--batch_size", type=int, default=64)
+    add_dtype_argument(parser)
     add("--num_inference_steps", type=int, default=100)
     add("--scheduler", help="Another diffusers scheduler of the same framework, such as DDIMScheduler.")
     add("--sampler", choices=["heun"], help="EDM's second-order sampler, in place of the scheduler's steps.")
@@ -82,7 +84,8 @@ def open_processes() -> PartialState:
 def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
     """Return the pipeline on the best device there is, with the scheduler asked for."""
     try:
-        pipeline = DDAEPipeline.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+        options = {**chosen_dtype(args), "cache_dir": args.cache_dir}
+        pipeline = DDAEPipeline.from_pretrained(args.model_name_or_path, **options)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     if args.scheduler:

@@ -17,6 +17,7 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, D
 from ddae_hf.checkpoints import fingerprint
 from ddae_hf.conditioning import class_conditioning
 from ddae_hf.noise import indexed_noise
+from pixels import Pixels, scaled
 
 
 def add_label_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +28,11 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Images:
-    """Images of the splits of a data set: their pixels in batches."""
+    """Images of the splits of a data set: their pixels in batches, decoded once where they fit into memory."""
 
     def __init__(self, splits: dict[str, Dataset], column: str, processor: DDAEImageProcessor, batch_size: int):
         self.splits, self.images, self.processor, self.batch_size = splits, column, processor, batch_size
+        self.decoded = {name: Pixels(split, column, processor) for name, split in splits.items()}
         self.hashes: dict[str, str] = {}
 
     def hash(self, split: str) -> str:
@@ -46,8 +48,7 @@ class Images:
 
     def pixel_values(self, split: str, indices: np.ndarray) -> torch.Tensor:
         """Return `pixel_values` (B, C, H, W) of the images at `indices`, in that order."""
-        images = self.splits[split].select(indices)[:][self.images]
-        return self.processor(images, return_tensors="pt")["pixel_values"]
+        return scaled(self.decoded[split].read(indices), self.processor)
 
 
 class LabelledImages(Images):
@@ -89,12 +90,14 @@ class LabelledImages(Images):
         """Return a split as `pixel_values` and `labels`, and `noise` of each image's own if (draws, seed) came."""
         dataset = self.splits[split].select_columns([self.images]).add_column("labels", self.labels[split])
         dataset = dataset.add_column("index", np.arange(len(dataset)))
+        # datasets pickles what a transform holds: not all the pixels, which `self` may have.
+        processor, column, sample_shape = self.processor, self.images, self.sample_shape
 
         def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-            pixels = self.processor(batch[self.images], return_tensors="pt")["pixel_values"]
+            pixels = processor(batch[column], return_tensors="pt")["pixel_values"]
             row = {"pixel_values": pixels, "labels": torch.tensor(batch["labels"])}
             if noise is not None:
-                shape = (noise[0], *(self.sample_shape or pixels.shape[1:]))
+                shape = (noise[0], *(sample_shape or pixels.shape[1:]))
                 row["noise"] = indexed_noise(shape, batch["index"], noise[1], noise_view(split, 0))
             return row
 
@@ -175,8 +178,8 @@ def save_classifier(
 
 
 @torch.no_grad()
-def classify(folder: str | os.PathLike[str], data: LabelledImages, split: str = "test") -> np.ndarray:
-    """Return the classes that a saved classifier gives a split's images, as its users get them."""
-    model = ready(DDAEForImageClassification.from_pretrained(folder))
+def classify(folder: str | os.PathLike[str], data: LabelledImages, split: str = "test", **options: Any) -> np.ndarray:
+    """Return the classes that a saved classifier, opened with `options`, gives the images of a split."""
+    model = ready(DDAEForImageClassification.from_pretrained(folder, **options))
     batches = data.batches(split, np.arange(len(data.labels[split])), "saved classifier")
     return np.concatenate([model(images.to(model.device)).logits.argmax(-1).cpu().numpy() for images in batches])

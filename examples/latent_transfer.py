@@ -32,6 +32,7 @@ from ddae_hf.latent_folder import LatentFolder
 from hub import prepare
 from labelled import LabelledImages
 from latents import EncodedImages, describe_splits, encode_views, state_use
+from precision import chosen_dtype
 from sweep import Sweep, sweep_one
 from sweep_options import parse_arguments
 
@@ -47,7 +48,8 @@ class LatentSweep(Sweep):
 
     def open_model(self) -> DDAEModel:
         """Return the denoiser without its VAE."""
-        model = DDAEModel.from_pretrained(self.checkpoint, vae=None, **self.conditions, cache_dir=self.args.cache_dir)
+        options = {**self.conditions, **chosen_dtype(self.args)}
+        model = DDAEModel.from_pretrained(self.checkpoint, vae=None, **options, cache_dir=self.args.cache_dir)
         self.conditions["sample_posterior"] = self.data.folder.index["sample_posterior"]  # of the whole classifier
         return model
 

@@ -44,7 +44,8 @@ def state_use(folder: LatentFolder, vae: Any, batch_size: int, image_size: tuple
         f"Latents of {of}: {sum(counts.values()):,} of {'x'.join(map(str, folder.shape))}, {size(total)} on disk in "
         f"{folder.folder}, {size(missing)} of them still to be computed. Memory stays bounded: while encoding the VAE "
         f"({size(weights)}) and what it needs for {batch_size} images at a time ({size(batch)} as pixels), afterwards "
-        "the denoiser; latents are read from the disk."
+        "the denoiser; latents are read from the disk. Decoded images are kept where all fit into a quarter "
+        "of the free memory."
     )
 
 

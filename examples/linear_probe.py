@@ -40,6 +40,7 @@ from labelled import (
     save_classifier,
 )
 from metrics import F1
+from precision import add_dtype_argument, chosen_dtype
 
 PIXELS = "pixels"
 Features = Callable[[str, np.ndarray, list[str], float], dict[str, np.ndarray]]
@@ -64,6 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_noise_samples", type=int, default=1, help="Draws of noise that features are averaged over.")
     add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
     add("--batch_size", type=int, default=250)
+    add_dtype_argument(parser)
     add("--noise_seed", type=int, default=0)
     add(
         "--seed",
@@ -220,7 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
     data = LabelledImages(args, processor)
-    model = DDAEModel.from_pretrained(args.model_name_or_path, **conditions(args), cache_dir=args.cache_dir)
+    dtype = chosen_dtype(args)
+    model = DDAEModel.from_pretrained(args.model_name_or_path, **conditions(args), **dtype, cache_dir=args.cache_dir)
     check_null_class(model)
     groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
     layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]
@@ -235,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.baselines:
         results["raw pixels"] = probe(pixel_features(data), data, [PIXELS], [0.0], args)
         torch.manual_seed(args.seed)
-        untrained = DDAEModel(model.config).eval().to(best_device(), memory_format=torch.channels_last)
+        untrained = DDAEModel(model.config).eval().to(model.device, model.dtype, memory_format=torch.channels_last)
         untrained.vae = model.vae  # only the denoiser is untrained
         features = network_features(untrained, data, args.noise_seed, "untrained")
         results["untrained network"] = probe(features, data, layers, sigmas, args)
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     save_classifier(
         output, args.model_name_or_path, processor, data.names, weight, bias, **where, cache_dir=args.cache_dir
     )
-    saved_accuracy = float((classify(output, data) == data.labels["test"]).mean())
+    saved_accuracy = float((classify(output, data, **dtype) == data.labels["test"]).mean())
     save_confusion(output / "confusion.png", data.labels["test"], best["predicted"], data.names)
     counts = (len(data.labels["train"]), len(data.labels["test"]))
     for result in results.values():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import inspect
 import json
 import logging
@@ -53,6 +54,7 @@ from ddae_hf.noise import sample_training_sigma
 from ddae_hf.objectives import denoising_loss
 from hub import PRIVATE, add_hub_arguments, prepare, publish
 from latents import one_view
+from precision import has_bfloat16, training_layout
 from training_data import TrainingData, add_latent_arguments, check_latent_arguments, load_training_data
 from training_run import LATENTS, Progress, Run, checkpoint_to_resume, mean
 
@@ -134,16 +136,15 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
     )
     if args.report_to and not accelerator.log_with:
         raise SystemExit(f"--report_to {args.report_to}: that tracker is not installed.")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for name in ("accelerate", "httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
-        if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            logger.warning("This processor has no bfloat16 arithmetic: --mixed_precision no will be faster.")
+    if accelerator.mixed_precision == "bf16" and not has_bfloat16(accelerator.device):
+        logger.warning("This hardware has no bfloat16 arithmetic: --mixed_precision no will be faster.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -206,7 +207,7 @@ def build_networks(args: argparse.Namespace, resume: Path | None, data: Training
         accept_augmentation_labels(denoiser)
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    return denoiser.to(memory_format=torch.channels_last), ema_denoiser.requires_grad_(False).eval(), scheduler
+    return denoiser, ema_denoiser.requires_grad_(False).eval(), scheduler
 
 
 def check_networks(
@@ -258,8 +259,23 @@ def batches_from(accelerator: Accelerator, dataloader: Any, progress: Progress) 
         yield from accelerator.skip_first_batches(dataloader, done) if done else dataloader
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Train, from the start or from a checkpoint, and leave the result in `--output_dir`."""
+@dataclasses.dataclass
+class Training:
+    """What a training step works on, ready for the device, and how far the training is."""
+
+    denoiser: Any
+    scheduler: Any
+    optimizer: Any
+    lr_scheduler: Any
+    dataloader: Any
+    run: Run
+    total_steps: int
+    step: int
+    losses: deque[torch.Tensor] = dataclasses.field(default_factory=lambda: deque(maxlen=100))  # the last batches'
+
+
+def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Training:
+    """Return a training, from the start or from a checkpoint, or stop if it cannot be."""
     resume = checkpoint_to_resume(args)
     data = load_training_data(args)
     try:
@@ -274,6 +290,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     rate = args.learning_rate * (processes if args.scale_lr else 1)
     adam = (rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay)
     optimizer = torch.optim.AdamW(network.parameters(), *adam, fused=True)
+    network.to(memory_format=training_layout(accelerator.device))
     denoiser, optimizer, dataloader = accelerator.prepare(network, optimizer, dataloader)
     if not args.streaming and len(dataloader) == 0:
         raise SystemExit(f"There are fewer images than --train_batch_size x {processes} processes: lower it.")
@@ -284,41 +301,57 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     schedule = {"num_warmup_steps": args.lr_warmup_steps * processes, "num_training_steps": total_steps * processes}
     lr_scheduler = accelerator.prepare(get_scheduler(args.lr_scheduler, optimizer, **schedule))
     run = Run(args, accelerator, ema_denoiser, scheduler, data)
-    step = first = run.start(resume)
+    step = run.start(resume)
     if step >= total_steps:
         raise SystemExit(f"{resume} is at step {step} of the {total_steps} asked for: there is nothing left to train.")
-    bar = tqdm(initial=first, total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
-    losses: deque[torch.Tensor] = deque(maxlen=100)
+    return Training(denoiser, scheduler, optimizer, lr_scheduler, dataloader, run, total_steps, step)
+
+
+def training_steps(args: argparse.Namespace, accelerator: Accelerator, training: Training) -> Iterator[int]:
+    """Train, and yield the number of every step that is done, up to the last."""
+    denoiser, run = training.denoiser, training.run
+    network = accelerator.unwrap_model(denoiser, keep_torch_compile=False)
     denoiser.train()
-    for batch in batches_from(accelerator, dataloader, run.progress):
+    for batch in batches_from(accelerator, training.dataloader, run.progress):
         seed_step(args, accelerator, run.progress.batches)
         with accelerator.accumulate(denoiser):
             batch["pixel_values"] = one_view(batch["pixel_values"])
             clean, labels = training_inputs(args, batch, network)
-            loss = denoising_loss(denoiser, scheduler, clean, class_labels=labels, log_normal=args.log_sigma).mean()
+            levels = {"class_labels": labels, "log_normal": args.log_sigma}
+            loss = denoising_loss(denoiser, training.scheduler, clean, **levels).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        losses.append(loss.detach())
-        run.progress.count(len(clean) * processes, accelerator.gradient_state.end_of_dataloader)
+            training.optimizer.step()
+            training.lr_scheduler.step()
+            training.optimizer.zero_grad()
+        training.losses.append(loss.detach())
+        run.progress.count(len(clean) * accelerator.num_processes, accelerator.gradient_state.end_of_dataloader)
         if not accelerator.sync_gradients:
             continue
-        step += 1
+        training.step += 1
         run.ema.step(denoiser.parameters())
+        yield training.step
+        if training.step == training.total_steps:
+            return
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Train, and leave checkpoints, samples and the result in `--output_dir`."""
+    training = set_up(args, accelerator)
+    denoiser, run, total = training.denoiser, training.run, training.total_steps
+    hidden = not accelerator.is_local_main_process
+    bar = tqdm(initial=training.step, total=total, desc="Training", disable=hidden)
+    for step in training_steps(args, accelerator, training):
         bar.update()
-        if step % 10 == 0 or step == total_steps:
-            run.log(step, losses, lr_scheduler.get_last_lr()[0], bar)
+        if step % 10 == 0 or step == total:
+            run.log(step, training.losses, training.lr_scheduler.get_last_lr()[0], bar)
         if step % args.checkpointing_steps == 0:
             run.checkpoint(denoiser, step)
         if args.sample_steps and step % args.sample_steps == 0:
             run.sample(step)
-        if step == total_steps:
-            break
     bar.close()
-    run.finish(denoiser, step, mean(losses))
+    run.finish(denoiser, training.step, mean(training.losses))
 
 
 def main(argv: list[str] | None = None) -> None:

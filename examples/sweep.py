@@ -43,6 +43,7 @@ from labelled import (
 from metrics import F1
 from online_probes import predict_online, train_online
 from plots import draw_sweep
+from precision import chosen_dtype
 from sweep_options import parse_arguments
 from training_curve import (
     check_run,
@@ -99,7 +100,8 @@ class Sweep:
 
     def open_model(self) -> DDAEModel:
         """Return the model, in evaluation mode."""
-        return DDAEModel.from_pretrained(self.checkpoint, **self.conditions, cache_dir=self.args.cache_dir)
+        options = {**self.conditions, **chosen_dtype(self.args)}
+        return DDAEModel.from_pretrained(self.checkpoint, **options, cache_dir=self.args.cache_dir)
 
     def identify(self) -> dict[str, dict[str, Any]]:
         """Return what tells the images of each split from others."""
@@ -296,7 +298,7 @@ def sweep_checkpoint(sweep: Sweep, folder: Path) -> dict[str, Any]:
     where["cache_dir"] = args.cache_dir
     save_classifier(folder / "classifier", checkpoint, data.processor, data.names, weight, bias, **where)
     sweep.model.to("cpu")  # the whole classifier takes its place
-    saved = float((classify(folder / "classifier", data.pixels) == labels).mean())
+    saved = float((classify(folder / "classifier", data.pixels, **chosen_dtype(args)) == labels).mean())
     np.save(folder / "test_predictions.npy", predicted)
     np.save(folder / "test_labels.npy", labels)
     draw_sweep(folder, rows, sweep.layers, args.sigmas, best)

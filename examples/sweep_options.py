@@ -10,6 +10,7 @@ from pathlib import Path
 from data import add_data_arguments, parse_with_config
 from hub import add_hub_arguments
 from labelled import add_label_arguments
+from precision import add_dtype_argument
 from training_curve import add_curve_arguments
 
 SIGMAS = [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0]
@@ -58,6 +59,7 @@ def parse_arguments(
     add("--num_noise_samples", type=int, default=1, help="Draws of noise that every view's features are averaged over.")
     add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
     add("--batch_size", type=int, default=250)
+    add_dtype_argument(parser)
     add("--noise_seed", type=int, default=0, help="First noise seed.")
     add("--seed", type=int, default=0, help="Seed of the validation split and the draws of labels.")
     selection = "Choose layer and noise level on this many training images; by default on all."

@@ -36,15 +36,16 @@ from tqdm.auto import tqdm
 
 from data import (
     add_data_arguments,
-    flip,
     image_grid,
     load_training_images,
     parse_with_config,
     training_batches,
+    training_inputs,
     write_json,
 )
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
 from facts import data_facts, machine
+from precision import training_layout
 from pretrain import batches_from, make_accelerator, seed_step
 from training_run import PROGRESS, Progress, checkpoint_to_resume, mean, saved_checkpoints
 
@@ -99,7 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing_steps", type=int, default=1000, help="Save a checkpoint, ready to resume, every N steps.")
     add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest` for the newest in --output_dir.")
     # What the helpers of pretrain.py ask for, and this script has no use for.
-    parser.set_defaults(streaming=False, class_conditional=False, gradient_accumulation_steps=1)
+    parser.set_defaults(streaming=False, class_conditional=False, augment=0.0, gradient_accumulation_steps=1)
     parser.set_defaults(report_to=None, logging_dir="logs")
     args = parse_with_config(parser, argv)
     widths = args.vae.get("block_out_channels", [64]) if isinstance(args.vae, dict) else None
@@ -138,7 +139,7 @@ def new_vae(args: argparse.Namespace) -> AutoencoderKL:
     # Posteriors start narrow: with a deviation of one, their noise is what the first steps learn to overcome.
     last = vae.quant_conv if vae.config.use_quant_conv else vae.encoder.conv_out
     nn.init.constant_(last.bias.detach()[vae.config.latent_channels :], -6.0)
-    return vae.to(memory_format=torch.channels_last)
+    return vae
 
 
 def split_images(args: argparse.Namespace, processes: int) -> tuple[Dataset, Dataset]:
@@ -246,6 +247,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     images, held_out = split_images(args, processes)
     optimizer = torch.optim.AdamW(vae.parameters(), args.learning_rate, weight_decay=0.0, fused=True)
     batches = training_batches(args, images, vae, 0)
+    vae.to(memory_format=training_layout(accelerator.device))
     autoencoder, optimizer, dataloader = accelerator.prepare(Autoencoder(vae), optimizer, batches)
     total_steps = args.max_train_steps or args.num_train_epochs * len(dataloader)
     # accelerate advances the schedule once for every process.
@@ -260,8 +262,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     losses: deque[Tensor] = deque(maxlen=100)
     for batch in batches_from(accelerator, dataloader, progress):
         seed_step(args, accelerator, progress.batches)
-        clean = batch["pixel_values"].to(memory_format=torch.channels_last)
-        clean = flip(clean) if args.random_flip else clean
+        clean, _ = training_inputs(args, batch, vae)
         loss = reconstruction_loss(args, clean, *autoencoder(clean))
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(autoencoder.parameters(), args.max_grad_norm)

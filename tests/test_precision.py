@@ -1,0 +1,93 @@
+"""bfloat16 in place of float32: features and samples stay what they are, within its rounding."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import generate
+import linear_probe
+from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline
+from ddae_hf.features import extract_features
+from ddae_hf.hidden_states import decoder_layer_names
+from precision import training_layout
+
+from .conftest import make_unet
+from .test_sweep import run, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_features_are_those_of_float32_within_rounding(checkpoint):
+    found = {}
+    images = torch.rand(8, 1, 8, 8) * 2 - 1
+    for dtype in (torch.float32, torch.bfloat16):
+        model = DDAEModel.from_pretrained(checkpoint, dtype=dtype)
+        layers = decoder_layer_names(model.denoiser)
+        found[dtype] = extract_features(model, [images], layers, 0.1)
+    for layer, exact in found[torch.float32].items():
+        rounded = found[torch.bfloat16][layer]
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_sweep_in_bfloat16_finds_what_one_in_float32_does_and_saves_the_checkpoint_as_it_is(
+    checkpoint, digits, tmp_path
+):
+    exact = run(checkpoint, digits, tmp_path / "exact")
+    rounded = run(checkpoint, digits, tmp_path / "rounded", "--dtype", "bfloat16")
+    for one, other in zip(exact["pairs"], rounded["pairs"], strict=True):
+        assert abs(one["validation_accuracy"] - other["validation_accuracy"]) <= 0.1
+    assert exact["pairs"] != rounded["pairs"] or exact["test_accuracies"] != rounded["test_accuracies"]
+    identities = [json.loads(p.read_text()) for p in (tmp_path / "rounded" / "features").glob("*/identity.json")]
+    assert {identity["dtype"] for identity in identities} == {"torch.bfloat16"}
+    model = DDAEForImageClassification.from_pretrained(tmp_path / "rounded" / "classifier")
+    assert model.dtype == torch.float32
+    weights = DDAEPipeline.from_pretrained(checkpoint).denoiser.state_dict()
+    for name, values in model.ddae.denoiser.state_dict().items():
+        assert torch.equal(values, weights[name])
+
+
+def test_the_probe_and_its_untrained_network_compute_in_the_type_that_is_chosen(checkpoint, digits, tmp_path):
+    options = ["--model_name_or_path", checkpoint, "--dataset_name", str(digits), "--max_train_samples", "100"]
+    options += ["--max_test_samples", "50", "--sigmas", "0.1", "--baselines"]
+    accuracies = {}
+    for dtype in ("float32", "bfloat16"):
+        linear_probe.main([*options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype)])
+        results = json.loads((tmp_path / dtype / "eval_results.json").read_text())["results"]
+        accuracies[dtype] = {name: result["test_accuracy"] for name, result in results.items()}
+    assert accuracies["float32"]["raw pixels"] == accuracies["bfloat16"]["raw pixels"]
+    for name, accuracy in accuracies["float32"].items():
+        assert abs(accuracy - accuracies["bfloat16"][name]) <= 0.1
+
+
+def test_samples_are_those_of_float32_within_rounding_and_do_not_share_a_folder(checkpoint, tmp_path):
+    options = ["--model_name_or_path", checkpoint, "--num_images", "4", "--num_inference_steps", "5"]
+    images = {}
+    for dtype in ("float32", "bfloat16"):
+        generate.main([*options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype)])
+        pipeline = DDAEPipeline.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+        assert pipeline.denoiser.dtype == getattr(torch, dtype)
+        generator = torch.Generator().manual_seed(0)
+        images[dtype] = pipeline(4, generator=generator, num_inference_steps=5, output_type="np").images
+    difference = np.abs(images["float32"] - images["bfloat16"])
+    assert 0 < difference.mean() < 0.02
+    with pytest.raises(SystemExit, match="other options or weights"):
+        generate.main([*options, "--dtype", "float32", "--output_dir", str(tmp_path / "bfloat16")])
+
+
+def test_the_layout_of_training_changes_nothing_but_rounding():
+    images = torch.rand(4, 3, 8, 8) * 2 - 1
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network = make_unet(0).to(memory_format=layout)
+        output = network(images.to(memory_format=layout), torch.tensor(5.0)).sample
+        output.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+    assert training_layout(torch.device("cpu")) == torch.contiguous_format
+    assert training_layout(torch.device("cuda")) == torch.channels_last
