@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart demo model-cards test test-slow test-minimum check wheel digits-frameworks cifar10-cpu cifar10-latent clean
+.PHONY: quickstart demo model-cards test test-slow test-minimum check wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -70,6 +70,24 @@ cifar10-latent: $(VENV)/.installed  ## Train the small VAE and latent DiT and tr
 		--resume_from_checkpoint latest
 	$(BIN)/python examples/latent_transfer.py --model_name_or_path runs/cifar10_latent_dit --dataset_name "$(DDAE_CIFAR10_DIR)" \
 		--batch_size 500 --encode_batch_size 64 --few_labels 1 10 100 --output_dir runs/cifar10_latent_transfer
+
+cifar10-speedrun: $(VENV)/.installed  ## On one GPU: train from scratch for good features, and probe them: make cifar10-speedrun DDAE_CIFAR10_DIR=...
+	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
+	test -f runs/cifar10_speedrun/train_results.json || $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
+		--dynamo_backend inductor examples/pretrain.py --config examples/configs/cifar10_speedrun.yaml \
+		--dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_speedrun --resume_from_checkpoint latest
+	$(BIN)/python examples/sweep.py --model_name_or_path runs/cifar10_speedrun --dataset_name "$(DDAE_CIFAR10_DIR)" --dtype bfloat16 \
+		--max_selection_samples 20000 --num_noise_samples 4 --num_views 2 --random_flip --batch_size 1000 --output_dir runs/cifar10_speedrun_sweep
+
+benchmarks: $(VENV)/.installed  ## Speed, side by side (needs the checkpoint of cifar10-cpu): make benchmarks DDAE_CIFAR10_DIR=...
+	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
+	$(BIN)/python benchmarks/levers.py --compile
+	$(BIN)/python benchmarks/features.py --compile --probe_checkpoint runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)"
+	$(BIN)/python benchmarks/sweep.py --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --max_train_samples 10000
+	$(BIN)/python benchmarks/pretrain.py --dataset_name "$(DDAE_CIFAR10_DIR)" --learning_rate 4e-4 --lr_warmup_steps 20
+	$(BIN)/python benchmarks/sample.py --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --num_images 2000
+	$(BIN)/python benchmarks/start.py --model_name_or_path runs/cifar10_cpu
+	$(BIN)/python benchmarks/quality_per_minute.py --dataset_name "$(DDAE_CIFAR10_DIR)"
 
 clean:  ## Remove what was built and run.
 	rm -rf $(VENV) $(VENV)-minimum build dist *.egg-info runs

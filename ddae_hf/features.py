@@ -90,7 +90,7 @@ def batch_features(
     config, shape = model.config, model.config.sample_shape
     noise = indexed_noise((config.num_noise_samples, *shape), indices, noise_seed, view).transpose(0, 1)
     own = indexed_noise(shape, indices, noise_seed, view, stream=2) if config.sample_posterior else None
-    clean = model.encode(images.to(model.device, memory_format=torch.channels_last), own)
+    clean = model.encode(images.to(model.device), own)
     hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise.to(model.device))
     return {layer: pool_hidden_states(hidden[layer], config.pooling) for layer in layers}
 

@@ -24,7 +24,7 @@ from ddae_hf import DDAEImageProcessor
 from ddae_hf.augment import augment, embed_labels, label_width
 from ddae_hf.conditioning import drop_labels, num_labels
 from pixels import Pixels, scaled
-from precision import training_layout
+from precision import fast_layout
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -366,7 +366,7 @@ def training_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return clean images as floats, augmented if asked for, and what the network is told of them."""
     pixels, labels = batch["pixel_values"], batch.get("labels")
-    pixels = pixels.to(memory_format=training_layout(pixels.device))
+    pixels = pixels.to(memory_format=fast_layout(pixels.device))
     clean = scaled(pixels, DDAEImageProcessor.for_denoiser(network.config))
     if args.augment:
         clean, numbers = augment(clean, args.augment)

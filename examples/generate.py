@@ -10,6 +10,7 @@ labels or, where the checkpoint has them, names of classes: `--class_label 207 "
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ from ddae_hf import DDAEPipeline
 from ddae_hf.checkpoints import fingerprint, plain_config
 from ddae_hf.conditioning import num_labels
 from ddae_hf.noise import family
-from precision import add_dtype_argument, chosen_dtype
+from precision import add_dtype_argument, chosen_dtype, fast_layout
 
 # What the images of a folder depend on, beside the weights.
 IMAGE_OPTIONS = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
@@ -89,7 +90,7 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     if args.scheduler:
-        chosen = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
+        chosen = change_scheduler(pipeline.scheduler, getattr(diffusers, args.scheduler))
         trained, wanted = family(pipeline.scheduler), family(chosen)
         if trained != wanted:
             raise SystemExit(
@@ -98,10 +99,23 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
         pipeline.scheduler = chosen
     chosen_classes(args, pipeline)  # stops here at those that there are not
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
-    pipeline.denoiser.to(memory_format=torch.channels_last)
+    pipeline.denoiser.to(memory_format=fast_layout(best_device()))
     if pipeline.vae is not None:
         pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
     return pipeline.to(best_device())
+
+
+def change_scheduler(trained: Any, kind: Any, **options: Any) -> Any:
+    """Return a scheduler of another kind that denoises as the trained one does, and `options`.
+
+    One that clips denoised images to [-1, 1] is followed by thresholding at 1, the same where a kind has no
+    `clip_sample`: small networks need it, and solvers of higher order leave the data without it.
+    """
+    config, known = trained.config, inspect.signature(kind).parameters
+    clips = config.get("clip_sample", False) and config.get("clip_sample_range", 1.0) == 1.0
+    if clips and "clip_sample" not in known and "thresholding" in known:
+        options = {"thresholding": True, "sample_max_value": 1.0} | options
+    return kind.from_config(config, **options)
 
 
 def check_folder(args: argparse.Namespace, note: Path, pipeline: DDAEPipeline) -> dict[str, Any]:

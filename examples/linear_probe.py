@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.baselines:
         results["raw pixels"] = probe(pixel_features(data), data, [PIXELS], [0.0], args)
         torch.manual_seed(args.seed)
-        untrained = DDAEModel(model.config).eval().to(model.device, model.dtype, memory_format=torch.channels_last)
+        untrained = ready(DDAEModel(model.config).eval().to(dtype=model.dtype))
         untrained.vae = model.vae  # only the denoiser is untrained
         features = network_features(untrained, data, args.noise_seed, "untrained")
         results["untrained network"] = probe(features, data, layers, sigmas, args)

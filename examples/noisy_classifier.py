@@ -109,7 +109,7 @@ def draw(model: DDAEModel, images: Tensor, indices: range, seed: int, view: int)
     shape, own = model.config.sample_shape, None
     if model.config.sample_posterior:
         own = indexed_noise(shape, indices, seed, view, stream=2)
-    clean = model.encode(images.to(model.device, memory_format=torch.channels_last), own)
+    clean = model.encode(images.to(model.device), own)
     return clean, indexed_noise(shape, indices, seed, view).to(model.device)
 
 

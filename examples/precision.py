@@ -23,13 +23,13 @@ def chosen_dtype(args: argparse.Namespace) -> dict[str, Any]:
     return {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
 
 
-def training_layout(device: torch.device) -> torch.memory_format:
-    """Return the layout of images and weights that training is fastest in.
+def fast_layout(device: str | torch.device) -> torch.memory_format:
+    """Return the layout of images and weights that networks are fastest in.
 
-    On processors the gradient of a group norm is several times slower channels-last (torch 2.13), and oneDNN's
-    convolutions take either.
+    On processors oneDNN's convolutions take either, and a group norm is slower channels-last, its gradient several
+    times (torch 2.13).
     """
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
@@ -657,6 +657,27 @@ def test_a_scheduler_of_another_framework_is_refused(trained, tmp_path):
     options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path), "--num_images", "1"]
     with pytest.raises(SystemExit, match="EDMEulerScheduler is of edm, but the network was trained with ddpm"):
         generate.main([*options, "--scheduler", "EDMEulerScheduler"])
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("clips", [True, False])
+def test_another_scheduler_clips_denoised_images_where_the_trained_one_does(kind, clips):
+    trained = DDIMScheduler(clip_sample=clips)
+    chosen = generate.change_scheduler(trained, kind)
+    chosen.set_timesteps(10)
+    sample, output = 3 * torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    timestep = chosen.timesteps[3]
+    chosen._step_index = 3
+    free = trained_clean(trained, output, int(timestep), sample)
+    assert free.abs().max() > 2
+    expected = free.clamp(-1, 1) if clips else free
+    assert torch.allclose(chosen.convert_model_output(output, sample=sample), expected, atol=1e-4)
+
+
+def trained_clean(scheduler, output, timestep, sample):
+    """Return the denoised image, not clipped: equation 12 of Song et al. 2020 (DDIM)."""
+    alpha = scheduler.alphas_cumprod[timestep].sqrt()
+    return (sample - (1 - alpha**2).sqrt() * output) / alpha
 
 
 def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path):

@@ -16,7 +16,7 @@ from data import ImageBatches, training_batches, training_inputs
 from ddae_hf import DDAEImageProcessor
 from labelled import Images, LabelledImages
 from pixels import Pixels, scaled
-from precision import training_layout
+from precision import fast_layout
 from training_run import Progress
 
 from .conftest import make_unet
@@ -167,7 +167,7 @@ def test_batches_travel_as_integers_and_are_the_processors_images_with_their_lab
     expected = DDAEImageProcessor(size={"height": SIDE, "width": SIDE})(pictures(), return_tensors="pt")["pixel_values"]
     orders = [[]]
     for travelling, clean, labels in epochs(args):
-        assert travelling.dtype == torch.uint8 and clean.is_contiguous(memory_format=training_layout(clean.device))
+        assert travelling.dtype == torch.uint8 and clean.is_contiguous(memory_format=fast_layout(clean.device))
         if len(orders[-1]) == COUNT:
             orders.append([])
         for image, label in zip(clean, labels.tolist(), strict=True):

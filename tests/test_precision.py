@@ -11,7 +11,7 @@ import linear_probe
 from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline
 from ddae_hf.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
-from precision import training_layout
+from precision import fast_layout
 
 from .conftest import make_unet
 from .test_sweep import run, save_checkpoint
@@ -89,5 +89,5 @@ def test_the_layout_of_training_changes_nothing_but_rounding():
         output.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
-    assert training_layout(torch.device("cpu")) == torch.contiguous_format
-    assert training_layout(torch.device("cuda")) == torch.channels_last
+    assert fast_layout(torch.device("cpu")) == torch.contiguous_format
+    assert fast_layout(torch.device("cuda")) == torch.channels_last

@@ -1,0 +1,357 @@
+r"""Images a second of pooled features: the plain way against ours, and against what the machine can do.
+
+    python benchmarks/features.py --compile
+    python benchmarks/features.py --probe_checkpoint runs/cifar10_cpu --probe_layer up_blocks.0.resnets.1 \
+        --probe_sigma 0.02 --dataset_name uoft-cs/cifar10 --max_train_samples 20000
+
+Networks, with random weights: the paper's U-Net of 35.7 M parameters up to `up_blocks.1.resnets.2`, and DiT-XL/2 up to
+its middle block (on the CPU it has fewer). The plain way is `PlainFeatures`: float32, contiguous, a full forward with a
+hook. Ours is `DDAEModel`, in the faster layout and in inference mode. Every way takes the batch size that is fastest
+for it, and the same images and noise. The machine's limits are measured before and after each network, and the higher
+ones count.
+
+`--probe_checkpoint` also compares linear probes on the float32 and the bfloat16 features of a trained network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from measure import (
+    EXAMPLES,
+    describe_limits,
+    facts,
+    gflop,
+    in_turn,
+    interval,
+    limits,
+    rates,
+    seconds_of,
+    signed,
+    table,
+)
+from plain_features import PlainFeatures
+from torch import Tensor
+
+# Of examples/, which `measure` puts on the path.
+from data import add_data_arguments, best_device, read_config, write_json
+from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.checkpoints import build_denoiser
+from ddae_hf.features import extract_features
+from ddae_hf.probing import fit_logistic_regression
+from labelled import LabelledImages, add_label_arguments, noise_view, ready
+
+TITLES = {"unet": "The paper's U-Net", "dit": "DiT-XL/2"}
+DIT_XL_2 = {
+    "_class_name": "DiTTransformer2DModel",
+    "sample_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_embeds_ada_norm": 1000,
+}
+DIT_BLOCKS = {"cpu": 8, "cuda": 28}
+BATCH_SIZES = {"cpu": [16, 32, 64, 128], "cuda": [64, 128, 256, 512, 1024]}
+PASSES = {"cpu": 1, "cuda": 8}  # of the largest batch, in one time measured
+TRAIN, TEST = "train", "test"
+
+
+@dataclass
+class Way:
+    """A way of computing features (B, C) of images and noise (B, C, H, W), at its batch size."""
+
+    dtype: str
+    features: Callable[[Tensor, Tensor], Tensor]
+    batch_size: int = 0
+
+    def __call__(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Return the features of all images."""
+        parts = zip(images.split(self.batch_size), noise.split(self.batch_size), strict=True)
+        return torch.cat([self.features(*part) for part in parts])
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    device = best_device()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--networks", nargs="+", choices=list(TITLES), default=list(TITLES), help="With random weights.")
+    which.add_argument("--checkpoint", help="A generative checkpoint in their place: folder or Hub id.")
+    add = parser.add_argument
+    add("--dit_blocks", type=int, default=DIT_BLOCKS[device], help=f"Blocks of the DiT; here {DIT_BLOCKS[device]}.")
+    add("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES[device], help="Batch sizes tried for every way.")
+    add("--num_images", type=int, help="Images of one time measured, a multiple of every batch size.")
+    add("--repeats", type=int, default=5, help="Times measured, of every way in turn.")
+    add("--compile", action="store_true", help="Also ours in bfloat16 under torch.compile.")
+    add("--seed", type=int, default=0, help="Seed of random weights and images.")
+    add("--output", type=Path, default=Path("runs/benchmarks/features.json"), help="JSON of every figure.")
+    add_data_arguments(parser)
+    add_label_arguments(parser)
+    group = parser.add_argument_group("probe")
+    group.add_argument("--probe_checkpoint", help="Trained checkpoint whose features are probed in both types.")
+    group.add_argument("--probe_layer", help="Its layer; by default the middle of the decoder.")
+    group.add_argument("--probe_sigma", type=float, help="Its noise level; by default 0.05.")
+    group.add_argument("--l2", type=float, default=1e-4, help="Strength of regularisation.")
+    group.add_argument("--batch_size", type=int, default=250, help="Its images at a time.")
+    args = parser.parse_args(argv)
+    args.num_images = args.num_images or PASSES[device] * max(args.batch_sizes)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop at options that cannot work."""
+    for name in ("dit_blocks", "num_images", "repeats", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+    if wrong := [size for size in args.batch_sizes if size < 1 or args.num_images % size]:
+        parser.error(f"--batch_sizes has {wrong}: {args.num_images} images must be a multiple of each.")
+    if args.l2 <= 0:
+        parser.error(f"--l2 is {args.l2}: it must be positive.")
+    data = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name) is not None]
+    if bool(args.probe_checkpoint) != (len(data) == 1):
+        parser.error("--probe_checkpoint goes with one of --dataset_name and --train_data_dir, whose images it probes.")
+
+
+def make_checkpoint(network: str, args: argparse.Namespace, folder: str) -> str:
+    """Write a network with random weights as a generative checkpoint, and return its folder."""
+    config = DIT_XL_2 | {"num_layers": args.dit_blocks}
+    if network == "unet":
+        config = read_config(EXAMPLES / "configs" / "networks" / "unet.yaml")["denoiser"]
+    torch.manual_seed(args.seed)
+    path = f"{folder}/{network}"
+    DDAEPipeline.for_denoiser(build_denoiser(config), DDPMScheduler()).save_pretrained(path)
+    return path
+
+
+def open_model(checkpoint: str, dtype: str, **options: Any) -> DDAEModel:
+    """Return our model in a type, on the device, in the faster layout."""
+    return ready(DDAEModel.from_pretrained(checkpoint, dtype=getattr(torch, dtype), vae=None, **options))
+
+
+def our_features(model: Any, images: Tensor, noise: Tensor) -> Tensor:
+    """Return the features (B, C) that a model has for an output."""
+    with torch.inference_mode():
+        return model(images, noise=noise).pooler_output
+
+
+def open_ways(checkpoint: str, layer: str, sigma: float, device: str) -> tuple[dict[str, Way], dict[str, Any]]:
+    """Return the ways by name, at one layer and noise level, and what there is to say of the network."""
+    plain = PlainFeatures(checkpoint, [layer], device)
+    timestep = plain.nearest_timestep(sigma)
+    ways = {"plain": Way("float32", lambda images, noise: plain(images, noise, timestep)[layer])}
+    for dtype in ("float32", "bfloat16"):
+        model = open_model(checkpoint, dtype, layer=layer, timestep=timestep)
+        ways[dtype] = Way(dtype, partial(our_features, model))
+    blocks = getattr(plain.denoiser, "transformer_blocks", None)
+    described = {
+        "denoiser": type(plain.denoiser).__name__,
+        "parameters": sum(p.numel() for p in plain.denoiser.parameters()),
+        "blocks": blocks and len(blocks),
+        "layer": layer,
+        "timestep": timestep,
+        "shape": list(model.config.sample_shape),
+    }
+    return ways, described
+
+
+def choose_batch_size(way: Way, images: Tensor, noise: Tensor, sizes: list[int], device: str) -> dict[int, Any]:
+    """Give a way its fastest batch size, and return the seconds by batch size; None where memory does not suffice."""
+    seconds: dict[int, Any] = {}
+    for way.batch_size in sizes:
+        try:
+            way.features(images[: way.batch_size], noise[: way.batch_size])
+            seconds[way.batch_size] = seconds_of(lambda: way(images, noise), device)
+        except torch.OutOfMemoryError:
+            seconds[way.batch_size] = None
+    if not any(seconds.values()):
+        raise SystemExit(f"Memory suffices for none of --batch_sizes {sizes}: give smaller ones.")
+    way.batch_size = min((s, size) for size, s in seconds.items() if s is not None)[1]
+    return seconds
+
+
+def add_compiled(ways: dict[str, Way], images: Tensor, noise: Tensor, device: str) -> dict[str, float]:
+    """Add ours compiled in bfloat16, at its batch size without, and return what compiling took."""
+    eager = ways["bfloat16"]
+    (model,) = eager.features.args  # type: ignore[attr-defined]
+    way = Way("bfloat16", partial(our_features, torch.compile(model)), eager.batch_size)
+    part = slice(way.batch_size)
+    ways["bfloat16 compiled"] = way
+    return {"bfloat16 compiled": seconds_of(lambda: way.features(images[part], noise[part]), device)}
+
+
+def figures(seconds: list[float], way: Way, count: int, cost: float, found: dict[str, float]) -> dict[str, Any]:
+    """Return a way's figures: `count` images a call, `cost` GFLOP an image, `found` the machine's limits."""
+    speed = rates(count, seconds)
+    rate = speed["median"] * cost
+    return {
+        "dtype": way.dtype,
+        "batch_size": way.batch_size,
+        "seconds": seconds,
+        "images_per_second": speed,
+        "gflop_per_image": cost,
+        "gflop_per_second": rate,
+        "of_matrix_rate": rate / found[f"matrix_{way.dtype}"],
+        "of_convolution_rate": rate / found[f"convolution_{way.dtype}"],
+    }
+
+
+def difference(features: Tensor, reference: Tensor) -> dict[str, float]:
+    """Return how far features (N, C) are from others: the largest difference over their root mean square, and norms."""
+    error, reference = features.double() - reference.double(), reference.double()
+    return {
+        "largest_difference": (error.abs().max() / reference.square().mean().sqrt()).item(),
+        "difference_in_norm": (error.norm() / reference.norm()).item(),
+    }
+
+
+def measure_network(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one network: every way's, by name, and the machine's limits meanwhile."""
+    device = best_device()
+    before = limits(device, args.repeats)
+    try:
+        config = DDAEConfig.from_pretrained(checkpoint)
+        ways, described = open_ways(checkpoint, str(config.layer), float(config.sigma or 0), device)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (args.num_images, *described["shape"])
+    images = (torch.rand(shape, generator=generator) * 2 - 1).to(device)
+    noise = torch.randn(shape, generator=generator).to(device)
+    tried = {name: choose_batch_size(way, images, noise, args.batch_sizes, device) for name, way in ways.items()}
+    costs = {name: gflop(partial(way.features, images[:1], noise[:1])) for name, way in ways.items()}
+    compiling = add_compiled(ways, images, noise, device) if args.compile else {}
+    reference = ways["plain"](images, noise)
+    differences = {name: difference(way(images, noise), reference) for name, way in ways.items()}
+    seconds = in_turn({name: partial(way, images, noise) for name, way in ways.items()}, args.repeats, device)
+    after = limits(device, args.repeats)
+    found = {name: max(rate, after[name]) for name, rate in before.items()}
+    rows = {}
+    for name, way in ways.items():
+        cost = costs[name.removesuffix(" compiled")]
+        rows[name] = figures(seconds[name], way, len(images), cost, found) | differences[name]
+        rows[name]["seconds_by_batch_size"] = tried.get(name)
+        rows[name]["compile_seconds"] = compiling.get(name)
+    for row in rows.values():
+        row["ratio"] = row["images_per_second"]["median"] / rows["plain"]["images_per_second"]["median"]
+    return described | {"limits": found, "limits_before": before, "limits_after": after, "ways": rows}
+
+
+def probe(args: argparse.Namespace) -> dict[str, Any]:
+    """Fit a linear probe on the features of the same images and noise in both types, and return the figures."""
+    options = {"layer": args.probe_layer, "sigma": args.probe_sigma}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        models = {t: open_model(args.probe_checkpoint, t, **options) for t in ("float32", "bfloat16")}
+        processor = DDAEImageProcessor.from_pretrained(args.probe_checkpoint)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    config = models["float32"].config
+    layer, sigma = str(config.layer), float(config.sigma)
+    data = LabelledImages(args, processor)
+    labels, right, test, report = data.labels, {}, {}, {"layer": layer, "sigma": sigma, "l2": args.l2}
+    count = sum(len(split) for split in labels.values())
+    for split in (TRAIN, TEST):  # images that fit into memory are decoded when first read
+        for _ in data.batches(split, np.arange(len(labels[split])), f"decoding {split} images"):
+            pass
+    for dtype, model in models.items():
+        started, features = time.perf_counter(), {}
+        for split in (TRAIN, TEST):
+            batches = data.batches(split, np.arange(len(labels[split])), f"{dtype}, {split} images")
+            found = extract_features(model, batches, [layer], sigma, view=noise_view(split, 0))
+            features[split] = found[layer].numpy()
+        speed = count / (time.perf_counter() - started)
+        fit = {"num_classes": len(data.names), "device": best_device()}
+        fitted = fit_logistic_regression({layer: [features[TRAIN]]}, labels[TRAIN], [args.l2], **fit)
+        right[dtype] = fitted[layer].predict([features[TEST]])[0] == labels[TEST]
+        test[dtype] = torch.from_numpy(features[TEST])
+        report[dtype] = {"images_per_second": speed, "test_accuracy": 100 * float(right[dtype].mean())}
+    changed = difference(test["bfloat16"], test["float32"])
+    centred = difference(*(test[dtype] - test["float32"].mean(0) for dtype in ("bfloat16", "float32")))
+    report |= {"test_images": len(labels[TEST]), "train_images": len(labels[TRAIN]), **changed}
+    report["centred_difference_in_norm"] = centred["difference_in_norm"]
+    report["gain"] = interval(100 * (right["bfloat16"].astype(float) - right["float32"]))
+    return report
+
+
+def network_table(name: str, network: dict[str, Any]) -> str:
+    """Return a network's figures as text."""
+    blocks = "" if network["blocks"] is None else f"{network['blocks']} blocks, "
+    title = (
+        f"{TITLES.get(name, name)} ({network['denoiser']}, {blocks}{network['parameters'] / 1e6:,.1f} M parameters) "
+    )
+    title += f"up to `{network['layer']}`, timestep {network['timestep']}:\n\n"
+    columns = ["way", "batch", "images/s (least to most)", "ratio", "GFLOP an image", "GFLOP/s", "of the matrix rate"]
+    columns += ["of the 3x3 convolution rate", "largest difference", "difference in norm"]
+    rows = []
+    for way, row in network["ways"].items():
+        compiled = row["compile_seconds"]
+        speed = row["images_per_second"]
+        cells = [way + (f" in {compiled:.0f} s" if compiled else ""), row["batch_size"]]
+        cells += [f"{speed['median']:,.1f} ({speed['least']:,.1f} to {speed['most']:,.1f})", f"{row['ratio']:.2f}"]
+        cells += [f"{row['gflop_per_image']:.3g}", f"{row['gflop_per_second']:,.0f}"]
+        cells += [f"{100 * row[f'of_{kind}_rate']:.0f} %" for kind in ("matrix", "convolution")]
+        plain = way == "plain"
+        cells += ["" if plain else f"{row['largest_difference']:.1e}"]
+        cells += ["" if plain else f"{100 * row['difference_in_norm']:.2g} %"]
+        rows.append(cells)
+    return f"{title}{table(columns, rows)}\n{describe_limits(network['limits'])}\n"
+
+
+def probe_table(report: dict[str, Any]) -> str:
+    """Return the probes' figures as text."""
+    rows = [
+        [dtype, f"{report[dtype]['images_per_second']:,.1f}", f"{report[dtype]['test_accuracy']:.2f}"]
+        for dtype in ("float32", "bfloat16")
+    ]
+    title = f"Linear probe at `{report['layer']}`, sigma {report['sigma']:.3g}, fitted on {report['train_images']:,}"
+    return (
+        f"{title} images:\n\n{table(['features', 'images/s', 'test accuracy'], rows)}\n"
+        f"bfloat16 against float32 on the same {report['test_images']:,} test images: {signed(report['gain'])} points "
+        f"(95 % interval); features differ by {100 * report['difference_in_norm']:.2g} % in norm, "
+        f"{100 * report['centred_difference_in_norm']:.2g} % of what varies between images."
+    )
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return what was found, as text."""
+    parts = [network_table(name, network) for name, network in results["networks"].items()]
+    parts += [probe_table(results["probe"])] if results["probe"] else []
+    parts.append(
+        f"{results['device']}, {results['threads']} thread(s). Differences are those of features from the plain way's, "
+        "over their root mean square and in norm.\nProducts inside attention count on GPUs only."
+    )
+    return "\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_arguments(argv)
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    results: dict[str, Any] = {"options": options, "device": best_device(), **facts(best_device()), "networks": {}}
+    # First, as it may refuse what the options name.
+    results["probe"] = probe(args) if args.probe_checkpoint else None
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [Path(args.checkpoint).name] if args.checkpoint else args.networks:
+            checkpoint = args.checkpoint or make_checkpoint(name, args, folder)
+            results["networks"][name] = measure_network(checkpoint, args)
+            write_json(args.output, results)
+    print(report(results))
+    print(f"Every figure is in {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+r"""Accuracy of a linear probe after so many minutes of training from scratch: our recipe against the paper's.
+
+    python benchmarks/quality_per_minute.py --dataset_name uoft-cs/cifar10 --minutes 20 --seeds 0 1 2
+
+Ours is `examples/pretrain.py` with `--config`, by default examples/configs/cifar10_minutes.yaml. The paper's is its
+DDPM on the same network: dropout 0.1, Adam, batches of 128, constant rate after a warm-up, averaged weights, in the
+plain loop of `benchmarks/pretrain.py`; what it says in epochs is scaled to the steps that fit into the minutes: a
+warm-up of 13 epochs of 2000, and an average over 10,000 of 194,000 steps. Its learning rate is the best of
+`--learning_rates` on held-out training images, with the first seed.
+
+How many steps fit is measured first, in a short run of each recipe; the minutes that a run then took are reported.
+A checkpoint is probed by `examples/sweep.py`: layer and noise level are chosen on held-out training images, and tested
+once; of the first seed every quarter of the training, of the others the end. Options that are not named here go to the
+sweep. What is done is not done again: an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import yaml
+from training_ways import WAYS, Plain, Process
+
+import pretrain
+from data import read_config, write_json
+from plots import plt
+
+CONFIG = measure.EXAMPLES / "configs" / "cifar10_minutes.yaml"
+QUARTERS = 4
+WARM_UP, TIMED = 5, 25  # steps that find out how many fit
+# Shares of the paper's training, 2000 epochs of 97 steps: its warm-up, and the reach of its average.
+PAPER_WARM_UP, PAPER_REACH = 13 / 2000, 10_000 / 194_000
+PAPER = {
+    "scheduler": {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02},
+    "train_batch_size": 128,
+    "random_flip": True,
+    "lr_scheduler": "constant_with_warmup",
+}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the benchmark's options, and those that are of the sweep."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="Hub id, or a local folder.")
+    add("--config", default=str(CONFIG), help="Our recipe: a configuration of examples/pretrain.py.")
+    add("--minutes", type=float, default=20.0, help="Training time of a run.")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3], help="The plain recipe's, to choose of.")
+    add("--search_minutes", type=float, help="Training time of the runs that choose it; by default --minutes.")
+    add("--workers", type=int, default=0, help="Processes that load the plain recipe's images.")
+    add("--output_dir", type=Path, default=Path("runs/benchmarks/quality_per_minute"))
+    args, rest = parser.parse_known_args(argv)
+    args.search_minutes = args.search_minutes or args.minutes
+    if min(args.minutes, args.search_minutes) <= 0:
+        parser.error(f"--minutes {args.minutes}, --search_minutes {args.search_minutes}: they must be positive.")
+    if min(args.learning_rates) <= 0:
+        parser.error(f"--learning_rates are {args.learning_rates}: they must be positive.")
+    return args, rest
+
+
+def recipe_options(args: argparse.Namespace, plain: bool, folder: Path) -> list[str]:
+    """Return the options of `examples/pretrain.py` that describe a recipe."""
+    config = args.config
+    if plain:
+        denoiser = {**read_config(Path(args.config))["denoiser"], "dropout": 0.1}
+        config = folder / "paper.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(yaml.safe_dump({**PAPER, "denoiser": denoiser}), encoding="utf-8")
+    return ["--config", str(config), "--dataset_name", args.dataset_name, "--sample_steps", "0"]
+
+
+def step_seconds(args: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of a step of each recipe, and keep them for later calls."""
+    path = args.output_dir / "step_seconds.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    found = {}
+    for name, way in {"plain": "plain", "ours": "configured"}.items():
+        with tempfile.TemporaryDirectory() as folder:
+            options = [*recipe_options(args, name == "plain", Path(folder)), "--output_dir", folder]
+            process = Process(WAYS[way], [*options, "--max_train_steps", "10000"], "cpu", args.workers)
+            process.steps(WARM_UP)
+            seconds, _ = process.steps(TIMED)
+            process.close()
+        found[name] = seconds / TIMED
+    write_json(path, found)
+    return found
+
+
+@dataclass
+class Run:
+    """A training of one recipe, for some minutes, and what its probes found."""
+
+    name: str
+    seed: int
+    minutes: float
+    rate: float | None = None  # the plain recipe's
+
+    def folder(self, args: argparse.Namespace) -> Path:
+        """Return where it is."""
+        rate = "" if self.rate is None else f"-{self.rate:g}"
+        return args.output_dir / f"{self.name}{rate}-{self.minutes:g}min-seed{self.seed}"
+
+    def train(self, args: argparse.Namespace, seconds: dict[str, float]) -> None:
+        """Train, if that is not done."""
+        folder = self.folder(args)
+        if (folder / "train_results.json").exists():
+            return
+        steps = max(1, int(self.minutes * 60 / seconds[self.name] / QUARTERS)) * QUARTERS
+        options = [*recipe_options(args, self.name == "plain", args.output_dir), "--output_dir", str(folder)]
+        options += ["--seed", str(self.seed), "--max_train_steps", str(steps)]
+        options += ["--checkpointing_steps", str(steps // QUARTERS), "--checkpoints_total_limit", str(QUARTERS)]
+        if self.name == "ours":
+            script = str(measure.EXAMPLES / "pretrain.py")
+            subprocess.run([sys.executable, script, *options, "--resume_from_checkpoint", "latest"], check=True)
+            return
+        decay = 1 - 1 / max(2, PAPER_REACH * steps)
+        options += ["--learning_rate", str(self.rate), "--ema_decay", str(decay), "--lr_warmup_steps"]
+        options += [str(round(PAPER_WARM_UP * steps))]
+        Plain(pretrain.parse_arguments(options), "cpu", args.workers).train(folder)
+
+    def probe(self, args: argparse.Namespace, rest: list[str], quarters: range) -> dict[str, Any]:
+        """Probe the ends of some quarters of the training, and return accuracies and the minutes they took."""
+        folder = self.folder(args)
+        results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = {"seed": self.seed, "images": results["images"], "points": []}
+        for quarter in quarters:
+            output = folder / "probes" / str(quarter)
+            if not (output / "eval_results.json").exists():
+                checkpoint = folder / f"checkpoint-{quarter * results['steps'] // QUARTERS}"
+                options = ["--dataset_name", args.dataset_name, "--dtype", "bfloat16", "--num_noise_seeds", "1", *rest]
+                options += ["--model_name_or_path", str(checkpoint), "--output_dir", str(output)]
+                subprocess.run([sys.executable, str(measure.EXAMPLES / "sweep.py"), *options], check=True)
+                shutil.rmtree(output / "features")
+            report = json.loads((output / "eval_results.json").read_text(encoding="utf-8"))
+            point = {"minutes": quarter / QUARTERS * results["seconds"] / 60, **report["best"]}
+            found["points"].append(point | {"test_accuracy": next(iter(report["test_accuracies"].values()))})
+        labels = np.load(output / "test_labels.npy")
+        found["correct"] = (np.load(output / "test_predictions.npy") == labels).astype(int)
+        return found
+
+
+def compare(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return ours less plain on the same test images, in points, the mean over seeds, and its interval's half-width."""
+    gains = np.mean([np.subtract(a["correct"], b["correct"]) for a, b in zip(ours, plain, strict=True)], axis=0)
+    return 100 * gains.mean(), 100 * 1.96 * gains.std(ddof=1) / len(gains) ** 0.5
+
+
+def draw(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw accuracy over minutes: a line through the first seed's quarters, and a point at the end of every seed."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, runs in found.items():
+        minutes, scores = zip(*[(p["minutes"], 100 * p["test_accuracy"]) for p in runs[0]["points"]], strict=True)
+        (line,) = axes.plot(minutes, scores, label=name)
+        for run in runs:
+            end = run["points"][-1]
+            axes.plot(end["minutes"], 100 * end["test_accuracy"], "o", color=line.get_color())
+    axes.set(xlabel="minutes of training", ylabel="linear probe, test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def summary(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the accuracies as a Markdown table."""
+    rows = []
+    for name, runs in found.items():
+        scores = np.array([100 * run["points"][-1]["test_accuracy"] for run in runs])
+        first = ", ".join(f"{p['minutes']:.1f}: {100 * p['test_accuracy']:.2f}" for p in runs[0]["points"])
+        minutes = ", ".join(f"{run['points'][-1]['minutes']:.1f}" for run in runs)
+        spread = f" ± {scores.std(ddof=1):.2f}" if len(scores) > 1 else ""
+        each = ", ".join(f"{score:.2f}" for score in scores)
+        rows.append([name, minutes, f"{runs[0]['images']:,}", first, each, f"{scores.mean():.2f}{spread}"])
+    columns = ["recipe", "minutes", "images", "first seed, after minutes", "test accuracy by seed", "mean, deviation"]
+    return measure.table(columns, rows)
+
+
+def choose_rate(args: argparse.Namespace, rest: list[str], seconds: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """Return the plain recipe's best learning rate, and the accuracy of each on held-out training images."""
+    tried = {}
+    for rate in args.learning_rates:
+        run = Run("plain", args.seeds[0], args.search_minutes, rate)
+        run.train(args, seconds)
+        (point,) = run.probe(args, rest, range(QUARTERS, QUARTERS + 1))["points"]
+        tried[rate] = point["validation_accuracy"]
+    return max(tried, key=tried.__getitem__), {str(rate): accuracy for rate, accuracy in tried.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    args, rest = parse_arguments(argv)
+    seconds = step_seconds(args)
+    best, tried = choose_rate(args, rest, seconds)
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
+    for seed in args.seeds:
+        for name, rate in {"ours": None, "plain": best}.items():
+            run = Run(name, seed, args.minutes, rate)
+            run.train(args, seconds)
+            first = 1 if seed == args.seeds[0] else QUARTERS
+            found[name].append(run.probe(args, rest, range(first, QUARTERS + 1)))
+    gain, half = compare(found["ours"], found["plain"])
+    for run in (run for runs in found.values() for run in runs):
+        del run["correct"]
+    report = {"options": {**vars(args), "output_dir": str(args.output_dir)}, "sweep_options": rest}
+    report |= {"step_seconds": seconds, "learning_rates": tried, "learning_rate": best, "runs": found}
+    report |= {"gain": gain, "gain_half_width": half, "facts": measure.facts("cpu")}
+    write_json(args.output_dir / "results.json", report)
+    draw(args.output_dir / "quality_per_minute.png", found)
+    rates = ", ".join(f"{rate}: {100 * accuracy:.2f}" for rate, accuracy in tried.items())
+    print(f"\nThe plain recipe's learning rates, after {args.search_minutes:g} minutes on held-out images: {rates}.\n")
+    print(summary(found))
+    print(f"Gain on the same test images: {gain:+.2f} ± {half:.2f} points. Every figure: {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+r"""Sampling: images a second at equal calls of the network, and how good the images are for their calls.
+
+    python benchmarks/sample.py --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
+        --edm_model_name_or_path runs/cifar10_edm --num_images 5000 --output runs/benchmarks/sample.json
+
+- Speed: diffusers' `DDIMPipeline` as it comes (float32, contiguous) against `DDAEPipeline` in float32 and in bfloat16,
+  in turn, each at the batch size that was fastest for it in this run.
+- Precision: samples of the bfloat16 network and of the float32 one from the same noise, by their Frechet distance to
+  the data.
+- Quality against calls: DDIM, DPM-Solver++ and UniPC on one checkpoint, and on one of EDM the second-order sampler of
+  Karras et al. 2022 and EDM's DPM-Solver++, from the same noise in float32. Where the steps begin matters at few calls:
+  `leading` timesteps, DDIM's own, leave the noisiest levels out, `trailing` ones begin there.
+
+Distances are between features of `--extractor`, by default the sampled checkpoint's own, and compare only with others
+of the same run. Writes a JSON file with every figure, and a picture beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+# Of examples/, which `measure` puts on the path.
+from data import add_data_arguments, best_device, image_column, load_splits, pick_split, write_json
+from ddae_hf import DDAEPipeline
+from ddae_hf.conditioning import is_conditional
+from ddae_hf.generation_metrics import frechet_distance
+from ddae_hf.noise import family, indexed_noise
+from evaluate_generation import EXTRACTORS, GENERATED_VIEW, REFERENCE_VIEW, Extractor, ImageSet, open_extractor
+from generate import change_scheduler
+from plots import plt
+from precision import fast_layout
+
+# Frameworks' samplers, by the scheduler that takes the steps and the pipeline's `sampler`.
+SAMPLERS: dict[str, dict[str, tuple[Any, str | None]]] = {
+    "ddpm": {
+        "DDIM": (DDIMScheduler, None),
+        "DPM-Solver++": (DPMSolverMultistepScheduler, None),
+        "UniPC": (UniPCMultistepScheduler, None),
+    },
+    "edm": {
+        "EDM, Heun": (EDMEulerScheduler, "heun"),
+        "EDM, DPM-Solver++": (EDMDPMSolverMultistepScheduler, None),
+    },
+}
+SEARCH_CALLS, SEARCH_REPEATS = 2, 2  # every call takes as long as the others: a few find the best batch size
+GROUPS = 10  # of images, for the error of a ratio
+NOISE_STREAM = 4  # the noise that images start from has nothing to do with that of features
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options, or stop at those that cannot work."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="Unconditional U-Net trained under DDPM, in any layout.")
+    add("--edm_model_name_or_path", help="Another one of the same images, trained with EDM.")
+    add("--extractor", help="As examples/evaluate_generation.py takes it; by default ddae:MODEL_NAME_OR_PATH.")
+    add("--num_images", type=int, default=5000, help="Images of every sampler and number of calls.")
+    add("--calls", type=int, nargs="+", default=[5, 10, 20, 50], help="Calls of the network for an image.")
+    add(
+        "--timestep_spacings", nargs="+", choices=["leading", "trailing", "linspace"], default=["leading", "trailing"],
+        help="Of DDPM's samplers; precision is measured with the first.",
+    )  # fmt: skip
+    add("--speed_calls", type=int, default=10, help="Those of an image where speed is measured.")
+    add("--batch_sizes", type=int, nargs="+", default=[16, 32, 64, 128])
+    add("--repeats", type=int, default=5, help="Batches of each way that are timed.")
+    add("--device", choices=["cpu", "cuda"], default=best_device())
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("runs/benchmarks/sample.json"))
+    add_data_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.num_images < 2 * GROUPS:
+        parser.error(f"--num_images is {args.num_images}: it must be at least {2 * GROUPS}.")
+    for name in ("calls", "speed_calls", "batch_sizes", "repeats"):
+        given = getattr(args, name)
+        if min(given if isinstance(given, list) else [given]) < 1:
+            parser.error(f"--{name} is {given}: it must be at least 1.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no such device; give cpu.")
+    args.calls = sorted(set(args.calls))
+    args.extractor = args.extractor or f"ddae:{args.model_name_or_path}"
+    kind, _, path = args.extractor.partition(":")
+    if kind not in EXTRACTORS or not (path or kind == "inception"):
+        parser.error(f"--extractor {args.extractor}: allowed are ddae:PATH, transformers:PATH, inception[:FILE].")
+    args.extractor_layer = args.extractor_sigma = None  # its configuration's
+    return args
+
+
+def open_pipeline(args: argparse.Namespace, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
+    """Return an unconditional U-Net's pipeline, or stop if it is none or of another framework."""
+    try:
+        pipeline = DDAEPipeline.from_pretrained(path, dtype=dtype, cache_dir=args.cache_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    if pipeline.unet is None or pipeline.vae is not None or is_conditional(pipeline.unet):
+        raise SystemExit(f"{path} is no unconditional UNet2DModel of pixels, which diffusers' DDIMPipeline needs.")
+    if (found := family(pipeline.scheduler)) != framework:
+        raise SystemExit(f"{path} was trained with {found}: give a checkpoint of {framework}.")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(args.device)
+
+
+def open_ours(args: argparse.Namespace, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
+    """Return a pipeline as the scripts sample with it."""
+    pipeline = open_pipeline(args, path, framework, dtype)
+    pipeline.denoiser.to(memory_format=fast_layout(args.device))
+    return pipeline
+
+
+def open_ways(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the pipelines whose speed is compared, all with DDIM's steps."""
+    pipelines: dict[str, Any] = {}
+    stock = open_pipeline(args, args.model_name_or_path, "ddpm", torch.float32)
+    pipelines["plain"] = DDIMPipeline(stock.unet, DDIMScheduler.from_config(stock.scheduler.config))
+    pipelines["plain"].set_progress_bar_config(disable=True)
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        pipelines[name] = open_ours(args, args.model_name_or_path, "ddpm", dtype)
+        pipelines[name].scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    return pipelines
+
+
+def measure_speed(args: argparse.Namespace, pipelines: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
+    """Return each way's best batch size, and its images a second there, taken in turn with the others."""
+    report: dict[str, Any] = {}
+    for name, pipeline in pipelines.items():
+        calls = {n: partial(pipeline, batch_size=n, num_inference_steps=SEARCH_CALLS) for n in args.batch_sizes}
+        seconds = measure.in_turn(calls, SEARCH_REPEATS, args.device)
+        tried = {n: n * SEARCH_CALLS / measure.median(each) for n, each in seconds.items()}
+        report[name] = {"batch_size": max(tried, key=tried.__getitem__), "images_called_per_second": tried}
+    calls = {
+        name: partial(pipeline, batch_size=report[name]["batch_size"], num_inference_steps=args.speed_calls)
+        for name, pipeline in pipelines.items()
+    }
+    network = pipelines["plain"].unet
+    shape = (1, network.config.in_channels, *sides(network))
+    image = torch.zeros(shape, device=args.device)
+    gflop = measure.gflop(torch.no_grad()(lambda: network(image, 0)))
+    for name, seconds in measure.in_turn(calls, args.repeats, args.device).items():
+        rates = measure.rates(report[name]["batch_size"], seconds)
+        computed = gflop * args.speed_calls * rates["median"]
+        limit = found[f"matrix_{'bfloat16' if name == 'bfloat16' else 'float32'}"]
+        report[name] |= {"seconds": seconds, "images_per_second": rates}
+        report[name] |= {"gflop_a_call": gflop, "gflops": computed, "share_of_matrix_rate": computed / limit}
+    for row in report.values():
+        row["ratio"] = row["images_per_second"]["median"] / report["plain"]["images_per_second"]["median"]
+    return report
+
+
+def sides(network: Any) -> tuple[int, int]:
+    """Return the height and the width of a network's images."""
+    size = network.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def sampled_features(
+    args: argparse.Namespace, pipeline: DDAEPipeline, extractor: Extractor, batch_size: int, steps: int, sampler: Any
+) -> Tensor:
+    """Return features (N, C) of images that start from noise which depends on the seed and their numbers alone."""
+    shape = (pipeline.denoiser.config.in_channels, *sides(pipeline.denoiser))
+
+    def batches() -> Iterator[list[Any]]:
+        for start in range(0, args.num_images, batch_size):
+            numbers = range(start, min(start + batch_size, args.num_images))
+            noise = indexed_noise(shape, numbers, args.seed, stream=NOISE_STREAM)
+            yield pipeline(len(numbers), latents=noise, num_inference_steps=steps, sampler=sampler).images
+
+    return extractor.compute(batches(), GENERATED_VIEW)
+
+
+def variants(args: argparse.Namespace, trained: Any, framework: str) -> Iterator[tuple[str, Any, str | None]]:
+    """Yield the samplers of a framework: their names, their schedulers and the pipeline's `sampler`."""
+    for name, (kind, sampler) in SAMPLERS[framework].items():
+        if "timestep_spacing" not in inspect.signature(kind).parameters:
+            yield name, change_scheduler(trained, kind), sampler
+            continue
+        for spacing in args.timestep_spacings:
+            yield f"{name}, {spacing}", change_scheduler(trained, kind, timestep_spacing=spacing), sampler
+
+
+def steps_for(calls: int, sampler: str | None) -> tuple[int, int]:
+    """Return the most steps that so many calls allow, and the calls that they take: Heun's N are 2 N - 1."""
+    steps = (calls + 1) // 2 if sampler == "heun" else calls
+    return steps, 2 * steps - 1 if sampler == "heun" else steps
+
+
+def measure_quality(
+    args: argparse.Namespace,
+    pipeline: DDAEPipeline,
+    extractor: Extractor,
+    reference: Tensor,
+    batch_size: int,
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Return the distance of every sampler at every number of calls, and the features of the first at the most."""
+    rows: list[dict[str, Any]] = []
+    kept: list[Tensor] = []
+    trained = pipeline.scheduler
+    for name, scheduler, sampler in variants(args, trained, family(trained)):
+        pipeline.scheduler = scheduler
+        for calls in args.calls:
+            steps, taken = steps_for(calls, sampler)
+            features = sampled_features(args, pipeline, extractor, batch_size, steps, sampler)
+            distance = frechet_distance(reference, features)
+            print(f"{name}, {taken} calls: {distance:.4g}", flush=True)
+            rows.append({"sampler": name, "calls": calls, "calls_taken": taken, "steps": steps, "distance": distance})
+        kept = kept or [features]
+    return rows, kept[0]
+
+
+def ratio_with_error(reference: Tensor, base: Tensor, other: Tensor) -> tuple[float, float]:
+    """Return how the distance of `other` compares with that of `base`, and its standard error over the images.
+
+    The error is the jackknife's: the ratio without one group of images after the other, which both sets start alike.
+    """
+
+    def ratio(keep: Tensor) -> float:
+        return frechet_distance(reference, other[keep]) / frechet_distance(reference, base[keep])
+
+    number = torch.arange(len(base))
+    without = torch.tensor([ratio(number % GROUPS != group) for group in range(GROUPS)], dtype=torch.float64)
+    error = ((GROUPS - 1) / GROUPS * (without - without.mean()).square().sum()).sqrt()
+    return ratio(number >= 0), error.item()
+
+
+def measure_precision(
+    args: argparse.Namespace,
+    pipeline: DDAEPipeline,
+    extractor: Extractor,
+    reference: Tensor,
+    float32: Tensor,
+    batch_size: int,
+) -> dict[str, float]:
+    """Return the distances of float32 and bfloat16 samples from the same noise, and what sets their scale."""
+    _, pipeline.scheduler, _ = next(variants(args, pipeline.scheduler, "ddpm"))
+    bfloat16 = sampled_features(args, pipeline, extractor, batch_size, args.calls[-1], None)
+    ratio, error = ratio_with_error(reference, float32, bfloat16)
+    middle = len(reference) // 2
+    return {
+        "calls": args.calls[-1],
+        "float32": frechet_distance(reference, float32),
+        "bfloat16": frechet_distance(reference, bfloat16),
+        "ratio": ratio,
+        "ratio_standard_error": error,
+        "halves_of_the_data": frechet_distance(reference[:middle], reference[middle:]),
+    }
+
+
+def reference_images(args: argparse.Namespace) -> ImageSet:
+    """Return the real images that samples are compared with."""
+    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
+    column = image_column(dataset, args.image_column)
+    return ImageSet(f"real ({args.train_split})", dataset.select_columns(column), column, REFERENCE_VIEW)
+
+
+def speed_table(speed: dict[str, Any]) -> str:
+    """Return the speeds as a Markdown table."""
+    titles = {"plain": "DDIMPipeline, float32", "float32": "DDAEPipeline, float32"}
+    titles["bfloat16"] = "DDAEPipeline, bfloat16"
+    rows = []
+    for name, r in speed.items():
+        rate, share = r["images_per_second"], f"{100 * r['share_of_matrix_rate']:.0f} %"
+        spread = f"{rate['median']:.1f} ({rate['least']:.1f} to {rate['most']:.1f})"
+        rows.append([titles[name], r["batch_size"], spread, f"{r['ratio']:.2f}", f"{r['gflops']:,.0f}", share])
+    columns = ["way", "batch", "images/s", "ratio", "GFLOP/s", "of the type's matrix rate"]
+    return measure.table(columns, rows)
+
+
+def precision_table(found: dict[str, float]) -> str:
+    """Return the distances of both types as a Markdown table."""
+    ratio = f"{found['ratio']:.4f} ± {found['ratio_standard_error']:.4f}"
+    cells = [f"{found[name]:.4g}" for name in ("float32", "bfloat16", "halves_of_the_data")]
+    columns = ["calls", "float32", "bfloat16", "halves of the data", "bfloat16 / float32"]
+    return measure.table(columns, [[found["calls"], *cells, ratio]])
+
+
+def by_sampler(quality: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return each sampler's figures in the order of its calls."""
+    return {name: [row for row in quality if row["sampler"] == name] for name in {r["sampler"]: 0 for r in quality}}
+
+
+def quality_table(args: argparse.Namespace, quality: list[dict[str, Any]]) -> str:
+    """Return the distances as a Markdown table, with the calls where they are not the column's."""
+
+    def cell(row: dict[str, Any]) -> str:
+        fewer = "" if row["calls_taken"] == row["calls"] else f" ({row['calls_taken']})"
+        return f"{row['distance']:.4g}{fewer}"
+
+    lines = [[name, *map(cell, rows)] for name, rows in by_sampler(quality).items()]
+    return measure.table(["sampler", *args.calls], lines)
+
+
+def draw(path: Path, quality: list[dict[str, Any]]) -> None:
+    """Draw the distance of every sampler over its calls."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for i, (name, rows) in enumerate(by_sampler(quality).items()):
+        style = {"marker": "os^Dv*Xp<>h"[i % 11], "linestyle": "--" if name.startswith("EDM") else "-"}
+        axes.plot([row["calls_taken"] for row in rows], [row["distance"] for row in rows], label=name, **style)
+    axes.set(title="Samplers", xlabel="network calls for an image", ylabel="Frechet distance to the data")
+    axes.set(xscale="log", yscale="log")
+    ticks = sorted({row["calls"] for row in quality})
+    axes.set_xticks(ticks, [str(calls) for calls in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def summary(args: argparse.Namespace, report: dict[str, Any]) -> str:
+    """Return what was measured, in words and tables."""
+    parts = [
+        f"{measure.describe_limits(report['limits'])} Images/s at {args.speed_calls} calls of the network an image:\n",
+        speed_table(report["speed"]),
+        f"Frechet distance of {args.num_images:,} samples to {report['reference']['num_images']:,} images of the data, "
+        f"{report['reference']['name']}, in features of {args.extractor}. DDIM, {args.timestep_spacings[0]} timesteps, "
+        "from the same noise:\n",
+        precision_table(report["precision"]),
+        "By calls of the network for an image (in brackets where fewer), in float32:\n",
+        quality_table(args, report["quality"]),
+    ]
+    return "\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    args = parse_arguments(argv)
+    pipelines = open_ways(args)
+    edm = args.edm_model_name_or_path and open_ours(args, args.edm_model_name_or_path, "edm", torch.float32)
+    images = reference_images(args)
+    extractor = open_extractor(args, images)
+    report: dict[str, Any] = {"options": {n: str(v) if isinstance(v, Path) else v for n, v in vars(args).items()}}
+    report |= {"facts": measure.facts(args.device), "limits": measure.limits(args.device)}
+    report["speed"] = speed = measure_speed(args, pipelines, report["limits"])
+    reference = extractor.compute(images.batches(250), images.view)
+    report["reference"] = {"name": images.name, "num_images": len(images), "features": reference.shape[1]}
+    shared = (args, pipelines["float32"], extractor, reference, speed["float32"]["batch_size"])
+    report["quality"], float32 = measure_quality(*shared)
+    if edm:
+        report["quality"] += measure_quality(args, edm, *shared[2:])[0]
+    batch_size = speed["bfloat16"]["batch_size"]
+    report["precision"] = measure_precision(args, pipelines["bfloat16"], extractor, reference, float32, batch_size)
+    write_json(args.output, report)
+    picture = args.output.with_suffix(".png")
+    draw(picture, report["quality"])
+    print(f"\n{summary(args, report)}\nEvery figure: {args.output}; picture: {picture}.")
+
+
+if __name__ == "__main__":
+    main()
