@@ -21,7 +21,7 @@ from data import write_json  # noqa: E402
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline  # noqa: E402
 
 OWN = ("app.py", "views.py", "denoising.py", "pictures.py", "README.md", "requirements.txt")
-HELPERS = ("data.py", "labelled.py")
+HELPERS = ("data.py", "labelled.py", "pixels.py", "precision.py")
 RUN = Path("runs/quickstart")
 
 
