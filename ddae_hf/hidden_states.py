@@ -15,9 +15,10 @@ Two ways of stopping early give bit-equal results:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Blocks whose forward is a plain walk over `resnets` and `attentions`, so that shorter lists stop it early.
@@ -144,6 +145,26 @@ class _Cut:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def with_float32_output(denoiser: Any) -> Any:
+    """Return a U-Net of a shorter type seen with its last norm and convolution computed in float32; others as they are.
+
+    These few operations make most of what sampling in bfloat16 loses. Where hooks call the network (offloading) or it
+    is compiled, it stays as it is too.
+    """
+    if _is_transformer(denoiser) or denoiser.dtype == torch.float32:
+        return denoiser
+    layers = {name: getattr(denoiser, name) for name in ("conv_norm_out", "conv_out")}
+    if any(_has_own_forward(module) for module in (denoiser, *layers.values())):
+        return denoiser
+    return _Cut(denoiser, {name: _in_float32(layer) for name, layer in layers.items()})
+
+
+def _in_float32(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a module's function, computed in float32."""
+    exact = {name: parameter.float() for name, parameter in module.named_parameters()}
+    return lambda hidden: torch.func.functional_call(module, exact, (hidden.float(),))
 
 
 class _Recorder:

@@ -41,6 +41,7 @@ from .conditioning import (
     fed_timestep,
     num_labels,
 )
+from .hidden_states import with_float32_output
 from .latents import check_vae, decode
 from .noise import add_noise, check_time_embedding, denoised, family
 from .remote_code import save_pipeline_code
@@ -277,6 +278,7 @@ class DDAEPipeline(DiffusionPipeline):
         conditioning = class_conditioning(denoiser, class_labels, batch_size, self._execution_device, null_class)
         channels = denoiser.config.in_channels
         learns_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
+        network = with_float32_output(denoiser)
 
         def call(sample: Tensor, timestep: Tensor) -> Tensor:
             self._check_guidance(class_labels)  # a callback may have changed it
@@ -287,7 +289,7 @@ class DDAEPipeline(DiffusionPipeline):
                 labels = conditioning["class_labels"]
                 told = {"class_labels": torch.cat([labels, torch.full_like(labels, null_class)])}
                 sample, fed = torch.cat([sample, sample]), torch.cat([fed, fed])
-            output = denoiser(sample, fed, **told).sample.float()
+            output = network(sample, fed, **told).sample.float()
             prediction, variance = output[:, :channels], output[:, channels:]
             if guided:
                 with_label, without = prediction.chunk(2)

@@ -1,5 +1,7 @@
 """Hidden states against hooks on diffusers' own forward, and what stopping early saves."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -9,7 +11,7 @@ from ddae_hf import collect_hidden_states, layer_names, pool_hidden_states
 from ddae_hf.checkpoints import build_denoiser
 from ddae_hf.conditioning import disable_label_dropout
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
-from ddae_hf.hidden_states import decoder_layer_names, default_layer, hidden_size
+from ddae_hf.hidden_states import decoder_layer_names, default_layer, hidden_size, with_float32_output
 
 from .conftest import make_dit, make_unet
 
@@ -241,3 +243,27 @@ def test_gradients_through_a_dits_checkpointed_blocks_are_the_same():
         ].sum().backward()
         gradients.append(dit.pos_embed.proj.weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_output_layers_compute_in_float32_whatever_the_type_of_a_unet():
+    network = make_unet(0)
+    assert with_float32_output(network) is network
+    network.to(torch.bfloat16)
+    sample, timestep, kept = torch.randn(2, 3, 8, 8).bfloat16(), torch.tensor(5.0), []
+    with torch.no_grad():
+        handle = network.up_blocks[-1].register_forward_hook(lambda block, inputs, output: kept.append(output))
+        stock = network(sample, timestep).sample
+        seen = with_float32_output(network)(sample, timestep).sample
+        handle.remove()
+        assert torch.equal(*kept)
+        norm, convolution = (copy.deepcopy(layer).float() for layer in (network.conv_norm_out, network.conv_out))
+        expected = convolution(torch.nn.functional.silu(norm(kept[0].float())))
+    torch.testing.assert_close(seen, expected)
+    assert stock.dtype == network.dtype == torch.bfloat16 and not torch.equal(stock.float(), seen)
+
+
+def test_a_network_that_is_called_through_a_hook_or_is_no_unet_keeps_its_output_layers():
+    network = make_unet(0).to(torch.bfloat16)
+    network.register_forward_hook(lambda module, inputs, output: output)
+    for denoiser in (network, make_dit(0).to(torch.bfloat16)):
+        assert with_float32_output(denoiser) is denoiser
