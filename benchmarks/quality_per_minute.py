@@ -35,6 +35,7 @@ from training_ways import WAYS, Plain, Process
 import pretrain
 from data import read_config, write_json
 from plots import plt
+from training_run import PROGRESS
 
 CONFIG = measure.EXAMPLES / "configs" / "cifar10_minutes.yaml"
 QUARTERS = 4
@@ -88,15 +89,21 @@ def step_seconds(args: argparse.Namespace) -> dict[str, float]:
     path = args.output_dir / "step_seconds.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    found = {}
-    for name, way in {"plain": "plain", "ours": "configured"}.items():
+    ours = pretrain.parse_arguments([*recipe_options(args, False, args.output_dir), "--output_dir", "."])
+    low = ours.low_resolution_share if ours.low_resolution else 0.0
+    kinds = [("plain", "plain", 1.0, 0), ("ours", "configured", low, 1), ("ours", "configured", 1 - low, 0)]
+    found = {"plain": 0.0, "ours": 0.0}
+    for name, way, share, low_share in kinds:
+        if not share:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             options = [*recipe_options(args, name == "plain", Path(folder)), "--output_dir", folder]
-            process = Process(WAYS[way], [*options, "--max_train_steps", "10000"], "cpu", args.workers)
+            options += ["--max_train_steps", "10000", "--low_resolution_share", str(low_share)]
+            process = Process(WAYS[way], options, "cpu", args.workers)
             process.steps(WARM_UP)
             seconds, _ = process.steps(TIMED)
             process.close()
-        found[name] = seconds / TIMED
+        found[name] += share * seconds / TIMED
     write_json(path, found)
     return found
 
@@ -140,14 +147,15 @@ class Run:
         found: dict[str, Any] = {"seed": self.seed, "images": results["images"], "points": []}
         for quarter in quarters:
             output = folder / "probes" / str(quarter)
+            checkpoint = folder / f"checkpoint-{quarter * results['steps'] // QUARTERS}"
             if not (output / "eval_results.json").exists():
-                checkpoint = folder / f"checkpoint-{quarter * results['steps'] // QUARTERS}"
                 options = ["--dataset_name", args.dataset_name, "--dtype", "bfloat16", "--num_noise_seeds", "1", *rest]
                 options += ["--model_name_or_path", str(checkpoint), "--output_dir", str(output)]
                 subprocess.run([sys.executable, str(measure.EXAMPLES / "sweep.py"), *options], check=True)
                 shutil.rmtree(output / "features")
             report = json.loads((output / "eval_results.json").read_text(encoding="utf-8"))
-            point = {"minutes": quarter / QUARTERS * results["seconds"] / 60, **report["best"]}
+            progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+            point = {"minutes": progress["seconds"] / 60, **report["best"]}
             found["points"].append(point | {"test_accuracy": next(iter(report["test_accuracies"].values()))})
         labels = np.load(output / "test_labels.npy")
         found["correct"] = (np.load(output / "test_predictions.npy") == labels).astype(int)
@@ -206,23 +214,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = parse_arguments(argv)
     seconds = step_seconds(args)
     best, tried = choose_rate(args, rest, seconds)
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
-    for seed in args.seeds:
-        for name, rate in {"ours": None, "plain": best}.items():
-            run = Run(name, seed, args.minutes, rate)
-            run.train(args, seconds)
-            first = 1 if seed == args.seeds[0] else QUARTERS
-            found[name].append(run.probe(args, rest, range(first, QUARTERS + 1)))
+    rates = {"ours": None, "plain": best}
+    runs = [Run(name, seed, args.minutes, rate) for seed in args.seeds for name, rate in rates.items()]
+    for run in runs:
+        run.train(args, seconds)
+        run.probe(args, rest, range(QUARTERS, QUARTERS + 1))
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rates}
+    for run in runs:
+        first = 1 if run.seed == args.seeds[0] else QUARTERS
+        found[run.name].append(run.probe(args, rest, range(first, QUARTERS + 1)))
     gain, half = compare(found["ours"], found["plain"])
-    for run in (run for runs in found.values() for run in runs):
-        del run["correct"]
+    for result in (result for results in found.values() for result in results):
+        del result["correct"]
     report = {"options": {**vars(args), "output_dir": str(args.output_dir)}, "sweep_options": rest}
     report |= {"step_seconds": seconds, "learning_rates": tried, "learning_rate": best, "runs": found}
     report |= {"gain": gain, "gain_half_width": half, "facts": measure.facts("cpu")}
     write_json(args.output_dir / "results.json", report)
     draw(args.output_dir / "quality_per_minute.png", found)
-    rates = ", ".join(f"{rate}: {100 * accuracy:.2f}" for rate, accuracy in tried.items())
-    print(f"\nThe plain recipe's learning rates, after {args.search_minutes:g} minutes on held-out images: {rates}.\n")
+    scores = ", ".join(f"{rate}: {100 * accuracy:.2f}" for rate, accuracy in tried.items())
+    print(f"\nThe plain recipe's learning rates, after {args.search_minutes:g} minutes on held-out images: {scores}.\n")
     print(summary(found))
     print(f"Gain on the same test images: {gain:+.2f} ± {half:.2f} points. Every figure: {args.output_dir}.")
 

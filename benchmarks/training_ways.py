@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 import pretrain
 from data import load_training_images, write_json
 from ddae_hf import DDAEPipeline
+from training_run import PROGRESS
 
 
 @dataclass
@@ -173,6 +174,7 @@ class Plain:
             seconds += measure.seconds_of(lambda: losses.append(next(steps)), self.device)
             if step % args.checkpointing_steps == 0:
                 self.save(folder / f"checkpoint-{step}")
+                write_json(folder / f"checkpoint-{step}" / PROGRESS, {"seconds": seconds})
         self.save(folder)
         images = args.max_train_steps * args.train_batch_size
         loss = torch.stack(losses[-100:]).mean().item()

@@ -369,25 +369,22 @@ def sample_training_sigma(
         generator: Random generator on that device.
         log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
             timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal
-            times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma.
+            times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP, levels beyond
+            an end of the schedule are that end.
 
     Raises:
-        ValueError: `log_normal` that is no distribution, or with a VP scheduler, whose levels end.
+        ValueError: `log_normal` that is no distribution.
     """
     group = _family(scheduler)
     if log_normal is None:
         return group.draw((batch_size,), device, generator)
-    if isinstance(group, _VariancePreserving):
-        raise ValueError(
-            f"log-normal noise levels cannot be drawn with {type(scheduler).__name__}: its training levels are its "
-            "timesteps, drawn uniformly. Leave the distribution out, or train with EDM or flow matching."
-        )
     mean, deviation = log_normal
     if not (math.isfinite(mean) and 0 < deviation < math.inf):
         raise ValueError(
             f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation positive."
         )
-    return _log_normal((mean, deviation), (batch_size,), device, generator)
+    sigma = _log_normal((mean, deviation), (batch_size,), device, generator)
+    return sigma.clamp(*group.sigma_range()) if isinstance(group, _VariancePreserving) else sigma
 
 
 def _log_normal(moments: tuple[float, float], shape: tuple[int], device: Any, generator: Any) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -83,6 +84,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="Draw log sigma from a normal distribution: for flow matching 0 1 are logit-normal times. By default each "
         "framework's own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
     )  # fmt: skip
+    add(
+        "--low_resolution", type=int, metavar="SIDE",
+        help="Begin with images reduced to this side, by means of pixels: such steps cost less.",
+    )  # fmt: skip
+    add("--low_resolution_share", type=float, default=0.9, help="Share of the steps that are of --low_resolution.")
     add("--seed", type=int, default=0, help="Seed of everything that is random.")
     add("--train_batch_size", type=int, default=128, help="Images a step on each device.")
     add("--num_train_epochs", type=int, default=100)
@@ -121,6 +127,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
     if labels := sorted({"num_class_embeds", "num_embeds_ada_norm"} & set(args.denoiser)):
         parser.error(f"--denoiser has {labels[0]}: leave it out, --class_conditional takes it from the data set.")
+    if not 0 <= args.low_resolution_share <= 1:
+        parser.error(f"--low_resolution_share is {args.low_resolution_share}: it must be between 0 and 1.")
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
     check_latent_arguments(parser, args)
@@ -169,6 +177,7 @@ def check_same_run(args: argparse.Namespace, resume: Path, data: TrainingData, d
     trained = yaml.safe_load((resume / "training_options.yaml").read_text(encoding="utf-8"))
     latents = json.loads((resume / LATENTS).read_text(encoding="utf-8")) if (resume / LATENTS).is_file() else None
     objective = ("init_from", "random_flip", "augment", "class_conditional", "label_dropout", "log_sigma")
+    objective += ("low_resolution", "low_resolution_share") if args.low_resolution else ("low_resolution",)
     pairs = [({name: getattr(args, name) for name in objective}, trained)]
     pairs.append(({"latents": data.described}, {"latents": latents}))
     if not args.init_from and not trained.get("init_from"):
@@ -239,10 +248,24 @@ def check_networks(
     if latents is not None:
         described["vae"] = latents.index["vae"]
     DDAEConfig(**described, timestep=0, null_class=null_class)
+    if args.low_resolution is not None:
+        check_low_resolution(args.low_resolution, described, null_class)
     sample_training_sigma(scheduler, 1, log_normal=args.log_sigma)
     copy.deepcopy(scheduler).set_timesteps(args.num_inference_steps)
     if args.resolution not in (None, config.sample_size):
         raise SystemExit(f"--resolution is {args.resolution}, but the network's sample_size is {config.sample_size}.")
+
+
+def check_low_resolution(side: int, described: dict[str, Any], null_class: int | None) -> None:
+    """Raise `ValueError` unless the described network can be trained on images of this side, smaller than its own."""
+    whole = described["denoiser"]["sample_size"]
+    if not (isinstance(whole, int) and 1 <= side < whole):
+        raise ValueError(f"--low_resolution is {side}: it must be at least 1 and below the sample_size, {whole}.")
+    try:
+        reduced = {**described["denoiser"], "sample_size": side}
+        DDAEConfig(**{**described, "denoiser": reduced}, timestep=0, null_class=null_class)
+    except ValueError as error:
+        raise ValueError(f"--low_resolution {side} cannot work. {error}") from error
 
 
 def seed_step(args: argparse.Namespace, accelerator: Accelerator, batch_index: int) -> None:
@@ -317,6 +340,8 @@ def training_steps(args: argparse.Namespace, accelerator: Accelerator, training:
         with accelerator.accumulate(denoiser):
             batch["pixel_values"] = one_view(batch["pixel_values"])
             clean, labels = training_inputs(args, batch, network)
+            if args.low_resolution and training.step < args.low_resolution_share * training.total_steps:
+                clean = F.interpolate(clean, args.low_resolution, mode="area")
             levels = {"class_labels": labels, "log_normal": args.log_sigma}
             loss = denoising_loss(denoiser, training.scheduler, clean, **levels).mean()
             accelerator.backward(loss)

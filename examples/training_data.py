@@ -23,6 +23,7 @@ OF_IMAGES = dict.fromkeys(
 )
 OF_IMAGES |= {
     "streaming": "latents are read from the disk",
+    "low_resolution": "means of latents are no latents",
     "augment": "latents are not changed; encode_latents.py --mirror makes a second, mirrored view of each",
     "random_flip": "latents are not changed; encode_latents.py --mirror makes a second, mirrored view of each",
 }

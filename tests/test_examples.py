@@ -64,8 +64,8 @@ def trained(digits, tmp_path_factory):
     return folder
 
 
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+def weights(folder, part="unet"):
+    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
 
 
 def test_pretraining_leaves_a_checkpoint_that_opens_and_says_how_it_was_made(trained):
@@ -104,6 +104,41 @@ def test_resuming_another_or_a_finished_run_is_refused(trained, digits, tmp_path
 def test_a_fresh_run_does_not_mix_with_an_earlier_one(trained, digits):
     with pytest.raises(SystemExit, match="holds checkpoints of an earlier run"):
         train(digits, trained, "--max_train_steps", "1")
+
+
+@pytest.mark.parametrize("denoiser", [TINY, TINY_DIT])
+def test_training_begins_on_images_of_low_resolution_and_resumes_exactly(digits, tmp_path, monkeypatch, denoiser):
+    whole, seen, loss_of, inputs_of = [], [], pretrain.denoising_loss, pretrain.training_inputs
+
+    def inputs(*given):
+        found = inputs_of(*given)
+        whole.append(found[0])
+        return found
+
+    def loss(network, scheduler, clean, **levels):
+        seen.append(clean)
+        return loss_of(network, scheduler, clean, **levels)
+
+    monkeypatch.setattr(pretrain, "training_inputs", inputs)
+    monkeypatch.setattr(pretrain, "denoising_loss", loss)
+    options = ["--denoiser", json.dumps(denoiser), "--max_train_steps", "5", "--checkpointing_steps", "2"]
+    options += ["--low_resolution", "4", "--low_resolution_share", "0.6"]
+    train(digits, tmp_path / "whole", *options)
+    assert [clean.shape[-1] for clean in seen] == [4, 4, 4, 8, 8]
+    for clean, images in zip(seen[:3], whole, strict=False):
+        means = images.double().reshape(len(images), 1, 4, 2, 4, 2).mean((3, 5))
+        torch.testing.assert_close(clean.double(), means, rtol=0, atol=1e-6)
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / "checkpoint-2").symlink_to(tmp_path / "whole" / "checkpoint-2")
+    train(digits, tmp_path / "resumed", *options, "--resume_from_checkpoint", "latest")
+    part = "transformer" if denoiser is TINY_DIT else "unet"
+    expected, resumed = weights(tmp_path / "whole", part), weights(tmp_path / "resumed", part)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    with pytest.raises(SystemExit, match="trained with other options: low_resolution differ"):
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "checkpoint-2").symlink_to(tmp_path / "whole" / "checkpoint-2")
+        train(digits, other, *options[:-4], "--resume_from_checkpoint", "latest")
 
 
 def test_averaged_weights_follow_the_rule(digits, tmp_path):
@@ -429,6 +464,9 @@ def test_a_configuration_takes_over_what_its_base_says(tmp_path):
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
         (["--train_data_dir", "nowhere", "--dataset_name", "x"], "Give one of"),
         (["--resolution", "16"], "--resolution is 16, but"),
+        (["--low_resolution", "8"], "--low_resolution is 8: it must be at least 1 and below"),
+        (["--low_resolution", "5"], "--low_resolution 5 cannot work. sample_size is 5"),
+        (["--low_resolution", "4", "--low_resolution_share", "1.5"], "--low_resolution_share is 1.5"),
         (["--denoiser", json.dumps(TINY | {"class_embed_type": "timestep"})], "train it with --class_conditional"),
         (["--denoiser", json.dumps(TINY | {"out_channels": 2})], "as many output as input channels"),
         (["--augment", "0.1"], "leave out --random_flip"),
@@ -446,7 +484,7 @@ def test_a_configuration_takes_over_what_its_base_says(tmp_path):
         (["--scheduler", '{"_class_name": "EDMEulerScheduler"}', "--log_sigma", "0", "-1"], "the deviation positive"),
         (["--class_conditional", "--label_dropout", "0"], "must see both its classes and the null class"),
         (["--denoiser", json.dumps(TINY | {"num_class_embeds": 4})], "leave it out, --class_conditional takes it"),
-        (["--log_sigma", "0", "1"], "its training levels are its timesteps"),
+        (["--log_sigma", "0", "inf"], "must be finite"),
         (["--scheduler", '{"_class_name": "ScoreSdeVeScheduler"}'], "is not supported"),
         (["--scheduler", '{"_class_name": "Nothing"}'], "must name a diffusers scheduler"),
         (["--scheduler", '{"rescale_betas_zero_snr": true}'], "zero-terminal SNR"),

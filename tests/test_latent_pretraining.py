@@ -196,6 +196,7 @@ def test_images_do_not_go_on_with_a_denoiser_of_latents(trained, digits, tmp_pat
         (["--dataset_name", "x"], "--dataset_name does not go with --latents_dir"),
         (["--train_data_dir", "x"], "--train_data_dir does not go with --latents_dir"),
         (["--resolution", "16"], "--resolution does not go with --latents_dir"),
+        (["--low_resolution", "4"], "means of latents are no latents"),
         (["--streaming"], "--streaming does not go with --latents_dir"),
         (
             ["--random_flip"],

@@ -357,9 +357,17 @@ def test_flow_matchings_times_are_uniform_or_logit_normal():
     assert torch.logit(s).mean().abs() < 0.03 and torch.logit(s).std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_log_normal_levels_of_a_schedule_of_timesteps_are_refused():
-    with pytest.raises(ValueError, match="drawn uniformly. Leave the distribution out"):
-        sample_training_sigma(SCHEDULERS[0], 4, log_normal=(0.0, 1.0))
+def test_log_normal_levels_of_a_schedule_of_timesteps_end_where_it_does():
+    scheduler = SCHEDULERS[0]
+    low, high = sigma_range(scheduler)
+    torch.manual_seed(0)
+    sigma = sample_training_sigma(scheduler, 40_000, log_normal=(0.0, 1.5))
+    assert sigma.min() == low and sigma.max() <= high
+    assert sigma_to_timestep(scheduler, sigma).isfinite().all()
+    # The quantiles of a normal distribution, which clamping its ends leaves as they are.
+    quartiles = sigma.log().double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    torch.testing.assert_close(quartiles, torch.tensor([-1.0117, 0.0, 1.0117], dtype=torch.float64), rtol=0, atol=0.03)
+    assert sample_training_sigma(scheduler, 8, log_normal=(50.0, 0.1)).tolist() == [high] * 8
 
 
 def test_indexed_noise_depends_on_seed_index_and_view_alone():
