@@ -65,6 +65,7 @@ from generate import (
     sample,
 )
 from labelled import ready
+from precision import made_fast
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there
@@ -207,7 +208,7 @@ def transformers_extractor(path: str, args: argparse.Namespace) -> Extractor:
         missing = {name for name in missing if not name.startswith("pooler.")}
     if missing:
         raise ValueError(f"its weights {sorted(missing)[:3]} are missing.")
-    model.to(best_device()).eval()
+    made_fast(model, best_device()).to(best_device()).eval()
     processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=args.cache_dir)
 
     @torch.no_grad()
@@ -247,7 +248,7 @@ def inception_extractor(path: str, args: argparse.Namespace) -> Extractor:
         # torch-fidelity unpickles what it is given: it gets what was read without.
         torch.save(state, file.name)
         network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], file.name)
-    network.to(best_device())
+    made_fast(network, best_device()).to(best_device())
 
     @torch.no_grad()
     def features(images: list[PILImage.Image]) -> torch.Tensor:

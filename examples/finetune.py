@@ -44,7 +44,7 @@ from hub import add_hub_arguments, prepare, publish
 from labelled import LabelledImages, add_label_arguments, classify, draw_fraction
 from latents import EncodedImages, one_view
 from metrics import classification_metrics
-from precision import fast_layout
+from precision import fast_layout, made_fast
 
 OPTIONS, PROGRESS, AVERAGED = "training_options.yaml", "progress.json", "averaged.safetensors"
 FREE = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "cache_dir", "config"}  # may differ in resuming
@@ -426,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
         data = open_data(args, processor, DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir))
-        model = build_model(args, data.names).to(memory_format=fast_layout(best_device()))
+        model = made_fast(build_model(args, data.names), best_device())
         chosen = draw_fraction(data.labels["train"], args.label_fraction, args.seed)
         check_sizes(args, model.config, len(chosen))
         trainer = make_trainer(args, model, data.dataset("train").select(chosen))

@@ -27,7 +27,7 @@ from ddae_hf import DDAEPipeline
 from ddae_hf.checkpoints import fingerprint, plain_config
 from ddae_hf.conditioning import num_labels
 from ddae_hf.noise import family
-from precision import add_dtype_argument, chosen_dtype, fast_layout
+from precision import add_dtype_argument, chosen_dtype, made_fast
 
 # What the images of a folder depend on, beside the weights.
 IMAGE_OPTIONS = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
@@ -99,7 +99,7 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
         pipeline.scheduler = chosen
     chosen_classes(args, pipeline)  # stops here at those that there are not
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
-    pipeline.denoiser.to(memory_format=fast_layout(best_device()))
+    made_fast(pipeline.denoiser, best_device())
     if pipeline.vae is not None:
         pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
     return pipeline.to(best_device())

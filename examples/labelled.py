@@ -18,7 +18,7 @@ from ddae_hf.checkpoints import fingerprint
 from ddae_hf.conditioning import class_conditioning
 from ddae_hf.noise import indexed_noise
 from pixels import Pixels, scaled
-from precision import fast_layout
+from precision import made_fast
 
 
 def add_label_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +109,7 @@ def ready(model: Any) -> Any:
     """Return a model on the best device there is; its VAE takes one image at a time, which bounds what it needs."""
     if model.base_model.vae is not None:
         model.base_model.vae.enable_slicing()
-    return model.to(best_device(), memory_format=fast_layout(best_device()))
+    return made_fast(model, best_device()).to(best_device())
 
 
 def check_null_class(model: DDAEModel) -> None:

@@ -16,7 +16,7 @@ from ddae_hf.features import augment_view
 from ddae_hf.latent_folder import DTYPE, LatentFolder
 from ddae_hf.noise import indexed_noise
 from labelled import Images, LabelledImages, noise_view
-from precision import fast_layout
+from precision import made_fast
 
 
 def describe_splits(images: Images, views: dict[str, int], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -58,7 +58,7 @@ def encode_views(folder: LatentFolder, vae: Any, images: Images, changes: dict[s
     if not folder.missing_bytes():
         return
     home, started = vae.device, time.monotonic()
-    vae.to(best_device(), memory_format=fast_layout(best_device()))
+    made_fast(vae, best_device()).to(best_device())
     for split, known in folder.index["splits"].items():
         for view in range(known["views"]):
 

@@ -1,12 +1,17 @@
-"""In which type and layout a network computes, which decides how fast it is: the scripts' options and choices."""
+"""In which type, layout and memory a network computes, which decides how fast it is: the scripts' choices."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import ctypes
+import os
+import platform
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T", bound=torch.nn.Module)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 HELP = (
     "Type that the network computes in; by default its checkpoint's. bfloat16 is two to three times as fast as float32 "
     "on GPUs and on processors with bfloat16 arithmetic (AVX512-BF16, AMX), and slower on others."
@@ -30,6 +35,27 @@ def fast_layout(device: str | torch.device) -> torch.memory_format:
     times (torch 2.13).
     """
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors free for the next ones, however large, until the process ends.
+
+    By default it gives tensors above 32 MiB back at once, and the kernel clears every page of the next: up to a third
+    of a forward pass of large batches on a processor (docs/performance.md). Other C libraries stay as they are, and so
+    does this one where `MALLOC_...` or `GLIBC_TUNABLES` in the environment set it up.
+    """
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not chosen:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def made_fast(network: T, device: str | torch.device) -> T:
+    """Return a network in `fast_layout`, where on a processor freed memory is kept; it stays where it is."""
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
+    return network.to(memory_format=fast_layout(device))
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -55,7 +55,7 @@ from ddae_hf.noise import sample_training_sigma
 from ddae_hf.objectives import denoising_loss
 from hub import PRIVATE, add_hub_arguments, prepare, publish
 from latents import one_view
-from precision import fast_layout, has_bfloat16
+from precision import has_bfloat16, made_fast
 from training_data import TrainingData, add_latent_arguments, check_latent_arguments, load_training_data
 from training_run import LATENTS, Progress, Run, checkpoint_to_resume, mean
 
@@ -313,7 +313,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Training:
     rate = args.learning_rate * (processes if args.scale_lr else 1)
     adam = (rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay)
     optimizer = torch.optim.AdamW(network.parameters(), *adam, fused=True)
-    network.to(memory_format=fast_layout(accelerator.device))
+    made_fast(network, accelerator.device)
     denoiser, optimizer, dataloader = accelerator.prepare(network, optimizer, dataloader)
     if not args.streaming and len(dataloader) == 0:
         raise SystemExit(f"There are fewer images than --train_batch_size x {processes} processes: lower it.")

@@ -45,7 +45,7 @@ from data import (
 )
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
 from facts import data_facts, machine
-from precision import fast_layout
+from precision import made_fast
 from pretrain import batches_from, make_accelerator, seed_step
 from training_run import PROGRESS, Progress, checkpoint_to_resume, mean, saved_checkpoints
 
@@ -247,7 +247,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     images, held_out = split_images(args, processes)
     optimizer = torch.optim.AdamW(vae.parameters(), args.learning_rate, weight_decay=0.0, fused=True)
     batches = training_batches(args, images, vae, 0)
-    vae.to(memory_format=fast_layout(accelerator.device))
+    made_fast(vae, accelerator.device)
     autoencoder, optimizer, dataloader = accelerator.prepare(Autoencoder(vae), optimizer, batches)
     total_steps = args.max_train_steps or args.num_train_epochs * len(dataloader)
     # accelerate advances the schedule once for every process.

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 
 import evaluate_generation
-from data import best_device
 from ddae_hf import DDAEConfig, DDAEModel
 from ddae_hf.noise import sample_training_sigma
 from ddae_hf.objectives import denoising_loss
-from labelled import LabelledImages
+from labelled import LabelledImages, ready
 from plots import stacked_curves
 
 LOSS_IMAGES = 5000
@@ -49,7 +48,7 @@ def training_checkpoints(run: str) -> dict[int, Path]:
 def test_loss(args: argparse.Namespace, checkpoint: Path, data: LabelledImages) -> float:
     """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
     options = {} if args.null_class is None else {"null_class": args.null_class}
-    model = DDAEModel.from_pretrained(checkpoint, dtype=torch.float32, **options).to(best_device())
+    model = ready(DDAEModel.from_pretrained(checkpoint, dtype=torch.float32, **options))
     null_class = None if model.config.null_class is None else torch.tensor(model.config.null_class)
     generator = torch.Generator().manual_seed(args.seed)
     losses = []

@@ -1,6 +1,8 @@
 """bfloat16 in place of float32: features and samples stay what they are, within its rounding."""
 
 import json
+import os
+import platform
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import linear_probe
 from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline
 from ddae_hf.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
-from precision import fast_layout
+from precision import fast_layout, keep_freed_memory
 
 from .conftest import make_unet
 from .test_sweep import run, save_checkpoint
@@ -91,3 +93,16 @@ def test_the_layout_of_training_changes_nothing_but_rounding():
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
     assert fast_layout(torch.device("cpu")) == torch.contiguous_format
     assert fast_layout(torch.device("cuda")) == torch.channels_last
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Only glibc is told to keep memory.")
+def test_freed_memory_is_kept(monkeypatch):
+    resource = pytest.importorskip("resource")
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    keep_freed_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.ones(2**24)  # 64 MiB, twice what glibc keeps by itself
+    cleared = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert cleared < 40 * 2**26 / resource.getpagesize() / 2
