@@ -7,8 +7,8 @@ r"""Images a second of pooled features: the plain way against ours, and against 
 Networks, with random weights: the paper's U-Net of 35.7 M parameters up to `up_blocks.1.resnets.2`, and DiT-XL/2 up to
 its middle block (on the CPU it has fewer). The plain way is `PlainFeatures`: float32, contiguous, a full forward with a
 hook. Ours is `DDAEModel`, in the faster layout and in inference mode. Every way takes the batch size that is fastest
-for it, and the same images and noise. The machine's limits are measured before and after each network, and the higher
-ones count.
+for it, and the same images and noise, and all keep the memory that they free, which the plain way would not do by
+itself. The machine's limits are measured before and after each network, and the higher ones count.
 
 `--probe_checkpoint` also compares linear probes on the float32 and the bfloat16 features of a trained network.
 """
@@ -32,6 +32,7 @@ from measure import (
     describe_limits,
     facts,
     gflop,
+    highest,
     in_turn,
     interval,
     limits,
@@ -137,9 +138,10 @@ def make_checkpoint(network: str, args: argparse.Namespace, folder: str) -> str:
     return path
 
 
-def open_model(checkpoint: str, dtype: str, **options: Any) -> DDAEModel:
+def open_model(checkpoint: str, dtype: str, cache_dir: str | None, **options: Any) -> DDAEModel:
     """Return our model in a type, on the device, in the faster layout."""
-    return ready(DDAEModel.from_pretrained(checkpoint, dtype=getattr(torch, dtype), vae=None, **options))
+    dtype = getattr(torch, dtype)
+    return ready(DDAEModel.from_pretrained(checkpoint, dtype=dtype, vae=None, cache_dir=cache_dir, **options))
 
 
 def our_features(model: Any, images: Tensor, noise: Tensor) -> Tensor:
@@ -148,13 +150,15 @@ def our_features(model: Any, images: Tensor, noise: Tensor) -> Tensor:
         return model(images, noise=noise).pooler_output
 
 
-def open_ways(checkpoint: str, layer: str, sigma: float, device: str) -> tuple[dict[str, Way], dict[str, Any]]:
+def open_ways(
+    checkpoint: str, layer: str, sigma: float, device: str, cache_dir: str | None
+) -> tuple[dict[str, Way], dict[str, Any]]:
     """Return the ways by name, at one layer and noise level, and what there is to say of the network."""
-    plain = PlainFeatures(checkpoint, [layer], device)
+    plain = PlainFeatures(checkpoint, [layer], device, cache_dir=cache_dir)
     timestep = plain.nearest_timestep(sigma)
     ways = {"plain": Way("float32", lambda images, noise: plain(images, noise, timestep)[layer])}
     for dtype in ("float32", "bfloat16"):
-        model = open_model(checkpoint, dtype, layer=layer, timestep=timestep)
+        model = open_model(checkpoint, dtype, cache_dir, layer=layer, timestep=timestep)
         ways[dtype] = Way(dtype, partial(our_features, model))
     blocks = getattr(plain.denoiser, "transformer_blocks", None)
     described = {
@@ -223,8 +227,9 @@ def measure_network(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]
     device = best_device()
     before = limits(device, args.repeats)
     try:
-        config = DDAEConfig.from_pretrained(checkpoint)
-        ways, described = open_ways(checkpoint, str(config.layer), float(config.sigma or 0), device)
+        config = DDAEConfig.from_pretrained(checkpoint, cache_dir=args.cache_dir)
+        chosen = (str(config.layer), float(config.sigma or 0))
+        ways, described = open_ways(checkpoint, *chosen, device, args.cache_dir)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     generator = torch.Generator().manual_seed(args.seed)
@@ -238,7 +243,7 @@ def measure_network(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]
     differences = {name: difference(way(images, noise), reference) for name, way in ways.items()}
     seconds = in_turn({name: partial(way, images, noise) for name, way in ways.items()}, args.repeats, device)
     after = limits(device, args.repeats)
-    found = {name: max(rate, after[name]) for name, rate in before.items()}
+    found = highest(before, after)
     rows = {}
     for name, way in ways.items():
         cost = costs[name.removesuffix(" compiled")]
@@ -255,8 +260,11 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     options = {"layer": args.probe_layer, "sigma": args.probe_sigma}
     options = {name: value for name, value in options.items() if value is not None}
     try:
-        models = {t: open_model(args.probe_checkpoint, t, **options) for t in ("float32", "bfloat16")}
-        processor = DDAEImageProcessor.from_pretrained(args.probe_checkpoint)
+        processor = DDAEImageProcessor.from_pretrained(args.probe_checkpoint, cache_dir=args.cache_dir)
+        if DDAEConfig.from_pretrained(args.probe_checkpoint, cache_dir=args.cache_dir).vae is not None:
+            raise ValueError(f"{args.probe_checkpoint} works on latents: give --probe_checkpoint a denoiser of pixels.")
+        types = ("float32", "bfloat16")
+        models = {t: open_model(args.probe_checkpoint, t, args.cache_dir, **options) for t in types}
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     config = models["float32"].config

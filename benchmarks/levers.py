@@ -34,7 +34,7 @@ from ddae_hf.noise import indexed_noise
 from ddae_hf.objectives import denoising_loss
 from ddae_hf.pretrained_ddae import use_attention
 from pixels import Pixels
-from precision import fast_layout
+from precision import fast_layout, keep_freed_memory
 
 LAYER = "up_blocks.1.resnets.2"
 LAYOUTS = {torch.channels_last: "channels-last", torch.contiguous_format: "contiguous"}
@@ -203,7 +203,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, least in {"batch_size": 4, "width": 64, "repeats": 1}.items():
         if getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}: it must be at least {least}.")
+    if args.width % 64:
+        parser.error(f"--width is {args.width}: it must be a multiple of 64, twice the groups of the norms.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no such device; give cpu.")
     logging.set_verbosity_error()  # a denoiser is cast here as a whole, which diffusers warns of
+    if args.device == "cpu":
+        keep_freed_memory()  # as the scripts do
     limits = measure.limits(args.device)
     options = {"device": args.device, "compiled": args.compile, "batch_size": args.batch_size}
     jobs = {

@@ -114,6 +114,11 @@ def limits(device: str, repeats: int = 5) -> dict[str, float]:
     return {name: rates(amounts[name], each)["median"] for name, each in in_turn(calls, repeats, device).items()}
 
 
+def highest(*found: dict[str, float]) -> dict[str, float]:
+    """Return the highest of each of the machine's limits, which were measured several times."""
+    return {name: max(limits[name] for limits in found) for name in found[0]}
+
+
 def describe_limits(found: dict[str, float]) -> str:
     """Return the machine's limits in words."""
     kinds = {"matrix": "matrix product", "convolution": "3x3 convolution"}

@@ -22,13 +22,21 @@ class PlainFeatures:
         layers: Names of layers.
         device: Where to compute.
         null_class: The label that stands for none in a class-conditional U-Net; a DiT's is its last.
+        cache_dir: Where what comes from the Hub is kept.
 
     Raises:
         ValueError: No such checkpoint, another kind of scheduler, or a conditional network without a null class.
     """
 
-    def __init__(self, checkpoint: str, layers: Sequence[str], device: str, null_class: int | None = None):
-        pipeline = DDAEPipeline.from_pretrained(checkpoint)
+    def __init__(
+        self,
+        checkpoint: str,
+        layers: Sequence[str],
+        device: str,
+        null_class: int | None = None,
+        cache_dir: str | None = None,
+    ):
+        pipeline = DDAEPipeline.from_pretrained(checkpoint, cache_dir=cache_dir)
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             raise ValueError(
                 f"{checkpoint} has a {type(pipeline.scheduler).__name__}: the plain way adds noise with the scheduler, "

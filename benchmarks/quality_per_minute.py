@@ -4,8 +4,8 @@ r"""Accuracy of a linear probe after so many minutes of training from scratch: o
 
 Ours is `examples/pretrain.py` with `--config`, by default examples/configs/cifar10_minutes.yaml. The paper's is its
 DDPM on the same network: dropout 0.1, Adam, batches of 128, constant rate after a warm-up, averaged weights, in the
-plain loop of `benchmarks/pretrain.py`; what it says in epochs is scaled to the steps that fit into the minutes: a
-warm-up of 13 epochs of 2000, and an average over 10,000 of 194,000 steps. Its learning rate is the best of
+plain loop of `benchmarks/pretrain.py`, float32; what it says in epochs is scaled to the steps that fit into the
+minutes: a warm-up of 13 epochs of 2000, and an average over 10,000 of 194,000 steps. Its learning rate is the best of
 `--learning_rates` on held-out training images, with the first seed.
 
 How many steps fit is measured first, in a short run of each recipe; the minutes that a run then took are reported.
@@ -35,11 +35,12 @@ from training_ways import WAYS, Plain, Process
 import pretrain
 from data import read_config, write_json
 from plots import plt
+from sweep_options import parse_arguments as parse_sweep
 from training_run import PROGRESS
 
 CONFIG = measure.EXAMPLES / "configs" / "cifar10_minutes.yaml"
 QUARTERS = 4
-WARM_UP, TIMED = 5, 25  # steps that find out how many fit
+WARM_UP, CHUNK, TIMED_SHARE = 5, 5, 0.05  # to find out how many steps fit, some are timed for a share of the minutes
 # Shares of the paper's training, 2000 epochs of 97 steps: its warm-up, and the reach of its average.
 PAPER_WARM_UP, PAPER_REACH = 13 / 2000, 10_000 / 194_000
 PAPER = {
@@ -70,7 +71,26 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         parser.error(f"--minutes {args.minutes}, --search_minutes {args.search_minutes}: they must be positive.")
     if min(args.learning_rates) <= 0:
         parser.error(f"--learning_rates are {args.learning_rates}: they must be positive.")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds are {args.seeds}: they must be different, and not negative.")
+    sweep = parse_sweep([*sweep_options(args), *rest, "--model_name_or_path", ".", "--output_dir", "."])
+    if sweep.features_dir != "features":
+        parser.error("--features_dir: this benchmark sets that itself, leave it out.")
     return args, rest
+
+
+def sweep_options(args: argparse.Namespace) -> list[str]:
+    """Return the options of every probe, beside those that the benchmark was given for them."""
+    return ["--dataset_name", args.dataset_name, "--dtype", "bfloat16", "--num_noise_seeds", "1"]
+
+
+def begin(args: argparse.Namespace, rest: list[str]) -> None:
+    """Note the options that runs depend on in the output folder, or stop if it holds runs of other ones."""
+    path = args.output_dir / "options.json"
+    known = {"config": read_config(Path(args.config)), "dataset_name": args.dataset_name, "sweep": rest}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != known:
+        raise SystemExit(f"{args.output_dir} holds runs of another --config, data set or sweep: give another folder.")
+    write_json(path, known)
 
 
 def recipe_options(args: argparse.Namespace, plain: bool, folder: Path) -> list[str]:
@@ -101,9 +121,11 @@ def step_seconds(args: argparse.Namespace) -> dict[str, float]:
             options += ["--max_train_steps", "10000", "--low_resolution_share", str(low_share)]
             process = Process(WAYS[way], options, "cpu", args.workers)
             process.steps(WARM_UP)
-            seconds, _ = process.steps(TIMED)
+            seconds: list[float] = []
+            while sum(seconds) < 60 * args.minutes * TIMED_SHARE:
+                seconds.append(process.steps(CHUNK)[0])
             process.close()
-        found[name] += share * seconds / TIMED
+        found[name] += share * sum(seconds) / (CHUNK * len(seconds))
     write_json(path, found)
     return found
 
@@ -149,7 +171,7 @@ class Run:
             output = folder / "probes" / str(quarter)
             checkpoint = folder / f"checkpoint-{quarter * results['steps'] // QUARTERS}"
             if not (output / "eval_results.json").exists():
-                options = ["--dataset_name", args.dataset_name, "--dtype", "bfloat16", "--num_noise_seeds", "1", *rest]
+                options = [*sweep_options(args), *rest]
                 options += ["--model_name_or_path", str(checkpoint), "--output_dir", str(output)]
                 subprocess.run([sys.executable, str(measure.EXAMPLES / "sweep.py"), *options], check=True)
                 shutil.rmtree(output / "features")
@@ -162,10 +184,11 @@ class Run:
         return found
 
 
-def compare(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return ours less plain on the same test images, in points, the mean over seeds, and its interval's half-width."""
-    gains = np.mean([np.subtract(a["correct"], b["correct"]) for a, b in zip(ours, plain, strict=True)], axis=0)
-    return 100 * gains.mean(), 100 * 1.96 * gains.std(ddof=1) / len(gains) ** 0.5
+def compare(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return ours less plain on the same test images, in points, by seed, with 95 % intervals over images and seeds."""
+    gains = 100.0 * np.array([np.subtract(a["correct"], b["correct"]) for a, b in zip(ours, plain, strict=True)])
+    over = {"images": measure.interval(gains.mean(0)), "seeds": measure.interval(gains.mean(1))}
+    return {"by_seed": gains.mean(1).tolist(), "over": over}
 
 
 def draw(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
@@ -191,10 +214,10 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> str:
         scores = np.array([100 * run["points"][-1]["test_accuracy"] for run in runs])
         first = ", ".join(f"{p['minutes']:.1f}: {100 * p['test_accuracy']:.2f}" for p in runs[0]["points"])
         minutes = ", ".join(f"{run['points'][-1]['minutes']:.1f}" for run in runs)
-        spread = f" ± {scores.std(ddof=1):.2f}" if len(scores) > 1 else ""
+        spread = f" ({scores.std(ddof=1):.2f})" if len(scores) > 1 else ""
         each = ", ".join(f"{score:.2f}" for score in scores)
         rows.append([name, minutes, f"{runs[0]['images']:,}", first, each, f"{scores.mean():.2f}{spread}"])
-    columns = ["recipe", "minutes", "images", "first seed, after minutes", "test accuracy by seed", "mean, deviation"]
+    columns = ["recipe", "minutes", "images", "first seed, after minutes", "test accuracy by seed", "mean (deviation)"]
     return measure.table(columns, rows)
 
 
@@ -212,6 +235,7 @@ def choose_rate(args: argparse.Namespace, rest: list[str], seconds: dict[str, fl
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     args, rest = parse_arguments(argv)
+    begin(args, rest)
     seconds = step_seconds(args)
     best, tried = choose_rate(args, rest, seconds)
     rates = {"ours": None, "plain": best}
@@ -223,18 +247,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in runs:
         first = 1 if run.seed == args.seeds[0] else QUARTERS
         found[run.name].append(run.probe(args, rest, range(first, QUARTERS + 1)))
-    gain, half = compare(found["ours"], found["plain"])
+    gain = compare(found["ours"], found["plain"])
     for result in (result for results in found.values() for result in results):
         del result["correct"]
     report = {"options": {**vars(args), "output_dir": str(args.output_dir)}, "sweep_options": rest}
     report |= {"step_seconds": seconds, "learning_rates": tried, "learning_rate": best, "runs": found}
-    report |= {"gain": gain, "gain_half_width": half, "facts": measure.facts("cpu")}
+    report |= {"gain": gain, "facts": measure.facts("cpu")}
     write_json(args.output_dir / "results.json", report)
     draw(args.output_dir / "quality_per_minute.png", found)
     scores = ", ".join(f"{rate}: {100 * accuracy:.2f}" for rate, accuracy in tried.items())
     print(f"\nThe plain recipe's learning rates, after {args.search_minutes:g} minutes on held-out images: {scores}.\n")
     print(summary(found))
-    print(f"Gain on the same test images: {gain:+.2f} ± {half:.2f} points. Every figure: {args.output_dir}.")
+    images, seeds = (measure.signed(gain["over"][kind]) for kind in ("images", "seeds"))
+    print(f"Gain on the same test images, with 95 % intervals: {images} points over images, {seeds} over seeds.")
+    print(f"Every figure: {args.output_dir}.")
 
 
 if __name__ == "__main__":

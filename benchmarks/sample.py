@@ -4,7 +4,8 @@ r"""Sampling: images a second at equal calls of the network, and how good the im
         --edm_model_name_or_path runs/cifar10_edm --num_images 5000 --output runs/benchmarks/sample.json
 
 - Speed: diffusers' `DDIMPipeline` as it comes (float32, contiguous) against `DDAEPipeline` in float32 and in bfloat16,
-  in turn, each at the batch size that was fastest for it in this run.
+  in turn, each at the batch size that was fastest for it in this run, and on a processor all with the memory kept that
+  they free, which the stock pipeline would not do by itself.
 - Precision: samples of the bfloat16 network and of the float32 one from the same noise, by their Frechet distance to
   the data.
 - Quality against calls: DDIM, DPM-Solver++ and UniPC on one checkpoint, and on one of EDM the second-order sampler of
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import scipy.stats
 import torch
 from diffusers import (
     DDIMPipeline,
@@ -45,7 +47,7 @@ from ddae_hf.noise import family, indexed_noise
 from evaluate_generation import EXTRACTORS, GENERATED_VIEW, REFERENCE_VIEW, Extractor, ImageSet, open_extractor
 from generate import change_scheduler
 from plots import plt
-from precision import fast_layout
+from precision import made_fast
 
 # Frameworks' samplers, by the scheduler that takes the steps and the pipeline's `sampler`.
 SAMPLERS: dict[str, dict[str, tuple[Any, str | None]]] = {
@@ -121,7 +123,7 @@ def open_pipeline(args: argparse.Namespace, path: str, framework: str, dtype: to
 def open_ours(args: argparse.Namespace, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
     """Return a pipeline as the scripts sample with it."""
     pipeline = open_pipeline(args, path, framework, dtype)
-    pipeline.denoiser.to(memory_format=fast_layout(args.device))
+    made_fast(pipeline.denoiser, args.device)
     return pipeline
 
 
@@ -225,9 +227,10 @@ def measure_quality(
 
 
 def ratio_with_error(reference: Tensor, base: Tensor, other: Tensor) -> tuple[float, float]:
-    """Return how the distance of `other` compares with that of `base`, and its standard error over the images.
+    """Return how the distance of `other` compares with that of `base`, and its 95 % interval's half-width.
 
-    The error is the jackknife's: the ratio without one group of images after the other, which both sets start alike.
+    The error over the images is the jackknife's: the ratio without one group of images after the other, which both
+    sets start alike.
     """
 
     def ratio(keep: Tensor) -> float:
@@ -235,8 +238,8 @@ def ratio_with_error(reference: Tensor, base: Tensor, other: Tensor) -> tuple[fl
 
     number = torch.arange(len(base))
     without = torch.tensor([ratio(number % GROUPS != group) for group in range(GROUPS)], dtype=torch.float64)
-    error = ((GROUPS - 1) / GROUPS * (without - without.mean()).square().sum()).sqrt()
-    return ratio(number >= 0), error.item()
+    error = ((GROUPS - 1) / GROUPS * (without - without.mean()).square().sum()).sqrt().item()
+    return ratio(number >= 0), float(scipy.stats.t.ppf(0.975, GROUPS - 1)) * error
 
 
 def measure_precision(
@@ -257,7 +260,7 @@ def measure_precision(
         "float32": frechet_distance(reference, float32),
         "bfloat16": frechet_distance(reference, bfloat16),
         "ratio": ratio,
-        "ratio_standard_error": error,
+        "ratio_half_width": error,
         "halves_of_the_data": frechet_distance(reference[:middle], reference[middle:]),
     }
 
@@ -284,9 +287,9 @@ def speed_table(speed: dict[str, Any]) -> str:
 
 def precision_table(found: dict[str, float]) -> str:
     """Return the distances of both types as a Markdown table."""
-    ratio = f"{found['ratio']:.4f} ± {found['ratio_standard_error']:.4f}"
+    ratio = f"{found['ratio']:.4f} ± {found['ratio_half_width']:.4f}"
     cells = [f"{found[name]:.4g}" for name in ("float32", "bfloat16", "halves_of_the_data")]
-    columns = ["calls", "float32", "bfloat16", "halves of the data", "bfloat16 / float32"]
+    columns = ["calls", "float32", "bfloat16", "halves of the data", "bfloat16 / float32 (95 %)"]
     return measure.table(columns, [[found["calls"], *cells, ratio]])
 
 
@@ -342,6 +345,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     args = parse_arguments(argv)
     pipelines = open_ways(args)
+    most = pipelines["float32"].scheduler.config.num_train_timesteps
+    if max(*args.calls, args.speed_calls) > most:
+        raise SystemExit(f"{args.model_name_or_path} has {most} timesteps: --calls and --speed_calls allow no more.")
     edm = args.edm_model_name_or_path and open_ours(args, args.edm_model_name_or_path, "edm", torch.float32)
     images = reference_images(args)
     extractor = open_extractor(args, images)

@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     added: list[float] = []
 
     def start(program: str) -> None:
-        run = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
+        run = subprocess.run([sys.executable, "-c", program], check=False, stdout=subprocess.PIPE, text=True)
+        if run.returncode:
+            raise SystemExit("A process ended with the error above; is --model_name_or_path a checkpoint?")
         added.extend(float(line) for line in run.stdout.splitlines())
 
     calls = {program: lambda program=program: start(program) for program in programs}

@@ -32,7 +32,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import EXAMPLES, describe_limits, facts, gflop, interval, limits, median, signed, synchronise, table
+from measure import (
+    EXAMPLES,
+    describe_limits,
+    facts,
+    gflop,
+    highest,
+    interval,
+    limits,
+    median,
+    signed,
+    synchronise,
+    table,
+)
 from PIL import Image, ImageOps
 from plain_features import PlainFeatures
 from torch import Tensor, nn
@@ -118,7 +130,9 @@ class PaperProtocol:
 
     def __init__(self, args: argparse.Namespace, shared: argparse.Namespace, data: LabelledImages, layers: list[str]):
         self.args, self.shared, self.layers, self.device = args, shared, layers, best_device()
-        self.features = PlainFeatures(shared.model_name_or_path, layers, self.device, shared.null_class)
+        self.features = PlainFeatures(
+            shared.model_name_or_path, layers, self.device, shared.null_class, shared.cache_dir
+        )
         self.pixels = {split: decoded(data, split) for split in data.splits}
         self.labels, self.num_classes = data.labels, len(data.names)
 
@@ -257,7 +271,8 @@ def summarise(seeds: dict[int, Any], sweep: Sweep, protocol: PaperProtocol) -> d
     each = []
     for seed, found in seeds.items():
         ours, step, plain = found["ours"], found["step_seconds"], found["plain"]
-        row = {"seed": seed, "plain_levels": step * per_level * len(shared.sigmas)}
+        row = {"seed": seed, "best": ours["best"], "test_accuracy": ours["test_accuracy"]}
+        row |= {"plain_levels": step * per_level * len(shared.sigmas)}
         row |= {"plain_in_all": row["plain_levels"] + step * last}
         row |= {"ours_levels": ours["levels_seconds"], "ours_in_all": ours["seconds"]}
         row |= {f"ratio_{part}": row[f"plain_{part}"] / row[f"ours_{part}"] for part in ("levels", "in_all")}
@@ -358,7 +373,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args, options, shared = parse_arguments(argv)
     try:
-        data = LabelledImages(shared, DDAEImageProcessor.from_pretrained(shared.model_name_or_path))
+        processor = DDAEImageProcessor.from_pretrained(shared.model_name_or_path, cache_dir=shared.cache_dir)
+        data = LabelledImages(shared, processor)
         sweep = open_sweep(shared, shared.model_name_or_path, data)
         if sweep.model.config.vae is not None:
             raise SystemExit(
@@ -373,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     begin(args, options)
     seeds = {seed: run_seed(args, options, sweep, protocol, seed) for seed in args.seeds}
     device = best_device()
-    found = {name: max(seed["limits"][name] for seed in seeds.values()) for name in seeds[args.seeds[0]]["limits"]}
+    found = highest(*(seed["limits"] for seed in seeds.values()))
     results = {"options": {**vars(args), "output_dir": str(args.output_dir), "sweep": options}, "device": device}
     results |= {**facts(device), "limits": found, "summary": summarise(seeds, sweep, protocol)}
     write_json(args.output_dir / "results.json", results)

@@ -20,7 +20,9 @@ from .conftest import make_unet
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # after the examples, one of which is called pretrain too
-measure, sample, training_ways = map(importlib.import_module, ("measure", "sample", "training_ways"))
+measure, quality_per_minute, sample, training_ways = map(
+    importlib.import_module, ("measure", "quality_per_minute", "sample", "training_ways")
+)
 
 GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
 NETWORK = (
@@ -100,14 +102,15 @@ def test_a_ratio_of_distances_has_the_jackknife_s_error():
     generator = torch.Generator().manual_seed(0)
     reference, base = (torch.randn(40, 3, generator=generator) for _ in range(2))
     other = base + 0.1 * torch.randn(40, 3, generator=generator)
-    ratio, error = sample.ratio_with_error(reference, base, other)
+    ratio, half_width = sample.ratio_with_error(reference, base, other)
     assert ratio == pytest.approx(frechet_distance(reference, other) / frechet_distance(reference, base))
     without = []
     for group in range(10):
         kept = [i for i in range(40) if i % 10 != group]
         without.append(frechet_distance(reference, other[kept]) / frechet_distance(reference, base[kept]))
     mean = sum(without) / 10
-    assert error == pytest.approx((0.9 * sum((r - mean) ** 2 for r in without)) ** 0.5)
+    error = (0.9 * sum((r - mean) ** 2 for r in without)) ** 0.5
+    assert half_width == pytest.approx(2.262157 * error)  # Student's t of nine degrees of freedom
     assert sample.ratio_with_error(reference, base, base) == (1, 0)
 
 
@@ -148,7 +151,9 @@ def test_pretraining_is_measured(digits, tmp_path, small_limits, capsys):
         # Both start from the same weights, whose answer is far from what both learn.
         assert row["losses"][0] == pytest.approx(plain["losses"][0], rel=0.1)
         assert row["loss_last_half"] < 0.8 * row["losses"][0]
-    assert ours["difference"] == pytest.approx(ours["loss_last_half"] - plain["loss_last_half"])
+    assert ours["difference"]["mean"] == pytest.approx(ours["loss_last_half"] - plain["loss_last_half"])
+    differences = [a - b for a, b in zip(ours["losses"][8:], plain["losses"][8:], strict=True)]
+    assert ours["difference"] == measure.interval(differences)
     assert plain["curve"]["images"][-1] == 15.5 * 32
     assert "| pretrain.py, bfloat16 |" in capsys.readouterr().out
     assert (tmp_path / "pretrain.png").stat().st_size > 0
@@ -188,6 +193,7 @@ def test_pretraining_refuses_what_cannot_work(option, message, capsys):
     ("option", "message"),
     [
         (["--augment", "0.1", "--no-random_flip"], "--augment: the plain loop cannot"),
+        (["--low_resolution", "16"], "--low_resolution: the plain loop cannot"),
         (["--resume_from_checkpoint", "latest"], "--resume_from_checkpoint: the plain loop cannot"),
         (["--gradient_accumulation_steps", "2"], "a step of every batch"),
         (["--scheduler", "{_class_name: EDMEulerScheduler}"], "not under a EDMEulerScheduler"),
@@ -197,3 +203,28 @@ def test_pretraining_refuses_what_the_plain_loop_has_not(option, message, tmp_pa
     args, rest = benchmark.parse_arguments(option)
     with pytest.raises(SystemExit, match=message):
         benchmark.shared_options(args, rest, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--minutes", "0"], "must be positive"),
+        (["--seeds", "1", "1"], "must be different"),
+        (["--sigma_s", "0.1"], "unrecognized arguments: --sigma_s"),
+        (["--features_dir", "elsewhere"], "leave it out"),
+        (["--l2", "-1"], "every strength must be positive"),
+    ],
+)
+def test_recipes_are_not_trained_for_what_cannot_be_probed(option, message, capsys):
+    with pytest.raises(SystemExit):
+        quality_per_minute.parse_arguments(["--dataset_name", "x", *option])
+    assert message in capsys.readouterr().err
+
+
+def test_runs_of_other_options_are_not_taken_for_these(tmp_path):
+    for option in ([], [], ["--sigmas", "0.1"]):
+        args, rest = quality_per_minute.parse_arguments(["--dataset_name", "x", "--output_dir", str(tmp_path), *option])
+        if not option:
+            quality_per_minute.begin(args, rest)
+    with pytest.raises(SystemExit, match="runs of another --config"):
+        quality_per_minute.begin(args, rest)

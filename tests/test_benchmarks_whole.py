@@ -49,7 +49,9 @@ def test_two_recipes_are_compared_after_the_same_minutes(tmp_path, digits):
         minutes = [point["minutes"] for point in runs[0]["points"]]
         assert minutes == sorted(minutes) and minutes[-1] > 0
     ends = {name: [run["points"][-1]["test_accuracy"] for run in runs] for name, runs in report["runs"].items()}
-    gain = 50 * (sum(ends["ours"]) - sum(ends["plain"]))
-    assert abs(report["gain"] - gain) < 1e-6
-    assert f"Gain on the same test images: {report['gain']:+.2f}" in printed
+    gains = [100 * (ours - plain) for ours, plain in zip(ends["ours"], ends["plain"], strict=True)]
+    assert report["gain"]["by_seed"] == pytest.approx(gains)
+    for over in report["gain"]["over"].values():
+        assert over["mean"] == pytest.approx(sum(gains) / 2) and over["half_width"] > 0
+        assert f"{over['mean']:+.2f} ± {over['half_width']:.2f}" in printed
     assert (tmp_path / "quality_per_minute.png").exists()
