@@ -201,6 +201,7 @@ def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, progress
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial / "state"))
+    accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
     if accelerator.is_main_process:
         write_json(partial / PROGRESS, dataclasses.asdict(progress))
         write_options(args, partial)

@@ -133,6 +133,7 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial / "state"))
+        self.accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
         if self.accelerator.is_main_process:
             seconds = self.resumed.seconds + time.monotonic() - self.started
             write_json(partial / PROGRESS, dataclasses.asdict(self.progress) | {"seconds": seconds})

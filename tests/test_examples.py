@@ -214,8 +214,8 @@ def shards(digits, tmp_path_factory):
 
 
 WATCHED = """
-import json, sys
-import datasets
+import json, sys, time
+import datasets, torch
 from accelerate.state import PartialState
 import pretrain
 
@@ -225,7 +225,12 @@ def watched(args, batch, network):
         file.write(json.dumps(numbers) + chr(10))
     return inputs(args, batch, network)
 
+def late(content, file, *args, **options):
+    time.sleep("random_states_1" in str(file))  # long after the other process has written its own
+    save(content, file, *args, **options)
+
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+save, torch.save = torch.save, late
 inputs, pretrain.training_inputs = pretrain.training_inputs, watched
 pretrain.Accelerator.end_training = lambda accelerator: None  # it would close the process group of the next run
 for options in json.loads(sys.argv[1]):
