@@ -40,6 +40,7 @@ from training_run import PROGRESS
 
 CONFIG = measure.EXAMPLES / "configs" / "cifar10_minutes.yaml"
 QUARTERS = 4
+STEP_SECONDS = "step_seconds.json"
 WARM_UP, CHUNK, TIMED_SHARE = 5, 5, 0.05  # to find out how many steps fit, some are timed for a share of the minutes
 # Shares of the paper's training, 2000 epochs of 97 steps: its warm-up, and the reach of its average.
 PAPER_WARM_UP, PAPER_REACH = 13 / 2000, 10_000 / 194_000
@@ -88,7 +89,8 @@ def begin(args: argparse.Namespace, rest: list[str]) -> None:
     """Note the options that runs depend on in the output folder, or stop if it holds runs of other ones."""
     path = args.output_dir / "options.json"
     known = {"config": read_config(Path(args.config)), "dataset_name": args.dataset_name, "sweep": rest}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != known:
+    begun = path.exists() and (args.output_dir / STEP_SECONDS).exists()  # the first that a run writes
+    if begun and json.loads(path.read_text(encoding="utf-8")) != known:
         raise SystemExit(f"{args.output_dir} holds runs of another --config, data set or sweep: give another folder.")
     write_json(path, known)
 
@@ -106,7 +108,7 @@ def recipe_options(args: argparse.Namespace, plain: bool, folder: Path) -> list[
 
 def step_seconds(args: argparse.Namespace) -> dict[str, float]:
     """Return the seconds of a step of each recipe, and keep them for later calls."""
-    path = args.output_dir / "step_seconds.json"
+    path = args.output_dir / STEP_SECONDS
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     ours = pretrain.parse_arguments([*recipe_options(args, False, args.output_dir), "--output_dir", "."])

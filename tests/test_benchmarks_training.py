@@ -222,9 +222,11 @@ def test_recipes_are_not_trained_for_what_cannot_be_probed(option, message, caps
 
 
 def test_runs_of_other_options_are_not_taken_for_these(tmp_path):
-    for option in ([], [], ["--sigmas", "0.1"]):
-        args, rest = quality_per_minute.parse_arguments(["--dataset_name", "x", "--output_dir", str(tmp_path), *option])
-        if not option:
-            quality_per_minute.begin(args, rest)
+    for data in ("mistyped", "x", "x"):  # what did not begin leaves nothing that is in the way
+        args, rest = quality_per_minute.parse_arguments(["--dataset_name", data, "--output_dir", str(tmp_path)])
+        quality_per_minute.begin(args, rest)
+    (tmp_path / quality_per_minute.STEP_SECONDS).write_text("{}")
+    quality_per_minute.begin(args, rest)
+    rest = ["--sigmas", "0.1"]
     with pytest.raises(SystemExit, match="runs of another --config"):
         quality_per_minute.begin(args, rest)
