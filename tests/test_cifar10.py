@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import linear_probe
-import pretrain
-import sweep
+from . import scripts
 
 DATA = os.environ.get("DDAE_CIFAR10_DIR", "")
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -19,16 +17,16 @@ CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 def test_a_short_run_on_cifar10_learns_features_better_than_chance(tmp_path):
     options = ["--dataset_name", DATA, "--output_dir", str(tmp_path / "checkpoint"), "--mixed_precision", "no"]
     options += ["--max_train_steps", "100", "--sample_steps", "0", "--checkpointing_steps", "1000"]
-    pretrain.main(["--config", str(CONFIGS / "cifar10_cpu.yaml"), *options])
+    scripts.run("pretrain", "--config", str(CONFIGS / "cifar10_cpu.yaml"), *options)
     results = json.loads((tmp_path / "checkpoint" / "train_results.json").read_text())
     assert results["loss_last_100_batches"] < 1
     options = ["--model_name_or_path", str(tmp_path / "checkpoint"), "--dataset_name", DATA]
     options += ["--output_dir", str(tmp_path / "probe"), "--max_train_samples", "2000", "--max_test_samples", "1000"]
-    linear_probe.main(options)
+    scripts.run("linear_probe", *options)
     report = json.loads((tmp_path / "probe" / "eval_results.json").read_text())
     accuracy = report["results"]["DDAE"]["test_accuracy"]
     assert accuracy > 0.2
     options[options.index(str(tmp_path / "probe"))] = str(tmp_path / "sweep")
-    sweep.main([*options, "--sigmas", "0.05", "--num_noise_seeds", "1"])
+    scripts.run("sweep", *options, "--sigmas", "0.05", "--num_noise_seeds", "1")
     report = json.loads((tmp_path / "sweep" / "eval_results.json").read_text())
     assert report["test_accuracies"]["0"] > accuracy - 0.03

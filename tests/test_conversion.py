@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from diffusers import DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
-import convert as script
 from ddae_hf import (
     DDAEForImageClassification,
     DDAEImageProcessor,
@@ -31,6 +30,7 @@ from ddae_hf.conversion import DIT_HEADS, convert, convert_dit, convert_unet
 from ddae_hf.hidden_states import collect_hidden_states
 from labelled import save_classifier
 
+from . import scripts
 from .conftest import make_vae
 
 
@@ -113,7 +113,9 @@ def dit(tmp_path_factory):
     other = {name: torch.zeros_like(value) for name, value in state.items()}
     torch.save({"model": other, "ema": state, "opt": {"state": {}, "param_groups": []}, "args": args}, root / "a.pt")
     make_vae().save_pretrained(root / "vae")
-    script.main([str(root / "a.pt"), "--num_heads", "4", "--vae", str(root / "vae"), "--output_dir", str(root / "out")])
+    scripts.run(
+        "convert", str(root / "a.pt"), "--num_heads", "4", "--vae", str(root / "vae"), "--output_dir", str(root / "out")
+    )
     return root / "out", state
 
 
@@ -318,7 +320,9 @@ def test_the_default_network_has_the_size_of_the_authors():
 @pytest.mark.parametrize("framework", ["ddpm", "edm"])
 def test_a_unet_has_the_hidden_states_of_the_original(unet_file, framework, tmp_path):
     path, state = unet_file
-    script.main([str(path), "--framework", framework, "--sample_size", "8", "--output_dir", str(tmp_path / "out")])
+    scripts.run(
+        "convert", str(path), "--framework", framework, "--sample_size", "8", "--output_dir", str(tmp_path / "out")
+    )
     model = DDAEModel.from_pretrained(tmp_path / "out")
     torch.manual_seed(0)
     clean, noise = torch.rand(5, 3, 8, 8) * 2 - 1, torch.randn(5, 3, 8, 8)
@@ -482,7 +486,9 @@ def test_a_small_file_cannot_claim_a_large_network(tmp_path):
 
 
 def test_a_probe_of_features_alone_is_saved_whole(unet_file, tmp_path):
-    script.main([str(unet_file[0]), "--framework", "edm", "--sample_size", "8", "--output_dir", str(tmp_path / "net")])
+    scripts.run(
+        "convert", str(unet_file[0]), "--framework", "edm", "--sample_size", "8", "--output_dir", str(tmp_path / "net")
+    )
     options = {"layer": "mid_block", "sigma": 0.1}
     processor = DDAEImageProcessor.from_pretrained(tmp_path / "net")
     width = DDAEModel.from_pretrained(tmp_path / "net", **options).config.hidden_size
@@ -496,11 +502,11 @@ def test_the_script_writes_into_empty_folders_only(unet_file, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
     with pytest.raises(SystemExit, match="is not an empty folder"):
-        script.main([str(unet_file[0]), "--framework", "ddpm", "--output_dir", str(tmp_path / "full")])
+        scripts.run("convert", str(unet_file[0]), "--framework", "ddpm", "--output_dir", str(tmp_path / "full"))
     with pytest.raises(SystemExit, match="does not say under which one"):
-        script.main([str(unet_file[0]), "--output_dir", str(tmp_path / "new")])
+        scripts.run("convert", str(unet_file[0]), "--output_dir", str(tmp_path / "new"))
     make_vae().save_pretrained(tmp_path / "vae")
     common = ["--framework", "ddpm", "--vae", str(tmp_path / "vae"), "--output_dir", str(tmp_path / "new")]
     with pytest.raises(SystemExit, match="works on pixels"):
-        script.main([str(unet_file[0]), *common])
+        scripts.run("convert", str(unet_file[0]), *common)
     assert not (tmp_path / "new").exists() and len(list((tmp_path / "full").iterdir())) == 1

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-import correspondence
 from correspondence import Warp, match, pixels
 from ddae_hf import DDAEPipeline
 
+from . import scripts
 from .conftest import make_unet
 
 SIZE = (20, 28)
@@ -26,7 +26,7 @@ def checkpoint(tmp_path):
 
 def run(checkpoint, digits, folder, *options):
     arguments = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(digits), "--output_dir", str(folder)]
-    correspondence.main([*arguments, "--num_images", "2", "--max_shift", "1", "--max_bend", "0.5", *options])
+    scripts.run("correspondence", *arguments, "--num_images", "2", "--max_shift", "1", "--max_bend", "0.5", *options)
 
 
 def inside(places):

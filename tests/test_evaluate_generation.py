@@ -21,11 +21,11 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import evaluate_generation
-import generate
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.features import extract_features
 from ddae_hf.generation_metrics import frechet_distance, precision_recall
 
+from . import scripts
 from .conftest import make_unet
 
 SCRIPT = Path(evaluate_generation.__file__)
@@ -65,7 +65,7 @@ def measure(digits, tmp_path):
     def run(*options, output="out", data=digits):
         arguments = ["--dataset_name", str(data), "--max_reference_samples", "60", "--num_inference_steps", "2"]
         arguments += ["--features_dir", str(tmp_path / "features"), "--output_dir", str(tmp_path / output)]
-        evaluate_generation.main([*arguments, *options])
+        scripts.run("evaluate_generation", *arguments, *options)
         return json.loads((tmp_path / output / "generation_results.json").read_text())
 
     return run
@@ -144,7 +144,7 @@ def read_images(folder, count):
 def test_images_do_not_depend_on_the_batch_size(checkpoint, tmp_path):
     options = ["--model_name_or_path", checkpoint, "--num_images", "9", "--num_inference_steps", "2"]
     for size in ("4", "9"):
-        generate.main([*options, "--batch_size", size, "--output_dir", str(tmp_path / size)])
+        scripts.run("generate", *options, "--batch_size", size, "--output_dir", str(tmp_path / size))
     first, other = (read_images(tmp_path / size, 9) for size in ("4", "9"))
     assert np.abs(other - first).max() <= 1
     assert len({image.tobytes() for image in first}) == 9
@@ -155,7 +155,7 @@ def test_two_processes_share_the_images(checkpoint, extractor, digits, tmp_path)
     options = ["--model_name_or_path", checkpoint, "--num_images", "10", "--batch_size", "3", "--extractor", extractor]
     options += ["--dataset_name", str(digits), "--max_reference_samples", "40", "--num_inference_steps", "2"]
     options += ["--features_dir", str(tmp_path / "features"), "--output_dir"]
-    evaluate_generation.main([*options, str(tmp_path / "one")])
+    scripts.run("evaluate_generation", *options, str(tmp_path / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *options, str(tmp_path / "two")], env=environment, capture_output=True, text=True)
@@ -266,14 +266,14 @@ def test_every_class_takes_its_turn(tmp_path, checkpoint):
         "4",
     ]
     for label in ("all", "0", "2", "3"):
-        generate.main([*options, "--class_label", label, "--output_dir", str(tmp_path / label)])
+        scripts.run("generate", *options, "--class_label", label, "--output_dir", str(tmp_path / label))
     images = {label: read_images(tmp_path / label, 4) for label in ("all", "0", "2", "3")}
     for i, label in enumerate(["0", "2", "3", "0"]):
         assert np.abs(images["all"][i] - images[label][i]).max() <= 1
     assert (images["0"] != images["2"]).any()
     with pytest.raises(SystemExit, match="--class_label all: .* is unconditional"):
-        generate.main(
-            ["--model_name_or_path", checkpoint, "--class_label", "all", "--output_dir", str(tmp_path / "no")]
+        scripts.run(
+            "generate", "--model_name_or_path", checkpoint, "--class_label", "all", "--output_dir", tmp_path / "no"
         )
     assert not (tmp_path / "no").exists()
 

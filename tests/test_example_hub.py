@@ -12,13 +12,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-import finetune
 import hub
-import linear_probe
 import pretrain
 import sweep
 from ddae_hf import DDAEPipeline
 
+from . import scripts
 from .conftest import make_unet
 from .hub_server import HubServer, run_client
 
@@ -27,9 +26,9 @@ TINY |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 SCRIPTS = """
 import sys
 sys.path.insert(0, "examples")
-import finetune, linear_probe, pretrain, sweep
+from tests import scripts
 for script, options in {}:
-    globals()[script].main(options)
+    scripts.run(script, *options)
 """
 
 
@@ -117,17 +116,17 @@ def local(server, monkeypatch, **options):
 hub_api = hub.HfApi
 
 
-@pytest.mark.parametrize("script", [pretrain, linear_probe, sweep, finetune])
+@pytest.mark.parametrize("script", ["pretrain", "linear_probe", "sweep", "finetune"])
 def test_what_cannot_be_pushed_is_refused_before_any_work(script, tmp_path):
     out = ["--output_dir", str(tmp_path / "out"), "--dataset_name", "x"]
-    out += [] if script is pretrain else ["--model_name_or_path", "nowhere"]
+    out += [] if script == "pretrain" else ["--model_name_or_path", "nowhere"]
     for options, message in (
         (["--hub_model_id", "a/b"], "--hub_model_id is given without --push_to_hub"),
         (["--hub_private"], "--hub_private is given without --push_to_hub"),
         (["--push_to_hub"], "HF_HUB_OFFLINE is set"),
     ):
         with pytest.raises(SystemExit, match=message):
-            script.main([*out, *options])
+            scripts.run(script, *out, *options)
     assert not (tmp_path / "out").exists()
 
 

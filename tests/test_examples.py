@@ -38,6 +38,8 @@ from ddae_hf.conditioning import label_options, num_labels
 from ddae_hf.noise import family
 from training_run import Progress
 
+from . import scripts
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32, 32], "layers_per_block": 1}
 TINY |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
@@ -54,7 +56,7 @@ def train(digits, folder, *options):
 def train_on(data, folder, *options):
     arguments = ["--dataset_name", str(data), "--output_dir", str(folder), "--denoiser", json.dumps(TINY)]
     arguments += ["--seed", "1", "--lr_warmup_steps", "2", "--num_samples", "4", "--num_inference_steps", "2"]
-    pretrain.main([*arguments, "--sample_steps", "4", "--mixed_precision", "no", "--random_flip", *options])
+    scripts.run("pretrain", *arguments, "--sample_steps", "4", "--mixed_precision", "no", "--random_flip", *options)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +176,7 @@ def test_accumulated_batches_are_counted_as_one_step(digits, tmp_path):
 def test_a_run_can_start_from_a_checkpoint(trained, digits, tmp_path):
     arguments = ["--dataset_name", str(digits), "--output_dir", str(tmp_path), "--init_from", str(trained)]
     arguments += ["--max_train_steps", "1", "--learning_rate", "0", "--sample_steps", "0", "--train_batch_size", "8"]
-    pretrain.main([*arguments, "--mixed_precision", "no"])
+    scripts.run("pretrain", *arguments, "--mixed_precision", "no")
     before, after = weights(trained), weights(tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -194,7 +196,7 @@ def test_a_folder_of_images_is_a_data_set(tmp_path):
         "--sample_steps",
         "0",
     ]
-    pretrain.main([*arguments, "--mixed_precision", "no"])
+    scripts.run("pretrain", *arguments, "--mixed_precision", "no")
     assert DDAEPipeline.from_pretrained(tmp_path / "out").denoiser.config.sample_size == 8
 
 
@@ -218,6 +220,7 @@ import json, sys, time
 import datasets, torch
 from accelerate.state import PartialState
 import pretrain
+from tests import scripts
 
 def watched(args, batch, network):
     numbers = [hash(image.numpy().tobytes()) for image in batch["pixel_values"]]
@@ -234,7 +237,7 @@ save, torch.save = torch.save, late
 inputs, pretrain.training_inputs = pretrain.training_inputs, watched
 pretrain.Accelerator.end_training = lambda accelerator: None  # it would close the process group of the next run
 for options in json.loads(sys.argv[1]):
-    pretrain.main(options)
+    scripts.run("pretrain", *options)
 """
 
 
@@ -248,7 +251,7 @@ def test_two_processes_train_one_network_and_share_every_image(shards, tmp_path)
     streamed = [*options, "6", "--output_dir", str(tmp_path / "streamed"), "--streaming", "--shuffle_buffer", "30"]
     (tmp_path / "watched.py").write_text(WATCHED)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    environment["PYTHONPATH"] = str(EXAMPLES)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [EXAMPLES, EXAMPLES.parent]))
     run = [*launch, str(tmp_path / "watched.py"), json.dumps([mapped, streamed])]
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -338,7 +341,7 @@ def test_training_on_a_stream_resumes_exactly_and_adds_up(shards, tmp_path):
 def test_what_a_stream_cannot_do_is_refused_before_it_trains(shards, tmp_path, capsys, options, message):
     arguments = ["--dataset_name", str(shards), "--streaming", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as refusal:
-        pretrain.main([*arguments, "--denoiser", json.dumps(TINY), *options])
+        scripts.run("pretrain", *arguments, "--denoiser", json.dumps(TINY), *options)
     assert message in str(refusal.value) + capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -372,10 +375,12 @@ def test_every_framework_and_network_trains_samples_and_is_probed(digits, tmp_pa
     assert math.isfinite(results["loss_last_100_batches"])
     sampler = ["--sampler", "heun"] if scheduler.startswith("EDM") else []
     model = ["--model_name_or_path", str(tmp_path / "run"), "--output_dir"]
-    generate.main([*model, str(tmp_path / "samples"), "--num_images", "3", "--num_inference_steps", "2", *sampler])
+    scripts.run(
+        "generate", *model, str(tmp_path / "samples"), "--num_images", "3", "--num_inference_steps", "2", *sampler
+    )
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 3
     probe = ["--dataset_name", str(digits), "--max_train_samples", "200", "--max_test_samples", "50"]
-    linear_probe.main([*model, str(tmp_path / "classifier"), *probe, "--layers", "decoder", "--sigmas", "0.1"])
+    scripts.run("linear_probe", *model, str(tmp_path / "classifier"), *probe, "--layers", "decoder", "--sigmas", "0.1")
     opened = DDAEForImageClassification.from_pretrained(tmp_path / "classifier")
     assert opened.config.scheduler["_class_name"] == scheduler and opened.num_labels == 10
 
@@ -394,9 +399,8 @@ def test_class_conditional_networks_know_their_null_class_and_resume_exactly(dig
     resumed = DDAEPipeline.from_pretrained(tmp_path / "resumed").denoiser.state_dict()
     assert all(torch.equal(value, resumed[name]) for name, value in pipeline.denoiser.state_dict().items())
     model = ["--model_name_or_path", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "samples")]
-    generate.main(
-        [*model, "--num_images", "2", "--num_inference_steps", "2", "--class_label", "3", "--guidance_scale", "2"]
-    )
+    options = ["--num_images", "2", "--num_inference_steps", "2", "--class_label", "3", "--guidance_scale", "2"]
+    scripts.run("generate", *model, *options)
 
 
 def test_an_augmented_network_is_saved_as_a_plain_one_and_resumes_exactly(digits, tmp_path):
@@ -543,27 +547,27 @@ def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
 
 def test_generated_images_depend_on_their_number_alone(trained, tmp_path):
     options = ["--model_name_or_path", str(trained), "--num_inference_steps", "2"]
-    generate.main([*options, "--num_images", "3", "--batch_size", "3", "--output_dir", str(tmp_path / "a")])
-    generate.main([*options, "--num_images", "2", "--batch_size", "1", "--output_dir", str(tmp_path / "b")])
+    scripts.run("generate", *options, "--num_images", "3", "--batch_size", "3", "--output_dir", str(tmp_path / "a"))
+    scripts.run("generate", *options, "--num_images", "2", "--batch_size", "1", "--output_dir", str(tmp_path / "b"))
     first = (tmp_path / "b" / "00000.png").stat().st_mtime_ns
-    generate.main([*options, "--num_images", "3", "--batch_size", "2", "--output_dir", str(tmp_path / "b")])
+    scripts.run("generate", *options, "--num_images", "3", "--batch_size", "2", "--output_dir", str(tmp_path / "b"))
     assert (tmp_path / "b" / "00000.png").stat().st_mtime_ns == first
     for i in range(3):
         a, b = (np.asarray(Image.open(tmp_path / f / f"0000{i}.png"), dtype=int) for f in "ab")
         assert np.abs(a - b).max() <= 1
     assert Image.open(tmp_path / "b" / "grid.png").size == (2 * 65 - 1, 2 * 65 - 1)
     with pytest.raises(SystemExit, match="made with other options"):
-        generate.main([*options, "--seed", "5", "--output_dir", str(tmp_path / "b")])
+        scripts.run("generate", *options, "--seed", "5", "--output_dir", str(tmp_path / "b"))
     with pytest.raises(SystemExit, match="made with other options or weights"):
         raw = ["--model_name_or_path", str(trained / "raw"), "--num_inference_steps", "2"]
-        generate.main([*raw, "--output_dir", str(tmp_path / "b")])
+        scripts.run("generate", *raw, "--output_dir", str(tmp_path / "b"))
     other = tmp_path / "other"
     shutil.copytree(trained, other)  # the same weights under another schedule
     DDPMScheduler(beta_end=0.01).save_pretrained(other / "scheduler")
     with pytest.raises(SystemExit, match="made with other options or weights"):
-        generate.main(["--model_name_or_path", str(other), *options[2:], "--output_dir", str(tmp_path / "b")])
+        scripts.run("generate", "--model_name_or_path", str(other), *options[2:], "--output_dir", str(tmp_path / "b"))
     with pytest.raises(SystemExit, match="is not a folder"):
-        generate.main(["--model_name_or_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "c")])
+        scripts.run("generate", "--model_name_or_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "c"))
 
 
 @pytest.fixture(scope="module")
@@ -581,7 +585,7 @@ def probed(trained, digits, tmp_path_factory):
         "--max_test_samples",
         "150",
     ]
-    linear_probe.main([*options, "--regularisation", "0.1", "1.0"])
+    scripts.run("linear_probe", *options, "--regularisation", "0.1", "1.0")
     return folder
 
 
@@ -647,7 +651,7 @@ def test_probing_refuses_bad_input_before_it_computes(trained, digits, tmp_path,
         str(tmp_path / "out"),
     ]
     with pytest.raises((SystemExit, ValueError, OSError), match=message):
-        linear_probe.main([*arguments, *options])
+        scripts.run("linear_probe", *arguments, *options)
     assert not (tmp_path / "out").exists()
 
 
@@ -661,7 +665,7 @@ def test_labels_that_training_never_shows_are_refused(trained, tmp_path):
         Dataset.from_dict(columns, features).to_parquet(tmp_path / f"{name}.parquet")
     options = ["--model_name_or_path", str(trained), "--dataset_name", str(tmp_path), "--label_column", "label"]
     with pytest.raises(SystemExit, match="Labels of the split 'test' are 0 to 2: allowed are 0 to 1"):
-        linear_probe.main(options)
+        scripts.run("linear_probe", *options)
 
 
 def test_grids_enlarge_without_smoothing():
@@ -699,7 +703,7 @@ def test_configurations_of_a_wrong_shape_are_refused(tmp_path, capsys, text, mes
 def test_a_scheduler_of_another_framework_is_refused(trained, tmp_path):
     options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path), "--num_images", "1"]
     with pytest.raises(SystemExit, match="EDMEulerScheduler is of edm, but the network was trained with ddpm"):
-        generate.main([*options, "--scheduler", "EDMEulerScheduler"])
+        scripts.run("generate", *options, "--scheduler", "EDMEulerScheduler")
 
 
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
@@ -741,7 +745,7 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
     other.save_pretrained(tmp_path / "first")
     arguments = ["--dataset_name", str(tmp_path / "named.parquet"), "--output_dir", str(tmp_path / "no")]
     with pytest.raises(SystemExit, match="null class of .*first is 0: it must be the last, 4"):
-        pretrain.main([*arguments, "--init_from", str(tmp_path / "first"), *options, "--mixed_precision", "no"])
+        scripts.run("pretrain", *arguments, "--init_from", str(tmp_path / "first"), *options, "--mixed_precision", "no")
     Dataset.from_dict({"image": [picture] * 2, "label": [0, None]}, numbered).to_parquet(tmp_path / "some.parquet")
     with pytest.raises(SystemExit, match="Some images have no label in the column"):
         train(tmp_path / "some.parquet", tmp_path / "other", *options, "--label_column", "label")
@@ -760,5 +764,5 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
 def test_options_that_a_checkpoint_does_not_take_are_refused(trained, tmp_path, option, message):
     options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "out"), "--num_images", "1"]
     with pytest.raises(SystemExit, match=message):
-        generate.main([*options, *option])
+        scripts.run("generate", *options, *option)
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from PIL import Image
 import export_features
 from ddae_hf import DDAEPipeline, arrays
 
+from . import scripts
 from .conftest import make_unet
 
 LAYERS = ["mid_block", "up_blocks.0.attentions.1"]
@@ -26,7 +27,7 @@ def checkpoint(tmp_path):
 
 def export(checkpoint, folder, *options):
     arguments = ["--model_name_or_path", str(checkpoint), "--output_dir", str(folder), "--layers", *LAYERS]
-    export_features.main([*arguments, *options])
+    scripts.run("export_features", *arguments, *options)
 
 
 def test_parquet_and_npy_hold_the_same_features_with_their_labels(checkpoint, digits, tmp_path, monkeypatch):

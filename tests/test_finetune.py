@@ -20,6 +20,7 @@ from data import random_crop
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.noise import indexed_noise
 
+from . import scripts
 from .conftest import make_dit, make_unet
 
 GREY = {"in_channels": 1, "out_channels": 1}
@@ -42,7 +43,7 @@ def run(checkpoint, digits, folder, *options):
     arguments = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(digits), "--output_dir", str(folder)]
     arguments += ["--max_train_samples", "100", "--max_test_samples", "70", "--batch_size", "32", "--learning_rate"]
     arguments += ["1e-3", "--random_flip", "--random_crop", "1", "--label_smoothing", "0.1", "--mixup", "0.4"]
-    finetune.main([*arguments, "--layer_decay", "0.8", "--ema_decay", "0.9", *options])
+    scripts.run("finetune", *arguments, "--layer_decay", "0.8", "--ema_decay", "0.9", *options)
     return json.loads((folder / "eval_results.json").read_text())
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-import encode_latents
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.arrays import fill, rows_done
 from ddae_hf.latent_folder import LatentFolder
 from ddae_hf.latents import encode
 
+from . import scripts
 from .conftest import Source, make_vae
 
 COUNT, SIDE = 7, 16
@@ -188,7 +188,7 @@ def encoded(vae, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
     vae.save_pretrained(folder / "vae")
     options = ["--vae", str(folder / "vae"), "--dataset_name", str(digits), "--max_train_samples", "10"]
-    encode_latents.main([*options, "--mirror", "--output_dir", str(folder / "latents"), "--batch_size", "4"])
+    scripts.run("encode_latents", *options, "--mirror", "--output_dir", str(folder / "latents"), "--batch_size", "4")
     return folder
 
 
@@ -210,11 +210,11 @@ def test_the_script_encodes_images_and_their_mirror_images(encoded, vae, digits)
 def test_the_script_computes_nothing_twice(encoded, digits, capsys):
     files = {path: path.stat().st_mtime_ns for path in (encoded / "latents").glob("train-?.npy")}
     options = ["--vae", str(encoded / "vae"), "--dataset_name", str(digits), "--max_train_samples"]
-    encode_latents.main([*options, "10", "--mirror", "--output_dir", str(encoded / "latents")])
+    scripts.run("encode_latents", *options, "10", "--mirror", "--output_dir", str(encoded / "latents"))
     assert "Encoded in" not in capsys.readouterr().out
     assert len(files) == 2 and all(path.stat().st_mtime_ns == changed for path, changed in files.items())
     with pytest.raises(SystemExit, match=r"splits.train.count is 10 there, 9 here; splits.train.images differs"):
-        encode_latents.main([*options, "9", "--mirror", "--output_dir", str(encoded / "latents")])
+        scripts.run("encode_latents", *options, "9", "--mirror", "--output_dir", str(encoded / "latents"))
 
 
 def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
@@ -222,7 +222,7 @@ def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
         tmp_path / "images.parquet"
     )
     options = ["--vae", str(encoded / "vae"), "--dataset_name", str(tmp_path / "images.parquet")]
-    encode_latents.main([*options, "--sample_posterior", "--output_dir", str(tmp_path / "out")])
+    scripts.run("encode_latents", *options, "--sample_posterior", "--output_dir", str(tmp_path / "out"))
     index = json.loads((tmp_path / "out" / "latents.json").read_text())
     assert index["names"] is None and index["sample_posterior"] is True
     assert not list((tmp_path / "out").glob("*labels*"))
@@ -241,7 +241,7 @@ def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
 def test_what_cannot_be_encoded_is_refused_first(encoded, digits, tmp_path, capsys, options, message):
     arguments = ["--vae", str(encoded / "vae"), "--dataset_name", str(digits), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as refusal:
-        encode_latents.main([*arguments, *options])
+        scripts.run("encode_latents", *arguments, *options)
     assert message in str(refusal.value) + capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,6 @@ from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import encode_latents
 import pretrain
 from ddae_hf import DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import fingerprint
@@ -19,6 +18,7 @@ from ddae_hf.latent_folder import LatentFolder
 from ddae_hf.model_card import make_card
 from latents import latent_dataset, one_view
 
+from . import scripts
 from .conftest import make_dit, make_vae
 
 TINY = {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
@@ -31,7 +31,7 @@ def latents(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
     make_vae().save_pretrained(folder / "vae")
     options = ["--vae", str(folder / "vae"), "--dataset_name", str(digits), "--max_train_samples", str(COUNT)]
-    encode_latents.main([*options, "--mirror", "--output_dir", str(folder / "latents")])
+    scripts.run("encode_latents", *options, "--mirror", "--output_dir", str(folder / "latents"))
     return folder / "latents"
 
 
@@ -39,7 +39,7 @@ def train(latents, folder, *options):
     arguments = ["--latents_dir", str(latents), "--output_dir", str(folder), "--train_batch_size", "16", "--seed", "1"]
     arguments += ["--lr_warmup_steps", "2", "--num_samples", "4", "--num_inference_steps", "2", "--sample_steps", "5"]
     denoiser = [] if "--init_from" in options else ["--denoiser", json.dumps(TINY)]
-    pretrain.main([*arguments, *denoiser, "--mixed_precision", "no", "--max_train_steps", "5", *options])
+    scripts.run("pretrain", *arguments, *denoiser, "--mixed_precision", "no", "--max_train_steps", "5", *options)
 
 
 CONDITIONAL = ["--class_conditional", "--label_dropout", "0.5", "--gradient_checkpointing"]
@@ -187,7 +187,7 @@ def test_a_run_can_start_from_a_denoiser_of_the_same_latents(trained, latents, t
 def test_images_do_not_go_on_with_a_denoiser_of_latents(trained, digits, tmp_path):
     options = ["--dataset_name", str(digits), "--init_from", str(trained), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="works on latents: give a folder of them, --latents_dir"):
-        pretrain.main([*options, "--mixed_precision", "no"])
+        scripts.run("pretrain", *options, "--mixed_precision", "no")
 
 
 @pytest.mark.parametrize(

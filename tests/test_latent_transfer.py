@@ -13,6 +13,7 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, D
 from ddae_hf.features import extract_features
 from ddae_hf.latent_folder import LatentFolder
 
+from . import scripts
 from .conftest import make_dit, make_vae
 
 
@@ -34,7 +35,7 @@ def options(checkpoint, digits, output, *more):
 def transferred(checkpoint, digits, tmp_path_factory):
     output = tmp_path_factory.mktemp("transferred")
     views = ("--num_views", 2, "--random_flip", "--random_crop", 2, "--few_labels", 2, "--num_draws", 2)
-    latent_transfer.main(options(checkpoint, digits, output, *views))
+    scripts.run("latent_transfer", *options(checkpoint, digits, output, *views))
     return output
 
 
@@ -94,7 +95,7 @@ def test_a_second_run_encodes_nothing_and_finds_the_same(
 
     monkeypatch.setattr(latent_transfer.LatentFolder, "encode", refuse)
     views = ("--num_views", 2, "--random_flip", "--random_crop", 2, "--few_labels", 2, "--num_draws", 2)
-    latent_transfer.main(options(checkpoint, digits, tmp_path, *views))
+    scripts.run("latent_transfer", *options(checkpoint, digits, tmp_path, *views))
     said = capsys.readouterr().out
     assert "320 of 4x8x8" in said and "0.0 MiB of them still to be computed" in said and "2 noise levels" in said
     again, before = (json.loads((folder / "eval_results.json").read_text()) for folder in (tmp_path, transferred))
@@ -111,7 +112,7 @@ def test_online_probes_go_through_the_views(checkpoint, digits, tmp_path, monkey
 
     monkeypatch.setattr(latent_transfer.EncodedImages, "pixel_values", spy)
     protocol = ("--protocol", "paper", "--num_epochs", 3, "--num_views", 2, "--layers", "transformer_blocks.1")
-    latent_transfer.main(options(checkpoint, digits, tmp_path, *protocol))
+    scripts.run("latent_transfer", *options(checkpoint, digits, tmp_path, *protocol))
     assert {view for split, view in seen if split == "train"} == {0, 1}
     assert {view for split, view in seen if split == "test"} == {0}
 
@@ -122,18 +123,18 @@ def test_another_scale_of_latents_is_not_taken_for_the_same(checkpoint, digits, 
     (tmp_path / "scaled" / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
     shutil.copytree(transferred / "features", tmp_path / "features")
     before = {path.name for path in (tmp_path / "features").iterdir()}
-    latent_transfer.main(options(tmp_path / "scaled", digits, tmp_path, "--layers", "transformer_blocks.1"))
+    scripts.run("latent_transfer", *options(tmp_path / "scaled", digits, tmp_path, "--layers", "transformer_blocks.1"))
     new = {path.name for path in (tmp_path / "features").iterdir()} - before
     assert len(new) == 4  # two levels to choose on, and the best pair's training and test images
     with pytest.raises(SystemExit, match="vae.scaling_factor is 1.0 there, 0.18215 here"):
-        latent_transfer.main(options(checkpoint, digits, tmp_path))
+        scripts.run("latent_transfer", *options(checkpoint, digits, tmp_path))
 
 
 def test_a_processor_of_another_size_stops_before_anything_is_encoded(checkpoint, digits, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "small")
     DDAEImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "small")
     with pytest.raises(SystemExit, match=r"make latents \(4, 4, 4\), but its denoiser takes \(4, 8, 8\)"):
-        latent_transfer.main(options(tmp_path / "small", digits, tmp_path / "out"))
+        scripts.run("latent_transfer", *options(tmp_path / "small", digits, tmp_path / "out"))
     assert not list((tmp_path / "out").glob("latents/*.npy"))
 
 
@@ -141,7 +142,7 @@ def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint,
     views = ("--num_views", 2, "--random_flip", "--random_crop", 2, "--few_labels", 2, "--num_draws", 2)
     for steps in (2, 2):  # the second run finds it done
         tune = json.dumps({"max_train_steps": steps, "batch_size": 16})
-        latent_transfer.main(options(checkpoint, digits, transferred, *views, "--finetune", tune))
+        scripts.run("latent_transfer", *options(checkpoint, digits, transferred, *views, "--finetune", tune))
     report, best = (
         json.loads((transferred / name / "eval_results.json").read_text()) for name in ("finetuned", "classifier")
     )
@@ -163,11 +164,11 @@ def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint,
 )
 def test_what_cannot_work_stops_before_anything_is_encoded(checkpoint, digits, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as stopped:
-        latent_transfer.main(options(checkpoint, digits, tmp_path, *more))
+        scripts.run("latent_transfer", *options(checkpoint, digits, tmp_path, *more))
     assert message in str(stopped.value) + capsys.readouterr().err
     assert not list(tmp_path.glob("latents/*.npy"))
 
 
 def test_a_network_of_pixels_is_refused(layouts, digits, tmp_path):
     with pytest.raises(SystemExit, match="has no vae. If its denoiser works on latents, save it with the VAE"):
-        latent_transfer.main(options(layouts / "pipeline", digits, tmp_path))
+        scripts.run("latent_transfer", *options(layouts / "pipeline", digits, tmp_path))

@@ -19,14 +19,10 @@ from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from threadpoolctl import threadpool_limits
 
-import evaluate_generation
-import finetune
-import linear_probe
-import pretrain
-import sweep
 from ddae_hf import DDAEModel, DDAEPipeline
 from ddae_hf.model_card import make_card, save_card
 
+from . import scripts
 from .conftest import make_dit, make_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*their covariance is singular")
@@ -48,16 +44,16 @@ def runs(digits, tmp_path_factory):
 
     def run(script, name, *options):
         with contextlib.redirect_stdout(io.StringIO()), threadpool_limits(1):
-            script.main([*options, *data, "--output_dir", str(root / name)])
+            scripts.run(script, *options, *data, "--output_dir", root / name)
 
     short = ["--max_train_steps", "3", "--train_batch_size", "16", "--num_samples", "4", "--num_inference_steps", "2"]
-    run(pretrain, "pretrained", "--config", str(root / "network.yaml"), *short, "--mixed_precision", "no")
+    run("pretrain", "pretrained", "--config", str(root / "network.yaml"), *short, "--mixed_precision", "no")
     labels = ["--labels_per_class", "7", "--num_draws", "3"]
-    run(linear_probe, "probe", *model, *FEW, *labels, "--sigmas", "0.11", "0.23", "--baselines")
-    run(sweep, "sweep", *model, *FEW, "--layers", "mid_block", "up_blocks.0.resnets.0", "--sigmas", "0.31", "0.17")
-    run(finetune, "tuned", *model, *FEW, "--max_train_steps", "2", "--learning_rate", "1e-3")
+    run("linear_probe", "probe", *model, *FEW, *labels, "--sigmas", "0.11", "0.23", "--baselines")
+    run("sweep", "sweep", *model, *FEW, "--layers", "mid_block", "up_blocks.0.resnets.0", "--sigmas", "0.31", "0.17")
+    run("finetune", "tuned", *model, *FEW, "--max_train_steps", "2", "--learning_rate", "1e-3")
     images = ["--num_images", "23", "--max_reference_samples", "61", "--num_inference_steps", "2"]
-    run(evaluate_generation, "generation", *model, *images, "--extractor", f"ddae:{root / 'pretrained'}")
+    run("evaluate_generation", "generation", *model, *images, "--extractor", f"ddae:{root / 'pretrained'}")
     torch.set_num_threads(threads)
     return root
 

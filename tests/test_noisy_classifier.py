@@ -16,6 +16,7 @@ import noisy_classifier as script
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.noise import indexed_noise
 
+from . import scripts
 from .conftest import make_dit, make_unet
 
 GREY = {"in_channels": 1, "out_channels": 1}
@@ -39,7 +40,9 @@ def run(checkpoint, digits, folder, *options):
     arguments += ["--max_train_samples", "60", "--max_test_samples", "40", "--batch_size", "25", "--num_views", "2"]
     arguments += ["--num_train_epochs", "2", "--hidden_size", "16", "--sigmas", "0.1", "1", "--train_batch_size", "32"]
     arguments += ["--wide_resnet", "1", "--wide_resnet_steps", "3", "--wide_resnet_batch_size", "16"]
-    script.main([*arguments, "--checkpointing_steps", "2", "--random_flip", "--random_crop", "1", *options])
+    scripts.run(
+        "noisy_classifier", *arguments, "--checkpointing_steps", "2", "--random_flip", "--random_crop", "1", *options
+    )
     return json.loads((folder / "eval_results.json").read_text())
 
 

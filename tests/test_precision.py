@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import generate
-import linear_probe
 from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline
 from ddae_hf.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
 from precision import fast_layout, keep_freed_memory
 
+from . import scripts
 from .conftest import make_unet
 from .test_sweep import run, save_checkpoint
 
@@ -59,7 +58,7 @@ def test_the_probe_and_its_untrained_network_compute_in_the_type_that_is_chosen(
     options += ["--max_test_samples", "50", "--sigmas", "0.1", "--baselines"]
     accuracies = {}
     for dtype in ("float32", "bfloat16"):
-        linear_probe.main([*options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype)])
+        scripts.run("linear_probe", *options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype))
         results = json.loads((tmp_path / dtype / "eval_results.json").read_text())["results"]
         accuracies[dtype] = {name: result["test_accuracy"] for name, result in results.items()}
     assert accuracies["float32"]["raw pixels"] == accuracies["bfloat16"]["raw pixels"]
@@ -71,7 +70,7 @@ def test_samples_are_those_of_float32_within_rounding_and_do_not_share_a_folder(
     options = ["--model_name_or_path", checkpoint, "--num_images", "4", "--num_inference_steps", "5"]
     images = {}
     for dtype in ("float32", "bfloat16"):
-        generate.main([*options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype)])
+        scripts.run("generate", *options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype))
         pipeline = DDAEPipeline.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         assert pipeline.denoiser.dtype == getattr(torch, dtype)
         generator = torch.Generator().manual_seed(0)
@@ -79,7 +78,7 @@ def test_samples_are_those_of_float32_within_rounding_and_do_not_share_a_folder(
     difference = np.abs(images["float32"] - images["bfloat16"])
     assert 0 < difference.mean() < 0.05
     with pytest.raises(SystemExit, match="other options or weights"):
-        generate.main([*options, "--dtype", "float32", "--output_dir", str(tmp_path / "bfloat16")])
+        scripts.run("generate", *options, "--dtype", "float32", "--output_dir", str(tmp_path / "bfloat16"))
 
 
 def test_the_layout_of_training_changes_nothing_but_rounding():

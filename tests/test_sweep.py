@@ -18,6 +18,7 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.hidden_states import decoder_layer_names
 from labelled import LabelledImages, classify
 
+from . import scripts
 from .conftest import make_dit, make_unet
 
 GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
@@ -54,7 +55,7 @@ def run(checkpoint, digits, folder, *options):
         "--batch_size",
         "50",
     ]
-    sweep.main([*arguments, "--num_noise_seeds", "1", *options])
+    scripts.run("sweep", *arguments, "--num_noise_seeds", "1", *options)
     return json.loads((Path(folder) / "eval_results.json").read_text())
 
 
@@ -216,7 +217,7 @@ def test_a_training_run_is_drawn_over_its_steps(checkpoint, digits, tmp_path):
     arguments = ["--checkpoints", str(folder), "--dataset_name", str(digits), "--output_dir", str(tmp_path / "sweep")]
     arguments += ["--max_train_samples", "100", "--max_test_samples", "50", "--sigmas", "0.1", "--num_noise_seeds", "1"]
     arguments += ["--quality_extractor", f"ddae:{checkpoint}", "--num_quality_images", "50"]
-    sweep.main([*arguments, "--num_inference_steps", "2", "--layers", "mid_block"])
+    scripts.run("sweep", *arguments, "--num_inference_steps", "2", "--layers", "mid_block")
     points = json.loads((tmp_path / "sweep" / "training_curve.json").read_text())["points"]
     assert [point["step"] for point in points] == [3, 20]
     assert len({point["test_loss"] for point in points}) == len({point["frechet_distance"] for point in points}) == 2
@@ -260,10 +261,12 @@ def test_what_cannot_work_is_refused_at_once(checkpoint, digits, tmp_path, capsy
     run_options = ["--dataset_name", str(digits), "--output_dir", str(tmp_path / "sweep")]
     shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-5")
     with pytest.raises(SystemExit, match="--extractor ddae:nowhere cannot be used"):
-        sweep.main(["--checkpoints", str(tmp_path / "run"), "--quality_extractor", "ddae:nowhere", *run_options])
+        scripts.run(
+            "sweep", "--checkpoints", str(tmp_path / "run"), "--quality_extractor", "ddae:nowhere", *run_options
+        )
     (tmp_path / "run" / "checkpoint-6").mkdir()
     with pytest.raises(SystemExit, match="checkpoint-6 is no checkpoint"):
-        sweep.main(["--checkpoints", str(tmp_path / "run"), *run_options])
+        scripts.run("sweep", "--checkpoints", str(tmp_path / "run"), *run_options)
     with pytest.raises(SystemExit, match="no folder `checkpoint-STEP`"):
-        sweep.main(["--checkpoints", str(tmp_path), "--dataset_name", str(digits)])
+        scripts.run("sweep", "--checkpoints", str(tmp_path), "--dataset_name", str(digits))
     assert not list(tmp_path.rglob("*.npy"))

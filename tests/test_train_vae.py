@@ -13,6 +13,8 @@ from PIL import Image
 import train_vae
 from ddae_hf import DDAEImageProcessor
 
+from . import scripts
+
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 TINY = {"in_channels": 1, "latent_channels": 2, "block_out_channels": [8, 16], "norm_num_groups": 4}
 TINY |= {"mid_block_add_attention": False}
@@ -21,7 +23,9 @@ TINY |= {"mid_block_add_attention": False}
 def train(digits, folder, *options):
     arguments = ["--dataset_name", str(digits), "--output_dir", str(folder), "--vae", json.dumps(TINY)]
     arguments += ["--resolution", "8", "--train_batch_size", "32", "--held_out", "40", "--lr_warmup_steps", "2"]
-    train_vae.main([*arguments, "--learning_rate", "5e-3", "--mixed_precision", "no", "--random_flip", *options])
+    scripts.run(
+        "train_vae", *arguments, "--learning_rate", "5e-3", "--mixed_precision", "no", "--random_flip", *options
+    )
 
 
 @pytest.fixture(scope="module")
