@@ -49,6 +49,7 @@ setup(
         "huggingface-hub>=1.33",
         "accelerate>=1.15",
         "safetensors>=0.8",
+        "filelock>=3.10",
         "numpy>=2.0.2",
         "pillow>=11.0",
     ],

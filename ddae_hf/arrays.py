@@ -1,47 +1,127 @@
 """Arrays on disk: filled batch by batch, continued where an interrupted run stopped, memory-mapped when read.
 
-Side by side in a folder are one `.npy` file (N, ...) an array and `rows.json`, the number of rows that each has so far.
+    NAME.npy            a whole array (N, ...)
+    NAME.npy.partial    one that is being filled: a header and the rows so far
+    rows.json           by array, the number of rows that are done and their CRC-32
+    rows.lock           held by the process that fills
+
+Rows are looked at again before they are used: those of an unfinished array when it is continued, those of a whole one
+when it is opened for the first time. An array becomes `NAME.npy` when it is whole, so that whoever reads needs no lock.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
 import json
+import logging
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 Batches = Callable[[int, list[str]], Iterable[Mapping[str, Tensor]]]
 
+_CHUNK_BYTES = 2**24
+_verified: set[tuple[Any, ...]] = set()  # the states of the whole arrays that this process has looked at
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Rows:
+    """How much of an array is done.
+
+    Attributes:
+        count: Number of rows.
+        crc32: CRC-32 of their bytes, in order; None for an array of version 0.1.0, which kept none.
+    """
+
+    count: int = 0
+    crc32: int | None = 0
+
 
 def fill(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int, batches: Batches, dtype: str = "float32"
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    count: int,
+    batches: Batches,
+    dtype: str = "float32",
+    *,
+    keep_unchecked: bool = False,
 ) -> dict[str, np.ndarray]:
     """Return arrays, computing the rows that they lack.
+
+    One process at a time fills a folder. Another one waits for it, and then computes what is still missing.
 
     Args:
         folder: Their folder.
         shapes: The shape of a row, by the array's name.
         count: Number of rows N.
         batches: Called with a row's number and the names of arrays that are not complete, gives their rows from that
-            one on, in batches of any sizes: tensors (B, ...) by name.
+            one on, in batches of any sizes: tensors (B, ...) of `dtype` by name.
         dtype: The arrays' type.
+        keep_unchecked: Whether arrays of version 0.1.0, which have no checksum, are kept. Otherwise they are computed
+            again.
 
     Returns:
         Arrays (N, ...) by name, read-only, mapped from disk.
 
     Raises:
-        ValueError: Another number of rows than `count`.
+        ValueError: Another number of rows than `count`, rows of another shape or type, or a damaged file.
         OSError: Not enough space on disk.
     """
-    rows = rows_done(folder)
-    missing = [name for name in shapes if rows.get(name, 0) < count]
-    if missing:
-        _compute(folder, {name: shapes[name] for name in missing}, count, batches, dtype, rows)
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
+    whole = {name: (count, *shape) for name, shape in shapes.items()}
+    if _missing(folder, whole, keep_unchecked):
+        with locked(folder):
+            if missing := _missing(folder, whole, keep_unchecked):
+                _compute(folder, {name: whole[name] for name in missing}, batches, dtype, keep_unchecked)
+    return {name: open_array(folder, name, shape, dtype) for name, shape in whole.items()}
+
+
+def open_array(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Return a whole array, read-only, mapped from disk.
+
+    Its rows are compared with their checksum when this process opens the file for the first time, or anew after a
+    change. One of version 0.1.0 has no checksum: what can be told of it is checked, and a warning is logged.
+
+    Raises:
+        ValueError: The file is not the array that was written.
+    """
+    path, rows = folder / f"{name}.npy", _read_rows(folder).get(name, Rows(shape[0], None))
+    if rows.count != shape[0]:
+        raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
+    state = _state(path, rows)
+    with path.open("rb") as file:
+        start = _read_header(path, file, shape, dtype)
+        if path.stat().st_size != start + num_bytes(shape[1:], shape[0], dtype):
+            raise damaged(path, f"it has {path.stat().st_size} bytes, which are not those of {shape[0]} rows")
+        if state not in _verified:
+            _check_rows(path, file, shape, dtype, rows)
+            if rows.crc32 is None:
+                logger.warning("%s has no checksum, as version 0.1.0 left it: it is used as it is.", path)
+            _verified.add(state)
+    return np.memmap(path, dtype, "r", start, shape)
+
+
+def write_array(folder: Path, name: str, values: np.ndarray) -> None:
+    """Write an array whole, in place of one that is there, unless that has the same rows."""
+    new = Rows(len(values), zlib.crc32(np.ascontiguousarray(values).data))
+    if _read_rows(folder).get(name) == new:
+        return
+    with locked(folder):
+        with written_whole(folder / f"{name}.npy") as partial, partial.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+        _write_rows(folder, _read_rows(folder) | {name: new})
 
 
 def num_bytes(shape: tuple[int, ...], count: int, dtype: str = "float32") -> int:
@@ -51,14 +131,11 @@ def num_bytes(shape: tuple[int, ...], count: int, dtype: str = "float32") -> int
 
 def rows_done(folder: Path) -> dict[str, int]:
     """Return how many rows each array has; one whose file is gone has none."""
-    path = folder / "rows.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {name: count for name, count in rows.items() if (folder / f"{name}.npy").exists()}
+    return {name: rows.count for name, rows in _read_rows(folder).items()}
 
 
 def check_space(folder: Path, needed: int) -> None:
     """Raise `OSError` if a folder's disk has less than so many bytes left."""
-    # Writing to a mapped file on a full disk ends the process without a message.
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -71,40 +148,229 @@ def size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a new file's name, beside `path`, to write to: it takes the place of `path`, or goes if writing fails.
+
+    No two calls have the same name, and so processes that write one file at once do not meet.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file complete or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file of our own holds, or raise `ValueError` where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """Return the error to raise where a file of ours is not what was written."""
+    return ValueError(
+        f"{path} is damaged ({reason}). Delete this file, or delete this folder, {path.parent}: what is missing is "
+        "made again."
+    )
+
+
+def described_folder(parent: Path, identity: Mapping[str, Any]) -> Path:
+    """Return the folder of what is described so, made if it is missing: named by a hash of its `identity.json`.
+
+    Raises:
+        ValueError: The folder says something else of itself.
+    """
+    text = json.dumps(identity, indent=2, sort_keys=True)
+    folder = parent / hashlib.sha256(text.encode()).hexdigest()[:20]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "identity.json"
+    if not path.exists():
+        write_text(path, text + "\n")
+    elif path.read_bytes() != text.encode() + b"\n":
+        raise damaged(path, "it does not say what its folder's name stands for")
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from changing a folder's arrays, and wait, with a message, for one that is at it."""
+    lock = FileLock(folder / "rows.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("Another process fills %s: waiting until it is done.", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _partial(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npy.partial"
+
+
+def _read_rows(folder: Path) -> dict[str, Rows]:
+    """Return how much of each array is done; those without a file are not among them."""
+    path = folder / "rows.json"
+    known = read_json(path) if path.exists() else {}
+    try:
+        rows = {name: Rows(it, None) if isinstance(it, int) else Rows(**it) for name, it in known.items()}
+        sound = all(it.count >= 0 and (it.crc32 is None or 0 <= it.crc32 < 2**32) for it in rows.values())
+    except (AttributeError, TypeError):
+        sound = False
+    if not sound:
+        raise damaged(path, "it does not say how many rows of each array are done")
+    return {
+        name: it for name, it in rows.items() if (folder / f"{name}.npy").exists() or _partial(folder, name).exists()
+    }
+
+
+def _write_rows(folder: Path, rows: Mapping[str, Rows]) -> None:
+    known = {name: dataclasses.asdict(it) for name, it in rows.items()}
+    write_text(folder / "rows.json", json.dumps(known) + "\n")
+
+
+def _state(path: Path, rows: Rows) -> tuple[Any, ...]:
+    """Return what changes where a file does: another file in its place, its size, the time, what is known of it."""
+    status = path.stat()
+    return str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, rows.count, rows.crc32
+
+
+def _missing(folder: Path, shapes: Mapping[str, tuple[int, ...]], keep_unchecked: bool) -> list[str]:
+    """Return the names of the arrays that are not whole."""
+    rows = _read_rows(folder)
+    return [
+        name
+        for name, shape in shapes.items()
+        if rows.get(name, Rows()).count < shape[0]
+        or not (folder / f"{name}.npy").exists()
+        or (rows[name].crc32 is None and not keep_unchecked)
+    ]
 
 
 def _compute(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    count: int,
-    batches: Batches,
-    dtype: str,
-    rows: dict[str, int],
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], batches: Batches, dtype: str, keep_unchecked: bool
 ) -> None:
     """Fill arrays from the row where the least advanced one stopped."""
-    start = min(rows.get(name, 0) for name in shapes)
-    # Files take space only as they are filled.
-    check_space(folder, sum(num_bytes(shape, count - rows.get(name, 0), dtype) for name, shape in shapes.items()))
-    files = {}
-    for name, shape in shapes.items():
-        new = not rows.get(name)
-        options = {"mode": "w+", "dtype": dtype, "shape": (count, *shape)} if new else {"mode": "r+"}
-        files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", **options)
-    done = start
-    for batch in batches(start, list(shapes)):
-        end = done + len(next(iter(batch.values())))
-        if end > count:
-            raise ValueError(f"More than the {count} images came that were announced.")
-        for name, values in batch.items():
-            files[name][done:end] = values.cpu().numpy()
-            files[name].flush()
-        done = end
-        rows.update({name: max(done, rows.get(name, 0)) for name in shapes})
-        write_text(folder / "rows.json", json.dumps(rows) + "\n")
+    rows, count = _read_rows(folder), next(iter(shapes.values()))[0]
+    needed = {name: count - rows.get(name, Rows()).count for name in shapes}
+    check_space(folder, sum(num_bytes(shapes[name][1:], number, dtype) for name, number in needed.items()))
+    with contextlib.ExitStack() as stack:
+        arrays = {
+            name: stack.enter_context(_Unfinished(folder, name, shape, dtype, rows.get(name), keep_unchecked))
+            for name, shape in shapes.items()
+        }
+        done = min(array.rows.count for array in arrays.values())
+        for batch in batches(done, list(shapes)) if done < count else ():
+            end = done + len(next(iter(batch.values())))
+            if end > count:
+                raise ValueError(f"More than the {count} images came that were announced.")
+            for name, array in arrays.items():
+                array.write(done, batch[name].cpu().numpy())
+                rows[name] = array.rows
+            done = end
+            _write_rows(folder, rows)
     if done != count:
         raise ValueError(f"{done} images came, but {count} were announced.")
+    _write_rows(folder, rows | {name: array.rows for name, array in arrays.items()})
+    for name, array in arrays.items():
+        os.replace(_partial(folder, name), folder / f"{name}.npy")
+        array.trust(folder / f"{name}.npy")
+
+
+class _Unfinished:
+    """An array that is being filled, from the first row that it lacks; those that are there are looked at."""
+
+    def __init__(
+        self, folder: Path, name: str, shape: tuple[int, ...], dtype: str, rows: Rows | None, keep_unchecked: bool
+    ):
+        self.name, self.shape, self.dtype, self.rows = name, shape, np.dtype(dtype), Rows()
+        path, whole = _partial(folder, name), folder / f"{name}.npy"
+        if rows is not None and rows.crc32 is None and keep_unchecked and not path.exists():
+            logger.warning("%s has no checksum, as version 0.1.0 left it: it is used as it is, and completed.", whole)
+            whole.replace(path)  # that version filled arrays in their final place
+        if rows is not None and path.exists() and (rows.crc32 is not None or keep_unchecked):
+            with path.open("rb") as file:
+                start = _read_header(path, file, shape, dtype)
+                self.rows = Rows(rows.count, _check_rows(path, file, shape, dtype, rows))
+            # What was written after the last note of it is written again.
+            os.truncate(path, start + num_bytes(shape[1:], rows.count, dtype))
+        else:
+            if whole.exists():
+                logger.warning("%s has no checksum, as version 0.1.0 left it: it is computed again.", whole)
+                whole.unlink()
+            header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+            with path.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+        self.file = path.open("ab")
+
+    def __enter__(self) -> _Unfinished:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.close()
+
+    def write(self, start: int, values: np.ndarray) -> None:
+        """Append the rows from number `start` on, but those that are there."""
+        if values.shape[1:] != self.shape[1:] or values.dtype != self.dtype:
+            raise ValueError(
+                f"Rows of {self.name} came with shape {values.shape[1:]} and type {values.dtype}: announced were "
+                f"{self.shape[1:]} and {self.dtype}."
+            )
+        new = np.ascontiguousarray(values[max(0, self.rows.count - start) :])
+        self.file.write(new.data)
+        self.file.flush()
+        os.fsync(self.file.fileno())  # before it is noted as done
+        self.rows = Rows(self.rows.count + len(new), zlib.crc32(new.data, self.rows.crc32 or 0))
+
+    def trust(self, path: Path) -> None:
+        """Note that the whole array, which this process has written or looked at, need not be read again."""
+        _verified.add(_state(path, self.rows))
+
+
+def _read_header(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
+    """Read an array's header, and return where its rows begin."""
+    try:
+        version = np.lib.format.read_magic(file)
+        found = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
+    except Exception as error:  # a broken header raises what it likes
+        raise damaged(path, "it is no array") from error
+    if found != (shape, False, np.dtype(dtype)):
+        raise damaged(path, f"it is another array than the {dtype} {shape} that is wanted")
+    return file.tell()
+
+
+def _check_rows(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: str, rows: Rows) -> int:
+    """Read the rows that are done, and return their CRC-32, or raise `ValueError` if it is not the one that is known.
+
+    Where none is known, rows of zeros, which two processes left that filled an array at once, and numbers that are not
+    finite are refused.
+    """
+    if rows.count > shape[0]:
+        raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
+    width, floats = num_bytes(shape[1:], 1, dtype), np.issubdtype(dtype, np.floating)
+    found, left = 0, rows.count
+    while left:
+        wanted = min(left, max(1, _CHUNK_BYTES // width)) * width
+        data = file.read(wanted)
+        if len(data) < wanted:
+            raise damaged(path, f"it ends before row {rows.count}")
+        if rows.crc32 is None and floats:
+            values = np.frombuffer(data, dtype).reshape(wanted // width, -1)
+            if not np.isfinite(values).all() or not values.any(axis=1).all():
+                raise damaged(path, "it has rows of zeros, or numbers that are not finite")
+        found, left = zlib.crc32(data, found), left - wanted // width
+    if rows.crc32 not in (None, found):
+        raise damaged(path, "its checksum is not that of the rows that were written")
+    return found

@@ -6,24 +6,37 @@ are changed, its mirroring and its crop. Batches, interruptions and the number o
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .arrays import fill, write_text
+from .arrays import described_folder, fill
 from .checkpoints import fingerprint
 from .hidden_states import check_layers, hidden_size, pool_hidden_states
 from .modeling_ddae import DDAEModel
 from .noise import indexed_noise
 
 Images = Callable[[int], Iterable[Tensor]]
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Compute in evaluation mode, without gradients and outside autocast; afterwards every mode is as it was."""
+    training = [module for module in network.modules() if module.training]
+    device = next(network.parameters()).device
+    network.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for module in training:  # one by one: a part that was frozen stays in evaluation mode
+            module.training = True
 
 
 def extract_features(
@@ -41,7 +54,7 @@ def extract_features(
     Images that share one draw would be told apart at noise levels where fresh noise hides them.
 
     Args:
-        model: The model, in evaluation mode, on the device to use.
+        model: The model, on the device to use.
         batches: `pixel_values` (B, C, H, W), in the data set's order; batches of any sizes.
         layers: Names of layers.
         sigma: Noise level.
@@ -62,7 +75,6 @@ def extract_features(
     return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
 
 
-@torch.no_grad()
 def batch_features(
     model: DDAEModel,
     images: Tensor,
@@ -75,8 +87,11 @@ def batch_features(
 ) -> dict[str, Tensor]:
     """Compute the features of some images of a data set: see `extract_features`.
 
+    They are those of evaluation mode, in the type of the model's weights, whatever mode the model is in and whether or
+    not the caller computes under autocast.
+
     Args:
-        model: The model, in evaluation mode.
+        model: The model.
         images: `pixel_values` (B, C, H, W).
         indices: Their indices in the data set, B integers.
         layers: Names of layers.
@@ -90,9 +105,10 @@ def batch_features(
     config, shape = model.config, model.config.sample_shape
     noise = indexed_noise((config.num_noise_samples, *shape), indices, noise_seed, view).transpose(0, 1)
     own = indexed_noise(shape, indices, noise_seed, view, stream=2) if config.sample_posterior else None
-    clean = model.encode(images.to(model.device), own)
-    hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise.to(model.device))
-    return {layer: pool_hidden_states(hidden[layer], config.pooling) for layer in layers}
+    with evaluating(model):
+        clean = model.encode(images.to(model.device), own)
+        hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise.to(model.device))
+        return {layer: pool_hidden_states(hidden[layer], config.pooling) for layer in layers}
 
 
 def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
@@ -127,11 +143,12 @@ class FeatureCache:
 
     Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
     it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
-    it is one `.npy` file (N, C), float32, a layer, and `rows.json`, the number of rows computed so far.
+    it is one `.npy` file (N, C), float32, a layer, and `rows.json`, the number of rows computed so far and their
+    checksum, which is compared when features are read: see `ddae_hf.arrays`. Several processes may share a folder.
 
     Args:
         folder: Where to keep the features.
-        model: The model whose features they are, in evaluation mode, on the device to use.
+        model: The model whose features they are, on the device to use.
         noise_seed: Seed of the noise.
 
     Attributes:
@@ -178,15 +195,12 @@ class FeatureCache:
             Features (N, C) by layer name, read-only, mapped from disk.
 
         Raises:
-            ValueError: An unknown layer, or another number of images than `count`.
+            ValueError: An unknown layer, another number of images than `count`, or a damaged file.
             OSError: Not enough space on disk.
         """
         check_layers(self.model.denoiser, layers)
         identity = {**self.identity, "data": data, "count": count, "sigma": float(sigma), "view": view}
-        text = json.dumps(identity, indent=2, sort_keys=True)
-        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:20]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "identity.json", text + "\n")
+        folder = described_folder(self.folder, identity)
 
         def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
             for batch in images(start):

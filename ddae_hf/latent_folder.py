@@ -3,9 +3,11 @@
     latents.json          what the latents are of and how they were made
     train-0.npy, ...      one array (N, c, h, w), float16, a split and view
     train-labels.npy      the labels (N,) of a split, where there are any
-    rows.json             how many rows of each array are done
+    rows.json             how many rows of each array are done, and their checksum
 
-Latents take 8 KiB an image of 256 pixels and view. They are written and read through memory maps, a batch at a time.
+Latents take 8 KiB an image of 256 pixels and view. They are written a batch at a time, and read through memory maps.
+The latents that version 0.1.0 wrote have no checksum. Since they may have taken hours, they are used all the same, with
+a warning, unless they have rows of zeros or numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import check_space, fill, num_bytes, rows_done, write_text
+from .arrays import check_space, fill, locked, num_bytes, open_array, read_json, rows_done, write_array, write_text
 from .checkpoints import fingerprint, plain_config
+from .features import evaluating
 from .latents import downsampling, encode
 from .noise import indexed_noise
 
@@ -40,14 +43,14 @@ class LatentFolder:
             `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
 
     Raises:
-        ValueError: The folder holds no latents.
+        ValueError: The folder holds no latents, or a damaged description of them.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         if not (self.folder / INDEX).is_file():
             raise ValueError(f"{folder} holds no latents: it has no {INDEX}.")
-        self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        self.index: dict[str, Any] = read_json(self.folder / INDEX)
 
     @classmethod
     def create(
@@ -88,16 +91,20 @@ class LatentFolder:
         }
         path = Path(folder) / INDEX
         text = json.dumps({**notes, **index}, indent=2, sort_keys=True) + "\n"
-        if path.is_file():
-            known, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-            if different := _differences(known, {name: wanted[name] for name in index}):
-                raise ValueError(
-                    f"{folder} holds other latents ({'; '.join(different)}): give another folder, or delete this one."
-                )
-        else:  # rows without a description are of nobody knows what
-            (path.parent / "rows.json").unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        if not path.is_file():
+            with locked(path.parent):
+                if not path.is_file():  # another process may have come first
+                    # Nobody knows what rows without a description are of.
+                    (path.parent / "rows.json").unlink(missing_ok=True)
+                    write_text(path, text)
+        known, wanted = read_json(path), json.loads(text)
+        if different := _differences(known, {name: wanted[name] for name in index}):
+            raise ValueError(
+                f"{folder} holds other latents ({'; '.join(different)}): give another folder, or delete this one."
+            )
+        if known != wanted:
+            write_text(path, text)
         latents = cls(folder)
         check_space(latents.folder, latents.missing_bytes())
         return latents
@@ -125,6 +132,8 @@ class LatentFolder:
     def encode(self, vae: Any, split: str, view: int, images: Callable[[int], Iterable[Tensor]]) -> None:
         """Compute a view's latents, from the image at which an interrupted run stopped.
 
+        They are those of the VAE in evaluation mode and outside autocast, whatever the caller's state.
+
         Args:
             vae: The `AutoencoderKL` that the folder was created for, on the device to use.
             split: Name of the split.
@@ -132,20 +141,20 @@ class LatentFolder:
             images: Called with an index, gives `pixel_values` in batches from that image on.
 
         Raises:
-            ValueError: Another number of images than announced.
+            ValueError: Another number of images than announced, latents that are not finite, or a damaged file.
         """
         name, count = f"{split}-{view}", self.index["splits"][split]["count"]
         # No two splits share a draw.
         number = len(self.index["splits"]) * view + sorted(self.index["splits"]).index(split)
 
-        @torch.no_grad()
         def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
             for pixels in images(start):
                 indices = range(start, start := start + len(pixels))
                 seed, own = self.index["seed"], None
                 if self.index["sample_posterior"]:
                     own = indexed_noise(self.shape, indices, seed, number, stream=2)
-                latents = encode(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
+                with evaluating(vae):
+                    latents = encode(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
                 if not latents.isfinite().all():
                     raise ValueError(
                         f"Latents of the {split} images {indices[0]} to {indices[-1]} are no finite numbers in "
@@ -153,13 +162,13 @@ class LatentFolder:
                     )
                 yield {name: latents}
 
-        fill(self.folder, {name: self.shape}, count, batches, DTYPE)
+        fill(self.folder, {name: self.shape}, count, batches, DTYPE, keep_unchecked=True)
 
     def latents(self, split: str, view: int = 0) -> np.ndarray:
         """Return a view's latents (N, c, h, w), float16, mapped from disk.
 
         Raises:
-            ValueError: No such split or view, or one that is not complete.
+            ValueError: No such split or view, one that is not complete, or a damaged file.
         """
         views, count = self.views(split), self.index["splits"][split]["count"]
         if not 0 <= view < views:
@@ -170,18 +179,23 @@ class LatentFolder:
                 f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}: finish encoding "
                 "them with the command that began it."
             )
-        return np.load(self.folder / f"{split}-{view}.npy", mmap_mode="r")
+        return open_array(self.folder, f"{split}-{view}", (count, *self.shape), DTYPE)
 
     def write_labels(self, split: str, labels: np.ndarray) -> None:
-        """Keep a split's labels (N,) beside its latents."""
-        np.save(self.folder / f"{split}-labels.npy", labels)
+        """Keep a split's labels (N,), 64-bit integers, beside its latents."""
+        count = self.index["splits"][split]["count"]
+        if labels.shape != (count,) or labels.dtype != np.int64:
+            raise ValueError(
+                f"labels of the split {split!r} have shape {labels.shape} and type {labels.dtype}: give ({count},), "
+                "int64."
+            )
+        write_array(self.folder, f"{split}-labels", labels)
 
     def labels(self, split: str) -> np.ndarray:
-        """Return a split's labels (N,), or raise `ValueError` where it has none."""
-        path = self.folder / f"{split}-labels.npy"
-        if not path.is_file():
+        """Return a split's labels (N,), or raise `ValueError` where it has none or their file is damaged."""
+        if not (self.folder / f"{split}-labels.npy").is_file():
             raise ValueError(f"{self.folder} has no labels of the split {split!r}.")
-        return np.load(path)
+        return np.array(open_array(self.folder, f"{split}-labels", (self.index["splits"][split]["count"],), "int64"))
 
     def check_vae(self, vae: Any) -> None:
         """Raise `ValueError` unless the latents are those of this VAE, scaled as it says."""

@@ -1,8 +1,10 @@
 """Features of a data set against the model's own forward, and what is kept of them on disk."""
 
+import contextlib
 import copy
 import json
 import shutil
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -11,10 +13,11 @@ import torch
 
 from ddae_hf import DDAEConfig, DDAEModel
 from ddae_hf.checkpoints import plain_config
-from ddae_hf.features import FeatureCache, augment_view, extract_features
+from ddae_hf.features import FeatureCache, augment_view, evaluating, extract_features
 from ddae_hf.noise import indexed_noise
 
-from .conftest import Source, make_unet
+from .conftest import Source, make_unet, make_vae
+from .test_arrays import together
 
 LAYERS = ["mid_block", "up_blocks.1.resnets.0"]
 
@@ -56,6 +59,47 @@ def test_features_are_averaged_over_the_draws_of_noise(model, images):
     for j, layer in enumerate(LAYERS):
         rows = torch.stack([outputs.hidden_states[j].mean((2, 3)) for outputs in singles]).mean(0)
         torch.testing.assert_close(found[layer], rows, rtol=1e-4, atol=1e-5)
+
+
+STATES = {
+    "training": (True, False, contextlib.nullcontext),
+    "frozen, training": (True, True, contextlib.nullcontext),
+    "autocast": (False, False, lambda: torch.autocast("cpu", torch.bfloat16)),
+    "both": (True, False, lambda: torch.autocast("cpu", torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_features_are_those_of_evaluation_whatever_the_callers_state(state, tmp_path):
+    training, frozen, context = STATES[state]
+    torch.manual_seed(0)
+    unet = plain_config(make_unet(dropout=0.5, in_channels=4, out_channels=4))
+    vae = plain_config(make_vae())
+    model = DDAEModel(DDAEConfig(denoiser=unet, vae=vae)).eval()
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = extract_features(model, [images], LAYERS, 0.5)
+    if frozen:
+        model.freeze_denoiser()
+    model.train(training)
+    before = {name: module.training for name, module in model.named_modules()}
+    assert before["denoiser.conv_in"] is (training and not frozen)
+    with context():
+        found = extract_features(model, [images], LAYERS, 0.5)
+        kept = cached(FeatureCache(tmp_path, model), Source(images, size=5))
+    for layer in LAYERS:
+        assert torch.equal(found[layer], expected[layer])
+        assert np.array_equal(kept[layer], expected[layer])
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_the_mode_comes_back_after_an_error(model):
+    model.train()
+    model.denoiser.mid_block.eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == before
 
 
 def test_an_empty_data_set_is_refused(model):
@@ -135,6 +179,37 @@ def test_other_numbers_of_images_than_announced_are_refused(model, images, tmp_p
         cached(FeatureCache(tmp_path, model), Source(images[:4]))
     with pytest.raises(ValueError, match="More than the 5 images"):
         cached(FeatureCache(tmp_path / "more", model), Source(images.repeat(2, 1, 1, 1)))
+
+
+@pytest.mark.parametrize(("first", "second"), [(LAYERS, LAYERS[::-1]), (LAYERS[:1], LAYERS[1:])])
+def test_two_processes_on_one_cache_get_what_one_alone_gets(model, images, tmp_path, first, second):
+    alone = cached(FeatureCache(tmp_path / "alone", model), Source(images))
+
+    def slowly(start):
+        for batch in Source(images)(start):
+            time.sleep(0.01)
+            yield batch
+
+    def work(layers):
+        found = cached(FeatureCache(tmp_path / "shared", model), slowly, layers=layers)
+        assert all(np.array_equal(found[layer], alone[layer]) for layer in layers)
+
+    assert together(lambda: work(first), lambda: work(second)) == [0, 0]
+    (folder,) = (tmp_path / "shared").iterdir()
+    names = {*(f"{layer}.npy" for layer in LAYERS), "identity.json", "rows.json", "rows.lock"}
+    assert {path.name for path in folder.iterdir()} == names
+    again = Source(images)
+    found = cached(FeatureCache(tmp_path / "shared", model), again)
+    assert again.read == 0 and all(np.array_equal(found[layer], alone[layer]) for layer in LAYERS)
+
+
+@pytest.mark.parametrize("name", ["mid_block.npy", "rows.json", "identity.json"])
+def test_a_damaged_file_is_not_used_but_named(model, images, tmp_path, name):
+    cached(FeatureCache(tmp_path, model), Source(images))
+    (path,) = tmp_path.glob(f"*/{name}")
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match=f"{name} is damaged .*delete this folder"):
+        cached(FeatureCache(tmp_path, model), Source(images))
 
 
 def test_a_full_disk_is_told_before_anything_is_written(model, images, tmp_path, monkeypatch):

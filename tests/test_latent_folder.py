@@ -17,6 +17,7 @@ from ddae_hf.latents import encode
 
 from . import scripts
 from .conftest import Source, make_vae
+from .test_arrays import together
 
 COUNT, SIDE = 7, 16
 
@@ -67,6 +68,72 @@ def test_an_interrupted_run_goes_on_where_it_stopped(vae, pixels, tmp_path):
     assert rest.read == 3 and parts.missing_bytes() == 0
     again = Source(pixels)
     assert torch.equal(written(parts, vae, again), whole) and again.read == 0
+
+
+@torch.no_grad()
+def test_latents_are_those_of_evaluation_whatever_the_callers_state(vae, pixels, tmp_path):
+    expected, training = encode(vae, pixels).half(), make_vae().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = written(create(tmp_path, training), training, Source(pixels, size=COUNT))
+    assert torch.equal(found, expected) and all(module.training for module in training.modules())
+
+
+@pytest.mark.parametrize("name", ["train-0.npy", "train-labels.npy", "rows.json", "latents.json"])
+def test_a_damaged_file_is_not_used_but_named(vae, pixels, tmp_path, name):
+    folder = create(tmp_path, vae)
+    folder.encode(vae, "train", 0, Source(pixels))
+    folder.write_labels("train", np.arange(COUNT))
+    path = tmp_path / name
+    content = path.read_bytes()
+    for damaged in (bytes(len(content)), content[: len(content) // 2], content[:-8] + bytes(8)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{name} is damaged .*delete this folder"):
+            LatentFolder(tmp_path).latents("train"), LatentFolder(tmp_path).labels("train")
+    path.write_bytes(content)
+    assert np.array_equal(LatentFolder(tmp_path).labels("train"), np.arange(COUNT))
+
+
+def test_latents_of_version_0_1_0_open_with_a_warning(vae, pixels, tmp_path, caplog):
+    folder = create(tmp_path, vae)
+    expected = written(folder, vae, Source(pixels)).numpy()
+    (tmp_path / "rows.json").write_text(json.dumps({"train-0": COUNT}))  # as it wrote them
+    np.save(tmp_path / "train-labels.npy", np.arange(COUNT))
+    folder, again = LatentFolder(tmp_path), Source(pixels)
+    folder.encode(vae, "train", 0, again)
+    for _ in range(2):
+        assert np.array_equal(folder.latents("train"), expected)
+        assert np.array_equal(folder.labels("train"), np.arange(COUNT))
+    names = ("train-0", "train-labels")
+    warning = "has no checksum, as version 0.1.0 left it: it is used as it is."
+    assert caplog.messages == [f"{tmp_path / name}.npy {warning}" for name in names] and again.read == 0
+    zeros = expected.copy()
+    zeros[2] = 0  # as two processes left it that encoded at once
+    np.save(tmp_path / "train-0.npy", zeros)
+    with pytest.raises(ValueError, match="train-0.npy is damaged .it has rows of zeros"):
+        folder.latents("train")
+
+
+def test_two_processes_that_encode_one_folder_get_what_one_alone_gets(vae, pixels, tmp_path):
+    def work(folder):
+        created = create(folder, vae, splits=splits(train=2))
+        created.write_labels("train", np.arange(COUNT))
+        return torch.stack([written(created, vae, Source(pixels), view) for view in range(2)])
+
+    alone = work(tmp_path / "alone")
+
+    def check():
+        assert torch.equal(work(tmp_path / "shared"), alone)
+
+    assert together(check, check) == [0, 0]
+    assert torch.equal(work(tmp_path / "shared"), alone)
+    files = {path.name for path in (tmp_path / "shared").iterdir()}
+    assert files == {"train-0.npy", "train-1.npy", "train-labels.npy", "latents.json", "rows.json", "rows.lock"}
+
+
+@pytest.mark.parametrize("labels", [np.arange(COUNT - 1), np.arange(COUNT, dtype=float)])
+def test_labels_of_other_images_are_refused(vae, tmp_path, labels):
+    with pytest.raises(ValueError, match=r"give \(7,\), int64"):
+        create(tmp_path, vae).write_labels("train", labels)
 
 
 def test_draws_depend_on_the_seed_the_image_and_the_view_alone(vae, pixels, tmp_path):

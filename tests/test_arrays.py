@@ -1,0 +1,279 @@
+"""Arrays on disk: what is damaged is never used, and processes that share a folder get what one alone would."""
+
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddae_hf import arrays
+from ddae_hf.arrays import described_folder, fill, locked, open_array, read_json, rows_done, write_array, written_whole
+
+COUNT, WIDTH = 7, 3
+VALUES = {name: np.random.default_rng(seed).normal(size=(COUNT, WIDTH)).astype("f4") for seed, name in enumerate("ab")}
+
+
+class Rows:
+    """Rows of both arrays, in twos, which stop after some batches or take their time; `read` are those asked for."""
+
+    def __init__(self, stop_after=None, seconds=0.0):
+        self.stop_after, self.seconds, self.read = stop_after, seconds, []
+
+    def __call__(self, start, names):
+        for batch, first in enumerate(range(start, COUNT, 2)):
+            if batch == self.stop_after:
+                raise KeyboardInterrupt
+            time.sleep(self.seconds)
+            rows = slice(first, min(first + 2, COUNT))
+            self.read += [(name, row) for name in names for row in range(COUNT)[rows]]
+            yield {name: torch.from_numpy(VALUES[name][rows]) for name in names}
+
+
+def get(folder, rows=None, names="ab", **options):
+    return fill(folder, {name: (WIDTH,) for name in names}, COUNT, rows or Rows(), **options)
+
+
+def check(found, names="ab"):
+    assert list(found) == list(names)
+    assert all(np.array_equal(found[name], VALUES[name]) for name in names)
+
+
+def change(path, position, data):
+    content = bytearray(path.read_bytes())
+    content[position : position + len(data)] = data
+    path.write_bytes(content)
+
+
+def swap(first, second):
+    first.rename(first.with_suffix(".other"))
+    second.rename(first)
+    first.with_suffix(".other").rename(second)
+
+
+DAMAGES = {
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a row of zeros": lambda path: change(path, path.stat().st_size - 4 * WIDTH, bytes(4 * WIDTH)),
+    "one bit": lambda path: change(path, 140, bytes([path.read_bytes()[140] ^ 1])),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 5),
+    "empty": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "swapped": lambda path: swap(path, path.with_name("b.npy")),
+    "text": lambda path: path.write_text("Not found"),
+    "another type": lambda path: np.save(path, VALUES["a"].astype("f8")),
+    "another order": lambda path: np.save(path, np.asfortranarray(VALUES["a"])),
+    "pickled": lambda path: np.save(path, np.array([{}, None]), allow_pickle=True),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_array_is_never_used(damage, tmp_path):
+    check(get(tmp_path))
+    DAMAGES[damage](tmp_path / "a.npy")
+    rows = Rows()
+    with pytest.raises(ValueError, match=r"a\.npy is damaged \(.*delete this folder") as error:
+        get(tmp_path, rows)
+    assert "allow_pickle" not in str(error.value) and not rows.read
+    (tmp_path / "a.npy").unlink()  # as the message says
+    if damage == "swapped":
+        (tmp_path / "b.npy").unlink()
+    check(get(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"a": "7"}', '{"a": {"rows": 7}}', '{"a": -1}', '{"a": {"count": 7, "crc32": "1"}}', "\0" * 40],
+)
+def test_damaged_notes_are_never_used(content, tmp_path):
+    get(tmp_path)
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ValueError, match=r"rows\.json is damaged \(.*delete this folder"):
+        get(tmp_path)
+
+
+def test_a_description_that_is_not_that_of_its_folder_is_never_used(tmp_path):
+    folder = described_folder(tmp_path, {"weights": "abc"})
+    assert described_folder(tmp_path, {"weights": "abc"}) == folder != described_folder(tmp_path, {"weights": "abd"})
+    assert read_json(folder / "identity.json") == {"weights": "abc"}
+    for content in ("", '{"weights": "abd"}'):
+        (folder / "identity.json").write_text(content)
+        with pytest.raises(ValueError, match=r"identity\.json is damaged \(.*delete this folder"):
+            described_folder(tmp_path, {"weights": "abc"})
+
+
+def test_an_array_is_read_through_once_a_process_and_state(tmp_path, monkeypatch):
+    get(tmp_path)
+    read = []
+    original = arrays._check_rows
+    monkeypatch.setattr(arrays, "_check_rows", lambda path, *rest: (read.append(path.name), original(path, *rest))[1])
+    get(tmp_path)
+    assert not read  # written by this process
+    os.utime(tmp_path / "a.npy")
+    get(tmp_path), get(tmp_path)
+    assert read == ["a.npy"]
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "cut", "empty", "text"])
+def test_a_damaged_start_is_not_continued(damage, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        get(tmp_path, Rows(stop_after=2))
+    assert rows_done(tmp_path) == {"a": 4, "b": 4} and not list(tmp_path.glob("*.npy"))
+    DAMAGES[damage](tmp_path / "a.npy.partial")
+    with pytest.raises(ValueError, match=r"a\.npy\.partial is damaged \(.*delete this folder"):
+        get(tmp_path)
+
+
+@pytest.mark.parametrize("killed", ["before a note", "in a write", "before its name"])
+def test_a_killed_process_leaves_what_can_be_continued(killed, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        get(tmp_path, Rows(stop_after=2))
+    if killed == "before its name":
+        get(tmp_path)
+        (tmp_path / "a.npy").rename(tmp_path / "a.npy.partial")
+    else:  # rows, or a part of one, of which no note was taken
+        with (tmp_path / "a.npy.partial").open("ab") as file:
+            file.write(bytes(4 * WIDTH if killed == "before a note" else 5))
+    rows = Rows()
+    check(get(tmp_path, rows))
+    assert rows.read == [] if killed == "before its name" else [row for _, row in rows.read] == [4, 5, 4, 5, 6, 6]
+
+
+def test_what_one_array_has_already_is_not_written_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        get(tmp_path, Rows(stop_after=2), names="a")
+    with pytest.raises(KeyboardInterrupt):
+        get(tmp_path, Rows(stop_after=1), names="b")
+    rows = Rows()
+    check(get(tmp_path, rows))
+    assert rows.read[0] == ("a", 2) and rows_done(tmp_path) == {"a": COUNT, "b": COUNT}
+
+
+@pytest.mark.parametrize("values", [torch.zeros(7, WIDTH + 1), torch.zeros(7, WIDTH, dtype=torch.float64)])
+def test_rows_of_another_shape_or_type_are_refused(values, tmp_path):
+    with pytest.raises(ValueError, match="announced were \\(3,\\) and float32"):
+        get(tmp_path, lambda start, names: [{"a": values}], names="a")
+
+
+def as_before(folder, values, count=COUNT):
+    """As version 0.1.0 left an array: whole from the start on, without a checksum."""
+    np.save(folder / "a.npy", values)
+    (folder / "rows.json").write_text(json.dumps({"a": count}))
+
+
+def test_arrays_without_a_checksum_are_computed_again(tmp_path, caplog):
+    as_before(tmp_path, np.zeros((COUNT, WIDTH), "f4"))
+    check(get(tmp_path, names="a"), "a")
+    assert caplog.messages == [f"{tmp_path / 'a.npy'} has no checksum, as version 0.1.0 left it: it is computed again."]
+    (tmp_path / "rows.json").unlink()
+    np.save(tmp_path / "a.npy", np.zeros((COUNT, WIDTH), "f4"))
+    check(get(tmp_path, names="a"), "a")
+
+
+def test_arrays_without_a_checksum_can_be_kept_as_far_as_they_can_be_checked(tmp_path, caplog):
+    rows = Rows()
+    as_before(tmp_path, VALUES["a"])
+    check(get(tmp_path, rows, "a", keep_unchecked=True), "a")
+    assert not rows.read and "is used as it is" in caplog.messages[0]
+    as_before(tmp_path, np.where(np.arange(COUNT)[:, None] < 4, VALUES["a"], 0), count=4)
+    check(get(tmp_path, rows, "a", keep_unchecked=True), "a")
+    assert rows.read == [("a", 4), ("a", 5), ("a", 6)]
+    for wrong in (0, np.nan):  # as two processes left it; as a network that overflows
+        as_before(tmp_path, np.where(np.arange(COUNT)[:, None] == 2, wrong, VALUES["a"]).astype("f4"))
+        with pytest.raises(ValueError, match="rows of zeros, or numbers that are not finite"):
+            get(tmp_path, names="a", keep_unchecked=True)
+
+
+def test_a_written_array_is_read_back_or_refused(tmp_path):
+    labels = np.arange(COUNT) % 3
+    write_array(tmp_path, "labels", labels)
+    written = (tmp_path / "labels.npy").stat().st_mtime_ns
+    write_array(tmp_path, "labels", labels.copy())
+    assert (tmp_path / "labels.npy").stat().st_mtime_ns == written
+    assert np.array_equal(open_array(tmp_path, "labels", (COUNT,), "int64"), labels)
+    write_array(tmp_path, "labels", labels[::-1])
+    assert np.array_equal(open_array(tmp_path, "labels", (COUNT,), "int64"), labels[::-1])
+    change(tmp_path / "labels.npy", 128, bytes(8 * COUNT))
+    with pytest.raises(ValueError, match=r"labels\.npy is damaged"):
+        open_array(tmp_path, "labels", (COUNT,), "int64")
+
+
+# --- Several processes ---
+
+
+def together(*calls):
+    """Run functions in processes of their own that start at once, and return how they ended."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(len(calls))
+
+    def run(call):
+        torch.set_num_threads(1)  # the threads of the parent are not there
+        barrier.wait()
+        call()
+
+    processes = [context.Process(target=run, args=(call,), daemon=True) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize(("first", "second"), [("ab", "ba"), ("ba", "ab"), ("a", "b"), ("a", "ab"), ("ab", "ab")])
+def test_processes_that_share_a_folder_compute_every_row_once(first, second, tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+
+    def work(number, names):
+        rows = Rows(seconds=0.01)
+        check(get(folder, rows, names), names)
+        (tmp_path / f"{number}.json").write_text(json.dumps(rows.read))
+
+    assert together(lambda: work(0, first), lambda: work(1, second)) == [0, 0]
+    read = [tuple(row) for i in range(2) for row in json.loads((tmp_path / f"{i}.json").read_text())]
+    assert sorted(read) == [(name, row) for name in "ab" for row in range(COUNT)]
+    assert {path.name for path in folder.iterdir()} == {"a.npy", "b.npy", "rows.json", "rows.lock"}
+    check(get(folder))
+
+
+def test_a_process_that_waits_says_so_and_one_that_only_reads_does_not_wait(tmp_path, caplog):
+    get(tmp_path, names="a")
+    with locked(tmp_path):
+        check(get(tmp_path, names="a"), "a")
+        assert not caplog.messages
+        other = threading.Thread(target=lambda: get(tmp_path, names="b"))
+        with caplog.at_level(logging.WARNING):
+            other.start()
+            other.join(0.3)
+        assert other.is_alive()
+        assert caplog.messages == [f"Another process fills {tmp_path}: waiting until it is done."]
+    other.join(10)
+    check(get(tmp_path))
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "note.json"
+    with written_whole(path) as first:
+        first.write_text("first")
+        with written_whole(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as third:
+        third.write_text("thi")
+        assert third.name.endswith(".partial")  # which is never pushed
+        raise KeyboardInterrupt
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert path.stat().st_mode == plain.stat().st_mode  # others may read it
+
+
+def test_no_file_has_a_temporary_name_that_processes_share():
+    root = Path(__file__).parent.parent
+    for path in [*root.glob("ddae_hf/*.py"), *root.glob("examples/**/*.py")]:
+        assert 'with_suffix(".partial")' not in path.read_text(), path
