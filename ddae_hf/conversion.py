@@ -92,11 +92,15 @@ def _tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
     """Return the tensors of a dictionary whose names begin so, without that beginning."""
     named = value.items() if isinstance(value, dict) else ()
     found = {k.removeprefix(prefix): v for k, v in named if isinstance(v, Tensor) and str(k).startswith(prefix)}
+    held: dict[int, int] = {}
     for name, tensor in found.items():
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(
                 f"The tensor {name} of shape {tuple(tensor.shape)} has fewer values in the file than that."
             )
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    if (claimed := sum(tensor.numel() * tensor.element_size() for tensor in found.values())) > sum(held.values()):
+        raise ValueError(f"The tensors share their values: they claim {claimed:,} bytes of {sum(held.values()):,}.")
     return found
 
 
@@ -154,11 +158,11 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
         "norm_eps": 1e-6,
         "downscale_freq_shift": 0,
     }
-    denoiser = build_denoiser(config)
     weights = {name: value for name, value in state.items() if name != "pos_embed"}
-    _load(denoiser, _renamed(weights, _dit_modules(depth)))
-    positions = denoiser.pos_embed.pos_embed
-    if positions.shape != state["pos_embed"].shape or (positions - state["pos_embed"]).abs().max() > 1e-4:
+    if state["pos_embed"].shape != (1, side**2, width):
+        raise ValueError(f"The file's pos_embed has shape {tuple(state['pos_embed'].shape)}: the width is {width}.")
+    denoiser = _build(config, _renamed(weights, _dit_modules(depth)))
+    if (denoiser.pos_embed.pos_embed - state["pos_embed"]).abs().max() > 1e-4:
         raise ValueError("The file's pos_embed is not the sine-cosine one, which is the only one of diffusers' DiT.")
     source = f"an official DiT: {depth} blocks of width {width}, patches of {patch}, {classes} classes"
     return Conversion(source, _size(weights), denoiser.eval(), DDIMScheduler(clip_sample=False))
@@ -212,8 +216,7 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
         steps = scheduler.config.num_train_timesteps
         config |= {"time_embedding_type": "learned", "num_train_timesteps": steps}
         weights["time_proj.weight"] = get_timestep_embedding(torch.arange(1, steps + 1) / steps, stem)
-    denoiser = build_denoiser(config)
-    _load(denoiser, weights)
+    denoiser = _build(config, weights)
     reason = (
         "it was converted from a network whose output is normalised in 8 groups, where a UNet2DModel has the same "
         "number in all its layers, so that its hidden states are right and its output is not."
@@ -325,15 +328,20 @@ def _renamed(state: dict[str, Tensor], modules: Iterable[tuple[str, tuple[str, .
     return renamed
 
 
-def _load(denoiser: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+def _build(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    """Return the network of a config with these weights, made only if all of them fit."""
+    with torch.device("meta"):  # a few weights may be those of a network that fits into no memory
+        shapes = build_denoiser(config).state_dict()
     there = {name: tuple(value.shape) for name, value in weights.items()}
-    here = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    here = {name: tuple(value.shape) for name, value in shapes.items()}
     if wrong := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
         raise ValueError(
-            f"A {type(denoiser).__name__} does not hold these weights: {len(wrong)} differ in shape, such as "
+            f"A {config['_class_name']} does not hold these weights: {len(wrong)} differ in shape, such as "
             f"{wrong[0]}: {there.get(wrong[0], 'missing')} in the file and {here.get(wrong[0], 'missing')} in it."
         )
+    denoiser = build_denoiser(config)
     denoiser.load_state_dict(weights)
+    return denoiser
 
 
 _EDM_REASONS = {
@@ -355,7 +363,7 @@ def _refuse_edm(ema: Record) -> None:
             names += [name for name in [argument.get("class_name")] if isinstance(name, str)]
         elif record.name == "torch._utils._rebuild_parameter" and isinstance(argument, Record):
             shape = argument.args[2] if len(argument.args) > 2 else None
-            if isinstance(shape, tuple) and all(isinstance(side, int) for side in shape):
+            if isinstance(shape, tuple) and len(shape) < 9 and all(isinstance(side, int) for side in shape):
                 parameters += math.prod(shape)
     network = next((name for name in names if name in _EDM_REASONS), None)
     what = " with a ".join(dict.fromkeys(name for name in (*names[:1], network) if name)) or "nothing of EDM's"

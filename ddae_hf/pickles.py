@@ -2,20 +2,29 @@
 
 A pickle may name any function and have it called. This is the one module that reads them all the same:
 
-- torch files go through torch's restricted loader (`weights_only=True`), with an inert stand-in for
-  `argparse.Namespace`, the options that a training run stores beside its weights;
-- any other pickle is taken as a description. Each name in it out of a short list becomes a `Record` of what it would be
-  called with, and any other is refused, so that no class or function is looked up, let alone called.
+- any pickle is taken as a description first. Each name in it out of a short list becomes a `Record` of what it would be
+  called with, and any other is refused, so that no class or function is looked up, let alone called;
+- torch files, whose description must not claim more than the file holds, go through torch's restricted loader
+  (`weights_only=True`) then, with an inert stand-in for `argparse.Namespace`, the options that a training run stores
+  beside its weights.
+
+What a file costs is bounded by its size: lengths beyond its end are refused before memory is taken for them, and so are
+the few ways in which a short pickle describes a large thing.
 """
 
 from __future__ import annotations
 
+import functools
+import io
+import os
 import pickle
+import pickletools
 import re
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -28,6 +37,19 @@ RECORDED = {
     "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
     "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct",
 }  # fmt: skip
+# What torch files may name beside tensors and their storages.
+OPTIONS = {"argparse.Namespace", "torch.Size", "torch.device"}
+STORAGES = {
+    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
+    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "UntypedStorage": 1,
+}  # fmt: skip
+# What picklers of protocol 2 and later write of numbers, text, containers, names and calls. Byte arrays, which take the
+# memory that they claim, are left out.
+INSTRUCTIONS = """PROTO FRAME MARK STOP POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+    BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BINSTRING SHORT_BINSTRING
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS
+    BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID""".split()
+MOST_ARGUMENTS = 16  # of a call; more would be copied for each of them
 
 
 class Record:
@@ -51,12 +73,129 @@ class Record:
         self.state = state
 
 
+class _Bounded:
+    """A file that refuses to be read beyond its end, before it takes memory for what is not there."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, start = file, file.tell()
+        self.left = file.seek(0, os.SEEK_END) - start
+        file.seek(start)
+
+    def read(self, count: int) -> bytes:
+        """Return the next bytes, all of them."""
+        if count > self.left:
+            raise ValueError(f"it ends where {count:,} more bytes should follow, and {self.left:,} do")
+        self.left -= count
+        return self.file.read(count)
+
+    def readline(self) -> bytes:
+        """Return the bytes up to the end of the line."""
+        line = self.file.readline()
+        self.left -= len(line)
+        return line
+
+
+class _Instructions(dict[int, Callable[[Any], None]]):
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        raise ValueError(f"it holds the instruction {bytes([code])!r}, which files of networks do not")
+
+
+def _hashing(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """Return an instruction that hashes these members of the stack, for plain ones only.
+
+    A pair of one pair twice, and so on, is a short pickle whose hash takes for ever.
+    """
+
+    def checked(unpickler: Any) -> None:
+        if not all(isinstance(key, str | bytes | int | float | None) for key in unpickler.stack[keys]):
+            raise ValueError("it has a key that is neither text nor a number")
+        load(unpickler)
+
+    return checked
+
+
+def _calling(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return an instruction that calls what is on the stack, with few arguments only."""
+
+    def checked(unpickler: Any) -> None:
+        arguments = unpickler.stack[-1]
+        if not isinstance(arguments, tuple) or len(arguments) > MOST_ARGUMENTS:
+            raise ValueError(f"it has a call without a tuple of at most {MOST_ARGUMENTS} arguments")
+        load(unpickler)
+
+    return checked
+
+
+@functools.cache
+def _record_class(name: str) -> type[Record]:
+    return type("Record", (Record,), {"name": name})
+
+
 class _Describer(pickle._Unpickler):  # type: ignore[name-defined]
     # The unpickler in C would make room for any number of objects that a pickle claims to have.
+    dispatch = _Instructions(
+        {ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]  # type: ignore[attr-defined]
+        for op in pickletools.opcodes if op.name in INSTRUCTIONS}
+    )  # fmt: skip
+    dispatch[pickle.SETITEM[0]] = _hashing(dispatch[pickle.SETITEM[0]], slice(-2, -1))
+    dispatch[pickle.SETITEMS[0]] = _hashing(dispatch[pickle.SETITEMS[0]], slice(None, None, 2))
+    dispatch[pickle.ADDITEMS[0]] = _hashing(dispatch[pickle.ADDITEMS[0]], slice(None))
+    for _code in (pickle.REDUCE[0], pickle.NEWOBJ[0]):
+        dispatch[_code] = _calling(dispatch[_code])
+
+    def __init__(self, file: _Bounded):
+        super().__init__(file)
+
     def find_class(self, module: str, name: str) -> Any:
         if (full := f"{module}.{name}") not in RECORDED:
             raise ValueError(f"it names {full}, and allowed are {', '.join(sorted(RECORDED))}")
-        return type("Record", (Record,), {"name": full})
+        return _record_class(full)
+
+
+class _Storage(NamedTuple):
+    """Numbers in a torch file that tensors lie in."""
+
+    length: int
+    width: int
+
+
+class _Claims(_Describer):
+    """What the pickle in a torch file claims to be there, in `storages` by their keys; its tensors lie in these."""
+
+    def __init__(self, file: _Bounded):
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return _Storage(0, STORAGES[name])  # it cannot be called
+        if full in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+            return _check_tensor
+        if full == "torch._utils._rebuild_parameter":
+            return lambda tensor, requires_grad, hooks: tensor
+        if full == "collections.OrderedDict":
+            return lambda: _record_class(full)()
+        if full in OPTIONS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return _record_class(full)
+        raise ValueError(f"it names {full}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage, key, _, count, *view = pid
+        if not (isinstance(storage, _Storage) and isinstance(key, str) and isinstance(count, int) and count >= 0):
+            raise ValueError("it refers to something else than a storage")
+        if kind != "storage" or view not in ([], [None]):
+            raise ValueError("it refers to a part of a storage")
+        self.storages[key] = claimed = storage._replace(length=count)
+        return claimed
+
+
+def _check_tensor(storage: _Storage, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any) -> object:
+    """Raise `ValueError` where a tensor does not lie in its storage, which torch would make longer."""
+    extent = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
+    if min([offset, *size, *stride]) < 0 or extent > storage.length:
+        raise ValueError(f"it has a tensor of {extent:,} numbers in a storage of {storage.length:,}")
+    return object()
 
 
 def records(value: Any) -> Iterator[Record]:
@@ -99,6 +238,7 @@ def read_weights(path: Path) -> Any:
 def _read_torch(path: Path, mmap: bool) -> Any:
     # Mapped, an optimiser's state, twice the network's size, is never read.
     try:
+        _check_claims(path, zipped=mmap)
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a broken file raises what it likes
@@ -110,9 +250,35 @@ def _read_torch(path: Path, mmap: bool) -> Any:
         ) from error
 
 
+def _check_claims(path: Path, zipped: bool) -> None:
+    """Raise `ValueError` where a torch file claims more than it holds, of which torch would make as much."""
+    held = path.stat().st_size
+    with path.open("rb") as file:
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > held:
+                    raise ValueError(f"its entries claim more than the {held:,} bytes that it has, or are compressed")
+                named = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+                if len(named) != 1:
+                    raise ValueError(f"it has {len(named)} pickles where it must have one")
+                content = _Claims(_Bounded(io.BytesIO(archive.read(named[0]))))
+            content.load()
+        else:  # three about the format, the content, and the keys of the storages that follow
+            bounded = _Bounded(file)
+            for _ in range(3):
+                _Claims(bounded).load()
+            content = _Claims(bounded)
+            content.load()
+            if set(_Claims(bounded).load()) != content.storages.keys():
+                raise ValueError("it does not hold the storages that it refers to")
+    if sum(length * width for length, width in content.storages.values()) > held:
+        raise ValueError(f"its tensors claim more than the {held:,} bytes that it has")
+
+
 def _read_pickle(path: Path, file: BinaryIO) -> Any:
     try:
-        return _Describer(file).load()
+        return _Describer(_Bounded(file)).load()
     except Exception as error:  # likewise
         raise ValueError(
             f"{path} is neither a torch file nor a pickle that can be read safely: {str(error).rstrip('.')}."

@@ -5,7 +5,11 @@ import io
 import math
 import os
 import pickle
+import resource
+import struct
 import sys
+import time
+import zipfile
 from types import ModuleType
 
 import numpy as np
@@ -32,6 +36,7 @@ from labelled import save_classifier
 
 from . import scripts
 from .conftest import make_vae
+from .test_arrays import together
 
 
 def random_state(shapes, seed=0):
@@ -423,8 +428,8 @@ def test_a_file_that_names_a_function_does_not_run_it(tmp_path, save):
     code = f"open({str(mark)!r}, 'w')"
     for function, args, name in (
         (os.system, (f"touch {mark}",), r"(posix|nt)\.system"),
-        (eval, (code,), r"(builtins\.)?eval"),
-        (getattr, ("", "join"), r"(builtins\.)?getattr"),
+        (eval, (code,), r"(builtins|__builtin__)\.eval"),
+        (getattr, ("", "join"), r"(builtins|__builtin__)\.getattr"),
     ):
         save({"ema": Evil(function, *args)}, tmp_path / "evil.pkl")
         with pytest.raises(ValueError, match=f"names {name}"):
@@ -483,6 +488,111 @@ def test_a_small_file_cannot_claim_a_large_network(tmp_path):
     (tmp_path / "nested.pkl").write_bytes(edm_pickle(tmp_path, shared).read_bytes())
     with pytest.raises(ValueError, match="is a pickle of EDM"):
         convert(tmp_path / "nested.pkl")
+
+
+def claims_of_pickles():
+    """Short pickles that claim much, and what is said of each."""
+    size, text, ends = struct.pack("<Q", 3 << 30), struct.pack("<I", 3 << 30), "it ends where .* more bytes should"
+    yield "bytes", b"\x80\x04\x8e" + size + b".", ends
+    yield "short bytes", b"\x80\x03B" + text + b".", ends
+    yield "text", b"\x80\x04\x8d" + size + b".", ends
+    yield "short text", b"\x80\x02X" + text + b".", ends
+    yield "old text", b"\x80\x02T" + struct.pack("<i", 2**31 - 1) + b".", ends
+    yield "a frame", b"\x80\x04\x95" + size + b"N.", ends
+    yield "a byte array", b"\x80\x05\x96" + size + b".", "holds the instruction"
+    yield "a number", b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b".", "holds the instruction"
+    pairs = b"N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))  # a pair of one pair twice, and so on
+    for kind, pickled in (
+        ("key", b"}" + pairs + b"Ns."),
+        ("keys", b"}(" + pairs + b"Nu."),
+        ("set", b"\x8f(" + pairs + b"\x90."),
+    ):
+        yield kind, b"\x80\x04" + pickled, "a key that is neither text nor a number"
+    call = b"ccollections\nOrderedDict\nq\x00"
+    for kind, arguments in (
+        ("nulls", b"B" + struct.pack("<I", 10**6) + bytes(10**6)),
+        ("nones", b"(" + b"N" * 10**6 + b"t"),
+    ):
+        calls = b"](" + call + arguments + b"q\x01R" + b"h\x00h\x01R" * 200 + b"e."
+        yield f"calls with {kind}", b"\x80\x03" + calls, "a call without a tuple of at most 16 arguments"
+
+
+def claims_of_torch_files(folder):
+    """Small torch files, of both formats, that claim much."""
+    tensor, many = {"a": torch.zeros(4)}, b"J" + struct.pack("<i", 10**9)
+    torch.save(tensor, folder / "zip")
+    torch.save(tensor, folder / "old", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(folder / "zip") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = (name for name in entries if name.endswith("data.pkl"))
+    whole = (folder / "old").read_bytes()
+    start, evil = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2), Evil(bytearray, 3 << 30)
+    torch.save(evil, folder / "evil", _use_new_zipfile_serialization=False)
+    yield "old", "a buffer", (folder / "evil").read_bytes(), r"names \w+\.bytearray"
+    yield "old", "text", start + b"\x80\x02X" + struct.pack("<I", 3 << 30), "it ends where"
+    # One number is the storage's, and one the tensor's.
+    for kind, content in (("old", whole), ("zip", entries[pickled])):
+        longer = content.replace(b"K\x04\x85", many + b"\x85")
+        both = longer.replace(b"K\x04t", many + b"t").replace(b"K\x04N", many + b"N")
+        assert content != longer != both
+        yield kind, "a tensor", longer, "a tensor of 1,000,000,000 numbers in a storage of 4"
+        yield kind, "both", both, "its tensors claim more than the"
+        yield kind, "a call", content.replace(b"torch\nFloatStorage", b"torch\nFloatTensor"), "names torch.FloatTensor"
+    keys = whole.rindex(b"\x80\x02]")
+    yield "old", "no storages", whole[:keys] + b"\x80\x02].", "does not hold the storages"
+    for name, content in (("compressed", bytes(80 << 20)), ("twice", entries[pickled])):
+        with zipfile.ZipFile(folder / "made", "w", zipfile.ZIP_DEFLATED if name == "compressed" else 0) as archive:
+            archive.writestr(pickled, content)
+            if name == "twice":
+                archive.writestr("other/data.pkl", content)
+        reason = "claim more than" if name == "compressed" else "has 2 pickles"
+        yield "made", name, (folder / "made").read_bytes(), reason
+
+
+def torch_file(folder, kind, content):
+    """Return a torch file's bytes, of the zip format given its pickle."""
+    if kind != "zip":
+        return content
+    with zipfile.ZipFile(folder / "zip") as old, zipfile.ZipFile(folder / "new", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+    return (folder / "new").read_bytes()
+
+
+def test_what_a_file_costs_is_bounded_by_its_size(tmp_path):
+    """In a process of its own, whose memory is measured, and which is stopped where a file takes too long."""
+    files = [(name, content, reason) for name, content, reason in claims_of_pickles()]
+    for kind, name, content, reason in claims_of_torch_files(tmp_path):
+        files.append((f"{kind}: {name}", torch_file(tmp_path, kind, content), reason))
+
+    def read():
+        for name, content, reason in files:
+            (tmp_path / "file").write_bytes(content)
+            before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+            with pytest.raises(ValueError, match=reason):
+                convert(tmp_path / "file")
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            assert grown < 64 << 10 and time.monotonic() - started < 3, (name, grown)
+
+    assert together(read) == [0]
+
+
+def test_tensors_that_share_their_values_claim_no_large_network(tmp_path):
+    state, values = dit_state(depth=1), torch.zeros(200_000)
+    shared = {f"blocks.{i}.attn.qkv.weight": values.view(400, 500) for i in range(100)}
+    torch.save(state | shared, tmp_path / "shared.pt")
+    with pytest.raises(ValueError, match="The tensors share their values: they claim .* bytes of"):
+        convert(tmp_path / "shared.pt", num_heads=4)
+    wide = {"x_embedder.proj.weight": torch.zeros(200_000, 4, 1, 1), "pos_embed": torch.zeros(1, 16, 200_000)}
+    torch.save(state | wide, tmp_path / "wide.pt")
+
+    def read():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match="does not hold these weights: .* differ in shape"):
+            convert(tmp_path / "wide.pt", num_heads=4)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+    assert together(read) == [0]
 
 
 def test_a_probe_of_features_alone_is_saved_whole(unet_file, tmp_path):
