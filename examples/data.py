@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from ddae_hf import DDAEImageProcessor
+from ddae_hf.arrays import write_text
 from ddae_hf.augment import augment, embed_labels, label_width
 from ddae_hf.conditioning import drop_labels, num_labels
 from pixels import Pixels, scaled
@@ -384,9 +385,7 @@ def best_device() -> str:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min_side: int = 64) -> PILImage.Image:

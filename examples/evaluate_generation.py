@@ -19,13 +19,12 @@ All figures are taken between features of one network, and cannot be compared wi
 Where the data has some of the classes of a class-conditional checkpoint, name them with `--class_label`, so that images
 of the same classes are compared; `all` takes every class in turn, and needs as many images as there are classes.
 
-Features are kept in `--features_dir`, each file beside a JSON file that says what they are of, and are reused.
+Features are kept in `--features_dir`, each array beside a JSON file that says what they are of, and are reused.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import tempfile
@@ -39,7 +38,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
@@ -50,8 +49,9 @@ from transformers.utils import logging
 import ddae_hf
 from data import best_device, image_column, image_grid, images_hash, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.arrays import described_folder, fill
 from ddae_hf.checkpoints import fingerprint
-from ddae_hf.features import extract_features
+from ddae_hf.features import evaluating, extract_features
 from ddae_hf.generation_metrics import frechet_distance, kernel_distance, precision_recall
 from ddae_hf.hidden_states import pool_hidden_states
 from generate import (
@@ -170,10 +170,12 @@ class Extractor:
     Attributes:
         identity: What features depend on beside the images, as JSON.
         compute: Function of images in batches and the number of the draw of noise that returns features (N, C).
+        width: Their width C, which is known once an image was tried.
     """
 
     identity: dict[str, Any]
     compute: Callable[[Iterable[list[PILImage.Image]], int], torch.Tensor]
+    width: int = 0
 
 
 def ddae_extractor(path: str, args: argparse.Namespace) -> Extractor:
@@ -211,7 +213,7 @@ def transformers_extractor(path: str, args: argparse.Namespace) -> Extractor:
     made_fast(model, best_device()).to(best_device()).eval()
     processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=args.cache_dir)
 
-    @torch.no_grad()
+    @evaluating(model)
     def run(images: list[PILImage.Image]) -> Any:
         pixels = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
         return model(pixel_values=pixels.to(model.device))
@@ -250,7 +252,7 @@ def inception_extractor(path: str, args: argparse.Namespace) -> Extractor:
         network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], file.name)
     made_fast(network, best_device()).to(best_device())
 
-    @torch.no_grad()
+    @evaluating(network)
     def features(images: list[PILImage.Image]) -> torch.Tensor:
         arrays = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
         alike = len({array.shape for array in arrays}) == 1
@@ -279,29 +281,31 @@ def open_extractor(args: argparse.Namespace, images: ImageSet) -> Extractor:
     kind, _, path = args.extractor.partition(":")
     try:
         extractor = EXTRACTORS[kind](path, args)
-        extractor.compute([images.dataset[:1][images.column]], images.view)
+        extractor.width = extractor.compute([images.dataset[:1][images.column]], images.view).shape[1]
     except Exception as error:  # checkpoints and networks raise a dozen kinds
         raise SystemExit(f"--extractor {args.extractor} cannot be used: {error}") from error
     return extractor
 
 
 def kept_features(extractor: Extractor, images: ImageSet, args: argparse.Namespace) -> torch.Tensor:
-    """Return features (N, C), mapped from disk if they were computed before."""
+    """Return features (N, C), from disk if they were computed before."""
     content = {"number": len(images), "sha256": images_hash(images.dataset, images.column)}
     identity = {"extractor": extractor.identity, "images": content, "view": images.view}
-    text = json.dumps(identity, indent=2, sort_keys=True) + "\n"
-    name = f"{args.extractor.partition(':')[0]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    path = Path(args.features_dir) / f"{name}.safetensors"
-    if path.exists():
-        print(f"Features of {images.name}, {len(images):,} images: reused from {path}.")
-        return load_file(path)["features"]
-    features = extractor.compute(images.batches(args.extractor_batch_size), images.view)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(text, encoding="utf-8")
-    partial = path.with_suffix(".partial")
-    save_file({"features": features.contiguous()}, partial)
-    partial.replace(path)
-    return features
+    reused = True
+
+    def batches(start: int, missing: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal reused
+        reused = False
+        yield {"features": extractor.compute(images.batches(args.extractor_batch_size), images.view)[start:]}
+
+    try:
+        folder = described_folder(Path(args.features_dir), identity)
+        features = fill(folder, {"features": (extractor.width,)}, len(images), batches)["features"]
+    except (ValueError, OSError) as error:  # a damaged file, no space
+        raise SystemExit(str(error)) from error
+    if reused:
+        print(f"Features of {images.name}, {len(images):,} images: reused from {folder}.")
+    return torch.from_numpy(np.array(features))
 
 
 def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from data import (
     write_json,
 )
 from ddae_hf import DDAEImageProcessor, DDAEModel
+from ddae_hf.arrays import written_whole
 from ddae_hf.features import FeatureCache
 from ddae_hf.hidden_states import decoder_layer_names
 from labelled import check_null_class, ready
@@ -115,8 +116,7 @@ def write_parquet(path: Path, features: dict[str, np.ndarray], labels: np.ndarra
     fields = [("index", pa.int64())] + ([("label", pa.int64())] if labels is not None else [])
     fields += [(layer, pa.list_(pa.float32(), values.shape[1])) for layer, values in features.items()]
     count = len(next(iter(features.values())))
-    partial = path.with_suffix(".partial")
-    with pq.ParquetWriter(partial, pa.schema(fields)) as writer:
+    with written_whole(path) as partial, pq.ParquetWriter(partial, pa.schema(fields)) as writer:
         for start in tqdm(range(0, count, ROW_GROUP), desc="Writing"):
             rows = slice(start, min(start + ROW_GROUP, count))
             columns: dict[str, Any] = {"index": np.arange(count)[rows]}
@@ -126,7 +126,6 @@ def write_parquet(path: Path, features: dict[str, np.ndarray], labels: np.ndarra
                 flat = pa.array(np.ascontiguousarray(values[rows]).reshape(-1))
                 columns[layer] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
             writer.write_table(pa.table(columns, schema=pa.schema(fields)))
-    partial.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     try:
         features = compute(args, model, dataset, column, layers, sigma)
-    except OSError as error:  # no space
+    except (ValueError, OSError) as error:  # a damaged cache, no space
         raise SystemExit(str(error)) from error
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,9 +149,11 @@ def main(argv: list[str] | None = None) -> None:
         write_parquet(folder / "features.parquet", features, labels)
     else:
         for layer, values in features.items():
-            shutil.copyfile(values.filename, folder / f"{layer}.npy")
+            with written_whole(folder / f"{layer}.npy") as partial:
+                shutil.copyfile(values.filename, partial)
         if labels is not None:
-            np.save(folder / "label.npy", labels)
+            with written_whole(folder / "label.npy") as partial, partial.open("wb") as file:
+                np.save(file, labels)
     about = {"options": vars(args), "layers": layers, "sigma": sigma, "images": len(dataset), "class_names": names}
     write_json(folder / "features.json", about)
     widths = ", ".join(f"{layer} ({values.shape[1]})" for layer, values in features.items())

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from transformers.utils import logging
 
 from data import add_data_arguments, best_device, flip, parse_with_config, random_crop, write_json
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
+from ddae_hf.arrays import written_whole
 from ddae_hf.checkpoints import load_vae, plain_config
 from ddae_hf.latent_folder import LatentFolder
 from facts import base_model, data_facts, machine
@@ -270,10 +270,9 @@ class AveragedWeights(TrainerCallback):
         """Add the averages to the checkpoint that Trainer has written."""
         if state.is_world_process_zero:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGED
-            partial = path.with_suffix(".partial")
             averages = [value.contiguous() for value in self.ema.shadow_params]
-            save_file(dict(zip(self.parameters, averages, strict=True)), partial)
-            os.replace(partial, path)
+            with written_whole(path) as partial:
+                save_file(dict(zip(self.parameters, averages, strict=True)), partial)
 
     def load(self, checkpoint: Path) -> None:
         """Restore the averages of a checkpoint."""

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from data import best_device, image_grid, parse_with_config
 from ddae_hf import DDAEPipeline
+from ddae_hf.arrays import write_text, written_whole
 from ddae_hf.checkpoints import fingerprint, plain_config
 from ddae_hf.conditioning import num_labels
 from ddae_hf.noise import family
@@ -150,12 +151,11 @@ def sample(args: argparse.Namespace, pipeline: DDAEPipeline, processes: PartialS
         for batch in tqdm(own, desc="Batches", disable=not processes.is_main_process):
             images = sample_batch(args, pipeline, batch)
             folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(options, indent=2) + "\n")
+            write_text(note, json.dumps(options, indent=2) + "\n")  # every process does
             for i, image in zip(batch, images, strict=True):
                 if not paths[i].exists():
-                    partial = paths[i].with_suffix(".partial")
-                    image.save(partial, format="PNG")
-                    partial.replace(paths[i])
+                    with written_whole(paths[i]) as partial:
+                        image.save(partial, format="PNG")
     processes.wait_for_everyone()
     return lacking
 

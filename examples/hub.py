@@ -11,8 +11,8 @@ from huggingface_hub import HfApi, constants, get_token
 
 from ddae_hf.model_card import save_card
 
-# What only this machine needs: training states, their unfinished copies, raw weights, features.
-PRIVATE = ("checkpoint-*", "partial-*", "*.partial", "raw/*", "features/*", "levels/*")
+# What only this machine needs: training states, their unfinished copies, raw weights, features, locks.
+PRIVATE = ("checkpoint-*", "partial-*", "*.partial", "raw/*", "features/*", "levels/*", "*.lock")
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -32,7 +31,9 @@ from tqdm.auto import tqdm
 
 from data import add_data_arguments, best_device, flip, images_hash, parse_with_config, random_crop
 from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
+from ddae_hf.arrays import fill, written_whole
 from ddae_hf.checkpoints import fingerprint
+from ddae_hf.features import evaluating
 from ddae_hf.hidden_states import check_layers
 from ddae_hf.noise import check_sigma, indexed_noise
 from labelled import LabelledImages, add_label_arguments, check_null_class, ready
@@ -113,11 +114,11 @@ def draw(model: DDAEModel, images: Tensor, indices: range, seed: int, view: int)
     return clean, indexed_noise(shape, indices, seed, view).to(model.device)
 
 
-@torch.no_grad()
 def features(model: DDAEModel, layers: list[str], clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """Return the pooled hidden states of noisy images or latents at the layers, side by side, (B, C)."""
-    states = model.read_layers(clean, layers, sigma=sigma, noise=noise)
-    return torch.cat([pool_hidden_states(states[layer], model.config.pooling) for layer in layers], dim=1)
+    with evaluating(model):
+        states = model.read_layers(clean, layers, sigma=sigma, noise=noise)
+        return torch.cat([pool_hidden_states(states[layer], model.config.pooling) for layer in layers], dim=1)
 
 
 def changed(args: argparse.Namespace, images: Tensor) -> Tensor:
@@ -131,30 +132,32 @@ def set_seed(*seed: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
 
 
-def store_view(args: argparse.Namespace, model: DDAEModel, data: LabelledImages, view: int) -> tuple[Path, Tensor]:
-    """Return the file of the training images' features (N, C) in this draw, made if it is missing, and their levels."""
-    count = len(data.labels["train"])
-    path = Path(args.output_dir) / "features" / f"view-{view}.npy"
+def store_view(
+    args: argparse.Namespace, model: DDAEModel, data: LabelledImages, view: int
+) -> tuple[np.ndarray, Tensor]:
+    """Return the training images' features (N, C) in this draw, kept on disk, and their levels."""
+    count, name = len(data.labels["train"]), f"view-{view}"
     sigmas = log_uniform(args, count, [args.noise_seed, view])
-    if path.exists():
-        return path, sigmas
-    set_seed(args.seed, view)
     size = sum(model.config.from_dict(model.config.to_dict(), layer=layer).hidden_size for layer in args.layers)
-    partial = path.with_suffix(".partial")
-    stored, start = np.lib.format.open_memmap(partial, "w+", np.float32, (count, size)), 0
-    for images in data.batches("train", np.arange(count), f"features, view {view + 1} of {args.num_views}"):
-        rows = slice(start, start := start + len(images))
-        place = (range(count)[rows], args.noise_seed, FIRST_TRAIN_VIEW + view)
-        clean, noise = draw(model, changed(args, images), *place)
-        stored[rows] = features(model, args.layers, clean, noise, sigmas[rows].to(model.device)).cpu().numpy()
-    stored.flush()
-    os.replace(partial, path)
-    return path, sigmas
+
+    def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
+        set_seed(args.seed, view)
+        done = 0
+        for images in data.batches("train", np.arange(count), f"features, view {view + 1} of {args.num_views}"):
+            rows = slice(done, done := done + len(images))
+            images = changed(args, images)  # drawn in order: also of the images whose features are there
+            if rows.start >= start:
+                clean, noise = draw(model, images, range(count)[rows], args.noise_seed, FIRST_TRAIN_VIEW + view)
+                yield {name: features(model, args.layers, clean, noise, sigmas[rows].to(model.device))}
+
+    return fill(Path(args.output_dir) / "features", {name: (size,)}, count, batches)[name], sigmas
 
 
-def train_mlp(args: argparse.Namespace, views: list[tuple[Path, Tensor]], data: LabelledImages) -> NoiseConditionalMLP:
+def train_mlp(
+    args: argparse.Namespace, views: list[tuple[np.ndarray, Tensor]], data: LabelledImages
+) -> NoiseConditionalMLP:
     """Return the MLP trained on stored features, which it standardises, and save it."""
-    stored, sigmas = [np.load(path, mmap_mode="r") for path, _ in views], [sigma for _, sigma in views]
+    stored, sigmas = [view for view, _ in views], [sigma for _, sigma in views]
     labels, device = torch.from_numpy(data.labels["train"]).long(), best_device()
     config = {"in_features": stored[0].shape[1], "num_labels": len(data.names), "hidden_size": args.hidden_size}
     config |= {"num_hidden_layers": args.num_hidden_layers, "dropout": args.dropout}
@@ -232,8 +235,8 @@ def save_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer,
     """Write weights, statistics, momentum and step."""
     momentum = {f"momentum.{n}": optimizer.state[p]["momentum_buffer"] for n, p in network.named_parameters()}
     tensors = {name: value.contiguous() for name, value in (network.state_dict() | momentum).items()}
-    save_file(tensors, path.with_suffix(".partial"), metadata={"step": str(step)})
-    os.replace(path.with_suffix(".partial"), path)
+    with written_whole(path) as partial:
+        save_file(tensors, partial, metadata={"step": str(step)})
 
 
 def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -341,7 +344,11 @@ def main(argv: list[str] | None = None) -> None:
     check_folder(args, "features", OF_FEATURES, **source, **content)
     if args.wide_resnet:
         check_folder(args, "wide_resnet", OF_WIDE_RESNET, **content)
-    mlp = train_mlp(args, [store_view(args, model, data, view) for view in range(args.num_views)], data)
+    try:
+        views = [store_view(args, model, data, view) for view in range(args.num_views)]
+    except (ValueError, OSError) as error:  # a damaged file, no space
+        raise SystemExit(str(error)) from error
+    mlp = train_mlp(args, views, data)
 
     def on_features(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
         return mlp(features(model, args.layers, clean, noise, sigma), clean.new_full((len(clean),), sigma))

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
+from ddae_hf.arrays import read_json
 from ddae_hf.features import FeatureCache, augment_view
 from ddae_hf.hidden_states import decoder_layer_names
 from ddae_hf.probing import alignment, fit_logistic_regression, knn_predict, uniformity
@@ -259,7 +260,7 @@ def sweep_levels(sweep: Sweep, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for sigma in tqdm(args.sigmas, desc="Noise levels"):
         path = folder / "levels" / f"sigma-{sigma}.json"
-        level = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        level = read_json(path) if path.exists() else {}
         if level.get("key") != key:
             started, rest = time.monotonic(), level.get("seconds", 0) if level.get("interrupted") == key else 0
             level = {"interrupted": key}
@@ -285,7 +286,7 @@ def sweep_checkpoint(sweep: Sweep, folder: Path) -> dict[str, Any]:
     ready(sweep.model)
     try:
         rows = sweep_levels(sweep, folder)
-    except OSError as error:  # no space for the features
+    except (ValueError, OSError) as error:  # a damaged file, no space for the features
         raise SystemExit(str(error)) from error
     best, labels = max(rows, key=lambda row: row["validation_accuracy"]), data.labels["test"]
     levels_done = time.monotonic()

@@ -180,7 +180,7 @@ def test_features_are_kept_for_the_same_images_and_network_only(vit, extractor, 
         again = "reused from" in capsys.readouterr().out
         assert again == any(torch.equal(found, other) for other in kept.values())
         kept[str(len(kept))] = found
-        assert len(list(features.glob("*.safetensors"))) == len({f.numpy().tobytes() for f in kept.values()})
+        assert len(list(features.glob("*/features.npy"))) == len({f.numpy().tobytes() for f in kept.values()})
         return again
 
     assert not reused(extractor)
@@ -201,9 +201,21 @@ def test_features_are_kept_for_the_same_images_and_network_only(vit, extractor, 
     rows = Dataset.from_parquet(str(digits / "train.parquet"))
     rows.select([1, 0, *range(2, len(rows))]).to_parquet(data / "train.parquet")
     assert not reused(extractor)
-    for path in features.glob("*.safetensors"):
-        identity = json.loads(path.with_suffix(".json").read_text())
-        assert identity["images"]["number"] == len(load_file(path)["features"])
+    for path in features.glob("*/features.npy"):
+        identity = json.loads(path.with_name("identity.json").read_text())
+        assert identity["images"]["number"] == len(np.load(path))
+
+
+@pytest.mark.parametrize("name", ["features.npy", "identity.json"])
+def test_features_that_are_damaged_are_not_used(measure, vit, digits, tmp_path, name):
+    write_digits(digits, tmp_path / "given", 8)
+    options = ["--images_dir", str(tmp_path / "given"), "--extractor", f"transformers:{vit}"]
+    measure(*options)
+    for path in (tmp_path / "features").glob(f"*/{name}"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-40] + bytes(40))
+    with pytest.raises(SystemExit, match=f"{name} is damaged .*delete this folder"):
+        measure(*options)
 
 
 def test_only_features_under_noise_differ_for_the_same_images(measure, vit, extractor, digits, tmp_path):
@@ -228,9 +240,9 @@ def test_vision_models_without_a_pooled_output_are_averaged(measure, vit, digits
     pixels = ViTImageProcessorPil.from_pretrained(vit)([i.convert("RGB") for i in images], return_tensors="pt")
     with torch.no_grad():
         expected = model(**pixels).last_hidden_state.mean(1)
-    kept = [load_file(path)["features"] for path in (tmp_path / "features").glob("*.safetensors")]
+    kept = [np.load(path) for path in (tmp_path / "features").glob("*/features.npy")]
     (found,) = [features for features in kept if len(features) == 8]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.from_numpy(found), expected)
 
 
 def test_images_of_any_folder_size_and_mode_are_measured(measure, vit, digits, tmp_path):
@@ -356,8 +368,8 @@ def test_inception_reads_weights_without_unpickling(measure, digits, tmp_path, m
     reports = [measure(*given, f"inception:{tmp_path / name}") for name in ("weights.safetensors", "weights.pth")]
     assert reports[0]["results"] == reports[1]["results"] and reports[0]["extractor"]["width"] == 2048
     pixels = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images])
-    kept = [load_file(path)["features"] for path in (tmp_path / "features").glob("*.safetensors")]
+    kept = [np.load(path) for path in (tmp_path / "features").glob("*/features.npy")]
     (found,) = [features for features in kept if len(features) == 5]
-    torch.testing.assert_close(found, network(pixels)[0])
+    torch.testing.assert_close(torch.from_numpy(found), network(pixels)[0])
     with pytest.raises(SystemExit, match="cannot be used: Weights only load failed"):
         measure(*given, f"inception:{tmp_path / 'object.pth'}")

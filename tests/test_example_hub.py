@@ -77,7 +77,9 @@ def test_every_script_pushes_its_result_and_not_what_only_training_needs(pushed,
     for name, own in beside.items():
         found = files(server, name)
         assert found >= {"README.md", "config.json", "preprocessor_config.json", "eval_results.json", own}
-        assert not any(word in path for path in found for word in ("checkpoint-", "partial", "features", "levels"))
+        assert not any(
+            word in path for path in found for word in ("checkpoint-", "partial", "features", "levels", ".lock")
+        )
         assert any(path.endswith(".safetensors") for path in found)
         assert f"{server.url}/tester/{name}" in printed
     weights = {("denoiser", "denoiser"): "unet/diffusion_pytorch_model.safetensors"}

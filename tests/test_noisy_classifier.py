@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import noisy_classifier as script
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.arrays import rows_done
 from ddae_hf.noise import indexed_noise
 
 from . import scripts
@@ -124,14 +125,47 @@ def test_an_interrupted_run_resumes_exactly(trained, checkpoints, digits, tmp_pa
             run(checkpoints / "ddpm", digits, tmp_path, *TWO)
     views = [tmp_path / "features" / f"view-{view}.npy" for view in range(2)]
     views[1].unlink()  # as if it had stopped before; what is there is kept
-    (tmp_path / "features" / "view-1.partial").write_bytes(b"half")
     kept = views[0].stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def stopped(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return read(*args)
+
+        read = script.features
+        patch.setattr(script, "features", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoints / "ddpm", digits, tmp_path, *TWO)
+    assert rows_done(tmp_path / "features") == {"view-0": 60, "view-1": 25}
     again = run(checkpoints / "ddpm", digits, tmp_path, *TWO)
     assert views[0].stat().st_mtime_ns == kept
+    for view in views:
+        assert np.array_equal(np.load(view), np.load(folder / "features" / view.name))
     for file in ("mlp/model.safetensors", "wide_resnet/model.safetensors", "wide_resnet/state.safetensors"):
         expected, resumed = load_file(folder / file), load_file(tmp_path / file)
         assert expected.keys() == resumed.keys() and all(torch.equal(expected[n], resumed[n]) for n in expected)
     assert again["test_accuracies"] == report["test_accuracies"]
+
+
+def test_stored_features_that_are_damaged_are_not_used(trained, checkpoints, digits, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    path = tmp_path / "out" / "features" / "view-1.npy"
+    path.write_bytes(path.read_bytes()[:-4000] + bytes(4000))
+    with pytest.raises(SystemExit, match=r"view-1\.npy is damaged .*delete this folder"):
+        run(checkpoints / "ddpm", digits, tmp_path / "out", *TWO)
+
+
+@torch.no_grad()
+def test_features_of_noisy_images_are_those_of_evaluation_whatever_the_callers_state(checkpoints):
+    model = DDAEModel.from_pretrained(checkpoints / "ddpm").eval()
+    clean, noise = torch.rand(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = script.features(model, TWO[1:], clean, noise, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(script.features(model.train(), TWO[1:], clean, noise, 0.5), expected)
+    assert model.denoiser.training
 
 
 def test_a_folder_of_other_options_is_refused(trained, checkpoints, digits, tmp_path):

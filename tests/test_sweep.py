@@ -178,6 +178,20 @@ def test_a_level_that_is_done_is_not_probed_again_unless_its_options_change(swep
     assert probed == [3.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize(
+    "name", ["levels/sigma-2.0.json", "features/*/rows.json", "features/*/up_blocks.1.resnets.1.npy"]
+)
+def test_what_is_damaged_ends_a_sweep_with_the_files_name(swept, checkpoint, digits, tmp_path, name):
+    shutil.copytree(swept[0], tmp_path / "out")
+    if "features" in name:
+        shutil.rmtree(tmp_path / "out" / "levels")
+    paths = sorted((tmp_path / "out").glob(name))
+    for path in paths:
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(SystemExit, match=f"({'|'.join(map(str, paths))}) is damaged .*delete this folder"):
+        run(checkpoint, digits, tmp_path / "out")
+
+
 def report_options(report):
     names = ("model_name_or_path", "dataset_name", "output_dir", "max_train_samples", "max_test_samples")
     return [word for name in names for word in (f"--{name}", str(report["options"][name]))] + ["--sigmas", "0.1", "2"]
