@@ -284,16 +284,15 @@ def sweep_checkpoint(sweep: Sweep, folder: Path) -> dict[str, Any]:
     """Sweep one checkpoint, test its best pair, save it as a classifier, and return every figure."""
     args, data, checkpoint, started = sweep.args, sweep.data, sweep.checkpoint, time.monotonic()
     ready(sweep.model)
+    seeds, labels = range(args.noise_seed, args.noise_seed + args.num_noise_seeds), data.labels["test"]
     try:
         rows = sweep_levels(sweep, folder)
+        best, levels_done = max(rows, key=lambda row: row["validation_accuracy"]), time.monotonic()
+        fitted = [fit_best(sweep, best, seed) for seed in seeds]
+        few = few_label_figures(sweep, best)
     except (ValueError, OSError) as error:  # a damaged file, no space for the features
         raise SystemExit(str(error)) from error
-    best, labels = max(rows, key=lambda row: row["validation_accuracy"]), data.labels["test"]
-    levels_done = time.monotonic()
-    seeds = range(args.noise_seed, args.noise_seed + args.num_noise_seeds)
-    fitted = [fit_best(sweep, best, seed) for seed in seeds]
     accuracies = [float((predicted == labels).mean()) for _, _, predicted in fitted]
-    few = few_label_figures(sweep, best)
     weight, bias, predicted = fitted[0]
     where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": args.noise_seed, **sweep.conditions}
     where["cache_dir"] = args.cache_dir

@@ -1,6 +1,7 @@
 """Tiny real networks, checkpoints in every layout, and a small data set of real digits."""
 
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -50,6 +51,24 @@ def make_vae(seed=0, **options):
     tiny = {"block_out_channels": (8, 8), "norm_num_groups": 4, "sample_size": 16}
     tiny |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return AutoencoderKL(**{**tiny, **options}).eval()
+
+
+def together(*calls):
+    """Run functions in processes of their own that start at once, and return how they ended."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(len(calls))
+
+    def run(call):
+        torch.set_num_threads(1)  # the threads of the parent are not there
+        barrier.wait()
+        call()
+
+    processes = [context.Process(target=run, args=(call,), daemon=True) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
 
 class Source:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import threading
 import time
@@ -14,6 +13,8 @@ import torch
 
 from ddae_hf import arrays
 from ddae_hf.arrays import described_folder, fill, locked, open_array, read_json, rows_done, write_array, written_whole
+
+from .conftest import together
 
 COUNT, WIDTH = 7, 3
 VALUES = {name: np.random.default_rng(seed).normal(size=(COUNT, WIDTH)).astype("f4") for seed, name in enumerate("ab")}
@@ -143,6 +144,17 @@ def test_a_killed_process_leaves_what_can_be_continued(killed, tmp_path):
     assert rows.read == [] if killed == "before its name" else [row for _, row in rows.read] == [4, 5, 4, 5, 6, 6]
 
 
+def test_the_lock_of_a_process_that_dies_is_free(tmp_path):
+    def dies(start, names):
+        yield from Rows()(start, names)
+        os._exit(9)
+
+    assert together(lambda: get(tmp_path, dies)) == [9]
+    rows = Rows()
+    check(get(tmp_path, rows))
+    assert not rows.read  # it died after the last row
+
+
 def test_what_one_array_has_already_is_not_written_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         get(tmp_path, Rows(stop_after=2), names="a")
@@ -203,24 +215,6 @@ def test_a_written_array_is_read_back_or_refused(tmp_path):
 
 
 # --- Several processes ---
-
-
-def together(*calls):
-    """Run functions in processes of their own that start at once, and return how they ended."""
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(len(calls))
-
-    def run(call):
-        torch.set_num_threads(1)  # the threads of the parent are not there
-        barrier.wait()
-        call()
-
-    processes = [context.Process(target=run, args=(call,), daemon=True) for call in calls]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
 
 
 @pytest.mark.parametrize(("first", "second"), [("ab", "ba"), ("ba", "ab"), ("a", "b"), ("a", "ab"), ("ab", "ab")])

@@ -35,8 +35,7 @@ from ddae_hf.hidden_states import collect_hidden_states
 from labelled import save_classifier
 
 from . import scripts
-from .conftest import make_vae
-from .test_arrays import together
+from .conftest import make_vae, together
 
 
 def random_state(shapes, seed=0):

@@ -16,8 +16,7 @@ from ddae_hf.checkpoints import plain_config
 from ddae_hf.features import FeatureCache, augment_view, evaluating, extract_features
 from ddae_hf.noise import indexed_noise
 
-from .conftest import Source, make_unet, make_vae
-from .test_arrays import together
+from .conftest import Source, make_unet, make_vae, together
 
 LAYERS = ["mid_block", "up_blocks.1.resnets.0"]
 

@@ -16,8 +16,7 @@ from ddae_hf.latent_folder import LatentFolder
 from ddae_hf.latents import encode
 
 from . import scripts
-from .conftest import Source, make_vae
-from .test_arrays import together
+from .conftest import Source, make_vae, together
 
 COUNT, SIDE = 7, 16
 

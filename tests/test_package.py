@@ -19,8 +19,8 @@ ORDER = [
     ["objectives", "sampling", "image_processing_ddae", "pretrained_ddae", "conversion"],
     ["pipeline_ddae", "modeling_ddae"],
     ["backbone_ddae"],
-    ["features", "latent_folder", "probing", "generation_metrics", "run_results"],
-    ["model_card"],
+    ["features", "probing", "generation_metrics", "run_results"],
+    ["latent_folder", "model_card"],
     ["__init__"],
 ]
 RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
