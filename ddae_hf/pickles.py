@@ -176,6 +176,8 @@ class _Claims(_Describer):
             return lambda tensor, requires_grad, hooks: tensor
         if full == "collections.OrderedDict":
             return lambda: _record_class(full)()
+        if full == "collections.Counter":  # of a learning rate's schedule
+            return dict.copy  # which takes a dictionary and nothing else
         if full in OPTIONS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return _record_class(full)
         raise ValueError(f"it names {full}")

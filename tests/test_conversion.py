@@ -32,6 +32,7 @@ from ddae_hf.conditioning import adjust_timestep_embedding, fed_timestep
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
 from ddae_hf.conversion import DIT_HEADS, convert, convert_dit, convert_unet
 from ddae_hf.hidden_states import collect_hidden_states
+from ddae_hf.pickles import read_weights
 from labelled import save_classifier
 
 from . import scripts
@@ -574,6 +575,33 @@ def test_what_a_file_costs_is_bounded_by_its_size(tmp_path):
             assert grown < 64 << 10 and time.monotonic() - started < 3, (name, grown)
 
     assert together(read) == [0]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_a_training_run_keeps_beside_its_weights_is_read(zipped, tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer = torch.optim.AdamW(network.parameters())
+    optimizer.step()
+    content = {
+        "args": argparse.Namespace(sizes=[1, 2], dtype=torch.float32, device=torch.device("cpu"), size=torch.Size([3])),
+        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),
+        "parameters": dict(network.named_parameters()),
+        "others": [torch.zeros(0), torch.zeros(1).expand(3, 4), torch.eye(3)[1:].T, torch.ones(2, dtype=torch.bool)],
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "plain": {"text": "ü" * 300, "number": -(2**200), "pair": (1, (2.5, None))},
+    }
+    state = {"ema": network.state_dict(), "opt": optimizer.state_dict()}
+    torch.save(content | state, tmp_path / "run.pt", _use_new_zipfile_serialization=zipped)
+    found = read_weights(tmp_path / "run.pt")
+    assert vars(found["args"]) == vars(content["args"]) and found["schedule"] == content["schedule"]
+    assert found["plain"] == content["plain"] and torch.equal(found["half"], content["half"])
+    pairs = [*zip(found["others"], content["others"], strict=True)]
+    for name in ("parameters", "ema"):
+        assert found[name].keys() == (content | state)[name].keys()
+        pairs += zip(found[name].values(), (content | state)[name].values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(torch.equal(found["opt"]["state"][0][k], v) for k, v in state["opt"]["state"][0].items())
 
 
 def test_tensors_that_share_their_values_claim_no_large_network(tmp_path):
