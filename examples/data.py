@@ -23,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.augment import augment, embed_labels, label_width
 from ddae_hf.conditioning import drop_labels, num_labels
+from ddae_hf.image_processing_ddae import as_rgb
 from pixels import Pixels, scaled
 from precision import fast_layout
 
@@ -399,5 +400,5 @@ def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min
     grid = PILImage.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
     for i, image in enumerate(images):
         place = (i % columns * (width + 1), i // columns * (height + 1))
-        grid.paste(image.convert("RGB").resize((width, height), PILImage.Resampling.NEAREST), place)
+        grid.paste(as_rgb(image).resize((width, height), PILImage.Resampling.NEAREST), place)
     return grid
