@@ -108,6 +108,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_train_samples", type=int, help="Use only the first N training images.")
 
 
+def add_center_crop_argument(parser: argparse.ArgumentParser, default: bool | None = True) -> None:
+    """Add the option that says how images of another shape than the network's are prepared."""
+    parser.add_argument(
+        "--center_crop", action=argparse.BooleanOptionalAction, default=default,
+        help="Resize images of another shape in their proportions and cut out the centre (the default); "
+        "--no-center_crop squashes them.",
+    )  # fmt: skip
+
+
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how training images are changed, and what a network is told of them."""
     group, flag = parser.add_argument_group("inputs"), argparse.BooleanOptionalAction
@@ -322,7 +331,8 @@ def training_batches(
 
     A stream is shuffled anew in every epoch.
     """
-    processor, put_together = DDAEImageProcessor.for_denoiser(denoiser.config), default_collate
+    processor = DDAEImageProcessor.for_denoiser(denoiser.config, do_center_crop=args.center_crop)
+    put_together = default_collate
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
         dataset = dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
