@@ -132,6 +132,9 @@ def test_latents_of_version_0_1_0_were_squashed(photographs, vae, tmp_path):
     rewrite(tmp_path / "latents" / "latents.json", lambda index: drop(index["splits"]["train"]["preprocessing"]))
     with pytest.raises(SystemExit, match="trained with other options: latents differ"):
         train(tmp_path / "cut", *options, "--resume_from_checkpoint", "latest", steps=2)
+    with pytest.raises(SystemExit, match="do_center_crop is None there, True here"):
+        scripts.run("encode_latents", *where)
+    scripts.run("encode_latents", *where, "--no-center_crop")  # the same latents: nothing is refused
     train(tmp_path / "squashed", *options)
     checkpoint = tmp_path / "squashed" / "checkpoint-1"
     assert DDAEImageProcessor.from_pretrained(checkpoint).do_center_crop is False
