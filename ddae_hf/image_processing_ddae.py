@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from huggingface_hub.dataclasses import validate_typed_dict
+from PIL import ExifTags, Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict, infer_channel_dimension_format
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from .checkpoints import HUB_ARGUMENTS, find_file, read_checkpoint
 from .latents import downsampling
+
+# Options of transformers' image processors that have no effect here, and why.
+WITHOUT_EFFECT = {
+    "do_pad": "images are brought to one size",
+    "pad_size": "images are brought to one size",
+    "device": "images are prepared on the CPU, and `.to(device)` moves what comes back",
+    "disable_grouping": "it is for processors that run on a GPU",
+    "image_seq_length": "it is for models of language",
+}
+# What preprocessor_config.json says beside the options.
+NO_OPTIONS = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
 
 
 class DDAEImageProcessorKwargs(ImagesKwargs, total=False):
@@ -26,16 +39,28 @@ class DDAEImageProcessorKwargs(ImagesKwargs, total=False):
 class DDAEImageProcessor(PilBackend):
     """Prepares images for `DDAEModel`, with Pillow and NumPy alone.
 
-    Takes PIL images of any mode, and arrays or tensors (H, W), (H, W, C) or (C, H, W), singly, in lists or in
-    batches, of any size. Integers count from 0 to 255 (16-bit ones to 65,535), floats from 0 to 1. Gives `pixel_values`
-    (B, num_channels, height, width) in [-1, 1]: colours are turned to grey for one channel, grey is repeated for three,
-    transparency is dropped.
+    Takes files, PIL images of any mode, and arrays or tensors (H, W), (H, W, C) or (C, H, W), singly or in lists, and
+    batches (N, C, H, W) or (N, H, W, C), of any size. Gives `pixel_values` (B, num_channels, height, width) in [-1, 1]:
+    colours are turned to grey for one channel, grey is repeated for three, transparency is dropped; other numbers of
+    channels must be the images' own. PIL images are turned upright, as their EXIF orientation says.
+
+    The type alone says how values count: uint8 and other integers from 0 to 255, uint16 from 0 to 65,535 (as PIL's
+    modes `I` and `I;16`, in which Pillow opens 16-bit files), floats (as PIL's mode `F`) from 0 to 1. An array that can
+    be read in two ways is refused: (2, H, W) may be two grey images, or one with transparency. What a web address
+    names is fetched by transformers, which leaves 8 bits of it.
 
     Args:
         size: `{"height": ..., "width": ...}` in pixels.
         num_channels: Channels of the denoiser's images.
+        do_center_crop: Whether images of another shape keep their proportions: they are resized so that they just cover
+            `size`, and their centre is cut out. Otherwise they are squashed to `size`. True by default, but false for
+            what version 0.1.0 saved, which squashed.
+        do_resize: Without it images are only cut, if `do_center_crop` is true, or else stay as they are.
+        do_rescale: False says that values are floats from 0 to 1 already, as torchvision's `ToTensor` makes them. With
+            `do_normalize=False` too, integers and PIL images are left as they count.
         resample: Pillow's filter for images of another size; bilinear by default.
-        **kwargs: The other options of transformers' image processors.
+        data_format: `"channels_last"` gives (B, height, width, num_channels).
+        **kwargs: The other options of transformers' image processors; those that have no effect here are refused.
     """
 
     valid_kwargs = DDAEImageProcessorKwargs
@@ -45,8 +70,17 @@ class DDAEImageProcessor(PilBackend):
     size = {"height": 32, "width": 32}
     num_channels = 3
     do_resize = True
+    do_center_crop = True
     do_rescale = True
     do_normalize = True
+
+    def __init__(self, **kwargs: Any):
+        options = {name: value for name, value in kwargs.items() if name not in NO_OPTIONS and name[0] != "_"}
+        allowed = self.valid_kwargs.__annotations__
+        if unknown := sorted(options.keys() - allowed.keys()):
+            raise ValueError(f"An image processor has no options {unknown}: allowed are {sorted(allowed)}.")
+        validate_typed_dict(self.valid_kwargs, _given(options))  # type: ignore[type-var]
+        super().__init__(**kwargs)
 
     @classmethod
     def for_denoiser(cls, config: Any, vae: Any = None, **kwargs: Any) -> DDAEImageProcessor:
@@ -56,13 +90,19 @@ class DDAEImageProcessor(PilBackend):
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """Return a checkpoint's options, from `preprocessor_config.json` or, where it has none, from its denoiser."""
-        hub = {k: v for k, v in kwargs.items() if v is not None}
+        hub = _given(kwargs)
         if find_file(pretrained_model_name_or_path, "preprocessor_config.json", **hub):
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
-        return _options_for(checkpoint.denoiser, checkpoint.vae), {
-            k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS
-        }
+        options = _options_for(checkpoint.denoiser, checkpoint.vae) | {"do_center_crop": cls.do_center_crop}
+        return options, {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the processor that saved options describe; those in `kwargs` go before them."""
+        # Version 0.1.0 had no such option, and squashed.
+        options = {"do_center_crop": False} | _given(image_processor_dict)
+        return super().from_dict(options, **_given(kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], include_code: bool = False, **kwargs: Any) -> Any:
         """Write `preprocessor_config.json`, as in transformers; `include_code` as in `DDAEModel.save_pretrained`."""
@@ -76,48 +116,81 @@ class DDAEImageProcessor(PilBackend):
         finally:
             type(self)._auto_class = None
 
-    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
-        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2:
-            images = images[None]
-        if isinstance(images, (list, tuple)) and not images:
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Return the `pixel_values` of images; an option that is None is as the processor has it."""
+        return super().preprocess(images, *args, **_given(kwargs))
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        options = super()._standardize_kwargs(**kwargs)
+        _check_options(options)
+        return options | {"crop_size": None}  # for it is `size`, which a call may change
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(**kwargs | {"crop_size": kwargs["size"]})
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open files, of which transformers would leave 8 bits; it fetches what web addresses name."""
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
+            return Image.open(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[np.ndarray]:
+        found = list(_single_images(self.fetch_images(images)))
+        if not found:
             raise ValueError("No image came: pass at least one.")
-        if isinstance(images, (list, tuple)):
-            images = [x[None] if isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim == 2 else x for x in images]
-        return super()._prepare_images_structure(images, expected_ndims)
+        for image, of_batch in found:
+            if not (of_batch or isinstance(image, Image.Image) or kwargs["input_data_format"]):
+                _refuse_grey_batch(tuple(image.shape), kwargs["num_channels"])
+        return [self.process_image(image, **kwargs) for image, _ in found]
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
-        """Return one image as (num_channels, H, W), uint8 or float32 counting from 0 to 255."""
-        channels = kwargs.get("num_channels") or self.num_channels
-        if isinstance(image, Image.Image):
-            if image.mode.startswith("I") or image.mode == "F":
-                return self.process_image(np.asarray(image), num_channels=channels)
-            return _from_pil(image, channels)
+        """Return one image as (num_channels, H, W): uint8 or float32 that count from 0 to 255.
+
+        Floats that are not to be rescaled are left to count from 0 to 1.
+        """
+        options = {n: getattr(self, n) for n in ("num_channels", "do_rescale", "do_normalize")} | _given(kwargs)
+        channels, rescale, of_pil = options["num_channels"], options["do_rescale"], isinstance(image, Image.Image)
         if isinstance(image, torch.Tensor):
             image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-        image = np.asarray(image)
-        if image.ndim == 2:
-            image = image[None]
-        elif (
-            input_data_format or infer_channel_dimension_format(image, (1, 2, 3, 4, channels))
-        ) == ChannelDimension.LAST:
-            image = np.moveaxis(image, -1, 0)
-        image = _count_to_255(image)
+        if options["do_normalize"] and not rescale and (of_pil or image.dtype.kind != "f"):
+            kind = f"a PIL image of mode {image.mode}" if of_pil else f"an image of type {image.dtype}"
+            raise ValueError(
+                f"do_rescale=False says that values are floats from 0 to 1 already, but {kind} came: leave do_rescale "
+                "out, or pass do_normalize=False too, which leaves such images as they count."
+            )
+        if of_pil:
+            return read_pixels(image, channels)
+        image = _checked_values(_channels_first(image, input_data_format, channels), 255 if rescale else 1)
         if image.dtype == np.uint8 and image.shape[0] <= 4:
             pixels = np.ascontiguousarray(np.moveaxis(image, 0, -1))
             return _from_pil(Image.fromarray(pixels[..., 0] if image.shape[0] == 1 else pixels), channels)
         return _convert_channels(image, channels)
 
-    def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, **kwargs: Any) -> np.ndarray:
-        """Resize (C, H, W) with Pillow, floats without rounding; an image of that size already stays as it is."""
-        if not (size.height and size.width):
-            raise ValueError(
-                f"size is {size}: it must name 'height' and 'width', the size that the denoiser was made for."
-            )
-        if image.shape[1:] == (size.height, size.width):
+    def resize(
+        self, image: np.ndarray, size: SizeDict, resample: Any = None, crop: bool = False, **kwargs: Any
+    ) -> np.ndarray:
+        """Resize (C, H, W) with Pillow, floats without rounding; an image of that size already stays as it is.
+
+        With `crop`, cut an image of another shape so that it keeps its proportions; otherwise squash it.
+        """
+        height, width = _sides(size)
+        if image.shape[1:] == (height, width):
             return image
         filter = PILImageResampling.BILINEAR if resample is None else resample
-        planes = [Image.fromarray(plane).resize((size.width, size.height), filter) for plane in image]
+        fit = ImageOps.fit if crop else Image.Image.resize
+        planes = [fit(Image.fromarray(plane), (width, height), filter) for plane in image]
         return np.stack([np.asarray(plane) for plane in planes])
+
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
+        """Return the centre of (C, H, W), or refuse an image that is smaller."""
+        (height, width), (rows, columns) = image.shape[1:], _sides(size)
+        if height < rows or width < columns:
+            raise ValueError(
+                f"An image of {height}x{width} pixels came, of which no {rows}x{columns} can be cut: leave do_resize "
+                "out, or pass do_center_crop=False too."
+            )
+        top, left = (height - rows) // 2, (width - columns) // 2
+        return image[:, top : top + rows, left : left + columns]
 
     def _preprocess(
         self,
@@ -125,17 +198,21 @@ class DDAEImageProcessor(PilBackend):
         do_resize: bool,
         size: SizeDict,
         resample: Any,
+        do_center_crop: bool,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
         image_mean: Any,
         image_std: Any,
+        data_format: Any,
         return_tensors: Any,
         **kwargs: Any,
     ) -> BatchFeature:
         """Resize each image; scale and shift those of one size together."""
         if do_resize:
-            images = [self.resize(image, size, resample) for image in images]
+            images = [self.resize(image, size, resample, crop=do_center_crop) for image in images]
+        elif do_center_crop:
+            images = [self.center_crop(image, size) for image in images]
         alike = len({image.shape for image in images}) == 1
         batches = [np.stack(images)] if alike else [image[None] for image in images]
         if do_rescale:
@@ -143,8 +220,50 @@ class DDAEImageProcessor(PilBackend):
         if do_normalize:
             mean, std = (np.asarray(value, np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
             batches = [(batch - mean) / std for batch in batches]
+        if data_format == ChannelDimension.LAST:
+            batches = [np.ascontiguousarray(np.moveaxis(batch, 1, -1)) for batch in batches]
         pixel_values = batches[0] if alike else [batch[0] for batch in batches]
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
+    """Return any PIL image upright, as (channels, H, W) counting from 0 to 255: uint8, or float32 of more bits.
+
+    Modes `I` and `I;16`, in which Pillow opens 16-bit files, count to 65,535, and mode `F` from 0 to 1.
+
+    Raises:
+        ValueError: Values that the mode does not have, or channels that its own cannot be turned into.
+    """
+    image.load()  # TIFF files are turned then
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return _from_pil(image, channels)
+    plane = np.asarray(image)[None]
+    if image.mode == "I":
+        if plane.size and not 0 <= plane.min() <= plane.max() <= 65535:
+            raise ValueError(
+                f"An image of PIL's mode I with values from {plane.min()} to {plane.max()} came: allowed are 0 to "
+                "65535, as in the 16-bit files that Pillow opens in it."
+            )
+        plane = plane.astype(np.uint16)
+    return _convert_channels(_checked_values(plane, 255), channels)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return any PIL image upright and in mode RGB, rounded to 8 bits where it has more: see `read_pixels`."""
+    pixels = read_pixels(image, 3)
+    pixels = pixels if pixels.dtype == np.uint8 else np.rint(pixels).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+
+
+def _sides(size: SizeDict) -> tuple[int, int]:
+    sides = dict(size)
+    return sides["height"], sides["width"]
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _options_for(denoiser: Any, vae: Any = None) -> dict[str, Any]:
@@ -155,6 +274,83 @@ def _options_for(denoiser: Any, vae: Any = None) -> dict[str, Any]:
     height, width = (side, side) if isinstance(side, int) else side
     channels = dict(denoiser if vae is None else vae).get("in_channels", 3)
     return {"size": {"height": height * factor, "width": width * factor}, "num_channels": channels}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options that cannot work or would have no effect, by name."""
+    for name, reason in WITHOUT_EFFECT.items():
+        value = options.get(name)
+        if value not in (None, False) and (name != "device" or str(value) != "cpu"):
+            raise ValueError(f"{name} is {value}, which has no effect here ({reason}): leave it out.")
+    size, crop_size, channels = options["size"], options["crop_size"], options["num_channels"]
+    if set(dict(size)) != {"height", "width"} or min(size.height, size.width) < 1:
+        raise ValueError(
+            f"size is {dict(size)}: it must give 'height' and 'width' alone, those that the denoiser was made for."
+        )
+    if crop_size is not None and dict(crop_size) != dict(size):
+        raise ValueError(f"crop_size is {dict(crop_size)}: it must be as size, {dict(size)}, or be left out.")
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"num_channels is {channels}: it must be a whole number, at least 1.")
+    if options["do_convert_rgb"] not in (None, channels == 3):
+        raise ValueError(
+            f"do_convert_rgb is {options['do_convert_rgb']}, but num_channels is {channels}, and says what images are "
+            "turned into: leave do_convert_rgb out."
+        )
+    for name in ("data_format", "input_data_format"):
+        if options[name] not in (None, ChannelDimension.FIRST, ChannelDimension.LAST):
+            raise ValueError(f"{name} is {options[name]!r}: allowed are 'channels_first' and 'channels_last'.")
+    for name in ("image_mean", "image_std"):
+        values = np.asarray(options[name], np.float64)
+        if values.shape not in ((), (1,), (channels,)) or not np.isfinite(values).all():
+            raise ValueError(
+                f"{name} is {options[name]}: it must be one number, or {channels}, as many as num_channels."
+            )
+    if not np.all(options["image_std"]):
+        raise ValueError(f"image_std is {options['image_std']}: it must not be 0.")
+
+
+def _single_images(images: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield every image of nested lists and batches, and whether it is of a batch (N, C, H, W) or (N, H, W, C)."""
+    if isinstance(images, (list, tuple)):
+        for entry in images:
+            yield from _single_images(entry)
+    elif isinstance(images, Image.Image) or images.ndim in (2, 3):
+        yield images, False
+    elif images.ndim == 4:
+        for image in images:
+            yield image, True
+    else:
+        raise ValueError(f"An array of shape {tuple(images.shape)} came: images have 2 or 3 dimensions, batches 4.")
+
+
+def _refuse_grey_batch(shape: tuple[int, ...], channels: int) -> None:
+    """Raise `ValueError` where (N, H, W) may be N grey images as well as one of N channels."""
+    if len(shape) == 3 and shape[0] in {2, 3, 4} - {channels} and shape[2] not in (1, 2, 3, 4):
+        raise ValueError(
+            f"An array of shape {shape} came, which may be {shape[0]} grey images or one of {shape[0]} channels: pass "
+            f"such a batch as {(shape[0], 1, *shape[1:])}, such an image with input_data_format='channels_first'."
+        )
+
+
+def _channels_first(image: np.ndarray, layout: Any, channels: int) -> np.ndarray:
+    """Return (H, W), (C, H, W) or (H, W, C) as (C, H, W); refuse what may be either where no layout is given."""
+    if image.ndim == 2:
+        return image[None]
+    if layout is None:
+        first, last = (image.shape[axis] in {1, 2, 3, 4, channels} for axis in (0, 2))
+        if first and last:
+            raise ValueError(
+                f"An array of shape {image.shape} came, whose channels may be its first or its last dimension: say "
+                "which, with input_data_format='channels_first' or 'channels_last'."
+            )
+        if not (first or last):
+            raise ValueError(
+                f"An array of shape {image.shape} came: neither its first nor its last dimension can be channels, of "
+                f"which there are 1 to 4 or num_channels, {channels}. Pass a batch of grey images as "
+                f"{(image.shape[0], 1, *image.shape[1:])}."
+            )
+        layout = ChannelDimension.FIRST if first else ChannelDimension.LAST
+    return image if layout == ChannelDimension.FIRST else np.moveaxis(image, -1, 0)
 
 
 def _from_pil(image: Image.Image, channels: int) -> np.ndarray:
@@ -168,24 +364,28 @@ def _from_pil(image: Image.Image, channels: int) -> np.ndarray:
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
-def _count_to_255(image: np.ndarray) -> np.ndarray:
-    """Return an array's values counted from 0 to 255, as uint8 or float32; refuse those that fit no way of counting."""
+def _checked_values(image: np.ndarray, top: int) -> np.ndarray:
+    """Return an array's values as uint8, or as float32 from 0 to 255; floats from 0 to `top`.
+
+    Its type alone says how they count, so that what an image shows never changes what it is taken for.
+    """
+    if image.size == 0:
+        raise ValueError(f"An image without pixels came, of {image.shape[1]}x{image.shape[2]}.")
+    kind, low, high = image.dtype.kind, image.min(), image.max()
     if image.dtype == np.uint8:
         return image
-    if image.dtype == bool:
+    if kind == "b":
         return image.astype(np.uint8) * 255
-    low, high = image.min(), image.max()
-    if np.issubdtype(image.dtype, np.integer):
-        if low >= 0 and high <= 255 and image.dtype != np.uint16:
-            return image.astype(np.uint8)
-        if low >= 0 and high <= 65535:
-            return image.astype(np.float32) / 257
-    elif np.issubdtype(image.dtype, np.floating) and low >= -1e-4 and high <= 1 + 1e-4:
-        return image.astype(np.float32) * 255
+    if kind == "u" and image.dtype.itemsize == 2:
+        return image.astype(np.float32) / 257
+    if kind in "iu" and low >= 0 and high <= 255:
+        return image.astype(np.uint8)
+    if kind == "f" and low >= -1e-4 and high <= 1 + 1e-4:
+        return image.astype(np.float32) * top if top != 1 else image.astype(np.float32)
     raise ValueError(
-        f"An image of type {image.dtype} with values from {low} to {high} came: allowed are integers from 0 to 255 "
-        "(16-bit ones to 65535) and floats from 0 to 1. Images in [-1, 1] are `pixel_values` already, or need `x / 2 "
-        "+ 0.5`."
+        f"An image of type {image.dtype} with values from {low} to {high} came: allowed are integers from 0 to 255, "
+        "uint16 for images of 16 bits, and floats from 0 to 1. Images in [-1, 1] are `pixel_values` already, or need "
+        "`x / 2 + 0.5`."
     )
 
 

@@ -24,6 +24,7 @@ from ddae_hf import DDAEImageProcessor
 from ddae_hf.arrays import write_text
 from ddae_hf.augment import augment, embed_labels, label_width
 from ddae_hf.conditioning import drop_labels, num_labels
+from ddae_hf.image_processing_ddae import as_rgb
 from pixels import Pixels, scaled
 from precision import fast_layout
 
@@ -106,6 +107,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--label_column", help="Column of labels; by default the only one of classes.")
     group.add_argument("--cache_dir", help="Where downloaded data is kept.")
     group.add_argument("--max_train_samples", type=int, help="Use only the first N training images.")
+
+
+def add_center_crop_argument(parser: argparse.ArgumentParser, default: bool | None = True) -> None:
+    """Add the option that says how images of another shape than the network's are prepared."""
+    parser.add_argument(
+        "--center_crop", action=argparse.BooleanOptionalAction, default=default,
+        help="Resize images of another shape in their proportions and cut out the centre (the default); "
+        "--no-center_crop squashes them.",
+    )  # fmt: skip
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -322,7 +332,8 @@ def training_batches(
 
     A stream is shuffled anew in every epoch.
     """
-    processor, put_together = DDAEImageProcessor.for_denoiser(denoiser.config), default_collate
+    processor = DDAEImageProcessor.for_denoiser(denoiser.config, do_center_crop=args.center_crop)
+    put_together = default_collate
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
         dataset = dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
@@ -398,5 +409,5 @@ def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min
     grid = PILImage.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
     for i, image in enumerate(images):
         place = (i % columns * (width + 1), i // columns * (height + 1))
-        grid.paste(image.convert("RGB").resize((width, height), PILImage.Resampling.NEAREST), place)
+        grid.paste(as_rgb(image).resize((width, height), PILImage.Resampling.NEAREST), place)
     return grid

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel
 
-from data import add_data_arguments, image_column, label_column, load_splits, parse_with_config, pick_split, read_labels
+from data import (
+    add_center_crop_argument,
+    add_data_arguments,
+    image_column,
+    label_column,
+    load_splits,
+    parse_with_config,
+    pick_split,
+    read_labels,
+)
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.checkpoints import load_vae
 from ddae_hf.latent_folder import LatentFolder
@@ -30,6 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    add_center_crop_argument(parser)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--vae", required=True, help="Folder or Hub id of an AutoencoderKL, or of a checkpoint that has one.")
     add("--output_dir", default="runs/latents", help="Folder of the latents.")
@@ -68,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     if side % factor:
         raise SystemExit(f"--resolution is {side}: it must be a multiple of {factor}, the pixels a latent stands for.")
     dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
-    processor = DDAEImageProcessor(size={"height": side, "width": side}, num_channels=vae.config.in_channels)
+    size = {"height": side, "width": side}
+    processor = DDAEImageProcessor(size=size, num_channels=vae.config.in_channels, do_center_crop=args.center_crop)
     images = Images({"train": dataset}, image_column(dataset, args.image_column), processor, args.batch_size)
     labels, names = labels_of(args, dataset)
     notes = {"names": names, "vae_source": args.vae, "dataset": data_facts(args, len(dataset))}

@@ -11,7 +11,8 @@ All figures are taken between features of one network, and cannot be compared wi
 
 - `ddae:PATH`: the pooled hidden state of a denoiser, of a checkpoint in any layout. Compare generators by one and the
   same checkpoint; a generator's own features may be blind to its faults.
-- `transformers:PATH`: a vision model of transformers, with its image processor.
+- `transformers:PATH`: a vision model of transformers, with its image processor, which is given RGB of 8 bits, as is
+  Inception: images of 16 bits are scaled.
 - `inception`, or `inception:FILE` (`.safetensors` or `.pth`): the Inception network of the published FID, in
   torch-fidelity's conversion, which needs torch-fidelity and torchvision. The network itself resizes images. A FID by
   this path has not been run by us.
@@ -54,6 +55,7 @@ from ddae_hf.checkpoints import fingerprint
 from ddae_hf.features import evaluating, extract_features
 from ddae_hf.generation_metrics import frechet_distance, kernel_distance, precision_recall
 from ddae_hf.hidden_states import pool_hidden_states
+from ddae_hf.image_processing_ddae import as_rgb
 from generate import (
     IMAGE_OPTIONS,
     add_sampling_arguments,
@@ -70,6 +72,7 @@ from precision import made_fast
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+COLOURS = "RGB of 8 bits, as `as_rgb` gives them"  # features of images that were clipped to 8 bits are not reused
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -215,7 +218,7 @@ def transformers_extractor(path: str, args: argparse.Namespace) -> Extractor:
 
     @evaluating(model)
     def run(images: list[PILImage.Image]) -> Any:
-        pixels = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        pixels = processor([as_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
         return model(pixel_values=pixels.to(model.device))
 
     has_pooler = run([PILImage.new("RGB", (64, 64))]).get("pooler_output") is not None
@@ -226,7 +229,7 @@ def transformers_extractor(path: str, args: argparse.Namespace) -> Extractor:
             return outputs.pooler_output.flatten(1).float().cpu()
         return pool_hidden_states(outputs.last_hidden_state).cpu()
 
-    identity = identity_of(processor, model)
+    identity = identity_of(processor, model) | {"colours": COLOURS}
     identity["features"] = "pooler_output" if has_pooler else "mean of last_hidden_state"
     return Extractor(identity, lambda batches, view: torch.cat([features(images) for images in batches]))
 
@@ -254,12 +257,12 @@ def inception_extractor(path: str, args: argparse.Namespace) -> Extractor:
 
     @evaluating(network)
     def features(images: list[PILImage.Image]) -> torch.Tensor:
-        arrays = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
+        arrays = [torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1) for image in images]
         alike = len({array.shape for array in arrays}) == 1
         batches = [torch.stack(arrays)] if alike else [array[None] for array in arrays]
         return torch.cat([network(pixels.to(best_device()))[0].flatten(1).float().cpu() for pixels in batches])
 
-    identity = identity_of(None, network) | {"features": "last pooling"}
+    identity = identity_of(None, network) | {"colours": COLOURS, "features": "last pooling"}
     return Extractor(identity, lambda batches, view: torch.cat([features(images) for images in batches]))
 
 

@@ -21,12 +21,15 @@ from precision import made_fast
 
 def describe_splits(images: Images, views: dict[str, int], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what a `LatentFolder` is told of splits, with so many views each, whose later ones are changed so."""
+    preprocessing = images.processor.to_dict()
+    if not preprocessing["do_center_crop"]:
+        del preprocessing["do_center_crop"]  # as version 0.1.0 described its latents, so that they can be continued
     return {
         name: {
             "count": len(images.splits[name]),
             "views": count,
             "images": images.hash(name),
-            "preprocessing": images.processor.to_dict(),
+            "preprocessing": preprocessing,
             "changes": changes,
         }
         for name, count in views.items()

@@ -24,6 +24,10 @@ class Pixels:
     """
 
     def __init__(self, dataset: Dataset, column: str, processor: DDAEImageProcessor, keep: bool = True):
+        if processor.do_normalize and not processor.do_rescale:
+            raise ValueError(
+                "The image processor has do_rescale=False: images of files count from 0 to 255, leave it out."
+            )
         self.images, self.column, self.processor = dataset.select_columns([column]), column, processor
         self.keep = keep
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of all images, and which of them are there
@@ -54,7 +58,8 @@ class Pixels:
 
     def _decode(self, rows: torch.Tensor) -> torch.Tensor:
         images = self.images[rows.tolist()][self.column]
-        counts = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        raw = {"do_rescale": False, "do_normalize": False, "data_format": "channels_first"}
+        counts = self.processor(images, **raw, return_tensors="pt")["pixel_values"]
         return counts if counts.dtype == torch.uint8 else _scale(counts, self.processor)
 
 

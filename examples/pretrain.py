@@ -36,6 +36,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from tqdm.auto import tqdm
 
 from data import (
+    add_center_crop_argument,
     add_data_arguments,
     add_input_arguments,
     add_loading_arguments,
@@ -69,6 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options, those of the command line over those of `--config`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    add_center_crop_argument(parser, default=None)  # which tells whether it was given: latents want it not to be
     add_latent_arguments(parser)
     add_loading_arguments(parser)
     add_input_arguments(parser)
@@ -132,6 +134,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
     check_latent_arguments(parser, args)
+    if args.latents_dir is None and args.center_crop is None:
+        args.center_crop = True
     check_loading_arguments(parser, args)
     check_input_arguments(parser, args)
     return args
@@ -176,7 +180,17 @@ def check_same_run(args: argparse.Namespace, resume: Path, data: TrainingData, d
     """Stop if the options describe another network, scheduler or objective than those of the run that is resumed."""
     trained = yaml.safe_load((resume / "training_options.yaml").read_text(encoding="utf-8"))
     latents = json.loads((resume / LATENTS).read_text(encoding="utf-8")) if (resume / LATENTS).is_file() else None
-    objective = ("init_from", "random_flip", "augment", "class_conditional", "label_dropout", "log_sigma")
+    # Version 0.1.0 had no such option, and squashed.
+    (trained if latents is None else latents).setdefault("center_crop", False)
+    objective = (
+        "init_from",
+        "center_crop",
+        "random_flip",
+        "augment",
+        "class_conditional",
+        "label_dropout",
+        "log_sigma",
+    )
     objective += ("low_resolution", "low_resolution_share") if args.low_resolution else ("low_resolution",)
     pairs = [({name: getattr(args, name) for name in objective}, trained)]
     pairs.append(({"latents": data.described}, {"latents": latents}))

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from data import (
+    add_center_crop_argument,
     add_data_arguments,
     image_grid,
     load_training_images,
@@ -55,7 +56,7 @@ MEASURED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DERIVED = {name: "it is measured after the training" for name in MEASURED}
 DERIVED |= {"sample_size": "--resolution gives it", "out_channels": "they are as many as in_channels"}
 DERIVED |= {f"{way}_block_types": "there is one block for each of block_out_channels" for way in ("down", "up")}
-TRAINED = ("vae", "resolution", "loss", "kl_weight", "random_flip", "held_out", "seed")
+TRAINED = ("vae", "resolution", "center_crop", "loss", "kl_weight", "random_flip", "held_out", "seed")
 NUM_SCALED = 2000  # training images of which the scaling factor is measured
 NUM_PAIRS = 32
 
@@ -78,6 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options, those of the command line over those of `--config`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    add_center_crop_argument(parser)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--vae", type=yaml.safe_load, default={}, help="Options of diffusers' AutoencoderKL, as YAML.")
     add("--output_dir", default="runs/vae", help="Folder of the autoencoder, its checkpoints and results.")
@@ -163,13 +165,16 @@ def reconstruction_loss(args: argparse.Namespace, clean: Tensor, reconstruction:
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, images: Dataset, seed: int, path: Path | None = None) -> dict[str, float]:
+def measure(
+    args: argparse.Namespace, vae: AutoencoderKL, images: Dataset, path: Path | None = None
+) -> dict[str, float]:
     """Return what the autoencoder does to images, in float32; write some pairs of image and reconstruction to `path`.
 
     Reconstructions are of the posterior's mean, clipped to [-1, 1]; their peak signal-to-noise ratio is averaged over
     images. The latents' statistics are of a draw of each posterior, over all their values.
     """
-    processor, generator = DDAEImageProcessor.for_denoiser(vae.config), torch.Generator().manual_seed(seed)
+    processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=args.center_crop)
+    generator = torch.Generator().manual_seed(args.seed)
     ratios, divergences, latents, pairs = [], [], [], []
     for batch in images.iter(100):
         clean = processor(batch["image"], return_tensors="pt")["pixel_values"].to(vae.device)
@@ -219,6 +224,7 @@ def write_options(args: argparse.Namespace, folder: Path) -> None:
 def restore(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path) -> Progress:
     """Load a checkpoint and return how far it has come, or stop if it is of another run or needs no more training."""
     trained = yaml.safe_load((checkpoint / "training_options.yaml").read_text(encoding="utf-8"))
+    trained.setdefault("center_crop", False)  # version 0.1.0 had no such option, and squashed
     if different := [name for name in TRAINED if getattr(args, name) != trained[name]]:
         raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
     accelerator.load_state(str(checkpoint / "state"))
@@ -228,13 +234,13 @@ def restore(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path
 
 def finish(args: argparse.Namespace, vae: AutoencoderKL, images: Dataset, held_out: Dataset) -> dict[str, Any]:
     """Write the autoencoder, with its scaling factor, and some reconstructions; return what was measured."""
-    scale = 1 / measure(vae, images.select(range(min(NUM_SCALED, len(images)))), args.seed)["latent_std"]
+    scale = 1 / measure(args, vae, images.select(range(min(NUM_SCALED, len(images)))))["latent_std"]
     # A shift would go unheard: DiTPipeline, for one, only scales.
     vae.register_to_config(scaling_factor=scale)
     vae.save_pretrained(args.output_dir)
     write_options(args, Path(args.output_dir))
     return {
-        "held_out": measure(vae, held_out, args.seed, Path(args.output_dir, "reconstructions.png")),
+        "held_out": measure(args, vae, held_out, Path(args.output_dir, "reconstructions.png")),
         "scaling_factor": scale,
         "parameters": vae.num_parameters(),
         "dataset": data_facts(args, len(images)),

@@ -24,6 +24,7 @@ OF_IMAGES = dict.fromkeys(
 OF_IMAGES |= {
     "streaming": "latents are read from the disk",
     "low_resolution": "means of latents are no latents",
+    "center_crop": "encode_latents.py takes it, and the folder says what it was",
     "augment": "latents are not changed; encode_latents.py --mirror makes a second, mirrored view of each",
     "random_flip": "latents are not changed; encode_latents.py --mirror makes a second, mirrored view of each",
 }
@@ -41,6 +42,7 @@ class TrainingData:
         latents: Where latents come from, if the denoiser is trained on those.
         vae: The VAE that made them.
         described: What tells these latents from others of the same images.
+        center_crop: Whether images of another shape were cut, not squashed.
     """
 
     dataset: Any
@@ -50,6 +52,7 @@ class TrainingData:
     latents: LatentFolder | None = None
     vae: Any = None
     described: dict[str, Any] | None = None
+    center_crop: bool = True
 
     def describe(self, side: int) -> str:
         """Return in words what a network with inputs of this side is trained on."""
@@ -88,7 +91,7 @@ def check_latent_arguments(parser: argparse.ArgumentParser, args: argparse.Names
             parser.error("--vae is the VAE of latents: give --latents_dir with it.")
         return
     for name, reason in OF_IMAGES.items():
-        if getattr(args, name):
+        if getattr(args, name) or (name == "center_crop" and args.center_crop is not None):
             parser.error(f"--{name} does not go with --latents_dir, leave it out: {reason}.")
 
 
@@ -103,7 +106,7 @@ def load_training_data(args: argparse.Namespace) -> TrainingData:
     feature = dataset.features.get("labels")
     names = feature.names if isinstance(feature, ClassLabel) else None
     facts = data_facts(args, None if args.streaming else len(dataset))
-    return TrainingData(dataset, facts, num_classes, names)
+    return TrainingData(dataset, facts, num_classes, names, center_crop=args.center_crop)
 
 
 def _load_latents(args: argparse.Namespace) -> TrainingData:
@@ -127,6 +130,8 @@ def _load_latents(args: argparse.Namespace) -> TrainingData:
     freeze(vae)
     vae.enable_slicing()  # pictures are decoded one by one
     names = folder.index["names"] if args.class_conditional else None
+    center_crop = folder.index["splits"][split]["preprocessing"].get("do_center_crop", False)  # 0.1.0 squashed
     described = {"shape": list(folder.shape), "views": views, "sample_posterior": folder.index["sample_posterior"]}
+    described["center_crop"] = center_crop
     facts = {**folder.index["dataset"], "num_images": len(dataset)}
-    return TrainingData(dataset, facts, len(names or ()), names, folder, vae, described)
+    return TrainingData(dataset, facts, len(names or ()), names, folder, vae, described, center_crop)

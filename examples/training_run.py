@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from data import image_grid, write_json
-from ddae_hf import DDAEPipeline
+from ddae_hf import DDAEImageProcessor, DDAEPipeline
 from ddae_hf.conditioning import default_null_class, num_labels
 from facts import base_model, machine
 from training_data import TrainingData
@@ -118,11 +118,15 @@ class Run:
         return DDAEPipeline.for_denoiser(denoiser, copy.deepcopy(self.scheduler), null_class, **parts)
 
     def save(self, denoiser: Any, folder: Path) -> None:
-        """Write the averaged network, the raw one in `raw`, and the options."""
+        """Write the averaged network, the raw one in `raw`, how their images are prepared, and the options."""
         self.ema.copy_to(self.ema_denoiser.parameters())
         raw = self.accelerator.unwrap_model(denoiser, keep_torch_compile=False)
         self.pipeline(self.ema_denoiser).save_pretrained(folder)
         self.pipeline(raw).save_pretrained(folder / "raw")
+        vae = None if self.data.vae is None else self.data.vae.config
+        config, crop = self.ema_denoiser.config, self.data.center_crop
+        for place in (folder, folder / "raw"):
+            DDAEImageProcessor.for_denoiser(config, vae, do_center_crop=crop).save_pretrained(place)
         options = yaml.safe_dump(vars(self.args), sort_keys=False)
         (folder / "training_options.yaml").write_text(options, encoding="utf-8")
 

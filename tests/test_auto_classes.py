@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -74,6 +74,20 @@ def test_classification_pipeline_takes_paths_images_and_lists(folder, picture, t
         scores = [[row["score"] for row in answer] for answer in (rows[1], expected)]
         np.testing.assert_allclose(*scores, rtol=0, atol=1e-6)  # an image's neighbours change nothing
     assert classify(picture, top_k=1) == expected[:1]
+
+
+def test_classification_pipeline_turns_photographs_and_takes_deep_images_as_arrays(folder, picture, tmp_path):
+    """Files and PIL images it would clip to 8 bits before the processor sees them."""
+    classify, tags = pipeline("image-classification", model=str(folder / "classifier")), Image.Exif()
+    tags[ExifTags.Base.Orientation] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=tags)
+    assert classify(str(tmp_path / "turned.png")) == classify(picture)
+    grey = np.asarray(picture.convert("L").resize((8, 8)))
+    Image.fromarray(grey * np.uint16(257)).save(tmp_path / "deep.png")
+    found = classify(np.asarray(Image.open(tmp_path / "deep.png")))
+    expected = classify(Image.fromarray(grey))
+    assert [row["label"] for row in found] == [row["label"] for row in expected]
+    np.testing.assert_allclose(*([row["score"] for row in rows] for rows in (found, expected)), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The script that measures generated images, as a user runs it: tiny networks, real digits."""
 
+import argparse
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import DDIMScheduler
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
@@ -21,6 +22,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import evaluate_generation
+from data import image_grid
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.features import extract_features
 from ddae_hf.generation_metrics import frechet_distance, precision_recall
@@ -243,6 +245,34 @@ def test_vision_models_without_a_pooled_output_are_averaged(measure, vit, digits
     kept = [np.load(path) for path in (tmp_path / "features").glob("*/features.npy")]
     (found,) = [features for features in kept if len(features) == 8]
     torch.testing.assert_close(torch.from_numpy(found), expected)
+
+
+def test_deep_and_turned_images_are_the_same_to_every_extractor(vit, tmp_path):
+    """An image of 16 bits, or with an EXIF orientation, has the features of the 8-bit image that it shows."""
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = 6
+    grey = np.random.default_rng(0).integers(0, 256, (20, 12), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "plain.png")
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "turned.png", exif=tags)
+    for suffix in ("png", "tif", "pgm"):
+        Image.fromarray(grey * np.uint16(257)).save(tmp_path / f"deep.{suffix}")
+    files = ["plain.png", "turned.png", "deep.png", "deep.tif", "deep.pgm"]
+    args = argparse.Namespace(cache_dir=None, extractor_layer=None, extractor_sigma=None)
+    # The denoiser's processor resizes images of 16 bits without rounding.
+    for name, path, close in (("transformers", vit, 0.0), ("ddae", save_pipeline(tmp_path / "grey"), 0.02)):
+        extractor = evaluate_generation.EXTRACTORS[name](path, args)
+        plain, *others = (extractor.compute([[Image.open(tmp_path / file)]], 0) for file in files)
+        white = extractor.compute([[Image.new("RGB", (12, 20), "white")]], 0)
+        scale = (plain - white).abs().max()
+        assert scale > 0.05
+        for features in others:
+            assert (features - plain).abs().max() <= close * scale
+
+
+def test_pictures_of_deep_images_are_not_white():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    deep = image_grid([Image.fromarray(grey * np.uint16(257))])
+    assert np.array_equal(np.asarray(deep), np.asarray(image_grid([Image.fromarray(grey)])))
 
 
 def test_images_of_any_folder_size_and_mode_are_measured(measure, vit, digits, tmp_path):

@@ -71,7 +71,7 @@ def test_every_script_pushes_its_result_and_not_what_only_training_needs(pushed,
     assert server.repositories["tester/denoiser"].private and not server.repositories["tester/probe"].private
     assert {n.split("/")[0] for n in files(server, "denoiser")} == {
         *(".gitattributes", "README.md", "model_index.json", "unet", "scheduler", "samples"),
-        *("training_options.yaml", "train_results.json"),
+        *("training_options.yaml", "train_results.json", "preprocessor_config.json"),
     }
     beside = {"probe": "confusion.png", "sweep": "heat_map.png", "other-name": "training_options.yaml"}
     for name, own in beside.items():

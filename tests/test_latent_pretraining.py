@@ -88,7 +88,8 @@ def test_the_grid_shows_images_of_the_averaged_network(trained):
 
 def test_results_and_card_say_what_was_trained_on(trained, digits):
     results = json.loads((trained / "train_results.json").read_text())
-    assert results["latents"] == {"shape": [4, 8, 8], "views": 2, "sample_posterior": False}
+    described = {"shape": [4, 8, 8], "views": 2, "sample_posterior": False, "center_crop": True}
+    assert results["latents"] == described
     assert results["dataset"] == {"name": digits.name, "train_split": "train", "num_images": COUNT}
     assert results["parameters"] == sum(tensor.numel() for tensor in weights(trained).values())
     options = ["--config", str(trained / "training_options.yaml"), "--seed", "2"]

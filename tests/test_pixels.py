@@ -70,8 +70,8 @@ class Counted:
         {},
         {"image_mean": [0.3, 0.4, 0.7], "image_std": [0.2, 0.21, 0.9]},
         {"image_mean": 0.123, "image_std": 0.377, "rescale_factor": 1 / 127.5},
-        {"do_rescale": False},
         {"do_normalize": False},
+        {"data_format": "channels_first"},
         {"do_rescale": False, "do_normalize": False},
         {"num_channels": 1},
     ],
@@ -84,6 +84,18 @@ def test_scaled_pixels_are_the_processors_to_the_bit(options):
     assert counts.dtype == torch.uint8 and found.dtype == expected.dtype and torch.equal(found, expected)
     floats = torch.rand(2, 3, SIDE, SIDE)
     assert scaled(floats, processor) is floats
+
+
+def test_a_processor_that_does_not_rescale_takes_no_files():
+    """Their pixels are integers; with `do_normalize` they would end far outside [-1, 1]."""
+    with pytest.raises(ValueError, match="do_rescale=False"):
+        Pixels(data_set(pictures()), "image", DDAEImageProcessor(do_rescale=False))
+
+
+def test_pixels_are_channels_first_whatever_the_processor_gives():
+    last = DDAEImageProcessor(size=SIDE, data_format="channels_last", image_mean=[0.3, 0.4, 0.7])
+    found = scaled(Pixels(data_set(pictures()), "image", last).read(range(COUNT)), last)
+    assert torch.equal(found, last(pictures(), data_format="channels_first", return_tensors="pt")["pixel_values"])
 
 
 def test_every_image_is_decoded_once_and_when_it_is_asked_for():
@@ -135,7 +147,7 @@ def test_images_of_more_bits_are_floats_alone_and_among_others():
 def test_images_that_are_not_resized_are_read_by_those_of_one_size():
     """Kept pixels have one shape: where it turns out not to be that of all, none are kept."""
     images = pictures()
-    processor = DDAEImageProcessor(do_resize=False, num_channels=3)
+    processor = DDAEImageProcessor(do_resize=False, do_center_crop=False, num_channels=3)
     read = Pixels(data_set(images), "image", processor).read
     for indices in ([0, 3], [1, 4], [0, 3, 6]):
         expected = processor([images[i] for i in indices], return_tensors="pt")["pixel_values"]
