@@ -99,6 +99,14 @@ def test_early_files_with_old_attention_names_open(layouts, tmp_path):
         assert fingerprint(opened.denoiser) == fingerprint(make_unet())
 
 
+def test_a_vae_with_old_attention_names_opens(tmp_path):
+    parts = {"transformer": make_dit(in_channels=4), "scheduler": DDIMScheduler(), "vae": make_vae()}
+    DDAEPipeline(**parts).save_pretrained(tmp_path)
+    change(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", with_early_names)
+    for opened in (DDAEModel.from_pretrained(tmp_path), DDAEPipeline.from_pretrained(tmp_path)):
+        assert fingerprint(opened.vae) == fingerprint(make_vae())
+
+
 def assert_all_refuse(folder, classes, message):
     for cls in classes:
         with pytest.raises(ValueError, match=message):
