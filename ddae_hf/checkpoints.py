@@ -1,15 +1,18 @@
 """Checkpoints: which layout a folder or Hub repository has, and how its parts map to a denoiser and a scheduler.
 
-- `transformers`: `config.json` (`model_type: ddae`) and `model.safetensors`, as our models save themselves. With
-  `head.safetensors` in place of the latter it holds a classifier alone, and the denoiser's weights are those of its
-  base: the pipeline in the same folder, or another checkpoint.
+- `transformers`: `config.json` (`model_type: ddae`) and weights, as our models save themselves. `weights` in the config
+  says which: `"whole"` are those of `model.safetensors`; `"head"` are those of `head.safetensors`, a classifier alone,
+  whose denoiser has the weights of its base: the pipeline in the same folder, or another checkpoint. Version 0.1.0 did
+  not say it, and meant a head wherever there was a `head.safetensors`.
 - `pipeline`: `model_index.json`, `unet/` or `transformer/`, `scheduler/`, and `vae/` where the denoiser works on
   latents, as `DDAEPipeline` and diffusers save.
 - `flat`: `model_index.json`, `config.json`, `scheduler_config.json` and weights side by side, as in
   `google/ddpm-cifar10-32`.
 - `model`: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` or DiT's saves.
 
-Only safetensors weights are read: nothing is unpickled here. `conversion` reads published checkpoints in other formats.
+Weights are one file or several with an index; with a variant, its name is in theirs (`model.fp16.safetensors`). A
+checkpoint that lacks a tensor is refused. Only safetensors weights are read: nothing is unpickled here. `conversion`
+reads published checkpoints in other formats.
 """
 
 from __future__ import annotations
@@ -19,14 +22,17 @@ import inspect
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
 from huggingface_hub import is_offline_mode
 from safetensors import safe_open
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file
 
 from .conditioning import FREQUENCIES, adjust_timestep_embedding
 
@@ -39,6 +45,16 @@ HUB_ARGUMENTS = (
 )  # fmt: skip
 
 HEAD_FILE = "head.safetensors"
+WHOLE_FILE = "model.safetensors"
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS = ("whole", "head")  # what `DDAEConfig.weights` may say
+# The fingerprints of a generator that `DDAEConfig` has, and the type that each rounds to.
+GENERATOR_FINGERPRINTS = {
+    "generator_fingerprint": torch.bfloat16, "generator_fingerprint_float16": torch.float16
+}  # fmt: skip
+COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a network's tensors
+# Names of attention weights in 2022, which diffusers reads under the present ones.
+EARLY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
@@ -60,9 +76,35 @@ def plain_config(config: Any) -> dict[str, Any]:
         config: The config, or the diffusers network or scheduler that has it.
     """
     if hasattr(config, "config"):
-        config = {**config.config, "_class_name": type(config).__name__}
+        config = {**config.config, "_class_name": type(uncompiled(config)).__name__}
     kept = {k: v for k, v in dict(config).items() if not k.startswith("_") or k == "_class_name"}
     return json.loads(json.dumps(kept))
+
+
+def uncompiled(network: Any) -> Any:
+    """Return the network that `torch.compile` has wrapped, or the network itself."""
+    return getattr(network, "_orig_mod", network)
+
+
+def plain_state(state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a network's tensors, or a state dict, under the names that they have where nothing is compiled."""
+    tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
+    return {name.replace(COMPILED, ""): value for name, value in tensors.items()}
+
+
+@contextmanager
+def uncompiled_names(network: torch.nn.Module) -> Iterator[None]:
+    """Let a diffusers network with compiled parts save its tensors under the names that they have without."""
+
+    def rename(module: Any, found: dict[str, torch.Tensor], *args: Any) -> None:
+        for name in list(found):  # all, which keeps their order
+            found[name.replace(COMPILED, "")] = found.pop(name)
+
+    handle = uncompiled(network).register_state_dict_post_hook(rename)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def build_denoiser(config: dict[str, Any]) -> Any:
@@ -110,12 +152,21 @@ def fingerprint(*modules: torch.nn.Module | None, dtype: torch.dtype | None = to
     """
     digest = hashlib.sha256()
     for module in modules:
-        for name, value in sorted(module.state_dict().items()) if module is not None else []:
+        for name, value in sorted(plain_state(module).items()) if module is not None else []:
             if dtype is not None and value.is_floating_point():
                 value = value.to(dtype)
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def still_generates(denoiser: torch.nn.Module, config: Mapping[str, Any]) -> bool:
+    """Return whether a denoiser is the generator that a configuration's fingerprints are of.
+
+    It may have been stored in half precision since, by rounding it once to bfloat16 or to float16.
+    """
+    known = {dtype: config.get(name) for name, dtype in GENERATOR_FINGERPRINTS.items()}
+    return any(value is not None and fingerprint(denoiser, dtype=dtype) == value for dtype, value in known.items())
 
 
 @dataclass
@@ -131,6 +182,7 @@ class Checkpoint:
     hub: dict[str, Any] = field(default_factory=dict)
     head: str | None = None  # the local path of a classifier without its denoiser, whose weights are in `base`
     base: Checkpoint | None = None
+    variant: str | None = None  # which of several sets of weights, such as "fp16" or "ema"
 
     def load_denoiser(self, dtype: torch.dtype | None = None) -> Any:
         """Load the denoiser with its weights.
@@ -139,28 +191,100 @@ class Checkpoint:
             dtype: Type of the parameters; by default the one they are stored in.
 
         Raises:
-            ValueError: No weights in safetensors, or a classifier's base whose weights are not those that it was
-                trained on.
+            ValueError: No weights in safetensors, tensors missing, or a classifier's base whose weights are not those
+                that it was trained on.
         """
         if self.base is not None:
+            if self.variant is not None:
+                raise ValueError(
+                    f"variant is {self.variant!r}, but {self.path} is a classifier without its denoiser, which names "
+                    f"the variant of its base {self.base.path} itself: leave `variant` out."
+                )
             return self._checked(self.base.load_denoiser(), "fingerprint", dtype)
+        files = self.check_denoiser()
         if self.layout == "transformers":
-            return self._network_of_transformers_layout("denoiser", build_denoiser(self.denoiser), dtype)
-        name = self.denoiser["_class_name"]
-        denoiser = self._diffusers_network(name, COMPONENTS[name] if self.layout == "pipeline" else "", dtype)
+            return _fill(build_denoiser(self.denoiser), "denoiser", files, dtype)
+        inside, name = self._denoiser_folder(), self.denoiser["_class_name"]
+        denoiser = self._diffusers_network(name, inside, self.variant, dtype or _stored_dtype(files[0]))
         adjust_timestep_embedding(denoiser)
         return denoiser
 
     def load_vae(self, dtype: torch.dtype | None = None) -> Any:
-        """Load the VAE with its weights, or return None where there is none; see `load_denoiser`."""
+        """Load the VAE with its weights, or return None where there is none; see `load_denoiser`.
+
+        A VAE without weights of the variant has those of none, as in diffusers' pipelines.
+        """
         if self.base is not None:
             vae = self.base.load_vae()
             return vae if vae is None else self._checked(vae, "vae_fingerprint", dtype)
         if self.vae is None:
             return None
+        files = self.check_vae()
         if self.layout == "transformers":
-            return self._network_of_transformers_layout("vae", build_vae(self.vae), dtype)
-        return self._diffusers_network(self.vae["_class_name"], "" if self.layout == "model" else "vae", dtype)
+            return _fill(build_vae(self.vae), "vae", files, dtype)
+        dtype = dtype or _stored_dtype(files[0])
+        return self._diffusers_network(self.vae["_class_name"], self._vae_folder(), self._vae_variant(), dtype)
+
+    def check_denoiser(self) -> list[str]:
+        """Return the local paths of the files of the denoiser's weights, which hold every tensor of it.
+
+        Raises:
+            ValueError: No weights in safetensors, two sets of them that cannot be told apart, or tensors missing.
+        """
+        with torch.device("meta"):
+            expected = plain_state(build_denoiser(self.denoiser))
+        files = self.weight_files(self._denoiser_folder(), self.variant)
+        refuse_missing(self.path, "denoiser", expected, self._stored_names("denoiser", files))
+        return files
+
+    def check_vae(self) -> list[str]:
+        """Return the local paths of the files of the VAE's weights: see `check_denoiser`."""
+        with torch.device("meta"):
+            expected = plain_state(build_vae(self.vae or {}))
+        files = self.weight_files(self._vae_folder(), self._vae_variant())
+        refuse_missing(self.path, "vae", expected, self._stored_names("vae", files))
+        return files
+
+    def weight_files(self, inside: str = "", variant: str | None = None) -> list[str]:
+        """Return the local paths of the files of weights in the sub-folder `inside`; at least one."""
+        name, hub = self._weights_name(), self._inside(inside)
+        if files := _weight_files(self.path, name, hub, variant):
+            return files
+        wanted = _with_variant(name, variant)
+        refuse_offline(wanted, self.path, hub)
+        known = ", ".join(_variants(self.path, name, hub))
+        there = f" (variants that are there: {known})" if known else ""
+        raise ValueError(
+            f"{self.path} has no {wanted} in {hub['subfolder'] or 'its root'}{there}. Only safetensors weights are "
+            "read, never pickles (`.bin`): convert them with diffusers' `save_pretrained(safe_serialization=True)`."
+        )
+
+    def _weights_name(self) -> str:
+        return WHOLE_FILE if self.layout == "transformers" else DIFFUSERS_FILE
+
+    def _denoiser_folder(self) -> str:
+        return COMPONENTS[self.denoiser["_class_name"]] if self.layout == "pipeline" else ""
+
+    def _vae_folder(self) -> str:
+        return "vae" if self.layout in ("pipeline", "flat") else ""
+
+    def _vae_variant(self) -> str | None:
+        has_own = _weight_files(self.path, self._weights_name(), self._inside(self._vae_folder()), self.variant)
+        return self.variant if has_own else None
+
+    def _inside(self, folder: str) -> dict[str, Any]:
+        """Return where the files of a sub-folder are."""
+        return {**self.hub, "subfolder": "/".join(part for part in (self.hub.get("subfolder"), folder) if part)}
+
+    def _stored_names(self, part: str, files: list[str]) -> set[str]:
+        """Return the names that the tensors of `part`, `"denoiser"` or `"vae"`, have in the network."""
+        if self.layout == "transformers":
+            return {name for name, _ in _names_of(part, files)}
+        names = set(_stored(files))
+        if len(files) > 1:
+            return names
+        early = "|".join(EARLY_NAMES)
+        return {re.sub(rf"\.({early})\.(?=\w+$)", lambda found: f".{EARLY_NAMES[found[1]]}.", name) for name in names}
 
     def _checked(self, network: Any, known: str, dtype: torch.dtype | None) -> Any:
         """Return a network of the base, if it is the one that the classifier in `head` was trained on."""
@@ -168,37 +292,64 @@ class Checkpoint:
         # The network's own `to` would log a warning about an empty list.
         return network if dtype is None else torch.nn.Module.to(network, dtype)
 
-    def _diffusers_network(self, class_name: str, inside: str, dtype: torch.dtype | None) -> Any:
+    def _diffusers_network(self, class_name: str, inside: str, variant: str | None, dtype: torch.dtype) -> Any:
         """Load a network as diffusers saves it, in the sub-folder `inside`."""
-        folder = "/".join(part for part in (self.hub.get("subfolder"), inside) if part)
-        hub = {**self.hub, "subfolder": folder}
-        name = "diffusion_pytorch_model.safetensors"
-        files = _weight_files(self.path, name, hub)
-        if not files:
-            refuse_offline(name, self.path, hub)
-            raise ValueError(
-                f"{self.path} has no {name} in {folder or 'its root'}. Only safetensors weights are "
-                "read, never pickles (`.bin`): convert them with diffusers' `save_pretrained(safe_serialization=True)`."
-            )
-        cls = getattr(diffusers, class_name)
         # diffusers' own loading also renames the attention weights of early checkpoints.
-        return cls.from_pretrained(self.path, torch_dtype=dtype or _stored_dtype(files[0]), use_safetensors=True, **hub)
+        return getattr(diffusers, class_name).from_pretrained(
+            self.path, torch_dtype=dtype, variant=variant, use_safetensors=True, **self._inside(inside)
+        )
 
-    def _network_of_transformers_layout(self, part: str, network: Any, dtype: torch.dtype | None) -> Any:
-        """Fill a network with the weights that a model of transformers' layout has under the name `part`."""
-        state: dict[str, torch.Tensor] = {}
-        hub = {**self.hub, "subfolder": self.hub.get("subfolder") or ""}
-        for file in _weight_files(self.path, "model.safetensors", hub):
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    prefix, _, name = key.partition(f"{part}.")
-                    if prefix in ("", "ddae.") and name:
-                        state[name] = tensors.get_tensor(key)
-        if not state:
-            refuse_offline("model.safetensors", self.path, hub)
-            raise ValueError(f"{self.path} has no {part} weights in model.safetensors.")
-        network.load_state_dict(state, assign=True)
-        return (network if dtype is None else network.to(dtype)).eval()
+
+def refuse_missing(where: str, what: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raise `ValueError`, with some of their names, if expected tensors are not among those found."""
+    expected = list(expected)
+    if missing := sorted(set(expected) - set(found)):
+        names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        raise ValueError(
+            f"{where} lacks {len(missing)} of the {len(expected)} tensors of its {what}: {names}. Its weights are "
+            "incomplete, or its config.json describes another network: save or download it again."
+        )
+
+
+def refuse_unexpected(where: str, what: str, unexpected: Iterable[str]) -> None:
+    """Raise `ValueError`, with some of their names, if there are tensors that a network has no place for."""
+    if found := sorted(unexpected):
+        names = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+        raise ValueError(
+            f"{where} has {len(found)} tensors that its {what} has no place for: {names}. Its config.json, or the "
+            "configuration that was given, describes another network."
+        )
+
+
+def _stored(files: Iterable[str]) -> Iterator[str]:
+    """Yield the names of the tensors in files."""
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            yield from tensors.keys()
+
+
+def holds_compiled_names(files: Iterable[str]) -> bool:
+    """Return whether files have the names of a network that was compiled, as version 0.1.0 wrote them."""
+    return any(COMPILED in name for name in _stored(files))
+
+
+def _names_of(part: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names that the tensors of `part` have in its network, and in files of transformers' layout."""
+    for key in _stored(files):
+        prefix, _, name = key.replace(COMPILED, "").partition(f"{part}.")
+        if prefix in ("", "ddae.") and name:
+            yield name, key
+
+
+def _fill(network: Any, part: str, files: list[str], dtype: torch.dtype | None) -> Any:
+    """Fill a network with the weights that files of transformers' layout have under the name `part`."""
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            state |= {name: tensors.get_tensor(key) for name, key in _names_of(part, [file])}
+    refuse_unexpected(os.path.dirname(files[0]), part, state.keys() - network.state_dict().keys())
+    network.load_state_dict(state, assign=True)
+    return (network if dtype is None else network.to(dtype)).eval()
 
 
 def head_metadata(head: str) -> dict[str, str]:
@@ -219,15 +370,29 @@ def check_base(head: str, base: Any, network: torch.nn.Module, known: str = "fin
         )
 
 
-def _read_base(path: str, head: str, hub: dict[str, Any]) -> Checkpoint:
-    """Return the checkpoint that holds the denoiser of a classifier without one."""
-    known = head_metadata(head)
+def _read_base(found: Checkpoint, behind: tuple[Any, ...]) -> Checkpoint:
+    """Return the checkpoint that holds the denoiser of a classifier without one; `behind` lists heads that led here."""
+    known = head_metadata(str(found.head))
     if not {"base", "fingerprint"} <= set(known):
-        raise ValueError(f"{path} has a {HEAD_FILE} that does not name its base: write it with `save_head`.")
+        raise ValueError(f"{found.path} has a {HEAD_FILE} that does not name its base: write it with `save_head`.")
     if known["base"] == ".":
-        return read_pipeline(path, **hub)
-    where = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
-    return read_checkpoint(known["base"], revision=known.get("revision"), subfolder=known.get("subfolder"), **where)
+        return read_pipeline(found.path, known.get("variant"), **found.hub)
+    if (here := location(found.path, **found.hub)) in behind:
+        raise ValueError(
+            f"The classifier in {found.path} is its own base, directly or by way of others: none of them holds the "
+            "denoiser. Bring back the generative checkpoint that was the base, or train the classifier again."
+        )
+    where = {name: value for name, value in found.hub.items() if name not in ("revision", "subfolder")}
+    where |= {"revision": known.get("revision"), "subfolder": known.get("subfolder")}
+    return _read_checkpoint(known["base"], known.get("variant"), _where(where), (*behind, here))
+
+
+def location(path: str | os.PathLike[str], **hub: Any) -> tuple[str, str, str | None]:
+    """Return what tells apart the places of checkpoints: two paths to one folder have one."""
+    folder = hub.get("subfolder") or ""
+    if os.path.isdir(path):
+        return os.path.realpath(os.path.join(path, folder)), "", None
+    return os.fspath(path), folder, hub.get("revision")
 
 
 def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
@@ -257,13 +422,66 @@ def _read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] 
         return json.load(file)
 
 
-def _weight_files(path: str, name: str, hub: dict[str, Any]) -> list[str]:
+def _with_variant(name: str, variant: str | None) -> str:
+    """Return the name of a variant's file of weights, or of its index, as transformers and diffusers write it."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def _weight_files(path: str, name: str, hub: dict[str, Any], variant: str | None = None) -> list[str]:
     """Return the local paths of safetensors weights: one file, its shards, or nothing."""
-    single = find_file(path, name, **hub)
+    single = find_file(path, _with_variant(name, variant), **hub)
+    index = find_file(path, _with_variant(f"{name}.index.json", variant), **hub)
+    if index is None:
+        return [] if single is None else [single]
+    with open(index, encoding="utf-8") as file:
+        shards = sorted(set(json.load(file)["weight_map"].values()))
+    found = [find_file(path, shard, **hub) for shard in shards]
     if single is not None:
+        if None not in found:
+            raise ValueError(
+                f"{path} has weights twice: {os.path.basename(single)}, and those that {os.path.basename(index)} names."
+                " Nothing says which were saved last: delete the others."
+            )
         return [single]
-    index = find_file(path, f"{name}.index.json", **hub)
-    return [] if index is None else get_checkpoint_shard_files(path, index, **hub)[0]
+    if missing := [shard for shard, file in zip(shards, found, strict=True) if file is None]:
+        refuse_offline(missing[0], path, hub)
+        raise ValueError(f"{path} lacks {missing[0]}, which {os.path.basename(index)} names: download it again.")
+    return [file for file in found if file is not None]
+
+
+def _variants(path: str, name: str, hub: dict[str, Any]) -> list[str]:
+    """Return the variants of weights that a folder holds; of a repository nobody is asked."""
+    stem = re.escape(name.removesuffix(".safetensors"))
+    pattern = re.compile(
+        rf"{stem}\.(?:([^.]+?)(?:-\d{{5}}-of-\d{{5}})?\.safetensors|safetensors\.index\.([^.]+)\.json)"
+    )
+    folder = Path(path, hub.get("subfolder") or "")
+    found = (pattern.fullmatch(file.name) for file in (folder.iterdir() if folder.is_dir() else ()))
+    return sorted({match[1] or match[2] for match in found if match})
+
+
+@contextmanager
+def replaced_weights(folder: str | os.PathLike[str], name: str, variant: str | None = None) -> Iterator[None]:
+    """Let what is saved inside take the place of the weights that a folder has: as one file, of shards, or the reverse.
+
+    transformers and diffusers write over the one and leave the other, which would be the one that opens.
+    """
+    files = [Path(folder, _with_variant(each, variant)) for each in (name, f"{name}.index.json")]
+    before = [_stamp(file) for file in files]
+    yield
+    written = [stamp is not None and stamp != old for stamp, old in zip(map(_stamp, files), before, strict=True)]
+    if any(written):
+        for file, is_new in zip(files, written, strict=True):
+            if not is_new:
+                file.unlink(missing_ok=True)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    if not file.exists():
+        return None
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 def _stored_dtype(file: str) -> torch.dtype:
@@ -272,36 +490,46 @@ def _stored_dtype(file: str) -> torch.dtype:
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
-def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
+def _where(hub: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that say where files are."""
+    known = {name: value for name, value in hub.items() if name in HUB_ARGUMENTS and value is not None}
+    return {**known, "subfolder": known.get("subfolder") or ""}
+
+
+def read_checkpoint(path: str | os.PathLike[str], variant: str | None = None, **hub: Any) -> Checkpoint:
     """Find out a checkpoint's layout and read its configurations, not its weights.
 
     Args:
         path: A folder or a Hub repository id.
+        variant: Which of several sets of weights, such as `"fp16"` or `"ema"`.
         **hub: `revision`, `token`, `cache_dir`, `subfolder` and the other arguments that say where files are.
 
     Raises:
         ValueError: No known layout, or a denoiser that is not supported.
         OSError: The folder or repository does not exist or cannot be reached.
     """
-    path = os.fspath(path)
-    hub = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and v is not None}
-    hub["subfolder"] = hub.get("subfolder") or ""
+    return _read_checkpoint(os.fspath(path), variant, _where(hub))
+
+
+def _read_checkpoint(path: str, variant: str | None, hub: dict[str, Any], behind: tuple[Any, ...] = ()) -> Checkpoint:
+    """Read a checkpoint that is the base of the heads at `behind`, if any."""
     config = _read_json(path, "config.json", hub)
     if config and config.get("model_type") == "ddae":
         found = Checkpoint(
             path, "transformers", config, config["denoiser"], config["scheduler"], config.get("vae"), hub
         )
-        found.head = find_file(path, HEAD_FILE, **hub)
+        found.variant = variant
+        found.head = _find_head(path, config.get("weights"), hub)
         if found.head is not None:
-            found.base = _read_base(path, found.head, hub)
+            found.base = _read_base(found, behind)
         return found
     index = _read_json(path, "model_index.json", hub)
     if index is not None:
-        return _read_pipeline(path, index, config, hub)
+        return replace(_read_pipeline(path, index, config, hub), variant=variant)
     if config and "_class_name" in config:
         config = _present_class(plain_config(config))
         check_denoiser_class(config["_class_name"], f"The network in {path}")
-        return Checkpoint(path, "model", {}, config, None, hub=hub)
+        return Checkpoint(path, "model", {}, config, None, hub=hub, variant=variant)
     refuse_offline("A configuration", path, hub)
     raise ValueError(
         f"{path} is no checkpoint that ddae_hf can open: it has neither a model_index.json (a diffusers pipeline) nor "
@@ -310,12 +538,24 @@ def read_checkpoint(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
     )
 
 
-def read_pipeline(path: str | os.PathLike[str], **hub: Any) -> Checkpoint:
+def _find_head(path: str, weights: str | None, hub: dict[str, Any]) -> str | None:
+    """Return the local path of a classifier's own weights, if the config says that they are all that there is."""
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"{path} says `weights: {weights!r}`: known are {', '.join(WEIGHTS)}.")
+    head = None if weights == "whole" else find_file(path, HEAD_FILE, **hub)
+    if weights == "head" and head is None:
+        refuse_offline(HEAD_FILE, path, hub)
+        raise ValueError(f"{path} says that it is a classifier without its denoiser, but its {HEAD_FILE} is missing.")
+    return head
+
+
+def read_pipeline(path: str | os.PathLike[str], variant: str | None = None, **hub: Any) -> Checkpoint:
     """Return the generative checkpoint in a folder or repository that may hold a classifier too."""
-    index = _read_json(os.fspath(path), "model_index.json", hub)
+    path, where = os.fspath(path), _where(hub)
+    index = _read_json(path, "model_index.json", where)
     if index is None:
         raise ValueError(f"{path} holds no pipeline: it has no model_index.json.")
-    return _read_pipeline(os.fspath(path), index, None, {**hub, "subfolder": hub.get("subfolder") or ""})
+    return replace(_read_pipeline(path, index, None, where), variant=variant)
 
 
 def _read_pipeline(

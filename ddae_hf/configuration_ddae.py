@@ -14,6 +14,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from .checkpoints import (
     HUB_ARGUMENTS,
+    WEIGHTS,
     build_denoiser,
     build_scheduler,
     build_vae,
@@ -67,8 +68,11 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         num_noise_samples: Draws of noise that features are averaged over.
         null_class: The label that stands for none in a class-conditional U-Net; a DiT's is its last.
         generator_fingerprint: `checkpoints.fingerprint` of the pretrained denoiser; set when one is opened.
+        generator_fingerprint_float16: The same after rounding to float16, which is not the same as to bfloat16.
         features_only: Why the denoiser cannot generate, where its hidden states are right but its output is not; a
             converter says so.
+        weights: Which weights belong to this configuration's file: `"whole"` (`model.safetensors`) or `"head"`
+            (`head.safetensors`, on a base); saving sets it. `None`, as version 0.1.0 wrote, is a head if there is one.
         out_features: Layers whose feature maps a `DDAEBackbone` returns, in forward order; by default `layer`.
         out_indices: The same as indices into `stage_names`, in place of names.
         **kwargs: transformers' own, such as `num_labels`, `id2label` and `label2id`.
@@ -91,7 +95,9 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     num_noise_samples: int = 1
     null_class: int | None = None
     generator_fingerprint: str | None = None
+    generator_fingerprint_float16: str | None = None
     features_only: str | None = None
+    weights: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -127,6 +133,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, allowed in (("pooling", POOLINGS), ("feature_norm", FEATURE_NORMS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(allowed)}.")
+        if self.weights not in (None, *WEIGHTS):
+            raise ValueError(f"weights is {self.weights!r}: allowed are None, {', '.join(WEIGHTS)}.")
         if self.num_noise_samples < 1:
             raise ValueError(f"num_noise_samples is {self.num_noise_samples}: it must be at least 1.")
         if self.noise_seed < 0:

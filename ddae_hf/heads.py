@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .checkpoints import HEAD_FILE, commit_of, fingerprint, read_checkpoint, read_pipeline
+from .checkpoints import (
+    HEAD_FILE,
+    Checkpoint,
+    commit_of,
+    fingerprint,
+    location,
+    plain_state,
+    read_checkpoint,
+    read_pipeline,
+)
 
 
 def write_head(
@@ -18,9 +27,10 @@ def write_head(
     denoiser: torch.nn.Module,
     vae: torch.nn.Module | None = None,
     base: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
     **hub: Any,
 ) -> None:
-    """Write a classifier's own tensors into a folder, in place of its whole weights, and what they say of their base.
+    """Write a classifier's own tensors into a folder, and what they say of their base.
 
     Args:
         folder: The folder.
@@ -28,10 +38,11 @@ def write_head(
         denoiser: The denoiser that it was trained on.
         vae: The VAE that made the denoiser's latents, where it works on them.
         base: The checkpoint that has their weights; by default the pipeline in `folder`.
+        variant: Which of the base's weights they are, where it has several.
         **hub: Where the base's files are.
 
     Raises:
-        ValueError: No base, or one with another denoiser or VAE.
+        ValueError: No base, `folder` itself as a base, or one with another denoiser or VAE.
     """
     folder = Path(folder)
     if base is None and not (folder / "model_index.json").is_file():
@@ -41,7 +52,9 @@ def write_head(
         )
     name = "." if base is None else os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
     # Without `base`, what the folder holds of an earlier classifier plays no part.
-    checkpoint = read_pipeline(folder) if base is None else read_checkpoint(base, **hub)
+    checkpoint = read_pipeline(folder, variant) if base is None else read_checkpoint(base, variant, **hub)
+    if base is not None:
+        _refuse_itself(folder, checkpoint)
     original, original_vae = checkpoint.load_denoiser(), checkpoint.load_vae()
     if vae is None and original_vae is not None:
         raise ValueError(
@@ -49,13 +62,15 @@ def write_head(
             "one that was opened with the VAE, or write it whole with `save_pretrained`."
         )
     for part, own, its in (("denoiser", denoiser, original), ("VAE", vae, original_vae)):
-        if fingerprint(its) != fingerprint(own):
+        if own is not None and not _is_same(own, its):
             raise ValueError(
                 f"The {part} of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came "
-                "from elsewhere: `save_pretrained` writes it whole."
+                "from elsewhere: `save_pretrained` writes it whole. (One of the base's variants needs its name as "
+                "`variant`.)"
             )
     known = {"base": name, "fingerprint": fingerprint(original, dtype=None)}
     known |= {} if original_vae is None else {"vae_fingerprint": fingerprint(original_vae, dtype=None)}
+    known |= {} if variant is None else {"variant": variant}
     if base is not None:
         known |= {"revision": commit_of(base, **hub) or "", "subfolder": hub.get("subfolder") or ""}
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,5 +79,25 @@ def write_head(
         folder / HEAD_FILE,
         {"format": "pt", **{k: v for k, v in known.items() if v}},
     )
-    for whole in folder.glob("model*.safetensors*"):
-        whole.unlink()
+
+
+def _refuse_itself(folder: Path, base: Checkpoint) -> None:
+    """Refuse a base whose weights are, or are reached through, the folder that the head will be written to."""
+    link: Checkpoint | None = base
+    while link is not None:
+        if location(link.path, **link.hub) == location(folder):
+            raise ValueError(
+                f"The base {base.path} is {folder}, or reaches it: the head would take the place of what it needs. "
+                "Write it to another folder or, if this one holds a pipeline too, leave out `base`."
+            )
+        link = link.base
+
+
+def _is_same(own: torch.nn.Module, base: torch.nn.Module | None) -> bool:
+    """Return whether a network has the base's weights, rounded to its own types."""
+    if base is None:
+        return False
+    weights, originals = plain_state(own), plain_state(base)
+    return weights.keys() == originals.keys() and all(
+        torch.equal(value, originals[name].to(value)) for name, value in weights.items()
+    )

@@ -67,6 +67,14 @@ class DDAEModel(DDAEPreTrainedModel):
         shape = tuple(self.fixed_noise.shape)
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(self.fixed_noise)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> DDAEModel:
+        """Move or cast the model; its fixed noise stays in float32, as in one that is opened in the other type."""
+        super()._apply(*args, **kwargs)
+        if self.fixed_noise.dtype != torch.float32:
+            self.fixed_noise = self.fixed_noise.float()
+            self.fixed_noise.copy_(self.draw_fixed_noise())
+        return self
+
     def freeze_denoiser(self) -> None:
         """Keep the denoiser as it is: no gradients, and evaluation mode even under `.train()`."""
         self._frozen = True
@@ -278,29 +286,34 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         save_directory: str | os.PathLike[str],
         base: str | os.PathLike[str] | None = None,
         *,
+        variant: str | None = None,
         include_code: bool = False,
         **hub: Any,
     ) -> None:
         """Write the classifier without its denoiser: `config.json` and a `head.safetensors` of some kilobytes.
 
         `from_pretrained` of the folder takes the denoiser from its base, pinned to the base's commit, and refuses a
-        base whose weights have changed since.
+        base whose weights have changed since. A model in half precision opens in it again. Whole weights that the
+        folder holds stay there, and are no longer what opens.
 
         Args:
             save_directory: The folder. Without `base` it holds the generative checkpoint already, as `DDAEPipeline` or
                 diffusers saved it, and then serves both jobs with one copy of the weights.
             base: The generative checkpoint, a Hub repository id or a folder, if it is another.
+            variant: Which of the base's weights this classifier was opened with, where it has several.
             include_code: See `save_pretrained`.
             **hub: `revision`, `subfolder`, `token` and so on, which say where the base's files are.
 
         Raises:
-            ValueError: The denoiser is not that of the base (it was fine-tuned, so `save_pretrained` is needed).
+            ValueError: The denoiser is not that of the base, rounded to its own type (it was fine-tuned, so
+                `save_pretrained` is needed), or the base is the folder itself.
         """
         head = {name: value for name, value in self.state_dict().items() if not name.startswith("ddae.")}
-        write_head(save_directory, head, self.ddae.denoiser, self.ddae.vae, base, **hub)
+        write_head(save_directory, head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
         self._set_auto_map(include_code)
         if include_code or self._auto_class is not None:  # what came as remote code carries it on
             save_code(save_directory, "modeling_ddae")
+        self.config.weights = "head"
         self.config.architectures, self.config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(save_directory)
 

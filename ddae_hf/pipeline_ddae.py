@@ -8,6 +8,9 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +29,17 @@ from torch import Tensor
 
 from .checkpoints import (
     COMPONENTS,
+    DIFFUSERS_FILE,
     HUB_ARGUMENTS,
     Checkpoint,
     build_scheduler,
     check_denoiser_class,
     check_vae_class,
-    fingerprint,
+    location,
     read_checkpoint,
+    replaced_weights,
+    still_generates,
+    uncompiled_names,
 )
 from .conditioning import (
     adjust_timestep_embedding,
@@ -169,7 +176,13 @@ class DDAEPipeline(DiffusionPipeline):
         self.register_modules(**self.components)  # diffusers enters none that is set where there was none
         if include_code:
             save_pipeline_code(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+        with ExitStack() as stack:
+            for name, part in self.components.items():
+                if isinstance(part, torch.nn.Module):
+                    stack.enter_context(uncompiled_names(part))
+                    where = Path(save_directory, name)
+                    stack.enter_context(replaced_weights(where, DIFFUSERS_FILE, kwargs.get("variant")))
+            super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
         """Return `model_index.json` without what is not there, so that stock pipelines find only what they know."""
@@ -188,31 +201,37 @@ class DDAEPipeline(DiffusionPipeline):
 
         Takes what `DiffusionPipeline.from_pretrained` takes, with its default of float32. A bare network has no
         scheduler: pass `scheduler=`, or DDPM's defaults are taken, with a warning. A classifier's checkpoint opens as
-        the generator it came from; if its denoiser was fine-tuned since, sampling warns.
+        the generator it came from; if its denoiser was fine-tuned since, sampling warns. With `variant` the denoiser is
+        that variant, and a VAE that has none of it is the plain one.
 
         Raises:
-            ValueError: No checkpoint, a denoiser that is not supported, pickled weights, or a wrong `dtype`.
+            ValueError: No checkpoint, a denoiser that is not supported, pickled weights, tensors missing, no such
+                variant, or a wrong `dtype`.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors is False, but only safetensors weights are read: leave it out.")
         dtypes = _dtypes(kwargs)
-        checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
-        checkpoint = checkpoint.base or checkpoint  # the generator of a classifier that has none of its own
+        checkpoint = _generator(read_checkpoint(pretrained_model_name_or_path, **kwargs), kwargs)
         if reason := checkpoint.config.get("features_only"):
             raise ValueError(f"{checkpoint.path} has features, but cannot generate: {reason}")
-        if checkpoint.layout in ("pipeline", "flat") and not checkpoint.hub["subfolder"]:
-            where = {"revision": checkpoint.hub.get("revision"), "use_safetensors": True}
-            return super().from_pretrained(checkpoint.path, **{**kwargs, **where})
         name = COMPONENTS[checkpoint.denoiser["_class_name"]]
+        # diffusers finds variants only in sub-folders.
+        by_diffusers = checkpoint.layout == "pipeline" or (checkpoint.layout == "flat" and checkpoint.variant is None)
+        if by_diffusers and not checkpoint.hub["subfolder"]:
+            if name not in kwargs:
+                checkpoint.check_denoiser()
+            if "vae" not in kwargs and checkpoint.vae is not None:
+                checkpoint.check_vae()
+            where = {"revision": checkpoint.hub.get("revision"), "use_safetensors": True}
+            return super().from_pretrained(checkpoint.path, **{**kwargs, **where, "variant": checkpoint.variant})
         allowed = {*HUB_ARGUMENTS, "dtype", "torch_dtype", name, "scheduler", "null_class", "use_safetensors"}
-        allowed |= {"vae", "id2label"}
+        allowed |= {"vae", "id2label", "variant"}
         if unknown := sorted(set(kwargs) - allowed):
             raise ValueError(f"For this layout {unknown} cannot be given: allowed are {sorted(allowed)}.")
         denoiser, tuned = kwargs.get(name), False
         if denoiser is None:
             denoiser = checkpoint.load_denoiser()
-            origin = checkpoint.config.get("generator_fingerprint")
-            tuned = checkpoint.layout == "transformers" and fingerprint(denoiser) != origin
+            tuned = checkpoint.layout == "transformers" and not still_generates(denoiser, checkpoint.config)
             denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
         null_class = kwargs.get("null_class", checkpoint.config.get("null_class"))
         vae = kwargs["vae"] if "vae" in kwargs else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
@@ -451,6 +470,26 @@ def _check_parts(
     if null_class is not None and not 0 <= null_class < count:
         has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
         raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
+
+
+def _generator(checkpoint: Checkpoint, given: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint that generates: of a classifier without its denoiser, its base.
+
+    A base elsewhere has to be the one that the classifier was trained on, but for the parts that are `given`. A
+    pipeline that has the classifier beside it opens as it does without.
+    """
+    base = checkpoint.base
+    if base is None:
+        return checkpoint
+    if location(base.path, **base.hub) == location(checkpoint.path, **checkpoint.hub):
+        return replace(base, variant=checkpoint.variant)
+    if COMPONENTS[checkpoint.denoiser["_class_name"]] not in given:
+        checkpoint.load_denoiser()
+    if "vae" not in given:
+        checkpoint.load_vae()
+    while base.base is not None:
+        base = base.base
+    return base
 
 
 def _dtypes(kwargs: dict[str, Any]) -> dict[str, torch.dtype]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoints import HEAD_FILE, HUB_ARGUMENTS, computed_buffers, fingerprint, read_checkpoint
+from .checkpoints import (
+    COMPILED,
+    GENERATOR_FINGERPRINTS,
+    HUB_ARGUMENTS,
+    WHOLE_FILE,
+    Checkpoint,
+    computed_buffers,
+    fingerprint,
+    holds_compiled_names,
+    plain_state,
+    read_checkpoint,
+    refuse_missing,
+    refuse_unexpected,
+    replaced_weights,
+)
 from .configuration_ddae import DDAEConfig
 from .latents import freeze
 from .remote_code import AUTO_MAP
@@ -62,43 +75,70 @@ class DDAEPreTrainedModel(PreTrainedModel):
 
         From a generative checkpoint, `layer` and one of `sigma` and `timestep` say where to tap it, and `num_labels`
         (or `id2label`) how many classes the new classifier has. With `vae=None` a denoiser of latents comes without its
-        VAE, and takes latents as its images. Everything else is as in transformers.
+        VAE, and takes latents as its images. `variant` says which of several sets of weights is opened, and
+        `state_dict` takes the place of all of them. Everything else is as in transformers, but that every tensor has to
+        be there: only a new classifier's own may be missing.
 
         Raises:
-            ValueError: No checkpoint, a denoiser that is not supported, or a tap that it does not have.
+            ValueError: No checkpoint, a denoiser that is not supported, a tap that it does not have, no such variant,
+                or tensors missing.
         """
-        opened = cls._open(pretrained_model_name_or_path, *model_args, **kwargs)
-        vae = (opened[0] if isinstance(opened, tuple) else opened).base_model.vae
-        if vae is not None:  # loading has made new parameters of it
-            freeze(vae)
-        return opened
-
-    @classmethod
-    def _open(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, **kwargs)
-        checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors is False, but only safetensors weights are read: leave it out.")
+        wants_info = kwargs.pop("output_loading_info", False)
+        variant, state = kwargs.pop("variant", None), kwargs.pop("state_dict", None)
+        # A new classifier of other classes than the checkpoint's may be asked for.
+        anew = kwargs.get("ignore_mismatched_sizes") and {"num_labels", "id2label"} & set(kwargs)
+        checkpoint = read_checkpoint(pretrained_model_name_or_path, variant, **kwargs)
         if checkpoint.layout == "transformers" and checkpoint.head is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model, info = cls._open_whole(checkpoint, state, *model_args, **kwargs)
+        else:
+            model, info = cls._open_parts(checkpoint, state, *model_args, **kwargs)
+        model._check_loaded(checkpoint, info, bool(anew))
+        if model.base_model.vae is not None:  # loading has made new parameters of it
+            freeze(model.base_model.vae)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _open_whole(cls, checkpoint: Checkpoint, state: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Open a checkpoint in transformers' layout that has all its weights, or with `state` in their place."""
+        if state is None:
+            files = checkpoint.weight_files(variant=checkpoint.variant)
+            if not holds_compiled_names(files):
+                where = {"variant": checkpoint.variant, "use_safetensors": True, "output_loading_info": True}
+                return super().from_pretrained(checkpoint.path, *model_args, **{**kwargs, **where})
+            state = {name: value for file in files for name, value in load_file(file).items()}
+        config = kwargs.pop("config", None)
+        if config is None:
+            config, kwargs = DDAEConfig.from_pretrained(checkpoint.path, return_unused_kwargs=True, **kwargs)
+        return cls._open_state(config, plain_state(state), *model_args, **kwargs)
+
+    @classmethod
+    def _open_parts(cls, checkpoint: Checkpoint, state: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Open a generative checkpoint, or a head and its base, or either with `state` in place of their weights."""
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         config = kwargs.pop("config", None)
         scheduler_given = config is not None or "scheduler" in kwargs
         if config is None:
-            config, kwargs = DDAEConfig.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
+            config, kwargs = DDAEConfig.from_pretrained(checkpoint.path, return_unused_kwargs=True, **kwargs)
         base = checkpoint.base or checkpoint
         if base.scheduler is None and not scheduler_given and checkpoint.head is None:
             warnings.warn(
                 f"{checkpoint.path} holds a network without its scheduler: {config.scheduler['_class_name']} is taken. "
                 "If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
-                stacklevel=2,
+                stacklevel=3,
             )
         config = copy.deepcopy(config)
-        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        if dtype in (None, "auto") and checkpoint.config.get("weights") == "head":
+            dtype = config.dtype
+        if state is not None:
+            return cls._open_state(config, plain_state(state), *model_args, dtype=dtype, **kwargs)
         own_dtype = dtype if isinstance(dtype, torch.dtype) else None
         denoiser = checkpoint.load_denoiser(own_dtype)
-        config.generator_fingerprint = fingerprint(denoiser)
+        for name, rounded in GENERATOR_FINGERPRINTS.items():
+            setattr(config, name, fingerprint(denoiser, dtype=rounded))
         parts = {"denoiser": denoiser}
         if config.vae is not None:
             parts["vae"] = checkpoint.load_vae()
@@ -109,12 +149,54 @@ class DDAEPreTrainedModel(PreTrainedModel):
         if checkpoint.head is not None and cls._has_head:
             state |= load_file(checkpoint.head)
         dtype = denoiser.dtype if dtype in (None, "auto") else dtype
-        return super().from_pretrained(None, *model_args, config=config, state_dict=state, dtype=dtype, **kwargs)
+        return cls._open_state(config, state, *model_args, dtype=dtype, **kwargs)
+
+    @classmethod
+    def _open_state(cls, config: DDAEConfig, state: dict[str, torch.Tensor], *model_args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        kwargs |= {"config": config, "state_dict": state, "output_loading_info": True}
+        return super().from_pretrained(None, *model_args, **kwargs)
+
+    def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:
+        """Refuse what is missing, but for a classifier that the checkpoint does not have or that was asked for `anew`.
+
+        `info` is what transformers tells of loading.
+        """
+        mismatched = {name for name, *_ in info["mismatched_keys"]}
+        missing = set(info["missing_keys"]) | mismatched
+        every = set(self.state_dict())
+        own = {name for name in every if not name.startswith("ddae.")} if self._has_head else set()
+        saved_as = checkpoint.config.get("architectures") or []
+        headless = "DDAEForImageClassification" not in saved_as and own <= missing
+        # Sizes that differ have been let pass by `ignore_mismatched_sizes`.
+        spared = own if headless or anew else own & mismatched
+        refuse_missing(checkpoint.path, type(self).__name__, every, every - (missing - spared))
+        refuse_unexpected(checkpoint.path, type(self).__name__, info["unexpected_keys"])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors under the names that they have where nothing is compiled by `torch.compile`."""
+        found = super().state_dict(*args, **kwargs)
+        if any(COMPILED in name for name in found):
+            for name in list(found):  # all, which keeps their order
+                found[name.replace(COMPILED, "")] = found.pop(name)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take tensors by their names in either form into a model that is compiled, in part, or not."""
+        tensors = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
+        names = {name.replace(COMPILED, ""): name for name, _ in tensors}
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = names.get(key.removeprefix(prefix).replace(COMPILED, ""))
+            if name is not None and prefix + name != key:
+                state_dict[prefix + name] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, include_code: bool = False, **kwargs: Any
     ) -> Any:
         """Write `config.json` and `model.safetensors`, as in transformers.
+
+        A `head.safetensors` that the folder holds stays there, and is no longer what opens.
 
         Args:
             save_directory: The folder.
@@ -124,16 +206,19 @@ class DDAEPreTrainedModel(PreTrainedModel):
                 not installed.
             **kwargs: See `PreTrainedModel.save_pretrained`, `push_to_hub` among them.
         """
-        Path(save_directory, HEAD_FILE).unlink(missing_ok=True)  # of a classifier that was there before
+        self.config.weights = "whole"
         self._set_auto_map(include_code)
-        if not include_code or self._auto_class is not None:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        # transformers writes the code of a class that is registered so, in time for its push.
-        type(self).register_for_auto_class(self._auto_name)
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = plain_state(kwargs["state_dict"])
+        registers = include_code and self._auto_class is None
+        if registers:  # transformers writes the code of a class that is registered so, in time for its push
+            type(self).register_for_auto_class(self._auto_name)
         try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            with replaced_weights(save_directory, WHOLE_FILE, kwargs.get("variant")):
+                return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            type(self)._auto_class = None
+            if registers:
+                type(self)._auto_class = None
 
     def _set_auto_map(self, include_code: bool) -> None:
         """Let `config.auto_map` name code that is in the folder or in a repository, and no other."""

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from data import best_device, image_column, images_hash, label_column, load_splits, pick_split, read_labels
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.checkpoints import fingerprint
+from ddae_hf.checkpoints import still_generates
 from ddae_hf.conditioning import class_conditioning
 from ddae_hf.noise import indexed_noise
 from pixels import Pixels, scaled
@@ -169,8 +169,7 @@ def save_classifier(
     with torch.no_grad():
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(bias)
-    generates = model.config.features_only is None
-    if generates and fingerprint(model.ddae.denoiser) == model.config.generator_fingerprint:
+    if model.config.features_only is None and still_generates(model.ddae.denoiser, vars(model.config)):
         DDAEPipeline.from_pretrained(checkpoint, cache_dir=options.get("cache_dir")).save_pretrained(folder)
         model.save_head(folder)
     else:

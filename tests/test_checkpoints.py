@@ -5,13 +5,21 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
 
-from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf import (
+    DDAEBackbone,
+    DDAEConfig,
+    DDAEForImageClassification,
+    DDAEImageProcessor,
+    DDAEModel,
+    DDAEPipeline,
+)
 from ddae_hf.checkpoints import fingerprint, plain_config, read_checkpoint
 
-from .conftest import make_unet
+from .conftest import make_dit, make_unet, make_vae
 
 LAYOUTS = ["pipeline", "flat", "model"]
 
@@ -62,20 +70,214 @@ def test_a_bare_network_says_which_schedule_it_takes(layouts):
     assert DDAEModel.from_pretrained(layouts / "model", scheduler=given).config.scheduler == given
 
 
-def test_early_files_with_old_attention_names_open(layouts, tmp_path):
-    """`google/ddpm-cifar10-32` names its attention weights as diffusers did in 2022."""
-    old = tmp_path / "old"
-    shutil.copytree(layouts / "flat", old)
-    weights = load_file(old / "diffusion_pytorch_model.safetensors")
+def with_early_names(tensors):
+    """Name attention weights as diffusers did in 2022, and `google/ddpm-cifar10-32` still does."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
-    for key, value in weights.items():
+    for key, value in tensors.items():
         for new, early in names.items():
             key = key.replace(f".{new}.", f".{early}.")
         renamed[key] = value
-    assert renamed.keys() != weights.keys()
-    save_file(renamed, old / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert fingerprint(DDAEModel.from_pretrained(old).denoiser) == fingerprint(make_unet())
+    return renamed
+
+
+def change(file, function):
+    """Write the tensors that a function makes of a file's."""
+    save_file(function(load_file(file)), file, {"format": "pt"})
+
+
+def without(*names):
+    return lambda tensors: {name: value for name, value in tensors.items() if name not in names}
+
+
+def test_early_files_with_old_attention_names_open(layouts, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(layouts / "flat", old)
+    change(old / "diffusion_pytorch_model.safetensors", with_early_names)
+    assert "mid_block.attentions.0.query.weight" in load_file(old / "diffusion_pytorch_model.safetensors")
+    for opened in (DDAEModel.from_pretrained(old), DDAEPipeline.from_pretrained(old)):
+        assert fingerprint(opened.denoiser) == fingerprint(make_unet())
+
+
+def test_a_vae_with_old_attention_names_opens(tmp_path):
+    parts = {"transformer": make_dit(in_channels=4), "scheduler": DDIMScheduler(), "vae": make_vae()}
+    DDAEPipeline(**parts).save_pretrained(tmp_path)
+    change(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", with_early_names)
+    for opened in (DDAEModel.from_pretrained(tmp_path), DDAEPipeline.from_pretrained(tmp_path)):
+        assert fingerprint(opened.vae) == fingerprint(make_vae())
+
+
+def assert_all_refuse(folder, classes, message):
+    for cls in classes:
+        with pytest.raises(ValueError, match=message):
+            cls.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "old names", "shards", "whole", "whole in shards", "head"])
+def test_missing_tensors_are_named(layouts, tmp_path, layout):
+    """Whatever file they are missing from; never a random or an empty tensor in their place."""
+    folder, network = tmp_path / "opened", tmp_path / "opened"
+    lost, prefix = ["conv_in.bias", "conv_out.weight"], ""
+    if layout in (*LAYOUTS, "old names"):
+        shutil.copytree(layouts / ("flat" if layout == "old names" else layout), folder)
+        network = folder / "unet" if layout == "pipeline" else folder
+    elif layout == "shards":
+        DDAEPipeline(make_unet(), DDPMScheduler()).save_pretrained(folder, max_shard_size="200KB")
+        network = folder / "unet"
+    elif layout == "head":
+        DDAEPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path / "base")
+        model = DDAEForImageClassification.from_pretrained(tmp_path / "base", num_labels=3)
+        model.save_head(folder, base=tmp_path / "base")
+        network = tmp_path / "base" / "unet"
+    else:
+        model = DDAEForImageClassification(DDAEConfig(denoiser=plain_config(make_unet())))
+        model.save_pretrained(folder, **({} if layout == "whole" else {"max_shard_size": "200KB"}))
+        prefix = "ddae.denoiser."
+    if layout == "old names":
+        change(network / "diffusion_pytorch_model.safetensors", with_early_names)
+        change(network / "diffusion_pytorch_model.safetensors", without("mid_block.attentions.0.key.bias"))
+        lost = ["conv_out.weight", "mid_block.attentions.0.to_k.bias"]
+    for file in network.glob("*.safetensors"):  # not from a sharded checkpoint's index
+        change(file, without(*(prefix + name for name in lost)))
+    message = r"lacks 2 of the \d+ tensors of its \w+: " + ", ".join(rf"\S*{name}" for name in lost) + r"\."
+    assert_all_refuse(folder, [DDAEModel, DDAEForImageClassification, DDAEBackbone, DDAEPipeline], message)
+
+
+@pytest.mark.parametrize(("part", "name"), [("transformer", "proj_out_1.bias"), ("vae", "quant_conv.bias")])
+def test_missing_tensors_of_a_dit_or_a_vae_are_named(tmp_path, part, name):
+    """A DiT's positions, which are in no checkpoint, are not among them."""
+    pipeline = DDAEPipeline(transformer=make_dit(in_channels=4), scheduler=DDIMScheduler(), vae=make_vae())
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    DDAEModel.from_pretrained(tmp_path / "pipeline").save_pretrained(tmp_path / "whole")
+    change(tmp_path / "pipeline" / part / "diffusion_pytorch_model.safetensors", without(name))
+    change(tmp_path / "whole" / "model.safetensors", without(f"{'vae' if part == 'vae' else 'denoiser'}.{name}"))
+    for folder in (tmp_path / "pipeline", tmp_path / "whole"):
+        message = rf"lacks 1 of the \d+ tensors of its \w+: \S*{name}\."
+        assert_all_refuse(folder, [DDAEModel, DDAEForImageClassification, DDAEPipeline], message)
+        # What the caller gives is not looked for.
+        given = getattr(pipeline, part)
+        assert getattr(DDAEPipeline.from_pretrained(folder, **{part: given}), part) is given
+
+
+def test_only_a_new_classifiers_own_tensors_may_be_missing(layouts, tmp_path):
+    saved = DDAEForImageClassification.from_pretrained(layouts / "pipeline", num_labels=3, feature_norm="batch_norm")
+    saved.save_pretrained(tmp_path)
+    anew = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    model, info = DDAEForImageClassification.from_pretrained(tmp_path, **anew, output_loading_info=True)
+    assert model.classifier.out_features == 5 and len(info["mismatched_keys"]) == 2
+    change(tmp_path / "model.safetensors", without("classifier.weight", "feature_norm.running_var"))
+    with pytest.raises(
+        ValueError, match=r"lacks 2 of the \d+ tensors .*: classifier.weight, feature_norm.running_var\."
+    ):
+        DDAEForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks 2 of the"):
+        DDAEForImageClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    DDAEForImageClassification.from_pretrained(tmp_path, **anew)
+    DDAEModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "model")
+    DDAEForImageClassification.from_pretrained(tmp_path / "model", num_labels=5)
+    DDAEPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path / "generator")
+    saved.save_head(tmp_path / "generator")
+    change(tmp_path / "generator" / "head.safetensors", lambda tensors: tensors)  # without what it says of its base
+    with pytest.raises(ValueError, match="does not name its base"):
+        DDAEForImageClassification.from_pretrained(tmp_path / "generator")
+
+
+def test_tensors_of_another_network_are_refused(tmp_path):
+    """Those that are left over: a network with fewer blocks than were saved is another one."""
+    DDAEModel(DDAEConfig(denoiser=plain_config(make_dit()))).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["denoiser"]["num_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = r"has \d+ tensors that its \w+ has no place for: \S*transformer_blocks.3"
+    assert_all_refuse(tmp_path, [DDAEModel, DDAEForImageClassification, DDAEPipeline], message)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "whole", "shards", "sub-folder"])
+def test_a_variant_is_what_was_asked_for(layouts, tmp_path, layout):
+    averaged, folder, where = make_unet(seed=1), tmp_path, {}
+    options = {"variant": "ema", **({"max_shard_size": "200KB"} if layout == "shards" else {})}
+    if layout == "whole":
+        for unet, names in ((make_unet(), {}), (averaged, options)):
+            model = DDAEForImageClassification(DDAEConfig(denoiser=plain_config(unet)))
+            model.ddae.denoiser.load_state_dict(unet.state_dict())
+            model.save_pretrained(tmp_path, **names)
+    elif layout in ("pipeline", "shards", "sub-folder"):
+        folder, where = (tmp_path / "inside", {"subfolder": "inside"}) if layout == "sub-folder" else (tmp_path, {})
+        DDAEPipeline(make_unet(), DDIMScheduler()).save_pretrained(folder)
+        DDAEPipeline(averaged, DDIMScheduler()).save_pretrained(folder, **options)
+    else:
+        shutil.copytree(layouts / layout, tmp_path, dirs_exist_ok=True)
+        averaged.save_pretrained(tmp_path, **options)
+    for variant, expected in (("ema", averaged), (None, make_unet())):
+        classes = [DDAEModel, DDAEForImageClassification, DDAEPipeline]
+        for cls in [*classes, AutoModelForImageClassification] if layout == "whole" else classes:
+            opened = cls.from_pretrained(tmp_path, variant=variant, **where)
+            denoiser = getattr(opened, "ddae", opened).denoiser
+            assert fingerprint(denoiser) == fingerprint(expected)
+    for cls in (DDAEModel, DDAEForImageClassification, DDAEPipeline):
+        with pytest.raises(ValueError, match=r"has no \w+\.fp16\.safetensors in .* \(variants that are there: ema\)"):
+            cls.from_pretrained(tmp_path, variant="fp16", **where)
+
+
+def test_a_vae_without_the_variant_is_the_plain_one(tmp_path):
+    parts = {"scheduler": DDIMScheduler(), "vae": make_vae()}
+    DDAEPipeline(transformer=make_dit(in_channels=4), **parts).save_pretrained(tmp_path)
+    make_dit(seed=1, in_channels=4).save_pretrained(tmp_path / "transformer", variant="ema")
+    dtypes = {"transformer": torch.bfloat16, "default": torch.float32}
+    pipeline = DDAEPipeline.from_pretrained(tmp_path, variant="ema", dtype=dtypes)
+    assert pipeline.denoiser.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
+    model = DDAEModel.from_pretrained(tmp_path, variant="ema")
+    assert fingerprint(model.denoiser) == fingerprint(pipeline.denoiser) == fingerprint(make_dit(seed=1, in_channels=4))
+    assert fingerprint(model.vae) == fingerprint(pipeline.vae) == fingerprint(make_vae())
+
+
+@pytest.mark.parametrize("kind", ["whole", "pipeline"])
+@pytest.mark.parametrize("variant", [None, "ema"])
+def test_one_file_and_shards_replace_each_other(tmp_path, kind, variant):
+    """transformers and diffusers leave the one beside the other, and open one of them whichever was saved last."""
+    name = "model" if kind == "whole" else "unet/diffusion_pytorch_model"
+    single = tmp_path / (f"{name}.safetensors" if variant is None else f"{name}.{variant}.safetensors")
+    for seed, options in enumerate([{}, {"max_shard_size": "200KB"}, {}]):
+        unet = make_unet(seed=seed)
+        if kind == "whole":
+            saved = DDAEModel(DDAEConfig(denoiser=plain_config(unet)))
+            saved.denoiser.load_state_dict(unet.state_dict())
+        else:
+            saved = DDAEPipeline(unet, DDIMScheduler())
+        saved.save_pretrained(tmp_path, variant=variant, **options)
+        for cls in (DDAEModel, DDAEPipeline):
+            opened = cls.from_pretrained(tmp_path, variant=variant).denoiser
+            assert torch.equal(opened.conv_in.weight, unet.conv_in.weight)
+        if seed == 0:
+            first = single.read_bytes()
+        if seed == 1:  # as where both were pushed to a repository
+            assert not single.exists()
+            single.write_bytes(first)
+            for cls in (DDAEModel, DDAEPipeline):
+                with pytest.raises(ValueError, match="has weights twice"):
+                    cls.from_pretrained(tmp_path, variant=variant)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["pipeline", "whole", "head"])
+def test_a_state_dict_takes_the_place_of_the_weights(layouts, tmp_path, images, layout):
+    opened = DDAEForImageClassification.from_pretrained(layouts / "pipeline", num_labels=3)
+    folder = layouts / "pipeline" if layout == "pipeline" else tmp_path
+    if layout != "pipeline":
+        opened.save_pretrained(folder) if layout == "whole" else opened.save_head(folder, base=layouts / "pipeline")
+    given = DDAEForImageClassification(DDAEConfig(**{**opened.config.to_dict(), "sigma": 0.2})).eval()
+    state = given.state_dict()
+    options = {"num_labels": 3, "sigma": 0.2, "state_dict": state}
+    model = DDAEForImageClassification.from_pretrained(folder, **options)
+    assert torch.equal(model(images).logits, given(images).logits)
+    base = DDAEModel.from_pretrained(folder, sigma=0.2, state_dict=given.ddae.state_dict())
+    assert torch.equal(base(images).pooler_output, given.ddae(images).pooler_output)
+    # A classifier with these weights is not the generator that the checkpoint holds.
+    model.save_pretrained(tmp_path / "saved")
+    assert DDAEPipeline.from_pretrained(tmp_path / "saved")._fine_tuned_from is not None
+    for lost in ("ddae.denoiser.conv_in.bias", "classifier.weight"):
+        with pytest.raises(ValueError, match=rf"lacks 1 of the \d+ tensors of its \w+: {lost}"):
+            DDAEForImageClassification.from_pretrained(folder, **{**options, "state_dict": without(lost)(state)})
 
 
 def test_subfolders_are_followed(layouts):

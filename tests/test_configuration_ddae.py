@@ -68,6 +68,7 @@ def test_keyword_arguments_take_the_place_of_saved_values_and_are_checked(tmp_pa
         ({"sigma": 0.1, "timestep": 3}, "pass one of them"),
         ({"pooling": "median"}, "allowed are mean, max"),
         ({"feature_norm": "layer"}, "allowed are none, batch_norm"),
+        ({"weights": "half"}, "allowed are None, whole, head"),
         ({"num_noise_samples": 0}, "at least 1"),
         ({"noise_seed": -1}, "must not be negative"),
         ({"null_class": 3}, "takes no labels"),

@@ -1,12 +1,16 @@
 """A classifier without its denoiser: beside the generator in one folder, or naming a base elsewhere."""
 
+import json
+import os
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, pipeline
 
-from ddae_hf import DDAEBackbone, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.checkpoints import HEAD_FILE
+from ddae_hf import DDAEBackbone, DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.checkpoints import HEAD_FILE, head_metadata
 
 from .conftest import make_dit, make_unet
 
@@ -23,6 +27,25 @@ def classifier_of(generator, **options):
     torch.nn.init.normal_(model.classifier.weight)
     model.feature_norm.running_mean.normal_()
     return model
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def as_version_0_1_0(folder):
+    """Leave out of a folder's config what version 0.1.0 did not write."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["weights"]
+    config.pop("generator_fingerprint_float16", None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def set_base(folder, base, subfolder=None):
+    """Let the head in a folder name another base."""
+    known = {**head_metadata(str(folder / HEAD_FILE)), "base": str(base)}
+    known |= {} if subfolder is None else {"subfolder": subfolder}
+    save_file(load_file(folder / HEAD_FILE), folder / HEAD_FILE, known)
 
 
 @torch.no_grad()
@@ -67,8 +90,11 @@ def test_a_base_whose_weights_changed_is_refused(generator, tmp_path):
     with torch.no_grad():
         changed.conv_in.bias[0] += 1e-6  # less than bfloat16 could tell
     DDAEPipeline(changed, DDIMScheduler()).save_pretrained(generator)
-    with pytest.raises(ValueError, match=r"have changed since.*Bring back the base"):
-        DDAEForImageClassification.from_pretrained(tmp_path / "head")
+    for cls in (DDAEForImageClassification, DDAEPipeline):
+        with pytest.raises(ValueError, match=r"have changed since.*Bring back the base"):
+            cls.from_pretrained(tmp_path / "head")
+    given = DDAEPipeline.from_pretrained(tmp_path / "head", unet=make_unet(seed=2)).unet  # which needs no base
+    assert torch.equal(given.conv_in.weight, make_unet(seed=2).conv_in.weight)
 
 
 def test_a_head_needs_a_base_that_is_its_own(generator, tmp_path):
@@ -85,15 +111,159 @@ def test_a_head_needs_a_base_that_is_its_own(generator, tmp_path):
         model.save_head(generator)
 
 
-def test_what_is_saved_last_is_what_opens(generator, tmp_path):
-    first, second = classifier_of(generator), classifier_of(generator)
-    for save in (lambda m: m.save_pretrained(generator), lambda m: m.save_head(generator)):
-        save(first)
-        save(second)
+@torch.no_grad()
+def test_what_is_saved_last_is_what_opens_and_nothing_else_is_deleted(generator, images):
+    """Whatever files of what was saved before lie there, and whatever files are the user's own."""
+    (generator / "model_ema.safetensors").write_bytes(b"mine")
+    head, whole = classifier_of(generator), classifier_of(generator)
+    whole.ddae.denoiser.conv_in.weight.mul_(1.1)
+    expected = {model: model(images).logits for model in (head, whole)}
+    for model in (whole, head, whole, head):
+        model.save_head(generator) if model is head else model.save_pretrained(generator)
         opened = DDAEForImageClassification.from_pretrained(generator)
-        assert torch.equal(opened.classifier.weight, second.classifier.weight)
-    second.save_pretrained(generator)
-    assert not (generator / HEAD_FILE).exists()
+        assert torch.equal(opened(images).logits, expected[model])
+        assert opened.config.weights == ("head" if model is head else "whole")
+        assert (generator / "model_ema.safetensors").read_bytes() == b"mine"
+    assert (generator / HEAD_FILE).exists() and (generator / "model.safetensors").exists()
+    # What was opened as the one is saved as the other.
+    opened.save_pretrained(generator / "whole")
+    assert DDAEConfig.from_pretrained(generator / "whole").weights == "whole"
+
+
+@pytest.mark.parametrize("openers", [DDAEConfig, DDAEForImageClassification, DDAEModel, DDAEPipeline])
+def test_a_config_that_says_head_needs_one(generator, tmp_path, openers):
+    classifier_of(generator).save_head(tmp_path / "head", base=generator)
+    classifier_of(generator).save_pretrained(tmp_path / "head" / "other")
+    (tmp_path / "head" / "other" / "model.safetensors").rename(tmp_path / "head" / "model.safetensors")
+    (tmp_path / "head" / HEAD_FILE).unlink()
+    with pytest.raises(ValueError, match=r"without its denoiser, but its head.safetensors is missing"):
+        openers.from_pretrained(tmp_path / "head")
+
+
+def test_a_config_that_says_whole_needs_weights(generator, tmp_path):
+    model = classifier_of(generator)
+    model.save_head(tmp_path, base=generator)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for cls in (DDAEForImageClassification, DDAEModel, DDAEBackbone, DDAEPipeline):
+        with pytest.raises(ValueError, match=r"has no model.safetensors in its root"):
+            cls.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"weights": "half"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"says `weights: 'half'`: known are whole, head"):
+        DDAEModel.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_what_version_0_1_0_saved_opens(generator, images, tmp_path):
+    model, stale = classifier_of(generator), classifier_of(generator)
+    expected = model(images).logits
+    model.save_head(tmp_path / "head", base=generator)
+    stale.save_pretrained(generator)
+    model.save_head(generator)
+    model.save_pretrained(tmp_path / "whole")
+    for folder in (tmp_path / "head", generator, tmp_path / "whole"):
+        as_version_0_1_0(folder)
+        opened = DDAEForImageClassification.from_pretrained(folder)
+        assert torch.equal(opened(images).logits, expected)
+        assert DDAEPipeline.from_pretrained(folder)._fine_tuned_from is None
+
+
+@pytest.mark.parametrize("way", ["path", "relative", "link"])
+def test_a_folder_is_no_base_of_its_own_head(generator, tmp_path, monkeypatch, way):
+    model = classifier_of(generator)
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "link").symlink_to(tmp_path / "whole")
+    monkeypatch.chdir(tmp_path)
+    base = {"path": tmp_path / "whole", "relative": os.path.join("generator", "..", "whole"), "link": "link"}[way]
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"would take the place of what it needs"):
+        model.save_head(tmp_path / "whole", base=base)
+    with pytest.raises(ValueError, match=r"would take the place of what it needs"):
+        model.save_head(tmp_path / "whole", base=tmp_path, subfolder="whole")
+    # Nor is what reaches it: the head elsewhere needs the folder.
+    model.save_head(tmp_path / "head", base=base)
+    before |= {file.relative_to(tmp_path): file.read_bytes() for file in (tmp_path / "head").iterdir()}
+    with pytest.raises(ValueError, match=r"or reaches it"):
+        model.save_head(tmp_path / "whole", base=tmp_path / "head")
+    assert contents(tmp_path) == before
+
+
+@torch.no_grad()
+def test_the_base_of_a_head_may_be_a_head(generator, images, tmp_path):
+    model = classifier_of(generator)
+    model.save_head(generator)
+    model.save_head(tmp_path / "first", base=generator)
+    model.save_head(tmp_path / "second", base=tmp_path / "first")
+    opened = DDAEForImageClassification.from_pretrained(tmp_path / "second")
+    assert torch.equal(opened(images).logits, model(images).logits)
+    weight = DDAEPipeline.from_pretrained(tmp_path / "second").unet.conv_in.weight
+    assert torch.equal(weight, make_unet().conv_in.weight)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("openers", [DDAEConfig, DDAEForImageClassification, DDAEPipeline])
+def test_heads_that_are_each_others_base_are_refused(generator, tmp_path, length, openers):
+    for i in range(length):
+        classifier_of(generator).save_head(tmp_path / "heads" / str(i), base=generator)
+    for i in range(length):
+        folder = tmp_path / "heads" / str((i + 1) % length)
+        # Some are named as a sub-folder.
+        parts = (folder.parent, folder.name) if i else (folder, None)
+        set_base(tmp_path / "heads" / str(i), *parts)
+    with pytest.raises(ValueError, match=r"is its own base, directly or by way of others"):
+        openers.from_pretrained(tmp_path / "heads" / "0")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_in_half_precision_opens_as_it_was(generator, images, tmp_path, dtype):
+    """Its base stays in float32; what is compared is rounded to the classifier's own type."""
+    opened = classifier_of(generator, dtype=dtype)
+    cast = classifier_of(generator).to(dtype)
+    for model in (opened, cast):
+        model.save_head(tmp_path, base=generator)
+        model.save_head(generator)
+        for folder in (tmp_path, generator):
+            again = DDAEForImageClassification.from_pretrained(folder)
+            assert again.dtype == again.ddae.denoiser.dtype == dtype
+            assert torch.equal(again(images).logits, model(images).logits)
+    assert DDAEForImageClassification.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+    opened.ddae.denoiser.conv_in.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="fine-tuned"):
+        opened.save_head(generator)
+
+
+def test_a_denoiser_that_was_fine_tuned_a_little_is_not_its_base(generator):
+    """By less than bfloat16 could tell."""
+    model = classifier_of(generator)
+    with torch.no_grad():
+        model.ddae.denoiser.conv_in.weight.mul_(1 + 1e-6)
+    with pytest.raises(ValueError, match="fine-tuned"):
+        model.save_head(generator)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["beside", "elsewhere"])
+def test_a_head_knows_the_variant_of_its_base(generator, images, tmp_path, place):
+    averaged = make_unet(seed=1)
+    DDAEPipeline(averaged, DDIMScheduler()).save_pretrained(generator, variant="ema")
+    model = classifier_of(generator, variant="ema")
+    assert torch.equal(model.ddae.denoiser.conv_in.weight, averaged.conv_in.weight)
+    folder, base = (generator, None) if place == "beside" else (tmp_path / "head", generator)
+    with pytest.raises(ValueError, match="needs its name as `variant`"):
+        model.save_head(folder, base=base)
+    model.save_head(folder, base=base, variant="ema")
+    opened = DDAEForImageClassification.from_pretrained(folder)
+    assert torch.equal(opened(images).logits, model(images).logits)
+    with pytest.raises(ValueError, match="leave `variant` out"):
+        DDAEForImageClassification.from_pretrained(folder, variant="ema")
+    # A pipeline with a classifier beside it opens as it does without; elsewhere the head names its generator.
+    plain = DDAEPipeline.from_pretrained(folder).unet.conv_in.weight
+    assert torch.equal(plain, (make_unet() if place == "beside" else averaged).conv_in.weight)
+    DDAEPipeline(make_unet(seed=2), DDIMScheduler()).save_pretrained(generator, variant="ema")
+    with pytest.raises(ValueError, match="have changed since"):
+        DDAEForImageClassification.from_pretrained(folder)
 
 
 @torch.no_grad()
@@ -102,3 +272,21 @@ def test_a_dits_head(images, tmp_path):
     model = classifier_of(tmp_path)
     model.save_head(tmp_path)
     assert torch.equal(DDAEForImageClassification.from_pretrained(tmp_path)(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("way", ["opened", "stored"])
+def test_a_probe_in_half_precision_is_saved_beside_its_generator(generator, tmp_path, way):
+    """It is not taken for one whose denoiser was fine-tuned, and written whole."""
+    from labelled import save_classifier
+
+    options = {"dtype": torch.float16} if way == "opened" else {}
+    classifier_of(generator).half().save_pretrained(tmp_path / "stored")
+    checkpoint = generator if way == "opened" else tmp_path / "stored"
+    weight, bias = torch.randn(2, 64), torch.zeros(2)
+    processor = DDAEImageProcessor.from_pretrained(generator)
+    save_classifier(
+        tmp_path / "probe", checkpoint, processor, ["cat", "dog"], weight, bias, layer="mid_block", **options
+    )
+    opened = DDAEForImageClassification.from_pretrained(tmp_path / "probe")
+    assert opened.config.weights == "head" and opened.dtype == torch.float16
+    assert torch.equal(opened.classifier.weight, weight.half())

@@ -19,7 +19,7 @@ from .hub_server import HubServer, run_client
 
 pytestmark = pytest.mark.hub
 GENERATORS = ["pipeline", "model", "flat", "bare"]
-CLASSIFIERS = ["classifier", "both", "shared", "head"]
+CLASSIFIERS = ["classifier", "both", "shared", "head", "head-then-whole", "whole-then-head", "of-a-variant"]
 FLAT_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Small pieces, so that a small file is written to disk in several, as a large one is.
 SMALL_PIECES = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE = 2**14\n"
@@ -27,6 +27,7 @@ SMALL_PIECES = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_
 
 def publish(folders):
     """Push to several repositories, and to one twice; return the ids of its two commits."""
+    import torch
     from huggingface_hub import HfApi
 
     from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
@@ -52,6 +53,20 @@ def publish(folders):
         processor.save_pretrained(f"{folders}/{name}")
     for name in "flat", "bare", "shared", "head":
         api.upload_folder(repo_id=api.create_repo(name).repo_id, folder_path=f"{folders}/{name}")
+    # One over the other: the files of both stay in the repository.
+    tuned = DDAEForImageClassification.from_pretrained(f"{folders}/classifier")
+    torch.nn.init.normal_(tuned.ddae.denoiser.conv_in.weight)
+    tuned.save_pretrained(f"{folders}/tuned")
+    processor.save_pretrained(f"{folders}/tuned")
+    for name, order in {"head-then-whole": ("head", "tuned"), "whole-then-head": ("tuned", "head")}.items():
+        for folder in order:
+            api.upload_folder(repo_id=api.create_repo(name, exist_ok=True).repo_id, folder_path=f"{folders}/{folder}")
+    # A classifier on one of its base's variants.
+    DDAEPipeline.from_pretrained(f"{folders}/second").push_to_hub("variants")
+    pipeline.push_to_hub("variants", variant="ema")
+    classifier.save_head(f"{folders}/of-a-variant", base="tester/variants", variant="ema")
+    processor.save_pretrained(f"{folders}/of-a-variant")
+    api.upload_folder(repo_id=api.create_repo("of-a-variant").repo_id, folder_path=f"{folders}/of-a-variant")
     classifier.save_pretrained(f"{folders}/code", push_to_hub=True, repo_id="tester/code", include_code=True)
     processor.save_pretrained(f"{folders}/code", push_to_hub=True, repo_id="tester/code", include_code=True)
     pipeline.save_pretrained(f"{folders}/drawing", push_to_hub=True, repo_id="tester/drawing", include_code=True)
@@ -293,7 +308,8 @@ def offline(hub, opened):
 @pytest.fixture(scope="module")
 def local(hub):
     """What the folders hold that were pushed, by the repository's name."""
-    pushed_from = {"pipeline": "second", "model": "pipeline", **dict.fromkeys(["both", "shared", "head"], "classifier")}
+    classifiers = {**dict.fromkeys(CLASSIFIERS, "classifier"), "head-then-whole": "tuned"}
+    pushed_from = {"pipeline": "second", "model": "pipeline", **classifiers}
     names = [*GENERATORS, *CLASSIFIERS]
     folders = {name: str(hub.folders / pushed_from.get(name, name)) for name in names}
     return {name: look(folder, hub.images, name in CLASSIFIERS) for name, folder in folders.items()}
@@ -311,6 +327,7 @@ def test_what_is_compared_differs_between_the_checkpoints(local):
     assert local["classifier"]["labels"] == {0: "cat", 1: "dog"}
     for name in "weights", "generated", "answer":
         assert local["pipeline"][name] != local["model"][name]
+        assert local["head-then-whole"][name] != local["whole-then-head"][name]
 
 
 @pytest.mark.parametrize("repository", GENERATORS + CLASSIFIERS)

@@ -5,9 +5,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEModel, add_noise, layer_names, timestep_to_sigma
+from ddae_hf import (
+    DDAEBackbone,
+    DDAEConfig,
+    DDAEForImageClassification,
+    DDAEModel,
+    DDAEPipeline,
+    add_noise,
+    layer_names,
+    timestep_to_sigma,
+)
 from ddae_hf.checkpoints import fingerprint, plain_config
 
 from .conftest import make_dit, make_unet
@@ -275,6 +286,99 @@ def test_compiles_to_one_graph_and_exports(images):
     exported = torch.export.export(model, (images,), dynamic_shapes={"pixel_values": {0: batch}}).module()
     torch.testing.assert_close(exported(images).logits, expected)
     torch.testing.assert_close(exported(images[:3]).logits, expected[:3], rtol=1e-4, atol=1e-5)
+
+
+def compile_whole(model):
+    return torch.compile(model)
+
+
+def compile_denoiser(model):
+    model.base_model.denoiser = torch.compile(model.base_model.denoiser)
+    return model
+
+
+def compile_denoiser_in_place(model):
+    model.base_model.denoiser.compile()
+    return model
+
+
+def compile_base_model(model):
+    model.ddae = torch.compile(model.ddae)
+    return model
+
+
+def compile_blocks(model):
+    denoiser = model.base_model.denoiser
+    denoiser.mid_block = torch.compile(denoiser.mid_block)
+    denoiser.up_blocks[0].resnets[0] = torch.compile(denoiser.up_blocks[0].resnets[0])
+    return model
+
+
+COMPILED = [compile_whole, compile_denoiser, compile_denoiser_in_place, compile_base_model, compile_blocks]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("cls", [DDAEModel, DDAEForImageClassification, DDAEBackbone])
+def test_what_is_compiled_is_saved_as_the_network_that_it_is(cls, compiled, tmp_path):
+    if cls is DDAEModel and compiled is compile_base_model:
+        pytest.skip("a model is its own base model")
+    plain = make_model(cls)
+    model = compiled(copy.deepcopy(plain))
+    assert fingerprint(model) == fingerprint(plain)
+    denoiser, same = model.base_model.denoiser, plain.base_model.denoiser
+    assert fingerprint(denoiser, dtype=None) == fingerprint(same, dtype=None)
+    assert plain_config(denoiser) == plain_config(same)
+    model.save_pretrained(tmp_path / "whole")
+    for state in (load_file(tmp_path / "whole" / "model.safetensors"), getattr(model, "_orig_mod", model).state_dict()):
+        assert state.keys() == plain.state_dict().keys()
+    opened = cls.from_pretrained(tmp_path / "whole")
+    assert fingerprint(opened, dtype=None) == fingerprint(plain, dtype=None)
+    # Tensors go in under either names, into what is compiled and into what is not.
+    target = getattr(model, "_orig_mod", model)
+    inside = dict(target.named_parameters())
+    assert any("_orig_mod" in name for name in inside) == (compiled not in (compile_whole, compile_denoiser_in_place))
+    for into, names in ((target, plain.state_dict()), (plain, inside), (target, inside)):
+        into.load_state_dict({name: torch.full_like(value, len(names)) for name, value in names.items()})
+        assert all((value == len(names)).all() for value in into.state_dict().values())
+        with torch.no_grad():
+            for parameter in into.parameters():
+                parameter.zero_()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        target.load_state_dict({})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_a_compiled_classifiers_head_knows_its_base(compiled, images, tmp_path):
+    DDAEPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path)
+    plain = DDAEForImageClassification.from_pretrained(tmp_path, num_labels=3)
+    compiled(copy.deepcopy(plain)).save_head(tmp_path)
+    assert load_file(tmp_path / "head.safetensors").keys() == {"classifier.weight", "classifier.bias"}
+    assert torch.equal(DDAEForImageClassification.from_pretrained(tmp_path)(images).logits, plain(images).logits)
+
+
+def test_what_version_0_1_0_saved_of_a_compiled_network_opens(tmp_path):
+    """It wrote the names that the network has under `torch.compile`, and could not read them."""
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("ddae.denoiser.", "ddae.denoiser._orig_mod."): value for name, value in state.items()}
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    assert fingerprint(DDAEForImageClassification.from_pretrained(tmp_path)) == fingerprint(model)
+    for cls in (DDAEModel, DDAEPipeline):
+        assert fingerprint(cls.from_pretrained(tmp_path).denoiser) == fingerprint(model.ddae.denoiser)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_that_was_cast_is_the_one_that_opens(images, tmp_path, dtype):
+    """Whose fixed noise is the same, in float32."""
+    model = make_model().to(dtype)
+    assert torch.equal(model.ddae.fixed_noise, make_model().ddae.fixed_noise)
+    model.save_pretrained(tmp_path)
+    opened = DDAEForImageClassification.from_pretrained(tmp_path)
+    assert opened.dtype == dtype and torch.equal(opened(images).logits, model(images).logits)
 
 
 @torch.no_grad()

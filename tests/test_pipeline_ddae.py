@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from safetensors.torch import load_file
 
 from ddae_hf import DDAEForImageClassification, DDAEPipeline
 
@@ -253,6 +254,43 @@ def test_a_classifier_samples_what_its_generator_does(pipeline, tmp_path):
         assert half._fine_tuned_from is None and half.denoiser.dtype == dtype
     with pytest.raises(ValueError, match=r"\['custom_pipeline'\] cannot be given"):
         DDAEPipeline.from_pretrained(tmp_path / "probe", custom_pipeline="other")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_classifier_in_half_precision_is_its_generator_still(pipeline, tmp_path, dtype):
+    """Whether it was opened so or cast later; one that was trained further is not."""
+    pipeline.save_pretrained(tmp_path / "generator")
+    opened = DDAEForImageClassification.from_pretrained(tmp_path / "generator", num_labels=4, dtype=dtype)
+    cast = DDAEForImageClassification.from_pretrained(tmp_path / "generator", num_labels=4).to(dtype)
+    for classifier in (opened, cast, cast.float()):
+        classifier.save_pretrained(tmp_path / "half")
+        assert DDAEPipeline.from_pretrained(tmp_path / "half")._fine_tuned_from is None
+    with torch.no_grad():
+        cast.ddae.denoiser.conv_in.weight.mul_(1.1)
+    cast.save_pretrained(tmp_path / "tuned")
+    assert DDAEPipeline.from_pretrained(tmp_path / "tuned")._fine_tuned_from is not None
+
+
+@pytest.mark.parametrize("way", ["component", "in place", "blocks"])
+def test_a_compiled_pipeline_is_saved_as_what_it_is(pipeline, tmp_path, way):
+    expected, names = sample(pipeline), pipeline.unet.state_dict().keys()
+    if way == "component":
+        pipeline.unet = torch.compile(pipeline.unet)
+    elif way == "in place":
+        pipeline.unet.compile()
+    else:
+        pipeline.unet.mid_block = torch.compile(pipeline.unet.mid_block)
+    pipeline.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors").keys() == names
+    for cls in (DDAEPipeline, DDPMPipeline):
+        np.testing.assert_array_equal(sample(cls.from_pretrained(tmp_path)), expected)
+    assert any("_orig_mod" in name for name in pipeline.unet.state_dict()) == (way != "in place")
+
+
+@pytest.mark.parametrize("options", [{"low_cpu_mem_usage": False}, {"device_map": "cpu"}, {"disable_mmap": True}])
+def test_diffusers_own_options_of_opening_work(pipeline, tmp_path, options):
+    pipeline.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(sample(DDAEPipeline.from_pretrained(tmp_path, **options)), sample(pipeline))
 
 
 def test_sampling_from_a_fine_tuned_classifier_warns(pipeline, tmp_path):
