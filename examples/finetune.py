@@ -301,7 +301,8 @@ class Progress(TrainerCallback):
     def total(self) -> dict[str, float]:
         """Return the images and seconds of all runs."""
         seconds = self.before["seconds"] + time.monotonic() - self.started
-        return {"images": self.before["images"] + self.trainer.images_seen, "seconds": seconds}
+        images = self.before["images"] + self.trainer.images_seen
+        return {"images": images, "seconds": seconds, "num_images": len(self.trainer.train_dataset)}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add them to the checkpoint that Trainer has written."""
@@ -401,9 +402,10 @@ def train(args: argparse.Namespace, trainer: FineTuner, resume: Path | None) -> 
     """Train, leave the last weights or their averages in the model, and return how long it took."""
     progress, average = Progress(trainer, resume), None
     trainer.add_callback(progress)
-    for file in (resume / name for name in ("model.safetensors", AVERAGED)) if resume else ():
-        if file.is_file():
-            check_weights(file, load_file(file).values())
+    if resume is not None:
+        check_batches(trainer, resume)
+        for name in ("model.safetensors", AVERAGED) if args.ema_decay is not None else ("model.safetensors",):
+            check_weights(resume, load_file(resume / name).values())
     if args.ema_decay is not None:
         average = AveragedWeights(trainer.model, args.ema_decay)
         trainer.add_callback(average)
@@ -441,6 +443,18 @@ def test(trainer: FineTuner, data: LabelledImages) -> dict[str, float]:
     figures |= trainer.evaluate(data.dataset("test", own), metric_key_prefix="test_own_noise")
     wanted = ("_loss", "_accuracy", "_f1", "_precision", "_recall")
     return {name: value for name, value in figures.items() if name.endswith(wanted)}
+
+
+def check_batches(trainer: FineTuner, resume: Path) -> None:
+    """Stop if steps are of other batches than before: Trainer would go on at another place, or not at all."""
+    processes, now = len(list(resume.glob("rng_state*.pth"))), trainer.args.world_size
+    images = json.loads((resume / PROGRESS).read_text()).get("num_images")  # which version 0.1.0 did not note
+    if processes != now:
+        raise SystemExit(f"{resume} was trained by {processes} process(es), and here are {now}: start as many as then.")
+    if images not in (None, len(trainer.train_dataset)):
+        raise SystemExit(
+            f"{resume} was trained on {images} images, and here are {len(trainer.train_dataset)}: give the same images."
+        )
 
 
 def table(report: dict[str, Any]) -> str:

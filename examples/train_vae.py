@@ -309,7 +309,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 raise not_finite(step, progress.loss(), rate, last_checkpoint(args, step), "resume from it")
             bar.set_postfix(loss=f"{progress.loss():.5f}", lr=f"{rate:.1e}")
         if saved:
-            write_checkpoint(args, accelerator, progress, limit=1)
+            write_checkpoint(args, accelerator, progress, step, 1, lambda folder: write_options(args, folder))
     bar.close()
     if accelerator.is_main_process:
         results = {

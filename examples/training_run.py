@@ -240,22 +240,22 @@ def write_checkpoint(
     args: argparse.Namespace,
     accelerator: Accelerator,
     progress: Progress,
+    step: int,
     limit: int | None,
-    step: int | None = None,
-    save: Callable[[Path], None] = lambda folder: None,
+    save: Callable[[Path], None],
 ) -> None:
     """Write `checkpoint-STEP`, complete or not at all, and drop the oldest others beyond the limit.
 
     Args:
-        args: Options, which are kept in it.
+        args: Options, which say where.
         accelerator: What holds the training state, of all processes.
         progress: How far training has come.
-        limit: How many checkpoints to keep, by default all. The one that is written always is among them.
-        step: Its number, by default that of the batches.
-        save: What else to write into the folder.
+        step: Number of steps that are done.
+        limit: How many checkpoints to keep, all if None. The one that is written is always among them.
+        save: Writes the rest into a folder, the options among it.
     """
     folder = Path(args.output_dir)
-    partial, final = folder / "partial-checkpoint", folder / f"checkpoint-{step or progress.batches}"
+    partial, final = folder / "partial-checkpoint", folder / f"checkpoint-{step}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -263,7 +263,6 @@ def write_checkpoint(
     accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
     if accelerator.is_main_process:
         write_json(partial / PROGRESS, dataclasses.asdict(progress))
-        write_options(args, partial)
         save(partial)
         if final.exists():
             discard(final)
@@ -345,7 +344,7 @@ class Run:
                 write_json(folder / LATENTS, self.data.described)
             self.save(denoiser, folder)
 
-        write_checkpoint(self.args, self.accelerator, self.progress, self.args.checkpoints_total_limit, step, save)
+        write_checkpoint(self.args, self.accelerator, self.progress, step, self.args.checkpoints_total_limit, save)
 
     def picture(self, step: int) -> Path:
         """Return the file of a step's samples."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from datasets import Dataset
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
@@ -283,6 +284,23 @@ def test_an_autoencoder_is_resumed_on_the_same_batches(vae, digits, tmp_path, in
         scripts.run("train_vae", *options, "--train_batch_size", 50)
     with pytest.raises(SystemExit, match="was trained on 100 images, and here are 60"):
         scripts.run("train_vae", *options, "--max_train_samples", 80)
+
+
+def test_finetuning_is_resumed_on_the_same_batches(digits, denoiser, tmp_path):
+    shutil.copytree(digits, tmp_path / "digits")
+    options = [*finetune_options(tmp_path / "digits", tmp_path / "out", denoiser), "--max_train_samples", 1437]
+    scripts.run("finetune", *options, "--max_train_steps", 2)
+    options += ["--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
+    (tmp_path / "out" / finetune.RESULTS).unlink()
+    Dataset.from_parquet(str(digits / "train.parquet")).select(range(64)).to_parquet(
+        tmp_path / "digits" / "train.parquet"
+    )
+    with pytest.raises(SystemExit, match="checkpoint-2 was trained on 1437 images, and here are 64: give the same"):
+        scripts.run("finetune", *options)
+    (tmp_path / "out" / "checkpoint-2" / "rng_state.pth").rename(tmp_path / "out" / "checkpoint-2" / "rng_state_0.pth")
+    (tmp_path / "out" / "checkpoint-2" / "rng_state_1.pth").touch()  # as two processes leave them
+    with pytest.raises(SystemExit, match=r"was trained by 2 process\(es\), and here are 1: start as many as then"):
+        scripts.run("finetune", *options)
 
 
 # Checkpoints
