@@ -50,7 +50,7 @@ digits-frameworks: $(VENV)/.installed  ## Every framework with every network on 
 
 cifar10-cpu: $(VENV)/.installed  ## Recreate the CPU checkpoint and its figures: make cifar10-cpu DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
-	test -f runs/cifar10_cpu/train_results.json || $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
+	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
 		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") examples/pretrain.py \
 		--config examples/configs/cifar10_cpu.yaml --dataset_name "$(DDAE_CIFAR10_DIR)" \
 		--output_dir runs/cifar10_cpu --resume_from_checkpoint latest
@@ -60,11 +60,11 @@ cifar10-cpu: $(VENV)/.installed  ## Recreate the CPU checkpoint and its figures:
 
 cifar10-latent: $(VENV)/.installed  ## Train the small VAE and latent DiT and transfer it: make cifar10-latent DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
-	test -f runs/cifar10_vae/train_results.json || $(BIN)/python examples/train_vae.py --config examples/configs/cifar10_vae.yaml \
+	$(BIN)/python examples/train_vae.py --config examples/configs/cifar10_vae.yaml \
 		--dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_vae --resume_from_checkpoint latest
 	$(BIN)/python examples/encode_latents.py --vae runs/cifar10_vae --dataset_name "$(DDAE_CIFAR10_DIR)" --mirror --batch_size 64 \
 		--output_dir runs/cifar10_latents
-	test -f runs/cifar10_latent_dit/train_results.json || $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
+	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
 		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") examples/pretrain.py \
 		--config examples/configs/cifar10_latent_dit.yaml --latents_dir runs/cifar10_latents --output_dir runs/cifar10_latent_dit \
 		--resume_from_checkpoint latest
@@ -73,7 +73,7 @@ cifar10-latent: $(VENV)/.installed  ## Train the small VAE and latent DiT and tr
 
 cifar10-speedrun: $(VENV)/.installed  ## On one GPU: train from scratch for good features, and probe them: make cifar10-speedrun DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
-	test -f runs/cifar10_speedrun/train_results.json || $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
+	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
 		--dynamo_backend inductor examples/pretrain.py --config examples/configs/cifar10_speedrun.yaml \
 		--dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_speedrun --resume_from_checkpoint latest
 	$(BIN)/python examples/sweep.py --model_name_or_path runs/cifar10_speedrun --dataset_name "$(DDAE_CIFAR10_DIR)" --dtype bfloat16 \

@@ -115,7 +115,9 @@ def save_picture(path: Path, folder: Path, names: list[str]) -> None:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/digits_frameworks"))
     parser.add_argument("--max_train_steps", type=int, help="Fewer steps than the configurations', to try it out.")
     args = parser.parse_args()

@@ -87,7 +87,9 @@ class Way:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     device = best_device()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--networks", nargs="+", choices=list(TITLES), default=list(TITLES), help="With random weights.")
     which.add_argument("--checkpoint", help="A generative checkpoint in their place: folder or Hub id.")

@@ -191,7 +191,9 @@ def measured(variants: Variants, repeats: int, device: str) -> dict[str, dict[st
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--compile", action="store_true", help="Also compiled, which takes minutes.")
     add("--batch_size", type=int, default=64)

@@ -40,7 +40,9 @@ assert model(**processor(Image.new("RGB", (32, 32)), return_tensors="pt")).poole
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint of the first feature.")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/start.json"))

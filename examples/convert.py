@@ -22,7 +22,9 @@ from ddae_hf.conversion import FRAMEWORKS, Conversion, convert
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("checkpoint", help="The file.")
     add("--output_dir", required=True, help="Folder to write; it must not hold anything yet.")

@@ -27,10 +27,15 @@ from ddae_hf.conditioning import drop_labels, num_labels
 from ddae_hf.image_processing_ddae import as_rgb
 from pixels import Pixels, scaled
 from precision import fast_layout
+from ranges import check_ranges
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse options, those on the command line over those of the YAML file that `--config` names."""
+    """Parse options, those on the command line over those of the YAML file that `--config` names.
+
+    Options are spelt out: argparse would take `--conf FILE` for `--config`, whose options had then been left out.
+    """
+    parser.allow_abbrev = False
     parser.add_argument(
         "--config", help="YAML file of options; it names only what differs from `base` and the defaults."
     )
@@ -46,7 +51,9 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
             if options.get(action.dest) is not None:
                 parser.set_defaults(**{action.dest: _converted(parser, action, options[action.dest])})
                 action.required = False
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(parser, args)
+    return args
 
 
 def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -145,9 +152,6 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_loading_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Stop at options of `add_loading_arguments` that cannot work."""
-    for name, least in {"dataloader_num_workers": 0, "shuffle_buffer": 1}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least {least}.")
     if args.streaming and args.max_train_steps is None:
         parser.error("--streaming needs --max_train_steps: how many images an epoch has is not known.")
     if args.streaming and args.max_train_samples and args.dataloader_num_workers > 1:
@@ -159,9 +163,6 @@ def check_input_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
     if args.augment and (args.random_flip or args.class_conditional):
         other = "--random_flip" if args.random_flip else "--class_conditional"
         parser.error(f"--augment mirrors images itself, and takes the place of a class: leave out {other}.")
-    for name in ("augment", "label_dropout"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be between 0 and 1.")
     if args.class_conditional and args.label_dropout in (0, 1):
         parser.error(
             f"--label_dropout is {args.label_dropout:g}: the network must see both its classes and the null class."

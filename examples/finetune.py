@@ -18,8 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import time
+from collections import deque
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -45,8 +49,9 @@ from labelled import LabelledImages, add_label_arguments, classify, draw_fractio
 from latents import EncodedImages, one_view
 from metrics import classification_metrics
 from precision import fast_layout, made_fast
+from training_run import NUM_LOSSES, OPTIONS, check_weights, look, not_finite, write_options
 
-OPTIONS, PROGRESS, AVERAGED = "training_options.yaml", "progress.json", "averaged.safetensors"
+PROGRESS, AVERAGED, RESULTS = "progress.json", "averaged.safetensors", "eval_results.json"
 FREE = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "cache_dir", "config"}  # may differ in resuming
 FREE |= {"push_to_hub", "hub_model_id", "hub_private", "license"}
 
@@ -73,7 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layer_decay", type=float, default=1.0, help="Factor of the learning rate from one layer to the one before.")
     add("--lr_warmup_ratio", type=float, default=0.05, help="Part of the steps in which the learning rate rises.")
     add("--weight_decay", type=float, default=0.05, help="Of matrices and kernels.")
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient; 0 leaves it as it is.")
     add("--label_smoothing", type=float, default=0.0)
     add("--mixup", type=float, default=0.0, help="alpha of mixup's Beta(alpha, alpha); 0 mixes nothing.")
     add("--random_flip", action=flag, default=False, help="Mirror half of the images.")
@@ -89,18 +94,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Return the options, or stop at those that cannot work."""
-    for name in ("batch_size", "num_train_epochs", "max_train_steps", "checkpointing_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
-    for name in ("label_fraction", "layer_decay"):
-        if not 0 < getattr(args, name) <= 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be above 0 and at most 1.")
-    for name in ("label_smoothing", "lr_warmup_ratio", "ema_decay"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 0 and below 1.")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "mixup", "random_crop"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name} is {getattr(args, name)}: it must not be negative.")
     for name in ("random_flip", "random_crop"):
         if args.latents_dir is not None and getattr(args, name):
             parser.error(f"--{name}: images in --latents_dir were changed before they were encoded: leave it out.")
@@ -120,18 +113,34 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
             f"{folder} holds checkpoints of an earlier run: resume it (--resume_from_checkpoint latest), or choose "
             "another --output_dir."
         )
-    # What is written last is missing where saving was interrupted.
-    needed = [PROGRESS] if args.ema_decay is None else [PROGRESS, AVERAGED]
     folders = [Path(wanted)] if wanted not in (None, "latest") else found
     options = [f.parent / OPTIONS for f in folders if (f.parent / OPTIONS).is_file()]
     if options:
         check_same_run(args, options[-1])
-    complete = [f for f in folders if options and all((f / name).is_file() for name in needed)]
+    complete = [f for f in folders if options and is_complete(args, f)]
     if folders and not complete:
         raise SystemExit(
             f"--resume_from_checkpoint {wanted}: there is no checkpoint with a training state that is complete."
         )
     return complete[-1] if complete else None
+
+
+def is_complete(args: argparse.Namespace, checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to its end: what comes last is missing where that was interrupted."""
+    needed = [PROGRESS] if args.ema_decay is None else [PROGRESS, AVERAGED]
+    return all((checkpoint / name).is_file() for name in needed)
+
+
+def is_own(args: argparse.Namespace, checkpoint: Path) -> bool:
+    """Return whether a checkpoint is of the run that `--output_dir` holds."""
+    return checkpoint.parent.resolve() == Path(args.output_dir).resolve()
+
+
+def clear_rubbish(args: argparse.Namespace) -> None:
+    """Remove checkpoints whose writing was interrupted: Trainer counts them among those that it keeps."""
+    for folder in Path(args.output_dir).glob("checkpoint-*[0-9]"):
+        if not is_complete(args, folder) and not folder.is_symlink():
+            shutil.rmtree(folder)
 
 
 def check_same_run(args: argparse.Namespace, path: Path) -> None:
@@ -292,12 +301,28 @@ class Progress(TrainerCallback):
     def total(self) -> dict[str, float]:
         """Return the images and seconds of all runs."""
         seconds = self.before["seconds"] + time.monotonic() - self.started
-        return {"images": self.before["images"] + self.trainer.images_seen, "seconds": seconds}
+        images = self.before["images"] + self.trainer.images_seen
+        return {"images": images, "seconds": seconds, "num_images": len(self.trainer.train_dataset)}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add them to the checkpoint that Trainer has written."""
         if state.is_world_process_zero:
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS, self.total())
+
+
+class FiniteWeights(TrainerCallback):
+    """Stops a training before Trainer saves a loss or weights, or their averages, that are not finite."""
+
+    def __init__(self, trainer: FineTuner, averages: list[Tensor]):
+        self.trainer, self.averages = trainer, averages
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at them if they are about to be saved."""
+        if control.should_save:
+            weights = [*self.trainer.model.state_dict().values(), *self.averages]
+            losses, finite = look(self.trainer.accelerator, self.trainer.losses, weights)
+            if not finite:
+                raise self.trainer.not_finite(fmean(losses))
 
 
 class FineTuner(Trainer):
@@ -309,6 +334,7 @@ class FineTuner(Trainer):
     def __init__(self, options: argparse.Namespace, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.options, self.images_seen = options, 0
+        self.losses: deque[Tensor] = deque(maxlen=NUM_LOSSES)  # of the last batches
         groups = parameter_groups(self.model, options.learning_rate, options.layer_decay, options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
 
@@ -319,6 +345,9 @@ class FineTuner(Trainer):
             torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1, np.uint64)[0]))
             inputs = inputs | self.change(one_view(inputs["pixel_values"]), inputs["labels"])
             self.images_seen += len(inputs["labels"]) * self.args.world_size
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            self.losses.append(loss.detach())
+            return loss
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def change(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -336,8 +365,15 @@ class FineTuner(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and stop if the loss is no number."""
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise SystemExit(f"The loss is {logs['loss']}: lower --learning_rate, or train in higher precision.")
+            raise self.not_finite(logs["loss"])
         super().log(logs, *args, **kwargs)
+
+    def not_finite(self, loss: float) -> SystemExit:
+        """Return what stops a training that has failed; the learning rate is the classifier's, the largest."""
+        step, rate = self.state.global_step, max(group["lr"] for group in self.optimizer.param_groups)
+        found = [f for f in Path(self.args.output_dir).glob("checkpoint-*[0-9]") if is_complete(self.options, f)]
+        last = max(found, key=lambda f: int(f.name.split("-")[1]), default=None)
+        return not_finite(step, loss, rate, last, "it keeps its options, so start again in another --output_dir")
 
 
 def make_trainer(args: argparse.Namespace, model: DDAEForImageClassification, dataset: Dataset) -> FineTuner:
@@ -366,13 +402,20 @@ def train(args: argparse.Namespace, trainer: FineTuner, resume: Path | None) -> 
     """Train, leave the last weights or their averages in the model, and return how long it took."""
     progress, average = Progress(trainer, resume), None
     trainer.add_callback(progress)
+    if resume is not None:
+        check_batches(trainer, resume)
+        for name in ("model.safetensors", AVERAGED) if args.ema_decay is not None else ("model.safetensors",):
+            check_weights(resume, load_file(resume / name).values())
     if args.ema_decay is not None:
         average = AveragedWeights(trainer.model, args.ema_decay)
         trainer.add_callback(average)
         if resume is not None:
             average.load(resume)
+    trainer.add_callback(FiniteWeights(trainer, average.ema.shadow_params if average else []))
     if trainer.is_world_process_zero():
-        (Path(args.output_dir) / OPTIONS).write_text(yaml.safe_dump(vars(args), sort_keys=False), encoding="utf-8")
+        write_options(args, Path(args.output_dir))
+        if resume is not None and is_own(args, resume):
+            clear_rubbish(args)
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else TrainerState()
     if resume and state.global_step == state.max_steps:
         trainer.state = state  # Trainer would go one step too far
@@ -383,12 +426,13 @@ def train(args: argparse.Namespace, trainer: FineTuner, resume: Path | None) -> 
     if average is not None:
         average.ema.copy_to(average.parameters.values())
     seconds = total["seconds"] - progress.before["seconds"]
+    timed = (trainer.images_seen, seconds) if trainer.images_seen else (total["images"], progress.before["seconds"])
     return {
         "steps": trainer.state.global_step,
         "images": total["images"],
         "train_seconds": round(total["seconds"], 1),
         "train_seconds_this_run": round(seconds, 1),
-        "images_per_second": round(trainer.images_seen / seconds, 1),
+        "images_per_second": round(timed[0] / timed[1], 1),
     }
 
 
@@ -399,6 +443,18 @@ def test(trainer: FineTuner, data: LabelledImages) -> dict[str, float]:
     figures |= trainer.evaluate(data.dataset("test", own), metric_key_prefix="test_own_noise")
     wanted = ("_loss", "_accuracy", "_f1", "_precision", "_recall")
     return {name: value for name, value in figures.items() if name.endswith(wanted)}
+
+
+def check_batches(trainer: FineTuner, resume: Path) -> None:
+    """Stop if steps are of other batches than before: Trainer would go on at another place, or not at all."""
+    processes, now = len(list(resume.glob("rng_state*.pth"))), trainer.args.world_size
+    images = json.loads((resume / PROGRESS).read_text()).get("num_images")  # which version 0.1.0 did not note
+    if processes != now:
+        raise SystemExit(f"{resume} was trained by {processes} process(es), and here are {now}: start as many as then.")
+    if images not in (None, len(trainer.train_dataset)):
+        raise SystemExit(
+            f"{resume} was trained on {images} images, and here are {len(trainer.train_dataset)}: give the same images."
+        )
 
 
 def table(report: dict[str, Any]) -> str:
@@ -421,7 +477,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     prepare(args)
     started = time.monotonic()
-    resume = checkpoint_to_resume(args)
+    resume, output = checkpoint_to_resume(args), Path(args.output_dir)
+    if resume is not None and is_own(args, resume) and (output / RESULTS).is_file():  # which is written last
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{output} is complete, its figures are in {RESULTS}: there is nothing left to do.")
+            publish(args, output, "Fine-tune")
+        return
     try:
         processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
         data = open_data(args, processor, DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir))
@@ -441,14 +502,14 @@ def main(argv: list[str] | None = None) -> None:
     report |= machine(trainer.args.device.type, trainer.args.world_size)
     if trainer.is_world_process_zero():
         whole = with_vae(args, model, data.folder) if isinstance(data, EncodedImages) else model
-        whole.save_pretrained(args.output_dir)
-        processor.save_pretrained(args.output_dir)
+        whole.save_pretrained(output)
+        processor.save_pretrained(output)
         if whole is not model:
-            right = classify(args.output_dir, data.pixels) == data.labels["test"]
+            right = classify(output, data.pixels) == data.labels["test"]
             report["saved_classifier_test_accuracy"] = float(right.mean())
-        write_json(Path(args.output_dir) / "eval_results.json", report)
-        print(f"{table(report)}\n\nThe classifier is in {args.output_dir}.")
-        publish(args, Path(args.output_dir), "Fine-tune")
+        write_json(output / RESULTS, report)
+        print(f"{table(report)}\n\nThe classifier is in {output}.")
+        publish(args, output, "Fine-tune")
 
 
 if __name__ == "__main__":

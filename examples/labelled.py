@@ -158,6 +158,8 @@ def save_classifier(
     weights; of a denoiser that was fine-tuned, and generates no more, the whole classifier. `options` are those of its
     configuration, such as `layer` and `sigma`, and of `from_pretrained`.
     """
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise SystemExit("The classifier's weights are no finite numbers: it is not saved. Regularise it more.")
     model = DDAEForImageClassification.from_pretrained(
         checkpoint,
         feature_norm="none",

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from data import add_data_arguments, best_device, flip, images_hash, parse_with_config, random_crop
+from data import add_data_arguments, best_device, flip, images_hash, parse_with_config, random_crop, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
 from ddae_hf.arrays import fill, written_whole
 from ddae_hf.checkpoints import fingerprint
@@ -38,6 +38,7 @@ from ddae_hf.hidden_states import check_layers
 from ddae_hf.noise import check_sigma, indexed_noise
 from labelled import LabelledImages, add_label_arguments, check_null_class, ready
 from noisy_networks import NoiseConditionalMLP, WideResNet
+from training_run import check_weights, largest, not_finite
 
 TEST_VIEW, FIRST_TRAIN_VIEW = 1, 2  # training and test images never share noise
 # What both the stored features and the Wide ResNet depend on; then either one alone.
@@ -80,13 +81,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise_seed", type=int, default=0, help="Seed of levels and noise of stored features and test images.")
     add("--seed", type=int, default=0, help="Seed of everything else that is random in training.")
     args = parse_with_config(parser, argv)
-    counts = ("num_views", "hidden_size", "num_hidden_layers", "num_train_epochs", "train_batch_size", "batch_size")
-    for name in (*counts, "wide_resnet_steps", "wide_resnet_batch_size", "checkpointing_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
-    for name in ("wide_resnet", "random_crop", "noise_seed", "seed"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} is {getattr(args, name)}: it must not be negative.")
     if not 0 < args.sigma_min < args.sigma_max:
         parser.error(f"--sigma_min is {args.sigma_min:g} and --sigma_max {args.sigma_max:g}: 0 < min < max must hold.")
     args.sigmas = sorted(args.sigmas or np.geomspace(args.sigma_min, args.sigma_max, 8).tolist())
@@ -148,7 +142,10 @@ def store_view(
             images = changed(args, images)  # drawn in order: also of the images whose features are there
             if rows.start >= start:
                 clean, noise = draw(model, images, range(count)[rows], args.noise_seed, FIRST_TRAIN_VIEW + view)
-                yield {name: features(model, args.layers, clean, noise, sigmas[rows].to(model.device))}
+                found = features(model, args.layers, clean, noise, sigmas[rows].to(model.device))
+                if not found.isfinite().all():
+                    raise SystemExit("Some features are no finite numbers: the network overflows, run it in float32.")
+                yield {name: found}
 
     return fill(Path(args.output_dir) / "features", {name: (size,)}, count, batches)[name], sigmas
 
@@ -177,15 +174,32 @@ def train_mlp(
             loss.backward()
             optimizer.step()
         schedule.step()
+    check_finite(mlp.state_dict(), loss, len(passes), args.learning_rate, "--learning_rate")
     save(mlp, Path(args.output_dir) / "mlp", config | {"layers": args.layers})
     return mlp.eval()
+
+
+def check_finite(
+    state: dict[str, Tensor], loss: Tensor, step: int, rate: float, option: str, saved: Path | None = None
+) -> None:
+    """Stop unless the last loss and all that is about to be saved are finite."""
+    if not (loss.isfinite() and largest(state.values()).isfinite()):
+        checkpoint = saved if saved is not None and saved.exists() else None
+        how = "it keeps its options, so start again in another --output_dir"
+        raise not_finite(step, loss.item(), rate, checkpoint, how, option)
 
 
 def save(network: nn.Module, folder: Path, config: dict[str, Any]) -> None:
     """Write a network's weights, and what it is built from as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(network.state_dict(), folder / "model.safetensors")
+    write_json(folder / "config.json", config)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """Write a file complete or not at all."""
+    with written_whole(path) as partial:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata=metadata or None)
 
 
 def training_steps(
@@ -225,18 +239,18 @@ def train_wide_resnet(args: argparse.Namespace, model: DDAEModel, data: Labelled
         optimizer.step()
         progress.update()
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
-            save_state(folder / "state.safetensors", network, optimizer, step + 1)
+            save_state(folder / "state.safetensors", network, optimizer, step + 1, loss)
             progress.set_postfix(loss=f"{loss.item():.3f}")
     save(network, folder, config)
     return network.eval()
 
 
-def save_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write weights, statistics, momentum and step."""
+def save_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int, loss: Tensor) -> None:
+    """Write weights, statistics, momentum and step, or stop if they or the loss are not finite."""
     momentum = {f"momentum.{n}": optimizer.state[p]["momentum_buffer"] for n, p in network.named_parameters()}
-    tensors = {name: value.contiguous() for name, value in (network.state_dict() | momentum).items()}
-    with written_whole(path) as partial:
-        save_file(tensors, partial, metadata={"step": str(step)})
+    state = network.state_dict() | momentum
+    check_finite(state, loss, step, optimizer.param_groups[0]["lr"], "--wide_resnet_learning_rate", path)
+    write_tensors(state, path, step=str(step))
 
 
 def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -245,6 +259,7 @@ def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer)
         return 0
     with safe_open(path, "pt") as file:
         network.load_state_dict({name: file.get_tensor(name) for name in network.state_dict()})
+        check_weights(path, network.state_dict().values())
         for name, parameter in network.named_parameters():
             buffer = torch.empty_like(parameter).copy_(file.get_tensor(f"momentum.{name}"))
             optimizer.state[parameter]["momentum_buffer"] = buffer
@@ -322,7 +337,7 @@ def check_folder(args: argparse.Namespace, name: str, names: list[str], **more: 
     if different := sorted(name for name in options if options[name] != old.get(name)):
         raise SystemExit(f"{path.parent} was made with other options ({', '.join(different)}): choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    write_json(path, options)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -368,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     report["test_accuracies"] = accuracies(args, model, data, predictors)
     report["seconds_this_run"] = round(time.monotonic() - started, 1)
     folder = Path(args.output_dir)
-    (folder / "eval_results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "eval_results.json", report)
     plot(folder / "accuracy.png", report)
     print(f"{table(report)}\n\nThe curves are in {folder / 'accuracy.png'}.")
 

@@ -44,6 +44,8 @@ def train_online(sweep: Sweep, layers: list[str], sigma: float, rows: np.ndarray
             schedule.step()
             progress.update()
     progress.close()
+    if not loss.isfinite():
+        raise SystemExit(f"The loss of the probes is {loss.item()} at sigma {sigma:g}: lower --learning_rate.")
     return probes.eval()
 
 

@@ -58,7 +58,16 @@ from hub import PRIVATE, add_hub_arguments, prepare, publish
 from latents import one_view
 from precision import has_bfloat16, made_fast
 from training_data import TrainingData, add_latent_arguments, check_latent_arguments, load_training_data
-from training_run import LATENTS, Progress, Run, checkpoint_to_resume, mean
+from training_run import (
+    LATENTS,
+    NUM_LOSSES,
+    Progress,
+    Run,
+    check_batches,
+    checkpoint_to_resume,
+    is_finished,
+    read_options,
+)
 
 logger = get_logger(__name__)
 
@@ -105,12 +114,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=0.0)
     add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient; 0 leaves it as it is.")
     add("--ema_decay", type=float, default=0.9999, help="Decay of the averaged weights after its ramp.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default what accelerate is configured for.")
     add("--allow_tf32", action=argparse.BooleanOptionalAction, default=False)
     add("--checkpointing_steps", type=int, default=5000, help="Save a checkpoint, ready to resume, every N steps.")
-    add("--checkpoints_total_limit", type=int, help="Keep only the newest N checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Keep only the newest N checkpoints; by default all.")
     add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest` for the newest in --output_dir.")
     add("--sample_steps", type=int, default=5000, help="Draw a grid of samples every N steps; 0 draws none.")
     add("--num_samples", type=int, default=64, help="Images in the grid.")
@@ -123,14 +132,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--report_to", help="Tracker: tensorboard, wandb, ...; none by default.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, inside --output_dir.")
     args = parse_with_config(parser, argv)
-    counts = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps")
-    for name in (*counts, "max_train_steps", "num_samples", "num_inference_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
     if labels := sorted({"num_class_embeds", "num_embeds_ada_norm"} & set(args.denoiser)):
         parser.error(f"--denoiser has {labels[0]}: leave it out, --class_conditional takes it from the data set.")
-    if not 0 <= args.low_resolution_share <= 1:
-        parser.error(f"--low_resolution_share is {args.low_resolution_share}: it must be between 0 and 1.")
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
     check_latent_arguments(parser, args)
@@ -178,7 +181,7 @@ def new_networks(args: argparse.Namespace, num_classes: int, latents: LatentFold
 
 def check_same_run(args: argparse.Namespace, resume: Path, data: TrainingData, denoiser: Any, scheduler: Any) -> None:
     """Stop if the options describe another network, scheduler or objective than those of the run that is resumed."""
-    trained = yaml.safe_load((resume / "training_options.yaml").read_text(encoding="utf-8"))
+    trained = read_options(resume)
     latents = json.loads((resume / LATENTS).read_text(encoding="utf-8")) if (resume / LATENTS).is_file() else None
     # Version 0.1.0 had no such option, and squashed.
     (trained if latents is None else latents).setdefault("center_crop", False)
@@ -192,6 +195,8 @@ def check_same_run(args: argparse.Namespace, resume: Path, data: TrainingData, d
         "log_sigma",
     )
     objective += ("low_resolution", "low_resolution_share") if args.low_resolution else ("low_resolution",)
+    objective += ("seed", "streaming")  # and with a stream what its order depends on
+    objective += ("shuffle_buffer", "dataloader_num_workers") if args.streaming else ()
     pairs = [({name: getattr(args, name) for name in objective}, trained)]
     pairs.append(({"latents": data.described}, {"latents": latents}))
     if not args.init_from and not trained.get("init_from"):
@@ -289,11 +294,18 @@ def seed_step(args: argparse.Namespace, accelerator: Accelerator, batch_index: i
 
 
 def batches_from(accelerator: Accelerator, dataloader: Any, progress: Progress) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches without end, from where `progress` is, which whoever takes them counts."""
+    """Yield batches without end, from where `progress` is, which whoever takes them counts; stop if none come."""
     while True:
         dataloader.set_epoch(progress.epoch)
-        done = progress.batch
-        yield from accelerator.skip_first_batches(dataloader, done) if done else dataloader
+        done, came = progress.batch, False
+        for batch in accelerator.skip_first_batches(dataloader, done) if done else dataloader:
+            came = True
+            yield batch
+        if not came:
+            raise SystemExit(
+                f"Epoch {progress.epoch + 1} has no batch after the {done} that are done, and needs more than those: "
+                "give the images, the --train_batch_size and the number of processes that the run began with."
+            )
 
 
 @dataclasses.dataclass
@@ -308,13 +320,15 @@ class Training:
     run: Run
     total_steps: int
     step: int
-    losses: deque[torch.Tensor] = dataclasses.field(default_factory=lambda: deque(maxlen=100))  # the last batches'
+    losses: deque[torch.Tensor]  # the last batches'
 
 
 def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Training:
     """Return a training, from the start or from a checkpoint, or stop if it cannot be."""
     resume = checkpoint_to_resume(args)
     data = load_training_data(args)
+    if resume is not None:
+        check_batches(args, resume, accelerator.num_processes, None if args.streaming else len(data.dataset))
     try:
         network, ema_denoiser, scheduler = build_networks(args, resume, data)
     except ValueError as error:
@@ -338,10 +352,11 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Training:
     schedule = {"num_warmup_steps": args.lr_warmup_steps * processes, "num_training_steps": total_steps * processes}
     lr_scheduler = accelerator.prepare(get_scheduler(args.lr_scheduler, optimizer, **schedule))
     run = Run(args, accelerator, ema_denoiser, scheduler, data)
-    step = run.start(resume)
-    if step >= total_steps:
-        raise SystemExit(f"{resume} is at step {step} of the {total_steps} asked for: there is nothing left to train.")
-    return Training(denoiser, scheduler, optimizer, lr_scheduler, dataloader, run, total_steps, step)
+    step = run.start(resume, optimizer, lr_scheduler)
+    if step > total_steps:
+        raise SystemExit(f"{resume} is at step {step}, beyond the {total_steps} asked for: resume an earlier one.")
+    losses = deque(torch.tensor(run.progress.losses, device=accelerator.device), maxlen=NUM_LOSSES)
+    return Training(denoiser, scheduler, optimizer, lr_scheduler, dataloader, run, total_steps, step, losses)
 
 
 def training_steps(args: argparse.Namespace, accelerator: Accelerator, training: Training) -> Iterator[int]:
@@ -349,6 +364,8 @@ def training_steps(args: argparse.Namespace, accelerator: Accelerator, training:
     denoiser, run = training.denoiser, training.run
     network = accelerator.unwrap_model(denoiser, keep_torch_compile=False)
     denoiser.train()
+    if training.step == training.total_steps:
+        return
     for batch in batches_from(accelerator, training.dataloader, run.progress):
         seed_step(args, accelerator, run.progress.batches)
         with accelerator.accumulate(denoiser):
@@ -359,7 +376,7 @@ def training_steps(args: argparse.Namespace, accelerator: Accelerator, training:
             levels = {"class_labels": labels, "log_normal": args.log_sigma}
             loss = denoising_loss(denoiser, training.scheduler, clean, **levels).mean()
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
+            if accelerator.sync_gradients and args.max_grad_norm:
                 accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
             training.optimizer.step()
             training.lr_scheduler.step()
@@ -379,18 +396,29 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Train, and leave checkpoints, samples and the result in `--output_dir`."""
     training = set_up(args, accelerator)
     denoiser, run, total = training.denoiser, training.run, training.total_steps
+    if is_finished(args, total):
+        accelerator.end_training()
+        return
+    if sampled(args, training.step) and not run.picture(training.step).is_file():  # interrupted before it was drawn
+        run.sample(training.step)
     hidden = not accelerator.is_local_main_process
     bar = tqdm(initial=training.step, total=total, desc="Training", disable=hidden)
     for step in training_steps(args, accelerator, training):
         bar.update()
-        if step % 10 == 0 or step == total:
-            run.log(step, training.losses, training.lr_scheduler.get_last_lr()[0], bar)
-        if step % args.checkpointing_steps == 0:
+        saved = step % args.checkpointing_steps == 0
+        if step % 10 == 0 or saved or sampled(args, step) or step == total:
+            run.look(denoiser, step, training.losses, training.lr_scheduler.get_last_lr()[0], bar)
+        if saved:
             run.checkpoint(denoiser, step)
-        if args.sample_steps and step % args.sample_steps == 0:
+        if sampled(args, step):
             run.sample(step)
     bar.close()
-    run.finish(denoiser, training.step, mean(training.losses))
+    run.finish(denoiser, training.step)
+
+
+def sampled(args: argparse.Namespace, step: int) -> bool:
+    """Return whether a grid of samples is drawn after a step."""
+    return step > 0 and args.sample_steps > 0 and step % args.sample_steps == 0
 
 
 def main(argv: list[str] | None = None) -> None:

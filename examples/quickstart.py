@@ -95,7 +95,9 @@ def save_comparison(path: Path, samples: list[Image.Image], real: np.ndarray) ->
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--max_train_steps", type=int, help="Fewer steps than the configuration's, to try it out.")
     args = parser.parse_args(argv)

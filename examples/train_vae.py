@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import json
-import math
-import shutil
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,23 @@ from ddae_hf import DDAEImageProcessor, DDAEPipeline
 from facts import data_facts, machine
 from precision import made_fast
 from pretrain import batches_from, make_accelerator, seed_step
-from training_run import PROGRESS, Progress, checkpoint_to_resume, mean, saved_checkpoints
+from training_run import (
+    NUM_LOSSES,
+    RESULTS,
+    Progress,
+    check_batches,
+    check_weights,
+    checkpoint_to_resume,
+    clear_rubbish,
+    is_finished,
+    last_checkpoint,
+    look,
+    not_finite,
+    read_options,
+    restore,
+    write_checkpoint,
+    write_options,
+)
 
 logger = get_logger(__name__)
 
@@ -95,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--learning_rate", type=float, default=1e-3)
     add("--lr_scheduler", default="cosine", choices=[s.value for s in SchedulerType])
     add("--lr_warmup_steps", type=int, default=100)
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient; 0 leaves it as it is.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default what accelerate is configured for.")
     add("--allow_tf32", action=flag, default=False)
     add("--dataloader_num_workers", type=int, default=0, help="Processes that decode images.")
@@ -108,13 +122,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     widths = args.vae.get("block_out_channels", [64]) if isinstance(args.vae, dict) else None
     if not (isinstance(widths, list) and widths):
         parser.error(f"--vae is {args.vae!r}: it must be options, such as {{block_out_channels: [16, 32, 64]}}.")
-    counts = ("resolution", "held_out", "train_batch_size", "num_train_epochs", "checkpointing_steps")
-    for name in (*counts, "max_train_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
-    for name in ("kl_weight", "lr_warmup_steps", "dataloader_num_workers"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} is {getattr(args, name)}: it must not be negative.")
     return args
 
 
@@ -198,38 +205,12 @@ def measure(
     }
 
 
-def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, progress: Progress) -> None:
-    """Write `checkpoint-STEP`, complete or not at all, in place of the one before it."""
-    partial = Path(args.output_dir, "partial-checkpoint")
-    final = Path(args.output_dir, f"checkpoint-{progress.batches}")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial / "state"))
-    accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
-    if accelerator.is_main_process:
-        write_json(partial / PROGRESS, dataclasses.asdict(progress))
-        write_options(args, partial)
-        partial.rename(final)
-        for old in saved_checkpoints(args.output_dir)[:-1]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def write_options(args: argparse.Namespace, folder: Path) -> None:
-    """Write the options, from which a run can be repeated."""
-    (folder / "training_options.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=False), encoding="utf-8")
-
-
-def restore(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path) -> Progress:
-    """Load a checkpoint and return how far it has come, or stop if it is of another run or needs no more training."""
-    trained = yaml.safe_load((checkpoint / "training_options.yaml").read_text(encoding="utf-8"))
+def check_same_run(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Stop if the options describe another autoencoder or objective than those of the run that is resumed."""
+    trained = read_options(checkpoint)
     trained.setdefault("center_crop", False)  # version 0.1.0 had no such option, and squashed
     if different := [name for name in TRAINED if getattr(args, name) != trained[name]]:
         raise SystemExit(f"The checkpoint to resume was trained with other options: {', '.join(different)} differ.")
-    accelerator.load_state(str(checkpoint / "state"))
-    logger.info(f"Resuming from {checkpoint}.")
-    return Progress(**json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
 
 
 def finish(args: argparse.Namespace, vae: AutoencoderKL, images: Dataset, held_out: Dataset) -> dict[str, Any]:
@@ -247,11 +228,26 @@ def finish(args: argparse.Namespace, vae: AutoencoderKL, images: Dataset, held_o
     }
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Train, from the start or from a checkpoint, and leave the result in `--output_dir`."""
-    resume, processes = checkpoint_to_resume(args), accelerator.num_processes
-    vae = new_vae(args)
-    images, held_out = split_images(args, processes)
+@dataclasses.dataclass
+class Training:
+    """What a training step works on, ready for the device, and how far the training is."""
+
+    vae: AutoencoderKL
+    autoencoder: Any
+    optimizer: Any
+    lr_scheduler: Any
+    dataloader: Any
+    progress: Progress
+    total_steps: int
+    losses: deque[Tensor]  # the last batches'
+
+
+def set_up(args: argparse.Namespace, accelerator: Accelerator, images: Dataset, resume: Path | None) -> Training:
+    """Return a training, from the start or from a checkpoint, or stop if it cannot be."""
+    vae, processes = new_vae(args), accelerator.num_processes
+    if resume is not None:
+        check_same_run(args, resume)
+        check_batches(args, resume, processes, len(images))
     optimizer = torch.optim.AdamW(vae.parameters(), args.learning_rate, weight_decay=0.0, fused=True)
     batches = training_batches(args, images, vae, 0)
     made_fast(vae, accelerator.device)
@@ -260,48 +256,78 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # accelerate advances the schedule once for every process.
     schedule = {"num_warmup_steps": args.lr_warmup_steps * processes, "num_training_steps": total_steps * processes}
     lr_scheduler = accelerator.prepare(get_scheduler(args.lr_scheduler, optimizer, **schedule))
-    progress = restore(args, accelerator, resume) if resume else Progress()
-    first, started = dataclasses.replace(progress), time.monotonic()
-    if progress.batches >= total_steps:
-        raise SystemExit(f"{resume} is at step {progress.batches} of the {total_steps} asked for: nothing is left.")
-    logger.info(f"Training on {len(images)} images of {args.resolution} pixels, {len(held_out)} are held out.")
-    bar = tqdm(initial=first.batches, total=total_steps, disable=not accelerator.is_local_main_process)
-    losses: deque[Tensor] = deque(maxlen=100)
-    for batch in batches_from(accelerator, dataloader, progress):
+    progress = Progress()
+    if resume is not None:
+        progress = restore(accelerator, optimizer, lr_scheduler, resume)
+        check_weights(resume, vae.state_dict().values())
+    if progress.batches > total_steps:
+        raise SystemExit(
+            f"{resume} is at step {progress.batches}, beyond the {total_steps} asked for: resume an earlier one."
+        )
+    progress.num_images = len(images)
+    losses = deque(torch.tensor(progress.losses, device=accelerator.device), maxlen=NUM_LOSSES)
+    return Training(vae, autoencoder, optimizer, lr_scheduler, dataloader, progress, total_steps, losses)
+
+
+def training_steps(args: argparse.Namespace, accelerator: Accelerator, training: Training) -> Iterator[int]:
+    """Train, and yield the number of every step that is done, up to the last."""
+    progress, before, started = training.progress, training.progress.seconds, time.monotonic()
+    if progress.batches == training.total_steps:
+        return
+    for batch in batches_from(accelerator, training.dataloader, progress):
         seed_step(args, accelerator, progress.batches)
-        clean, _ = training_inputs(args, batch, vae)
-        loss = reconstruction_loss(args, clean, *autoencoder(clean))
+        clean, _ = training_inputs(args, batch, training.vae)
+        loss = reconstruction_loss(args, clean, *training.autoencoder(clean))
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(autoencoder.parameters(), args.max_grad_norm)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        progress.count(len(clean) * processes, accelerator.gradient_state.end_of_dataloader)
-        progress.seconds = first.seconds + time.monotonic() - started
+        if args.max_grad_norm:
+            accelerator.clip_grad_norm_(training.autoencoder.parameters(), args.max_grad_norm)
+        training.optimizer.step()
+        training.lr_scheduler.step()
+        training.optimizer.zero_grad()
+        training.losses.append(loss.detach())
+        progress.count(len(clean) * accelerator.num_processes, accelerator.gradient_state.end_of_dataloader)
+        progress.seconds = before + time.monotonic() - started
+        yield progress.batches
+        if progress.batches == training.total_steps:
+            return
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Train, and leave checkpoints, the result and what was measured in `--output_dir`."""
+    resume = checkpoint_to_resume(args)
+    images, held_out = split_images(args, accelerator.num_processes)
+    training = set_up(args, accelerator, images, resume)
+    if accelerator.is_main_process:
+        clear_rubbish(args.output_dir)
+    if is_finished(args, training.total_steps):
+        accelerator.end_training()
+        return
+    progress, first = training.progress, dataclasses.replace(training.progress)
+    logger.info(f"Training on {len(images)} images of {args.resolution} pixels, {len(held_out)} are held out.")
+    bar = tqdm(initial=first.batches, total=training.total_steps, disable=not accelerator.is_local_main_process)
+    for step in training_steps(args, accelerator, training):
         bar.update()
-        done = progress.batches == total_steps
-        if progress.batches % 10 == 0 or done:
-            if not math.isfinite(last := mean(losses)):
-                raise SystemExit(f"The loss is {last} at step {progress.batches}: lower --learning_rate.")
-            bar.set_postfix(loss=f"{last:.5f}", lr=f"{lr_scheduler.get_last_lr()[0]:.1e}")
-        if progress.batches % args.checkpointing_steps == 0:
-            save_checkpoint(args, accelerator, progress)
-        if done:
-            break
+        saved = step % args.checkpointing_steps == 0
+        if step % 10 == 0 or saved or step == training.total_steps:
+            rate = training.lr_scheduler.get_last_lr()[0]
+            progress.losses, finite = look(accelerator, training.losses, training.vae.state_dict().values())
+            if not finite:
+                raise not_finite(step, progress.loss(), rate, last_checkpoint(args, step), "resume from it")
+            bar.set_postfix(loss=f"{progress.loss():.5f}", lr=f"{rate:.1e}")
+        if saved:
+            write_checkpoint(args, accelerator, progress, step, 1, lambda folder: write_options(args, folder))
     bar.close()
     if accelerator.is_main_process:
-        seconds = progress.seconds - first.seconds
         results = {
             "steps": progress.batches,
-            "loss_last_100_batches": mean(losses),
-            **finish(args, vae, images, held_out),
+            "loss_last_100_batches": progress.loss(),
+            **finish(args, training.vae, images, held_out),
             "images": progress.images,
             "seconds": round(progress.seconds, 1),
-            "images_per_second": round((progress.images - first.images) / seconds, 1),
-            **machine(accelerator.device.type, processes),
+            "images_per_second": progress.images_per_second(first),
+            **machine(accelerator.device.type, accelerator.num_processes),
         }
-        write_json(Path(args.output_dir, "train_results.json"), results)
+        write_json(Path(args.output_dir, RESULTS), results)
         logger.info(f"PSNR {results['held_out']['psnr']:.2f} dB on held-out images; saved {args.output_dir}.")
     accelerator.end_training()
 

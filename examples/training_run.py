@@ -10,7 +10,9 @@ import math
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from tqdm.auto import tqdm
 
 from data import image_grid, write_json
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
+from ddae_hf.arrays import write_text, written_whole
 from ddae_hf.conditioning import default_null_class, num_labels
 from facts import base_model, machine
 from training_data import TrainingData
@@ -29,6 +32,8 @@ from training_data import TrainingData
 logger = get_logger(__name__)
 
 PROGRESS, LATENTS = Path("state") / "progress.json", Path("state") / "latents.json"
+OPTIONS, RESULTS = "training_options.yaml", "train_results.json"
+NUM_LOSSES = 100  # batches over which the loss is averaged
 
 
 @dataclasses.dataclass
@@ -40,11 +45,38 @@ class Progress:
     batches: int = 0  # those of all epochs
     images: int = 0
     seconds: float = 0.0
+    num_images: int | None = None  # of the data set; of a stream nobody knows it
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the last batches, as they were last looked at
 
     def count(self, images: int, last: bool) -> None:
         """Add a batch, which may be the last of its epoch."""
         self.batches, self.images = self.batches + 1, self.images + images
         self.epoch, self.batch = (self.epoch + 1, 0) if last else (self.epoch, self.batch + 1)
+
+    def loss(self) -> float | None:
+        """Return the mean of the last losses; a checkpoint of version 0.1.0 has kept none."""
+        return fmean(self.losses) if self.losses else None
+
+    def images_per_second(self, resumed: Progress) -> float:
+        """Return the rate since `resumed`, or the rate until then if nothing was left to train."""
+        if self.images == resumed.images:
+            return round(resumed.images / resumed.seconds, 1)
+        return round((self.images - resumed.images) / (self.seconds - resumed.seconds), 1)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Return how far a run had come when it wrote a checkpoint."""
+    return Progress(**json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+
+
+def read_options(checkpoint: Path) -> dict[str, Any]:
+    """Return the options of the run that wrote a checkpoint."""
+    return yaml.safe_load((checkpoint / OPTIONS).read_text(encoding="utf-8"))
+
+
+def write_options(args: argparse.Namespace, folder: Path) -> None:
+    """Write the options, from which a run can be repeated, complete or not at all."""
+    write_text(folder / OPTIONS, yaml.safe_dump(vars(args), sort_keys=False))
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
@@ -74,6 +106,173 @@ def saved_checkpoints(output_dir: str) -> list[Path]:
     return sorted(folders, key=lambda f: int(f.name.split("-")[1]))
 
 
+def check_batches(args: argparse.Namespace, checkpoint: Path, processes: int, num_images: int | None) -> None:
+    """Stop unless this run cuts epochs into the checkpoint's batches, without which its place in one is another.
+
+    As many images in a batch of all processes are enough: how many processes share it does not change their order.
+    """
+    options, before = read_options(checkpoint), len(list((checkpoint / "state").glob("random_states_*")))
+    size = options["train_batch_size"] * before
+    if args.train_batch_size * processes != size:
+        advice = f"give --train_batch_size {size // processes}"
+        if size % processes:
+            advice = f"give a number of processes by which {size} can be divided"
+        raise SystemExit(
+            f"{checkpoint} was trained on batches of {size} images (--train_batch_size {options['train_batch_size']}, "
+            f"processes: {before}), and this run would train on {args.train_batch_size * processes} "
+            f"(--train_batch_size {args.train_batch_size}, processes: {processes}). Which images of its epoch are done "
+            f"would not be known: {advice}{_or_begin_anew(args, checkpoint)}."
+        )
+    trained = read_progress(checkpoint).num_images
+    if None not in (trained, num_images) and trained != num_images:
+        raise SystemExit(
+            f"{checkpoint} was trained on {trained} images, and here are {num_images}. Which of them are done would "
+            f"not be known: give the same images{_or_begin_anew(args, checkpoint)}."
+        )
+
+
+def _or_begin_anew(args: argparse.Namespace, checkpoint: Path) -> str:
+    """Return how another run can start from the same weights, if the script can do that."""
+    return f", or begin another run from its weights (--init_from {checkpoint})" if hasattr(args, "init_from") else ""
+
+
+def is_finished(args: argparse.Namespace, step: int) -> bool:
+    """Return whether a run that is resumed has left all it leaves, after so many steps; its results come last."""
+    path = Path(args.output_dir) / RESULTS
+    if args.resume_from_checkpoint is None or not path.is_file():
+        return False
+    finished = json.loads(path.read_text(encoding="utf-8"))["steps"] == step
+    if finished:
+        logger.info(f"{args.output_dir} is complete, after {step} steps: there is nothing left to do.")
+    return finished
+
+
+def restore(accelerator: Accelerator, optimizer: Any, lr_scheduler: Any, checkpoint: Path) -> Progress:
+    """Load accelerate's part of a checkpoint, and return how far it had come.
+
+    The learning rate, and what else options say of the optimiser, are this run's: `not_finite` asks for a lower rate.
+    """
+    given = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    rates, schedule = lr_scheduler.scheduler.base_lrs, lr_scheduler.scheduler
+    accelerator.load_state(str(checkpoint / "state"))
+    # accelerate advances a schedule once for every process, and their number may be another now.
+    before = len(list((checkpoint / "state").glob("random_states_*")))
+    schedule.last_epoch = schedule.last_epoch // before * accelerator.num_processes
+    schedule.base_lrs = rates
+    for group, options, rate, factor in zip(optimizer.param_groups, given, rates, schedule.lr_lambdas, strict=True):
+        group.update(options | {"lr": rate * factor(schedule.last_epoch)})
+    logger.info(f"Resuming from {checkpoint}.")
+    return read_progress(checkpoint)
+
+
+def largest(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the largest magnitude of weights, which is finite if all are."""
+    return torch.nn.utils.get_total_norm([w for w in weights if w.is_floating_point()], math.inf).float()
+
+
+def look(
+    accelerator: Accelerator, losses: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]
+) -> tuple[list[float], bool]:
+    """Return the last losses, as means over all processes, and whether these and all weights are finite.
+
+    Every process must ask, and all get the same answer: none waits for one that has stopped.
+    """
+    seen = accelerator.reduce(torch.stack([*(loss.float() for loss in losses), largest(weights)]), "mean")
+    return seen[:-1].tolist(), bool(seen.isfinite().all())
+
+
+def check_weights(checkpoint: Path, weights: Iterable[torch.Tensor]) -> None:
+    """Stop if a checkpoint to resume, as version 0.1.0 could write it, is not finite."""
+    if not largest(weights).isfinite():
+        raise SystemExit(f"{checkpoint} holds weights that are no finite numbers: resume an earlier one.")
+
+
+def not_finite(
+    step: int, loss: float | None, rate: float, checkpoint: Path | None, how: str, option: str = "--learning_rate"
+) -> SystemExit:
+    """Return what stops a run whose loss or weights are not finite.
+
+    Args:
+        step: The step at which that was seen.
+        loss: The last loss, or the mean of the last ones.
+        rate: Learning rate then.
+        checkpoint: The last good checkpoint, if there is any.
+        how: What can be done with it.
+        option: Name of the learning rate's option.
+    """
+    what = f"The loss is {loss}"
+    if loss is not None and math.isfinite(loss):
+        what = f"Some weights are no finite numbers, after a loss of {loss:.4g},"
+    last = (
+        f"{checkpoint} is the last good checkpoint: {how}" if checkpoint else "There is no checkpoint yet: start again"
+    )
+    return SystemExit(
+        f"{what} at step {step}, at a learning rate of {rate:.3g}; none of it is saved. {last} with a lower "
+        f"{option}, or in higher precision."
+    )
+
+
+def last_checkpoint(args: argparse.Namespace, step: int) -> Path | None:
+    """Return the newest checkpoint until a step, be it the one that was resumed."""
+    found = [f for f in saved_checkpoints(args.output_dir) if int(f.name.split("-")[1]) <= step]
+    resumed = args.resume_from_checkpoint
+    return found[-1] if found else Path(resumed) if resumed not in (None, "latest") else None
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint: even where this is interrupted it is whole or not there."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder.rename(folder.with_name(f"partial-{folder.name}")))
+
+
+def clear_rubbish(output_dir: str) -> None:
+    """Remove what interrupted writing has left."""
+    for rubbish in Path(output_dir).glob("partial-checkpoint*"):
+        shutil.rmtree(rubbish)
+    for rubbish in Path(output_dir).glob(f"*.{'[0-9a-f]' * 12}.partial"):  # the names that `written_whole` gives
+        rubbish.unlink()
+
+
+def write_checkpoint(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    progress: Progress,
+    step: int,
+    limit: int | None,
+    save: Callable[[Path], None],
+) -> None:
+    """Write `checkpoint-STEP`, complete or not at all, and drop the oldest others beyond the limit.
+
+    Args:
+        args: Options, which say where.
+        accelerator: What holds the training state, of all processes.
+        progress: How far training has come.
+        step: Number of steps that are done.
+        limit: How many checkpoints to keep, all if None. The one that is written is always among them.
+        save: Writes the rest into a folder, the options among it.
+    """
+    folder = Path(args.output_dir)
+    partial, final = folder / "partial-checkpoint", folder / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial / "state"))
+    accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
+    if accelerator.is_main_process:
+        write_json(partial / PROGRESS, dataclasses.asdict(progress))
+        save(partial)
+        if final.exists():
+            discard(final)
+        partial.rename(final)
+        others = [old for old in saved_checkpoints(args.output_dir) if old != final]
+        for old in others[: max(0, len(others) + 1 - limit)] if limit else []:
+            discard(old)
+        logger.info(f"Saved {final}.")
+    accelerator.wait_for_everyone()
+
+
 class Run:
     """Writes what a training run leaves behind: checkpoints, samples, results."""
 
@@ -91,23 +290,33 @@ class Run:
         if args.report_to:
             accelerator.init_trackers("ddae_hf", {k: str(v) for k, v in vars(args).items()})
 
-    def start(self, checkpoint: Path | None) -> int:
+    def start(self, checkpoint: Path | None, optimizer: Any, lr_scheduler: Any) -> int:
         """Restore a checkpoint's optimiser and schedule if there is one, and return the step that training is at."""
+        if self.accelerator.is_main_process:
+            clear_rubbish(self.args.output_dir)
         if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint / "state"))
+            self.progress = restore(self.accelerator, optimizer, lr_scheduler, checkpoint)
+            check_weights(checkpoint, self.ema.shadow_params)  # to which all weights have come
             self.ema.optimization_step = int(checkpoint.name.split("-")[1])
-            self.progress = Progress(**json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
-            logger.info(f"Resuming from {checkpoint}.")
+        if not self.args.streaming:
+            self.progress.num_images = len(self.data.dataset)
         self.resumed, self.started = dataclasses.replace(self.progress), time.monotonic()
         return self.ema.optimization_step
 
-    def log(self, step: int, losses: deque[torch.Tensor], rate: float, progress: tqdm) -> None:
-        """Show the mean of the last losses, and stop if it is no number."""
-        loss = mean(losses)
-        if not math.isfinite(loss):
-            raise SystemExit(f"The loss is {loss} at step {step}: lower --learning_rate, or train in higher precision.")
-        progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
+    def look(self, denoiser: Any, step: int, losses: deque[torch.Tensor], rate: float, bar: tqdm) -> None:
+        """Show the mean of the last losses, and stop unless these and all weights are finite."""
+        self.progress.losses, finite = look(
+            self.accelerator, losses, [*denoiser.state_dict().values(), *self.ema.shadow_params]
+        )
+        loss = self.progress.loss()
+        if not finite:
+            raise not_finite(step, loss, rate, last_checkpoint(self.args, step), "resume from it")
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
         self.accelerator.log({"loss": loss, "lr": rate}, step=step)
+
+    def count_seconds(self) -> None:
+        """Bring the seconds of all runs up to now."""
+        self.progress.seconds = self.resumed.seconds + time.monotonic() - self.started
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of the network, which knows its null class, its classes and the VAE of its latents."""
@@ -127,29 +336,22 @@ class Run:
         config, crop = self.ema_denoiser.config, self.data.center_crop
         for place in (folder, folder / "raw"):
             DDAEImageProcessor.for_denoiser(config, vae, do_center_crop=crop).save_pretrained(place)
-        options = yaml.safe_dump(vars(self.args), sort_keys=False)
-        (folder / "training_options.yaml").write_text(options, encoding="utf-8")
+        write_options(self.args, folder)
 
     def checkpoint(self, denoiser: Any, step: int) -> None:
-        """Write `checkpoint-STEP`, complete or not at all, and drop the oldest beyond the limit."""
-        partial, final = self.folder / "partial-checkpoint", self.folder / f"checkpoint-{step}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial / "state"))
-        self.accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
-        if self.accelerator.is_main_process:
-            seconds = self.resumed.seconds + time.monotonic() - self.started
-            write_json(partial / PROGRESS, dataclasses.asdict(self.progress) | {"seconds": seconds})
+        """Write `checkpoint-STEP`, complete or not at all, and drop the oldest others beyond the limit."""
+        self.count_seconds()
+
+        def save(folder: Path) -> None:
             if self.data.described is not None:
-                write_json(partial / LATENTS, self.data.described)
-            self.save(denoiser, partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in saved_checkpoints(self.args.output_dir)[: -(self.args.checkpoints_total_limit or 10**9)]:
-                shutil.rmtree(old)
-            logger.info(f"Saved {final}.")
-        self.accelerator.wait_for_everyone()
+                write_json(folder / LATENTS, self.data.described)
+            self.save(denoiser, folder)
+
+        write_checkpoint(self.args, self.accelerator, self.progress, step, self.args.checkpoints_total_limit, save)
+
+    def picture(self, step: int) -> Path:
+        """Return the file of a step's samples."""
+        return self.folder / "samples" / f"step-{step:07d}.png"
 
     def sample(self, step: int) -> None:
         """Draw a grid from the averaged network, always from the same noise."""
@@ -166,38 +368,34 @@ class Run:
         if self.data.vae is not None:  # its place is left to the training
             self.data.vae.to("cpu")
         shades = images[..., :3] if images.shape[-1] >= 3 else images[..., :1]
-        path = self.folder / "samples" / f"step-{step:07d}.png"
+        path = self.picture(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(pipeline.numpy_to_pil(shades)).save(path)
+        with written_whole(path) as partial:
+            image_grid(pipeline.numpy_to_pil(shades)).save(partial, format="PNG")
 
-    def finish(self, denoiser: Any, step: int, loss: float) -> None:
-        """Write the final network, its samples and the results."""
-        seconds = time.monotonic() - self.started
+    def finish(self, denoiser: Any, step: int) -> None:
+        """Write the final network, its samples and, last of all, the results."""
+        self.count_seconds()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.save(denoiser, self.folder)
             if self.args.sample_steps and step % self.args.sample_steps:
                 self.sample(step)
-            images = self.progress.images - self.resumed.images
+            loss = self.progress.loss()
             results = {
                 "steps": step,
                 "loss_last_100_batches": loss,
                 "images": self.progress.images,
-                "seconds": round(self.resumed.seconds + seconds, 1),
-                "images_this_run": images,
-                "seconds_this_run": round(seconds, 1),
-                "images_per_second": round(images / seconds, 1),
+                "seconds": round(self.progress.seconds, 1),
+                "images_this_run": self.progress.images - self.resumed.images,
+                "seconds_this_run": round(self.progress.seconds - self.resumed.seconds, 1),
+                "images_per_second": self.progress.images_per_second(self.resumed),
                 "parameters": sum(p.numel() for p in self.ema_denoiser.parameters()),
                 "dataset": self.data.facts,
                 **({"latents": self.data.described} if self.data.described else {}),
                 **machine(self.accelerator.device.type, self.accelerator.num_processes),
                 **base_model(self.args.init_from),
             }
-            write_json(self.folder / "train_results.json", results)
-            logger.info(f"{results['images_per_second']} images/s, loss {loss:.4f}; saved {self.folder}.")
+            write_json(self.folder / RESULTS, results)
+            logger.info(f"{results['images_per_second']} images/s, loss {loss}; saved {self.folder}.")
         self.accelerator.end_training()
-
-
-def mean(losses: deque[torch.Tensor]) -> float:
-    """Return the mean of the last losses."""
-    return torch.stack(list(losses)).mean().item()

@@ -57,7 +57,9 @@ def copy_card(card: Path, name: str) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="Folder of the runs.")
     args = parser.parse_args(argv)
     for name, (checkpoint, others, dataset_name) in CARDS.items():

@@ -172,7 +172,7 @@ def test_a_data_set_of_latents_stays_on_the_disk(latents):
 
 
 def test_a_run_can_start_from_a_denoiser_of_the_same_latents(trained, latents, tmp_path, layouts):
-    start = ["--init_from", str(trained), "--learning_rate", "0", "--max_train_steps", "1", "--sample_steps", "0"]
+    start = ["--init_from", str(trained), "--max_train_steps", "1", "--sample_steps", "0"]
     train(latents, tmp_path / "out", *start, "--class_conditional")
     before, after = weights(trained), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)

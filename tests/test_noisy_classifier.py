@@ -251,7 +251,7 @@ def test_levels_are_log_uniform_in_their_range():
         (["--sigma_min", "2", "--sigma_max", "1"], "0 < min < max must hold"),
         (["--sigmas", "0.001", "1"], "they must lie between --sigma_min and --sigma_max"),
         (["--num_views", "0"], "--num_views is 0: it must be at least 1"),
-        (["--wide_resnet", "-1"], "--wide_resnet is -1: it must not be negative"),
+        (["--wide_resnet", "-1"], "--wide_resnet is -1: it must be at least 0"),
         (["--random_crop", "8"], "--random_crop is 8: the images' sides are"),
         (["--null_class", "3"], "it takes no labels"),
         (["--test_split", "holdout"], "has no split 'holdout'"),

@@ -112,7 +112,7 @@ def options(*more):
         (["--vae", "3"], "must be options"),
         (["--held_out", "1430"], "There are 1437 images: --held_out 1430 and a --train_batch_size of 32"),
         (["--held_out", "0"], "must be at least 1"),
-        (["--kl_weight", "-1"], "must not be negative"),
+        (["--kl_weight", "-1"], "--kl_weight is -1.0: it must be at least 0"),
         (["--train_split", "validation"], "has no split 'validation'"),
     ],
 )
@@ -127,14 +127,14 @@ def test_a_checkpoint_is_resumed_as_it_was_begun(trained, digits):
     resume = ("--max_train_steps", "41", "--resume_from_checkpoint", "latest")
     with pytest.raises(SystemExit, match="other options: loss differ"):
         train(digits, trained, *resume, "--loss", "l1")
-    with pytest.raises(SystemExit, match="nothing is left"):
-        train(digits, trained, "--max_train_steps", "25", *resume[2:])
+    with pytest.raises(SystemExit, match="checkpoint-25 is at step 25, beyond the 24 asked for"):
+        train(digits, trained, "--max_train_steps", "24", *resume[2:])
     with pytest.raises(SystemExit, match="holds checkpoints of an earlier run"):
         train(digits, trained)
 
 
 def test_a_loss_that_is_no_number_stops_the_training(digits, tmp_path):
-    with pytest.raises(SystemExit, match="The loss is nan at step 10: lower --learning_rate"):
+    with pytest.raises(SystemExit, match=r"The loss is nan at step 10, at a learning rate of .*e\+29; none of it"):
         train(digits, tmp_path, "--max_train_steps", "20", "--learning_rate", "1e30")
     assert not (tmp_path / "config.json").exists()
 

@@ -35,7 +35,9 @@ RUN = HERE if (HERE / "checkpoint").is_dir() else Path("runs/quickstart")
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_data_arguments(parser)
     add_label_arguments(parser)
 

@@ -27,7 +27,9 @@ RUN = Path("runs/quickstart")
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options; stop at those that cannot work."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", default=str(RUN / "checkpoint"), help="Generator, folder or Hub id, in any layout.")
     add("--classifier", default=str(RUN / "classifier"), help="Classifier, folder or Hub id.")
