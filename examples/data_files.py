@@ -14,7 +14,7 @@ import warnings
 
 from huggingface_hub import metadata_load
 
-from image_folder import LIKE_SPLITS, SPLITS, Listing, list_folder, some
+from image_folder import LIKE_SPLITS, SPLITS, image_extensions, list_folder, some
 
 # The first kind that a folder has is what is read.
 KINDS = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".ndjson", ".csv", ".tsv")
@@ -25,13 +25,15 @@ NUMBERED = re.compile(rf"(?P<split>{'|'.join(SPLITS)})([-._ ]?\d+|[-._ ](of|part
 
 
 def list_data_files(folder: str) -> list[str]:
-    """Return the tables of a folder, relative to it: those of one kind, with a warning where others are left out."""
-    found: Listing = list_folder(folder, set(KINDS))
-    tables = [path for path in found.files if os.path.basename(path) not in NOTES]
+    """Return the tables of a folder, relative to it: those of one kind, with a warning of what else is left out."""
+    found = list_folder(folder, {*KINDS, *image_extensions()}).files
+    found = [path for path in found if os.path.basename(path) not in NOTES]
+    tables = [path for path in found if path.lower().endswith(KINDS)]
     for kind in KINDS:
         if chosen := [path for path in tables if path.lower().endswith(kind)]:
-            if others := [path for path in tables if path not in chosen]:
-                warnings.warn(f"{folder}: read are its {kind} files, not {some(others)}.", stacklevel=2)
+            if others := sorted(set(found) - set(chosen)):
+                hint = "; --train_data_dir reads a folder's images" if set(others) - set(tables) else ""
+                warnings.warn(f"{folder}: read are its {kind} files, not {some(others)}{hint}.", stacklevel=2)
             return chosen
     return []
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
 from datasets import Image as ImageFeature
@@ -330,7 +331,7 @@ def test_files_of_tables_are_of_the_split_that_they_name_or_refused(tmp_path, fi
 def test_a_folder_of_tables_that_a_card_describes_is_read_as_it_says(tmp_path):
     for name in ("a", "b", "bullet-train"):
         Dataset.from_dict({"x": [0]}).to_parquet(tmp_path / f"{name}.parquet")
-    args = options("--dataset_name", tmp_path, "--cache_dir", tmp_path / "cache")
+    args = options("--dataset_name", tmp_path, "--cache_dir", tmp_path / ".cache")
     card = {"default": "- {split: train, path: [a.parquet, b.parquet]}\n  - {split: test, path: bullet-train.parquet}"}
     text = "".join(f"- config_name: {name}\n  data_files:\n  {files}\n" for name, files in card.items())
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{text}---\n")
@@ -344,8 +345,9 @@ def test_a_folder_of_tables_that_a_card_describes_is_read_as_it_says(tmp_path):
 def test_tables_beside_tables_and_pictures_are_named(tmp_path):
     Dataset.from_dict({"x": [0]}).to_parquet(tmp_path / "train.parquet")
     (tmp_path / "labels.csv").write_text("x\n1\n")
-    args = options("--dataset_name", tmp_path, "--cache_dir", tmp_path / "cache")
-    with pytest.warns(UserWarning, match="read are its .parquet files, not labels.csv"):
+    put(tmp_path, "a/0.png")
+    args = options("--dataset_name", tmp_path, "--cache_dir", tmp_path / ".cache")
+    with pytest.warns(UserWarning, match="read are its .parquet files, not a/0.png, labels.csv; --train_data_dir"):
         assert len(load_splits(args)["train"]) == 1
 
 
@@ -454,6 +456,36 @@ def test_latents_of_few_images_are_those_of_the_same_images(sorted_digits, tmp_p
         load_training_data(pretrain.parse_arguments([*given, "--max_train_samples", "5"]))
 
 
+def test_what_a_sweep_measures_on_few_images_is_measured_on_all_classes(sorted_digits, tmp_path, monkeypatch):
+    import sweep
+    import training_curve
+
+    DDAEPipeline.for_denoiser(make_unet(in_channels=1, out_channels=1), DDPMScheduler()).save_pretrained(tmp_path)
+    arguments = ["--model_name_or_path", str(tmp_path), "--train_data_dir", str(sorted_digits), "--alignment"]
+    arguments += ["--layers", "mid_block", "--sigmas", "0.1", "--max_selection_samples", "150"]
+    args, data, rows = sweep.parse_arguments(arguments), labelled(sorted_digits), []
+    monkeypatch.setattr(sweep, "ALIGNMENT_IMAGES", 15)
+    monkeypatch.setattr(training_curve, "LOSS_IMAGES", 15)
+    swept = sweep.Sweep(args, str(tmp_path), data)
+    features, batches = swept.features, data.batches
+    monkeypatch.setattr(swept, "features", lambda *a, **k: rows.append(k["rows"]) or features(*a, **k))
+    sweep.add_other_figures(swept, [{"layer": "mid_block"}], 0.1)
+    monkeypatch.setattr(data, "batches", lambda *a: rows.append(a[1]) or batches(*a))
+    training_curve.test_loss(args, tmp_path, data)
+    few = [some for some in rows if some is not None and len(some) == 15]
+    assert [len(set(labels[some])) for labels, some in zip(data.labels.values(), few, strict=True)] == [10, 10]
+
+
+def test_generated_images_are_found_through_links_and_the_rest_is_said(tmp_path):
+    from evaluate_generation import find_images
+
+    put(tmp_path, "store/1.png", "images/0.png", "images/grid.png", "images/sub/grid.png", "images/2.heic")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "store")
+    with pytest.warns(UserWarning, match=r"skipped 2 files: 1 \.?\w+(\.png)?, 1 "):
+        found = find_images(tmp_path / "images")
+    assert [str(path.relative_to(tmp_path / "images")) for path in found] == ["0.png", "linked/1.png", "sub/grid.png"]
+
+
 # Classes
 
 
@@ -480,7 +512,7 @@ def tables(tmp_path, kind=None, **labels):
     for name, values in labels.items():
         pictures = [Image.fromarray(np.full((8, 8), i, np.uint8)) for i in range(len(values))]
         Dataset.from_dict({"image": pictures, "kind": values}, features).to_parquet(tmp_path / f"{name}.parquet")
-    return ["--dataset_name", tmp_path, "--cache_dir", tmp_path / "cache", "--label_column", "kind"]
+    return ["--dataset_name", tmp_path, "--cache_dir", tmp_path / ".cache", "--label_column", "kind"]
 
 
 @pytest.mark.parametrize(
@@ -543,3 +575,14 @@ def test_splits_without_the_column_or_with_other_classes_are_refused(tmp_path):
     one, two = (Dataset.from_dict({"x": [0]}, Features({"x": ClassLabel(names=names)})) for names in ("ab", "ba"))
     with pytest.raises(SystemExit, match="is not the same in all splits"):
         Classes({"train": one, "test": two}, "x")
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    """No configuration could tell them apart: it has the number of each name."""
+    arguments = tables(tmp_path, ClassLabel(names=["crane", "other"]), train=[0, 1], test=[0, 1])
+    for name in ("train", "test"):
+        table = pq.read_table(tmp_path / f"{name}.parquet")
+        said = table.schema.metadata[b"huggingface"].replace(b"other", b"crane")
+        pq.write_table(table.replace_schema_metadata({b"huggingface": said}), tmp_path / f"{name}.parquet")
+    with pytest.raises(SystemExit, match="Some label names are duplicated"):
+        load_splits(options(*arguments))
