@@ -267,7 +267,7 @@ def measure_precision(
 
 def reference_images(args: argparse.Namespace) -> ImageSet:
     """Return the real images that samples are compared with."""
-    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
+    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples, args.label_column)
     column = image_column(dataset, args.image_column)
     return ImageSet(f"real ({args.train_split})", dataset.select_columns(column), column, REFERENCE_VIEW)
 

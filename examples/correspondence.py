@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out_features", nargs="+", help="Layers; by default the encoder's at half size and the checkpoint's one.")
     add("--sigma", type=float, help="Noise level; by default the checkpoint's.")
     add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
-    add("--num_images", type=int, default=64, help="Use the first N images of the split.")
+    add("--num_images", type=int, default=64, help="Use N images of the split, of all classes.")
     add("--max_rotation", type=float, default=20.0, help="Largest angle of a warp, in degrees.")
     add("--max_shift", type=float, default=3.0, help="Largest shift along each axis, in pixels.")
     add("--max_bend", type=float, default=1.5, help="Largest height of the waves along each axis, in pixels.")
@@ -210,8 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
     logging.disable_progress_bar()
-    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
-    dataset = dataset.select(range(min(args.num_images, len(dataset))))
+    count = args.num_images if args.max_train_samples is None else min(args.num_images, args.max_train_samples)
+    dataset = pick_split(load_splits(args), args.train_split, count, args.label_column)
     column = image_column(dataset, args.image_column)
     try:
         backbones = open_backbones(args)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,16 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
+from classes import columns_of, draw_images, find_label_column, label_column, read_labels, warn_of_missing, with_classes
+from data_files import list_data_files, split_files, states_its_files
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.arrays import write_text
 from ddae_hf.augment import augment, embed_labels, label_width
 from ddae_hf.conditioning import drop_labels, num_labels
 from ddae_hf.image_processing_ddae import as_rgb
+from image_folder import read_image_folder
 from pixels import Pixels, scaled
 from precision import fast_layout
 from ranges import check_ranges
@@ -108,12 +113,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, a local folder, or a parquet file.")
     group.add_argument("--dataset_config_name", help="Configuration of a Hub data set.")
-    group.add_argument("--train_data_dir", help="Folder of images; its sub-folders name the classes.")
+    group.add_argument("--train_data_dir", help="Folder of images; its sub-folders name classes, or splits.")
     group.add_argument("--train_split", default="train", help="Split to train on.")
     group.add_argument("--image_column", help="Column of images; by default the only one that holds images.")
     group.add_argument("--label_column", help="Column of labels; by default the only one of classes.")
     group.add_argument("--cache_dir", help="Where downloaded data is kept.")
-    group.add_argument("--max_train_samples", type=int, help="Use only the first N training images.")
+    group.add_argument(
+        "--max_train_samples", type=int,
+        help="Use N training images of all classes, always the same ones; of a stream the first N.",
+    )  # fmt: skip
 
 
 def add_center_crop_argument(parser: argparse.ArgumentParser, default: bool | None = True) -> None:
@@ -169,7 +177,7 @@ def check_input_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
         )
 
 
-def load_splits(args: argparse.Namespace, streaming: bool = False) -> DatasetDict:
+def load_splits(args: argparse.Namespace, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     """Load every split of the data set that the options name; as streams, they are read when they are iterated."""
     if (args.dataset_name is None) == (args.train_data_dir is None):
         latents = " (or --latents_dir alone)" if hasattr(args, "latents_dir") else ""
@@ -177,36 +185,58 @@ def load_splits(args: argparse.Namespace, streaming: bool = False) -> DatasetDic
     options = {"cache_dir": args.cache_dir, "streaming": streaming}
     try:
         if args.train_data_dir is not None:
-            if not os.path.isdir(args.train_data_dir):
-                raise FileNotFoundError("there is no such folder")
-            return load_dataset("imagefolder", data_dir=args.train_data_dir, **options)
+            return read_image_folder(args.train_data_dir, streaming)
         if os.path.isfile(args.dataset_name):
-            return load_dataset("parquet", data_files={args.train_split: args.dataset_name}, **options)
+            # datasets takes paths for patterns, in which brackets, stars and question marks mean something.
+            files = glob.escape(os.path.abspath(args.dataset_name))
+            return load_dataset("parquet", data_files={args.train_split: files}, **options)
+        if os.path.isdir(args.dataset_name) and not states_its_files(args.dataset_name):
+            return load_folder(args.dataset_name, args.dataset_config_name, options)
         return load_dataset(args.dataset_name, args.dataset_config_name, **options)
     except Exception as error:  # the loaders raise a dozen kinds
         source = args.train_data_dir or args.dataset_name
         raise SystemExit(f"The data set {source} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def pick_split(splits: DatasetDict, name: str, limit: int | None = None) -> Any:
-    """Return one split, or stop with the names of those there are."""
+def load_folder(folder: str, config: str | None, options: dict[str, Any]) -> DatasetDict | IterableDatasetDict:
+    """Load every split of a local folder: of its tables or, where it has none, of its images."""
+    if config is not None:
+        raise SystemExit(f"{folder} has no card that names configurations: leave out --dataset_config_name {config}.")
+    if paths := list_data_files(folder):
+        return load_dataset(folder, data_files=split_files(folder, paths), **options)
+    return read_image_folder(folder, options["streaming"])
+
+
+def pick_split(
+    splits: DatasetDict | IterableDatasetDict,
+    name: str,
+    limit: int | None = None,
+    label_column: str | None = None,
+    labels: np.ndarray | None = None,
+) -> Any:
+    """Return one split, or so many of its images as `draw_images` chooses, or stop with the names of those there are.
+
+    Classes are those of the column of labels, if there is one, or `labels` (N,). A stream gives its first images.
+    """
     if name not in splits:
         raise SystemExit(f"The data set has no split {name!r}; it has {sorted(splits)}.")
     split = splits[name]
     if limit is not None and limit < 1:
         raise SystemExit(f"{limit} images of the split {name!r} are asked for: it must be at least 1.")
     if isinstance(split, IterableDataset):
+        if limit:
+            warnings.warn(
+                f"The first {limit} images of the stream {name!r} are taken, whatever their classes.", stacklevel=2
+            )
         return split.take(limit) if limit else split
     if len(split) == 0:
         raise SystemExit(f"The split {name!r} is empty.")
-    return split.select(range(min(limit, len(split)))) if limit else split
-
-
-def columns_of(dataset: Dataset | IterableDataset) -> Features:
-    """Return what the columns hold, or stop at a stream that does not say it."""
-    if dataset.features is None:
-        raise SystemExit("The data set does not say what its columns hold, so it cannot be streamed: leave that out.")
-    return dataset.features
+    if limit is None or limit >= len(split):
+        return split
+    if labels is None:
+        column = find_label_column(split, label_column)
+        labels = len(split) if column is None else split[column][:]
+    return split.select(draw_images(labels, limit))
 
 
 def image_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
@@ -228,27 +258,6 @@ def image_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
     return column
 
 
-def label_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
-    """Return the column of integer labels, or stop with the columns there are."""
-    features = columns_of(dataset)
-    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    column = name or (found[0] if len(found) == 1 else None)
-    if column is None:
-        raise SystemExit(f"Name the column of labels with --label_column; columns are {list(features)}.")
-    feature = features.get(column)
-    if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
-        raise SystemExit(f"There is no column of integer labels {column!r}; columns are {dict(features)}.")
-    return column
-
-
-def read_labels(dataset: Dataset, column: str) -> np.ndarray:
-    """Return the labels (N,) of a column, or stop where some are missing."""
-    labels = dataset[column][:]
-    if None in labels:
-        raise SystemExit(f"Some images have no label in the column {column!r}: leave them out.")
-    return np.asarray(labels)
-
-
 def images_hash(dataset: Dataset, column: str) -> str:
     """Return a SHA-256 of a data set's image files, in its order."""
     digest = hashlib.sha256()
@@ -261,24 +270,23 @@ def images_hash(dataset: Dataset, column: str) -> str:
 
 def load_training_images(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, int]:
     """Return the training images, a data set of `image` and, where classes are used, `labels`; and how many classes."""
-    dataset = pick_split(load_splits(args, args.streaming), args.train_split, args.max_train_samples)
-    columns = {"image": image_column(dataset, args.image_column)}
+    splits, split = load_splits(args, args.streaming), args.train_split
+    whole, columns, names = pick_split(splits, split), {}, []
     if args.class_conditional:
-        columns["labels"] = label_column(dataset, args.label_column)
+        column = label_column(whole, args.label_column)
+        columns["labels"] = column
+        if not args.streaming:
+            whole = with_classes(whole, column)
+        elif not isinstance(whole.features[column], ClassLabel):
+            raise SystemExit("A stream's column of labels must name its classes (ClassLabel): leave out --streaming.")
+        names = whole.features[column].names
+    dataset = pick_split({split: whole}, split, args.max_train_samples, args.label_column)
+    columns["image"] = image_column(dataset, args.image_column)
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({old: new for new, old in columns.items() if old != new})
-    if not args.class_conditional:
-        return dataset, 0
-    feature = dataset.features["labels"]
-    if args.streaming:
-        if not isinstance(feature, ClassLabel):
-            raise SystemExit("A stream's column of labels must name its classes (ClassLabel): leave out --streaming.")
-        return dataset, feature.num_classes
-    labels = read_labels(dataset, "labels")
-    count = feature.num_classes if isinstance(feature, ClassLabel) else int(labels.max()) + 1
-    if labels.min() < 0 or labels.max() >= count:
-        raise SystemExit(f"Labels of the images are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
-    return dataset, count
+    if names and not args.streaming:
+        warn_of_missing(names, {split: read_labels(dataset, "labels")})
+    return dataset, len(names)
 
 
 def check_stream(args: argparse.Namespace, stream: IterableDataset, processes: int) -> None:

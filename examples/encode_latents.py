@@ -11,20 +11,15 @@ An interrupted run goes on where it stopped. Labels are kept beside them where t
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-import numpy as np
-from datasets import ClassLabel
-
+from classes import find_labels
 from data import (
     add_center_crop_argument,
     add_data_arguments,
     image_column,
-    label_column,
     load_splits,
     parse_with_config,
     pick_split,
-    read_labels,
 )
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.checkpoints import load_vae
@@ -55,18 +50,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def labels_of(args: argparse.Namespace, dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return a data set's labels and the names of its classes, or nothing where it has none."""
-    features = dataset.features
-    if args.label_column is None and sum(isinstance(f, ClassLabel) for f in features.values()) != 1:
-        return None, None
-    column = label_column(dataset, args.label_column)
-    labels, feature = read_labels(dataset, column), features[column]
-    if labels.min() < 0:
-        raise SystemExit(f"Labels in the column {column!r} begin at {labels.min()}: images without one are left out.")
-    return labels, feature.names if isinstance(feature, ClassLabel) else [str(i) for i in range(labels.max() + 1)]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
@@ -77,11 +60,12 @@ def main(argv: list[str] | None = None) -> None:
     side, factor = args.resolution or vae.config.sample_size, downsampling(vae.config)
     if side % factor:
         raise SystemExit(f"--resolution is {side}: it must be a multiple of {factor}, the pixels a latent stands for.")
-    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
+    data = load_splits(args)
+    dataset = pick_split(data, args.train_split, args.max_train_samples, args.label_column)
     size = {"height": side, "width": side}
     processor = DDAEImageProcessor(size=size, num_channels=vae.config.in_channels, do_center_crop=args.center_crop)
     images = Images({"train": dataset}, image_column(dataset, args.image_column), processor, args.batch_size)
-    labels, names = labels_of(args, dataset)
+    labels, names = find_labels(data[args.train_split], dataset, args.label_column)
     notes = {"names": names, "vae_source": args.vae, "dataset": data_facts(args, len(dataset))}
     splits = describe_splits(images, {"train": 1 + args.mirror}, {"mirror": args.mirror})
     draws = {"sample_posterior": args.sample_posterior, "seed": args.seed}

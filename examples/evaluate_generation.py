@@ -30,6 +30,7 @@ import importlib.metadata
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 import ddae_hf
+from classes import draw_images
 from data import best_device, image_column, image_grid, images_hash, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.arrays import described_folder, fill
@@ -66,6 +68,7 @@ from generate import (
     open_processes,
     sample,
 )
+from image_folder import image_extensions, list_folder
 from labelled import ready
 from precision import made_fast
 
@@ -94,7 +97,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_config_name", help="Configuration of a Hub data set.")
     add("--train_data_dir", help="Folder of images, in place of --dataset_name.")
     add("--reference_split", default="train", help="Split of the images to compare with.")
-    add("--max_reference_samples", type=int, help="Use only the first N images of it.")
+    add("--max_reference_samples", type=int, help="Use N images of it, of all classes.")
     add("--baseline_split", help="Also compare real images of this split, at most as many as generated ones.")
     add("--image_column", help="Column of images; by default the only one that holds images.")
     args = parse_with_config(parser, argv)
@@ -162,8 +165,13 @@ def find_images(folder: Path) -> list[Path]:
     """Return the images under a folder, in the order of their names, but not the grid that `generate.py` leaves."""
     if not folder.is_dir():
         raise SystemExit(f"--images_dir {folder}: there is no such folder.")
-    known = PILImage.registered_extensions()
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.name != "grid.png")
+    found = list_folder(folder, image_extensions())
+    if "grid.png" in found.files:
+        found.files.remove("grid.png")
+        found.skipped["grid.png"] += 1
+    if found.skipped:
+        warnings.warn(f"--images_dir {folder}: {found.what_was_skipped()}.", stacklevel=2)
+    return [folder / path for path in found.files]
 
 
 @dataclass
@@ -348,7 +356,7 @@ def versions(args: argparse.Namespace) -> dict[str, str]:
 
 
 def save_picture(path: Path, sets: dict[str, ImageSet], count: int = 36) -> None:
-    """Draw the first generated images beside the first ones of the reference."""
+    """Draw some generated images beside some of the reference."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -356,9 +364,9 @@ def save_picture(path: Path, sets: dict[str, ImageSet], count: int = 36) -> None
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 6))
     for axis, role in zip(axes, ("generated", "reference"), strict=True):
-        images = sets[role].dataset[:count][sets[role].column]
+        images = sets[role].dataset[draw_images(len(sets[role]), count)][sets[role].column]
         axis.imshow(image_grid(images, columns=6), interpolation="nearest")
-        axis.set_title(f"{sets[role].name}, the first {len(images)} of {len(sets[role]):,}")
+        axis.set_title(f"{sets[role].name}, {len(images)} of {len(sets[role]):,}")
         axis.axis("off")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

@@ -21,19 +21,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from classes import find_labels
 from data import (
     add_data_arguments,
     image_column,
     images_hash,
-    label_column,
     load_splits,
     parse_with_config,
     pick_split,
-    read_labels,
     write_json,
 )
 from ddae_hf import DDAEImageProcessor, DDAEModel
@@ -85,16 +84,6 @@ def open_model(args: argparse.Namespace) -> tuple[DDAEModel, list[str], float]:
     return ready(model), list(dict.fromkeys(layers)), sigma
 
 
-def find_labels(dataset: Dataset, name: str | None) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the labels and the names of classes, where the data set has them."""
-    classes = [column for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    if name is None and len(classes) != 1:
-        return None, None
-    column = label_column(dataset, name)
-    feature = dataset.features[column]
-    return read_labels(dataset, column), feature.names if isinstance(feature, ClassLabel) else None
-
-
 def compute(
     args: argparse.Namespace, model: DDAEModel, dataset: Dataset, column: str, layers: list[str], sigma: float
 ) -> dict[str, np.ndarray]:
@@ -132,9 +121,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
     logging.disable_progress_bar()
-    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples)
+    splits = load_splits(args)
+    dataset = pick_split(splits, args.train_split, args.max_train_samples, args.label_column)
     column = image_column(dataset, args.image_column)
-    labels, names = find_labels(dataset, args.label_column)
+    labels, names = find_labels(splits[args.train_split], dataset, args.label_column)
     try:
         model, layers, sigma = open_model(args)
     except (ValueError, OSError) as error:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from tqdm.auto import tqdm
 
-from data import best_device, image_column, images_hash, label_column, load_splits, pick_split, read_labels
+from classes import Classes, label_column, warn_of_missing
+from data import best_device, image_column, images_hash, load_splits, pick_split
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import still_generates
 from ddae_hf.conditioning import class_conditioning
@@ -25,7 +26,7 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which images are tested on, beside those of `add_data_arguments`."""
     group = parser.add_argument_group("test data")
     group.add_argument("--test_split", default="test", help="Split to test on.")
-    group.add_argument("--max_test_samples", type=int, help="Use only the first N test images.")
+    group.add_argument("--max_test_samples", type=int, help="Use N test images of all classes, always the same ones.")
 
 
 class Images:
@@ -63,22 +64,14 @@ class LabelledImages(Images):
     ):
         self.sample_shape = sample_shape
         found = load_splits(args)
-        splits = {
-            "train": pick_split(found, args.train_split, args.max_train_samples),
-            "test": pick_split(found, args.test_split, args.max_test_samples),
-        }
+        whole = {"train": pick_split(found, args.train_split), "test": pick_split(found, args.test_split)}
+        classes = Classes(whole, label_column(whole["train"], args.label_column))
+        limits = {"train": args.max_train_samples, "test": args.max_test_samples}
+        splits = {name: pick_split(whole, name, limits[name], classes.column) for name in whole}
         super().__init__(splits, image_column(splits["train"], args.image_column), processor, args.batch_size)
-        column = label_column(self.splits["train"], args.label_column)
-        self.labels = {name: read_labels(split, column) for name, split in self.splits.items()}
-        feature = self.splits["train"].features[column]
-        count = int(self.labels["train"].max()) + 1
-        self.names = feature.names if isinstance(feature, ClassLabel) else [str(i) for i in range(count)]
-        for name, labels in self.labels.items():
-            if labels.min() < 0 or labels.max() >= len(self.names):
-                raise SystemExit(
-                    f"Labels of the split {name!r} are {labels.min()} to {labels.max()}: allowed are 0 to "
-                    f"{len(self.names) - 1}."
-                )
+        self.names = classes.names
+        self.labels = {name: classes.labels(split) for name, split in splits.items()}
+        warn_of_missing(self.names, self.labels)
         if len(np.unique(self.labels["train"])) < 2:
             raise SystemExit("The training images are all of one class: a classifier needs at least two.")
 
@@ -89,19 +82,19 @@ class LabelledImages(Images):
 
     def dataset(self, split: str, noise: tuple[int, int] | None = None) -> Dataset:
         """Return a split as `pixel_values` and `labels`, and `noise` of each image's own if (draws, seed) came."""
-        dataset = self.splits[split].select_columns([self.images]).add_column("labels", self.labels[split])
-        dataset = dataset.add_column("index", np.arange(len(dataset)))
         # datasets pickles what a transform holds: not all the pixels, which `self` may have.
         processor, column, sample_shape = self.processor, self.images, self.sample_shape
+        images = self.splits[split].select_columns([column])
 
         def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-            pixels = processor(batch[column], return_tensors="pt")["pixel_values"]
+            pixels = processor(images[batch["index"]][column], return_tensors="pt")["pixel_values"]
             row = {"pixel_values": pixels, "labels": torch.tensor(batch["labels"])}
             if noise is not None:
                 shape = (noise[0], *(sample_shape or pixels.shape[1:]))
                 row["noise"] = indexed_noise(shape, batch["index"], noise[1], noise_view(split, 0))
             return row
 
+        dataset = Dataset.from_dict({"labels": self.labels[split], "index": np.arange(len(images))})
         return dataset.with_transform(prepare)
 
 

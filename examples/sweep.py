@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from classes import draw_images
 from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.arrays import read_json
@@ -196,9 +197,9 @@ def add_other_figures(sweep: Sweep, rows: list[dict[str, Any]], sigma: float) ->
     views = sweep.selection_features(sweep.layers, sigma, views=[0])
     fitted, tested = sweep.positions(sweep.fitted), sweep.positions(held_out)
     counts = [k for k in NEIGHBOURS if k <= len(sweep.fitted)]
-    some = held_out[:ALIGNMENT_IMAGES]
+    some = draw_images(labels[held_out], ALIGNMENT_IMAGES)  # which of them
     if args.alignment:
-        others = sweep.features("train", sweep.layers, sigma, args.noise_seed, views=[1], rows=some)
+        others = sweep.features("train", sweep.layers, sigma, args.noise_seed, views=[1], rows=held_out[some])
     for row in tqdm(rows, desc=f"sigma {sigma:g}, other figures", leave=False):
         (view,) = views[row["layer"]]
         if args.knn:
@@ -207,7 +208,7 @@ def add_other_figures(sweep: Sweep, rows: list[dict[str, Any]], sigma: float) ->
             row |= {f"knn_{k}": float((classes == labels[held_out]).mean()) for k, classes in predicted.items()}
         if args.alignment:
             (other,) = others[row["layer"]]
-            first = view[tested[: len(some)]]
+            first = view[tested[some]]
             row |= {"alignment": alignment(first, other), "uniformity": uniformity(first)}
 
 

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import evaluate_generation
+from classes import draw_images
 from ddae_hf import DDAEConfig, DDAEModel
 from ddae_hf.noise import sample_training_sigma
 from ddae_hf.objectives import denoising_loss
@@ -52,7 +52,7 @@ def test_loss(args: argparse.Namespace, checkpoint: Path, data: LabelledImages) 
     null_class = None if model.config.null_class is None else torch.tensor(model.config.null_class)
     generator = torch.Generator().manual_seed(args.seed)
     losses = []
-    for images in data.batches("test", np.arange(len(data.labels["test"]))[:LOSS_IMAGES], "loss on test images"):
+    for images in data.batches("test", draw_images(data.labels["test"], LOSS_IMAGES), "loss on test images"):
         clean = model.encode(images.to(model.device))
         sigma = sample_training_sigma(model.scheduler, len(images), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import ClassLabel, IterableDataset
 
+from classes import warn_of_missing
 from data import load_training_images, pick_split
 from ddae_hf.checkpoints import Checkpoint, load_vae
 from ddae_hf.latent_folder import LatentFolder
@@ -114,13 +115,14 @@ def _load_latents(args: argparse.Namespace) -> TrainingData:
     views, labels = folder.views(split), None
     if "vae_source" not in folder.index:
         raise ValueError(f"{folder.folder} was not made by encode_latents.py, which says of what the latents are.")
-    if args.class_conditional:
-        try:
-            labels = folder.labels(split)
-        except ValueError as error:
+    try:
+        labels = folder.labels(split)
+    except ValueError as error:
+        if args.class_conditional:
             reason = "leave out --class_conditional, or encode images of a data set with a --label_column"
             raise ValueError(f"{error} {reason.capitalize()}.") from error
-    dataset = pick_split({split: latent_dataset(folder, split, labels, views)}, split, args.max_train_samples)
+    dataset = latent_dataset(folder, split, labels if args.class_conditional else None, views)
+    dataset = pick_split({split: dataset}, split, args.max_train_samples, labels=labels)
     try:
         vae = load_vae(args.vae or folder.index["vae_source"], cache_dir=args.cache_dir)
     except (ValueError, OSError) as error:
@@ -130,6 +132,8 @@ def _load_latents(args: argparse.Namespace) -> TrainingData:
     freeze(vae)
     vae.enable_slicing()  # pictures are decoded one by one
     names = folder.index["names"] if args.class_conditional else None
+    if names:
+        warn_of_missing(names, {split: dataset.with_format(None)["labels"][:]})
     center_crop = folder.index["splits"][split]["preprocessing"].get("do_center_crop", False)  # 0.1.0 squashed
     described = {"shape": list(folder.shape), "views": views, "sample_posterior": folder.index["sample_posterior"]}
     described["center_crop"] = center_crop

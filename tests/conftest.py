@@ -71,6 +71,16 @@ def together(*calls):
     return [process.exitcode for process in processes]
 
 
+def drawn(digits, split, count):
+    """The digits that every script takes when it is asked for so many of a split."""
+    from datasets import Dataset
+
+    from classes import draw_images
+
+    dataset = Dataset.from_parquet(str(digits / f"{split}.parquet"))
+    return dataset.select(draw_images(dataset["label"][:], count))
+
+
 class Source:
     """Images in batches from any index on, which counts how many were asked for."""
 

@@ -21,7 +21,7 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.noise import indexed_noise
 
 from . import scripts
-from .conftest import make_dit, make_unet
+from .conftest import drawn, make_dit, make_unet
 
 GREY = {"in_channels": 1, "out_channels": 1}
 PAIRS = {
@@ -65,7 +65,7 @@ def make_model(name, checkpoints, **options):
 def answers(folder, digits, count):
     """True classes, and those that a saved folder gives with its fixed noise and with every image's own."""
     model, processor = DDAEForImageClassification.from_pretrained(folder), DDAEImageProcessor.from_pretrained(folder)
-    test = Dataset.from_parquet(str(digits / "test.parquet")).select(range(count))
+    test = drawn(digits, "test", count)
     labels, pixels = torch.tensor(test["label"][:]), processor(test["image"][:], return_tensors="pt")["pixel_values"]
     own = indexed_noise(tuple(pixels.shape[1:]), range(count), model.config.noise_seed, 1)
     with torch.no_grad():

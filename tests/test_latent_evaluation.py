@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,7 +27,7 @@ from labelled import LabelledImages
 from latents import describe_splits, encode_views
 
 from . import scripts
-from .conftest import make_unet, make_vae
+from .conftest import drawn, make_unet, make_vae
 
 sys.path.append(str(Path(finetune.__file__).parent / "demo"))
 
@@ -53,7 +52,7 @@ def other(latent_dit, tmp_path_factory):
 
 
 def pixels_and_labels(checkpoint, digits, split, count):
-    part = Dataset.from_parquet(str(digits / f"{split}.parquet")).select(range(count))
+    part = drawn(digits, split, count)
     processor = DDAEImageProcessor.from_pretrained(checkpoint)
     return processor(part["image"][:], return_tensors="pt")["pixel_values"], torch.tensor(part["label"][:])
 

@@ -16,7 +16,7 @@ from ddae_hf.latent_folder import LatentFolder
 from ddae_hf.latents import encode
 
 from . import scripts
-from .conftest import Source, make_vae, together
+from .conftest import Source, drawn, make_vae, together
 
 COUNT, SIDE = 7, 16
 
@@ -260,7 +260,7 @@ def encoded(vae, digits, tmp_path_factory):
 
 @torch.no_grad()
 def test_the_script_encodes_images_and_their_mirror_images(encoded, vae, digits):
-    train = Dataset.from_parquet(str(digits / "train.parquet")).select(range(10))
+    train = drawn(digits, "train", 10)
     processor = DDAEImageProcessor(size={"height": SIDE, "width": SIDE}, num_channels=3)
     images = processor(train["image"][:], return_tensors="pt")["pixel_values"]
     folder = LatentFolder(encoded / "latents")
@@ -300,7 +300,7 @@ def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
         (["--resolution", "15"], "--resolution is 15: it must be a multiple of 2"),
         (["--batch_size", "0"], "--batch_size is 0: it must be at least 1"),
         (["--vae", "nowhere/at/all"], "is not a folder"),
-        (["--label_column", "image"], "no column of integer labels 'image'"),
+        (["--label_column", "image"], "no column of labels 'image'"),
         (["--train_split", "validation"], "has no split 'validation'"),
     ],
 )

@@ -14,7 +14,7 @@ from ddae_hf.features import extract_features
 from ddae_hf.latent_folder import LatentFolder
 
 from . import scripts
-from .conftest import make_dit, make_vae
+from .conftest import drawn, make_dit, make_vae
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,7 @@ def transferred(checkpoint, digits, tmp_path_factory):
 
 
 def pixels_of(checkpoint, digits, split, count):
-    from datasets import load_dataset
-
-    images = load_dataset(str(digits))[split].select(range(count))["image"][:]
+    images = drawn(digits, split, count)["image"][:]
     return DDAEImageProcessor.from_pretrained(checkpoint)(images, return_tensors="pt")["pixel_values"]
 
 

@@ -18,7 +18,7 @@ from ddae_hf.arrays import rows_done
 from ddae_hf.noise import indexed_noise
 
 from . import scripts
-from .conftest import make_dit, make_unet
+from .conftest import drawn, make_dit, make_unet
 
 GREY = {"in_channels": 1, "out_channels": 1}
 PAIRS = {
@@ -67,7 +67,7 @@ def open_network(cls, folder):
 def test_the_saved_networks_have_the_reported_accuracies(trained, checkpoints, digits):
     folder, report = trained
     model = DDAEModel.from_pretrained(checkpoints / "ddpm").eval()
-    test = Dataset.from_parquet(str(digits / "test.parquet")).select(range(40))
+    test = drawn(digits, "test", 40)
     clean = DDAEImageProcessor.from_pretrained(checkpoints / "ddpm")(test["image"][:], return_tensors="pt")
     clean, labels = clean["pixel_values"], torch.tensor(test["label"][:])
     noise = indexed_noise((1, 8, 8), range(40), 0, script.TEST_VIEW)
@@ -92,7 +92,7 @@ def test_the_saved_networks_have_the_reported_accuracies(trained, checkpoints, d
 def test_stored_features_are_those_of_each_images_own_level_and_noise(checkpoints, digits, tmp_path):
     run(checkpoints / "ddpm", digits, tmp_path, "--no-random_flip", "--random_crop", "0", "--wide_resnet", "0")
     model = DDAEModel.from_pretrained(checkpoints / "ddpm").eval()
-    train = Dataset.from_parquet(str(digits / "train.parquet")).select([7, 50])
+    train = drawn(digits, "train", 60).select([7, 50])
     clean = DDAEImageProcessor.from_pretrained(checkpoints / "ddpm")(train["image"][:], return_tensors="pt")
     for view in range(2):
         stored = np.load(tmp_path / "features" / f"view-{view}.npy")

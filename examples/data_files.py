@@ -1,0 +1,84 @@
+"""A local folder of tables (parquet, arrow, csv, json) as a data set: which file is of which split.
+
+The name of a file or of a folder on its way is that of its split: `test.parquet`, `test/0.parquet`, or
+`test-00000-of-00001.parquet` as `push_to_hub` writes them, into a folder `data` with splits of any name. With no such
+names, all files are the split `train`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import warnings
+
+from huggingface_hub import metadata_load
+
+from image_folder import LIKE_SPLITS, SPLITS, image_extensions, list_folder, some
+
+# The first kind that a folder has is what is read.
+KINDS = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".ndjson", ".csv", ".tsv")
+# What programs write beside data.
+NOTES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b")
+NUMBERED = re.compile(rf"(?P<split>{'|'.join(SPLITS)})([-._ ]?\d+|[-._ ](of|part|shard))*")
+
+
+def list_data_files(folder: str) -> list[str]:
+    """Return the tables of a folder, relative to it: those of one kind, with a warning of what else is left out."""
+    found = list_folder(folder, {*KINDS, *image_extensions()}).files
+    found = [path for path in found if os.path.basename(path) not in NOTES]
+    tables = [path for path in found if path.lower().endswith(KINDS)]
+    for kind in KINDS:
+        if chosen := [path for path in tables if path.lower().endswith(kind)]:
+            if others := sorted(set(found) - set(chosen)):
+                hint = "; --train_data_dir reads a folder's images" if set(others) - set(tables) else ""
+                warnings.warn(f"{folder}: read are its {kind} files, not {some(others)}{hint}.", stacklevel=2)
+            return chosen
+    return []
+
+
+def states_its_files(folder: str) -> bool:
+    """Return whether a folder's card says which file is of which split."""
+    card = os.path.join(folder, "README.md")
+    known = metadata_load(card) if os.path.isfile(card) else None
+    return bool(known and known.get("configs")) or os.path.isfile(os.path.join(folder, ".huggingface.yaml"))
+
+
+def split_files(folder: str, paths: list[str]) -> dict[str, list[str]]:
+    """Return the files of each split as patterns that match them alone, or stop where a name may mean two things."""
+    found: dict[str | None, list[str]] = {}
+    for path in paths:
+        found.setdefault(split_of(folder, path), []).append(path)
+    unnamed = found.pop(None, [])
+    if found and unnamed:
+        raise SystemExit(
+            f"The data set {folder} can be read in two ways: {some(unnamed)} {'is' if len(unnamed) == 1 else 'are'} of "
+            f"no split, beside {some([path for paths in found.values() for path in paths])}. Name all of them after "
+            "their split, such as train.parquet or train-00000-of-00001.parquet, or none."
+        )
+    root = os.path.abspath(folder)
+    named = found or {"train": unnamed}
+    return {str(name): [glob.escape(os.path.join(root, path)) for path in files] for name, files in named.items()}
+
+
+def split_of(folder: str, path: str) -> str | None:
+    """Return the split that a file's path names, nothing where it names none, or stop where that cannot be told."""
+    *folders, name = path.split("/")
+    stem = os.path.splitext(name)[0]
+    shard, numbered = SHARD.match(stem), NUMBERED.fullmatch(stem)
+    named = {part for part in folders if part in SPLITS}
+    if numbered:
+        named.add(numbered["split"])
+    if shard and (shard["split"] in SPLITS or (folders == ["data"] and not named)):
+        named.add(shard["split"])
+    if len(named) == 1:
+        return named.pop()
+    words = {word.lower() for part in (*folders, stem) for word in re.split(r"[-._ 0-9]+", part)}
+    if named or words & LIKE_SPLITS:
+        raise SystemExit(
+            f"The data set {folder} can be read in two ways: the split of {path} cannot be told from its name. Files "
+            "of a split are named train.parquet or train-00000-of-00001.parquet, or lie in a folder train/; likewise "
+            "test and validation. Rename it, or give the path of one file."
+        )
+    return None

@@ -1,0 +1,244 @@
+"""A folder of images as a data set: what its folders, links, tables of metadata and other files mean.
+
+Splits are the folders `train`, `test` and `validation` right inside it; with none of them all images are the split
+`train`. In a split, the first folder on the way to an image is its class. No other name means anything.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import posixpath
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+from PIL import Image as PILImage
+
+SPLITS = ("train", "validation", "test")
+# What other programs take for splits: a data set whose classes all have such names probably means those.
+LIKE_SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass
+class Listing:
+    """What lies under a folder, links followed; paths are relative to it, with `/` between names.
+
+    Attributes:
+        files: Files of the extensions that were asked for, in the order of their paths.
+        metadata: Files named like a table of metadata.
+        folders: Folders that were entered.
+        skipped: How many other things there are, by extension or in words.
+    """
+
+    files: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def what_was_skipped(self) -> str:
+        """Return how many files were skipped, in all and of each kind."""
+        count = self.skipped.total()
+        kinds = ", ".join(f"{number} {kind}" for kind, number in self.skipped.most_common())
+        return f"skipped {count} file{'s' * (count != 1)}{': ' * bool(count)}{kinds}"
+
+
+@dataclass
+class Split:
+    """A split's images; their paths begin with `prefix`, which is empty or names the split's folder."""
+
+    prefix: str
+    images: list[str]
+
+    @property
+    def folders(self) -> list[str]:
+        """The first folder inside the split on the way to each image, empty for those right inside."""
+        return ["/".join(path.removeprefix(self.prefix).split("/")[:-1][:1]) for path in self.images]
+
+
+def image_extensions() -> set[str]:
+    """Return the extensions, such as `.png`, of the files that Pillow opens."""
+    return {extension for extension, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+
+
+def list_folder(root: str | os.PathLike[str], extensions: set[str]) -> Listing:
+    """Return what lies under a folder; hidden files, and links that lead back to where they lie, are skipped."""
+    found = Listing()
+
+    def enter(folder: str, prefix: str, around: tuple[str, ...]) -> None:
+        here = os.path.realpath(folder)
+        if here in around:
+            found.skipped["links to a folder around them"] += 1
+            return
+        if prefix:
+            found.folders.append(prefix.removesuffix("/"))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path, extension = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
+                if entry.name.startswith("."):
+                    found.skipped["hidden"] += 1
+                elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                    enter(entry.path, f"{path}/", (*around, here))
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    found.skipped["broken links"] += 1
+                elif entry.name in METADATA:
+                    found.metadata.append(path)
+                elif extension in extensions:
+                    found.files.append(path)
+                else:
+                    found.skipped[extension or "without extension"] += 1
+
+    enter(os.fspath(root), "", ())
+    for paths in (found.files, found.metadata, found.folders):
+        paths.sort()
+    return found
+
+
+def read_image_folder(folder: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """Return the splits of a folder of images: `image`, columns of metadata, and `label` where folders name classes.
+
+    What can be read in two ways stops the program; what is left out is said in a warning.
+    """
+    if not os.path.isdir(folder):
+        raise SystemExit(f"The data set {folder} cannot be read: there is no such folder.")
+    found = list_folder(folder, image_extensions())
+    if not found.files:
+        raise SystemExit(f"The data set {folder} cannot be read: it has no images; {found.what_was_skipped()}.")
+    if found.skipped:
+        warnings.warn(f"{folder}: {found.what_was_skipped()}.", stacklevel=2)
+    splits = find_splits(folder, found.files)
+    known = join_metadata(folder, found.metadata, splits)
+    if "label" not in known:
+        classes = find_classes(folder, found.folders, splits)
+    else:
+        classes = {}
+        if any(any(split.folders) for split in splits.values()):
+            warnings.warn(f"{folder}: labels are those of its metadata, not the names of its folders.", stacklevel=2)
+    names = sorted({label for labels in classes.values() for label in labels})
+    numbers, datasets = {name: i for i, name in enumerate(names)}, {}
+    for name, split in splits.items():
+        rows = {column: [values[path] for path in split.images] for column, values in known.items()}
+        paths = [os.path.join(os.path.abspath(folder), path) for path in split.images]
+        dataset = Dataset.from_dict({"image": paths, **rows}).cast_column("image", Image())
+        if name in classes:
+            labels = [numbers[label] for label in classes[name]]
+            dataset = dataset.add_column("label", labels, feature=ClassLabel(names=names))
+        datasets[name] = dataset
+    return IterableDatasetDict({n: stream(d) for n, d in datasets.items()}) if streaming else DatasetDict(datasets)
+
+
+def find_splits(folder: str, images: list[str]) -> dict[str, Split]:
+    """Return the images of each split, or stop where some may lie in a split or in a class of its name."""
+    first = {path.partition("/")[0] for path in images if "/" in path}
+    splits = [f"{name}/" for name in SPLITS if name in first]
+    if not splits:
+        return {"train": Split("", images)}
+    others = [f"{name}/" for name in sorted(first) if f"{name}/" not in splits]
+    others += [path for path in images if "/" not in path]
+    if others:
+        raise SystemExit(
+            f"The data set {folder} can be read in two ways: it has images in {some(splits)}, which name splits, and "
+            f"beside them {some(others)}. Splits are the folders train/, test/ and validation/: rename others that are "
+            "meant as such, and move away what belongs to none. If all are classes, put them into one folder train/."
+        )
+    return {name[:-1]: Split(name, [path for path in images if path.startswith(name)]) for name in splits}
+
+
+def find_classes(folder: str, folders: list[str], splits: dict[str, Split]) -> dict[str, list[str]]:
+    """Return the class of each image of those splits in which every image lies in the folder of a class."""
+    classes = {}
+    for name, split in splits.items():
+        labels = split.folders
+        if all(labels):
+            classes[name] = labels
+            inside = {path.removeprefix(split.prefix) for path in folders if path.startswith(split.prefix)}
+            if empty := sorted(path for path in inside - set(labels) if "/" not in path):
+                warnings.warn(f"{folder}: no images of the split {name!r} are in {some(empty)}.", stacklevel=3)
+        elif any(labels):
+            loose = [path for path, label in zip(split.images, labels, strict=True) if not label]
+            warnings.warn(
+                f"{folder}: the split {name!r} has no labels, since {len(loose)} of its {len(labels)} images lie "
+                f"in no folder of a class: {some(loose)}.",
+                stacklevel=3,
+            )
+    names = {label for labels in classes.values() for label in labels}
+    if names and {label.lower() for label in names} <= LIKE_SPLITS:
+        warnings.warn(
+            f"{folder}: {some(sorted(names))} are taken for classes. Splits are named train, test and validation.",
+            stacklevel=3,
+        )
+    return classes
+
+
+def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
+    """Return what tables of metadata say, by column and image, or stop where they are not of these images."""
+    rows: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        place = posixpath.dirname(table)
+        if place and f"{place}/" not in {split.prefix for split in splits.values()}:
+            raise SystemExit(f"{folder}/{table}: metadata is read right inside {folder} or a split's folder: move it.")
+        for row in read_table(os.path.join(folder, table)):
+            file_name = row.pop("file_name", None)
+            if not isinstance(file_name, str):
+                raise SystemExit(f"{folder}/{table} has a row without `file_name`, the path of an image: {row}.")
+            path = posixpath.normpath(posixpath.join(place, file_name))
+            if path in rows:
+                raise SystemExit(f"{folder}/{table} has a second row of the image {path}: leave one out.")
+            rows[path] = row
+    if not tables:
+        return {}
+    images = [path for split in splits.values() for path in split.images]
+    for what, missing in {
+        "rows without an image": sorted(set(rows) - set(images)),
+        "images without a row": sorted(set(images) - set(rows)),
+    }.items():
+        if missing:
+            raise SystemExit(f"{folder}: {some(tables)} leaves {len(missing)} {what}, such as {some(missing)}.")
+    columns = {column: None for row in rows.values() for column in row}
+    if "image" in columns:
+        raise SystemExit(f"{folder}: {some(tables)} has a column `image`, which is that of the images: rename it.")
+    return {column: {path: row.get(column) for path, row in rows.items()} for column in columns}
+
+
+def read_table(path: str) -> list[dict[str, Any]]:
+    """Return the rows of a table. Columns of a CSV file are text, or numbers if all that they hold are whole ones."""
+    if path.endswith(".parquet"):
+        return pq.read_table(path).to_pylist()
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.endswith(".jsonl"):
+            rows = [json.loads(line) for line in file if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise SystemExit(f"{path}: each line must be an object, such as {{'file_name': '0.png', 'size': 3}}.")
+            return rows
+        header, *lines = [line for line in csv.reader(file) if line] or [[]]
+    if len(set(header)) < len(header) or any(len(line) != len(header) for line in lines):
+        raise SystemExit(f"{path}: every line must have as many values as the first has names, which must all differ.")
+    columns = [[value or None for value in column] for column in zip(*lines, strict=True)]
+    for i, column in enumerate(columns):
+        if all(value is None or value.removeprefix("-").isdecimal() and str(int(value)) == value for value in column):
+            columns[i] = [None if value is None else int(value) for value in column]
+    return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def stream(dataset: Dataset) -> IterableDataset:
+    """Return a data set as a stream that workers share, and shuffling shuffles, image by image."""
+    files = dataset.cast_column("image", Image(decode=False))
+    options = {"dataset": files, "indices": list(range(len(files)))}
+    return IterableDataset.from_generator(_rows, features=dataset.features, gen_kwargs=options)
+
+
+def _rows(dataset: Dataset, indices: list[int]) -> Iterator[dict[str, Any]]:
+    for index in indices:
+        yield dataset[index]
+
+
+def some(names: list[str], count: int = 3) -> str:
+    """Return the first of some names, and how many there are beside them."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
