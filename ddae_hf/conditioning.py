@@ -14,6 +14,8 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding, Timesteps
 from torch import Tensor
 
+from .noise import readable
+
 # The option of a DiT's config that says which frequencies its timestep embedding has.
 FREQUENCIES = "downscale_freq_shift"
 
@@ -114,8 +116,8 @@ def class_conditioning(
 
 
 def check_label_range(name: str, labels: Tensor, count: int) -> None:
-    """Refuse labels outside 0 to count - 1, where they can be read without waiting for a device or breaking a graph."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+    """Refuse labels outside 0 to count - 1, where they are `readable`."""
+    if not readable(labels) or not labels.numel():
         return
     if labels.min() < 0 or labels.max() >= count:
         raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")

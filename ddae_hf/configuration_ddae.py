@@ -25,7 +25,7 @@ from .checkpoints import (
 from .conditioning import num_labels
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
 from .latents import check_vae, downsampling
-from .noise import check_sigma, check_time_embedding, prediction_type, timestep_to_sigma
+from .noise import check_sigma, check_time_embedding, check_timestep, prediction_type, timestep_to_sigma
 
 # The network and the schedule of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
 DEFAULT_DENOISER: dict[str, Any] = {
@@ -112,6 +112,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if timestep is not None and self.sigma is not None:
             raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
         if timestep is not None:
+            check_timestep(scheduler, timestep)
             self.sigma = timestep_to_sigma(scheduler, timestep).item()
         elif self.sigma is None:
             self.sigma = 0.05 if self.vae is None else SIGMA_OF_LATENTS

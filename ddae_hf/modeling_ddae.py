@@ -16,7 +16,7 @@ from .configuration_ddae import DDAEConfig
 from .heads import write_head
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
 from .latents import encode, freeze
-from .noise import add_noise, check_sigma, sigma_range, timestep_to_sigma
+from .noise import add_noise, check_level, check_timestep, sigma_range, timestep_to_sigma
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention
 from .remote_code import save_code
 
@@ -96,18 +96,15 @@ class DDAEModel(DDAEPreTrainedModel):
             raise ValueError(f"pixel_values is of type {pixel_values.dtype}: it must be floats in [-1, 1].")
 
     def _level(self, sigma: float | Tensor | None, timestep: float | Tensor | None) -> Tensor:
-        """Return the noise level that the arguments ask for; Python scalars are checked, outside compiled graphs."""
+        """Return the noise level that the arguments ask for, checked where `check_level` can."""
         if sigma is not None and timestep is not None:
             raise ValueError("Both sigma and timestep came: pass one of them.")
         if timestep is not None:
+            check_timestep(self.scheduler, timestep)
             return timestep_to_sigma(self.scheduler, timestep)
-        if isinstance(sigma, Tensor):
-            return sigma
         level = self.config.sigma if sigma is None else sigma
-        if not torch.compiler.is_compiling():
-            check_sigma(self.scheduler, level)
-        low, high = self._sigma_range
-        return torch.tensor(min(max(level, low), high), dtype=torch.float32)
+        check_level(self.scheduler, "sigma", level, self._sigma_range)
+        return torch.as_tensor(level, dtype=torch.float32)
 
     def _draw(self, shape: tuple[int, ...], device: Any, generator: Any, fixed: Tensor) -> Tensor:
         """Return noise (draws, B, C, H, W): from the generator, fresh in training, or fixed (draws, C, H, W)."""
@@ -179,7 +176,9 @@ class DDAEModel(DDAEPreTrainedModel):
 
         Args:
             pixel_values: Images (B, C, H, W) in [-1, 1].
-            sigma: Noise level, of images or scaled latents, scalar or (B,); by default `config.sigma`.
+            sigma: Noise level, of images or scaled latents, scalar or (B,), within `noise.sigma_range` of the
+                scheduler; by default `config.sigma`. On a device, and in a graph that is compiled or exported, tensors
+                are not looked at, and a level outside gives NaN.
             timestep: The noise level as the denoiser is fed it, in place of `sigma`.
             class_labels: Labels (B,) of a class-conditional denoiser; by default its null class.
             noise: Standard-normal noise to add, (B, *config.sample_shape) or several draws, (draws, B, ...).

@@ -58,6 +58,16 @@ def test_features_are_averaged_over_the_draws_of_noise(model, images):
         torch.testing.assert_close(found[layer], rows, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sigma", [0.0, 1e6, float("nan")])
+def test_a_level_outside_the_schedule_is_refused_before_any_image_is_read(model, images, sigma, tmp_path):
+    source = Source(images)
+    with pytest.raises(ValueError, match=r"sigma \S+ is outside the schedule"):
+        extract_features(model, source(0), LAYERS, sigma)
+    with pytest.raises(ValueError, match=r"sigma \S+ is outside the schedule"):
+        FeatureCache(tmp_path, model).features(source, 5, LAYERS, sigma, data={})
+    assert source.read == 0 and not any(tmp_path.iterdir())
+
+
 def test_an_empty_data_set_is_refused(model):
     with pytest.raises(ValueError, match="empty"):
         extract_features(model, [], LAYERS, 0.5)

@@ -1,7 +1,9 @@
 """The models against diffusers' own forward; randomness; training; saving."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,6 +91,49 @@ def test_levels_as_sigma_timestep_scalar_or_tensor_agree(images, scheduler):
     for level in ({"sigma": sigma.item()}, {"sigma": sigma.expand(5)}, {"timestep": torch.full((5,), 300)}):
         torch.testing.assert_close(model(images, **level).pooler_output, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(images).pooler_output, expected)
+
+
+# Levels at which no sampler evaluates a network, with the ends of the schedule.
+OUTSIDE = {
+    "DDPMScheduler": ([1e6, 0.0, -1.0, math.nan, math.inf], "0.010001 to 157.41", [5000, -1, math.nan], "0 to 999"),
+    "EDMEulerScheduler": (
+        [0.0, 81.0, -1.0, math.nan, math.inf],
+        "0.002 to 80",
+        [5000, -2, math.nan],
+        "-1.5537 to 1.0955",
+    ),
+    "FlowMatchEulerDiscreteScheduler": ([-1.0, math.nan], "0 to inf", [5000, -1, math.nan], "0 to 1000"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheduler", OUTSIDE)
+def test_a_level_outside_the_schedule_is_refused_however_it_comes(images, scheduler):
+    model = make_model(scheduler={"_class_name": scheduler}, sigma=0.5)
+    sigmas, sigma_range, timesteps, timestep_range = OUTSIDE[scheduler]
+    levels = [("sigma", level, sigma_range) for level in sigmas]
+    levels += [("timestep", level, timestep_range) for level in timesteps]
+    for unit, level, allowed in levels:
+        one_image = torch.full((5,), 0.5)
+        one_image[3] = level
+        for value in (level, np.float32(level), torch.tensor(float(level), dtype=torch.float64), one_image):
+            with pytest.raises(
+                ValueError, match=rf"{unit} \S+ is outside the schedule of {scheduler}: .* {allowed} \("
+            ):
+                model(images, **{unit: value})
+            with pytest.raises(ValueError, match=f"{unit} .* is outside the schedule"):
+                model.ddae.read_layers(images, ["mid_block"], **{unit: value})
+
+
+@torch.no_grad()
+def test_a_scalar_level_is_checked_where_the_model_is_compiled_too(images):
+    """One inside is `config.sigma`, which the tests below compile."""
+    compiled = torch.compile(make_model(), fullgraph=True, backend="eager")
+    for level in ({"sigma": 1e6}, {"timestep": 5000}):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"(sigma|timestep) \S+ is outside the schedule of DDPMSch"
+        ):
+            compiled(images, **level)
 
 
 @torch.no_grad()

@@ -134,9 +134,9 @@ def test_what_another_schedule_or_label_would_do_is_refused(unet):
         DDAEPipeline(unet, ScoreSdeVeScheduler())()
     with pytest.raises(ValueError, match="RePaintScheduler takes steps that need more"):
         DDAEPipeline(unet, RePaintScheduler())()
-    fourier = make_unet(time_embedding_type="fourier")
+    learned = make_unet(time_embedding_type="learned", num_train_timesteps=1000)
     with pytest.raises(ValueError, match="cannot take the timesteps of EDMEulerScheduler"):
-        DDAEPipeline(fourier, EDMEulerScheduler())()
+        DDAEPipeline(learned, EDMEulerScheduler())()
     conditional = DDAEPipeline(make_unet(num_class_embeds=5), DDPMScheduler())
     with pytest.raises(ValueError, match="class_labels are 5 to 5: allowed are 0 to 4"):
         conditional(class_labels=5)
