@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .checkpoints import build_denoiser, build_scheduler, build_vae
-from .conditioning import check_label_range, class_conditioning, disable_label_dropout, fed_timestep
+from .conditioning import check_label_range, checked_names, class_conditioning, disable_label_dropout, fed_timestep
 from .configuration_ddae import DDAEConfig
 from .heads import write_head
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
@@ -262,11 +263,22 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
+        self._check_names()
         self.ddae = DDAEModel(config)
         size = config.hidden_size
         self.feature_norm = nn.BatchNorm1d(size, affine=False) if config.feature_norm == "batch_norm" else nn.Identity()
         self.classifier = nn.Linear(size, self.num_labels)
         self.post_init()
+
+    def _check_names(self) -> None:
+        """Refuse names of classes that there are not; warn of two classes of one name, as ImageNet's two cranes."""
+        names = list((checked_names(self.config.id2label, self.num_labels) or {}).values())
+        if shared := sorted({name for name in names if names.count(name) > 1}):
+            warnings.warn(
+                f"Several classes are named {shared[0]!r}: nobody can tell them apart by name, and `label2id` knows "
+                "one of them alone. Give them different names in `id2label`.",
+                stacklevel=3,
+            )
 
     def freeze_denoiser(self) -> None:
         """Train the classifier alone: see `DDAEModel.freeze_denoiser`."""
