@@ -69,6 +69,20 @@ def check_vae_class(name: str | None, where: str = "the vae") -> None:
         raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed is {', '.join(VAES)}.")
 
 
+def check_sample_size(config: Any) -> None:
+    """Raise `ValueError` unless a denoiser, of which this is the complete config, can divide its images as it must."""
+    side = config["sample_size"]
+    if side is None:
+        raise ValueError("The denoiser's config has no sample_size: set it to the side of its images or latents.")
+    if "patch_size" in config:
+        factor, reason = config["patch_size"], f"with patches of {config['patch_size']}"
+    else:
+        levels = len(config["down_block_types"])
+        factor, reason = 2 ** (levels - 1), f"with {levels} levels, each half the size of the one before"
+    if any(length % factor for length in ([side] if isinstance(side, int) else side)):
+        raise ValueError(f"sample_size is {side}: {reason}, it must be a multiple of {factor}.")
+
+
 def plain_config(config: Any) -> dict[str, Any]:
     """Return a diffusers config as JSON would hold it: its class name, no other private keys, lists for tuples.
 

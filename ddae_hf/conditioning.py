@@ -8,11 +8,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import LabelEmbedding, Timesteps
 from torch import Tensor
+
+from .noise import readable
 
 # The option of a DiT's config that says which frequencies its timestep embedding has.
 FREQUENCIES = "downscale_freq_shift"
@@ -69,6 +72,53 @@ def default_null_class(config: Any) -> int | None:
     return config.get("num_embeds_ada_norm")
 
 
+def check_null_class(null_class: int | None, config: Any) -> None:
+    """Raise `ValueError` unless a denoiser, of which this is the config, has the label that is to stand for none."""
+    count = num_labels(config)
+    if null_class is not None and not 0 <= null_class < count:
+        has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
+        raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
+
+
+def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, str] | None:
+    """Return the names of classes by label, from JSON too, where all labels are text.
+
+    Args:
+        id2label: The names by label; not every label needs one.
+        count: Number of labels.
+
+    Raises:
+        ValueError: A label that is no whole number from 0 to count - 1 or comes twice, or a name that is no text.
+    """
+    if id2label is None:
+        return None
+    names: dict[int, str] = {}
+    for given, name in id2label.items():
+        label = int(str(given)) if str(given).isdecimal() else -1
+        if not 0 <= label < count:
+            allowed = f"its labels are 0 to {count - 1}" if count else "it tells no classes apart"
+            raise ValueError(f"id2label names the class {given!r}, but of this network {allowed}.")
+        if label in names:
+            raise ValueError(f"id2label names the class {label} twice: {names[label]!r} and {name!r}.")
+        if not isinstance(name, str):
+            raise ValueError(f"id2label names the class {label} {name!r}: names are text.")
+        names[label] = name
+    return names
+
+
+def labels_by_name(names: Mapping[Any, str]) -> dict[str, list[int]]:
+    """Return the labels that each name stands for, sorted by name; more than one where classes share it.
+
+    A class has its whole name, and beside it each of the names that commas part in it, as in ImageNet.
+    """
+    found: dict[str, set[int]] = {}
+    for label, whole in names.items():
+        for name in (whole, *whole.split(",")):
+            if name.strip():
+                found.setdefault(name.strip(), set()).add(int(label))
+    return {name: sorted(labels) for name, labels in sorted(found.items())}
+
+
 def is_conditional(denoiser: Any) -> bool:
     """Whether a denoiser can be given class labels."""
     if "num_embeds_ada_norm" in denoiser.config:
@@ -90,8 +140,8 @@ def class_conditioning(
         null_class: The null class of a denoiser that does not imply one.
 
     Raises:
-        ValueError: Labels for an unconditional network, labels that it does not have or that are not one an image, or
-            neither labels nor a null class for a conditional one.
+        ValueError: Labels for an unconditional network, labels that it does not have, that are no whole numbers or not
+            one an image, or neither labels nor a null class for a conditional one.
     """
     if class_labels is not None and not is_conditional(denoiser):
         raise ValueError("class_labels came, but this denoiser is unconditional: leave them out.")
@@ -109,13 +159,16 @@ def class_conditioning(
     if len(labels) not in (1, batch_size):
         raise ValueError(f"{len(labels)} class_labels came for {batch_size} images: pass one, or one an image.")
     if count := num_labels(denoiser.config):
+        if labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+            came = f"of shape {tuple(labels.shape)} and type {labels.dtype}"
+            raise ValueError(f"class_labels are {came}: they must be whole numbers, one, or one an image.")
         check_label_range("class_labels", labels, count)
     return {"class_labels": labels.expand(batch_size, *labels.shape[1:])}
 
 
 def check_label_range(name: str, labels: Tensor, count: int) -> None:
-    """Refuse labels outside 0 to count - 1, where they can be read without waiting for a device or breaking a graph."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+    """Refuse labels outside 0 to count - 1, where they are `readable`."""
+    if not readable(labels) or not labels.numel():
         return
     if labels.min() < 0 or labels.max() >= count:
         raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")

@@ -19,14 +19,15 @@ from .checkpoints import (
     build_scheduler,
     build_vae,
     check_denoiser_class,
+    check_sample_size,
     check_vae_class,
     plain_config,
     read_checkpoint,
 )
-from .conditioning import num_labels
+from .conditioning import check_null_class
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
 from .latents import check_vae, downsampling
-from .noise import check_sigma, check_time_embedding, prediction_type, timestep_to_sigma
+from .noise import check_sigma, check_time_embedding, check_timestep, prediction_type, timestep_to_sigma
 
 # The network and the schedule of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
 DEFAULT_DENOISER: dict[str, Any] = {
@@ -118,6 +119,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if timestep is not None and self.sigma is not None:
             raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
         if timestep is not None:
+            check_timestep(scheduler, timestep)
             self.sigma = timestep_to_sigma(scheduler, timestep).item()
         elif self.sigma is None:
             self.sigma = 0.05 if self.vae is None else SIGMA_OF_LATENTS
@@ -158,20 +160,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Complete the denoiser's config with the shape of its images, and refuse shapes and labels that cannot be."""
         for name in ("sample_size", "in_channels"):
             self.denoiser.setdefault(name, denoiser.config[name])
-        side = self.denoiser["sample_size"]
-        if side is None:
-            raise ValueError("The denoiser's config has no sample_size: set it to the side of its images or latents.")
-        if hasattr(denoiser, "down_blocks"):
-            factor = 2 ** (len(denoiser.down_blocks) - 1)
-            reason = f"with {len(denoiser.down_blocks)} levels, each half the size of the one before"
-        else:
-            factor, reason = denoiser.config.patch_size, f"with patches of {denoiser.config.patch_size}"
-        if any(side % factor for side in self.sample_shape[1:]):
-            raise ValueError(f"sample_size is {side}: {reason}, it must be a multiple of {factor}.")
-        count = num_labels(denoiser.config)
-        if self.null_class is not None and not 0 <= self.null_class < count:
-            has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
-            raise ValueError(f"null_class is {self.null_class}, but of this denoiser {has}.")
+        check_sample_size(denoiser.config)
+        check_null_class(self.null_class, denoiser.config)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

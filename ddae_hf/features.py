@@ -20,7 +20,7 @@ from .arrays import described_folder, fill
 from .checkpoints import fingerprint
 from .hidden_states import check_layers, hidden_size, pool_hidden_states
 from .modeling_ddae import DDAEModel
-from .noise import indexed_noise
+from .noise import check_sigma, indexed_noise
 
 Images = Callable[[int], Iterable[Tensor]]
 
@@ -63,7 +63,11 @@ def extract_features(
 
     Returns:
         Features (N, C), float32 on the CPU, by layer name.
+
+    Raises:
+        ValueError: A noise level outside the schedule, or no images.
     """
+    check_sigma(model.scheduler, sigma)
     parts: list[dict[str, Tensor]] = []
     start = 0
     for images in batches:
@@ -195,10 +199,12 @@ class FeatureCache:
             Features (N, C) by layer name, read-only, mapped from disk.
 
         Raises:
-            ValueError: An unknown layer, another number of images than `count`, or a damaged file.
+            ValueError: An unknown layer, a noise level outside the schedule, another number of images than `count`, or
+                a damaged file.
             OSError: Not enough space on disk.
         """
         check_layers(self.model.denoiser, layers)
+        check_sigma(self.model.scheduler, sigma)
         identity = {**self.identity, "data": data, "count": count, "sigma": float(sigma), "view": view}
         folder = described_folder(self.folder, identity)
 

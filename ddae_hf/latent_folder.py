@@ -191,9 +191,13 @@ class LatentFolder:
             )
         write_array(self.folder, f"{split}-labels", labels)
 
+    def has_labels(self, split: str) -> bool:
+        """Return whether a split's labels are kept."""
+        return (self.folder / f"{split}-labels.npy").is_file()
+
     def labels(self, split: str) -> np.ndarray:
         """Return a split's labels (N,), or raise `ValueError` where it has none or their file is damaged."""
-        if not (self.folder / f"{split}-labels.npy").is_file():
+        if not self.has_labels(split):
             raise ValueError(f"{self.folder} has no labels of the split {split!r}.")
         return np.array(open_array(self.folder, f"{split}-labels", (self.index["splits"][split]["count"],), "int64"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .checkpoints import build_denoiser, build_scheduler, build_vae
-from .conditioning import check_label_range, class_conditioning, disable_label_dropout, fed_timestep
+from .conditioning import check_label_range, checked_names, class_conditioning, disable_label_dropout, fed_timestep
 from .configuration_ddae import DDAEConfig
 from .heads import write_head
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
 from .latents import encode, freeze
-from .noise import add_noise, check_sigma, sigma_range, timestep_to_sigma
+from .noise import add_noise, check_level, check_timestep, sigma_range, timestep_to_sigma
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention
 from .remote_code import save_code
 
@@ -104,18 +105,15 @@ class DDAEModel(DDAEPreTrainedModel):
             raise ValueError(f"pixel_values is of type {pixel_values.dtype}: it must be floats in [-1, 1].")
 
     def _level(self, sigma: float | Tensor | None, timestep: float | Tensor | None) -> Tensor:
-        """Return the noise level that the arguments ask for; Python scalars are checked, outside compiled graphs."""
+        """Return the noise level that the arguments ask for, checked where `check_level` can."""
         if sigma is not None and timestep is not None:
             raise ValueError("Both sigma and timestep came: pass one of them.")
         if timestep is not None:
+            check_timestep(self.scheduler, timestep)
             return timestep_to_sigma(self.scheduler, timestep)
-        if isinstance(sigma, Tensor):
-            return sigma
         level = self.config.sigma if sigma is None else sigma
-        if not torch.compiler.is_compiling():
-            check_sigma(self.scheduler, level)
-        low, high = self._sigma_range
-        return torch.tensor(min(max(level, low), high), dtype=torch.float32)
+        check_level(self.scheduler, "sigma", level, self._sigma_range)
+        return torch.as_tensor(level, dtype=torch.float32)
 
     def _draw(self, shape: tuple[int, ...], device: Any, generator: Any, fixed: Tensor) -> Tensor:
         """Return noise (draws, B, C, H, W): from the generator, fresh in training, or fixed (draws, C, H, W)."""
@@ -187,7 +185,9 @@ class DDAEModel(DDAEPreTrainedModel):
 
         Args:
             pixel_values: Images (B, C, H, W) in [-1, 1].
-            sigma: Noise level, of images or scaled latents, scalar or (B,); by default `config.sigma`.
+            sigma: Noise level, of images or scaled latents, scalar or (B,), within `noise.sigma_range` of the
+                scheduler; by default `config.sigma`. On a device, and in a graph that is compiled or exported, tensors
+                are not looked at, and a level outside gives NaN.
             timestep: The noise level as the denoiser is fed it, in place of `sigma`.
             class_labels: Labels (B,) of a class-conditional denoiser; by default its null class.
             noise: Standard-normal noise to add, (B, *config.sample_shape) or several draws, (draws, B, ...).
@@ -271,11 +271,22 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
+        self._check_names()
         self.ddae = DDAEModel(config)
         size = config.hidden_size
         self.feature_norm = nn.BatchNorm1d(size, affine=False) if config.feature_norm == "batch_norm" else nn.Identity()
         self.classifier = nn.Linear(size, self.num_labels)
         self.post_init()
+
+    def _check_names(self) -> None:
+        """Refuse names of classes that there are not; warn of two classes of one name, as ImageNet's two cranes."""
+        names = list((checked_names(self.config.id2label, self.num_labels) or {}).values())
+        if shared := sorted({name for name in names if names.count(name) > 1}):
+            warnings.warn(
+                f"Several classes are named {shared[0]!r}: nobody can tell them apart by name, and `label2id` knows "
+                "one of them alone. Give them different names in `id2label`.",
+                stacklevel=3,
+            )
 
     def freeze_denoiser(self) -> None:
         """Train the classifier alone: see `DDAEModel.freeze_denoiser`."""

@@ -35,6 +35,36 @@ from torch import Tensor
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
+_UNITS = {
+    "sigma": "standard deviation of the noise on images in [-1, 1], or on scaled latents",
+    "timestep": "as the denoiser is fed it",
+}
+# How far beyond an end a level may be, relative to the end: ends are printed and written down with five digits.
+_ROUNDING = 5e-5
+
+
+def _inside(value: Any, low: Any, high: Any) -> Any:
+    """Whether a number, or each of a tensor's, is in the range, to five digits."""
+    return (low - _ROUNDING * abs(low) <= value) & (value <= high + _ROUNDING * abs(high))
+
+
+def _rounded(level: Tensor, low: Any, high: Any) -> Tensor:
+    """Move levels that are inside to five digits to where they are exactly; NaN for those that are not."""
+    return torch.where(_inside(level, low, high), level.clamp(low, high), torch.nan)
+
+
+def _sigmas(alphas_cumprod: Tensor) -> Tensor:
+    abar = alphas_cumprod.double()
+    # Some schedulers store exactly 2**-24 in place of zero, to keep their own samplers finite.
+    abar = torch.where(abar == 2.0**-24, 0.0, abar)
+    return ((1 - abar) / abar).sqrt().float()
+
+
+@torch.compiler.assume_constant_result
+def _first_and_last_sigma(alphas_cumprod: Tensor) -> tuple[float, float]:
+    sigmas = _sigmas(alphas_cumprod)
+    return sigmas[0].item(), sigmas[-1].item()
+
 
 class _VariancePreserving:
     """The noise levels of schedulers that have `alphas_cumprod`."""
@@ -47,32 +77,32 @@ class _VariancePreserving:
     @property
     def sigmas(self) -> Tensor:
         """The levels (T,), ascending, float32; infinite where the signal is gone (zero-terminal SNR)."""
-        abar = self.scheduler.alphas_cumprod.double()
-        # Some schedulers store exactly 2**-24 in place of zero, to keep their own samplers finite.
-        abar = torch.where(abar == 2.0**-24, 0.0, abar)
-        return ((1 - abar) / abar).sqrt().float()
+        return _sigmas(self.scheduler.alphas_cumprod)
 
     def sigma_range(self) -> tuple[float, float]:
-        sigmas = self.sigmas
-        return sigmas[0].item(), sigmas[-1].item()
+        return _first_and_last_sigma(self.scheduler.alphas_cumprod)
 
     def timestep_range(self) -> tuple[float, float]:
         return 0, len(self.scheduler.alphas_cumprod) - 1
+
+    def training_range(self, unit: str) -> tuple[float, float]:
+        return self.sigma_range() if unit == "sigma" else self.timestep_range()
 
     def sigma(self, t: Tensor) -> Tensor:
         """Interpolate log sigma linearly between whole timesteps."""
         sigmas = self.sigmas.to(t.device)
         last = len(sigmas) - 1
+        t = _rounded(t, 0, last)
         low = t.detach().floor().clamp(0, last).nan_to_num().long()
         start, stop = _at(sigmas, low), _at(sigmas, (low + 1).clamp(max=last))
         fraction = t - low
         between = torch.exp(torch.lerp(start.double().log(), stop.double().log(), fraction.double())).float()
-        sigma = torch.where(fraction == 0, start, between)
-        return torch.where((t >= 0) & (t <= last), sigma, torch.nan)
+        return torch.where(fraction == 0, start, between)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         sigmas = self.sigmas.to(sigma.device)
         last = len(sigmas) - 1
+        sigma = _rounded(sigma, sigmas[0], sigmas[-1])
         # The last level that is not above sigma; counted, which ONNX can do.
         low = ((sigmas <= sigma.detach()[..., None]).sum(-1) - 1).clamp(0, max(last - 1, 0))
         high = (low + 1).clamp(max=last)
@@ -80,8 +110,7 @@ class _VariancePreserving:
         start, stop = at_low.double().log(), at_high.double().log()
         fraction = torch.where(sigma == at_low, 0.0, (sigma.double().log() - start) / (stop - start))
         fraction = torch.where(sigma == at_high, 1.0, fraction) * (high > low)
-        timestep = (low + fraction).float()
-        return torch.where((sigma >= sigmas[0]) & (sigma <= sigmas[-1]), timestep, torch.nan)
+        return (low + fraction).float()
 
     def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         # Exact at both ends, sigma 0 and infinity.
@@ -104,7 +133,13 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 
 class _Karras:
-    """The noise levels of EDM; `sigma_min` and `sigma_max` bound sampling, not training."""
+    """The noise levels of EDM; `sigma_min` and `sigma_max` bound sampling, not training.
+
+    What is drawn in training is positive, and has a square in float32.
+    """
+
+    largest = torch.finfo(torch.float32).max ** 0.5
+    smallest = torch.finfo(torch.float32).tiny
 
     predictions = ("epsilon", "v_prediction")
 
@@ -122,11 +157,15 @@ class _Karras:
     def timestep_range(self) -> tuple[float, float]:
         return math.log(self.config.sigma_min) / 4, math.log(self.config.sigma_max) / 4
 
+    def training_range(self, unit: str) -> tuple[float, float]:
+        low, high = self.smallest, self.largest
+        return (low, high) if unit == "sigma" else (math.log(low) / 4, math.log(high) / 4)
+
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.exp(4 * t.double()).float()
+        return torch.exp(4 * _rounded(t, *self.training_range("timestep")).double()).float()
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        return (sigma.double().log() / 4).float()
+        return (_rounded(sigma, *self.training_range("sigma")).double().log() / 4).float()
 
     def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         r = (sigma.square() + self.config.sigma_data**2).sqrt()
@@ -158,12 +197,15 @@ class _Flow:
     def timestep_range(self) -> tuple[float, float]:
         return 0, self.steps
 
+    def training_range(self, unit: str) -> tuple[float, float]:
+        return self.sigma_range() if unit == "sigma" else self.timestep_range()
+
     def sigma(self, t: Tensor) -> Tensor:
-        s = t.double() / self.steps
-        return torch.where((s >= 0) & (s <= 1), s / (1 - s), torch.nan).float()
+        s = _rounded(t, 0, self.steps).double() / self.steps
+        return (s / (1 - s)).float()
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        return torch.where(sigma >= 0, self.steps / (1 + sigma.double().reciprocal()), torch.nan).float()
+        return (self.steps / (1 + _rounded(sigma, 0, math.inf).double().reciprocal())).float()
 
     def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return 1 / (1 + sigma), 1 / (1 + 1 / sigma)
@@ -214,29 +256,73 @@ def sigma_range(scheduler: Any) -> tuple[float, float]:
     return _family(scheduler).sigma_range()
 
 
+def readable(values: Tensor) -> bool:
+    """Whether looking at values neither waits for a device nor breaks a graph that is being recorded."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def check_level(scheduler: Any, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
+    """Refuse a noise level outside a range, to five digits, and what is no number.
+
+    Python scalars are always looked at, in a graph that is compiled too, where they are constants; other values only
+    where they are `readable`.
+
+    Args:
+        scheduler: The scheduler that the level is of.
+        unit: `"sigma"` or `"timestep"`.
+        value: The level or levels, in this unit: a number, a tensor, or what can become one.
+        allowed: The range; by default every level that a network of the scheduler's family may be trained at.
+
+    Raises:
+        ValueError: A level outside, or NaN.
+    """
+    is_number = isinstance(value, int | float)
+    values = value if is_number else torch.as_tensor(value)
+    if not is_number and not readable(values):
+        return
+    low, high = _family(scheduler).training_range(unit) if allowed is None else allowed
+    if is_number:
+        # The compiler can show a scalar that changes in no other format.
+        wrong = None if _inside(values, low, high) else f"{float(values)!r}"
+    else:
+        # In float64, as bfloat16 takes 1000 for 999; unwrapped, as `torch.func.vmap` lets nobody look at its batch.
+        values = torch.func.debug_unwrap(values).double()
+        outside = values[~_inside(values, low, high)]
+        wrong = f"{outside[0].item():.7g}" if len(outside) else None
+    if wrong is not None:
+        raise ValueError(
+            f"{unit} {wrong} is outside the schedule of {type(scheduler).__name__}: allowed are {low:.5g} to "
+            f"{high:.5g} ({_UNITS[unit]})."
+        )
+
+
+def check_sigma(scheduler: Any, sigma: Any) -> None:
+    """Refuse a `sigma`, or several, at which a sampler would not evaluate a network (to five digits)."""
+    check_level(scheduler, "sigma", sigma, sigma_range(scheduler))
+
+
+def check_timestep(scheduler: Any, timestep: Any) -> None:
+    """Refuse a `timestep`, or several, at which a sampler would not evaluate a network (to five digits)."""
+    check_level(scheduler, "timestep", timestep, _family(scheduler).timestep_range())
+
+
 def timestep_to_sigma(scheduler: Any, timestep: float | Tensor) -> Tensor:
     """Convert what the denoiser is fed into a noise level.
 
     Args:
         scheduler: A diffusers scheduler.
         timestep: Scalar or (B,). VP: 0-based, in [0, T - 1]; between integers log sigma is interpolated linearly. EDM:
-            log(sigma) / 4. Flow matching: time * `num_train_timesteps`.
+            log(sigma) / 4, of any level that training may draw. Flow matching: time * `num_train_timesteps`.
 
     Returns:
-        `sigma`, float32, of the shape of `timestep`; NaN where a tensor's timestep is outside the schedule.
+        `sigma`, float32, of the shape of `timestep`. What is outside is refused where it can be read (scalars, tensors
+        on the CPU), and NaN elsewhere (on a device, in a graph that is compiled or exported).
 
     Raises:
-        ValueError: A Python scalar outside the schedule, or a scheduler that is not supported.
+        ValueError: A timestep outside the schedule, or a scheduler that is not supported.
     """
     group = _family(scheduler)
-    if not isinstance(timestep, Tensor):
-        low, high = group.timestep_range()
-        if not low - 1e-4 <= timestep <= high + 1e-4:
-            raise ValueError(
-                f"timestep {timestep} is outside the schedule: allowed are {low:.5g} to {high:.5g}, as the network is "
-                "fed it."
-            )
-        timestep = min(max(timestep, low), high)
+    check_level(scheduler, "timestep", timestep)
     return group.sigma(torch.as_tensor(timestep, dtype=torch.float32))
 
 
@@ -245,62 +331,50 @@ def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
 
     Args:
         scheduler: A diffusers scheduler.
-        sigma: Scalar or (B,), within `sigma_range(scheduler)`; infinite means pure noise.
+        sigma: Scalar or (B,). VP: within `sigma_range(scheduler)`. EDM: positive and finite, as training draws levels
+            beyond those of sampling. Flow matching: from 0 on. Infinite, where the schedule has it, is pure noise.
 
     Returns:
-        `timestep`, float32, of the shape of `sigma`. NaN where a tensor's sigma is outside the schedule; for EDM, whose
-        training draws levels beyond those of sampling, where it is negative.
+        `timestep`, float32, of the shape of `sigma`. What is outside is refused where it can be read (scalars, tensors
+        on the CPU), and NaN elsewhere (on a device, in a graph that is compiled or exported).
 
     Raises:
-        ValueError: A Python scalar outside the schedule, or a scheduler that is not supported.
+        ValueError: A sigma outside the schedule, or a scheduler that is not supported.
     """
     group = _family(scheduler)
-    if not isinstance(sigma, Tensor):
-        check_sigma(scheduler, sigma)
-        # A float written with a few digits may miss the schedule's float32 ends by rounding.
-        low, high = group.sigma_range()
-        sigma = min(max(float(sigma), low), high)
+    check_level(scheduler, "sigma", sigma)
     return group.timestep(torch.as_tensor(sigma, dtype=torch.float32))
 
 
-def _inside(value: float, low: float, high: float) -> bool:
-    """Whether a number is in the range, to five digits."""
-    return low <= value <= high or any(math.isclose(value, end, rel_tol=1e-5) for end in (low, high))
-
-
-def check_sigma(scheduler: Any, sigma: float) -> None:
-    """Raise `ValueError` unless the Python scalar `sigma` is a level of the schedule (to five digits)."""
-    low, high = sigma_range(scheduler)
-    if not _inside(sigma, low, high):
-        raise ValueError(
-            f"sigma {sigma} is outside the schedule of {type(scheduler).__name__}: allowed are {low:.5g} to {high:.5g} "
-            "(standard deviation of the noise on images in [-1, 1], or on scaled latents)."
-        )
-
-
-def _level(sigma: float | Tensor, images: Tensor) -> Tensor:
-    """Return `sigma` as a float32 tensor (B, 1, ...) that goes with the images'."""
-    level = torch.as_tensor(sigma, dtype=torch.float32, device=images.device).expand(images.shape[0])
-    return level.reshape(-1, *[1] * (images.ndim - 1))
+def _level(scheduler: Any, sigma: float | Tensor, images: Tensor) -> Tensor:
+    """Return `sigma`, where it can be checked, as a float32 tensor (B, 1, ...) that goes with the images'."""
+    check_level(scheduler, "sigma", sigma)
+    level, count = torch.as_tensor(sigma, dtype=torch.float32, device=images.device), images.shape[0]
+    if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (count, 1)):
+        raise ValueError(f"sigma has shape {tuple(level.shape)} for {count} images: pass a scalar, or one each.")
+    return level.expand(count).reshape(-1, *[1] * (images.ndim - 1))
 
 
 def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
     """Make the denoiser's input at a noise level.
 
-    Reads no tensor's values: it neither synchronises with a device nor breaks a compiled graph.
+    It neither synchronises with a device nor breaks a compiled graph: there it reads no tensor's values.
 
     Args:
         scheduler: A diffusers scheduler; its own `add_noise` and its current sampling grid play no part.
         clean: Images (B, C, H, W) in [-1, 1].
         noise: Standard-normal noise of the same shape.
-        sigma: Noise level, scalar or (B,); infinite means pure noise.
+        sigma: Noise level, scalar or (B,), as `sigma_to_timestep` takes it; infinite means pure noise.
 
     Returns:
         The input (B, C, H, W), scaled as the scheduler's family wants it, in the dtype of `clean`, computed in float32;
-        and its float32 timestep (B,), NaN where a tensor's sigma is outside the schedule.
+        and its float32 timestep (B,).
+
+    Raises:
+        ValueError: A sigma outside the schedule, see `sigma_to_timestep`, or neither one nor one an image.
     """
+    a, b = _family(scheduler).input_shares(_level(scheduler, sigma, clean))
     timestep = sigma_to_timestep(scheduler, sigma).to(clean.device).expand(clean.shape[0])
-    a, b = _family(scheduler).input_shares(_level(sigma, clean))
     return (a * clean.float() + b * noise.float()).to(clean.dtype), timestep
 
 
@@ -331,8 +405,8 @@ def prediction_type(scheduler: Any) -> str:
 
 
 def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return what a perfect denoiser would output, float32 (B, C, H, W), given `add_noise`'s input."""
-    c, d = _family(scheduler).target_shares(_level(sigma, clean), prediction_type(scheduler))
+    """Return what a perfect denoiser would output, float32 (B, C, H, W), given `add_noise`'s input: see there."""
+    c, d = _family(scheduler).target_shares(_level(scheduler, sigma, clean), prediction_type(scheduler))
     return c * clean.float() + d * noise.float()
 
 
@@ -343,12 +417,15 @@ def denoised(scheduler: Any, sample: Tensor, output: Tensor, sigma: float | Tens
         scheduler: The denoiser's scheduler.
         sample: The denoiser's input (B, C, H, W), as `add_noise` makes it.
         output: The denoiser's output, of the same shape.
-        sigma: Noise level, scalar or (B,).
+        sigma: Noise level, scalar or (B,), as `add_noise` takes it.
 
     Returns:
         The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
+
+    Raises:
+        ValueError: A sigma outside the schedule, or neither one nor one an image.
     """
-    level, group = _level(sigma, sample), _family(scheduler)
+    level, group = _level(scheduler, sigma, sample), _family(scheduler)
     (a, b), (c, d) = group.input_shares(level), group.target_shares(level, prediction_type(scheduler))
     return (d * sample.float() - b * output.float()) / (a * d - b * c)
 
@@ -394,6 +471,11 @@ def _log_normal(moments: tuple[float, float], shape: tuple[int], device: Any, ge
 def check_time_embedding(config: Any, scheduler: Any) -> None:
     """Raise `ValueError` if a denoiser, of which this is the config, cannot be fed the scheduler's timesteps."""
     kind = config.get("time_embedding_type", "positional")
+    if kind == "fourier":
+        raise ValueError(
+            "The denoiser's time_embedding_type is 'fourier': it takes the logarithm of what it is fed, as score-SDE "
+            "schedulers need it, which are not supported; timestep 0 would give no numbers. Set it to 'positional'."
+        )
     if kind != "positional" and not isinstance(_family(scheduler), _VariancePreserving):
         raise ValueError(
             f"The denoiser's time_embedding_type is {kind!r}, which cannot take the timesteps of "

@@ -38,7 +38,7 @@ def denoising_loss(
             `clean`, a learned variance, play no part.
         scheduler: Its diffusers scheduler, which says what is predicted.
         clean: Images (B, C, H, W) in [-1, 1], or scaled latents.
-        sigma: Noise levels (B,); drawn from the family's training distribution if not given.
+        sigma: Noise levels (B,), as `add_noise` takes them; drawn from the family's training distribution if not given.
         noise: Standard-normal noise (B, C, H, W); drawn if not given.
         class_labels: Labels (B,) of a class-conditional network, or vectors (B, width) of one that takes vectors.
         log_normal: Mean and deviation of log sigma, in place of the family's own training distribution.
@@ -46,6 +46,9 @@ def denoising_loss(
 
     Returns:
         Squared errors averaged over pixels, float32 (B,).
+
+    Raises:
+        ValueError: A level at which no network of the scheduler's family is trained.
     """
     if sigma is None:
         sigma = sample_training_sigma(scheduler, clean.shape[0], clean.device, generator, log_normal)

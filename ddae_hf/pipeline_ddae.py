@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -34,6 +36,7 @@ from .checkpoints import (
     Checkpoint,
     build_scheduler,
     check_denoiser_class,
+    check_sample_size,
     check_vae_class,
     location,
     read_checkpoint,
@@ -43,9 +46,12 @@ from .checkpoints import (
 )
 from .conditioning import (
     adjust_timestep_embedding,
+    check_null_class,
+    checked_names,
     class_conditioning,
     default_null_class,
     fed_timestep,
+    labels_by_name,
     num_labels,
 )
 from .hidden_states import with_float32_output
@@ -73,6 +79,9 @@ class DDAEPipeline(DiffusionPipeline):
         null_class: The label that stands for none, of a class-conditional U-Net that has one. A DiT's is its last.
         vae: What decodes the denoiser's latents to images, where it works on latents.
         id2label: The names of the denoiser's classes by label, several of one class with commas between them.
+
+    Raises:
+        ValueError: Parts that do not make a pipeline.
     """
 
     unet: Any
@@ -80,7 +89,7 @@ class DDAEPipeline(DiffusionPipeline):
     scheduler: Any
     vae: Any
     model_cpu_offload_seq = "unet->transformer->vae"  # type: ignore[assignment]
-    _optional_components = ["unet", "scheduler", "transformer", "vae"]
+    _optional_components = ["unet", "transformer", "vae"]
     _callback_tensor_inputs = ["latents"]
     _guidance_scale, _interrupt, _num_timesteps = 1.0, False, 0
     _fine_tuned_from: str | None = None  # the classifier's checkpoint, where its denoiser is not a generator's
@@ -99,7 +108,7 @@ class DDAEPipeline(DiffusionPipeline):
         _check_parts(null_class, **parts)
         self.register_modules(**parts)
         adjust_timestep_embedding(self.denoiser)
-        names = id2label and {int(label): name for label, name in id2label.items()}
+        names = checked_names(id2label, num_labels(self.denoiser.config))
         self.register_to_config(null_class=null_class, id2label=names)
 
     @classmethod
@@ -111,7 +120,10 @@ class DDAEPipeline(DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The components that are there, as this class and stock ones take them: `DDPMPipeline(**these)`."""
+        """The components that are there, as this class and stock ones take them: `DDPMPipeline(**these)`.
+
+        `parameters` are this class's other arguments: `DDAEPipeline(**these, **pipeline.parameters)` is the same.
+        """
         return {name: part for name, part in super().components.items() if part is not None}
 
     @property
@@ -132,23 +144,28 @@ class DDAEPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """The label of each name of a class, sorted by name; empty where the classes have no names."""
-        names = (self.config["id2label"] or {}).items()
-        return dict(sorted((name.strip(), int(label)) for label, several in names for name in several.split(",")))
+        """The label of each name that one class alone has, sorted by name; empty where the classes have no names."""
+        found = labels_by_name(self.config["id2label"] or {})
+        return {name: labels[0] for name, labels in found.items() if len(labels) == 1}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Return the labels of classes by their names, as `class_labels` are given.
 
+        Args:
+            label: A name or several: a class's whole name, or one of those between its commas.
+
         Raises:
-            ValueError: A name that no class has.
+            ValueError: A name that no class has, or more than one.
         """
-        wanted, known = [label] if isinstance(label, str) else label, self.labels
+        wanted, known = [label] if isinstance(label, str) else label, labels_by_name(self.config["id2label"] or {})
         if unknown := [name for name in wanted if name not in known]:
             if not known:
                 raise ValueError("The classes of this checkpoint have no names: give `class_labels` as numbers.")
             near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.0)
             raise ValueError(f"No class is named {unknown[0]!r}. The nearest are {near}; `labels` lists all.")
-        return [known[name] for name in wanted]
+        if shared := [name for name in wanted if len(known[name]) > 1]:
+            raise ValueError(f"{shared[0]!r} names the classes {known[shared[0]]}: give `class_labels` as numbers.")
+        return [known[name][0] for name in wanted]
 
     @property
     def guidance_scale(self) -> float:
@@ -235,7 +252,7 @@ class DDAEPipeline(DiffusionPipeline):
             denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
         null_class = kwargs.get("null_class", checkpoint.config.get("null_class"))
         vae = kwargs["vae"] if "vae" in kwargs else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
-        scheduler = kwargs.get("scheduler") or _scheduler_of(checkpoint, of_latents=vae is not None)
+        scheduler = kwargs["scheduler"] if "scheduler" in kwargs else _scheduler_of(checkpoint, vae is not None)
         parts = {name: denoiser, "vae": vae, "id2label": kwargs.get("id2label")}
         pipeline = cls(scheduler=scheduler, null_class=null_class, **parts)
         pipeline._fine_tuned_from = checkpoint.path if tuned else None
@@ -246,25 +263,22 @@ class DDAEPipeline(DiffusionPipeline):
         config = self.denoiser.config
         size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
         shape = (batch_size, config.in_channels, *size)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators came for a batch of {batch_size}: pass one, or one each.")
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}: it must be standard-normal noise {shape}.")
+        if not (latents.is_floating_point() and latents.isfinite().all()):
+            raise ValueError("`latents` holds NaN, infinity or whole numbers: it must be standard-normal noise.")
         return latents.to(self._execution_device, torch.float32)
 
-    def _check_inputs(self, batch_size: int, steps: int, output_type: str, callback_tensors: list[str]) -> None:
+    def _check_inputs(self, steps: int, output_type: str, callback_tensors: list[str]) -> None:
         _check_parts(self.config["null_class"], **self.components)
         family(self.scheduler)  # refuses a scheduler of no framework that is known
-        for name, value in {"num_inference_steps": steps, "batch_size": batch_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1.")
+        _check_count("num_inference_steps", steps)
         parameters = list(inspect.signature(self.scheduler.step).parameters.values())
         if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[3:]):
             raise ValueError(f"{type(self.scheduler).__name__} takes steps that need more than an image and its noise.")
         config = self.denoiser.config
-        check_time_embedding(config, self.scheduler)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}: allowed are 'pil', 'np', 'pt' and 'latent'.")
         channels = config.in_channels if self.vae is None else self.vae.config.out_channels
@@ -276,6 +290,9 @@ class DDAEPipeline(DiffusionPipeline):
     def _check_sampler(self, sampler: str | None, heun_options: dict[str, Any]) -> None:
         if sampler not in (None, "heun"):
             raise ValueError(f"sampler is {sampler!r}: allowed are 'heun', and None for the scheduler's own.")
+        for name in ("s_churn", "s_min", "s_noise"):
+            _check_number(name, heun_options[name], least=0)
+        _check_number("s_max", heun_options["s_max"], least=heun_options["s_min"], finite=False)
         if sampler is None and (given := [name for name, value in heun_options.items() if value != _HEUN[name]]):
             raise ValueError(f"{', '.join(given)} came, which only sampler='heun' takes.")
         if heun_options["clip_denoised"] and self.vae is not None:
@@ -287,6 +304,7 @@ class DDAEPipeline(DiffusionPipeline):
             )
 
     def _check_guidance(self, class_labels: Any) -> None:
+        _check_number("guidance_scale", self.guidance_scale)
         if self.guidance_scale != 1 and (class_labels is None or self.null_class is None):
             missing = "`class_labels`" if class_labels is None else "a null class, which this denoiser lacks"
             raise ValueError(f"guidance_scale is {self.guidance_scale}: guidance needs {missing}.")
@@ -321,7 +339,7 @@ class DDAEPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         class_labels: int | list[int] | Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -341,9 +359,11 @@ class DDAEPipeline(DiffusionPipeline):
         """Generate images.
 
         Args:
-            batch_size: Number of images.
-            class_labels: One label, or one an image, for a class-conditional denoiser; by default its null class.
-            generator: Random generator, or one for every image; makes the images reproducible.
+            batch_size: Number of images; by default as many as `class_labels`, a list of generators or `latents` are
+                for, which must agree, and 1 where none of these says.
+            class_labels: One label for all images, or a list or tensor (B,) of one for each, for a class-conditional
+                denoiser; by default its null class.
+            generator: Random generator, or a list of one for every image; makes the images reproducible.
             latents: Standard-normal noise (B, C, H, W) to start from; scaled inside as the scheduler wants it.
             num_inference_steps: Number of steps, each one call of the network for first-order schedulers.
             sampler: `"heun"` for the second-order sampler of Karras et al. 2022 (algorithm 2), for a network trained
@@ -371,8 +391,9 @@ class DDAEPipeline(DiffusionPipeline):
             tensors = callback_on_step_end.tensor_inputs
         self._guidance_scale, self._interrupt = guidance_scale, False
         heun: Any = dict(s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise, clip_denoised=clip_denoised)
-        self._check_inputs(batch_size, num_inference_steps, output_type, tensors)
+        self._check_inputs(num_inference_steps, output_type, tensors)
         self._check_sampler(sampler, heun)
+        batch_size = _batch_size(batch_size, class_labels, generator, latents)
         network = self._network(class_labels, batch_size)
         self._check_guidance(class_labels)
         if self._fine_tuned_from is not None:
@@ -445,6 +466,41 @@ class DDAEPipeline(DiffusionPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array)
 
 
+# diffusers reads from the signature which components there must be. The scheduler has its default for Python alone,
+# since it stands after `unet`, and is shown without one.
+_arguments = dict(inspect.signature(DDAEPipeline.__init__).parameters)
+_scheduler = _arguments.pop("scheduler").replace(default=inspect.Parameter.empty, kind=inspect.Parameter.KEYWORD_ONLY)
+DDAEPipeline.__init__.__signature__ = inspect.Signature([*_arguments.values(), _scheduler])  # type: ignore[attr-defined]
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}: it must be at least 1, and a whole number.")
+
+
+def _check_number(name: str, value: Any, least: float = -math.inf, finite: bool = True) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and value >= least and (math.isfinite(value) or not finite)):
+        kind = "a finite number" if finite else "a number"
+        raise ValueError(f"{name} is {value!r}: it must be {kind}{'' if least == -math.inf else f' from {least} on'}.")
+
+
+def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, latents: Tensor | None) -> int:
+    """Return how many images a call is for: all that says so must agree."""
+    if batch_size is not None:
+        _check_count("batch_size", batch_size)
+    several = {"class_labels": class_labels, "generator": generator, "latents": latents}
+    counts = {name: np.shape(value)[0] for name, value in several.items() if np.shape(value)}
+    counts |= {} if batch_size is None else {"batch_size": batch_size}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        came = ", ".join(f"{name} says {count}" for name, count in sorted(counts.items()))
+        raise ValueError(
+            f"How many images to make is not clear: {came}. Give lists with one for every image, or one label and one "
+            "generator for all."
+        )
+    return next(iter(counts.values()), 1)
+
+
 def _class_name(network: Any) -> str:
     return type(getattr(network, "_orig_mod", network)).__name__  # `torch.compile` wraps the network
 
@@ -466,10 +522,9 @@ def _check_parts(
     if vae is not None:
         check_vae_class(_class_name(vae))
         check_vae(vae.config, denoiser.config)
-    count = num_labels(denoiser.config)
-    if null_class is not None and not 0 <= null_class < count:
-        has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
-        raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
+    check_sample_size(denoiser.config)
+    check_time_embedding(denoiser.config, scheduler)
+    check_null_class(null_class, denoiser.config)
 
 
 def _generator(checkpoint: Checkpoint, given: dict[str, Any]) -> Checkpoint:

@@ -112,15 +112,15 @@ def load_training_data(args: argparse.Namespace) -> TrainingData:
 
 def _load_latents(args: argparse.Namespace) -> TrainingData:
     folder, split = LatentFolder(args.latents_dir), args.train_split
-    views, labels = folder.views(split), None
+    views = folder.views(split)
     if "vae_source" not in folder.index:
         raise ValueError(f"{folder.folder} was not made by encode_latents.py, which says of what the latents are.")
-    try:
-        labels = folder.labels(split)
-    except ValueError as error:
-        if args.class_conditional:
-            reason = "leave out --class_conditional, or encode images of a data set with a --label_column"
-            raise ValueError(f"{error} {reason.capitalize()}.") from error
+    if args.class_conditional and not folder.has_labels(split):
+        raise ValueError(
+            f"{folder.folder} has no labels of the split {split!r}. Leave out --class_conditional, or encode images of "
+            "a data set with a --label_column."
+        )
+    labels = folder.labels(split) if folder.has_labels(split) else None
     dataset = latent_dataset(folder, split, labels if args.class_conditional else None, views)
     dataset = pick_split({split: dataset}, split, args.max_train_samples, labels=labels)
     try:

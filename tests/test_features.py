@@ -101,6 +101,16 @@ def test_the_mode_comes_back_after_an_error(model):
     assert [module.training for module in model.modules()] == before
 
 
+@pytest.mark.parametrize("sigma", [0.0, 1e6, float("nan")])
+def test_a_level_outside_the_schedule_is_refused_before_any_image_is_read(model, images, sigma, tmp_path):
+    source = Source(images)
+    with pytest.raises(ValueError, match=r"sigma \S+ is outside the schedule"):
+        extract_features(model, source(0), LAYERS, sigma)
+    with pytest.raises(ValueError, match=r"sigma \S+ is outside the schedule"):
+        FeatureCache(tmp_path, model).features(source, 5, LAYERS, sigma, data={})
+    assert source.read == 0 and not any(tmp_path.iterdir())
+
+
 def test_an_empty_data_set_is_refused(model):
     with pytest.raises(ValueError, match="empty"):
         extract_features(model, [], LAYERS, 0.5)

@@ -1,7 +1,9 @@
 """The models against diffusers' own forward; randomness; training; saving."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,49 @@ def test_levels_as_sigma_timestep_scalar_or_tensor_agree(images, scheduler):
     assert not torch.allclose(model(images).pooler_output, expected)
 
 
+# Levels at which no sampler evaluates a network, with the ends of the schedule.
+OUTSIDE = {
+    "DDPMScheduler": ([1e6, 0.0, -1.0, math.nan, math.inf], "0.010001 to 157.41", [5000, -1, math.nan], "0 to 999"),
+    "EDMEulerScheduler": (
+        [0.0, 81.0, -1.0, math.nan, math.inf],
+        "0.002 to 80",
+        [5000, -2, math.nan],
+        "-1.5537 to 1.0955",
+    ),
+    "FlowMatchEulerDiscreteScheduler": ([-1.0, math.nan], "0 to inf", [5000, -1, math.nan], "0 to 1000"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheduler", OUTSIDE)
+def test_a_level_outside_the_schedule_is_refused_however_it_comes(images, scheduler):
+    model = make_model(scheduler={"_class_name": scheduler}, sigma=0.5)
+    sigmas, sigma_range, timesteps, timestep_range = OUTSIDE[scheduler]
+    levels = [("sigma", level, sigma_range) for level in sigmas]
+    levels += [("timestep", level, timestep_range) for level in timesteps]
+    for unit, level, allowed in levels:
+        one_image = torch.full((5,), 0.5)
+        one_image[3] = level
+        for value in (level, np.float32(level), torch.tensor(float(level), dtype=torch.float64), one_image):
+            with pytest.raises(
+                ValueError, match=rf"{unit} \S+ is outside the schedule of {scheduler}: .* {allowed} \("
+            ):
+                model(images, **{unit: value})
+            with pytest.raises(ValueError, match=f"{unit} .* is outside the schedule"):
+                model.ddae.read_layers(images, ["mid_block"], **{unit: value})
+
+
+@torch.no_grad()
+def test_a_scalar_level_is_checked_where_the_model_is_compiled_too(images):
+    """One inside is `config.sigma`, which the tests below compile."""
+    compiled = torch.compile(make_model(), fullgraph=True, backend="eager")
+    for level in ({"sigma": 1e6}, {"timestep": 5000}):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"(sigma|timestep) \S+ is outside the schedule of DDPMSch"
+        ):
+            compiled(images, **level)
+
+
 @torch.no_grad()
 def test_hidden_states_by_name_index_or_all(images):
     model = make_model(DDAEModel, layer="up_blocks.0.attentions.0")
@@ -152,6 +197,13 @@ def test_a_conditional_denoiser_takes_its_null_class_or_labels(images):
     assert not torch.equal(model(images, class_labels=torch.arange(5)).pooler_output, null)
     with pytest.raises(ValueError, match="class_labels are 0 to 11: allowed are 0 to 10"):
         model(images, class_labels=torch.tensor([0, 1, 2, 3, 11]))
+
+
+def test_names_are_of_the_classes_that_there_are():
+    with pytest.raises(ValueError, match="id2label names the class 5, but of this network its labels are 0 to 1"):
+        make_model(num_labels=2, id2label={0: "cat", 5: "dog"})
+    with pytest.warns(UserWarning, match="Several classes are named 'crane'.*`label2id`"):
+        make_model(num_labels=3, id2label={0: "crane", 1: "cat", 2: "crane"})
 
 
 FRAMEWORKS = ["DDPMScheduler", "EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler"]

@@ -1,6 +1,7 @@
 """Laws of noise levels, against diffusers' own schedulers and float64 formulas."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from diffusers import (
 
 from ddae_hf import add_noise, sigma_to_timestep, timestep_to_sigma
 from ddae_hf.noise import (
+    check_sigma,
     check_time_embedding,
+    check_timestep,
     denoised,
     family,
     indexed_noise,
@@ -83,7 +86,6 @@ def test_flow_matchings_timesteps_and_sigmas_are_inverse(scheduler):
     back = sigma_to_timestep(scheduler, sigma)
     torch.testing.assert_close(back, (s * steps).float(), rtol=1e-6, atol=1e-5 * steps)
     assert sigma_to_timestep(scheduler, math.inf).item() == steps and sigma_to_timestep(scheduler, 0.0).item() == 0
-    assert sigma_to_timestep(scheduler, torch.tensor([-0.1])).isnan().all()
 
 
 def test_between_timesteps_log_sigma_is_linear(scheduler):
@@ -220,28 +222,98 @@ def test_add_noise_in_half_precision_feeds_exact_timesteps(scheduler, images):
     assert sample.dtype == torch.bfloat16 and fed.dtype == torch.float32 and fed.tolist() == [999.0] * 5
 
 
-@pytest.mark.parametrize("sigma", [-0.1, 0.0, 0.005, 200.0, math.inf, math.nan])
-def test_a_scalar_sigma_outside_the_schedule_is_refused(scheduler, images, sigma):
-    for attempt in (lambda: sigma_to_timestep(scheduler, sigma), lambda: add_noise(scheduler, images, images, sigma)):
-        with pytest.raises(ValueError, match=r"outside the schedule.*allowed are 0\.01"):
+# What a level may come as: all of it can be read.
+FORMS = {
+    "float": float,
+    "float32": np.float32,
+    "float64": np.float64,
+    "0-dim": torch.tensor,
+    "double": lambda level: torch.tensor(level, dtype=torch.float64),
+    "bfloat16": lambda level: torch.tensor([level] * 5, dtype=torch.bfloat16),
+    "one of five": lambda level: torch.tensor([0.5, 0.5, level, 0.5, 0.5]),
+    "array": lambda level: np.array([0.5, 0.5, level, 0.5, 0.5]),
+}
+OUTSIDE = [
+    (scheduler, -0.1, low, high) for scheduler, low, high in ((SCHEDULERS[0], "0.01", "157"), (FLOW[0], "0", "inf"))
+]
+OUTSIDE += [(SCHEDULERS[0], level, "0.01", "157") for level in (0.0, 0.005, 200.0, 1e6, math.inf, math.nan)]
+OUTSIDE += [(EDM[0], level, "1.17", "1.8") for level in (-0.1, 0.0, 1e30, math.inf, math.nan)]
+OUTSIDE += [(FLOW[0], math.nan, "0", "inf"), (ZERO_SNR, 0.001, "0.01", "inf")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("scheduler", "sigma", "low", "high"), OUTSIDE)
+def test_a_sigma_that_no_network_is_trained_at_is_refused(images, scheduler, sigma, low, high, form):
+    level = FORMS[form](sigma)
+    for attempt in (
+        lambda: sigma_to_timestep(scheduler, level),
+        lambda: add_noise(scheduler, images, images, level),
+        lambda: prediction_target(scheduler, images, images, level),
+        lambda: denoised(scheduler, images, images, level),
+    ):
+        with pytest.raises(ValueError, match=rf"sigma \S+ is outside the schedule of .*allowed are {low}.* to {high}"):
             attempt()
 
 
-@pytest.mark.parametrize("timestep", [-1, 1000, math.nan])
-def test_a_scalar_timestep_outside_the_schedule_is_refused(scheduler, timestep):
-    with pytest.raises(ValueError, match="allowed are 0 to 999"):
+@pytest.mark.parametrize("sigma", [1e6, torch.tensor([0.5, 1e6])])
+def test_the_error_names_the_level(scheduler, sigma):
+    with pytest.raises(
+        ValueError, match=r"sigma 1000000(\.0)? is outside the schedule of DDPMScheduler: allowed are 0.010001"
+    ):
+        sigma_to_timestep(scheduler, sigma)
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000, 5000, -math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("form", [*FORMS, "int64"])
+def test_a_timestep_outside_the_schedule_is_refused(scheduler, timestep, form):
+    whole = math.isfinite(timestep) and form == "int64"
+    timestep = torch.tensor([10, timestep]) if whole else FORMS.get(form, float)(timestep)
+    with pytest.raises(ValueError, match=r"timestep \S+ is outside the schedule.*allowed are 0 to 999"):
         timestep_to_sigma(scheduler, timestep)
 
 
-def test_tensors_outside_the_schedule_give_nan_rather_than_an_answer(scheduler):
-    assert sigma_to_timestep(scheduler, torch.tensor([0.001, 0.5, 1e4])).isnan().tolist() == [True, False, True]
-    assert timestep_to_sigma(scheduler, torch.tensor([-1.0, 5.0, 1000.0])).isnan().tolist() == [True, False, True]
+@pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0], ZERO_SNR])
+def test_what_cannot_be_read_is_no_level_where_it_is_outside(scheduler):
+    """A graph that is compiled, and what is on a device, is not looked at."""
+    sigma_to, timestep_to = (
+        torch.compile(lambda level, convert=convert: convert(scheduler, level), fullgraph=True, backend="eager")
+        for convert in (sigma_to_timestep, timestep_to_sigma)
+    )
+    outside, high = (
+        torch.tensor([-1.0, 0.5, math.nan]),
+        {"ddpm": 1000.0, "edm": 12.0, "flow": 1000.5}[family(scheduler)],
+    )
+    assert sigma_to(outside).isnan().tolist() == [True, False, True]
+    assert timestep_to(torch.tensor([-30.0, 1.0, high])).isnan().tolist() == [True, False, True]
+    meta = torch.full((2,), 0.5, device="meta")
+    assert sigma_to_timestep(scheduler, meta).shape == timestep_to_sigma(scheduler, meta).shape == (2,)
+
+
+def test_levels_can_be_mapped_over(scheduler, images):
+    levels = torch.tensor([0.1, 0.5, 20.0])
+    mapped = torch.func.vmap(lambda sigma: add_noise(scheduler, images, torch.ones_like(images), sigma)[0])
+    expected = [add_noise(scheduler, images, torch.ones_like(images), level)[0] for level in levels]
+    torch.testing.assert_close(mapped(levels), torch.stack(expected))
+    with pytest.raises(ValueError, match="sigma 500 is outside the schedule"):
+        mapped(torch.tensor([0.1, 500.0, 20.0]))
+
+
+def test_one_level_or_one_an_image_comes(scheduler, images):
+    for sigma in (torch.full((4,), 0.5), torch.full((5, 1, 1, 1), 0.5)):
+        with pytest.raises(ValueError, match="for 5 images: pass a scalar, or one each"):
+            add_noise(scheduler, images, images, sigma)
 
 
 def test_ends_written_with_a_few_digits_are_inside(scheduler):
     low, high = sigma_range(scheduler)
     assert sigma_to_timestep(scheduler, float(f"{low:.6g}")).item() == 0
     assert sigma_to_timestep(scheduler, float(f"{high:.6g}")).item() == pytest.approx(999, abs=1e-2)
+    printed = torch.tensor([float(f"{low:.5g}"), float(f"{high:.5g}")])  # the higher one is above the schedule
+    compiled = torch.compile(partial(sigma_to_timestep, scheduler), fullgraph=True, backend="eager")
+    assert sigma_to_timestep(scheduler, printed).tolist() == compiled(printed).tolist() == [0, 999]
+    for outside in (low * (1 - 1e-4), high * (1 + 1e-4)):
+        with pytest.raises(ValueError, match="outside the schedule"):
+            sigma_to_timestep(scheduler, outside)
 
 
 @pytest.mark.parametrize(
@@ -265,15 +337,22 @@ def test_frameworks_have_names():
 
 
 @pytest.mark.parametrize(("sigma", "timestep"), [(0.001, -2.0), (81.0, 1.2), (math.inf, math.nan)])
-def test_edms_scalars_outside_the_samplers_range_are_refused(images, sigma, timestep):
-    with pytest.raises(ValueError, match=r"allowed are 0\.002 to 80"):
-        add_noise(EDM[0], images, images, sigma)
-    with pytest.raises(ValueError, match="outside the schedule"):
-        timestep_to_sigma(EDM[0], timestep)
+@pytest.mark.parametrize("form", [float, torch.tensor])
+def test_edms_levels_outside_the_samplers_range_are_those_of_training_alone(images, sigma, timestep, form):
+    with pytest.raises(ValueError, match=r"sigma.*allowed are 0\.002 to 80"):
+        check_sigma(EDM[0], form(sigma))
+    with pytest.raises(ValueError, match=r"timestep.*allowed are -1\.5537 to 1\.0955"):
+        check_timestep(EDM[0], form(timestep))
+    if math.isfinite(sigma):
+        sample, fed = add_noise(EDM[0], images, images, form(sigma))
+        expected = images * (1 + sigma) / math.hypot(sigma, 0.5)
+        torch.testing.assert_close(sample, expected)
+        assert fed.tolist() == pytest.approx([math.log(sigma) / 4] * 5)
 
 
 def test_edms_ends_as_they_are_printed_are_inside():
     for timestep, sigma in ((-1.5537, 0.002), (1.0955, 80.0)):
+        check_timestep(EDM[0], timestep)
         assert timestep_to_sigma(EDM[0], timestep).item() == pytest.approx(sigma, rel=1e-3)
 
 
@@ -300,13 +379,21 @@ def test_flow_matching_takes_every_level_from_none_to_pure_noise(images):
         timestep_to_sigma(FLOW[0], 1000.5)
 
 
-@pytest.mark.parametrize("kind", ["learned", "fourier"])
-def test_time_embeddings_that_cannot_take_a_frameworks_timesteps_are_refused(kind):
-    config = make_unet(time_embedding_type=kind, num_train_timesteps=1000).config
+def test_a_learned_time_embedding_has_whole_timesteps_alone():
+    config = make_unet(time_embedding_type="learned", num_train_timesteps=1000).config
     check_time_embedding(config, SCHEDULERS[0])
     for scheduler in (EDM[0], FLOW[0]):
-        with pytest.raises(ValueError, match=f"time_embedding_type is '{kind}'.*set it to 'positional'"):
+        with pytest.raises(ValueError, match="time_embedding_type is 'learned'.*set it to 'positional'"):
             check_time_embedding(config, scheduler)
+
+
+@pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0]])
+def test_a_fourier_time_embedding_suits_no_scheduler(scheduler):
+    """It takes the logarithm of timesteps, and every family has some that are 0 or below."""
+    unet = make_unet(time_embedding_type="fourier")
+    assert not unet(torch.zeros(1, 3, 8, 8), 0).sample.isfinite().any()
+    with pytest.raises(ValueError, match="time_embedding_type is 'fourier'.*[Ss]et it to 'positional'"):
+        check_time_embedding(unet.config, scheduler)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -382,10 +469,26 @@ def test_indexed_noise_depends_on_seed_index_and_view_alone():
 
 
 @pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0]])
-def test_add_noise_compiles_without_a_graph_break(scheduler, images):
+@pytest.mark.parametrize("sigma", [0.3, torch.full((5,), 0.3)])
+def test_add_noise_compiles_without_a_graph_break(scheduler, images, sigma):
     def function(x, sigma):
         return add_noise(scheduler, x, torch.ones_like(x), sigma)
 
-    sigma = torch.full((5,), 0.3)
     compiled = torch.compile(function, fullgraph=True, backend="eager")(images, sigma)
     torch.testing.assert_close(compiled, function(images, sigma))
+
+
+@pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0]])
+def test_a_scalar_is_checked_in_a_compiled_graph_too(scheduler, images):
+    def function(x, sigma):
+        return add_noise(scheduler, x, torch.ones_like(x), sigma)[0]
+
+    whole, parts = (torch.compile(function, fullgraph=fullgraph, backend="eager") for fullgraph in (True, False))
+    for sigma in (0.3, -2.0, 0.4, -3.0, math.nan):  # from its second value on, a scalar is a symbol of the graph
+        if sigma > 0:
+            torch.testing.assert_close(whole(images, sigma), function(images, sigma))
+            continue
+        with pytest.raises((ValueError, RuntimeError), match=f"sigma {sigma} is outside the schedule of .*allowed are"):
+            whole(images, sigma)
+        with pytest.raises(ValueError, match=f"sigma {sigma} is outside the schedule"):
+            parts(images, sigma)

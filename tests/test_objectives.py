@@ -135,3 +135,22 @@ def test_the_generator_makes_a_loss_reproducible(unet, scheduler, images):
     ]
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
     assert losses[0].shape == (5,) and losses[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sigma"),
+    [
+        (SCHEDULERS[0], torch.tensor([0.1, 0.1, 1e6, 0.1, 0.1])),
+        (EDMEulerScheduler(), torch.tensor([0.1, 0.1, 0.0, 0.1, 0.1])),
+        (FlowMatchEulerDiscreteScheduler(), torch.tensor([0.1, 0.1, float("nan"), 0.1, 0.1])),
+    ],
+)
+def test_levels_at_which_no_network_is_trained_are_refused(unet, images, scheduler, sigma):
+    with pytest.raises(ValueError, match=r"sigma \S+ is outside the schedule"):
+        denoising_loss(unet, scheduler, images, sigma=sigma)
+
+
+def test_edm_trains_at_levels_beyond_those_of_its_sampler(unet, images):
+    """One log-normal draw in 62,000 is."""
+    sigma = torch.tensor([1e-4, 0.001, 0.5, 90.0, 1e4])
+    assert denoising_loss(unet, EDMEulerScheduler(), images, sigma=sigma).isfinite().all()

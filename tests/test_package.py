@@ -13,7 +13,8 @@ import ddae_hf
 ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines.
 ORDER = [
-    ["arrays", "noise", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "pickles", "remote_code"],
+    ["noise"],
+    ["arrays", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "pickles", "remote_code"],
     ["checkpoints"],
     ["configuration_ddae", "heads"],
     ["objectives", "sampling", "image_processing_ddae", "pretrained_ddae", "conversion"],

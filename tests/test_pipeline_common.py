@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
-from diffusers import DDIMScheduler, DDPMPipeline, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    DiTPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from ddae_hf import DDAEForImageClassification, DDAEPipeline
 
-from .conftest import make_dit, make_unet
+from .conftest import make_dit, make_unet, make_vae
 
 BUILDERS = {
     "unet": lambda: DDAEPipeline(make_unet(), DDIMScheduler()),
@@ -168,8 +175,11 @@ def test_half_precision_samples_nearly_the_same_images_and_survives_saving(pipel
 
 def test_components_build_the_same_pipeline_and_stock_ones(pipeline):
     assert set(pipeline.components) == {"scheduler", "unet" if pipeline.transformer is None else "transformer"}
-    other = DDAEPipeline(**pipeline.components, null_class=pipeline.config["null_class"])
+    assert set(pipeline.components) | set(pipeline.parameters) <= set(inspect.signature(DDAEPipeline).parameters)
+    named = DDAEPipeline(**pipeline.components, **pipeline.parameters | {"id2label": {1: "cat"}})
+    other = DDAEPipeline(**named.components, **named.parameters)
     assert other.denoiser is pipeline.denoiser and other.null_class == pipeline.null_class
+    assert other.labels == {"cat": 1} and other.to_json_string() == named.to_json_string()
     assert_same_images(other, pipeline)
 
 
@@ -184,6 +194,28 @@ def test_from_pipe_carries_everything_over(pipeline):
     assert_same_images(other, pipeline)
     replaced = DDAEPipeline.from_pipe(pipeline, scheduler=EulerDiscreteScheduler())
     assert isinstance(replaced.scheduler, EulerDiscreteScheduler) and isinstance(pipeline.scheduler, DDIMScheduler)
+
+
+def test_the_scheduler_is_no_optional_component(pipeline, tmp_path):
+    """As diffusers sees it, from wherever a folder is opened; it stands where that of stock pipelines does."""
+    for opener in (DDAEPipeline, DiffusionPipeline):
+        required, optional = opener._get_signature_keys(DDAEPipeline)
+        assert "scheduler" in required and "scheduler" not in optional
+    assert "scheduler" not in DDAEPipeline._optional_components
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    pipeline.denoiser.save_pretrained(tmp_path / "model")
+    for folder in ("pipeline", "model"):
+        with pytest.raises(ValueError, match="Pass a `scheduler`"):
+            DDAEPipeline.from_pretrained(tmp_path / folder, scheduler=None)
+
+
+def test_from_pipe_takes_a_stock_pipeline_of_latents(latent_dit):
+    stock = DiTPipeline.from_pretrained(latent_dit)
+    ours = DDAEPipeline.from_pipe(stock)
+    assert ours.transformer is stock.transformer and ours.vae is stock.vae and ours.unet is None
+    again = DiTPipeline.from_pipe(ours)
+    assert again.scheduler is stock.scheduler and again.vae is stock.vae
+    assert DiTPipeline(**ours.components).transformer is stock.transformer
 
 
 @pytest.mark.parametrize("name", ["unet", "class_unet"])
@@ -352,6 +384,59 @@ def test_guidance_that_a_callback_asks_for_in_vain_is_refused(unet_pipeline):
     with pytest.raises(ValueError, match="guidance_scale is 2.0: guidance needs `class_labels`"):
         sample(unet_pipeline, callback_on_step_end=callback)
     assert len(sample(unet_pipeline)) == 1
+
+
+def test_guidance_that_a_callback_makes_no_number_is_refused():
+    pipeline = BUILDERS["class_unet"]()
+
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = float("nan")
+        return tensors
+
+    with pytest.raises(ValueError, match="guidance_scale is nan: it must be a finite number"):
+        sample(pipeline, class_labels=1, callback_on_step_end=callback)
+
+
+IMAGENET = {0: "tench, Tinca tinca", 134: "crane", 517: "crane", 638: "maillot", 639: "maillot, tank suit"}
+
+
+def test_classes_are_found_by_whole_names_and_by_parts_of_them():
+    """As in `DiTPipeline`, where a name is one class's alone; of two cranes that takes the later one."""
+    dit = make_dit(num_embeds_ada_norm=1000, in_channels=4)
+    ours = DDAEPipeline(transformer=dit, scheduler=DDIMScheduler(), id2label=IMAGENET)
+    stock = DiTPipeline(dit, make_vae(), DDIMScheduler(), id2label=IMAGENET)
+    names = ["Tinca tinca", "tench", "tank suit"]
+    assert ours.get_label_ids(names) == stock.get_label_ids(names) == [0, 0, 639]
+    assert ours.get_label_ids(["maillot, tank suit", "tench, Tinca tinca"]) == [639, 0]
+    assert stock.get_label_ids(["crane", "maillot"]) == [517, 639]
+    for name, labels in (("crane", r"\[134, 517\]"), ("maillot", r"\[638, 639\]")):
+        with pytest.raises(ValueError, match=f"'{name}' names the classes {labels}: give `class_labels` as numbers"):
+            ours.get_label_ids(["tench", name])
+    assert ours.labels == {
+        "maillot, tank suit": 639,
+        "tank suit": 639,
+        "tench": 0,
+        "tench, Tinca tinca": 0,
+        "Tinca tinca": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({5: "cat"}, "id2label names the class 5, but of this network its labels are 0 to 4"),
+        ({-1: "cat"}, "id2label names the class -1"),
+        ({1.5: "cat"}, "id2label names the class 1.5"),
+        ({"cat": 0}, "id2label names the class 'cat'"),
+        ({1: "cat", "1": "dog"}, "id2label names the class 1 twice: 'cat' and 'dog'"),
+        ({1: 2}, "id2label names the class 1 2: names are text"),
+    ],
+)
+def test_names_of_classes_that_there_are_not_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        DDAEPipeline(make_unet(num_class_embeds=5), DDIMScheduler(), id2label=names)
+    with pytest.raises(ValueError, match="it tells no classes apart"):
+        DDAEPipeline(make_unet(), DDIMScheduler(), id2label={0: "cat"})
 
 
 def test_a_device_map_places_the_denoiser(pipeline, tmp_path):

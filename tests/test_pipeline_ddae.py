@@ -1,6 +1,7 @@
 """Sampling against diffusers' own pipelines; saving; one checkpoint for two jobs."""
 
 import json
+import math
 import warnings
 
 import numpy as np
@@ -24,7 +25,8 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddae_hf import DDAEForImageClassification, DDAEPipeline
+from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEPipeline
+from ddae_hf.checkpoints import plain_config
 
 from .conftest import make_dit, make_unet
 
@@ -108,9 +110,26 @@ def test_callbacks_see_and_change_the_latents(pipeline):
         ({"batch_size": 0}, "at least 1"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0: it must be at least 1"),
         ({"output_type": "jpeg"}, "allowed are 'pil'"),
+        ({"batch_size": 2.0}, "batch_size is 2.0: it must be at least 1, and a whole number"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5: it must be at least 1, and a whole number"),
+        ({"num_inference_steps": math.nan}, "num_inference_steps is nan"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan: it must be a finite number"),
+        ({"guidance_scale": -math.inf}, "guidance_scale is -inf"),
+        ({"guidance_scale": None}, "guidance_scale is None"),
+        ({"s_churn": math.nan}, "s_churn is nan: it must be a finite number from 0 on"),
+        ({"s_churn": -1.0}, "s_churn is -1.0"),
+        ({"s_min": -0.1}, "s_min is -0.1"),
+        ({"s_min": math.inf}, "s_min is inf"),
+        ({"s_max": math.nan}, "s_max is nan: it must be a number from 0.0 on"),
+        ({"s_min": 2.0, "s_max": 1.0}, "s_max is 1.0: it must be a number from 2.0 on"),
+        ({"s_noise": -1.0}, "s_noise is -1.0"),
+        ({"s_noise": math.inf}, "s_noise is inf"),
         ({"latents": torch.zeros(2, 3, 4, 4)}, "must be standard-normal noise"),
+        ({"latents": torch.full((2, 3, 8, 8), math.nan)}, "must be standard-normal noise"),
+        ({"latents": torch.zeros(2, 3, 8, 8, dtype=torch.long)}, "must be standard-normal noise"),
         ({"class_labels": [1, 2]}, "unconditional"),
-        ({"generator": [torch.Generator()]}, "1 generators came for a batch of 2"),
+        ({"generator": [torch.Generator()]}, "batch_size says 2, generator says 1"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "unknown"),
     ],
 )
@@ -126,8 +145,42 @@ def test_class_labels_reach_a_conditional_denoiser():
         conditional()
     np.testing.assert_array_equal(sample(conditional, class_labels=3), sample(conditional, class_labels=[3, 3]))
     assert not np.allclose(sample(conditional, class_labels=3), sample(conditional, class_labels=4))
-    with pytest.raises(ValueError, match="3 class_labels came for 2 images"):
-        conditional(2, class_labels=[1, 2, 3])
+    with pytest.raises(ValueError, match="class_labels are of shape .* they must be whole numbers"):
+        conditional(class_labels=[1.5])
+
+
+def test_what_comes_one_for_an_image_says_how_many_there_are():
+    conditional = DDAEPipeline(make_unet(num_class_embeds=5), DDIMScheduler())
+    expected = sample(conditional, batch_size=3, class_labels=[0, 1, 2])
+    noise = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for options in (
+        {"class_labels": [0, 1, 2]},
+        {"class_labels": torch.arange(3)},
+        {"class_labels": np.arange(3)},
+        {"class_labels": (0, 1, 2), "latents": noise},
+    ):
+        np.testing.assert_allclose(sample(conditional, batch_size=None, **options), expected, rtol=0, atol=1e-6)
+    conditional.set_progress_bar_config(disable=True)
+    few = {"num_inference_steps": 1, "output_type": "np"}
+    assert len(conditional(class_labels=1, **few).images) == 1
+    assert len(conditional(4, class_labels=1, **few).images) == 4
+    assert len(conditional(class_labels=1, latents=noise, **few).images) == 3
+    assert len(conditional(class_labels=1, generator=[torch.Generator()] * 2, **few).images) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 3, "class_labels": [1]}, "batch_size says 3, class_labels says 1"),
+        ({"batch_size": 2, "class_labels": [1, 2, 3]}, "batch_size says 2, class_labels says 3"),
+        ({"class_labels": [1, 2], "generator": [torch.Generator()] * 3}, "class_labels says 2, generator says 3"),
+        ({"class_labels": 1, "latents": torch.zeros(2, 3, 8, 8), "batch_size": 1}, "batch_size says 1, latents says 2"),
+        ({"class_labels": []}, "class_labels says 0"),
+    ],
+)
+def test_numbers_of_images_that_do_not_agree_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DDAEPipeline(make_unet(num_class_embeds=5), DDIMScheduler())(**options)
 
 
 def test_what_another_schedule_or_label_would_do_is_refused(unet):
@@ -135,12 +188,29 @@ def test_what_another_schedule_or_label_would_do_is_refused(unet):
         DDAEPipeline(unet, ScoreSdeVeScheduler())()
     with pytest.raises(ValueError, match="RePaintScheduler takes steps that need more"):
         DDAEPipeline(unet, RePaintScheduler())()
-    fourier = make_unet(time_embedding_type="fourier")
+    learned = make_unet(time_embedding_type="learned", num_train_timesteps=1000)
     with pytest.raises(ValueError, match="cannot take the timesteps of EDMEulerScheduler"):
-        DDAEPipeline(fourier, EDMEulerScheduler())()
+        DDAEPipeline(learned, EDMEulerScheduler())
     conditional = DDAEPipeline(make_unet(num_class_embeds=5), DDPMScheduler())
     with pytest.raises(ValueError, match="class_labels are 5 to 5: allowed are 0 to 4"):
         conditional(class_labels=5)
+
+
+def test_denoisers_that_could_not_be_sampled_are_refused_when_they_are_opened(scheduler, tmp_path):
+    DDPMPipeline(make_unet(time_embedding_type="fourier"), scheduler).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="time_embedding_type is 'fourier'"):
+        DDAEPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("denoiser", [make_unet(sample_size=9), make_dit(sample_size=9), make_unet(sample_size=None)])
+def test_sizes_are_refused_by_the_pipeline_as_by_the_model(scheduler, denoiser):
+    """A U-Net of two levels halves its images, a DiT has patches of 2."""
+    with pytest.raises(ValueError, match=r"must be a multiple of 2|has no sample_size") as of_the_model:
+        DDAEConfig(denoiser=plain_config(denoiser))
+    with pytest.raises(ValueError) as of_the_pipeline:
+        DDAEPipeline.for_denoiser(denoiser, scheduler)
+    assert str(of_the_pipeline.value) == str(of_the_model.value)
+    assert DDAEPipeline(make_unet(sample_size=(8, 6)), scheduler).unet.config.sample_size == (8, 6)
 
 
 def test_a_subfolder_opens_as_what_it_is(scheduler, tmp_path):
