@@ -257,6 +257,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the whole network does.
     """
 
+    # The loss is the batch's mean: Trainer's count of labels, which it would divide by, counts a soft label K times.
+    accepts_loss_kwargs = False
     _auto_name = "AutoModelForImageClassification"
     _has_head = True
 
@@ -320,7 +322,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
 
         Args:
             pixel_values: Images (B, C, H, W) in [-1, 1].
-            labels: Classes (B,), or probabilities of classes (B, num_labels), for the loss.
+            labels: Classes (B,), or probabilities of classes (B, num_labels), for the loss; batches of both kinds may
+                follow each other.
             sigma: See `DDAEModel.forward`, as for the arguments that follow.
             timestep: See there.
             noise: See there.
@@ -328,11 +331,12 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             output_hidden_states: See there.
             return_dict: Whether to return an `ImageClassifierOutput` or a tuple.
             **kwargs: `class_labels`, the denoiser's condition, see there: it is not what is classified, and has no name
-                among the arguments, where Trainer would take it for a second target. The rest is passed on to the loss,
-                such as Trainer's `num_items_in_batch`.
+                among the arguments, where Trainer would take it for a second target. The rest is ignored.
 
         Returns:
-            `logits` (B, num_labels), the mean cross-entropy `loss` if `labels` came, and `hidden_states` if asked for.
+            `logits` (B, num_labels), the batch's mean cross-entropy `loss` if `labels` came, and `hidden_states` if
+            asked for. Where `config.problem_type` is `"multi_label_classification"` or `"regression"`, the loss is
+            transformers'.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.ddae(
@@ -347,18 +351,42 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         )
         features = self.feature_norm(outputs.pooler_output.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
-        loss = None if labels is None else self._loss(logits, labels, kwargs)
+        loss = None if labels is None else self._loss(logits, labels)
         if not return_dict:
             rest = () if outputs.hidden_states is None else (outputs.hidden_states,)
             return (logits, *rest) if loss is None else (loss, logits, *rest)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
-    def _loss(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        # transformers would take probabilities of classes for independent ones, and remember it in the config.
-        if self.config.problem_type is None and labels.is_floating_point() and labels.shape == logits.shape:
-            count = kwargs.get("num_items_in_batch")
-            total = F.cross_entropy(logits.float(), labels.float(), reduction="sum")
-            return total / (len(labels) if count is None else count)
-        if not labels.is_floating_point():
-            check_label_range("labels", labels[labels != -100], self.num_labels)
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.config.problem_type in (None, "single_label_classification"):
+            return cross_entropy(logits, labels)
+        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a batch.
+
+    Args:
+        logits: (B, K).
+        labels: Classes (B,), of which -100 is left out; or probabilities of classes (B, K).
+
+    Raises:
+        ValueError: Labels of another shape or type, or classes outside 0 to K - 1.
+    """
+    batch_size, count = logits.shape
+    if count < 2:
+        raise ValueError(
+            "The classifier has a single class, whose cross-entropy is always 0: set num_labels to the number of "
+            'classes, or problem_type="regression" for a number.'
+        )
+    expected = (batch_size, count) if labels.is_floating_point() else (batch_size,)
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: allowed are classes, integers ({batch_size},), "
+            f"and probabilities of classes, floats ({batch_size}, {count}). For several classes of one image, or for "
+            "numbers, set the config's problem_type."
+        )
+    if labels.is_floating_point():
+        return F.cross_entropy(logits.float(), labels.float())
+    check_label_range("labels", labels.where(labels != -100, 0), count)
+    return F.cross_entropy(logits.float(), labels.long())

@@ -197,19 +197,58 @@ def test_every_framework_compiles_and_exports(images, scheduler, network):
         torch.testing.assert_close(exported(images).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_loss_is_cross_entropy_of_classes_or_probabilities(images):
+def formula(logits, probabilities):
+    """The mean over the batch of -sum_k q_k log p_k."""
+    return -(probabilities * logits.log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification"])
+def test_the_loss_is_the_batchs_mean_cross_entropy(images, problem_type):
+    """Of classes and of probabilities, in any order, whatever count comes from outside."""
+    model = make_model(problem_type=problem_type)
+    logits = model(images).logits
+    hard, soft = torch.tensor([0, 3, 1, 2, 2]), torch.softmax(torch.randn(5, 4), -1)
+    for labels, expected in [
+        (soft, formula(logits, soft)),
+        (hard, formula(logits, F.one_hot(hard, 4))),
+        (soft.double(), formula(logits, soft)),
+        (hard.int(), formula(logits, F.one_hot(hard, 4))),
+        (torch.tensor([0, -100, 1, -100, 2]), formula(logits[[0, 2, 4]], F.one_hot(torch.tensor([0, 1, 2]), 4))),
+        (soft, formula(logits, soft)),
+    ]:
+        loss, again = model(images, labels=labels, return_dict=False)
+        torch.testing.assert_close(loss, expected)
+        assert torch.equal(again, logits)
+        assert torch.equal(model(images, labels=labels, num_items_in_batch=20).loss, loss)
+        assert model.config.problem_type == problem_type
+
+
+def test_losses_compile_into_the_graph(images):
     model = make_model()
-    labels = torch.tensor([0, 3, 1, 2, 2])
-    outputs = model(images, labels=labels)
-    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
-    soft = torch.softmax(torch.randn(5, 4), -1)
-    torch.testing.assert_close(
-        make_model()(images, labels=soft).loss, -(soft * outputs.logits.log_softmax(-1)).sum(-1).mean()
-    )
-    halved = make_model()(images, labels=soft, num_items_in_batch=10).loss  # as Trainer does when it accumulates
-    torch.testing.assert_close(2 * halved, make_model()(images, labels=soft).loss)
-    loss, logits = model(images, labels=labels, return_dict=False)
-    assert torch.equal(loss, outputs.loss) and torch.equal(logits, outputs.logits)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for labels in (torch.tensor([0, -100, 1, 2, 2]), torch.softmax(torch.randn(5, 4), -1)):
+        torch.testing.assert_close(compiled(images, labels=labels).loss, model(images, labels=labels).loss)
+
+
+def test_other_problems_keep_transformers_loss(images):
+    model, several = make_model(problem_type="multi_label_classification"), torch.eye(5, 4)
+    expected = F.binary_cross_entropy_with_logits(model(images).logits, several)
+    torch.testing.assert_close(model(images, labels=several).loss, expected)
+    model, numbers = make_model(problem_type="regression", num_labels=1), torch.randn(5, 1)
+    torch.testing.assert_close(model(images, labels=numbers).loss, F.mse_loss(model(images).logits, numbers))
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.eye(5, 4).long(), torch.rand(5), torch.rand(5, 3), torch.zeros(5, 1).long(), torch.zeros(4).long()]
+)
+def test_labels_that_are_neither_classes_nor_probabilities_are_refused(images, labels):
+    with pytest.raises(ValueError, match=r"integers \(5,\), and probabilities of classes, floats \(5, 4\)"):
+        make_model()(images, labels=labels)
+
+
+def test_a_single_class_is_refused(images):
+    with pytest.raises(ValueError, match="always 0"):
+        make_model(num_labels=1)(images, labels=torch.zeros(5, dtype=torch.long))
 
 
 def test_a_frozen_denoiser_learns_nothing_and_drops_nothing(images):

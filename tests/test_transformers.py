@@ -5,6 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -68,6 +70,65 @@ def test_trainer_evaluates_keeps_the_best_and_resumes(coloured, tmp_path):
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
     resumed.save_model(tmp_path / "saved")
     assert DDAEImageProcessor.from_pretrained(tmp_path / "saved").size["height"] == 8
+
+
+def softened(rows):
+    """Give each image a probability of every class, as mixing does."""
+    generator = torch.Generator().manual_seed(1)
+    return [row | {"labels": torch.rand(3, generator=generator).softmax(0)} for row in rows]
+
+
+class OwnNoise(Trainer):
+    """Adds to every image noise of its own, in place of fresh one, so that runs can be compared."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs | {"noise": own_noise(inputs["pixel_values"])}, *args, **kwargs)
+
+
+def own_noise(images):
+    return torch.sin(50 * images)
+
+
+def trained(folder, rows, size=12, steps=2, **options):
+    """Return Trainer after some steps, and the losses of these."""
+    made = arguments(
+        folder, max_steps=steps, logging_steps=1, save_strategy="no", learning_rate=0.01, optim="sgd", max_grad_norm=0,
+        lr_scheduler_type="constant", **options
+    )  # fmt: skip
+    made.per_device_train_batch_size = size
+    trainer = OwnNoise(make_model(make_unet()), made, train_dataset=rows)
+    trainer.train()
+    return trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@torch.no_grad()
+def expected_loss(model, rows, **options):
+    batch = default_collate(rows)
+    logits = model.eval()(batch["pixel_values"], noise=own_noise(batch["pixel_values"])).logits
+    return pytest.approx(F.cross_entropy(logits, batch["labels"], **options).item(), rel=1e-5)
+
+
+def test_trainer_takes_probabilities_in_training_and_classes_in_evaluation(coloured, tmp_path):
+    trainer, losses = trained(tmp_path, softened(coloured))
+    assert losses[0] == expected_loss(make_model(make_unet()), softened(coloured)) and losses[0] > 0.5
+    for rows in (coloured, softened(coloured), coloured):
+        assert trainer.evaluate(rows)["eval_loss"] == expected_loss(trainer.model, rows)
+    trainer.train()
+    assert trainer.model.config.problem_type is None
+
+
+@pytest.mark.parametrize("prepare", [list, softened])
+def test_accumulated_batches_are_one_large_batch(coloured, tmp_path, prepare):
+    whole, losses = trained(tmp_path, prepare(coloured))
+    parts, of_parts = trained(tmp_path, prepare(coloured), size=4, gradient_accumulation_steps=3)
+    assert of_parts == pytest.approx(losses, rel=1e-5)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_trainers_label_smoothing_is_torchs(coloured, tmp_path):
+    _, losses = trained(tmp_path, coloured, steps=1, label_smoothing_factor=0.2)
+    assert losses == [expected_loss(make_model(make_unet()), coloured, label_smoothing=0.2)]
 
 
 def test_checkpointed_blocks_give_the_same_gradients(images):
