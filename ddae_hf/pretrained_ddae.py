@@ -17,7 +17,6 @@ from transformers import initialization as init
 
 from .checkpoints import HEAD_FILE, HUB_ARGUMENTS, computed_buffers, fingerprint, read_checkpoint
 from .configuration_ddae import DDAEConfig
-from .latents import freeze
 from .remote_code import AUTO_MAP
 
 
@@ -36,8 +35,6 @@ class DDAEPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\.", r"^(ddae\.)?vae\."]
     _supports_sdpa = True
     _no_split_modules = ["ResnetBlock2D", "BasicTransformerBlock"]
-    _keep_in_fp32_modules_strict = ["time_proj"]
-    _keep_in_fp32_modules = ["vae"]  # float16 overflows in the common ones
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
@@ -56,6 +53,10 @@ class DDAEPreTrainedModel(PreTrainedModel):
             if own and not any(getattr(p, "_is_hf_initialized", False) for p in own):
                 reset()
 
+    def restrict_gradients(self) -> None:
+        """Ask for gradients only of parameters that can have one."""
+        raise NotImplementedError
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Open a checkpoint of any layout: see `ddae_hf.checkpoints`.
@@ -68,9 +69,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
             ValueError: No checkpoint, a denoiser that is not supported, or a tap that it does not have.
         """
         opened = cls._open(pretrained_model_name_or_path, *model_args, **kwargs)
-        vae = (opened[0] if isinstance(opened, tuple) else opened).base_model.vae
-        if vae is not None:  # loading has made new parameters of it
-            freeze(vae)
+        (opened[0] if isinstance(opened, tuple) else opened).restrict_gradients()  # loading has made new parameters
         return opened
 
     @classmethod

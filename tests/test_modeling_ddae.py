@@ -1,16 +1,27 @@
 """The models against diffusers' own forward; randomness; training; saving."""
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
-from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEModel, add_noise, layer_names, timestep_to_sigma
+from ddae_hf import (
+    DDAEBackbone,
+    DDAEConfig,
+    DDAEForImageClassification,
+    DDAEModel,
+    DDAEPipeline,
+    add_noise,
+    layer_names,
+    timestep_to_sigma,
+)
 from ddae_hf.checkpoints import fingerprint, plain_config
+from ddae_hf.modeling_ddae import _learning_parameters, cross_entropy
 
-from .conftest import make_dit, make_unet
+from .conftest import make_dit, make_unet, make_vae
 
 
 def make_config(**options):
@@ -223,11 +234,10 @@ def test_the_loss_is_the_batchs_mean_cross_entropy(images, problem_type):
         assert model.config.problem_type == problem_type
 
 
-def test_losses_compile_into_the_graph(images):
-    model = make_model()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for labels in (torch.tensor([0, -100, 1, 2, 2]), torch.softmax(torch.randn(5, 4), -1)):
-        torch.testing.assert_close(compiled(images, labels=labels).loss, model(images, labels=labels).loss)
+def test_losses_compile_into_the_graph():
+    compiled, logits = torch.compile(cross_entropy, fullgraph=True, backend="eager"), torch.randn(3, 4)
+    for labels in (torch.tensor([0, -100, 3]), torch.softmax(torch.randn(3, 4), -1)):
+        torch.testing.assert_close(compiled(logits, labels), cross_entropy(logits, labels))
 
 
 def test_other_problems_keep_transformers_loss(images):
@@ -270,6 +280,95 @@ def test_fine_tuning_reaches_every_parameter_up_to_the_tap(images):
     assert "ddae.denoiser.conv_in.weight" in with_gradient
     assert "ddae.denoiser.up_blocks.0.attentions.0.to_q.weight" in with_gradient
     assert "ddae.denoiser.up_blocks.0.resnets.1.conv1.weight" not in with_gradient
+
+
+# A denoiser and what else a config of it needs.
+DENOISERS = {
+    "unet": (make_unet, {}, {}),
+    "conditional unet": (make_unet, {"num_class_embeds": 6}, {"null_class": 5}),
+    "learned times": (make_unet, {"time_embedding_type": "learned", "num_train_timesteps": 1000}, {}),
+    "dit": (make_dit, {}, {}),
+    "latents": (make_unet, {"in_channels": 4, "out_channels": 4}, {"vae": plain_config(make_vae())}),
+}
+
+
+def asks_and_gets(model):
+    """The parameters that ask for a gradient in training, and those that get one."""
+    model.train()
+    batch = torch.rand(2, 3, *model.config.image_size)
+    out = model(batch)
+    (out.logits if hasattr(out, "logits") else out.feature_maps[0]).square().mean().backward()
+    parameters = dict(model.named_parameters())
+    return {n for n, p in parameters.items() if p.requires_grad}, {
+        n for n, p in parameters.items() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("kind", list(DENOISERS))
+def test_what_asks_for_a_gradient_gets_one(kind, tmp_path):
+    """After construction and after every kind of opening."""
+    make, options, own = DENOISERS[kind]
+    config = DDAEConfig(denoiser=plain_config(make(**options)), num_labels=3, **own)
+    model = DDAEForImageClassification(config)
+    model.save_pretrained(tmp_path / "whole")
+    parts = {"vae": model.ddae.vae} if "vae" in own else {}
+    pipeline = DDAEPipeline.for_denoiser(model.ddae.denoiser, model.ddae.scheduler, config.null_class, **parts)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    model.save_head(tmp_path / "head", base=tmp_path / "pipeline")
+    opened = [
+        DDAEForImageClassification.from_pretrained(tmp_path / "whole"),
+        DDAEForImageClassification.from_pretrained(tmp_path / "whole", output_loading_info=True)[0],
+        DDAEForImageClassification.from_pretrained(tmp_path / "pipeline", num_labels=3),
+        DDAEForImageClassification.from_pretrained(tmp_path / "head"),
+        DDAEBackbone.from_pretrained(tmp_path / "pipeline"),
+    ]
+    for one in (model, *opened):
+        asked, got = asks_and_gets(one)
+        assert asked == got
+        assert any("block" in name for name in got) and len(got) < len(list(one.parameters()))
+    whole = DDAEModel.from_pretrained(tmp_path / "pipeline")
+    assert all(p.requires_grad for p in whole.denoiser.parameters())
+    assert whole.vae is None or not any(p.requires_grad for p in whole.vae.parameters())
+
+
+def test_frequencies_that_a_denoiser_has_fixed_do_not_learn():
+    network = make_unet(time_embedding_type="fourier")
+    learning = _learning_parameters(json.dumps(plain_config(network)), ())
+    assert {name for name, _ in network.named_parameters()} - learning == {"time_proj.weight"}
+
+
+def test_hidden_states_that_would_not_learn_are_refused_in_training(images):
+    model, last = make_model(layer="mid_block"), ["up_blocks.1.resnets.1"]
+    backbone = DDAEBackbone(make_config(out_features=["mid_block"]))
+    for made in (model, backbone):
+        deeper = {"output_hidden_states": last if made is model else True}
+        assert made.eval()(images, **deeper).hidden_states
+        made.train()
+        with torch.no_grad():
+            made(images, **deeper)
+        with pytest.raises(ValueError, match=r"up_blocks\.1\.resnets\.1 are asked for in training"):
+            made(images, **deeper)
+        made.freeze_denoiser()
+        assert made(images, **deeper).hidden_states
+        made.ddae.denoiser.requires_grad_(True)
+        made(images, **deeper).hidden_states[-1].mean().backward()
+        assert made.ddae.denoiser.up_blocks[1].resnets[1].conv1.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", list(DENOISERS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_stays_in_float32_is_there(kind, dtype, tmp_path):
+    make, options, own = DENOISERS[kind]
+    config = DDAEConfig(denoiser=plain_config(make(**options)), num_labels=3, **own)
+    DDAEForImageClassification(config).save_pretrained(tmp_path)
+    for cls in (DDAEForImageClassification, DDAEModel, DDAEBackbone):
+        model = cls.from_pretrained(tmp_path, dtype=dtype)
+        types = {name: p.dtype for name, p in model.named_parameters()}
+        for kept in model._keep_in_fp32_modules | model._keep_in_fp32_modules_strict:
+            assert any(f".{kept}." in f".{name}" for name in types)
+        exact = ("time_proj.", "vae.") if dtype == torch.float16 else ("time_proj.",)
+        for name, found in types.items():
+            assert found == (torch.float32 if any(part in name for part in exact) else dtype)
 
 
 @torch.no_grad()
