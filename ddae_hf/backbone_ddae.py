@@ -19,8 +19,9 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
 
     `stage_names` are the denoiser's layers in forward order, `channels` the widths of those asked for. Opens every
     layout of checkpoint: `DDAEBackbone.from_pretrained(repo, out_features=["mid_block", "up_blocks.2.attentions.0"])`.
-    Nothing after the deepest layer asked for is computed. As in `DDAEModel`, evaluation adds fixed noise of
-    `config.sigma`, and training fresh noise.
+    Nothing after the deepest of `out_features` is computed or asks for gradients: to train with deeper maps, name them
+    when the backbone is made. As in `DDAEModel`, evaluation adds fixed noise of `config.sigma`, and training fresh
+    noise.
     """
 
     has_attentions = False
@@ -32,11 +33,16 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         super().__init__(config)
         self.ddae = DDAEModel(config)
         self.num_features = config.stage_channels
+        self.restrict_gradients()
         self.post_init()
 
     def freeze_denoiser(self) -> None:
         """Train only what stands on the backbone: see `DDAEModel.freeze_denoiser`."""
         self.ddae.freeze_denoiser()
+
+    def restrict_gradients(self) -> None:
+        """Ask for gradients of what the feature maps depend on alone: see `DDAEModel.restrict_gradients`."""
+        self.ddae.restrict_gradients(self.config.out_features)
 
     def forward(
         self,

@@ -8,13 +8,16 @@ Two ways of stopping early give bit-equal results:
 
 - The network's own `forward` runs on a view whose block lists end at the tap (`_Cut`). It needs no hooks and goes
   through `torch.compile(fullgraph=True)` and `torch.export`.
-- A hook on the tap raises `_Reached`. It works on any network, and on one that carries hooks of accelerate (offloading,
-  `device_map`), which a view would go around.
+- A hook on the tap raises `_Reached`. It works on any network, and on one whose modules do more than run their
+  `forward` when they are called (hooks, those of accelerate among them), which a view would go around.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 # Blocks whose forward is a plain walk over `resnets` and `attentions`, so that shorter lists stop it early.
 _WALKS = {
-    "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetMidBlock2D",
+    "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D",
     "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D",
 }  # fmt: skip
 POOLINGS = ("mean", "max")
@@ -105,6 +108,11 @@ def collect_hidden_states(
 ) -> dict[str, Tensor]:
     """Run the denoiser and return its hidden states.
 
+    Hooks on the denoiser and its parts are in force, and several threads may read one denoiser. Where it was compiled
+    by itself, or blocks of it that are read were, these run uncompiled here, since compiled code leaves out the hooks
+    that are set after compilation. To read compiled, compile what calls this function as a whole, `DDAEModel` or a
+    classifier: it is one graph, unless there are hooks.
+
     Args:
         denoiser: A `UNet2DModel` or `DiTTransformer2DModel`.
         sample: The denoiser's input (B, C, H, W), as `add_noise` makes it.
@@ -120,7 +128,7 @@ def collect_hidden_states(
         ValueError: A name that is no layer; the message gives the nearest ones.
     """
     check_layers(denoiser, layers)
-    if stop_early and _can_be_cut(denoiser):
+    if stop_early and _can_be_cut(denoiser, layers):
         found = _collect_by_cutting(denoiser, sample, timestep, layers, kwargs)
     else:
         found = _collect_by_hooks(denoiser, sample, timestep, layers, stop_early, kwargs)
@@ -136,7 +144,7 @@ class _Cut:
     """A module seen with some attributes replaced: runs the module's own forward on them."""
 
     def __init__(self, module: nn.Module, replaced: dict[str, Any]):
-        self._module = module
+        self._module = _uncompiled(module)
         for name, value in replaced.items():
             setattr(self, name, value)
 
@@ -150,21 +158,21 @@ class _Cut:
 def with_float32_output(denoiser: Any) -> Any:
     """Return a U-Net of a shorter type seen with its last norm and convolution computed in float32; others as they are.
 
-    These few operations make most of what sampling in bfloat16 loses. Where hooks call the network (offloading) or it
-    is compiled, it stays as it is too.
+    These few operations make most of what sampling in bfloat16 loses. Where the network has hooks (offloading) or is
+    compiled, as a whole or in these layers, it stays as it is too: its hooks and its compiled graphs run.
     """
     if _is_transformer(denoiser) or denoiser.dtype == torch.float32:
         return denoiser
     layers = {name: getattr(denoiser, name) for name in ("conv_norm_out", "conv_out")}
-    if any(_has_own_forward(module) for module in (denoiser, *layers.values())):
+    if any(_is_compiled(module) or not _runs_forward_alone(module) for module in (denoiser, *layers.values())):
         return denoiser
     return _Cut(denoiser, {name: _in_float32(layer) for name, layer in layers.items()})
 
 
 def _in_float32(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return a module's function, computed in float32."""
-    exact = {name: parameter.float() for name, parameter in module.named_parameters()}
-    return lambda hidden: torch.func.functional_call(module, exact, (hidden.float(),))
+    """Return a module's function, computed in float32 on a copy: other threads may be using the module."""
+    exact = copy.deepcopy(module).float()
+    return lambda hidden: exact(hidden.float())
 
 
 class _Recorder:
@@ -186,19 +194,45 @@ def _identity(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _can_be_cut(denoiser: Any) -> bool:
-    """Whether every block is a plain walk, and no instance has a forward of its own (as accelerate's hooks give it)."""
-    if _is_transformer(denoiser):
-        return not _has_own_forward(denoiser)
-    blocks = [*denoiser.down_blocks, *denoiser.up_blocks]
-    if denoiser.mid_block is not None:
-        blocks.append(denoiser.mid_block)
-    plain = all(type(block).__name__ in _WALKS for block in blocks)
-    return plain and not any(_has_own_forward(module) for module in [denoiser, *blocks])
+def _can_be_cut(denoiser: Any, layers: Sequence[str]) -> bool:
+    """Whether a view of the denoiser that ends at the deepest of `layers` computes what a call of it does."""
+    if not _is_transformer(denoiser):
+        blocks = [*denoiser.down_blocks, *denoiser.up_blocks]
+        if not all(type(_uncompiled(block)).__name__ in _WALKS for block in blocks):
+            return False
+    seen = [denoiser.get_submodule(name) for name in _blocks_around(layers)]
+    return all(_runs_forward_alone(module) for module in (denoiser, *seen))
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    return "forward" in vars(module) or bool(module._forward_hooks)
+def _blocks_around(layers: Iterable[str]) -> set[str]:
+    """Return the names of a U-Net's blocks that have one of `layers` inside; other layers are blocks themselves."""
+    return {layer.rsplit(".", 2)[0] for layer in layers if layer.count(".") == 3}
+
+
+def _runs_forward_alone(module: nn.Module) -> bool:
+    """Whether a call of a module has the result of its class's `forward`, which a view runs by hand.
+
+    Not with hooks, be they torch's on this module or on all, or accelerate's and diffusers', which give the instance a
+    `forward` of its own. A compiled module's result is that of its `forward`.
+    """
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    own = _uncompiled(module)
+    hooks = [
+        getattr(m, f"_{kind}_hooks")
+        for m in (module, own)
+        for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    ]
+    return not any(hooks) and "forward" not in vars(own) and not hasattr(own, "_hf_hook")
+
+
+def _uncompiled(module: Any) -> Any:
+    """Return the module that `torch.compile` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return _uncompiled(module) is not module or module._compiled_call_impl is not None
 
 
 def _cut_block(block: Any, prefix: str, layers: Sequence[str], found: dict[str, Tensor], stop: int | None) -> Any:
@@ -233,10 +267,16 @@ def _collect_by_cutting(
     depth = int(block) if block else 0
     stop = int(tap.rpartition(".")[2]) + 1 if tap else None
 
+    seen = _blocks_around(layers)
+
     def views(kind: str, blocks: Iterable[nn.Module], count: int | None) -> list[Any]:
         kept = list(blocks)[:count]
         ends = [stop if kind == side and i == depth else None for i in range(len(kept))]
-        return [_cut_block(b, f"{kind}.{i}", layers, found, ends[i]) for i, b in enumerate(kept)]
+        names = [f"{kind}.{i}" for i in range(len(kept))]
+        return [
+            _cut_block(block, name, layers, found, end) if name in seen else block
+            for block, name, end in zip(kept, names, ends, strict=True)
+        ]
 
     mid = denoiser.mid_block
     if mid is not None and "mid_block" in layers:
@@ -260,6 +300,7 @@ class _Reached(Exception):
     """The deepest layer has been computed."""
 
 
+@torch.compiler.disable(reason="Hidden states are read by hooks where the denoiser has hooks or is not a plain walk.")
 def _collect_by_hooks(
     denoiser: Any,
     sample: Tensor,
@@ -268,12 +309,15 @@ def _collect_by_hooks(
     stop_early: bool,
     kwargs: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """Run the denoiser with hooks on its layers; the deepest one's ends the run."""
+    """Run the denoiser with hooks on its layers, which answer to this thread alone; the deepest one's ends the run."""
+    thread = threading.get_ident()
     found: dict[str, Tensor] = {}
     last = _deepest(denoiser, layers) if stop_early else None
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if threading.get_ident() != thread:
+                return
             found[name] = output
             if name == last:
                 raise _Reached
@@ -282,13 +326,42 @@ def _collect_by_hooks(
 
     handles = [denoiser.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
     try:
-        denoiser(sample, timestep, return_dict=False, **kwargs)
+        with _uncompiled_calls(denoiser):
+            denoiser(sample, timestep, return_dict=False, **kwargs)
     except _Reached:
         pass
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+class _Eager:
+    """torch's mode in which compiled modules run uncompiled: entered with the first thread, left with the last."""
+
+    def __init__(self) -> None:
+        self.lock, self.threads, self.stance = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.threads == 0:
+                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self.threads += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self.lock:
+            self.threads -= 1
+            if self.threads == 0:
+                self.stance.close()
+
+
+_eager = _Eager()
+
+
+def _uncompiled_calls(denoiser: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the denoiser's compiled parts run uncompiled, where it has any."""
+    compiled = any(_is_compiled(module) for module in denoiser.modules())
+    return _eager if compiled else contextlib.nullcontext()
 
 
 def pool_hidden_states(hidden: Tensor, pooling: str = "mean") -> Tensor:

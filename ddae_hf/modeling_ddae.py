@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +15,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .checkpoints import build_denoiser, build_scheduler, build_vae
-from .conditioning import check_label_range, checked_names, class_conditioning, disable_label_dropout, fed_timestep
+from .conditioning import (
+    check_label_range,
+    checked_names,
+    class_conditioning,
+    disable_label_dropout,
+    fed_timestep,
+    is_conditional,
+)
 from .configuration_ddae import DDAEConfig
 from .heads import write_head
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
@@ -30,6 +40,9 @@ class DDAEModel(DDAEPreTrainedModel):
 
     In evaluation every image gets the same fixed noise, drawn from `config.noise_seed`, so that a feature depends on
     the image alone; in training the noise is fresh.
+
+    Any layer may be asked for, so the whole denoiser asks for gradients; `restrict_gradients([layer])` leaves out what
+    lies after a layer, which DistributedDataParallel needs.
     """
 
     denoiser: Any
@@ -43,8 +56,11 @@ class DDAEModel(DDAEPreTrainedModel):
         self.denoiser = build_denoiser(config.denoiser)
         disable_label_dropout(self.denoiser)
         self.vae = None if config.vae is None else build_vae(config.vae)
-        if self.vae is not None:
-            freeze(self.vae)
+        self._keep_in_fp32_modules = set() if self.vae is None else {"vae"}  # float16 overflows in the common ones
+        if any("time_proj" in name for name, _ in self.denoiser.named_parameters()):
+            self._keep_in_fp32_modules_strict = {"time_proj"}
+        self._restricted_to: list[str] = []
+        self.restrict_gradients()
         if config._attn_implementation == "eager":
             use_attention(self.denoiser, "eager")
         # With `sample_posterior` the last draw is the VAE's.
@@ -80,6 +96,36 @@ class DDAEModel(DDAEPreTrainedModel):
         """Keep the denoiser as it is: no gradients, and evaluation mode even under `.train()`."""
         self._frozen = True
         self.denoiser.requires_grad_(False).eval()
+
+    def restrict_gradients(self, layers: Iterable[str] = ()) -> None:
+        """Ask for no gradients of what the hidden states of `layers` do not depend on.
+
+        Without `layers` it is only the VAE, and what the denoiser's class has fixed, such as Fourier frequencies.
+        Loading makes new parameters, which ask for gradients, so `from_pretrained` calls this again.
+        """
+        if self.vae is not None:
+            freeze(self.vae)
+        self._restricted_to = list(layers)
+        learning = _learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(layers))
+        for name, parameter in self.denoiser.named_parameters():
+            if name.replace("_orig_mod.", "") not in learning:
+                parameter.requires_grad_(False)
+
+    def _check_learning(self, layers: list[str]) -> None:
+        """Refuse to return, in training, hidden states of layers whose gradients `restrict_gradients` has left out."""
+        known = self.layer_names()
+        deepest = max(self._restricted_to, key=known.index)
+
+        def learns(layer: str) -> bool:
+            return any(p.requires_grad for p in self.denoiser.get_submodule(layer).parameters())
+
+        beyond = [layer for layer in layers if known.index(layer) > known.index(deepest)]
+        if learns(deepest) and (still := [layer for layer in beyond if not learns(layer)]):
+            raise ValueError(
+                f"Hidden states of {', '.join(still)} are asked for in training, but the parameters after {deepest} "
+                "ask for no gradients, since the model's own output does not depend on them. To train them, call "
+                "`requires_grad_(True)` on the denoiser; to look at them, use evaluation mode or `torch.no_grad()`."
+            )
 
     def train(self, mode: bool = True) -> DDAEModel:
         """Set the mode; the VAE, and a frozen denoiser, stay in evaluation mode, without dropout."""
@@ -235,6 +281,8 @@ class DDAEModel(DDAEPreTrainedModel):
 
         `clean` (B, *config.sample_shape) is what `encode` returns; for the rest see `forward`.
         """
+        if self._restricted_to and self.training and torch.is_grad_enabled():
+            self._check_learning(layers)
         draws = self._noise_draws(clean, noise, generator)
         count, batch_size = draws.shape[:2]
         level = _repeat(self._level(sigma, timestep), count)
@@ -254,6 +302,43 @@ class DDAEModel(DDAEPreTrainedModel):
         return found
 
 
+@functools.lru_cache(maxsize=16)
+def _learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
+    """Return the names of a denoiser's parameters that have a gradient where `layers` are read; without layers, of all.
+
+    They are read off the graph of a forward pass, without memory for its tensors.
+
+    Args:
+        config: The denoiser's config, as JSON.
+        layers: Names out of `layer_names(denoiser)`.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+        denoiser = build_denoiser(json.loads(config)).eval()
+        names = {p: name for name, p in denoiser.named_parameters() if p.requires_grad}
+        if not layers:
+            return frozenset(names.values())
+        side = denoiser.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        sample = torch.empty(1, denoiser.config.in_channels, height, width, dtype=denoiser.dtype)
+        labels = None
+        if is_conditional(denoiser):
+            vectors = getattr(denoiser.config, "class_embed_type", None) == "identity"
+            labels = torch.zeros(1, denoiser.time_embedding.linear_2.out_features) if vectors else torch.zeros(1).long()
+        conditioning = class_conditioning(denoiser, labels, 1, "meta")
+        timestep = fed_timestep(denoiser, torch.zeros(1))
+        states = collect_hidden_states(denoiser, sample, timestep, layers, stop_early=True, **conditioning)
+    found: set[str] = set()
+    nodes, seen = [state.grad_fn for state in states.values()], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+            if name := names.get(getattr(node, "variable", None)):
+                found.add(name)
+    return frozenset(found)
+
+
 def _repeat(values: Tensor, count: int) -> Tensor:
     """Repeat a batch `count` times; what holds for the whole batch stays as it is."""
     return values.repeat(count, *[1] * (values.ndim - 1)) if values.ndim else values
@@ -262,9 +347,13 @@ def _repeat(values: Tensor, count: int) -> Tensor:
 class DDAEForImageClassification(DDAEPreTrainedModel):
     """A linear classifier on a denoiser's pooled hidden state.
 
-    After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the whole network does.
+    After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the network up to the tap does too.
+    What lies after the tap has no part in the logits and asks for no gradients, so that DistributedDataParallel, which
+    waits for every gradient that is asked for, trains the classifier as it is.
     """
 
+    # The loss is the batch's mean: Trainer's count of labels, which it would divide by, counts a soft label K times.
+    accepts_loss_kwargs = False
     _auto_name = "AutoModelForImageClassification"
     _has_head = True
 
@@ -276,6 +365,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         size = config.hidden_size
         self.feature_norm = nn.BatchNorm1d(size, affine=False) if config.feature_norm == "batch_norm" else nn.Identity()
         self.classifier = nn.Linear(size, self.num_labels)
+        self.restrict_gradients()
         self.post_init()
 
     def _check_names(self) -> None:
@@ -291,6 +381,10 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     def freeze_denoiser(self) -> None:
         """Train the classifier alone: see `DDAEModel.freeze_denoiser`."""
         self.ddae.freeze_denoiser()
+
+    def restrict_gradients(self) -> None:
+        """Ask for gradients of what the logits depend on alone: see `DDAEModel.restrict_gradients`."""
+        self.ddae.restrict_gradients([str(self.config.layer)])
 
     def save_head(
         self,
@@ -344,7 +438,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
 
         Args:
             pixel_values: Images (B, C, H, W) in [-1, 1].
-            labels: Classes (B,), or probabilities of classes (B, num_labels), for the loss.
+            labels: Classes (B,), or probabilities of classes (B, num_labels), for the loss; batches of both kinds may
+                follow each other.
             sigma: See `DDAEModel.forward`, as for the arguments that follow.
             timestep: See there.
             noise: See there.
@@ -352,11 +447,12 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             output_hidden_states: See there.
             return_dict: Whether to return an `ImageClassifierOutput` or a tuple.
             **kwargs: `class_labels`, the denoiser's condition, see there: it is not what is classified, and has no name
-                among the arguments, where Trainer would take it for a second target. The rest is passed on to the loss,
-                such as Trainer's `num_items_in_batch`.
+                among the arguments, where Trainer would take it for a second target. The rest is ignored.
 
         Returns:
-            `logits` (B, num_labels), the mean cross-entropy `loss` if `labels` came, and `hidden_states` if asked for.
+            `logits` (B, num_labels), the batch's mean cross-entropy `loss` if `labels` came, and `hidden_states` if
+            asked for. Where `config.problem_type` is `"multi_label_classification"` or `"regression"`, the loss is
+            transformers'.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.ddae(
@@ -371,18 +467,42 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         )
         features = self.feature_norm(outputs.pooler_output.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
-        loss = None if labels is None else self._loss(logits, labels, kwargs)
+        loss = None if labels is None else self._loss(logits, labels)
         if not return_dict:
             rest = () if outputs.hidden_states is None else (outputs.hidden_states,)
             return (logits, *rest) if loss is None else (loss, logits, *rest)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
-    def _loss(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        # transformers would take probabilities of classes for independent ones, and remember it in the config.
-        if self.config.problem_type is None and labels.is_floating_point() and labels.shape == logits.shape:
-            count = kwargs.get("num_items_in_batch")
-            total = F.cross_entropy(logits.float(), labels.float(), reduction="sum")
-            return total / (len(labels) if count is None else count)
-        if not labels.is_floating_point():
-            check_label_range("labels", labels[labels != -100], self.num_labels)
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.config.problem_type in (None, "single_label_classification"):
+            return cross_entropy(logits, labels)
+        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a batch.
+
+    Args:
+        logits: (B, K).
+        labels: Classes (B,), of which -100 is left out; or probabilities of classes (B, K).
+
+    Raises:
+        ValueError: Labels of another shape or type, or classes outside 0 to K - 1.
+    """
+    batch_size, count = logits.shape
+    if count < 2:
+        raise ValueError(
+            "The classifier has a single class, whose cross-entropy is always 0: set num_labels to the number of "
+            'classes, or problem_type="regression" for a number.'
+        )
+    expected = (batch_size, count) if labels.is_floating_point() else (batch_size,)
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: allowed are classes, integers ({batch_size},), "
+            f"and probabilities of classes, floats ({batch_size}, {count}). For several classes of one image, or for "
+            "numbers, set the config's problem_type."
+        )
+    if labels.is_floating_point():
+        return F.cross_entropy(logits.float(), labels.float())
+    check_label_range("labels", labels.where(labels != -100, 0), count)
+    return F.cross_entropy(logits.float(), labels.long())

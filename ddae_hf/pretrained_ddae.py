@@ -30,7 +30,6 @@ from .checkpoints import (
     replaced_weights,
 )
 from .configuration_ddae import DDAEConfig
-from .latents import freeze
 from .remote_code import AUTO_MAP
 
 
@@ -49,8 +48,6 @@ class DDAEPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\.", r"^(ddae\.)?vae\."]
     _supports_sdpa = True
     _no_split_modules = ["ResnetBlock2D", "BasicTransformerBlock"]
-    _keep_in_fp32_modules_strict = ["time_proj"]
-    _keep_in_fp32_modules = ["vae"]  # float16 overflows in the common ones
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
@@ -69,6 +66,10 @@ class DDAEPreTrainedModel(PreTrainedModel):
             if own and not any(getattr(p, "_is_hf_initialized", False) for p in own):
                 reset()
 
+    def restrict_gradients(self) -> None:
+        """Ask for gradients only of parameters that can have one."""
+        raise NotImplementedError
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Open a checkpoint of any layout: see `ddae_hf.checkpoints`.
@@ -84,7 +85,9 @@ class DDAEPreTrainedModel(PreTrainedModel):
                 or tensors missing.
         """
         if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *model_args, **kwargs)
+            opened = super().from_pretrained(None, *model_args, **kwargs)
+            (opened[0] if isinstance(opened, tuple) else opened).restrict_gradients()
+            return opened
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors is False, but only safetensors weights are read: leave it out.")
         wants_info = kwargs.pop("output_loading_info", False)
@@ -97,8 +100,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         else:
             model, info = cls._open_parts(checkpoint, state, *model_args, **kwargs)
         model._check_loaded(checkpoint, info, bool(anew))
-        if model.base_model.vae is not None:  # loading has made new parameters of it
-            freeze(model.base_model.vae)
+        model.restrict_gradients()  # loading has made new parameters
         return (model, info) if wants_info else model
 
     @classmethod

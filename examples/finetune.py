@@ -229,7 +229,7 @@ def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
 def parameter_groups(
     model: DDAEForImageClassification, learning_rate: float, layer_decay: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Return the optimiser's groups, and freeze what the logits do not depend on.
+    """Return the optimiser's groups.
 
     The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
     2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). Biases, gains and other vectors are not decayed.
@@ -238,8 +238,7 @@ def parameter_groups(
     top = max(depths.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in depths)
-        if name in depths:
+        if parameter.requires_grad:  # what the logits depend on
             depth, decayed = depths[name], parameter.ndim > 1
             group = {"params": [], "lr": learning_rate * layer_decay ** (top - depth)}
             group = groups.setdefault((depth, decayed), group | {"weight_decay": weight_decay * decayed})

@@ -1,14 +1,29 @@
 """Hidden states against hooks on diffusers' own forward, and what stopping early saves."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import DDIMScheduler
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
+from torch.nn.modules import module as torch_modules
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddae_hf import collect_hidden_states, layer_names, pool_hidden_states
-from ddae_hf.checkpoints import build_denoiser
+from ddae_hf import (
+    DDAEConfig,
+    DDAEForImageClassification,
+    DDAEModel,
+    DDAEPipeline,
+    collect_hidden_states,
+    layer_names,
+    pool_hidden_states,
+)
+from ddae_hf.checkpoints import build_denoiser, plain_config
 from ddae_hf.conditioning import disable_label_dropout
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
 from ddae_hf.hidden_states import decoder_layer_names, default_layer, hidden_size, with_float32_output
@@ -267,3 +282,256 @@ def test_a_network_that_is_called_through_a_hook_or_is_no_unet_keeps_its_output_
     network.register_forward_hook(lambda module, inputs, output: output)
     for denoiser in (network, make_dit(0).to(torch.bfloat16)):
         assert with_float32_output(denoiser) is denoiser
+
+
+def doubled(values):
+    """Double every floating tensor in nested arguments."""
+    if isinstance(values, dict):
+        return {name: doubled(value) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(map(doubled, values))
+    return 2 * values if isinstance(values, torch.Tensor) and values.is_floating_point() else values
+
+
+def pre_hook(module, args, kwargs=None):
+    return doubled(args) if kwargs is None else (doubled(args), doubled(kwargs))
+
+
+def own_forward(module):
+    plain = module.forward
+    module.forward = lambda *args, **kwargs: plain(*doubled(args), **doubled(kwargs))
+
+
+class OfAccelerate(ModelHook):
+    def pre_forward(self, module, *args, **kwargs):
+        return doubled(args), doubled(kwargs)
+
+
+class OfDiffusers(DiffusersHook):
+    def pre_forward(self, module, *args, **kwargs):
+        return doubled(args), doubled(kwargs)
+
+
+# What can make a call of a module more than its class's forward. All but the last two hold for any module.
+CHANGES = {
+    "pre-hook": lambda m: m.register_forward_pre_hook(pre_hook, with_kwargs=True),
+    "hook": lambda m: m.register_forward_hook(lambda module, args, output: doubled(output)),
+    "own forward": own_forward,
+    "accelerate": lambda m: add_hook_to_module(m, OfAccelerate()),
+    "diffusers": lambda m: HookRegistry.check_if_exists_or_initialize(m).register_hook(OfDiffusers(), "doubled"),
+    "gradient hook": lambda m: m.register_full_backward_hook(lambda module, into, out: doubled(into)),
+    "gradient pre-hook": lambda m: m.register_full_backward_pre_hook(lambda module, out: doubled(out)),
+    "global pre-hook": lambda m: torch_modules.register_module_forward_pre_hook(
+        lambda module, args: pre_hook(module, args) if module is m else None
+    ),
+    "global hook": lambda m: torch_modules.register_module_forward_hook(
+        lambda module, args, output: doubled(output) if module is m else None
+    ),
+}
+
+
+def read_with_gradients(network, layers, read):
+    network.zero_grad(set_to_none=True)
+    found = read()
+    sum(found[name].square().mean() for name in layers).backward()
+    return found, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", list(CHANGES))
+def test_hooks_of_every_kind_are_in_force(kind):
+    """As in the plain forward, wherever they are: on a block that is read, on one before it, on the network."""
+    layers, effects = ["down_blocks.1.attentions.0", "up_blocks.1.resnets.0"], []
+    for where in ("up_blocks.1", "up_blocks.0", "down_blocks.1", "mid_block", "down_blocks.0.resnets.0", ""):
+        network = make_unet()
+        before, plain = read_with_gradients(network, layers, lambda n=network: by_hooks(n, *inputs(n)))
+        handle = CHANGES[kind](network.get_submodule(where))
+        expected, gradients = read_with_gradients(network, layers, lambda n=network: by_hooks(n, *inputs(n)))
+        for stop_early in (True, False):
+            found, own = read_with_gradients(
+                network,
+                layers,
+                lambda n=network, stop=stop_early: collect_hidden_states(n, *inputs(n), layers, stop_early=stop),
+            )
+            assert all(torch.equal(found[name], expected[name]) for name in layers)
+            assert own.keys() == gradients.keys() and all(torch.equal(own[k], gradients[k]) for k in own)
+        if "global" in kind:
+            handle.remove()
+        unchanged = all(torch.equal(before[name], expected[name]) for name in layers)
+        effects.append(not unchanged or any(not torch.equal(plain[k], gradients[k]) for k in plain))
+    assert sum(effects) > 1  # so that being in force makes a difference
+
+
+@torch.no_grad()
+def test_a_pre_hook_on_a_dit_is_in_force():
+    dit = make_dit()
+    dit.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+    expected = by_hooks(dit, *DIT_INPUTS, *LABELS.values())
+    found = collect_hidden_states(dit, *DIT_INPUTS, ["transformer_blocks.1"], **LABELS)
+    assert torch.equal(found["transformer_blocks.1"], expected["transformer_blocks.1"])
+
+
+# What compiles fastest.
+SMALL = {
+    "block_out_channels": (32,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "mid_block_type": None,
+}
+
+
+class CountedRuns:
+    """A backend of `torch.compile` that runs graphs as they are and counts their runs."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def __call__(self, graph, example_inputs):
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.fixture
+def backend():
+    torch._dynamo.reset()
+    yield CountedRuns()
+    torch._dynamo.reset()
+
+
+def compile_part(network, part, in_place, backend):
+    """Compile a network, or a part of it, and return the network."""
+    if in_place:
+        network.get_submodule(part).compile(backend=backend)
+        return network
+    compiled = torch.compile(network.get_submodule(part), backend=backend)
+    if not part:
+        return compiled
+    parent, _, name = part.rpartition(".")
+    network.get_submodule(parent).register_module(name, compiled)
+    return network
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    ("part", "hooked"),
+    [("", "never"), ("", "before"), ("", "after"), ("up_blocks.0", "after"), ("up_blocks.0", "never")],
+)
+@torch.no_grad()
+def test_compiled_networks_and_parts_give_the_same_hidden_states(backend, part, hooked, in_place):
+    """Compiled by a call before they are read; hooks that were set afterwards are in force too."""
+    names = ["down_blocks.0.resnets.0", "up_blocks.0.resnets.0"]
+    network, reference, hook = make_unet(**SMALL), make_unet(**SMALL), CHANGES["pre-hook"]
+    if hooked == "before":
+        hook(network.down_blocks[0])
+    compiled = compile_part(network, part, in_place, backend)
+    whole = compiled(*inputs(network)).sample
+    assert backend.runs
+    if hooked == "after":
+        hook(network.down_blocks[0])
+    if hooked != "never":
+        hook(reference.down_blocks[0])
+    expected = by_hooks(reference, *inputs(reference))
+    for stop_early in (True, False):
+        found = collect_hidden_states(compiled, *inputs(network), names, stop_early=stop_early)
+        assert all(torch.equal(found[name], expected[name]) for name in names)
+    backend.runs = 0  # and the compiled network is what it was
+    output = compiled(*inputs(network)).sample
+    assert backend.runs
+    if hooked != "after":
+        assert torch.equal(output, whole) and torch.equal(output, expected[""].sample)
+
+
+@torch.no_grad()
+def test_compiled_networks_that_are_no_plain_walk_are_read(backend):
+    network = make_unet(**SMALL | {"up_block_types": ("SkipUpBlock2D",)} | {"down_block_types": ("SkipDownBlock2D",)})
+    names = layer_names(network)
+    expected = collect_hidden_states(network, *inputs(network), names)
+    network.compile(backend=backend)
+    network(*inputs(network))
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda _: collect_hidden_states(network, *inputs(network), names), range(8)):
+            assert all(torch.equal(found[name], expected[name]) for name in names)
+    before = backend.runs
+    network(*inputs(network))
+    assert backend.runs > before  # reading has left compilation on
+
+
+@pytest.mark.parametrize(
+    ("in_place", "dtype"), [(True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)]
+)
+@torch.no_grad()
+def test_a_model_and_a_pipeline_with_a_compiled_denoiser(backend, images, in_place, dtype):
+    """The model's features are the same; sampling runs the compiled graphs, at every step."""
+    config = DDAEConfig(denoiser=plain_config(make_unet(**SMALL)), num_labels=3)
+    model = DDAEForImageClassification(config).eval().to(dtype)
+    network = model.ddae.denoiser
+    pipeline = DDAEPipeline(unet=network, scheduler=DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def sample():
+        return pipeline(latents=latents, batch_size=2, num_inference_steps=3, output_type="pt").images
+
+    expected = model(images).logits
+    handle = network.register_forward_hook(lambda module, args, output: None)  # as it is, to its last layers
+    sampled = sample()
+    handle.remove()
+    compiled = compile_part(network, "", in_place, backend)
+    model.ddae.denoiser, pipeline.unet = compiled, compiled
+    assert torch.equal(sample(), sampled) and backend.runs == 3
+    assert torch.equal(model(images).logits, expected) and torch.equal(sample(), sampled) and backend.runs == 6
+    if not in_place or dtype == torch.float32:
+        whole = torch.compile(model, fullgraph=True, backend=backend)
+        assert torch.equal(whole(images).logits, expected) and backend.runs == 7
+
+
+@torch.no_grad()
+def test_blocks_that_are_compiled_run_compiled_beside_float32_output_layers(backend):
+    network = make_unet(**SMALL).to(torch.bfloat16)
+    sample, timestep = torch.randn(2, 3, 8, 8).bfloat16(), torch.tensor(5.0)
+    expected = with_float32_output(network)(sample, timestep).sample
+    network.up_blocks[0].compile(backend=backend)
+    assert torch.equal(with_float32_output(network)(sample, timestep).sample, expected) and backend.runs == 1
+    network.conv_out.compile(backend=backend)
+    assert with_float32_output(network) is network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["device map", "a hook"])
+def test_threads_that_read_one_model_get_their_own_features(kind):
+    config = DDAEConfig(denoiser=plain_config(make_unet()), layer="up_blocks.0.attentions.0")
+    model = DDAEModel(config).eval()
+    images = [torch.full((2, 3, 8, 8), value) for value in (-1.0, 1.0)]
+    expected = [model(batch, output_hidden_states=["mid_block"]) for batch in images]
+    if kind == "device map":
+        dispatch_model(model, {"denoiser": "cpu", "": "cpu"}, main_device="cpu", force_hooks=True)
+    elif kind == "a hook":
+        model.denoiser.register_forward_pre_hook(lambda module, args: None)
+    start = threading.Barrier(2)
+
+    def read(thread):
+        start.wait()
+        for _ in range(20):
+            found = model(images[thread], output_hidden_states=["mid_block"])
+            assert torch.equal(found.pooler_output, expected[thread].pooler_output)
+            assert torch.equal(found.hidden_states[0], expected[thread].hidden_states[0])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, range(2)))
+    assert not any(hook for m in model.denoiser.modules() for hook in m._forward_hooks.values())
+
+
+@torch.no_grad()
+def test_threads_that_sample_in_bfloat16_leave_the_weights_as_they_are():
+    network = make_unet(**SMALL).to(torch.bfloat16)
+    sample, timestep = torch.randn(2, 3, 64, 64).bfloat16(), torch.tensor(5.0)
+    expected = with_float32_output(network)(sample, timestep).sample
+
+    def run(_):
+        return [with_float32_output(network)(sample, timestep).sample for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(output, expected) for outputs in pool.map(run, range(2)) for output in outputs)
+    assert network.conv_out.weight.dtype == torch.bfloat16

@@ -1,6 +1,7 @@
 """The models against diffusers' own forward; randomness; training; saving."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -22,8 +23,9 @@ from ddae_hf import (
     timestep_to_sigma,
 )
 from ddae_hf.checkpoints import fingerprint, plain_config
+from ddae_hf.modeling_ddae import _learning_parameters, cross_entropy
 
-from .conftest import make_dit, make_unet
+from .conftest import make_dit, make_unet, make_vae
 
 
 def make_config(**options):
@@ -260,19 +262,57 @@ def test_every_framework_compiles_and_exports(images, scheduler, network):
         torch.testing.assert_close(exported(images).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_loss_is_cross_entropy_of_classes_or_probabilities(images):
-    model = make_model()
-    labels = torch.tensor([0, 3, 1, 2, 2])
-    outputs = model(images, labels=labels)
-    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
-    soft = torch.softmax(torch.randn(5, 4), -1)
-    torch.testing.assert_close(
-        make_model()(images, labels=soft).loss, -(soft * outputs.logits.log_softmax(-1)).sum(-1).mean()
-    )
-    halved = make_model()(images, labels=soft, num_items_in_batch=10).loss  # as Trainer does when it accumulates
-    torch.testing.assert_close(2 * halved, make_model()(images, labels=soft).loss)
-    loss, logits = model(images, labels=labels, return_dict=False)
-    assert torch.equal(loss, outputs.loss) and torch.equal(logits, outputs.logits)
+def formula(logits, probabilities):
+    """The mean over the batch of -sum_k q_k log p_k."""
+    return -(probabilities * logits.log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification"])
+def test_the_loss_is_the_batchs_mean_cross_entropy(images, problem_type):
+    """Of classes and of probabilities, in any order, whatever count comes from outside."""
+    model = make_model(problem_type=problem_type)
+    logits = model(images).logits
+    hard, soft = torch.tensor([0, 3, 1, 2, 2]), torch.softmax(torch.randn(5, 4), -1)
+    for labels, expected in [
+        (soft, formula(logits, soft)),
+        (hard, formula(logits, F.one_hot(hard, 4))),
+        (soft.double(), formula(logits, soft)),
+        (hard.int(), formula(logits, F.one_hot(hard, 4))),
+        (torch.tensor([0, -100, 1, -100, 2]), formula(logits[[0, 2, 4]], F.one_hot(torch.tensor([0, 1, 2]), 4))),
+        (soft, formula(logits, soft)),
+    ]:
+        loss, again = model(images, labels=labels, return_dict=False)
+        torch.testing.assert_close(loss, expected)
+        assert torch.equal(again, logits)
+        assert torch.equal(model(images, labels=labels, num_items_in_batch=20).loss, loss)
+        assert model.config.problem_type == problem_type
+
+
+def test_losses_compile_into_the_graph():
+    compiled, logits = torch.compile(cross_entropy, fullgraph=True, backend="eager"), torch.randn(3, 4)
+    for labels in (torch.tensor([0, -100, 3]), torch.softmax(torch.randn(3, 4), -1)):
+        torch.testing.assert_close(compiled(logits, labels), cross_entropy(logits, labels))
+
+
+def test_other_problems_keep_transformers_loss(images):
+    model, several = make_model(problem_type="multi_label_classification"), torch.eye(5, 4)
+    expected = F.binary_cross_entropy_with_logits(model(images).logits, several)
+    torch.testing.assert_close(model(images, labels=several).loss, expected)
+    model, numbers = make_model(problem_type="regression", num_labels=1), torch.randn(5, 1)
+    torch.testing.assert_close(model(images, labels=numbers).loss, F.mse_loss(model(images).logits, numbers))
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.eye(5, 4).long(), torch.rand(5), torch.rand(5, 3), torch.zeros(5, 1).long(), torch.zeros(4).long()]
+)
+def test_labels_that_are_neither_classes_nor_probabilities_are_refused(images, labels):
+    with pytest.raises(ValueError, match=r"integers \(5,\), and probabilities of classes, floats \(5, 4\)"):
+        make_model()(images, labels=labels)
+
+
+def test_a_single_class_is_refused(images):
+    with pytest.raises(ValueError, match="always 0"):
+        make_model(num_labels=1)(images, labels=torch.zeros(5, dtype=torch.long))
 
 
 def test_a_frozen_denoiser_learns_nothing_and_drops_nothing(images):
@@ -294,6 +334,95 @@ def test_fine_tuning_reaches_every_parameter_up_to_the_tap(images):
     assert "ddae.denoiser.conv_in.weight" in with_gradient
     assert "ddae.denoiser.up_blocks.0.attentions.0.to_q.weight" in with_gradient
     assert "ddae.denoiser.up_blocks.0.resnets.1.conv1.weight" not in with_gradient
+
+
+# A denoiser and what else a config of it needs.
+DENOISERS = {
+    "unet": (make_unet, {}, {}),
+    "conditional unet": (make_unet, {"num_class_embeds": 6}, {"null_class": 5}),
+    "learned times": (make_unet, {"time_embedding_type": "learned", "num_train_timesteps": 1000}, {}),
+    "dit": (make_dit, {}, {}),
+    "latents": (make_unet, {"in_channels": 4, "out_channels": 4}, {"vae": plain_config(make_vae())}),
+}
+
+
+def asks_and_gets(model):
+    """The parameters that ask for a gradient in training, and those that get one."""
+    model.train()
+    batch = torch.rand(2, 3, *model.config.image_size)
+    out = model(batch)
+    (out.logits if hasattr(out, "logits") else out.feature_maps[0]).square().mean().backward()
+    parameters = dict(model.named_parameters())
+    return {n for n, p in parameters.items() if p.requires_grad}, {
+        n for n, p in parameters.items() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("kind", list(DENOISERS))
+def test_what_asks_for_a_gradient_gets_one(kind, tmp_path):
+    """After construction and after every kind of opening."""
+    make, options, own = DENOISERS[kind]
+    config = DDAEConfig(denoiser=plain_config(make(**options)), num_labels=3, **own)
+    model = DDAEForImageClassification(config)
+    model.save_pretrained(tmp_path / "whole")
+    parts = {"vae": model.ddae.vae} if "vae" in own else {}
+    pipeline = DDAEPipeline.for_denoiser(model.ddae.denoiser, model.ddae.scheduler, config.null_class, **parts)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    model.save_head(tmp_path / "head", base=tmp_path / "pipeline")
+    opened = [
+        DDAEForImageClassification.from_pretrained(tmp_path / "whole"),
+        DDAEForImageClassification.from_pretrained(tmp_path / "whole", output_loading_info=True)[0],
+        DDAEForImageClassification.from_pretrained(tmp_path / "pipeline", num_labels=3),
+        DDAEForImageClassification.from_pretrained(tmp_path / "head"),
+        DDAEBackbone.from_pretrained(tmp_path / "pipeline"),
+    ]
+    for one in (model, *opened):
+        asked, got = asks_and_gets(one)
+        assert asked == got
+        assert any("block" in name for name in got) and len(got) < len(list(one.parameters()))
+    whole = DDAEModel.from_pretrained(tmp_path / "pipeline")
+    assert all(p.requires_grad for p in whole.denoiser.parameters())
+    assert whole.vae is None or not any(p.requires_grad for p in whole.vae.parameters())
+
+
+def test_frequencies_that_a_denoiser_has_fixed_do_not_learn():
+    network = make_unet(time_embedding_type="fourier")
+    learning = _learning_parameters(json.dumps(plain_config(network)), ())
+    assert {name for name, _ in network.named_parameters()} - learning == {"time_proj.weight"}
+
+
+def test_hidden_states_that_would_not_learn_are_refused_in_training(images):
+    model, last = make_model(layer="mid_block"), ["up_blocks.1.resnets.1"]
+    backbone = DDAEBackbone(make_config(out_features=["mid_block"]))
+    for made in (model, backbone):
+        deeper = {"output_hidden_states": last if made is model else True}
+        assert made.eval()(images, **deeper).hidden_states
+        made.train()
+        with torch.no_grad():
+            made(images, **deeper)
+        with pytest.raises(ValueError, match=r"up_blocks\.1\.resnets\.1 are asked for in training"):
+            made(images, **deeper)
+        made.freeze_denoiser()
+        assert made(images, **deeper).hidden_states
+        made.ddae.denoiser.requires_grad_(True)
+        made(images, **deeper).hidden_states[-1].mean().backward()
+        assert made.ddae.denoiser.up_blocks[1].resnets[1].conv1.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", list(DENOISERS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_stays_in_float32_is_there(kind, dtype, tmp_path):
+    make, options, own = DENOISERS[kind]
+    config = DDAEConfig(denoiser=plain_config(make(**options)), num_labels=3, **own)
+    DDAEForImageClassification(config).save_pretrained(tmp_path)
+    for cls in (DDAEForImageClassification, DDAEModel, DDAEBackbone):
+        model = cls.from_pretrained(tmp_path, dtype=dtype)
+        types = {name: p.dtype for name, p in model.named_parameters()}
+        for kept in model._keep_in_fp32_modules | model._keep_in_fp32_modules_strict:
+            assert any(f".{kept}." in f".{name}" for name in types)
+        exact = ("time_proj.", "vae.") if dtype == torch.float16 else ("time_proj.",)
+        for name, found in types.items():
+            assert found == (torch.float32 if any(part in name for part in exact) else dtype)
 
 
 @torch.no_grad()

@@ -1,10 +1,20 @@
 """What transformers, torch and ONNX expect of any image classifier: Trainer, checkpointing, attention, devices."""
 
 import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from datasets import Image as ImageColumn
+from PIL import Image
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,6 +31,10 @@ def make_model(denoiser=None, **options):
 
 @pytest.fixture(scope="module")
 def coloured():
+    return coloured_images()
+
+
+def coloured_images():
     """Images of three classes, told apart by their colour."""
     generator = torch.Generator().manual_seed(0)
     rows = [{"pixel_values": torch.rand(3, 8, 8, generator=generator) - 1, "labels": i % 3} for i in range(12)]
@@ -68,6 +82,149 @@ def test_trainer_evaluates_keeps_the_best_and_resumes(coloured, tmp_path):
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
     resumed.save_model(tmp_path / "saved")
     assert DDAEImageProcessor.from_pretrained(tmp_path / "saved").size["height"] == 8
+
+
+def softened(rows):
+    """Give each image a probability of every class, as mixing does."""
+    generator = torch.Generator().manual_seed(1)
+    return [row | {"labels": torch.rand(3, generator=generator).softmax(0)} for row in rows]
+
+
+class OwnNoise(Trainer):
+    """Adds to every image noise of its own, in place of fresh one, so that runs can be compared."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs | {"noise": own_noise(inputs["pixel_values"])}, *args, **kwargs)
+
+
+def own_noise(images):
+    return torch.sin(50 * images)
+
+
+def trained(folder, rows, size=12, steps=2, **options):
+    """Return Trainer after some steps, and the losses of these."""
+    made = arguments(
+        folder, max_steps=steps, logging_steps=1, save_strategy="no", learning_rate=0.01, optim="sgd", max_grad_norm=0,
+        lr_scheduler_type="constant", **options
+    )  # fmt: skip
+    made.per_device_train_batch_size = size
+    trainer = OwnNoise(make_model(make_unet()), made, train_dataset=rows)
+    trainer.train()
+    return trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@torch.no_grad()
+def expected_loss(model, rows, **options):
+    batch = default_collate(rows)
+    logits = model.eval()(batch["pixel_values"], noise=own_noise(batch["pixel_values"])).logits
+    return pytest.approx(F.cross_entropy(logits, batch["labels"], **options).item(), rel=1e-5)
+
+
+def test_trainer_takes_probabilities_in_training_and_classes_in_evaluation(coloured, tmp_path):
+    trainer, losses = trained(tmp_path, softened(coloured))
+    assert losses[0] == expected_loss(make_model(make_unet()), softened(coloured)) and losses[0] > 0.5
+    for rows in (coloured, softened(coloured), coloured):
+        assert trainer.evaluate(rows)["eval_loss"] == expected_loss(trainer.model, rows)
+    trainer.train()
+    assert trainer.model.config.problem_type is None
+
+
+@pytest.mark.parametrize("prepare", [list, softened])
+def test_accumulated_batches_are_one_large_batch(coloured, tmp_path, prepare):
+    whole, losses = trained(tmp_path, prepare(coloured))
+    parts, of_parts = trained(tmp_path, prepare(coloured), size=4, gradient_accumulation_steps=3)
+    assert of_parts == pytest.approx(losses, rel=1e-5)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_trainers_label_smoothing_is_torchs(coloured, tmp_path):
+    _, losses = trained(tmp_path, coloured, steps=1, label_smoothing_factor=0.2)
+    assert losses == [expected_loss(make_model(make_unet()), coloured, label_smoothing=0.2)]
+
+
+def three_steps(model, rows):
+    batch = default_collate(rows)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(batch["pixel_values"], labels=batch["labels"], noise=own_noise(batch["pixel_values"])).loss.backward()
+        optimizer.step()
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+from ddae_hf import DDAEForImageClassification
+from tests.test_transformers import coloured_images, three_steps, trained
+
+folder, rows = sys.argv[1], coloured_images()
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+plain = DDAEForImageClassification.from_pretrained(f"{folder}/start")
+three_steps(DistributedDataParallel(plain), rows[rank::2])
+found = {"plain": plain.state_dict()}
+for checkpointing in (False, True):
+    trainer, losses = trained(f"{folder}/trainer", rows, size=6, steps=3, gradient_checkpointing=checkpointing)
+    assert trainer.args.world_size == 2 and isinstance(trainer.model_wrapped, DistributedDataParallel)
+    found[f"checkpointing {checkpointing}"] = trainer.model.state_dict()
+if rank == 0:
+    torch.save(found, f"{folder}/found.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one_does_with_their_images_together(coloured, tmp_path):
+    """With torch's DistributedDataParallel as it is, and with Trainer; one start of two processes for both."""
+    make_model(make_unet()).save_pretrained(tmp_path / "start")
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    run = [*launch, str(tmp_path / "two.py"), str(tmp_path)]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    plain = DDAEForImageClassification.from_pretrained(tmp_path / "start")
+    three_steps(plain, coloured)
+    alone, _ = trained(tmp_path / "alone", coloured, steps=3)
+    start = make_model(make_unet()).state_dict()
+    for name, states in found.items():
+        expected = (plain if name == "plain" else alone.model).state_dict()
+        for key, value in states.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(states["ddae.denoiser.conv_in.weight"], start["ddae.denoiser.conv_in.weight"])
+
+
+def test_the_readmes_code_trains_with_trainer(layouts, tmp_path, monkeypatch):
+    """Its own code, on a tiny network and images of this machine."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Trainer(" in block)
+    colours = [Image.new("RGB", (9, 9), colour) for colour in ("red", "green", "blue")]
+    images = Dataset.from_dict({"img": 4 * colours, "label": 4 * [0, 1, 2]}).cast_column("img", ImageColumn())
+    for split in ("train", "test"):
+        images.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    replacements = {
+        "google/ddpm-cifar10-32": str(layouts / "pipeline"),
+        "uoft-cs/cifar10": str(tmp_path / "data"),
+        "up_blocks.1.resnets.2": "up_blocks.0.attentions.0",
+    }
+    for name, here in replacements.items():
+        assert name in code
+        code = code.replace(name, here)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["trainer"].state.global_step > 0
+    (saved,) = {path.parent for path in tmp_path.rglob("preprocessor_config.json") if "checkpoint" not in str(path)}
+    inputs = DDAEImageProcessor.from_pretrained(saved)(colours, return_tensors="pt")
+    opened = DDAEForImageClassification.from_pretrained(saved)
+    with torch.no_grad():
+        trained = names["model"].eval().cpu()(**inputs).logits
+        torch.testing.assert_close(opened(**inputs).logits, trained)
 
 
 def test_checkpointed_blocks_give_the_same_gradients(images):
