@@ -119,14 +119,6 @@ class DDAEPipeline(DiffusionPipeline):
         return cls(scheduler=scheduler, null_class=null_class, **networks, **parts)
 
     @property
-    def components(self) -> dict[str, Any]:
-        """The components that are there, as this class and stock ones take them: `DDPMPipeline(**these)`.
-
-        `parameters` are this class's other arguments: `DDAEPipeline(**these, **pipeline.parameters)` is the same.
-        """
-        return {name: part for name, part in super().components.items() if part is not None}
-
-    @property
     def denoiser(self) -> Any:
         """The denoiser, under whichever key diffusers keeps it."""
         return self.transformer if self.unet is None else self.unet
