@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,13 @@ def test_every_public_name_is_there_and_no_other_is():
         assert getattr(ddae_hf, name).__doc__ and name in dir(ddae_hf)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         ddae_hf.nothing  # noqa: B018
+
+
+def test_what_is_promised_is_held_by_tests_that_there_are():
+    promised = re.findall(r"`(test_\w+)::(test_\w+)`", (ROOT / "docs" / "trust.md").read_text())
+    assert len(promised) > 50
+    for file, name in promised:
+        assert f"\ndef {name}(" in (ROOT / "tests" / f"{file}.py").read_text(), f"{file}::{name}"
 
 
 def test_the_library_never_prints():
