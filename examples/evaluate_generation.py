@@ -70,6 +70,7 @@ from generate import (
 )
 from image_folder import image_extensions, list_folder
 from labelled import ready
+from pixels import read_images
 from precision import made_fast
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
@@ -138,7 +139,7 @@ class ImageSet:
     def batches(self, size: int) -> Iterator[list[PILImage.Image]]:
         """Yield the images, `size` at a time."""
         for start in tqdm(range(0, len(self), size), desc=f"Features of {self.name}", leave=False):
-            yield self.dataset[start : start + size][self.column]
+            yield read_images(self.dataset, [*range(len(self))[start : start + size]], self.column)
 
 
 def real_images(args: argparse.Namespace, count: int) -> dict[str, ImageSet]:

@@ -40,6 +40,7 @@ from ddae_hf.arrays import written_whole
 from ddae_hf.features import FeatureCache
 from ddae_hf.hidden_states import decoder_layer_names
 from labelled import check_null_class, ready
+from pixels import read_images
 from precision import add_dtype_argument, chosen_dtype
 
 ROW_GROUP = 10_000
@@ -92,7 +93,7 @@ def compute(
 
     def images(start: int) -> Iterable[torch.Tensor]:
         for first in tqdm(range(start, len(dataset), args.batch_size), desc="Features"):
-            batch = dataset[first : first + args.batch_size][column]
+            batch = read_images(dataset, [*range(len(dataset))[first : first + args.batch_size]], column)
             yield processor(batch, return_tensors="pt")["pixel_values"]
 
     data = {"images": images_hash(dataset, column), "preprocessing": processor.to_dict()}

@@ -207,9 +207,17 @@ def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> d
 
 
 def read_table(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a table. Columns of a CSV file are text, or numbers if all that they hold are whole ones."""
+    """Return the rows of a table, or stop where the file is none."""
     if path.endswith(".parquet"):
         return pq.read_table(path).to_pylist()
+    try:
+        return read_text_table(path)
+    except (ValueError, csv.Error) as error:  # not UTF-8, or no JSON
+        raise SystemExit(f"{path} cannot be read as a table in UTF-8: {error}.") from error
+
+
+def read_text_table(path: str) -> list[dict[str, Any]]:
+    """Return the rows of a table in text. Columns of a CSV file are text, or numbers if they hold whole ones alone."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.endswith(".jsonl"):
             rows = [json.loads(line) for line in file if line.strip()]

@@ -18,7 +18,7 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, D
 from ddae_hf.checkpoints import still_generates
 from ddae_hf.conditioning import class_conditioning
 from ddae_hf.noise import indexed_noise
-from pixels import Pixels, scaled
+from pixels import Pixels, read_images, scaled
 from precision import made_fast
 
 
@@ -87,7 +87,7 @@ class LabelledImages(Images):
         images = self.splits[split].select_columns([column])
 
         def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-            pixels = processor(images[batch["index"]][column], return_tensors="pt")["pixel_values"]
+            pixels = processor(read_images(images, batch["index"], column), return_tensors="pt")["pixel_values"]
             row = {"pixel_values": pixels, "labels": torch.tensor(batch["labels"])}
             if noise is not None:
                 shape = (noise[0], *(sample_shape or pixels.shape[1:]))

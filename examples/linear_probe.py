@@ -213,6 +213,20 @@ def table(results: dict[str, dict[str, Any]], args: argparse.Namespace, counts: 
     return "\n".join(lines)
 
 
+def open_model(args: argparse.Namespace) -> tuple[DDAEModel, list[str], list[float]]:
+    """Return the denoiser with the layers and noise levels to read, or raise `ValueError` where it lacks them."""
+    options = {**conditions(args), **chosen_dtype(args), "cache_dir": args.cache_dir}
+    model = DDAEModel.from_pretrained(args.model_name_or_path, **options)
+    check_null_class(model)
+    groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
+    layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]
+    sigmas = args.sigmas or [model.config.sigma]
+    for layer in layers:
+        for sigma in sigmas:
+            model.config.from_dict(model.config.to_dict(), layer=layer, sigma=sigma)
+    return model, layers, sigmas
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
@@ -220,17 +234,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     prepare(args)
     started = time.monotonic()
-    processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
-    data = LabelledImages(args, processor)
-    dtype = chosen_dtype(args)
-    model = DDAEModel.from_pretrained(args.model_name_or_path, **conditions(args), **dtype, cache_dir=args.cache_dir)
-    check_null_class(model)
-    groups = {"decoder": decoder_layer_names(model.denoiser), "all": model.layer_names()}
-    layers = [name for entry in args.layers or [model.config.layer] for name in groups.get(entry, [entry])]
-    sigmas = args.sigmas or [model.config.sigma]
-    for layer in layers:  # refuse what cannot be probed before any long work
-        for sigma in sigmas:
-            model.config.from_dict(model.config.to_dict(), layer=layer, sigma=sigma)
+    try:
+        processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
+        data = LabelledImages(args, processor)
+        model, layers, sigmas = open_model(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
     if args.labels_per_class:
         draw_labels(data.labels["train"], args.labels_per_class, args.seed)
     ready(model)
@@ -249,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     save_classifier(
         output, args.model_name_or_path, processor, data.names, weight, bias, **where, cache_dir=args.cache_dir
     )
-    saved_accuracy = float((classify(output, data, **dtype) == data.labels["test"]).mean())
+    saved_accuracy = float((classify(output, data, **chosen_dtype(args)) == data.labels["test"]).mean())
     save_confusion(output / "confusion.png", data.labels["test"], best["predicted"], data.names)
     counts = (len(data.labels["train"]), len(data.labels["test"]))
     for result in results.values():

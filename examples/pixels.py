@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from torch.utils.data import get_worker_info
 
 from ddae_hf import DDAEImageProcessor
 
@@ -57,10 +59,27 @@ class Pixels:
         return kept[0][rows]
 
     def _decode(self, rows: torch.Tensor) -> torch.Tensor:
-        images = self.images[rows.tolist()][self.column]
+        images = read_images(self.images, rows.tolist(), self.column)
         raw = {"do_rescale": False, "do_normalize": False, "data_format": "channels_first"}
         counts = self.processor(images, **raw, return_tensors="pt")["pixel_values"]
         return counts if counts.dtype == torch.uint8 else _scale(counts, self.processor)
+
+
+def read_images(dataset: Dataset, rows: list[int], column: str) -> list[PILImage.Image]:
+    """Return the images of these rows, or stop with the name of the first that cannot be decoded."""
+    try:
+        return dataset[rows][column]
+    except Exception as error:  # Pillow raises several kinds, some of which do not say of which file
+        for row in rows:
+            try:
+                dataset[row]
+            except Exception as reason:
+                path = dataset.cast_column(column, Image(decode=False))[row][column]["path"]
+                where = f"The image {path}" if path and os.path.isfile(path) else f"Image {row} (from 0) of {column!r}"
+                # A worker's `SystemExit` would end it without a word.
+                stop = SystemExit if get_worker_info() is None else OSError
+                raise stop(f"{where} cannot be read: {reason}. Replace it, or leave it out.") from error
+        raise
 
 
 def scaled(pixels: torch.Tensor, processor: DDAEImageProcessor) -> torch.Tensor:

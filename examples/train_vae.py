@@ -44,6 +44,7 @@ from data import (
 )
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
 from facts import data_facts, machine
+from pixels import read_images
 from precision import made_fast
 from pretrain import batches_from, make_accelerator, seed_step
 from training_run import (
@@ -183,8 +184,9 @@ def measure(
     processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=args.center_crop)
     generator = torch.Generator().manual_seed(args.seed)
     ratios, divergences, latents, pairs = [], [], [], []
-    for batch in images.iter(100):
-        clean = processor(batch["image"], return_tensors="pt")["pixel_values"].to(vae.device)
+    for start in range(0, len(images), 100):
+        batch = read_images(images, [*range(len(images))[start : start + 100]], "image")
+        clean = processor(batch, return_tensors="pt")["pixel_values"].to(vae.device)
         posterior = vae.encode(clean).latent_dist
         restored = vae.decode(posterior.mode()).sample.clamp(-1, 1)
         ratios.append(-10 * ((restored - clean) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10())

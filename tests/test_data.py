@@ -285,6 +285,14 @@ def test_metadata_of_other_images_is_refused(tmp_path, text, message):
         read(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "content"), [("csv", b"file_name,x\na.png,caf\xe9\n"), ("jsonl", b"{'x': 1}\n")])
+def test_metadata_that_is_no_table_is_named(tmp_path, name, content):
+    put(tmp_path, "a.png")
+    (tmp_path / f"metadata.{name}").write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"metadata\.{name} cannot be read as a table in UTF-8"):
+        read(tmp_path)
+
+
 def test_metadata_elsewhere_and_labels_said_twice_are_not_passed_over(tmp_path):
     put(tmp_path, "a/0.png", "b/0.png")
     write_table(tmp_path / "a" / "metadata.csv", [{"file_name": "0.png", "x": 1}])

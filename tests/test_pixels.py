@@ -15,7 +15,7 @@ import pretrain
 from data import ImageBatches, training_batches, training_inputs
 from ddae_hf import DDAEImageProcessor
 from labelled import Images, LabelledImages
-from pixels import Pixels, scaled
+from pixels import Pixels, read_images, scaled
 from precision import fast_layout
 from training_run import Progress
 
@@ -238,3 +238,25 @@ def test_a_data_set_of_images_does_not_carry_their_pixels(tmp_path):
     transform = data.dataset("train").format["format_kwargs"]["transform"]
     assert len(dill.dumps(transform, recurse=True)) < COUNT * 3 * side**2
     assert torch.equal(data.dataset("test")[:]["pixel_values"], data.pixel_values("test", np.arange(COUNT)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_among_others(tmp_path, workers):
+    files = [tmp_path / f"{i}.jpg" for i in range(4)]
+    for file in files:
+        Image.effect_noise((32, 32), 50).save(file)
+    files[2].write_bytes(files[2].read_bytes()[:400])  # Pillow opens it, and does not say which file ends too soon
+    images = Dataset.from_dict({"image": [str(file) for file in files]}).cast_column("image", ImageFeature())
+    options = argparse.Namespace(
+        center_crop=True, train_batch_size=4, dataloader_num_workers=workers, seed=0, shuffle_buffer=1
+    )
+    batches = training_batches(options, images, make_unet(), 0)
+    with pytest.raises(OSError if workers else SystemExit, match=r"2\.jpg cannot be read: .*truncated.*leave it out"):
+        next(iter(batches))
+
+
+def test_an_image_of_a_table_that_cannot_be_read_is_numbered():
+    rows = {"image": [{"bytes": b"no image", "path": None}] * 3}
+    images = Dataset.from_dict(rows, Features({"image": ImageFeature()}))
+    with pytest.raises(SystemExit, match=r"Image 1 \(from 0\) of 'image' cannot be read: cannot identify"):
+        read_images(images, [1, 2], "image")
