@@ -162,7 +162,7 @@ class FeatureCache:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What features of the model as it is now depend on, beside the images, the noise level and the view, as JSON."""
+        """What features of the model as it is now depend on beside the images, the level and the view, as JSON."""
         model, config = self.model, self.model.config
         identity = {
             "weights": fingerprint(model.denoiser, model.vae, dtype=None),
