@@ -152,17 +152,19 @@ class FeatureCache:
 
     Args:
         folder: Where to keep the features.
-        model: The model whose features they are, on the device to use.
+        model: The model whose features they are, on the device to use. It may change: whenever features are asked for,
+            its weights are hashed.
         noise_seed: Seed of the noise.
-
-    Attributes:
-        identity: What features depend on beside the images, the noise level and the view, as JSON.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: DDAEModel, noise_seed: int = 0):
         self.folder, self.model, self.noise_seed = Path(folder), model, noise_seed
-        config = model.config
-        self.identity = {
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What features of the model as it is now depend on beside the images, the level and the view, as JSON."""
+        model, config = self.model, self.model.config
+        identity = {
             "weights": fingerprint(model.denoiser, model.vae, dtype=None),
             "dtype": str(model.denoiser.dtype),
             "denoiser": config.denoiser,
@@ -170,10 +172,11 @@ class FeatureCache:
             "pooling": config.pooling,
             "num_noise_samples": config.num_noise_samples,
             "null_class": config.null_class,
-            "noise_seed": noise_seed,
+            "noise_seed": self.noise_seed,
         }
         if config.vae is not None:
-            self.identity |= {"vae": config.vae, "sample_posterior": config.sample_posterior}
+            identity |= {"vae": config.vae, "sample_posterior": config.sample_posterior}
+        return identity
 
     def features(
         self,

@@ -47,7 +47,8 @@ class DDAEImageProcessor(PilBackend):
     The type alone says how values count: uint8 and other integers from 0 to 255, uint16 from 0 to 65,535 (as PIL's
     modes `I` and `I;16`, in which Pillow opens 16-bit files), floats (as PIL's mode `F`) from 0 to 1. An array that can
     be read in two ways is refused: (2, H, W) may be two grey images, or one with transparency. What a web address
-    names is fetched by transformers, which leaves 8 bits of it.
+    names is fetched by transformers, which leaves 8 bits of it. So does `transformers.pipeline` with files and PIL
+    images, before this class sees them: a 16-bit one comes out white, so pass it as an array.
 
     Args:
         size: `{"height": ..., "width": ...}` in pixels.

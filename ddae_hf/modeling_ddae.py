@@ -27,7 +27,7 @@ from .configuration_ddae import DDAEConfig
 from .heads import write_head
 from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
 from .latents import encode, freeze
-from .noise import add_noise, check_level, check_timestep, sigma_range, timestep_to_sigma
+from .noise import add_noise, check_level, check_timestep, readable, sigma_range, timestep_to_sigma
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention
 from .remote_code import save_code
 
@@ -487,7 +487,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: Classes (B,), of which -100 is left out; or probabilities of classes (B, K).
 
     Raises:
-        ValueError: Labels of another shape or type, or classes outside 0 to K - 1.
+        ValueError: Labels of another shape or type; classes outside 0 to K - 1, and numbers that are no probabilities,
+            where they can be read (on the CPU, in a graph that is not compiled).
     """
     batch_size, count = logits.shape
     if count < 2:
@@ -503,6 +504,20 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
             "numbers, set the config's problem_type."
         )
     if labels.is_floating_point():
+        _check_probabilities(labels)
         return F.cross_entropy(logits.float(), labels.float())
     check_label_range("labels", labels.where(labels != -100, 0), count)
     return F.cross_entropy(logits.float(), labels.long())
+
+
+def _check_probabilities(labels: Tensor) -> None:
+    """Refuse probabilities (B, K) that are negative or do not add up to 1, as half precision keeps it."""
+    if not readable(labels):
+        return
+    lowest, sums = labels.min(), labels.float().sum(1)
+    if not (lowest >= -1e-3 and (sums - 1).abs().max() <= 0.02):
+        raise ValueError(
+            f"labels are floats from {lowest:.4g} on, which add up to {sums.min():.4g} to {sums.max():.4g} an image: "
+            "probabilities of classes must not be negative, and add up to 1. For several classes of one image, set the "
+            'config\'s problem_type="multi_label_classification".'
+        )

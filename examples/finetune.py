@@ -49,7 +49,7 @@ from labelled import LabelledImages, add_label_arguments, classify, draw_fractio
 from latents import EncodedImages, one_view
 from metrics import classification_metrics
 from precision import fast_layout, made_fast
-from training_run import NUM_LOSSES, OPTIONS, check_weights, look, not_finite, write_options
+from training_run import NUM_LOSSES, OPTIONS, check_weights, look, not_finite, saved_checkpoints, write_options
 
 PROGRESS, AVERAGED, RESULTS = "progress.json", "averaged.safetensors", "eval_results.json"
 FREE = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "cache_dir", "config"}  # may differ in resuming
@@ -107,7 +107,7 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
 def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
     """Return the folder to resume from, or None for a fresh start."""
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    found = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda f: int(f.name.split("-")[1]))
+    found = saved_checkpoints(args.output_dir)
     if wanted is None and found:
         raise SystemExit(
             f"{folder} holds checkpoints of an earlier run: resume it (--resume_from_checkpoint latest), or choose "
@@ -138,7 +138,7 @@ def is_own(args: argparse.Namespace, checkpoint: Path) -> bool:
 
 def clear_rubbish(args: argparse.Namespace) -> None:
     """Remove checkpoints whose writing was interrupted: Trainer counts them among those that it keeps."""
-    for folder in Path(args.output_dir).glob("checkpoint-*[0-9]"):
+    for folder in saved_checkpoints(args.output_dir):
         if not is_complete(args, folder) and not folder.is_symlink():
             shutil.rmtree(folder)
 
@@ -370,8 +370,8 @@ class FineTuner(Trainer):
     def not_finite(self, loss: float) -> SystemExit:
         """Return what stops a training that has failed; the learning rate is the classifier's, the largest."""
         step, rate = self.state.global_step, max(group["lr"] for group in self.optimizer.param_groups)
-        found = [f for f in Path(self.args.output_dir).glob("checkpoint-*[0-9]") if is_complete(self.options, f)]
-        last = max(found, key=lambda f: int(f.name.split("-")[1]), default=None)
+        found = [f for f in saved_checkpoints(self.args.output_dir) if is_complete(self.options, f)]
+        last = found[-1] if found else None
         return not_finite(step, loss, rate, last, "it keeps its options, so start again in another --output_dir")
 
 

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import shutil
 import time
 from collections import deque
@@ -102,7 +103,8 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
 
 def saved_checkpoints(output_dir: str) -> list[Path]:
     """Return the folders `checkpoint-STEP`, oldest first."""
-    folders = [f for f in Path(output_dir).glob("checkpoint-*") if f.name.split("-")[1].isdigit()]
+    # Others, such as a copy `checkpoint-9-best`, are the user's.
+    folders = [f for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
     return sorted(folders, key=lambda f: int(f.name.split("-")[1]))
 
 

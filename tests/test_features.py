@@ -183,6 +183,23 @@ def test_all_that_features_depend_on_is_told_apart(model, images, tmp_path):
     assert sorted(identity["sigma"] for identity in identities) == [0.5] * 9 + [0.6]
 
 
+def test_a_model_that_has_changed_since_has_features_of_its_own(model, images, tmp_path):
+    changing = copy.deepcopy(model)
+    cache = FeatureCache(tmp_path, changing)
+    before = cached(cache, Source(images))
+    with torch.no_grad():
+        changing.denoiser.conv_in.weight.data.mul_(2)  # which torch does not count as a change of the parameter
+    expected = cached(FeatureCache(tmp_path / "anew", changing), Source(images))
+    source = Source(images)
+    for layer, values in cached(cache, source).items():
+        np.testing.assert_array_equal(values, expected[layer])
+    assert source.read == 5
+    unread = Source(images)
+    for layer, values in cached(FeatureCache(tmp_path, model), unread).items():
+        np.testing.assert_array_equal(values, before[layer])
+    assert unread.read == 0
+
+
 def test_other_numbers_of_images_than_announced_are_refused(model, images, tmp_path):
     with pytest.raises(ValueError, match="4 images came, but 5 were announced"):
         cached(FeatureCache(tmp_path, model), Source(images[:4]))

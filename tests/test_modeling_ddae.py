@@ -310,6 +310,23 @@ def test_labels_that_are_neither_classes_nor_probabilities_are_refused(images, l
         make_model()(images, labels=labels)
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [torch.ones(5, 4), torch.zeros(5, 4), torch.tensor([2.0, -1, 0, 0]).expand(5, 4), torch.full((5, 4), float("nan"))],
+)
+def test_numbers_that_are_no_probabilities_are_refused(images, labels):
+    with pytest.raises(ValueError, match='add up to 1. For several .* problem_type="multi_label_classification"'):
+        make_model()(images, labels=labels)
+
+
+def test_probabilities_in_half_precision_are_probabilities(images):
+    model, many = make_model(num_labels=1000), torch.softmax(torch.randn(5, 1000), -1)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.testing.assert_close(
+            model(images, labels=many.to(dtype)).loss, model(images, labels=many).loss, rtol=1e-2, atol=0
+        )
+
+
 def test_a_single_class_is_refused(images):
     with pytest.raises(ValueError, match="always 0"):
         make_model(num_labels=1)(images, labels=torch.zeros(5, dtype=torch.long))

@@ -292,6 +292,7 @@ def test_finetuning_is_resumed_on_the_same_batches(digits, denoiser, tmp_path):
     scripts.run("finetune", *options, "--max_train_steps", 2)
     options += ["--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
     (tmp_path / "out" / finetune.RESULTS).unlink()
+    (tmp_path / "out" / "checkpoint-best-3").mkdir()  # the user's own
     Dataset.from_parquet(str(digits / "train.parquet")).select(range(64)).to_parquet(
         tmp_path / "digits" / "train.parquet"
     )
@@ -310,10 +311,11 @@ def test_the_checkpoint_just_saved_is_kept_whatever_lies_beside_it(pretrained, d
     """Who goes back to an earlier checkpoint has later ones, which count as older than what is saved now."""
     for step in (2, 4, 6):
         shutil.copytree(pretrained / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-4-best").mkdir()  # the user's own
     options = ["--resume_from_checkpoint", tmp_path / "checkpoint-2", "--max_train_steps", 3, "--sample_steps", 0]
     options += ["--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
     scripts.run("pretrain", *pretrain_options(digits, tmp_path), *options)
-    assert {f.name for f in tmp_path.glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-6"}
+    assert {f.name for f in tmp_path.glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4-best", "checkpoint-6"}
 
 
 def test_options_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
