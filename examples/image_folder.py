@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from PIL import Image as PILImage
 SPLITS = ("train", "validation", "test")
 # What other programs take for splits: a data set whose classes all have such names probably means those.
 LIKE_SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+SHARDS = 1024  # of a stream; with one for each image, datasets would take long to begin
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -235,14 +237,16 @@ def read_text_table(path: str) -> list[dict[str, Any]]:
 
 
 def stream(dataset: Dataset) -> IterableDataset:
-    """Return a data set as a stream that workers share, and shuffling shuffles, image by image."""
+    """Return a data set as a stream, in up to `SHARDS` parts that workers share and whose order shuffling changes."""
     files = dataset.cast_column("image", Image(decode=False))
-    options = {"dataset": files, "indices": list(range(len(files)))}
+    ends = [len(files) * i // SHARDS for i in range(SHARDS + 1)]
+    parts = [range(first, last) for first, last in pairwise(ends) if first < last]
+    options = {"dataset": files, "parts": parts}
     return IterableDataset.from_generator(_rows, features=dataset.features, gen_kwargs=options)
 
 
-def _rows(dataset: Dataset, indices: list[int]) -> Iterator[dict[str, Any]]:
-    for index in indices:
+def _rows(dataset: Dataset, parts: list[range]) -> Iterator[dict[str, Any]]:
+    for index in chain.from_iterable(parts):
         yield dataset[index]
 
 

@@ -16,6 +16,7 @@ from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler
 from PIL import Image
 
+import image_folder
 from classes import Classes, draw_images
 from data import add_data_arguments, images_hash, load_splits, load_training_images, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
@@ -198,6 +199,14 @@ def test_a_stream_of_a_folder_has_its_images_and_workers_share_them(tmp_path):
     assert shuffled != sorted(shuffled)
     with pytest.warns(UserWarning, match="The first 3 images of the stream 'train' are taken"):
         assert [row["label"] for row in pick_split({"train": stream}, "train", 3)] == [0, 0, 0]
+
+
+def test_a_stream_of_many_images_has_few_parts_and_every_image_once(tmp_path):
+    put(tmp_path, "0.png")
+    rows = {"image": [str(tmp_path / "0.png")] * 2500, "label": range(2500)}
+    found = image_folder.stream(Dataset.from_dict(rows).cast_column("image", ImageFeature(decode=False)))
+    assert found.num_shards == image_folder.SHARDS < 2500
+    assert [row["label"] for row in found] == list(range(2500))
 
 
 @pytest.mark.parametrize(
