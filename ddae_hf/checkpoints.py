@@ -108,7 +108,7 @@ def plain_state(state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str
 
 @contextmanager
 def uncompiled_names(network: torch.nn.Module) -> Iterator[None]:
-    """Let a diffusers network with compiled parts save its tensors under the names that they have without."""
+    """Let a network with compiled parts save its tensors under the names that they have without."""
 
     def rename(module: Any, found: dict[str, torch.Tensor], *args: Any) -> None:
         for name in list(found):  # all, which keeps their order

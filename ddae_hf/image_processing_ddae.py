@@ -236,7 +236,7 @@ def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
         ValueError: Values that the mode does not have, or channels that its own cannot be turned into.
     """
     image.load()  # TIFF files are turned then
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if not (image.mode.startswith("I") or image.mode == "F"):
         return _from_pil(image, channels)
@@ -249,6 +249,14 @@ def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
             )
         plane = plane.astype(np.uint16)
     return _convert_channels(_checked_values(plane, 255), channels)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return what an image's EXIF says of its orientation; 1, upright, where it cannot be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF raises what it likes, or nothing, by the file's format
+        return 1
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

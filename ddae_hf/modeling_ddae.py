@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from .checkpoints import build_denoiser, build_scheduler, build_vae
+from .checkpoints import build_denoiser, build_scheduler, build_vae, plain_state
 from .conditioning import (
     check_label_range,
     checked_names,
@@ -413,7 +413,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             ValueError: The denoiser is not that of the base, rounded to its own type (it was fine-tuned, so
                 `save_pretrained` is needed), or the base is the folder itself.
         """
-        head = {name: value for name, value in self.state_dict().items() if not name.startswith("ddae.")}
+        head = {name: value for name, value in plain_state(self).items() if not name.startswith("ddae.")}
         write_head(save_directory, head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
         self._set_auto_map(include_code)
         if include_code or self._auto_class is not None:  # what came as remote code carries it on

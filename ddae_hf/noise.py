@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
@@ -257,8 +258,9 @@ def sigma_range(scheduler: Any) -> tuple[float, float]:
 
 
 def readable(values: Tensor) -> bool:
-    """Whether looking at values neither waits for a device nor breaks a graph that is being recorded."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Whether values can be looked at: without waiting for a device, and with no graph being recorded without them."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    return values.device.type == "cpu" and not recorded
 
 
 def check_level(scheduler: Any, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:

@@ -28,6 +28,7 @@ from .checkpoints import (
     refuse_missing,
     refuse_unexpected,
     replaced_weights,
+    uncompiled_names,
 )
 from .configuration_ddae import DDAEConfig
 from .remote_code import AUTO_MAP
@@ -175,14 +176,6 @@ class DDAEPreTrainedModel(PreTrainedModel):
         refuse_missing(checkpoint.path, type(self).__name__, every, every - (missing - spared))
         refuse_unexpected(checkpoint.path, type(self).__name__, info["unexpected_keys"])
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensors under the names that they have where nothing is compiled by `torch.compile`."""
-        found = super().state_dict(*args, **kwargs)
-        if any(COMPILED in name for name in found):
-            for name in list(found):  # all, which keeps their order
-                found[name.replace(COMPILED, "")] = found.pop(name)
-        return found
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take tensors by their names in either form into a model that is compiled, in part, or not."""
         tensors = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
@@ -216,7 +209,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         if registers:  # transformers writes the code of a class that is registered so, in time for its push
             type(self).register_for_auto_class(self._auto_name)
         try:
-            with replaced_weights(save_directory, WHOLE_FILE, kwargs.get("variant")):
+            with uncompiled_names(self), replaced_weights(save_directory, WHOLE_FILE, kwargs.get("variant")):
                 return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             if registers:

@@ -456,3 +456,12 @@ def test_options_of_another_name_or_type_are_refused():
 
 def test_torchvision_is_not_needed():
     assert DDAEImageProcessor().backend == "pil"
+
+
+@pytest.mark.parametrize("name, content", [("exif", b"no EXIF"), ("Raw profile type exif", "\nexif\n 4\nzz")])
+def test_an_image_whose_exif_is_broken_is_taken_as_it_lies(name, content):
+    plain = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    broken = plain.copy()
+    broken.info[name] = content
+    processor = DDAEImageProcessor(size={"height": 8, "width": 8})
+    assert np.array_equal(processor(broken)["pixel_values"], processor(plain)["pixel_values"])

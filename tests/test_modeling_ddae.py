@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import Trainer, TrainingArguments
 
 from ddae_hf import (
@@ -528,8 +532,7 @@ def test_what_is_compiled_is_saved_as_the_network_that_it_is(cls, compiled, tmp_
     assert fingerprint(denoiser, dtype=None) == fingerprint(same, dtype=None)
     assert plain_config(denoiser) == plain_config(same)
     model.save_pretrained(tmp_path / "whole")
-    for state in (load_file(tmp_path / "whole" / "model.safetensors"), getattr(model, "_orig_mod", model).state_dict()):
-        assert state.keys() == plain.state_dict().keys()
+    assert load_file(tmp_path / "whole" / "model.safetensors").keys() == plain.state_dict().keys()
     opened = cls.from_pretrained(tmp_path / "whole")
     assert fingerprint(opened, dtype=None) == fingerprint(plain, dtype=None)
     # Tensors go in under either names, into what is compiled and into what is not.
@@ -544,6 +547,28 @@ def test_what_is_compiled_is_saved_as_the_network_that_it_is(cls, compiled, tmp_
                 parameter.zero_()
     with pytest.raises(RuntimeError, match="Missing key"):
         target.load_state_dict({})
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_state_dicts_have_the_names_of_torchs_parameters(compiled):
+    """As torch's own functions and what has the model inside count on."""
+    model = compiled(make_model())
+    whole = nn.ModuleDict({"other": torch.compile(nn.Linear(2, 2)), "model": model})
+    for module in (model, whole):
+        names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        assert set(module.state_dict()) == {name for name in names if not name.endswith("fixed_noise")}
+        module.load_state_dict(module.state_dict())
+        set_model_state_dict(module, get_model_state_dict(module))
+
+
+@torch.no_grad()
+def test_levels_and_labels_without_values_are_not_looked_at(images):
+    """As where memory is estimated, and where a graph is recorded below autograd."""
+    model, levels, labels = make_model(), torch.full((5,), 0.5), torch.zeros(5).long()
+    recorded = make_fx(lambda images, levels, labels: model(images, labels, sigma=levels).loss)(images, levels, labels)
+    torch.testing.assert_close(recorded(images, levels, labels), model(images, labels, sigma=levels).loss)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.rand(2, 3, 8, 8), torch.zeros(2).long(), sigma=torch.ones(2)).loss.shape == ()
 
 
 @torch.no_grad()
