@@ -10,49 +10,54 @@
   `google/ddpm-cifar10-32`.
 - `model`: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` or DiT's saves.
 
-Weights are one file or several with an index; with a variant, its name is in theirs (`model.fp16.safetensors`). A
-checkpoint that lacks a tensor is refused. Only safetensors weights are read: nothing is unpickled here. `conversion`
-reads published checkpoints in other formats.
+A checkpoint that lacks a tensor is refused. Only safetensors weights are read (`weights`): nothing is unpickled here.
+`conversion` reads published checkpoints in other formats.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import inspect
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
-from huggingface_hub import is_offline_mode
 from safetensors import safe_open
-from transformers.utils.hub import cached_file
 
 from .conditioning import FREQUENCIES, adjust_timestep_embedding
+from .hidden_states import uncompiled
+from .weights import (
+    COMPILED,
+    DIFFUSERS_FILE,
+    HEAD_FILE,
+    HUB_ARGUMENTS,
+    WHOLE_FILE,
+    find_file,
+    fingerprint,
+    plain_state,
+    refuse_missing,
+    refuse_offline,
+    refuse_unexpected,
+    stored_dtype,
+    tensor_names,
+    variants,
+    weight_files,
+    with_variant,
+)
 
 # Denoisers whose hidden states can be read, and the component that holds one in a diffusers pipeline.
 COMPONENTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
 VAES = ("AutoencoderKL",)
-# The arguments of `from_pretrained` that say where files are.
-HUB_ARGUMENTS = (
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
-)  # fmt: skip
-
-HEAD_FILE = "head.safetensors"
-WHOLE_FILE = "model.safetensors"
-DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 WEIGHTS = ("whole", "head")  # what `DDAEConfig.weights` may say
 # The fingerprints of a generator that `DDAEConfig` has, and the type that each rounds to.
 GENERATOR_FINGERPRINTS = {
     "generator_fingerprint": torch.bfloat16, "generator_fingerprint_float16": torch.float16
 }  # fmt: skip
-COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a network's tensors
 # Names of attention weights in 2022, which diffusers reads under the present ones.
 EARLY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -95,32 +100,6 @@ def plain_config(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(kept))
 
 
-def uncompiled(network: Any) -> Any:
-    """Return the network that `torch.compile` has wrapped, or the network itself."""
-    return getattr(network, "_orig_mod", network)
-
-
-def plain_state(state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a network's tensors, or a state dict, under the names that they have where nothing is compiled."""
-    tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
-    return {name.replace(COMPILED, ""): value for name, value in tensors.items()}
-
-
-@contextmanager
-def uncompiled_names(network: torch.nn.Module) -> Iterator[None]:
-    """Let a network with compiled parts save its tensors under the names that they have without."""
-
-    def rename(module: Any, found: dict[str, torch.Tensor], *args: Any) -> None:
-        for name in list(found):  # all, which keeps their order
-            found[name.replace(COMPILED, "")] = found.pop(name)
-
-    handle = uncompiled(network).register_state_dict_post_hook(rename)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def build_denoiser(config: dict[str, Any]) -> Any:
     """Build a randomly initialised denoiser from its diffusers config (with `_class_name`)."""
     check_denoiser_class(config.get("_class_name"))
@@ -136,6 +115,22 @@ def build_vae(config: dict[str, Any]) -> Any:
     """Build a randomly initialised VAE from its diffusers config (with `_class_name`)."""
     check_vae_class(config.get("_class_name"))
     return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def skeleton(config: Mapping[str, Any]) -> Any:
+    """Return the denoiser or VAE of a diffusers config (with `_class_name`) without memory for its weights.
+
+    Whoever asks for the same config gets the same network: it is to be looked at, not to be changed.
+    """
+    return _skeleton(json.dumps(config, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _skeleton(config: str) -> Any:
+    described = json.loads(config)
+    build = build_vae if described.get("_class_name") in VAES else build_denoiser
+    with torch.device("meta"):
+        return build(described)
 
 
 def computed_buffers(config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -154,24 +149,6 @@ def build_scheduler(config: dict[str, Any]) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ValueError(f"The scheduler's `_class_name` is {name!r}: it must name a diffusers scheduler.")
     return cls.from_config(config)
-
-
-def fingerprint(*modules: torch.nn.Module | None, dtype: torch.dtype | None = torch.bfloat16) -> str:
-    """Return a SHA-256 of networks' parameters and persistent buffers.
-
-    Args:
-        *modules: The networks; `None` stands for one that is not there.
-        dtype: Type that values are rounded to first: with bfloat16, storing a checkpoint in bfloat16 leaves it the
-            same. `None` takes them as they are, so that no two networks share a hash.
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(plain_state(module).items()) if module is not None else []:
-            if dtype is not None and value.is_floating_point():
-                value = value.to(dtype)
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def still_generates(denoiser: torch.nn.Module, config: Mapping[str, Any]) -> bool:
@@ -219,7 +196,7 @@ class Checkpoint:
         if self.layout == "transformers":
             return _fill(build_denoiser(self.denoiser), "denoiser", files, dtype)
         inside, name = self._denoiser_folder(), self.denoiser["_class_name"]
-        denoiser = self._diffusers_network(name, inside, self.variant, dtype or _stored_dtype(files[0]))
+        denoiser = self._diffusers_network(name, inside, self.variant, dtype or stored_dtype(files[0]))
         adjust_timestep_embedding(denoiser)
         return denoiser
 
@@ -236,7 +213,7 @@ class Checkpoint:
         files = self.check_vae()
         if self.layout == "transformers":
             return _fill(build_vae(self.vae), "vae", files, dtype)
-        dtype = dtype or _stored_dtype(files[0])
+        dtype = dtype or stored_dtype(files[0])
         return self._diffusers_network(self.vae["_class_name"], self._vae_folder(), self._vae_variant(), dtype)
 
     def check_denoiser(self) -> list[str]:
@@ -245,16 +222,14 @@ class Checkpoint:
         Raises:
             ValueError: No weights in safetensors, two sets of them that cannot be told apart, or tensors missing.
         """
-        with torch.device("meta"):
-            expected = plain_state(build_denoiser(self.denoiser))
+        expected = plain_state(skeleton(self.denoiser))
         files = self.weight_files(self._denoiser_folder(), self.variant)
         refuse_missing(self.path, "denoiser", expected, self._stored_names("denoiser", files))
         return files
 
     def check_vae(self) -> list[str]:
         """Return the local paths of the files of the VAE's weights: see `check_denoiser`."""
-        with torch.device("meta"):
-            expected = plain_state(build_vae(self.vae or {}))
+        expected = plain_state(skeleton(self.vae or {}))
         files = self.weight_files(self._vae_folder(), self._vae_variant())
         refuse_missing(self.path, "vae", expected, self._stored_names("vae", files))
         return files
@@ -262,11 +237,11 @@ class Checkpoint:
     def weight_files(self, inside: str = "", variant: str | None = None) -> list[str]:
         """Return the local paths of the files of weights in the sub-folder `inside`; at least one."""
         name, hub = self._weights_name(), self._inside(inside)
-        if files := _weight_files(self.path, name, hub, variant):
+        if files := weight_files(self.path, name, hub, variant):
             return files
-        wanted = _with_variant(name, variant)
+        wanted = with_variant(name, variant)
         refuse_offline(wanted, self.path, hub)
-        known = ", ".join(_variants(self.path, name, hub))
+        known = ", ".join(variants(self.path, name, hub))
         there = f" (variants that are there: {known})" if known else ""
         raise ValueError(
             f"{self.path} has no {wanted} in {hub['subfolder'] or 'its root'}{there}. Only safetensors weights are "
@@ -283,7 +258,7 @@ class Checkpoint:
         return "vae" if self.layout in ("pipeline", "flat") else ""
 
     def _vae_variant(self) -> str | None:
-        has_own = _weight_files(self.path, self._weights_name(), self._inside(self._vae_folder()), self.variant)
+        has_own = weight_files(self.path, self._weights_name(), self._inside(self._vae_folder()), self.variant)
         return self.variant if has_own else None
 
     def _inside(self, folder: str) -> dict[str, Any]:
@@ -294,7 +269,7 @@ class Checkpoint:
         """Return the names that the tensors of `part`, `"denoiser"` or `"vae"`, have in the network."""
         if self.layout == "transformers":
             return {name for name, _ in _names_of(part, files)}
-        names = set(_stored(files))
+        names = set(tensor_names(files))
         if len(files) > 1:
             return names
         early = "|".join(EARLY_NAMES)
@@ -314,42 +289,9 @@ class Checkpoint:
         )
 
 
-def refuse_missing(where: str, what: str, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Raise `ValueError`, with some of their names, if expected tensors are not among those found."""
-    expected = list(expected)
-    if missing := sorted(set(expected) - set(found)):
-        names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        raise ValueError(
-            f"{where} lacks {len(missing)} of the {len(expected)} tensors of its {what}: {names}. Its weights are "
-            "incomplete, or its config.json describes another network: save or download it again."
-        )
-
-
-def refuse_unexpected(where: str, what: str, unexpected: Iterable[str]) -> None:
-    """Raise `ValueError`, with some of their names, if there are tensors that a network has no place for."""
-    if found := sorted(unexpected):
-        names = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
-        raise ValueError(
-            f"{where} has {len(found)} tensors that its {what} has no place for: {names}. Its config.json, or the "
-            "configuration that was given, describes another network."
-        )
-
-
-def _stored(files: Iterable[str]) -> Iterator[str]:
-    """Yield the names of the tensors in files."""
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            yield from tensors.keys()
-
-
-def holds_compiled_names(files: Iterable[str]) -> bool:
-    """Return whether files have the names of a network that was compiled, as version 0.1.0 wrote them."""
-    return any(COMPILED in name for name in _stored(files))
-
-
 def _names_of(part: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield the names that the tensors of `part` have in its network, and in files of transformers' layout."""
-    for key in _stored(files):
+    for key in tensor_names(files):
         prefix, _, name = key.replace(COMPILED, "").partition(f"{part}.")
         if prefix in ("", "ddae.") and name:
             yield name, key
@@ -409,99 +351,12 @@ def location(path: str | os.PathLike[str], **hub: Any) -> tuple[str, str, str | 
     return os.fspath(path), folder, hub.get("revision")
 
 
-def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
-    """Return the local path of a checkpoint's file, downloaded if need be, or None where it has no such file."""
-    path = os.fspath(path)
-    if not os.path.isdir(path) and (os.path.exists(path) or os.path.isabs(path) or path.count("/") > 1):
-        raise OSError(f"{path} is not a folder; give a checkpoint's folder or a Hub repository id (`owner/name`).")
-    hub = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and v is not None}
-    return cached_file(path, filename, _raise_exceptions_for_missing_entries=False, **hub)
-
-
-def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:
-    """Raise `OSError` if what a repository has may be missing only because the Hub is not asked."""
-    if not os.path.isdir(path) and (hub.get("local_files_only") or is_offline_mode()):
-        revision = f" at revision {hub['revision']}" if hub.get("revision") else ""
-        raise OSError(
-            f"{what} of {path}{revision} is not in the Hub's cache (nor is there such a folder), and the Hub is not "
-            "asked in offline mode."
-        )
-
-
 def _read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] | None:
     found = find_file(path, filename, **hub)
     if found is None:
         return None
     with open(found, encoding="utf-8") as file:
         return json.load(file)
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    """Return the name of a variant's file of weights, or of its index, as transformers and diffusers write it."""
-    stem, _, ending = name.rpartition(".")
-    return name if variant is None else f"{stem}.{variant}.{ending}"
-
-
-def _weight_files(path: str, name: str, hub: dict[str, Any], variant: str | None = None) -> list[str]:
-    """Return the local paths of safetensors weights: one file, its shards, or nothing."""
-    single = find_file(path, _with_variant(name, variant), **hub)
-    index = find_file(path, _with_variant(f"{name}.index.json", variant), **hub)
-    if index is None:
-        return [] if single is None else [single]
-    with open(index, encoding="utf-8") as file:
-        shards = sorted(set(json.load(file)["weight_map"].values()))
-    found = [find_file(path, shard, **hub) for shard in shards]
-    if single is not None:
-        if None not in found:
-            raise ValueError(
-                f"{path} has weights twice: {os.path.basename(single)}, and those that {os.path.basename(index)} names."
-                " Nothing says which were saved last: delete the others."
-            )
-        return [single]
-    if missing := [shard for shard, file in zip(shards, found, strict=True) if file is None]:
-        refuse_offline(missing[0], path, hub)
-        raise ValueError(f"{path} lacks {missing[0]}, which {os.path.basename(index)} names: download it again.")
-    return [file for file in found if file is not None]
-
-
-def _variants(path: str, name: str, hub: dict[str, Any]) -> list[str]:
-    """Return the variants of weights that a folder holds; of a repository nobody is asked."""
-    stem = re.escape(name.removesuffix(".safetensors"))
-    pattern = re.compile(
-        rf"{stem}\.(?:([^.]+?)(?:-\d{{5}}-of-\d{{5}})?\.safetensors|safetensors\.index\.([^.]+)\.json)"
-    )
-    folder = Path(path, hub.get("subfolder") or "")
-    found = (pattern.fullmatch(file.name) for file in (folder.iterdir() if folder.is_dir() else ()))
-    return sorted({match[1] or match[2] for match in found if match})
-
-
-@contextmanager
-def replaced_weights(folder: str | os.PathLike[str], name: str, variant: str | None = None) -> Iterator[None]:
-    """Let what is saved inside take the place of the weights that a folder has: as one file, of shards, or the reverse.
-
-    transformers and diffusers write over the one and leave the other, which would be the one that opens.
-    """
-    files = [Path(folder, _with_variant(each, variant)) for each in (name, f"{name}.index.json")]
-    before = [_stamp(file) for file in files]
-    yield
-    written = [stamp is not None and stamp != old for stamp, old in zip(map(_stamp, files), before, strict=True)]
-    if any(written):
-        for file, is_new in zip(files, written, strict=True):
-            if not is_new:
-                file.unlink(missing_ok=True)
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    if not file.exists():
-        return None
-    stat = file.stat()
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size
-
-
-def _stored_dtype(file: str) -> torch.dtype:
-    with safe_open(file, framework="pt") as tensors:
-        dtypes = (tensors.get_tensor(key).dtype for key in tensors.keys())  # noqa: SIM118 (not a mapping)
-        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 def _where(hub: dict[str, Any]) -> dict[str, Any]:

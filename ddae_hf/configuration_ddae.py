@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import copy
-import functools
-import json
 from dataclasses import field, fields
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .checkpoints import (
-    HUB_ARGUMENTS,
     WEIGHTS,
-    build_denoiser,
     build_scheduler,
-    build_vae,
     check_denoiser_class,
     check_sample_size,
     check_vae_class,
     plain_config,
     read_checkpoint,
+    skeleton,
 )
 from .conditioning import check_null_class
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
 from .latents import check_vae, downsampling
 from .noise import check_sigma, check_time_embedding, check_timestep, prediction_type, timestep_to_sigma
+from .weights import HUB_ARGUMENTS
 
 # The network and the schedule of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
 DEFAULT_DENOISER: dict[str, Any] = {
@@ -110,7 +106,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self.denoiser = plain_config(self.denoiser)
         self.scheduler = plain_config(self.scheduler)
         self._check_choices()
-        denoiser = _skeleton(json.dumps(self.denoiser, sort_keys=True))
+        denoiser = skeleton(self.denoiser)
         self._check_vae(denoiser)
         self._check_network(denoiser)
         scheduler = build_scheduler(self.scheduler)
@@ -150,8 +146,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         self.vae = plain_config(self.vae)
         check_vae_class(self.vae.get("_class_name"))
-        with torch.device("meta"):
-            vae = build_vae(self.vae)
+        vae = skeleton(self.vae)
         for name in ("in_channels", "latent_channels", "block_out_channels"):
             self.vae.setdefault(name, vae.config[name])
         check_vae(self.vae, denoiser.config)
@@ -184,17 +179,17 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """Number of channels at `layer`, the width of its features."""
-        return hidden_size(_skeleton(json.dumps(self.denoiser, sort_keys=True)), str(self.layer))
+        return hidden_size(skeleton(self.denoiser), str(self.layer))
 
     @property
     def stage_names(self) -> list[str]:
         """Names of the denoiser's layers in forward order: what a backbone calls its stages."""
-        return layer_names(_skeleton(json.dumps(self.denoiser, sort_keys=True)))
+        return layer_names(skeleton(self.denoiser))
 
     @property
     def stage_channels(self) -> list[int]:
         """Number of channels of each of `stage_names`."""
-        denoiser = _skeleton(json.dumps(self.denoiser, sort_keys=True))
+        denoiser = skeleton(self.denoiser)
         return [hidden_size(denoiser, layer) for layer in self.stage_names]
 
     @classmethod
@@ -233,10 +228,3 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if checkpoint.scheduler is not None:
             config_dict["scheduler"] = checkpoint.scheduler
         return config_dict, {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
-
-
-@functools.lru_cache(maxsize=8)
-def _skeleton(config: str) -> Any:
-    """Return the denoiser of a config (as JSON) without memory for its weights."""
-    with torch.device("meta"):
-        return build_denoiser(copy.deepcopy(json.loads(config)))

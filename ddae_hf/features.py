@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .arrays import described_folder, fill
-from .checkpoints import fingerprint
 from .hidden_states import check_layers, hidden_size, pool_hidden_states
 from .modeling_ddae import DDAEModel
 from .noise import check_sigma, indexed_noise
+from .weights import fingerprint
 
 Images = Callable[[int], Iterable[Tensor]]
 

@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .checkpoints import (
-    HEAD_FILE,
-    Checkpoint,
-    commit_of,
-    fingerprint,
-    location,
-    plain_state,
-    read_checkpoint,
-    read_pipeline,
-)
+from .checkpoints import Checkpoint, commit_of, location, read_checkpoint, read_pipeline
+from .weights import HEAD_FILE, fingerprint, plain_state
 
 
 def write_head(

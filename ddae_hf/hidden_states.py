@@ -144,7 +144,7 @@ class _Cut:
     """A module seen with some attributes replaced: runs the module's own forward on them."""
 
     def __init__(self, module: nn.Module, replaced: dict[str, Any]):
-        self._module = _uncompiled(module)
+        self._module = uncompiled(module)
         for name, value in replaced.items():
             setattr(self, name, value)
 
@@ -198,7 +198,7 @@ def _can_be_cut(denoiser: Any, layers: Sequence[str]) -> bool:
     """Whether a view of the denoiser that ends at the deepest of `layers` computes what a call of it does."""
     if not _is_transformer(denoiser):
         blocks = [*denoiser.down_blocks, *denoiser.up_blocks]
-        if not all(type(_uncompiled(block)).__name__ in _WALKS for block in blocks):
+        if not all(type(uncompiled(block)).__name__ in _WALKS for block in blocks):
             return False
     seen = [denoiser.get_submodule(name) for name in _blocks_around(layers)]
     return all(_runs_forward_alone(module) for module in (denoiser, *seen))
@@ -217,7 +217,7 @@ def _runs_forward_alone(module: nn.Module) -> bool:
     """
     if torch.nn.modules.module._has_any_global_hook():
         return False
-    own = _uncompiled(module)
+    own = uncompiled(module)
     hooks = [
         getattr(m, f"_{kind}_hooks")
         for m in (module, own)
@@ -226,13 +226,13 @@ def _runs_forward_alone(module: nn.Module) -> bool:
     return not any(hooks) and "forward" not in vars(own) and not hasattr(own, "_hf_hook")
 
 
-def _uncompiled(module: Any) -> Any:
+def uncompiled(module: Any) -> Any:
     """Return the module that `torch.compile` has wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return _uncompiled(module) is not module or module._compiled_call_impl is not None
+    return uncompiled(module) is not module or module._compiled_call_impl is not None
 
 
 def _cut_block(block: Any, prefix: str, layers: Sequence[str], found: dict[str, Tensor], stop: int | None) -> Any:

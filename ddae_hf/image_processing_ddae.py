@@ -15,8 +15,9 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from .checkpoints import HUB_ARGUMENTS, find_file, read_checkpoint
+from .checkpoints import read_checkpoint
 from .latents import downsampling
+from .weights import HUB_ARGUMENTS, find_file
 
 # Options of transformers' image processors that have no effect here, and why.
 WITHOUT_EFFECT = {
@@ -27,7 +28,7 @@ WITHOUT_EFFECT = {
     "image_seq_length": "it is for models of language",
 }
 # What preprocessor_config.json says beside the options.
-NO_OPTIONS = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
+NO_OPTIONS = {"transformers_version", "image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
 
 
 class DDAEImageProcessorKwargs(ImagesKwargs, total=False):

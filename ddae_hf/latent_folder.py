@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from .arrays import check_space, fill, locked, num_bytes, open_array, read_json, rows_done, write_array, write_text
-from .checkpoints import fingerprint, plain_config
+from .checkpoints import plain_config
 from .features import evaluating
 from .latents import downsampling, encode
 from .noise import indexed_noise
+from .weights import fingerprint
 
 INDEX = "latents.json"
 DTYPE = "float16"

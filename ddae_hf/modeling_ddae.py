@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from .checkpoints import build_denoiser, build_scheduler, build_vae, plain_state
+from .checkpoints import build_denoiser, build_scheduler, build_vae
 from .conditioning import (
     check_label_range,
     checked_names,
@@ -30,6 +30,7 @@ from .latents import encode, freeze
 from .noise import add_noise, check_level, check_timestep, readable, sigma_range, timestep_to_sigma
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention
 from .remote_code import save_code
+from .weights import COMPILED, plain_state
 
 
 class DDAEModel(DDAEPreTrainedModel):
@@ -108,7 +109,7 @@ class DDAEModel(DDAEPreTrainedModel):
         self._restricted_to = list(layers)
         learning = _learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(layers))
         for name, parameter in self.denoiser.named_parameters():
-            if name.replace("_orig_mod.", "") not in learning:
+            if name.replace(COMPILED, "") not in learning:
                 parameter.requires_grad_(False)
 
     def _check_learning(self, layers: list[str]) -> None:

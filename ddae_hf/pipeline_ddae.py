@@ -31,8 +31,6 @@ from torch import Tensor
 
 from .checkpoints import (
     COMPONENTS,
-    DIFFUSERS_FILE,
-    HUB_ARGUMENTS,
     Checkpoint,
     build_scheduler,
     check_denoiser_class,
@@ -40,9 +38,7 @@ from .checkpoints import (
     check_vae_class,
     location,
     read_checkpoint,
-    replaced_weights,
     still_generates,
-    uncompiled_names,
 )
 from .conditioning import (
     adjust_timestep_embedding,
@@ -54,11 +50,12 @@ from .conditioning import (
     labels_by_name,
     num_labels,
 )
-from .hidden_states import with_float32_output
+from .hidden_states import uncompiled, with_float32_output
 from .latents import check_vae, decode
 from .noise import add_noise, check_time_embedding, denoised, family
 from .remote_code import save_pipeline_code
 from .sampling import churn_factor, heun_step
+from .weights import DIFFUSERS_FILE, HUB_ARGUMENTS, replaced_weights, uncompiled_names
 
 _Network = Callable[[Tensor, Tensor], Tensor]
 _Step = Callable[[int, Tensor, Tensor], Tensor]
@@ -494,7 +491,7 @@ def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, laten
 
 
 def _class_name(network: Any) -> str:
-    return type(getattr(network, "_orig_mod", network)).__name__  # `torch.compile` wraps the network
+    return type(uncompiled(network)).__name__
 
 
 def _check_parts(

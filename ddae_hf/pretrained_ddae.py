@@ -14,24 +14,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoints import (
+from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, computed_buffers, read_checkpoint
+from .configuration_ddae import DDAEConfig
+from .remote_code import AUTO_MAP
+from .weights import (
     COMPILED,
-    GENERATOR_FINGERPRINTS,
     HUB_ARGUMENTS,
     WHOLE_FILE,
-    Checkpoint,
-    computed_buffers,
     fingerprint,
     holds_compiled_names,
     plain_state,
-    read_checkpoint,
     refuse_missing,
     refuse_unexpected,
     replaced_weights,
     uncompiled_names,
 )
-from .configuration_ddae import DDAEConfig
-from .remote_code import AUTO_MAP
 
 
 class DDAEPreTrainedModel(PreTrainedModel):

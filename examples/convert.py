@@ -16,8 +16,9 @@ from typing import Any
 from diffusers import DiTPipeline
 
 from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.checkpoints import fingerprint, load_vae, plain_config
+from ddae_hf.checkpoints import load_vae, plain_config
 from ddae_hf.conversion import FRAMEWORKS, Conversion, convert
+from ddae_hf.weights import fingerprint
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

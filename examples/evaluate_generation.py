@@ -53,11 +53,11 @@ from classes import draw_images
 from data import best_device, image_column, image_grid, images_hash, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.arrays import described_folder, fill
-from ddae_hf.checkpoints import fingerprint
 from ddae_hf.features import evaluating, extract_features
 from ddae_hf.generation_metrics import frechet_distance, kernel_distance, precision_recall
 from ddae_hf.hidden_states import pool_hidden_states
 from ddae_hf.image_processing_ddae import as_rgb
+from ddae_hf.weights import fingerprint
 from generate import (
     IMAGE_OPTIONS,
     add_sampling_arguments,

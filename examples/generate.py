@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 from data import best_device, image_grid, parse_with_config
 from ddae_hf import DDAEPipeline
 from ddae_hf.arrays import write_text, written_whole
-from ddae_hf.checkpoints import fingerprint, plain_config
+from ddae_hf.checkpoints import plain_config
 from ddae_hf.conditioning import num_labels
 from ddae_hf.noise import family
+from ddae_hf.weights import fingerprint
 from precision import add_dtype_argument, chosen_dtype, made_fast
 
 # What the images of a folder depend on, beside the weights.

@@ -32,10 +32,10 @@ from tqdm.auto import tqdm
 from data import add_data_arguments, best_device, flip, images_hash, parse_with_config, random_crop, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
 from ddae_hf.arrays import fill, written_whole
-from ddae_hf.checkpoints import fingerprint
 from ddae_hf.features import evaluating
 from ddae_hf.hidden_states import check_layers
 from ddae_hf.noise import check_sigma, indexed_noise
+from ddae_hf.weights import fingerprint
 from labelled import LabelledImages, add_label_arguments, check_null_class, ready
 from noisy_networks import NoiseConditionalMLP, WideResNet
 from training_run import check_weights, largest, not_finite

@@ -17,7 +17,8 @@ from ddae_hf import (
     DDAEModel,
     DDAEPipeline,
 )
-from ddae_hf.checkpoints import fingerprint, plain_config, read_checkpoint
+from ddae_hf.checkpoints import plain_config, read_checkpoint
+from ddae_hf.weights import fingerprint
 
 from .conftest import make_dit, make_unet, make_vae
 

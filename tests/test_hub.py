@@ -128,7 +128,7 @@ def look(path, images, classify=False, **hub):
     from safetensors.torch import load_file
 
     from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-    from ddae_hf.checkpoints import fingerprint
+    from ddae_hf.weights import fingerprint
 
     pixel_values = load_file(images)["images"]
     pipeline = DDAEPipeline.from_pretrained(path, **hub)
@@ -172,7 +172,7 @@ def backbone(path):
 def weights(path, **hub):
     """Return the fingerprints of the generator and of the model in a repository."""
     from ddae_hf import DDAEModel, DDAEPipeline
-    from ddae_hf.checkpoints import fingerprint
+    from ddae_hf.weights import fingerprint
 
     opened = DDAEPipeline.from_pretrained(path, **hub), DDAEModel.from_pretrained(path, **hub)
     return [fingerprint(each.denoiser) for each in opened]

@@ -26,8 +26,9 @@ from ddae_hf import (
     layer_names,
     timestep_to_sigma,
 )
-from ddae_hf.checkpoints import fingerprint, plain_config
+from ddae_hf.checkpoints import plain_config
 from ddae_hf.modeling_ddae import _learning_parameters, cross_entropy
+from ddae_hf.weights import fingerprint
 
 from .conftest import make_dit, make_unet, make_vae
 

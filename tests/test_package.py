@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["noise"],
     ["arrays", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "pickles", "remote_code"],
+    ["weights"],
     ["checkpoints"],
     ["configuration_ddae", "heads"],
     ["objectives", "sampling", "image_processing_ddae", "pretrained_ddae", "conversion"],

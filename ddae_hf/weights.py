@@ -1,0 +1,193 @@
+"""The weights of a checkpoint: their files, with variants and shards, and the names and values of their tensors.
+
+Weights are one file or several with an index; with a variant, its name is in theirs (`model.fp16.safetensors`). Only
+safetensors are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import is_offline_mode
+from safetensors import safe_open
+from transformers.utils.hub import cached_file
+
+from .hidden_states import uncompiled
+
+# The arguments of `from_pretrained` that say where files are.
+HUB_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
+)  # fmt: skip
+
+HEAD_FILE = "head.safetensors"
+WHOLE_FILE = "model.safetensors"
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a network's tensors
+
+
+def plain_state(state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a network's tensors, or a state dict, under the names that they have where nothing is compiled."""
+    tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
+    return {name.replace(COMPILED, ""): value for name, value in tensors.items()}
+
+
+@contextmanager
+def uncompiled_names(network: torch.nn.Module) -> Iterator[None]:
+    """Let a network with compiled parts save its tensors under the names that they have without."""
+
+    def rename(module: Any, found: dict[str, torch.Tensor], *args: Any) -> None:
+        for name in list(found):  # all, which keeps their order
+            found[name.replace(COMPILED, "")] = found.pop(name)
+
+    handle = uncompiled(network).register_state_dict_post_hook(rename)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fingerprint(*modules: torch.nn.Module | None, dtype: torch.dtype | None = torch.bfloat16) -> str:
+    """Return a SHA-256 of networks' parameters and persistent buffers.
+
+    Args:
+        *modules: The networks; `None` stands for one that is not there.
+        dtype: Type that values are rounded to first: with bfloat16, storing a checkpoint in bfloat16 leaves it the
+            same. `None` takes them as they are, so that no two networks share a hash.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(plain_state(module).items()) if module is not None else []:
+            if dtype is not None and value.is_floating_point():
+                value = value.to(dtype)
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_missing(where: str, what: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raise `ValueError`, with some of their names, if expected tensors are not among those found."""
+    expected = list(expected)
+    if missing := sorted(set(expected) - set(found)):
+        names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        raise ValueError(
+            f"{where} lacks {len(missing)} of the {len(expected)} tensors of its {what}: {names}. Its weights are "
+            "incomplete, or its config.json describes another network: save or download it again."
+        )
+
+
+def refuse_unexpected(where: str, what: str, unexpected: Iterable[str]) -> None:
+    """Raise `ValueError`, with some of their names, if there are tensors that a network has no place for."""
+    if found := sorted(unexpected):
+        names = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+        raise ValueError(
+            f"{where} has {len(found)} tensors that its {what} has no place for: {names}. Its config.json, or the "
+            "configuration that was given, describes another network."
+        )
+
+
+def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
+    """Return the local path of a checkpoint's file, downloaded if need be, or None where it has no such file."""
+    path = os.fspath(path)
+    if not os.path.isdir(path) and (os.path.exists(path) or os.path.isabs(path) or path.count("/") > 1):
+        raise OSError(f"{path} is not a folder; give a checkpoint's folder or a Hub repository id (`owner/name`).")
+    hub = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and v is not None}
+    return cached_file(path, filename, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:
+    """Raise `OSError` if what a repository has may be missing only because the Hub is not asked."""
+    if not os.path.isdir(path) and (hub.get("local_files_only") or is_offline_mode()):
+        revision = f" at revision {hub['revision']}" if hub.get("revision") else ""
+        raise OSError(
+            f"{what} of {path}{revision} is not in the Hub's cache (nor is there such a folder), and the Hub is not "
+            "asked in offline mode."
+        )
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """Return the name of a variant's file of weights, or of its index, as transformers and diffusers write it."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def weight_files(path: str, name: str, hub: dict[str, Any], variant: str | None = None) -> list[str]:
+    """Return the local paths of safetensors weights: one file, its shards, or nothing."""
+    single = find_file(path, with_variant(name, variant), **hub)
+    index = find_file(path, with_variant(f"{name}.index.json", variant), **hub)
+    if index is None:
+        return [] if single is None else [single]
+    with open(index, encoding="utf-8") as file:
+        shards = sorted(set(json.load(file)["weight_map"].values()))
+    found = [find_file(path, shard, **hub) for shard in shards]
+    if single is not None:
+        if None not in found:
+            raise ValueError(
+                f"{path} has weights twice: {os.path.basename(single)}, and those that {os.path.basename(index)} names."
+                " Nothing says which were saved last: delete the others."
+            )
+        return [single]
+    if missing := [shard for shard, file in zip(shards, found, strict=True) if file is None]:
+        refuse_offline(missing[0], path, hub)
+        raise ValueError(f"{path} lacks {missing[0]}, which {os.path.basename(index)} names: download it again.")
+    return [file for file in found if file is not None]
+
+
+def variants(path: str, name: str, hub: dict[str, Any]) -> list[str]:
+    """Return the variants of weights that a folder holds; of a repository nobody is asked."""
+    stem = re.escape(name.removesuffix(".safetensors"))
+    pattern = re.compile(
+        rf"{stem}\.(?:([^.]+?)(?:-\d{{5}}-of-\d{{5}})?\.safetensors|safetensors\.index\.([^.]+)\.json)"
+    )
+    folder = Path(path, hub.get("subfolder") or "")
+    found = (pattern.fullmatch(file.name) for file in (folder.iterdir() if folder.is_dir() else ()))
+    return sorted({match[1] or match[2] for match in found if match})
+
+
+def tensor_names(files: Iterable[str]) -> Iterator[str]:
+    """Yield the names of the tensors in files."""
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            yield from tensors.keys()
+
+
+def holds_compiled_names(files: Iterable[str]) -> bool:
+    """Return whether files have the names of a network that was compiled, as version 0.1.0 wrote them."""
+    return any(COMPILED in name for name in tensor_names(files))
+
+
+def stored_dtype(file: str) -> torch.dtype:
+    """Return the type of the floating-point tensors in a file."""
+    with safe_open(file, framework="pt") as tensors:
+        dtypes = (tensors.get_tensor(key).dtype for key in tensors.keys())  # noqa: SIM118 (not a mapping)
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+@contextmanager
+def replaced_weights(folder: str | os.PathLike[str], name: str, variant: str | None = None) -> Iterator[None]:
+    """Let what is saved inside take the place of the weights that a folder has: as one file, of shards, or the reverse.
+
+    transformers and diffusers write over the one and leave the other, which would be the one that opens.
+    """
+    files = [Path(folder, with_variant(each, variant)) for each in (name, f"{name}.index.json")]
+    before = [_stamp(file) for file in files]
+    yield
+    written = [stamp is not None and stamp != old for stamp, old in zip(map(_stamp, files), before, strict=True)]
+    if any(written):
+        for file, is_new in zip(files, written, strict=True):
+            if not is_new:
+                file.unlink(missing_ok=True)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    if not file.exists():
+        return None
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
