@@ -104,6 +104,7 @@ def test_changed_images():
     assert torch.equal(plain[0], torch.from_numpy(pixels[0]) / 127.5 - 1)
 
 
+@pytest.mark.slow
 def test_sweep(checkpoint, digits, small_limits, tmp_path, monkeypatch, capsys):
     sweep = load("sweep")
     monkeypatch.setattr(sweep, "PADDING", 0)  # half of an 8x8 image would be cut off

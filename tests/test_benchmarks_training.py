@@ -135,6 +135,7 @@ def test_sampling_refuses_checkpoints_of_another_framework(checkpoints):
         sample.open_pipeline(args, str(checkpoints / "edm"), "ddpm", torch.float32)
 
 
+@pytest.mark.slow
 def test_pretraining_is_measured(digits, tmp_path, small_limits, capsys):
     config = tmp_path / "network.yaml"
     config.write_text(f"denoiser: {NETWORK}\n")

@@ -9,6 +9,7 @@ It runs as it is, with `python app.py`, and needs what its requirements.txt list
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import shutil
 import sys
@@ -21,7 +22,6 @@ from data import write_json  # noqa: E402
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline  # noqa: E402
 
 OWN = ("app.py", "views.py", "denoising.py", "pictures.py", "README.md", "requirements.txt")
-HELPERS = ("data.py", "labelled.py", "pixels.py", "precision.py")
 RUN = Path("runs/quickstart")
 
 
@@ -46,6 +46,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def helpers() -> list[Path]:
+    """Return the modules of the scripts that the app imports, and those that these import."""
+    found: list[Path] = []
+    left = [HERE / name for name in OWN if name.endswith(".py")]
+    while left:
+        for node in ast.walk(ast.parse(left.pop().read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            new = [path for name in names if (path := HERE.parent / f"{name}.py").is_file() and path not in found]
+            found, left = found + new, left + new
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_arguments(argv)
@@ -67,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(folder / "sweep" / figures.name, report)
     without = shutil.ignore_patterns("__pycache__")
     shutil.copytree(HERE.parent.parent / "ddae_hf", folder / "ddae_hf", ignore=without)
-    for path in [*(HERE / name for name in OWN), *(HERE.parent / name for name in HELPERS)]:
+    for path in [*(HERE / name for name in OWN), *helpers()]:
         shutil.copy(path, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder} is a Space of {size / 1e6:.1f} MB; try it: cd {folder} && python app.py")
