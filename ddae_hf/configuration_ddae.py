@@ -64,7 +64,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         noise_seed: Seed of the fixed noise used in evaluation, that of `sample_posterior` included.
         num_noise_samples: Draws of noise that features are averaged over.
         null_class: The label that stands for none in a class-conditional U-Net; a DiT's is its last.
-        generator_fingerprint: `checkpoints.fingerprint` of the pretrained denoiser; set when one is opened.
+        generator_fingerprint: `weights.fingerprint` of the pretrained denoiser; set when one is opened.
         generator_fingerprint_float16: The same after rounding to float16, which is not the same as to bfloat16.
         features_only: Why the denoiser cannot generate, where its hidden states are right but its output is not; a
             converter says so.
