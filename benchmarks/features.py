@@ -46,9 +46,9 @@ from torch import Tensor
 
 # Of examples/, which `measure` puts on the path.
 from data import add_data_arguments, best_device, read_config, write_json
-from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.checkpoints import build_denoiser
+from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline, layer_names
 from ddae_hf.features import extract_features
+from ddae_hf.networks import build_denoiser
 from ddae_hf.probing import fit_logistic_regression
 from labelled import LabelledImages, add_label_arguments, noise_view, ready
 
@@ -162,11 +162,10 @@ def open_ways(
     for dtype in ("float32", "bfloat16"):
         model = open_model(checkpoint, dtype, cache_dir, layer=layer, timestep=timestep)
         ways[dtype] = Way(dtype, partial(our_features, model))
-    blocks = getattr(plain.denoiser, "transformer_blocks", None)
     described = {
         "denoiser": type(plain.denoiser).__name__,
         "parameters": sum(p.numel() for p in plain.denoiser.parameters()),
-        "blocks": blocks and len(blocks),
+        "taps": len(layer_names(plain.denoiser)),
         "layer": layer,
         "timestep": timestep,
         "shape": list(model.config.sample_shape),
@@ -299,9 +298,9 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
 
 def network_table(name: str, network: dict[str, Any]) -> str:
     """Return a network's figures as text."""
-    blocks = "" if network["blocks"] is None else f"{network['blocks']} blocks, "
+    taps = f"{network['taps']} layers"
     title = (
-        f"{TITLES.get(name, name)} ({network['denoiser']}, {blocks}{network['parameters'] / 1e6:,.1f} M parameters) "
+        f"{TITLES.get(name, name)} ({network['denoiser']}, {taps}, {network['parameters'] / 1e6:,.1f} M parameters) "
     )
     title += f"up to `{network['layer']}`, timestep {network['timestep']}:\n\n"
     columns = ["way", "batch", "images/s (least to most)", "ratio", "GFLOP an image", "GFLOP/s", "of the matrix rate"]

@@ -28,10 +28,11 @@ from PIL import Image
 
 from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor
-from ddae_hf.checkpoints import build_denoiser, build_scheduler
+from ddae_hf.checkpoints import build_scheduler
+from ddae_hf.diffusion import Diffusion
 from ddae_hf.hidden_states import collect_hidden_states, pool_hidden_states
+from ddae_hf.networks import build_denoiser
 from ddae_hf.noise import indexed_noise
-from ddae_hf.objectives import denoising_loss
 from ddae_hf.pretrained_ddae import use_attention
 from pixels import Pixels
 from precision import fast_layout, keep_freed_memory
@@ -71,11 +72,12 @@ def training_step(
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused, foreach=None if fused else False)
     ema = EMAModel(network.parameters(), foreach=foreach)
     images = torch.rand(batch_size, 3, 32, 32, device=device).to(memory_format=layout) * 2 - 1
-    denoiser, steps = torch.compile(network) if compiled else network, [0]
+    diffusion = Diffusion(torch.compile(network) if compiled else network, scheduler)
+    steps = [0]
 
     def step() -> None:
         with measure.autocast(device, dtype):
-            loss = denoising_loss(denoiser, scheduler, images).mean()
+            loss = diffusion.loss(images).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

@@ -11,7 +11,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ddae_hf import DDAEPipeline, sigma_to_timestep
-from ddae_hf.conditioning import is_conditional
+from ddae_hf.networks import network_of
+from ddae_hf.noise import family
 
 
 class PlainFeatures:
@@ -37,7 +38,7 @@ class PlainFeatures:
         cache_dir: str | None = None,
     ):
         pipeline = DDAEPipeline.from_pretrained(checkpoint, cache_dir=cache_dir)
-        if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        if family(pipeline.scheduler) != "ddpm":
             raise ValueError(
                 f"{checkpoint} has a {type(pipeline.scheduler).__name__}: the plain way adds noise with the scheduler, "
                 "at whole timesteps, so give a checkpoint of DDPM, DDIM or their kin."
@@ -45,7 +46,7 @@ class PlainFeatures:
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.denoiser = pipeline.denoiser.float().to(device).eval().requires_grad_(False)
         self.null_class = pipeline.null_class if null_class is None else null_class
-        if is_conditional(self.denoiser) and self.null_class is None:
+        if network_of(self.denoiser).is_conditional(self.denoiser) and self.null_class is None:
             raise ValueError(f"The network of {checkpoint} is class-conditional, and nothing says which is no class.")
         self.found: dict[str, Tensor] = {}
         for layer in layers:

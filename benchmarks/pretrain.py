@@ -31,6 +31,7 @@ from training_ways import WAYS, Process
 import pretrain
 from data import best_device, write_json
 from ddae_hf.checkpoints import build_scheduler
+from ddae_hf.networks import network_of
 from ddae_hf.noise import family
 from plots import plt
 
@@ -120,8 +121,8 @@ def describe_network(argv: list[str]) -> dict[str, float]:
     except ValueError as error:
         raise SystemExit(str(error)) from error
     config = network.config
-    if type(network).__name__ != "UNet2DModel" or config.in_channels not in (1, 3):
-        raise SystemExit("The plain loop trains a UNet2DModel of grey or RGB images: choose another --config.")
+    if network_of(network).component != "unet" or config.in_channels not in (1, 3):
+        raise SystemExit("The plain loop trains a U-Net of grey or RGB images: choose another --config.")
     image = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
     forward = measure.gflop(torch.no_grad()(lambda: network(image, 0)))
     return {"parameters": network.num_parameters(), "gflop_forward": forward, "gflop_an_image": 3 * forward}

@@ -41,8 +41,8 @@ from torch import Tensor
 # Of examples/, which `measure` puts on the path.
 from data import add_data_arguments, best_device, image_column, load_splits, pick_split, write_json
 from ddae_hf import DDAEPipeline
-from ddae_hf.conditioning import is_conditional
 from ddae_hf.generation_metrics import frechet_distance
+from ddae_hf.networks import network_of
 from ddae_hf.noise import family, indexed_noise
 from evaluate_generation import EXTRACTORS, GENERATED_VIEW, REFERENCE_VIEW, Extractor, ImageSet, open_extractor
 from generate import change_scheduler
@@ -112,7 +112,7 @@ def open_pipeline(args: argparse.Namespace, path: str, framework: str, dtype: to
         pipeline = DDAEPipeline.from_pretrained(path, dtype=dtype, cache_dir=args.cache_dir)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
-    if pipeline.unet is None or pipeline.vae is not None or is_conditional(pipeline.unet):
+    if pipeline.unet is None or pipeline.vae is not None or network_of(pipeline.unet).is_conditional(pipeline.unet):
         raise SystemExit(f"{path} is no unconditional UNet2DModel of pixels, which diffusers' DDIMPipeline needs.")
     if (found := family(pipeline.scheduler)) != framework:
         raise SystemExit(f"{path} was trained with {found}: give a checkpoint of {framework}.")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 NUM_LABELS = 9
 _SCALE = 2**0.2  # factor of one standard deviation of scaling and stretching
@@ -104,28 +104,6 @@ def _resample(images: Tensor, origin: Tensor, changed: Tensor) -> Tensor:
     moved = F.grid_sample(images.float(), places, mode="bicubic", padding_mode="reflection", align_corners=False)
     # Bicubic interpolation overshoots at edges.
     return torch.where(changed[:, None, None, None], moved.clamp(-1, 1).to(images.dtype), images)
-
-
-def accept_augmentation_labels(unet: Any) -> None:
-    """Make an unconditional `UNet2DModel` take augmentation labels, as its `class_labels`, while it is trained.
-
-    Its configuration and weights stay those of an unconditional network, and so does what it saves.
-
-    Raises:
-        ValueError: A network that is conditional already, or is no `UNet2DModel`, or has too narrow a time embedding.
-    """
-    name = type(unet).__name__
-    if name != "UNet2DModel" or unet.class_embedding is not None:
-        what = f"a class-conditional {name}" if name == "UNet2DModel" else f"a {name}"
-        raise ValueError(f"Augmentation needs an unconditional UNet2DModel, which takes its labels: {what} came.")
-    if label_width(unet) < NUM_LABELS:
-        raise ValueError(f"The time embedding has {label_width(unet)} channels: labels need {NUM_LABELS} or more.")
-    unet.class_embedding = nn.Identity()
-
-
-def label_width(unet: Any) -> int:
-    """Return the width of a U-Net's time embedding."""
-    return unet.time_embedding.linear_2.out_features
 
 
 def embed_labels(labels: Tensor, width: int) -> Tensor:

@@ -17,7 +17,6 @@ A checkpoint that lacks a tensor is refused. Only safetensors weights are read (
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import os
 import re
@@ -29,8 +28,9 @@ import diffusers
 import torch
 from safetensors import safe_open
 
-from .conditioning import FREQUENCIES, adjust_timestep_embedding
-from .hidden_states import uncompiled
+from .cut import uncompiled
+from .latents import VAES, build_vae, check_vae_class
+from .networks import NETWORKS, build_denoiser, check_denoiser_class, network_of, present_config
 from .weights import (
     COMPILED,
     DIFFUSERS_FILE,
@@ -50,9 +50,6 @@ from .weights import (
     with_variant,
 )
 
-# Denoisers whose hidden states can be read, and the component that holds one in a diffusers pipeline.
-COMPONENTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
-VAES = ("AutoencoderKL",)
 WEIGHTS = ("whole", "head")  # what `DDAEConfig.weights` may say
 # The fingerprints of a generator that `DDAEConfig` has, and the type that each rounds to.
 GENERATOR_FINGERPRINTS = {
@@ -60,32 +57,6 @@ GENERATOR_FINGERPRINTS = {
 }  # fmt: skip
 # Names of attention weights in 2022, which diffusers reads under the present ones.
 EARLY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
-    """Raise `ValueError` unless `name` is a denoiser class that this package supports."""
-    if name not in COMPONENTS:
-        raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed are {', '.join(COMPONENTS)}.")
-
-
-def check_vae_class(name: str | None, where: str = "the vae") -> None:
-    """Raise `ValueError` unless `name` is a class of VAE that this package supports."""
-    if name not in VAES:
-        raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed is {', '.join(VAES)}.")
-
-
-def check_sample_size(config: Any) -> None:
-    """Raise `ValueError` unless a denoiser, of which this is the complete config, can divide its images as it must."""
-    side = config["sample_size"]
-    if side is None:
-        raise ValueError("The denoiser's config has no sample_size: set it to the side of its images or latents.")
-    if "patch_size" in config:
-        factor, reason = config["patch_size"], f"with patches of {config['patch_size']}"
-    else:
-        levels = len(config["down_block_types"])
-        factor, reason = 2 ** (levels - 1), f"with {levels} levels, each half the size of the one before"
-    if any(length % factor for length in ([side] if isinstance(side, int) else side)):
-        raise ValueError(f"sample_size is {side}: {reason}, it must be a multiple of {factor}.")
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -98,23 +69,6 @@ def plain_config(config: Any) -> dict[str, Any]:
         config = {**config.config, "_class_name": type(uncompiled(config)).__name__}
     kept = {k: v for k, v in dict(config).items() if not k.startswith("_") or k == "_class_name"}
     return json.loads(json.dumps(kept))
-
-
-def build_denoiser(config: dict[str, Any]) -> Any:
-    """Build a randomly initialised denoiser from its diffusers config (with `_class_name`)."""
-    check_denoiser_class(config.get("_class_name"))
-    # An option that no class of diffusers has, which it would log as ignored.
-    own = {name: value for name, value in config.items() if name == FREQUENCIES}
-    denoiser = getattr(diffusers, config["_class_name"]).from_config({k: v for k, v in config.items() if k not in own})
-    denoiser.register_to_config(**own)
-    adjust_timestep_embedding(denoiser)
-    return denoiser
-
-
-def build_vae(config: dict[str, Any]) -> Any:
-    """Build a randomly initialised VAE from its diffusers config (with `_class_name`)."""
-    check_vae_class(config.get("_class_name"))
-    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:
@@ -131,15 +85,6 @@ def _skeleton(config: str) -> Any:
     build = build_vae if described.get("_class_name") in VAES else build_denoiser
     with torch.device("meta"):
         return build(described)
-
-
-def computed_buffers(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return a denoiser's buffers that are computed from its config and that no checkpoint holds, on the CPU."""
-    if config["_class_name"] != "DiTTransformer2DModel":
-        return {}
-    with torch.device("cpu"):
-        # A DiT's positions do not depend on its blocks.
-        return {"pos_embed.pos_embed": build_denoiser({**config, "num_layers": 0}).pos_embed.pos_embed}
 
 
 def build_scheduler(config: dict[str, Any]) -> Any:
@@ -195,9 +140,10 @@ class Checkpoint:
         files = self.check_denoiser()
         if self.layout == "transformers":
             return _fill(build_denoiser(self.denoiser), "denoiser", files, dtype)
-        inside, name = self._denoiser_folder(), self.denoiser["_class_name"]
-        denoiser = self._diffusers_network(name, inside, self.variant, dtype or stored_dtype(files[0]))
-        adjust_timestep_embedding(denoiser)
+        network = network_of(self.denoiser)
+        dtype = dtype or stored_dtype(files[0])
+        denoiser = self._diffusers_network(network.model, self._denoiser_folder(), self.variant, dtype)
+        network.complete(denoiser)
         return denoiser
 
     def load_vae(self, dtype: torch.dtype | None = None) -> Any:
@@ -214,7 +160,8 @@ class Checkpoint:
         if self.layout == "transformers":
             return _fill(build_vae(self.vae), "vae", files, dtype)
         dtype = dtype or stored_dtype(files[0])
-        return self._diffusers_network(self.vae["_class_name"], self._vae_folder(), self._vae_variant(), dtype)
+        model = getattr(diffusers, self.vae["_class_name"])
+        return self._diffusers_network(model, self._vae_folder(), self._vae_variant(), dtype)
 
     def check_denoiser(self) -> list[str]:
         """Return the local paths of the files of the denoiser's weights, which hold every tensor of it.
@@ -252,7 +199,7 @@ class Checkpoint:
         return WHOLE_FILE if self.layout == "transformers" else DIFFUSERS_FILE
 
     def _denoiser_folder(self) -> str:
-        return COMPONENTS[self.denoiser["_class_name"]] if self.layout == "pipeline" else ""
+        return network_of(self.denoiser).component if self.layout == "pipeline" else ""
 
     def _vae_folder(self) -> str:
         return "vae" if self.layout in ("pipeline", "flat") else ""
@@ -281,10 +228,10 @@ class Checkpoint:
         # The network's own `to` would log a warning about an empty list.
         return network if dtype is None else torch.nn.Module.to(network, dtype)
 
-    def _diffusers_network(self, class_name: str, inside: str, variant: str | None, dtype: torch.dtype) -> Any:
+    def _diffusers_network(self, model: Any, inside: str, variant: str | None, dtype: torch.dtype) -> Any:
         """Load a network as diffusers saves it, in the sub-folder `inside`."""
         # diffusers' own loading also renames the attention weights of early checkpoints.
-        return getattr(diffusers, class_name).from_pretrained(
+        return model.from_pretrained(
             self.path, torch_dtype=dtype, variant=variant, use_safetensors=True, **self._inside(inside)
         )
 
@@ -396,7 +343,7 @@ def _read_checkpoint(path: str, variant: str | None, hub: dict[str, Any], behind
     if index is not None:
         return replace(_read_pipeline(path, index, config, hub), variant=variant)
     if config and "_class_name" in config:
-        config = _present_class(plain_config(config))
+        config = present_config(plain_config(config))
         check_denoiser_class(config["_class_name"], f"The network in {path}")
         return Checkpoint(path, "model", {}, config, None, hub=hub, variant=variant)
     refuse_offline("A configuration", path, hub)
@@ -445,7 +392,7 @@ def _read_pipeline(
     denoiser = read(networks[0], "config.json")
     layout: Literal["pipeline", "flat"] = "pipeline" if denoiser else "flat"
     denoiser = denoiser or root_config
-    denoiser = denoiser and _present_class({**plain_config(denoiser), "_class_name": classes[networks[0]]})
+    denoiser = denoiser and present_config({**plain_config(denoiser), "_class_name": classes[networks[0]]})
     check_denoiser_class(
         (denoiser or {"_class_name": classes[networks[0]]})["_class_name"], f"{where}: its `{networks[0]}`"
     )
@@ -468,17 +415,6 @@ def _read_pipeline(
     return Checkpoint(path, layout, known, denoiser, scheduler, vae, hub)
 
 
-def _present_class(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a DiT from the time when diffusers had it in a class of many kinds, as its present class's.
-
-    `facebook/DiT-XL-2-256` is one.
-    """
-    if config["_class_name"] != "Transformer2DModel" or config.get("norm_type") != "ada_norm_zero":
-        return config
-    known = inspect.signature(diffusers.DiTTransformer2DModel).parameters
-    return {k: v for k, v in config.items() if k in known} | {"_class_name": "DiTTransformer2DModel"}
-
-
 def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:
     """Load a VAE: the `AutoencoderKL` that a folder or Hub repository holds itself or in `vae/`, or a checkpoint's.
 
@@ -491,7 +427,7 @@ def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:
     own = hub.get("subfolder") or ""
     for inside in (f"{own}/vae" if own else "vae", own):
         config = _read_json(path, "config.json", {**hub, "subfolder": inside}) or {}
-        if "_class_name" in config and (inside != own or config["_class_name"] not in COMPONENTS):
+        if "_class_name" in config and (inside != own or config["_class_name"] not in NETWORKS):
             check_vae_class(config["_class_name"], f"The network in {path}")
             return Checkpoint(path, "model", {}, {}, None, config, {**hub, "subfolder": inside}).load_vae()
     vae = read_checkpoint(path, **hub).load_vae()

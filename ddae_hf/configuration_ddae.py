@@ -12,34 +12,17 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .checkpoints import (
     WEIGHTS,
     build_scheduler,
-    check_denoiser_class,
-    check_sample_size,
-    check_vae_class,
     plain_config,
     read_checkpoint,
     skeleton,
 )
-from .conditioning import check_null_class
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
-from .latents import check_vae, downsampling
-from .noise import check_sigma, check_time_embedding, check_timestep, prediction_type, timestep_to_sigma
+from .latents import check_vae, check_vae_class, downsampling
+from .networks import PAPER_UNET, check_denoiser_class, network_of
+from .noise import check_sigma, check_timestep, prediction_type, timestep_to_sigma
 from .weights import HUB_ARGUMENTS
 
-# The network and the schedule of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
-DEFAULT_DENOISER: dict[str, Any] = {
-    "_class_name": "UNet2DModel",
-    "sample_size": 32,
-    "block_out_channels": [128, 256, 256, 256],
-    "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": None,
-    "norm_eps": 1e-6,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "dropout": 0.1,
-}
+DEFAULT_DENOISER = PAPER_UNET
 DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": "DDPMScheduler"}
 SIGMA_OF_LATENTS = 0.42
 FEATURE_NORMS = ("none", "batch_norm")
@@ -111,7 +94,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_network(denoiser)
         scheduler = build_scheduler(self.scheduler)
         prediction_type(scheduler)
-        check_time_embedding(denoiser.config, scheduler)
+        network_of(denoiser).check_timesteps(denoiser.config, scheduler)
         if timestep is not None and self.sigma is not None:
             raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
         if timestep is not None:
@@ -155,8 +138,9 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Complete the denoiser's config with the shape of its images, and refuse shapes and labels that cannot be."""
         for name in ("sample_size", "in_channels"):
             self.denoiser.setdefault(name, denoiser.config[name])
-        check_sample_size(denoiser.config)
-        check_null_class(self.null_class, denoiser.config)
+        network = network_of(denoiser)
+        network.check_config(denoiser.config)
+        network.check_null_class(self.null_class, denoiser.config)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

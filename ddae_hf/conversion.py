@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
-from .checkpoints import build_denoiser
+from .networks import build_denoiser
 from .pickles import Record, read_weights, records
 
 # Attention heads of the published DiTs by their width; a file does not say them.
@@ -113,7 +113,7 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
     """Convert the weights of an official DiT.
 
     Its timestep frequencies differ from those that diffusers gives a DiT, and so the config here has the entry
-    `downscale_freq_shift`, which `conditioning.adjust_timestep_embedding` obeys.
+    `downscale_freq_shift`, which `networks.build_denoiser` obeys.
 
     Args:
         state: The weights.

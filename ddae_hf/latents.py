@@ -9,8 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
+
+VAES = ("AutoencoderKL",)
+
+
+def check_vae_class(name: str | None, where: str = "the vae") -> None:
+    """Raise `ValueError` unless `name` is a class of VAE that this package supports."""
+    if name not in VAES:
+        raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed is {', '.join(VAES)}.")
+
+
+def build_vae(config: dict[str, Any]) -> Any:
+    """Build a randomly initialised VAE from its diffusers config (with `_class_name`)."""
+    check_vae_class(config.get("_class_name"))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import warnings
@@ -10,24 +9,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from .checkpoints import build_denoiser, build_scheduler, build_vae
-from .conditioning import (
-    check_label_range,
-    checked_names,
-    class_conditioning,
-    disable_label_dropout,
-    fed_timestep,
-    is_conditional,
-)
+from .checkpoints import build_scheduler
 from .configuration_ddae import DDAEConfig
+from .diffusion import Diffusion
 from .heads import write_head
-from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
-from .latents import encode, freeze
-from .noise import add_noise, check_level, check_timestep, readable, sigma_range, timestep_to_sigma
+from .hidden_states import layer_names, learning_parameters, pool_hidden_states
+from .labels import checked_names, cross_entropy
+from .latents import build_vae, encode, freeze
+from .networks import build_denoiser, network_of
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention
 from .remote_code import save_code
 from .weights import COMPILED, plain_state
@@ -55,7 +47,7 @@ class DDAEModel(DDAEPreTrainedModel):
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.denoiser = build_denoiser(config.denoiser)
-        disable_label_dropout(self.denoiser)
+        network_of(self.denoiser).stop_own_dropping(self.denoiser)
         self.vae = None if config.vae is None else build_vae(config.vae)
         self._keep_in_fp32_modules = set() if self.vae is None else {"vae"}  # float16 overflows in the common ones
         if any("time_proj" in name for name, _ in self.denoiser.named_parameters()):
@@ -72,7 +64,6 @@ class DDAEModel(DDAEPreTrainedModel):
         # Built on the CPU even while the model's own tensors are without memory.
         with torch.device("cpu"):
             self.scheduler = build_scheduler(config.scheduler)
-            self._sigma_range = sigma_range(self.scheduler)
         self._frozen = False
         self.post_init()
 
@@ -107,7 +98,7 @@ class DDAEModel(DDAEPreTrainedModel):
         if self.vae is not None:
             freeze(self.vae)
         self._restricted_to = list(layers)
-        learning = _learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(layers))
+        learning = learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(layers))
         for name, parameter in self.denoiser.named_parameters():
             if name.replace(COMPILED, "") not in learning:
                 parameter.requires_grad_(False)
@@ -137,6 +128,11 @@ class DDAEModel(DDAEPreTrainedModel):
             self.denoiser.eval()
         return self
 
+    @property
+    def diffusion(self) -> Diffusion:
+        """The denoiser with its scheduler and its null class."""
+        return Diffusion(self.denoiser, self.scheduler, self.config.null_class)
+
     def layer_names(self) -> list[str]:
         """Return the denoiser's taps in forward order."""
         return layer_names(self.denoiser)
@@ -151,16 +147,16 @@ class DDAEModel(DDAEPreTrainedModel):
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values is of type {pixel_values.dtype}: it must be floats in [-1, 1].")
 
-    def _level(self, sigma: float | Tensor | None, timestep: float | Tensor | None) -> Tensor:
-        """Return the noise level that the arguments ask for, checked where `check_level` can."""
+    def _level(self, diffusion: Diffusion, sigma: float | Tensor | None, timestep: float | Tensor | None) -> Any:
+        """Return the noise level that the arguments ask for, checked where it can be."""
         if sigma is not None and timestep is not None:
             raise ValueError("Both sigma and timestep came: pass one of them.")
         if timestep is not None:
-            check_timestep(self.scheduler, timestep)
-            return timestep_to_sigma(self.scheduler, timestep)
+            diffusion.family.check_timestep(timestep)
+            return diffusion.family.sigma(timestep)
         level = self.config.sigma if sigma is None else sigma
-        check_level(self.scheduler, "sigma", level, self._sigma_range)
-        return torch.as_tensor(level, dtype=torch.float32)
+        diffusion.family.check_sigma(level)
+        return level
 
     def _draw(self, shape: tuple[int, ...], device: Any, generator: Any, fixed: Tensor) -> Tensor:
         """Return noise (draws, B, C, H, W): from the generator, fresh in training, or fixed (draws, C, H, W)."""
@@ -255,10 +251,14 @@ class DDAEModel(DDAEPreTrainedModel):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         wanted = self._layers_to_return(output_hidden_states)
-        level = {"sigma": sigma, "timestep": timestep}
-        clean = self.encode(pixel_values, generator=generator)
         found = self.read_layers(
-            clean, [*wanted, self.config.layer], class_labels, noise=noise, generator=generator, **level
+            self.encode(pixel_values, generator=generator),
+            [*wanted, self.config.layer],
+            class_labels,
+            sigma=sigma,
+            timestep=timestep,
+            noise=noise,
+            generator=generator,
         )
         last = found[self.config.layer]
         pooled = pool_hidden_states(last, self.config.pooling)
@@ -284,65 +284,9 @@ class DDAEModel(DDAEPreTrainedModel):
         """
         if self._restricted_to and self.training and torch.is_grad_enabled():
             self._check_learning(layers)
-        draws = self._noise_draws(clean, noise, generator)
-        count, batch_size = draws.shape[:2]
-        level = _repeat(self._level(sigma, timestep), count)
-        device, null_class = clean.device, self.config.null_class
-        conditioning = class_conditioning(self.denoiser, class_labels, batch_size, device, null_class)
-        noisy, fed = add_noise(self.scheduler, _repeat(clean, count), draws.flatten(0, 1), level)
-        found = collect_hidden_states(
-            self.denoiser,
-            noisy.to(self.denoiser.dtype),
-            fed_timestep(self.denoiser, fed),
-            list(dict.fromkeys(layers)),
-            stop_early=True,
-            **{name: _repeat(value, count) for name, value in conditioning.items()},
-        )
-        if count > 1:
-            found = {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
-        return found
-
-
-@functools.lru_cache(maxsize=16)
-def _learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
-    """Return the names of a denoiser's parameters that have a gradient where `layers` are read; without layers, of all.
-
-    They are read off the graph of a forward pass, without memory for its tensors.
-
-    Args:
-        config: The denoiser's config, as JSON.
-        layers: Names out of `layer_names(denoiser)`.
-    """
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
-        denoiser = build_denoiser(json.loads(config)).eval()
-        names = {p: name for name, p in denoiser.named_parameters() if p.requires_grad}
-        if not layers:
-            return frozenset(names.values())
-        side = denoiser.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        sample = torch.empty(1, denoiser.config.in_channels, height, width, dtype=denoiser.dtype)
-        labels = None
-        if is_conditional(denoiser):
-            vectors = getattr(denoiser.config, "class_embed_type", None) == "identity"
-            labels = torch.zeros(1, denoiser.time_embedding.linear_2.out_features) if vectors else torch.zeros(1).long()
-        conditioning = class_conditioning(denoiser, labels, 1, "meta")
-        timestep = fed_timestep(denoiser, torch.zeros(1))
-        states = collect_hidden_states(denoiser, sample, timestep, layers, stop_early=True, **conditioning)
-    found: set[str] = set()
-    nodes, seen = [state.grad_fn for state in states.values()], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-            if name := names.get(getattr(node, "variable", None)):
-                found.add(name)
-    return frozenset(found)
-
-
-def _repeat(values: Tensor, count: int) -> Tensor:
-    """Repeat a batch `count` times; what holds for the whole batch stays as it is."""
-    return values.repeat(count, *[1] * (values.ndim - 1)) if values.ndim else values
+        diffusion, draws = self.diffusion, self._noise_draws(clean, noise, generator)
+        level = self._level(diffusion, sigma, timestep)
+        return diffusion.hidden_states(clean, draws, level, list(dict.fromkeys(layers)), class_labels)
 
 
 class DDAEForImageClassification(DDAEPreTrainedModel):
@@ -478,47 +422,3 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         if self.config.problem_type in (None, "single_label_classification"):
             return cross_entropy(logits, labels)
         return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of a batch.
-
-    Args:
-        logits: (B, K).
-        labels: Classes (B,), of which -100 is left out; or probabilities of classes (B, K).
-
-    Raises:
-        ValueError: Labels of another shape or type; classes outside 0 to K - 1, and numbers that are no probabilities,
-            where they can be read (on the CPU, in a graph that is not compiled).
-    """
-    batch_size, count = logits.shape
-    if count < 2:
-        raise ValueError(
-            "The classifier has a single class, whose cross-entropy is always 0: set num_labels to the number of "
-            'classes, or problem_type="regression" for a number.'
-        )
-    expected = (batch_size, count) if labels.is_floating_point() else (batch_size,)
-    if tuple(labels.shape) != expected:
-        raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: allowed are classes, integers ({batch_size},), "
-            f"and probabilities of classes, floats ({batch_size}, {count}). For several classes of one image, or for "
-            "numbers, set the config's problem_type."
-        )
-    if labels.is_floating_point():
-        _check_probabilities(labels)
-        return F.cross_entropy(logits.float(), labels.float())
-    check_label_range("labels", labels.where(labels != -100, 0), count)
-    return F.cross_entropy(logits.float(), labels.long())
-
-
-def _check_probabilities(labels: Tensor) -> None:
-    """Refuse probabilities (B, K) that are negative or do not add up to 1, as half precision keeps it."""
-    if not readable(labels):
-        return
-    lowest, sums = labels.min(), labels.float().sum(1)
-    if not (lowest >= -1e-3 and (sums - 1).abs().max() <= 0.02):
-        raise ValueError(
-            f"labels are floats from {lowest:.4g} on, which add up to {sums.min():.4g} to {sums.max():.4g} an image: "
-            "probabilities of classes must not be negative, and add up to 1. For several classes of one image, set the "
-            'config\'s problem_type="multi_label_classification".'
-        )

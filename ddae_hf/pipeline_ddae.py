@@ -8,7 +8,7 @@ import json
 import math
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,49 +16,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiTTransformer2DModel,
-    EDMEulerScheduler,
-    SchedulerMixin,
-    UNet2DModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .checkpoints import (
-    COMPONENTS,
     Checkpoint,
     build_scheduler,
-    check_denoiser_class,
-    check_sample_size,
-    check_vae_class,
     location,
     read_checkpoint,
     still_generates,
 )
-from .conditioning import (
-    adjust_timestep_embedding,
-    check_null_class,
-    checked_names,
-    class_conditioning,
-    default_null_class,
-    fed_timestep,
-    labels_by_name,
-    num_labels,
-)
-from .hidden_states import uncompiled, with_float32_output
-from .latents import check_vae, decode
-from .noise import add_noise, check_time_embedding, denoised, family
+from .cut import uncompiled
+from .diffusion import Diffusion
+from .labels import checked_names, labels_by_name
+from .latents import check_vae, check_vae_class, decode
+from .networks import NETWORKS, check_denoiser_class, network_of
 from .remote_code import save_pipeline_code
-from .sampling import churn_factor, heun_step
+from .sampling import Step, heun_steps, scheduler_steps
 from .weights import DIFFUSERS_FILE, HUB_ARGUMENTS, replaced_weights, uncompiled_names
 
-_Network = Callable[[Tensor, Tensor], Tensor]
-_Step = Callable[[int, Tensor, Tensor], Tensor]
 _HEUN = {"s_churn": 0.0, "s_min": 0.0, "s_max": math.inf, "s_noise": 1.0, "clip_denoised": False}
 
 
@@ -104,15 +83,16 @@ class DDAEPipeline(DiffusionPipeline):
         parts = {"unet": unet, "scheduler": scheduler, "transformer": transformer, "vae": vae}
         _check_parts(null_class, **parts)
         self.register_modules(**parts)
-        adjust_timestep_embedding(self.denoiser)
-        names = checked_names(id2label, num_labels(self.denoiser.config))
+        network = network_of(self.denoiser)
+        network.complete(self.denoiser)
+        names = checked_names(id2label, network.num_labels(self.denoiser.config))
         self.register_to_config(null_class=null_class, id2label=names)
 
     @classmethod
     def for_denoiser(cls, denoiser: Any, scheduler: Any, null_class: int | None = None, **parts: Any) -> DDAEPipeline:
         """Return the pipeline of a denoiser, whichever key diffusers keeps its class under; `parts` are the others."""
         check_denoiser_class(_class_name(denoiser))
-        networks = {COMPONENTS[_class_name(denoiser)]: denoiser}
+        networks = {NETWORKS[_class_name(denoiser)].component: denoiser}
         return cls(scheduler=scheduler, null_class=null_class, **networks, **parts)
 
     @property
@@ -124,7 +104,7 @@ class DDAEPipeline(DiffusionPipeline):
     def null_class(self) -> int | None:
         """The label that stands for none, where the denoiser has one."""
         given = self.config["null_class"]
-        return default_null_class(self.denoiser.config) if given is None else given
+        return network_of(self.denoiser).default_null_class(self.denoiser.config) if given is None else given
 
     @null_class.setter
     def null_class(self, label: int | None) -> None:
@@ -220,7 +200,7 @@ class DDAEPipeline(DiffusionPipeline):
         checkpoint = _generator(read_checkpoint(pretrained_model_name_or_path, **kwargs), kwargs)
         if reason := checkpoint.config.get("features_only"):
             raise ValueError(f"{checkpoint.path} has features, but cannot generate: {reason}")
-        name = COMPONENTS[checkpoint.denoiser["_class_name"]]
+        name = network_of(checkpoint.denoiser).component
         # diffusers finds variants only in sub-folders.
         by_diffusers = checkpoint.layout == "pipeline" or (checkpoint.layout == "flat" and checkpoint.variant is None)
         if by_diffusers and not checkpoint.hub["subfolder"]:
@@ -260,13 +240,7 @@ class DDAEPipeline(DiffusionPipeline):
             raise ValueError("`latents` holds NaN, infinity or whole numbers: it must be standard-normal noise.")
         return latents.to(self._execution_device, torch.float32)
 
-    def _check_inputs(self, steps: int, output_type: str, callback_tensors: list[str]) -> None:
-        _check_parts(self.config["null_class"], **self.components)
-        family(self.scheduler)  # refuses a scheduler of no framework that is known
-        _check_count("num_inference_steps", steps)
-        parameters = list(inspect.signature(self.scheduler.step).parameters.values())
-        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[3:]):
-            raise ValueError(f"{type(self.scheduler).__name__} takes steps that need more than an image and its noise.")
+    def _check_output(self, output_type: str, callback_tensors: list[str]) -> None:
         config = self.denoiser.config
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}: allowed are 'pil', 'np', 'pt' and 'latent'.")
@@ -276,9 +250,8 @@ class DDAEPipeline(DiffusionPipeline):
         if unknown := sorted(set(callback_tensors) - set(self._callback_tensor_inputs)):
             raise ValueError(f"unknown callback tensors {unknown}: allowed are {self._callback_tensor_inputs}.")
 
-    def _check_sampler(self, sampler: str | None, heun_options: dict[str, Any]) -> None:
-        if sampler not in (None, "heun"):
-            raise ValueError(f"sampler is {sampler!r}: allowed are 'heun', and None for the scheduler's own.")
+    def _check_sampler(self, diffusion: Diffusion, sampler: str | None, heun_options: dict[str, Any]) -> None:
+        diffusion.family.check_steps()
         for name in ("s_churn", "s_min", "s_noise"):
             _check_number(name, heun_options[name], least=0)
         _check_number("s_max", heun_options["s_max"], least=heun_options["s_min"], finite=False)
@@ -286,44 +259,13 @@ class DDAEPipeline(DiffusionPipeline):
             raise ValueError(f"{', '.join(given)} came, which only sampler='heun' takes.")
         if heun_options["clip_denoised"] and self.vae is not None:
             raise ValueError("clip_denoised clips to [-1, 1], and latents have no such bounds: leave it out.")
-        if sampler == "heun" and not isinstance(self.scheduler, EDMEulerScheduler):
-            raise ValueError(
-                f"sampler='heun' needs an EDMEulerScheduler, not a {type(self.scheduler).__name__}: for a network "
-                "trained with EDM, set `pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)`."
-            )
+        diffusion.family.check_sampler(sampler)
 
     def _check_guidance(self, class_labels: Any) -> None:
         _check_number("guidance_scale", self.guidance_scale)
         if self.guidance_scale != 1 and (class_labels is None or self.null_class is None):
             missing = "`class_labels`" if class_labels is None else "a null class, which this denoiser lacks"
             raise ValueError(f"guidance_scale is {self.guidance_scale}: guidance needs {missing}.")
-
-    def _network(self, class_labels: Any, batch_size: int) -> _Network:
-        """Return the function of (scaled sample, timestep (B,)) that calls the network, with guidance if asked for."""
-        denoiser, null_class = self.denoiser, self.null_class
-        conditioning = class_conditioning(denoiser, class_labels, batch_size, self._execution_device, null_class)
-        channels = denoiser.config.in_channels
-        learns_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
-        network = with_float32_output(denoiser)
-
-        def call(sample: Tensor, timestep: Tensor) -> Tensor:
-            self._check_guidance(class_labels)  # a callback may have changed it
-            fed, told = fed_timestep(denoiser, timestep), conditioning
-            sample = sample.to(denoiser.dtype)
-            guided = self.guidance_scale != 1
-            if guided and null_class is not None:
-                labels = conditioning["class_labels"]
-                told = {"class_labels": torch.cat([labels, torch.full_like(labels, null_class)])}
-                sample, fed = torch.cat([sample, sample]), torch.cat([fed, fed])
-            output = network(sample, fed, **told).sample.float()
-            prediction, variance = output[:, :channels], output[:, channels:]
-            if guided:
-                with_label, without = prediction.chunk(2)
-                prediction = without + self.guidance_scale * (with_label - without)
-                variance = variance[:batch_size]
-            return torch.cat([prediction, variance], dim=1) if learns_variance else prediction
-
-        return call
 
     @torch.no_grad()
     def __call__(
@@ -378,71 +320,84 @@ class DDAEPipeline(DiffusionPipeline):
         tensors = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             tensors = callback_on_step_end.tensor_inputs
-        self._guidance_scale, self._interrupt = guidance_scale, False
-        heun: Any = dict(s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise, clip_denoised=clip_denoised)
-        self._check_inputs(num_inference_steps, output_type, tensors)
-        self._check_sampler(sampler, heun)
+        self._check_output(output_type, tensors)
+        self._interrupt = False
+        steps = self.steps(
+            batch_size,
+            class_labels,
+            generator,
+            latents,
+            num_inference_steps,
+            sampler,
+            guidance_scale,
+            s_churn=s_churn,
+            s_min=s_min,
+            s_max=s_max,
+            s_noise=s_noise,
+            clip_denoised=clip_denoised,
+        )
+        with self.progress_bar(total=self.num_timesteps) as progress:
+            for step in steps:
+                if callback_on_step_end is not None:
+                    tensor_inputs = dict.fromkeys(tensors, step.sample)
+                    outputs = callback_on_step_end(self, step.number - 1, step.timestep, tensor_inputs)
+                    step.sample = _latents_of(outputs, step.sample)
+                progress.update()
+                if self._interrupt:
+                    break
+        images = self._postprocess(step.sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def steps(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | list[int] | Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        num_inference_steps: int = 100,
+        sampler: str | None = None,
+        guidance_scale: float = 1.0,
+        **heun_options: Any,
+    ) -> Iterator[Step]:
+        """Return an iterator that generates images, and yields after every step: see `__call__` for the arguments.
+
+        Until its end nobody else may use the scheduler, which counts the steps. Whoever stops early closes it.
+
+        Raises:
+            ValueError: An argument that cannot work, at once.
+        """
+        self._guidance_scale = guidance_scale
+        _check_parts(self.config["null_class"], **self.components)
+        diffusion = Diffusion(self.denoiser, self.scheduler, self.null_class, float32_output=True)
+        _check_count("num_inference_steps", num_inference_steps)
+        self._check_sampler(diffusion, sampler, {**_HEUN, **heun_options})
         batch_size = _batch_size(batch_size, class_labels, generator, latents)
-        network = self._network(class_labels, batch_size)
+        conditions = diffusion.conditions(class_labels, batch_size, self._execution_device)
         self._check_guidance(class_labels)
         if self._fine_tuned_from is not None:
             warnings.warn(
                 f"The denoiser in {self._fine_tuned_from} was trained as a classifier and is no longer the generator "
                 "that was pretrained: its images may be noise. Sample from the generative checkpoint instead.",
-                stacklevel=2,
+                stacklevel=4,
             )
         noise = self._initial_noise(batch_size, generator, latents)
         self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
-        if sampler == "heun":
-            sample, step = self._heun(noise, network, generator, **heun)
-        else:
-            sample, step = self._scheduler_steps(noise, network, generator)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=len(timesteps)) as progress:
-            for i, timestep in enumerate(timesteps):
-                sample = step(i, timestep, sample)
-                if callback_on_step_end is not None:
-                    outputs = callback_on_step_end(self, i, timestep, dict.fromkeys(tensors, sample))
-                    sample = _latents_of(outputs, sample)
-                progress.update()
-                if self._interrupt:
-                    break
-        images = self._postprocess(sample, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        self._num_timesteps = len(self.scheduler.timesteps)
 
-    def _scheduler_steps(self, noise: Tensor, network: _Network, generator: Any) -> tuple[Tensor, _Step]:
-        """Return the sample to start from, and the scheduler's own step."""
-        scheduler = self.scheduler
-        options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-
-        def step(i: int, timestep: Tensor, sample: Tensor) -> Tensor:
-            # Flow-matching schedulers feed the sample as it is.
-            scaled = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)(sample, timestep)
-            output = network(scaled, timestep.expand(len(sample)))
-            return scheduler.step(output, timestep, sample, **options).prev_sample
-
-        return noise * getattr(scheduler, "init_noise_sigma", 1.0), step
-
-    def _heun(
-        self, noise: Tensor, network: _Network, generator: Any, clip_denoised: bool, s_noise: float, **churn: Any
-    ) -> tuple[Tensor, _Step]:
-        """Return the sample to start from, and the step of EDM's second-order sampler."""
-        sigmas = self.scheduler.sigmas.tolist()
+        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+            self._check_guidance(class_labels)  # a callback may have changed it
+            return diffusion.predict(sample, timestep, conditions, self.guidance_scale)
 
         def denoise(sample: Tensor, sigma: float) -> Tensor:
-            # The sample holds its noise already: only scaling is left.
-            scaled, timestep = add_noise(self.scheduler, sample, torch.zeros_like(sample), torch.tensor(sigma))
-            clean = denoised(self.scheduler, scaled, network(scaled, timestep), sigma)
-            return clean.clamp(-1, 1) if clip_denoised else clean
+            self._check_guidance(class_labels)
+            return diffusion.denoise(sample, sigma, conditions, self.guidance_scale)
 
-        def step(i: int, timestep: Tensor, sample: Tensor) -> Tensor:
-            gamma = churn_factor(sigmas[i], len(sigmas) - 1, **churn)
-            levels = sigmas[i], sigmas[i + 1]
-            return heun_step(denoise, sample, *levels, gamma=gamma, s_noise=s_noise, generator=generator)
-
-        return noise * sigmas[0], step
+        if sampler is None:
+            return scheduler_steps(diffusion.family, noise, predict, generator)
+        sigmas = self.scheduler.sigmas.tolist()
+        return heun_steps(sigmas, self.scheduler.timesteps, noise, denoise, generator, **heun_options)
 
     def _postprocess(self, sample: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -506,14 +461,15 @@ def _check_parts(
     [(key, denoiser)] = found.items()
     name = _class_name(denoiser)
     check_denoiser_class(name, f"`{key}`")
-    if COMPONENTS[name] != key:
-        raise ValueError(f"`{key}` is a {name}: pass it as `{COMPONENTS[name]}`.")
+    network = NETWORKS[name]
+    if network.component != key:
+        raise ValueError(f"`{key}` is a {name}: pass it as `{network.component}`.")
     if vae is not None:
         check_vae_class(_class_name(vae))
         check_vae(vae.config, denoiser.config)
-    check_sample_size(denoiser.config)
-    check_time_embedding(denoiser.config, scheduler)
-    check_null_class(null_class, denoiser.config)
+    network.check_config(denoiser.config)
+    network.check_timesteps(denoiser.config, scheduler)
+    network.check_null_class(null_class, denoiser.config)
 
 
 def _generator(checkpoint: Checkpoint, given: dict[str, Any]) -> Checkpoint:
@@ -527,7 +483,7 @@ def _generator(checkpoint: Checkpoint, given: dict[str, Any]) -> Checkpoint:
         return checkpoint
     if location(base.path, **base.hub) == location(checkpoint.path, **checkpoint.hub):
         return replace(base, variant=checkpoint.variant)
-    if COMPONENTS[checkpoint.denoiser["_class_name"]] not in given:
+    if network_of(checkpoint.denoiser).component not in given:
         checkpoint.load_denoiser()
     if "vae" not in given:
         checkpoint.load_vae()

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, computed_buffers, read_checkpoint
+from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint
 from .configuration_ddae import DDAEConfig
+from .networks import NETWORKS, network_of
 from .remote_code import AUTO_MAP
 from .weights import (
     COMPILED,
@@ -45,7 +46,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
     # Of a classifier's checkpoint, or of one with a VAE that is left out.
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\.", r"^(ddae\.)?vae\."]
     _supports_sdpa = True
-    _no_split_modules = ["ResnetBlock2D", "BasicTransformerBlock"]
+    _no_split_modules = [block for network in NETWORKS.values() for block in network.indivisible]
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
@@ -53,7 +54,8 @@ class DDAEPreTrainedModel(PreTrainedModel):
         if hasattr(module, "draw_fixed_noise"):
             init.copy_(module.fixed_noise, module.draw_fixed_noise())
             # What no checkpoint holds, such as a DiT's positions, comes without values from the meta device.
-            for key, values in computed_buffers(module.config.denoiser).items():
+            config = module.config.denoiser
+            for key, values in network_of(config).computed_buffers(config).items():
                 init.copy_(module.denoiser.get_buffer(key), values)
         elif isinstance(module, nn.BatchNorm1d):
             for buffer, initialise in (("running_mean", init.zeros_), ("running_var", init.ones_)):

@@ -1,68 +1,118 @@
-"""The second-order sampler of EDM, which diffusers lacks: algorithm 2 of Karras et al. 2022 (arXiv 2206.00364).
+"""Sampling as generators that yield after every step: a scheduler's own steps, and EDM's second-order sampler.
 
-Symbols: `sample` is an image with its noise, `x + sigma * n`; `denoise(sample, sigma)` is the network's estimate of
-`x`, the paper's `D(x; sigma)`. The probability-flow equation is
-`d sample / d sigma = (sample - denoise(sample, sigma)) / sigma`; Heun's method follows it with two estimates of this
-slope a step, and so with an error that falls with the square of the step size.
+diffusers lacks the latter, algorithm 2 of Karras et al. 2022 (arXiv 2206.00364). Symbols: `sample` is an image with its
+noise, `x + sigma * n`; `denoise(sample, sigma)` is the network's estimate of `x`, the paper's `D(x; sigma)`. The
+probability-flow equation is `d sample / d sigma = (sample - denoise(sample, sigma)) / sigma`; Heun's method follows it
+with two estimates of this slope a step, and so with an error that falls with the square of the step size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .noise import Family
 
-def churn_factor(
-    sigma: float, num_steps: int, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf
-) -> float:
-    """Return `gamma`, by which a step of the stochastic sampler raises the noise level before it lowers it.
+
+@dataclass
+class Step:
+    """What there is after a step.
+
+    Attributes:
+        number: The step, from 1.
+        timesteps: The scheduler's timesteps, of all steps.
+        sample: Noisy images or latents (B, C, H, W), as the scheduler keeps them; after the last step, those generated.
+            Whoever consumes the steps may put others in their place, with which the next step goes on.
+    """
+
+    number: int
+    timesteps: Tensor
+    sample: Tensor
+
+    @property
+    def timestep(self) -> Tensor:
+        """The timestep of this step, without dimensions."""
+        return self.timesteps[self.number - 1]
+
+    @property
+    def following(self) -> Tensor | None:
+        """The timestep of the next step, without dimensions; None after the last."""
+        return self.timesteps[self.number] if self.number < len(self.timesteps) else None
+
+
+@torch.no_grad()
+def scheduler_steps(
+    family: Family, noise: Tensor, predict: Callable[[Tensor, Tensor], Tensor], generator: Any = None
+) -> Iterator[Step]:
+    """Take the steps of a scheduler, which has its timesteps, from standard-normal noise to images.
 
     Args:
-        sigma: The step's noise level.
-        num_steps: Number of steps.
-        s_churn: Overall stochasticity, the paper's S_churn.
+        family: The scheduler's family.
+        noise: Where to start from, (B, C, H, W).
+        predict: The network's answer to (input, timestep (B,)), with a learned variance if the scheduler uses one.
+        generator: Random generator of schedulers that add noise, or one for every image.
+    """
+    timesteps = family.scheduler.timesteps
+    sample = family.first_sample(noise)
+    for i, timestep in enumerate(timesteps):
+        answer = predict(family.model_input(sample, timestep), timestep.expand(len(sample)))
+        step = Step(i + 1, timesteps, family.step(answer, timestep, sample, generator))
+        yield step
+        sample = step.sample
+
+
+@torch.no_grad()
+def heun_steps(
+    sigmas: Sequence[float],
+    timesteps: Tensor,
+    noise: Tensor,
+    denoise: Callable[[Tensor, float], Tensor],
+    generator: Any = None,
+    *,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+    clip_denoised: bool = False,
+) -> Iterator[Step]:
+    """Take the steps of Heun's method from standard-normal noise to images: two calls of `denoise` each but the last.
+
+    Args:
+        sigmas: Noise levels, falling to zero: one more than there are steps.
+        timesteps: What the denoiser is fed at all but the last of them.
+        noise: Where to start from, (B, C, H, W).
+        denoise: Maps (sample, sigma) to the denoised image.
+        generator: Random generator, or one for every image.
+        s_churn: Overall stochasticity, the paper's S_churn: by how much noise a step raises the level before it lowers
+            it; 0 is deterministic.
         s_min: Lowest level that is raised, S_tmin.
         s_max: Highest level that is raised, S_tmax.
+        s_noise: Standard deviation of the added noise in units of what the levels ask for, S_noise.
+        clip_denoised: Whether the denoised image is clipped to [-1, 1].
     """
-    return min(s_churn / num_steps, math.sqrt(2) - 1) if s_min <= sigma <= s_max else 0.0
 
+    def slope(sample: Tensor, sigma: float) -> Tensor:
+        clean = denoise(sample, sigma)
+        return (sample - (clean.clamp(-1, 1) if clip_denoised else clean)) / sigma
 
-def heun_step(
-    denoise: Callable[[Tensor, float], Tensor],
-    sample: Tensor,
-    sigma: float,
-    next_sigma: float,
-    *,
-    gamma: float = 0.0,
-    s_noise: float = 1.0,
-    generator: Any = None,
-) -> Tensor:
-    """Take one step from a noise level to the next lower one: two calls of `denoise`, or one where the next is zero.
-
-    Args:
-        denoise: Maps (sample, sigma) to the denoised image.
-        sample: Noisy image (B, C, H, W), of standard deviation `sigma` around the clean one.
-        sigma: Its noise level.
-        next_sigma: The noise level to reach.
-        gamma: How much noise is added first, see `churn_factor`; 0 for the deterministic sampler.
-        s_noise: Standard deviation of that noise in units of what the levels ask for, S_noise.
-        generator: Its random generator, or one for every image.
-
-    Returns:
-        The sample at `next_sigma`.
-    """
-    if gamma > 0:
-        raised = sigma * (1 + gamma)
-        noise = randn_tensor(tuple(sample.shape), generator, sample.device, sample.dtype)
-        sample = sample + math.sqrt(raised**2 - sigma**2) * s_noise * noise
-        sigma = raised
-    slope = (sample - denoise(sample, sigma)) / sigma
-    euler = sample + (next_sigma - sigma) * slope
-    if next_sigma == 0:
-        return euler
-    next_slope = (euler - denoise(euler, next_sigma)) / next_sigma
-    return sample + (next_sigma - sigma) * (slope + next_slope) / 2
+    factor = min(s_churn / len(timesteps), math.sqrt(2) - 1)
+    sample = noise * sigmas[0]
+    for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        if factor > 0 and s_min <= sigma <= s_max:
+            raised = sigma * (1 + factor)
+            added = randn_tensor(tuple(sample.shape), generator, sample.device, sample.dtype)
+            sample = sample + math.sqrt(raised**2 - sigma**2) * s_noise * added
+            sigma = raised
+        first = slope(sample, sigma)
+        euler = sample + (lower - sigma) * first
+        step = Step(i + 1, timesteps, euler)
+        if lower > 0:
+            step.sample = sample + (lower - sigma) * (first + slope(euler, lower)) / 2
+        yield step
+        sample = step.sample

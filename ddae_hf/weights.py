@@ -20,7 +20,7 @@ from huggingface_hub import is_offline_mode
 from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
-from .hidden_states import uncompiled
+from .cut import uncompiled
 
 # The arguments of `from_pretrained` that say where files are.
 HUB_ARGUMENTS = (

@@ -26,9 +26,10 @@ from classes import columns_of, draw_images, find_label_column, label_column, re
 from data_files import list_data_files, split_files, states_its_files
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.arrays import write_text
-from ddae_hf.augment import augment, embed_labels, label_width
-from ddae_hf.conditioning import drop_labels, num_labels
+from ddae_hf.augment import augment, embed_labels
 from ddae_hf.image_processing_ddae import as_rgb
+from ddae_hf.labels import drop_labels
+from ddae_hf.networks import network_of
 from image_folder import read_image_folder
 from pixels import Pixels, scaled
 from precision import fast_layout
@@ -391,9 +392,10 @@ def training_inputs(
     clean = scaled(pixels, DDAEImageProcessor.for_denoiser(network.config))
     if args.augment:
         clean, numbers = augment(clean, args.augment)
-        return clean, embed_labels(numbers, label_width(network))
+        return clean, embed_labels(numbers, network_of(network).vector_width(network))
     if labels is not None:
-        labels = drop_labels(labels, num_labels(network.config) - 1, args.label_dropout)
+        null_class = network_of(network).num_labels(network.config) - 1
+        labels = drop_labels(labels, null_class, args.label_dropout)
     return flip(clean) if args.random_flip else clean, labels
 
 

@@ -26,7 +26,7 @@ from data import best_device, image_grid, parse_with_config
 from ddae_hf import DDAEPipeline
 from ddae_hf.arrays import write_text, written_whole
 from ddae_hf.checkpoints import plain_config
-from ddae_hf.conditioning import num_labels
+from ddae_hf.networks import network_of
 from ddae_hf.noise import family
 from ddae_hf.weights import fingerprint
 from precision import add_dtype_argument, chosen_dtype, made_fast
@@ -165,7 +165,8 @@ def chosen_classes(args: argparse.Namespace, pipeline: DDAEPipeline) -> list[int
     """Return the labels of the classes that images are of in turn, or None where no class is asked for; or stop."""
     if args.class_label is None:
         return None
-    classes = [k for k in range(num_labels(pipeline.denoiser.config)) if k != pipeline.null_class]
+    count = network_of(pipeline.denoiser).num_labels(pipeline.denoiser.config)
+    classes = [k for k in range(count) if k != pipeline.null_class]
     if args.class_label == "all" and classes:
         return classes
     given = args.class_label if isinstance(args.class_label, list) else [args.class_label]

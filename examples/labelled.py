@@ -16,7 +16,6 @@ from classes import Classes, label_column, warn_of_missing
 from data import best_device, image_column, images_hash, load_splits, pick_split
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import still_generates
-from ddae_hf.conditioning import class_conditioning
 from ddae_hf.noise import indexed_noise
 from pixels import Pixels, read_images, scaled
 from precision import made_fast
@@ -108,7 +107,7 @@ def ready(model: Any) -> Any:
 def check_null_class(model: DDAEModel) -> None:
     """Stop if a network is class-conditional and nothing says which of its labels stands for none."""
     try:
-        class_conditioning(model.denoiser, None, 1, "cpu", model.config.null_class)
+        model.diffusion.conditions(None, 1, "cpu")
     except ValueError as error:
         raise SystemExit("The network is class-conditional, without a null class: give --null_class.") from error
 

@@ -48,12 +48,12 @@ from data import (
     training_inputs,
 )
 from ddae_hf import DDAEConfig
-from ddae_hf.augment import accept_augmentation_labels
-from ddae_hf.checkpoints import build_denoiser, build_scheduler, plain_config, read_checkpoint
-from ddae_hf.conditioning import disable_label_dropout, is_conditional, label_options, num_labels
+from ddae_hf.augment import NUM_LABELS
+from ddae_hf.checkpoints import build_scheduler, plain_config, read_checkpoint
+from ddae_hf.diffusion import Diffusion
 from ddae_hf.latent_folder import LatentFolder
-from ddae_hf.noise import sample_training_sigma
-from ddae_hf.objectives import denoising_loss
+from ddae_hf.networks import NETWORKS, build_denoiser, network_of
+from ddae_hf.noise import family_of
 from hub import PRIVATE, add_hub_arguments, prepare, publish
 from latents import one_view
 from precision import has_bfloat16, made_fast
@@ -132,7 +132,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--report_to", help="Tracker: tensorboard, wandb, ...; none by default.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, inside --output_dir.")
     args = parse_with_config(parser, argv)
-    if labels := sorted({"num_class_embeds", "num_embeds_ada_norm"} & set(args.denoiser)):
+    if labels := sorted({network.label_option for network in NETWORKS.values()} & set(args.denoiser)):
         parser.error(f"--denoiser has {labels[0]}: leave it out, --class_conditional takes it from the data set.")
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")
@@ -171,7 +171,7 @@ def new_networks(args: argparse.Namespace, num_classes: int, latents: LatentFold
         channels, side, _ = latents.shape
         inputs = {"in_channels": channels, "out_channels": channels, "sample_size": side}
     options = {**DENOISER, **inputs, **args.denoiser}
-    denoiser = build_denoiser({**options, **label_options(options["_class_name"], num_classes)})
+    denoiser = build_denoiser({**options, **network_of(options).label_options(num_classes)})
     scheduler = build_scheduler({**SCHEDULER, **args.scheduler})
     for given, built in ((args.denoiser, denoiser), (args.scheduler, scheduler)):
         if unknown := sorted(set(given) - set(inspect.signature(type(built)).parameters) - {"_class_name"}):
@@ -230,9 +230,10 @@ def build_networks(args: argparse.Namespace, resume: Path | None, data: Training
         denoiser, scheduler = new_networks(args, num_classes, data.latents)
         ema_denoiser = copy.deepcopy(denoiser)
     check_networks(args, denoiser, scheduler, num_classes, data.latents)
-    disable_label_dropout(denoiser)
+    network = network_of(denoiser)
+    network.stop_own_dropping(denoiser)
     if args.augment:
-        accept_augmentation_labels(denoiser)
+        network.accept_vectors(denoiser, NUM_LABELS)
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return denoiser, ema_denoiser.requires_grad_(False).eval(), scheduler
@@ -251,12 +252,13 @@ def check_networks(
                 f"in_channels and sample_size, and has {config.in_channels} and {config.sample_size}."
             )
     null_class = num_classes or None
-    if num_classes and num_labels(config) != num_classes + 1:
+    network = network_of(denoiser)
+    if num_classes and network.num_labels(config) != num_classes + 1:
         raise SystemExit(
             f"The data set has {num_classes} classes: the network needs {num_classes + 1} labels with its null class, "
-            f"and has {num_labels(config)}."
+            f"and has {network.num_labels(config)}."
         )
-    if not num_classes and is_conditional(denoiser):
+    if not num_classes and network.is_conditional(denoiser):
         raise SystemExit("This network is class-conditional: train it with --class_conditional.")
     if config.out_channels not in (None, config.in_channels):
         raise SystemExit("Only networks with as many output as input channels can be trained.")
@@ -269,7 +271,7 @@ def check_networks(
     DDAEConfig(**described, timestep=0, null_class=null_class)
     if args.low_resolution is not None:
         check_low_resolution(args.low_resolution, described, null_class)
-    sample_training_sigma(scheduler, 1, log_normal=args.log_sigma)
+    family_of(scheduler).draw(1, None, None, args.log_sigma)
     copy.deepcopy(scheduler).set_timesteps(args.num_inference_steps)
     if args.resolution not in (None, config.sample_size):
         raise SystemExit(f"--resolution is {args.resolution}, but the network's sample_size is {config.sample_size}.")
@@ -362,7 +364,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Training:
 def training_steps(args: argparse.Namespace, accelerator: Accelerator, training: Training) -> Iterator[int]:
     """Train, and yield the number of every step that is done, up to the last."""
     denoiser, run = training.denoiser, training.run
-    network = accelerator.unwrap_model(denoiser, keep_torch_compile=False)
+    diffusion = Diffusion(denoiser, training.scheduler)
     denoiser.train()
     if training.step == training.total_steps:
         return
@@ -370,11 +372,10 @@ def training_steps(args: argparse.Namespace, accelerator: Accelerator, training:
         seed_step(args, accelerator, run.progress.batches)
         with accelerator.accumulate(denoiser):
             batch["pixel_values"] = one_view(batch["pixel_values"])
-            clean, labels = training_inputs(args, batch, network)
+            clean, labels = training_inputs(args, batch, diffusion.own)
             if args.low_resolution and training.step < args.low_resolution_share * training.total_steps:
                 clean = F.interpolate(clean, args.low_resolution, mode="area")
-            levels = {"class_labels": labels, "log_normal": args.log_sigma}
-            loss = denoising_loss(denoiser, training.scheduler, clean, **levels).mean()
+            loss = diffusion.loss(clean, class_labels=labels, log_normal=args.log_sigma).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
                 accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)

@@ -12,8 +12,6 @@ import torch
 import evaluate_generation
 from classes import draw_images
 from ddae_hf import DDAEConfig, DDAEModel
-from ddae_hf.noise import sample_training_sigma
-from ddae_hf.objectives import denoising_loss
 from labelled import LabelledImages, ready
 from plots import stacked_curves
 
@@ -49,16 +47,14 @@ def test_loss(args: argparse.Namespace, checkpoint: Path, data: LabelledImages) 
     """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
     options = {} if args.null_class is None else {"null_class": args.null_class}
     model = ready(DDAEModel.from_pretrained(checkpoint, dtype=torch.float32, **options))
-    null_class = None if model.config.null_class is None else torch.tensor(model.config.null_class)
-    generator = torch.Generator().manual_seed(args.seed)
+    diffusion, generator = model.diffusion, torch.Generator().manual_seed(args.seed)
     losses = []
     for images in data.batches("test", draw_images(data.labels["test"], LOSS_IMAGES), "loss on test images"):
         clean = model.encode(images.to(model.device))
-        sigma = sample_training_sigma(model.scheduler, len(images), generator=generator)
+        sigma = diffusion.family.draw(len(images), None, generator)
         noise = torch.randn(clean.shape, generator=generator)
         noise, sigma = noise.to(model.device), sigma.to(model.device)
-        loss = denoising_loss(model.denoiser, model.scheduler, clean, sigma=sigma, noise=noise, class_labels=null_class)
-        losses.append(loss.cpu())
+        losses.append(diffusion.loss(clean, sigma=sigma, noise=noise).cpu())
     return torch.cat(losses).mean().item()
 
 

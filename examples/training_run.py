@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from data import image_grid, write_json
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
 from ddae_hf.arrays import write_text, written_whole
-from ddae_hf.conditioning import default_null_class, num_labels
+from ddae_hf.networks import network_of
 from facts import base_model, machine
 from training_data import TrainingData
 
@@ -322,9 +322,9 @@ class Run:
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of the network, which knows its null class, its classes and the VAE of its latents."""
-        config, null_class = self.ema_denoiser.config, None
-        if self.args.class_conditional and default_null_class(config) is None:
-            null_class = num_labels(config) - 1
+        network, config, null_class = network_of(self.ema_denoiser), self.ema_denoiser.config, None
+        if self.args.class_conditional and network.default_null_class(config) is None:
+            null_class = network.num_labels(config) - 1
         parts = {"vae": self.data.vae, "id2label": dict(enumerate(self.data.names)) if self.data.names else None}
         return DDAEPipeline.for_denoiser(denoiser, copy.deepcopy(self.scheduler), null_class, **parts)
 

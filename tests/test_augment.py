@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from ddae_hf.objectives import denoising_loss
 from diffusers import DDPMPipeline, DDPMScheduler, EDMEulerScheduler
 
 from ddae_hf import DDAEPipeline
@@ -17,7 +18,6 @@ from ddae_hf.augment import (
     embed_labels,
     label_width,
 )
-from ddae_hf.objectives import denoising_loss
 
 from .conftest import make_dit, make_unet
 

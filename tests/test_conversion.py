@@ -28,10 +28,10 @@ from ddae_hf import (
     layer_names,
     timestep_to_sigma,
 )
-from ddae_hf.conditioning import adjust_timestep_embedding, fed_timestep
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
 from ddae_hf.conversion import DIT_HEADS, convert, convert_dit, convert_unet
 from ddae_hf.hidden_states import collect_hidden_states
+from ddae_hf.networks import network_of
 from ddae_hf.pickles import read_weights
 from labelled import save_classifier
 
@@ -159,13 +159,13 @@ def test_frequencies_survive_saving_and_stock_diffusers_has_its_own(dit, tmp_pat
     torch.testing.assert_close(plain[0], expected[0], rtol=1e-5, atol=1e-5)  # at t = 0 frequencies play no part
     assert (plain[2:] - expected[2:]).std() > 0.01 * expected.std()
     for _ in range(2):
-        adjust_timestep_embedding(stock)
+        network_of(stock).complete(stock)
         torch.testing.assert_close(stock(x, t, class_labels=labels).sample, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_dit_that_says_nothing_of_frequencies_keeps_those_of_diffusers():
     dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_embeds_ada_norm=2)
-    adjust_timestep_embedding(dit)
+    network_of(dit).complete(dit)
     assert dit.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift == 1
 
 
@@ -343,7 +343,7 @@ def test_a_unet_has_the_hidden_states_of_the_original(unet_file, framework, tmp_
         time, level = sigma.log() / 4, sigma[:, None, None, None]
         x = (clean + level * noise) / (level**2 + 0.25).sqrt()
     sample, timestep = add_noise(model.scheduler, clean, noise, sigma)
-    timestep = fed_timestep(model.denoiser, timestep)
+    timestep = network_of(model.denoiser).fed_timestep(model.denoiser, timestep)
     torch.testing.assert_close(sample, x, rtol=1e-4, atol=1e-4)
     assert framework == "edm" or torch.equal(timestep, t - 1)
     expected, hidden = evaluate_unet(state, x, time)

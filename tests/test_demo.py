@@ -312,12 +312,12 @@ def test_a_perfect_networks_estimates_are_what_it_expects(framework):
 def test_closing_a_stream_ends_the_sampling():
     pipeline = DDAEPipeline.for_denoiser(make_unet(**GREY), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
-    threads, calls = threading.active_count(), []
+    calls = []
     pipeline.denoiser.register_forward_hook(lambda *_: calls.append(None))
     steps = denoising.stream(pipeline, 2, num_inference_steps=300)
-    assert next(steps).number == 1 and threading.active_count() == threads + 1
+    assert next(steps).number == 1
     steps.close()
-    assert threading.active_count() == threads and len(calls) < 100
+    assert len(calls) == 2  # a step's, and an estimate's
 
 
 @pytest.fixture(scope="module")

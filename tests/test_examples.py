@@ -33,8 +33,7 @@ import sweep
 import train_vae
 from data import image_grid, load_training_images, parse_with_config, read_config, training_batches
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.checkpoints import build_denoiser
-from ddae_hf.conditioning import label_options, num_labels
+from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
 from training_run import Progress
 
@@ -393,7 +392,7 @@ def test_class_conditional_networks_know_their_null_class_and_resume_exactly(dig
     options += ["--scheduler", '{"_class_name": "FlowMatchEulerDiscreteScheduler"}', "--log_sigma", "0", "1"]
     train(digits, tmp_path / "whole", "--max_train_steps", "2", *options)
     pipeline = DDAEPipeline.from_pretrained(tmp_path / "whole")
-    assert pipeline.null_class == 10 and num_labels(pipeline.denoiser.config) == 11
+    assert pipeline.null_class == 10 and pipeline.denoiser.config["num_class_embeds"] == 11
     assert DDAEForImageClassification.from_pretrained(tmp_path / "whole", num_labels=2).config.null_class in (None, 10)
     (tmp_path / "resumed").mkdir()
     (tmp_path / "resumed" / "checkpoint-1").symlink_to(tmp_path / "whole" / "checkpoint-1")
@@ -434,7 +433,7 @@ def test_networks_have_the_parameters_that_their_files_say(name):
     path = CONFIGS / "networks" / f"{name}.yaml"
     options = {**pretrain.DENOISER, **read_config(path)["denoiser"]}
     with torch.device("meta"):
-        denoiser = build_denoiser({**options, **label_options(options["_class_name"], 0)})
+        denoiser = build_denoiser({**options, **network_of(options).label_options(0)})
     assert sum(p.numel() for p in denoiser.parameters()) == PARAMETERS[name]
     assert f"{PARAMETERS[name]:,} parameters" in path.read_text().replace("\n# ", " ")
 

@@ -23,10 +23,10 @@ from ddae_hf import (
     layer_names,
     pool_hidden_states,
 )
-from ddae_hf.checkpoints import build_denoiser, plain_config
-from ddae_hf.conditioning import disable_label_dropout
+from ddae_hf.checkpoints import plain_config
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
-from ddae_hf.hidden_states import decoder_layer_names, default_layer, hidden_size, with_float32_output
+from ddae_hf.hidden_states import decoder_layer_names, default_layer, hidden_size
+from ddae_hf.networks import build_denoiser, network_of
 
 from .conftest import make_dit, make_unet
 
@@ -78,6 +78,10 @@ def by_hooks(network, *args):
     for handle in handles:
         handle.remove()
     return outputs
+
+
+def with_float32_output(denoiser):
+    return network_of(denoiser).with_float32_output(denoiser)
 
 
 @torch.no_grad()
@@ -252,7 +256,7 @@ def test_gradients_through_a_dits_checkpointed_blocks_are_the_same():
         dit = make_dit()
         if checkpointing:
             dit.train().enable_gradient_checkpointing()
-            disable_label_dropout(dit)
+            network_of(dit).stop_own_dropping(dit)
         collect_hidden_states(dit, *DIT_INPUTS, ["transformer_blocks.2"], **LABELS)[
             "transformer_blocks.2"
         ].sum().backward()

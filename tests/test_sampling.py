@@ -12,7 +12,7 @@ from diffusers import (
 )
 
 from ddae_hf import DDAEPipeline
-from ddae_hf.sampling import churn_factor, heun_step
+from ddae_hf.sampling import heun_steps
 
 from .conftest import make_unet
 from .ideal import MEAN, STD, Ideal, closed_form
@@ -41,11 +41,8 @@ def karras_levels(steps, low=0.002, high=80.0, rho=7.0):
 
 def integrate(latents, steps):
     """Follow the steps of the sampler on Gaussian data in float64."""
-    levels = karras_levels(steps)
-    x = latents.double() * levels[0]
-    for level, following in zip(levels, levels[1:], strict=False):
-        x = heun_step(closed_form, x, level, following)
-    return x
+    *_, last = heun_steps(karras_levels(steps), torch.arange(steps), latents.double(), closed_form)
+    return last.sample
 
 
 def exact(latents, sigma=80.0):
@@ -92,20 +89,36 @@ def test_heun_is_nearer_to_the_path_than_euler(latents):
 def test_churn_keeps_the_distribution():
     """Noise that is added and removed again leaves Gaussian data Gaussian, of the same mean and deviation."""
     generator = torch.Generator().manual_seed(0)
-    levels = karras_levels(200)
-    x = levels[0] * torch.randn(4000, 1, 2, 2, generator=generator, dtype=torch.float64)
-    start = x
-    for level, following in zip(levels, levels[1:], strict=False):
-        gamma = churn_factor(level, 200, s_churn=40, s_min=0.05, s_max=50)
-        x = heun_step(closed_form, x, level, following, gamma=gamma, generator=generator)
+    start = torch.randn(4000, 1, 2, 2, generator=generator, dtype=torch.float64)
+    churn = {"s_churn": 40, "s_min": 0.05, "s_max": 50}
+    *_, last = heun_steps(karras_levels(200), torch.arange(200), start, closed_form, generator, **churn)
+    x = last.sample
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02) and x.std().item() == pytest.approx(STD, rel=0.03)
     assert abs(torch.corrcoef(torch.stack([x.flatten(), start.flatten()]))[0, 1]) < 0.5  # it is another image
 
 
+def raised(sigma, num_steps, **churn):
+    """By what factor the first step raises a noise level before the denoiser is called."""
+    levels = [sigma * (1 - i / num_steps) for i in range(num_steps)] + [0.0]
+    seen = []
+    steps = heun_steps(
+        levels, torch.arange(num_steps), torch.zeros(1, 1, 2, 2), lambda x, level: seen.append(level) or x, **churn
+    )
+    next(steps)
+    return seen[0] / sigma
+
+
 def test_churn_is_bounded_as_in_the_paper():
-    assert churn_factor(1.0, 100, s_churn=9) == pytest.approx(0.09)
-    assert churn_factor(1.0, 10, s_churn=9) == pytest.approx(2**0.5 - 1)
-    assert churn_factor(1.0, 18) == churn_factor(0.01, 18, 9, s_min=0.05) == churn_factor(60.0, 18, 9, s_max=50) == 0
+    assert raised(1.0, 100, s_churn=9) == pytest.approx(1.09)
+    assert raised(1.0, 10, s_churn=9) == pytest.approx(2**0.5)
+    assert raised(1.0, 18) == raised(0.01, 18, s_churn=9, s_min=0.05) == raised(60.0, 18, s_churn=9, s_max=50) == 1
+
+
+def test_a_sample_that_is_put_in_a_steps_place_is_what_the_next_one_goes_on_with(latents):
+    seen = []
+    for step in heun_steps([2.0, 1.0, 0.0], torch.arange(2), latents, lambda x, level: seen.append(x) or x / 2):
+        step.sample = torch.full_like(latents, step.number)
+    assert len(seen) == 3 and torch.equal(seen[2], torch.ones_like(latents))
 
 
 def test_churn_needs_a_generator_to_repeat(latents):

@@ -26,7 +26,7 @@ from pictures import CSS  # noqa: E402
 from views import NO_CLASS, OWN_SAMPLER, Demo  # noqa: E402
 
 from data import add_data_arguments  # noqa: E402
-from ddae_hf.conditioning import num_labels  # noqa: E402
+from ddae_hf.networks import network_of  # noqa: E402
 from ddae_hf.noise import sigma_range  # noqa: E402
 from labelled import add_label_arguments  # noqa: E402
 
@@ -79,9 +79,9 @@ def image_field(demo: Demo) -> gr.Image:
 
 def generate_tab(demo: Demo) -> None:
     """Lay out the tab that generates."""
-    pipeline, config = demo.pipeline, demo.pipeline.denoiser.config
-    names = demo.class_names
-    classes = [(names.get(k, str(k)), k) for k in range(num_labels(config)) if k != pipeline.null_class]
+    pipeline, names = demo.pipeline, demo.class_names
+    labels = range(network_of(pipeline.denoiser).num_labels(pipeline.denoiser.config))
+    classes = [(names.get(k, str(k)), k) for k in labels if k != pipeline.null_class]
     has_null = pipeline.null_class is not None
     choices = [("any", NO_CLASS)] * has_null + classes if classes else [("any", NO_CLASS)]
     with gr.Row():

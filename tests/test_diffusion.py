@@ -1,15 +1,24 @@
-"""Training losses against their definitions."""
+"""The pair of denoiser and scheduler: losses against their definitions, answers and hidden states of one pass."""
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from ddae_hf.noise import prediction_target, sample_training_sigma, timestep_to_sigma
-from ddae_hf.objectives import denoising_loss
+from ddae_hf import collect_hidden_states, layer_names, timestep_to_sigma
+from ddae_hf.diffusion import Diffusion
+from ddae_hf.noise import family_of
 
 from .conftest import make_dit, make_unet
-from .ideal import MEAN, STD, Ideal
+from .ideal import MEAN, STD, Ideal, Stub, closed_form
+
+
+def denoising_loss(denoiser, scheduler, clean, **options):
+    return Diffusion(denoiser, scheduler).loss(clean, **options)
+
+
+def draw(scheduler, count):
+    return family_of(scheduler).draw(count)
 
 
 def test_noise_prediction_loss_is_ho_et_als(unet, scheduler, images):
@@ -28,15 +37,13 @@ SCHEDULERS += [EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()]
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_perfect_answer_has_no_loss(images, scheduler):
-    noise, sigma = torch.randn_like(images), sample_training_sigma(scheduler, 5)
-    perfect = Perfect(prediction_target(scheduler, images, noise, sigma))
+    noise, sigma = torch.randn_like(images), draw(scheduler, 5)
+    perfect = Perfect(family_of(scheduler).target(images, noise, sigma))
     assert denoising_loss(perfect, scheduler, images, sigma=sigma, noise=noise).max() == 0
 
 
-class Perfect(torch.nn.Module):
+class Perfect(Stub):
     """Answers with the target."""
-
-    config, class_embedding = make_unet().config, None
 
     def __init__(self, target):
         super().__init__()
@@ -86,22 +93,19 @@ def test_training_on_gaussian_data_reaches_the_minimum():
     assert reached == pytest.approx(edm_minimum(sigma, 0.6), rel=0.02)
 
 
-class Scaled(torch.nn.Module):
+class Scaled(Stub):
     """A network with its output scaled."""
 
     def __init__(self, network, gain):
         super().__init__()
         self.network, self.gain = network, gain
-        self.config, self.class_embedding = network.config, None
 
     def forward(self, sample, timestep):
         return UNet2DOutput(sample=self.gain * self.network(sample, timestep).sample)
 
 
-class Affine(torch.nn.Module):
+class Affine(Stub):
     """Answers with a multiple of its input and a constant."""
-
-    config, class_embedding = make_unet().config, None
 
     def __init__(self):
         super().__init__()
@@ -116,7 +120,7 @@ class Affine(torch.nn.Module):
 def test_every_parameter_gets_a_gradient_and_training_lowers_the_loss(images, scheduler, network):
     torch.manual_seed(0)
     unet = (make_unet() if network == "unet" else make_dit(num_embeds_ada_norm=0)).train()
-    noise, sigma = torch.randn_like(images), sample_training_sigma(scheduler, 5)
+    noise, sigma = torch.randn_like(images), draw(scheduler, 5)
     optimizer = torch.optim.Adam(unet.parameters(), 1e-3)
     losses = []
     for _ in range(15):
@@ -154,3 +158,74 @@ def test_edm_trains_at_levels_beyond_those_of_its_sampler(unet, images):
     """One log-normal draw in 62,000 is."""
     sigma = torch.tensor([1e-4, 0.001, 0.5, 90.0, 1e4])
     assert denoising_loss(unet, EDMEulerScheduler(), images, sigma=sigma).isfinite().all()
+
+
+def test_a_weighting_scales_each_images_loss_by_its_level(unet, scheduler, images):
+    """As min-SNR's does (Hang et al. 2023, arXiv 2303.09556)."""
+    sigma, noise = torch.tensor([0.05, 0.1, 0.5, 2.0, 50.0]), torch.randn_like(images)
+    plain = denoising_loss(unet, scheduler, images, sigma=sigma, noise=noise)
+    weighted = denoising_loss(
+        unet, scheduler, images, sigma=sigma, noise=noise, weighting=lambda level: (5 * level**2).clamp(max=1)
+    )
+    assert torch.equal(weighted, (5 * sigma**2).clamp(max=1) * plain) and weighted[0] < plain[0] / 50
+
+
+CONDITIONED = [(make_unet, {}), (make_unet, {"num_class_embeds": 4}), (make_dit, {}), (make_dit, {"out_channels": 6})]
+
+
+@pytest.mark.parametrize(("make", "options"), CONDITIONED)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_one_pass_gives_the_answer_and_the_hidden_states(images, scheduler, make, options):
+    """Both bit-equal to passes of their own, with the gradients of both; and the network runs once."""
+    denoiser, calls = make(**options), []
+    labels = torch.arange(5) % 4 if "num_class_embeds" in options or make is make_dit else None
+    diffusion = Diffusion(denoiser, scheduler)
+    noisy, timestep = diffusion.family.noisy(images, torch.randn_like(images), draw(scheduler, 5))
+    conditions = diffusion.conditions(labels, 5, "cpu")
+    layers = layer_names(denoiser)[1:4]
+    alone = diffusion.predict(noisy, timestep, conditions)
+    states = collect_hidden_states(denoiser, noisy, timestep, layers, **conditions)
+    denoiser.get_submodule("conv_in" if make is make_unet else "pos_embed").register_forward_hook(
+        lambda *_: calls.append(None)
+    )
+    answer, found = diffusion.predict_with_hidden_states(noisy, timestep, layers, conditions)
+    assert torch.equal(answer, alone[:, :3]) and answer.shape == images.shape and len(calls) == 1
+    assert list(found) == layers and all(torch.equal(found[layer], states[layer]) for layer in layers)
+    (answer.square().mean() + found[layers[0]].mean()).backward()
+    last = denoiser.conv_out if make is make_unet else denoiser.proj_out_2
+    assert last.weight.grad.abs().sum() > 0 and all(p.grad is not None for p in first_parameters(denoiser, make))
+
+
+def first_parameters(denoiser, make):
+    return (denoiser.conv_in if make is make_unet else denoiser.pos_embed.proj).parameters()
+
+
+def test_a_pass_with_hooks_gives_the_same_and_so_does_a_compiled_network(unet, scheduler, images):
+    diffusion, timestep = Diffusion(unet, scheduler), torch.full((5,), 20.0)
+    answer, found = diffusion.predict_with_hidden_states(images, timestep, ["mid_block"], {})
+    compiled = torch.compile(unet, backend="eager")
+    handle = unet.register_forward_hook(lambda *_: None)
+    for denoiser in (unet, compiled):
+        again, states = Diffusion(denoiser, scheduler).predict_with_hidden_states(images, timestep, ["mid_block"], {})
+        assert torch.equal(again, answer) and torch.equal(states["mid_block"], found["mid_block"])
+    handle.remove()
+
+
+FRAMEWORKS = {"ddpm": DDPMScheduler, "edm": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("framework", list(FRAMEWORKS))
+def test_the_denoised_image_of_gaussian_data_is_the_closed_form(framework):
+    """By `denoise`, whose sample is `x + sigma * n`, and by `estimate`, whose sample is the scheduler's own."""
+    scheduler = FRAMEWORKS[framework]()
+    diffusion = Diffusion(Ideal(framework, "epsilon", getattr(scheduler, "alphas_cumprod", None)), scheduler)
+    scheduler.set_timesteps(10)
+    timestep = scheduler.timesteps[5]
+    sigma = timestep_to_sigma(scheduler, timestep).item()
+    sample = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * (STD**2 + sigma**2) ** 0.5 + MEAN
+    expected = closed_form(sample, sigma)
+    torch.testing.assert_close(diffusion.denoise(sample, sigma, {}).double(), expected, atol=1e-4, rtol=0)
+    # What the scheduler keeps: the network's input, but for EDM, which keeps `x + sigma * n`.
+    own = sample if framework == "edm" else diffusion.family.scaled(sample, sigma)[0]
+    torch.testing.assert_close(diffusion.estimate(own, timestep, {}).double(), expected, atol=1e-4, rtol=0)

@@ -1,0 +1,91 @@
+"""A module seen with some of its parts replaced, and what stands between a module and a plain call of its `forward`.
+
+A network's own `forward` runs on a `Cut`, a small object that shows the network with other attributes: shorter block
+lists, output layers that do nothing. No code is repeated, no module is copied and no hook is set, so that it goes
+through `torch.compile(fullgraph=True)` and `torch.export`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Cut:
+    """A module seen with some attributes replaced: runs the module's own forward on them."""
+
+    def __init__(self, module: nn.Module, replaced: dict[str, Any]):
+        self._module = uncompiled(module)
+        for name, value in replaced.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward on what is seen."""
+        return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class Recorder:
+    """A module that also keeps its output under a name."""
+
+    def __init__(self, module: nn.Module, name: str, found: dict[str, Tensor]):
+        self._module, self._name, self._found = module, name, found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module and keep its output."""
+        output = self._module(*args, **kwargs)
+        self._found[self._name] = output
+        return output
+
+
+def identity(hidden: Tensor) -> Tensor:
+    """Return what came."""
+    return hidden
+
+
+def in_float32(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a module's function, computed in float32 on a copy: other threads may be using the module."""
+    exact = copy.deepcopy(module).float()
+    return lambda hidden: exact(hidden.float())
+
+
+def uncompiled(module: Any) -> Any:
+    """Return the module that `torch.compile` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module that was compiled or distributed (DistributedDataParallel), or the module itself."""
+    own = uncompiled(module)
+    return uncompiled(getattr(own, "module", own))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, by `torch.compile` or in place."""
+    return uncompiled(module) is not module or module._compiled_call_impl is not None
+
+
+def runs_forward_alone(module: nn.Module) -> bool:
+    """Whether a call of a module has the result of its class's `forward`, which a `Cut` runs by hand.
+
+    Not with hooks, be they torch's on this module or on all, or accelerate's and diffusers', which give the instance a
+    `forward` of its own. A compiled module's result is that of its `forward`.
+    """
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    own = uncompiled(module)
+    hooks = [
+        getattr(m, f"_{kind}_hooks")
+        for m in (module, own)
+        for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    ]
+    return not any(hooks) and "forward" not in vars(own) and not hasattr(own, "_hf_hook")

@@ -1,0 +1,192 @@
+"""The pair of a denoiser and its scheduler, from which everything else follows.
+
+Symbols as in `noise`: of a clean image `x` and standard-normal noise `n` the denoiser is fed `a * x + b * n`, with the
+timestep of its level `sigma`, and should answer `c * x + d * n`. The loss of every framework is
+`mean((answer - (c * x + d * n)) ** 2)`. So written it is
+
+- for noise prediction `L_simple` of Ho et al. 2020 (arXiv 2006.11239, equation 14);
+- for EDM equation 8 of Karras et al. 2022 (arXiv 2206.00364): the paper's weight of the denoised image's error,
+  `(sigma^2 + sigma_data^2) / (sigma * sigma_data)^2`, is `1 / c_out^2`, which leaves the plain error of the output;
+- for flow matching the conditional flow-matching loss of Lipman et al. 2022 (arXiv 2210.02747) on straight paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cut import unwrapped
+from .hidden_states import run_with_hidden_states
+from .networks import network_of
+from .noise import family_of
+
+Conditions = dict[str, Tensor]
+
+
+class Diffusion:
+    """A denoiser, its scheduler and its null class.
+
+    Args:
+        denoiser: A diffusers network, which may be compiled or distributed.
+        scheduler: The scheduler that it was trained under, or another of the same framework.
+        null_class: The label that stands for none, of a network that does not imply one.
+        float32_output: Whether a network of a shorter type computes its output layers in float32, where that helps.
+
+    Raises:
+        ValueError: A network or a scheduler that is not supported.
+    """
+
+    def __init__(self, denoiser: Any, scheduler: Any, null_class: int | None = None, float32_output: bool = False):
+        self.own = unwrapped(denoiser)
+        self.network = network_of(self.own)
+        self.family = family_of(scheduler)
+        self.null_class = self.network.default_null_class(self.own.config) if null_class is None else null_class
+        self.denoiser = self.network.with_float32_output(denoiser) if float32_output else denoiser
+
+    def conditions(self, class_labels: Any, batch_size: int, device: Any) -> Conditions:
+        """Return what the denoiser is told of its images beside their timestep: see `NetworkClass.conditions`."""
+        return self.network.conditions(self.own, class_labels, batch_size, device, self.null_class)
+
+    def predict(self, noisy: Tensor, timestep: Tensor, conditions: Conditions, guidance_scale: float = 1.0) -> Tensor:
+        """Return what the denoiser answers.
+
+        Args:
+            noisy: Its input (B, C, H, W), scaled as `Family.noisy` does.
+            timestep: Its timestep (B,), float32.
+            conditions: What `conditions` returned.
+            guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
+
+        Returns:
+            The answer (B, C, H, W), float32; after its channels those of a learned variance, if the scheduler uses one.
+        """
+        count = len(noisy)
+        fed = self.network.fed_timestep(self.own, timestep)
+        noisy = noisy.to(self.own.dtype)
+        if guidance_scale != 1:
+            without = self.conditions(None, count, noisy.device)
+            conditions = {name: torch.cat([value, without[name]]) for name, value in conditions.items()}
+            noisy, fed = torch.cat([noisy, noisy]), torch.cat([fed, fed])
+        output = self.denoiser(noisy, fed, **conditions).sample.float()
+        channels = self.own.config.in_channels
+        prediction, variance = output[:, :channels], output[:, channels:]
+        if guidance_scale != 1:
+            with_label, unlabelled = prediction.chunk(2)
+            prediction = unlabelled + guidance_scale * (with_label - unlabelled)
+            variance = variance[:count]
+        return torch.cat([prediction, variance], dim=1) if self.family.learns_variance else prediction
+
+    def predict_with_hidden_states(
+        self, noisy: Tensor, timestep: Tensor, layers: Sequence[str], conditions: Conditions
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what the denoiser answers and, of the same pass, its hidden states.
+
+        Args:
+            noisy: Its input (B, C, H, W), as for `predict`.
+            timestep: Its timestep (B,).
+            layers: Names of layers.
+            conditions: What `conditions` returned.
+
+        Returns:
+            The answer (B, C, H, W), float32, without a learned variance; raw hidden states by layer name.
+        """
+        fed = self.network.fed_timestep(self.own, timestep)
+        output, states = run_with_hidden_states(self.denoiser, noisy.to(self.own.dtype), fed, layers, conditions)
+        return output[:, : noisy.shape[1]].float(), states
+
+    def hidden_states(
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        sigma: float | Tensor,
+        layers: Sequence[str],
+        class_labels: Any = None,
+    ) -> dict[str, Tensor]:
+        """Return hidden states of noisy images, and compute nothing after the deepest.
+
+        Args:
+            clean: Images (B, C, H, W) in [-1, 1], or scaled latents.
+            noise: Standard-normal noise, several draws for each image: (draws, B, C, H, W).
+            sigma: Noise level, scalar or (B,).
+            layers: Names of layers.
+            class_labels: Labels (B,); by default the null class.
+
+        Returns:
+            Raw hidden states (B, ...), in the means over the draws, by layer name.
+        """
+        count, batch_size = noise.shape[:2]
+        told = self.conditions(class_labels, batch_size, clean.device)
+        level = _repeat(torch.as_tensor(sigma, dtype=torch.float32), count)
+        noisy, timestep = self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level)
+        fed = self.network.fed_timestep(self.own, timestep)
+        conditions = {name: _repeat(value, count) for name, value in told.items()}
+        noisy = noisy.to(self.own.dtype)
+        _, found = run_with_hidden_states(self.denoiser, noisy, fed, layers, conditions, stop_early=True)
+        if count > 1:
+            return {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
+        return found
+
+    def denoise(self, sample: Tensor, sigma: float, conditions: Conditions, guidance_scale: float = 1.0) -> Tensor:
+        """Return the clean image (B, C, H, W), float32, that the denoiser sees in `x + sigma * n`, the paper's `D`."""
+        scaled, timestep = self.family.scaled(sample, sigma)
+        answer = self.predict(scaled, timestep, conditions, guidance_scale)
+        return self.family.denoised(scaled, answer[:, : sample.shape[1]], sigma)
+
+    def estimate(self, sample: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """Return the clean image (B, C, H, W), float32, that the denoiser sees in its scheduler's sample.
+
+        Args:
+            sample: (B, C, H, W), as the scheduler keeps it.
+            timestep: One of the scheduler's timesteps, without dimensions.
+            conditions: What `conditions` returned.
+        """
+        fed = self.family.model_input(sample, timestep)
+        answer = self.predict(fed, timestep.expand(len(sample)), conditions)
+        return self.family.denoised(fed, answer[:, : sample.shape[1]], self.family.sigma(timestep))
+
+    def loss(
+        self,
+        clean: Tensor,
+        *,
+        sigma: Tensor | None = None,
+        noise: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        log_normal: tuple[float, float] | None = None,
+        generator: torch.Generator | None = None,
+        weighting: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Return the denoising loss of each image.
+
+        Args:
+            clean: Images (B, C, H, W) in [-1, 1], or scaled latents. Output channels beyond theirs, a learned variance,
+                play no part.
+            sigma: Noise levels (B,); drawn from the family's training distribution if not given.
+            noise: Standard-normal noise (B, C, H, W); drawn if not given.
+            class_labels: Labels (B,) of a class-conditional network, or vectors (B, width) of one that takes vectors.
+            log_normal: Mean and deviation of log sigma, in place of the family's own training distribution.
+            generator: Random generator on the device of `clean`.
+            weighting: The weight of an image's loss as a function of the noise levels (B,); by default all weigh 1.
+
+        Returns:
+            Squared errors averaged over pixels, float32 (B,).
+
+        Raises:
+            ValueError: A level at which no network of the scheduler's family is trained.
+        """
+        if sigma is None:
+            sigma = self.family.draw(len(clean), clean.device, generator, log_normal)
+        if noise is None:
+            noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
+        noisy, timestep = self.family.noisy(clean, noise, sigma)
+        conditions = self.conditions(class_labels, len(clean), clean.device)
+        output = self.denoiser(noisy, self.network.fed_timestep(self.own, timestep), **conditions).sample
+        target = self.family.target(clean, noise, sigma)
+        errors = (output[:, : clean.shape[1]].float() - target).square().mean(dim=tuple(range(1, clean.ndim)))
+        return errors if weighting is None else weighting(sigma) * errors
+
+
+def _repeat(values: Tensor, count: int) -> Tensor:
+    """Repeat a batch `count` times; what holds for the whole batch stays as it is."""
+    return values.repeat(count, *[1] * (values.ndim - 1)) if values.ndim else values

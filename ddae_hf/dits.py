@@ -1,0 +1,102 @@
+"""diffusers' `DiTTransformer2DModel`.
+
+A tap is the output of a transformer block. The network has `num_embeds_ada_norm` classes, and the null class after
+them; with `num_embeds_ada_norm=0` there is the null class alone, and the network is unconditional.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding, Timesteps
+from torch import Tensor, nn
+
+from .cut import Cut, Recorder
+from .network_class import NetworkClass, Tap
+
+
+class DiT(NetworkClass):
+    """diffusers' `DiTTransformer2DModel`."""
+
+    model = DiTTransformer2DModel
+    component = "transformer"
+    label_option = "num_embeds_ada_norm"
+    indivisible = ("BasicTransformerBlock",)
+    # An option that diffusers lacks: frequency i of the n of the timestep embedding is `10000 ** (-i / (n - shift))`.
+    # The official DiTs have shift 0, which their conversions note; diffusers builds every DiT with shift 1, and so do
+    # checkpoints without the note stay.
+    frequencies = "downscale_freq_shift"
+
+    def build(self, config: Mapping[str, Any]) -> Any:
+        """Build it without the option that diffusers would log as ignored, and note that."""
+        denoiser = self.model.from_config({k: v for k, v in config.items() if k != self.frequencies})
+        denoiser.register_to_config(**{k: v for k, v in config.items() if k == self.frequencies})
+        return denoiser
+
+    def complete(self, denoiser: Any) -> None:
+        """Give the timestep embedding the frequencies that the config asks for."""
+        shift = denoiser.config.get(self.frequencies)
+        for module in denoiser.modules() if shift is not None else ():
+            if isinstance(module, Timesteps):
+                module.downscale_freq_shift = shift
+
+    def present_config(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """Take what diffusers had in a class of many kinds once, as in `facebook/DiT-XL-2-256`, for what it is now."""
+        if config.get("_class_name") != "Transformer2DModel" or config.get("norm_type") != "ada_norm_zero":
+            return super().present_config(config)
+        known = inspect.signature(DiTTransformer2DModel).parameters
+        return {k: v for k, v in config.items() if k in known} | {"_class_name": "DiTTransformer2DModel"}
+
+    def computed_buffers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return its positions, which do not depend on its blocks."""
+        with torch.device("cpu"):
+            return {"pos_embed.pos_embed": self.build({**config, "num_layers": 0}).pos_embed.pos_embed}
+
+    def divisor(self, config: Mapping[str, Any]) -> tuple[int, str]:
+        """Return the side of its patches."""
+        return config["patch_size"], f"with patches of {config['patch_size']}"
+
+    def num_labels(self, config: Mapping[str, Any]) -> int:
+        """Count the null class, which it always has."""
+        return config["num_embeds_ada_norm"] + 1
+
+    def label_options(self, num_classes: int) -> dict[str, int]:
+        """Leave the null class out, which it does not count."""
+        return {"num_embeds_ada_norm": num_classes}
+
+    def default_null_class(self, config: Mapping[str, Any]) -> int | None:
+        """Return its last label."""
+        return config["num_embeds_ada_norm"]
+
+    def is_conditional(self, denoiser: Any) -> bool:
+        """Whether it has classes beside the null class."""
+        return denoiser.config["num_embeds_ada_norm"] > 0
+
+    def stop_own_dropping(self, denoiser: nn.Module) -> None:
+        """Stop its blocks, each of which would draw for itself."""
+        for module in denoiser.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0
+
+    def taps(self, denoiser: Any) -> list[Tap]:
+        """Return its blocks, `transformer_blocks.0`, ..."""
+        width, stride = denoiser.inner_dim, denoiser.config["patch_size"]
+        count = len(denoiser.transformer_blocks)
+        return [Tap(f"transformer_blocks.{k}", width, stride, "decoder") for k in range(count)]
+
+    def on_grid(self, hidden: Tensor, tap: Tap, size: Sequence[int]) -> Tensor:
+        """Lay tokens (B, N, C) out on the grid of their patches."""
+        height, width = (side // tap.stride for side in size)
+        return hidden.transpose(1, 2).unflatten(2, (height, width))
+
+    def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
+        """Return the network with fewer blocks; its small output layer runs."""
+        names = [tap.name for tap in self.taps(denoiser)]
+        count = 1 + max(map(names.index, layers)) if stop_early else None
+        blocks = zip(list(denoiser.transformer_blocks)[:count], names[:count], strict=True)
+        recorded = [Recorder(block, name, found) if name in layers else block for block, name in blocks]
+        return Cut(denoiser, {"transformer_blocks": recorded})

@@ -1,0 +1,112 @@
+"""Class labels: their names and their range, dropping them, and the loss of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .noise import readable
+
+
+def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, str] | None:
+    """Return the names of classes by label, from JSON too, where all labels are text.
+
+    Args:
+        id2label: The names by label; not every label needs one.
+        count: Number of labels.
+
+    Raises:
+        ValueError: A label that is no whole number from 0 to count - 1 or comes twice, or a name that is no text.
+    """
+    if id2label is None:
+        return None
+    names: dict[int, str] = {}
+    for given, name in id2label.items():
+        label = int(str(given)) if str(given).isdecimal() else -1
+        if not 0 <= label < count:
+            allowed = f"its labels are 0 to {count - 1}" if count else "it tells no classes apart"
+            raise ValueError(f"id2label names the class {given!r}, but of this network {allowed}.")
+        if label in names:
+            raise ValueError(f"id2label names the class {label} twice: {names[label]!r} and {name!r}.")
+        if not isinstance(name, str):
+            raise ValueError(f"id2label names the class {label} {name!r}: names are text.")
+        names[label] = name
+    return names
+
+
+def labels_by_name(names: Mapping[Any, str]) -> dict[str, list[int]]:
+    """Return the labels that each name stands for, sorted by name; more than one where classes share it.
+
+    A class has its whole name, and beside it each of the names that commas part in it, as in ImageNet.
+    """
+    found: dict[str, set[int]] = {}
+    for label, whole in names.items():
+        for name in (whole, *whole.split(",")):
+            if name.strip():
+                found.setdefault(name.strip(), set()).add(int(label))
+    return {name: sorted(labels) for name, labels in sorted(found.items())}
+
+
+def check_label_range(name: str, labels: Tensor, count: int) -> None:
+    """Refuse labels outside 0 to count - 1, where they are `readable`."""
+    if not readable(labels) or not labels.numel():
+        return
+    if labels.min() < 0 or labels.max() >= count:
+        raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
+
+
+def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
+    """Replace each of the labels (B,) by the null class with this probability (Ho and Salimans 2022, arXiv 2207.12598).
+
+    A network trained so denoises with and without a label, which guidance needs.
+    """
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return torch.where(dropped, null_class, class_labels)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a batch.
+
+    Args:
+        logits: (B, K).
+        labels: Classes (B,), of which -100 is left out; or probabilities of classes (B, K).
+
+    Raises:
+        ValueError: Labels of another shape or type; classes outside 0 to K - 1, and numbers that are no probabilities,
+            where they can be read (on the CPU, in a graph that is not compiled).
+    """
+    batch_size, count = logits.shape
+    if count < 2:
+        raise ValueError(
+            "The classifier has a single class, whose cross-entropy is always 0: set num_labels to the number of "
+            'classes, or problem_type="regression" for a number.'
+        )
+    expected = (batch_size, count) if labels.is_floating_point() else (batch_size,)
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: allowed are classes, integers ({batch_size},), "
+            f"and probabilities of classes, floats ({batch_size}, {count}). For several classes of one image, or for "
+            "numbers, set the config's problem_type."
+        )
+    if labels.is_floating_point():
+        _check_probabilities(labels)
+        return F.cross_entropy(logits.float(), labels.float())
+    check_label_range("labels", labels.where(labels != -100, 0), count)
+    return F.cross_entropy(logits.float(), labels.long())
+
+
+def _check_probabilities(labels: Tensor) -> None:
+    """Refuse probabilities (B, K) that are negative or do not add up to 1, as half precision keeps it."""
+    if not readable(labels):
+        return
+    lowest, sums = labels.min(), labels.float().sum(1)
+    if not (lowest >= -1e-3 and (sums - 1).abs().max() <= 0.02):
+        raise ValueError(
+            f"labels are floats from {lowest:.4g} on, which add up to {sums.min():.4g} to {sums.max():.4g} an image: "
+            "probabilities of classes must not be negative, and add up to 1. For several classes of one image, set the "
+            'config\'s problem_type="multi_label_classification".'
+        )

@@ -1,0 +1,205 @@
+"""`NetworkClass`: all that depends on the class of a denoiser, which one object for each class knows.
+
+Methods take the network itself, a `denoiser`, or its complete diffusers config.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .cut import Cut, runs_forward_alone
+from .labels import check_label_range
+
+
+class Tap(NamedTuple):
+    """A place where a network's hidden state can be read.
+
+    Attributes:
+        name: Its dotted path in `named_modules()`.
+        channels: Width of the hidden state.
+        stride: Pixels of the network's input, in height and in width, that one of its positions stands for.
+        part: `"encoder"`, `"middle"` or `"decoder"`; networks without these are decoders as a whole.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    part: str
+
+
+class NetworkClass(ABC):
+    """A class of denoisers.
+
+    Attributes:
+        model: The class.
+        component: The key under which diffusers' pipelines have it.
+        label_option: The option of its config that says how many classes it tells apart.
+        indivisible: Names of classes of its blocks that a device map must not divide.
+    """
+
+    model: Any
+    component: str
+    label_option: str
+    indivisible: tuple[str, ...] = ()
+
+    def build(self, config: Mapping[str, Any]) -> Any:
+        """Build a randomly initialised network from its config."""
+        return self.model.from_config(config)
+
+    def complete(self, denoiser: Any) -> None:
+        """Give a network what its config asks for and its class does not obey: nothing, for most."""
+        return
+
+    def present_config(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the config of such a network in today's terms, from what older versions wrote; None for others."""
+        return config if config.get("_class_name") == self.model.__name__ else None
+
+    def computed_buffers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the buffers that are computed from the config and that no checkpoint holds, on the CPU, by name."""
+        return {}
+
+    @abstractmethod
+    def divisor(self, config: Mapping[str, Any]) -> tuple[int, str]:
+        """Return what the sides of its images must be multiples of, and why, in words."""
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless the network can divide its images as it must."""
+        side = config["sample_size"]
+        if side is None:
+            raise ValueError("The denoiser's config has no sample_size: set it to the side of its images or latents.")
+        factor, reason = self.divisor(config)
+        if any(length % factor for length in ([side] if isinstance(side, int) else side)):
+            raise ValueError(f"sample_size is {side}: {reason}, it must be a multiple of {factor}.")
+
+    def check_timesteps(self, config: Mapping[str, Any], scheduler: Any) -> None:
+        """Raise `ValueError` if the network cannot be fed the scheduler's timesteps."""
+        return
+
+    def fed_timestep(self, denoiser: Any, timestep: Tensor) -> Tensor:
+        """Return `timestep` (B,), float32, in the type that the network's embedding takes."""
+        return timestep
+
+    @abstractmethod
+    def num_labels(self, config: Mapping[str, Any]) -> int:
+        """Return how many class labels the network tells apart, its null class included; 0 if it takes none."""
+
+    @abstractmethod
+    def label_options(self, num_classes: int) -> dict[str, int]:
+        """Return the options of a network of so many classes and a null class after them; 0 is unconditional."""
+
+    def default_null_class(self, config: Mapping[str, Any]) -> int | None:
+        """Return the null class that the config implies."""
+        return None
+
+    def check_null_class(self, null_class: int | None, config: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless the network has the label that is to stand for none."""
+        count = self.num_labels(config)
+        if null_class is not None and not 0 <= null_class < count:
+            has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
+            raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
+
+    @abstractmethod
+    def is_conditional(self, denoiser: Any) -> bool:
+        """Whether the network can be given class labels."""
+
+    def conditions(
+        self, denoiser: Any, class_labels: Any, batch_size: int, device: Any, null_class: int | None = None
+    ) -> dict[str, Tensor]:
+        """Return the keyword arguments that tell the network its classes: `class_labels`, or nothing.
+
+        Args:
+            denoiser: The network.
+            class_labels: Labels (B,), or one for all; a U-Net whose `class_embed_type` is `"identity"` takes vectors
+                (B, width). None means the null class.
+            batch_size: Number of images, B.
+            device: Where they are.
+            null_class: The null class of a network that does not imply one.
+
+        Raises:
+            ValueError: Labels for an unconditional network, labels that it does not have, that are no whole numbers or
+                not one an image, or neither labels nor a null class for a conditional one.
+        """
+        takes_labels = self.is_conditional(denoiser)
+        if class_labels is not None and not takes_labels:
+            raise ValueError("class_labels came, but this denoiser is unconditional: leave them out.")
+        if class_labels is None:
+            class_labels = self.default_null_class(denoiser.config) if null_class is None else null_class
+            if class_labels is None and takes_labels:
+                raise ValueError("This denoiser is class-conditional: pass class_labels, or set its null_class.")
+            if class_labels is None:
+                return {}
+        several = class_labels if isinstance(class_labels, list) else [class_labels]
+        if any(isinstance(label, str) for label in several):
+            raise ValueError(
+                f"class_labels are {class_labels!r}: they are numbers; `get_label_ids` gives those of names."
+            )
+        labels = torch.as_tensor(class_labels, device=device)
+        labels = labels.reshape(1) if labels.ndim == 0 else labels
+        if len(labels) not in (1, batch_size):
+            raise ValueError(f"{len(labels)} class_labels came for {batch_size} images: pass one, or one an image.")
+        if count := self.num_labels(denoiser.config):
+            if labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+                came = f"of shape {tuple(labels.shape)} and type {labels.dtype}"
+                raise ValueError(f"class_labels are {came}: they must be whole numbers, one, or one an image.")
+            check_label_range("class_labels", labels, count)
+        return {"class_labels": labels.expand(batch_size, *labels.shape[1:])}
+
+    def example_label(self, denoiser: Any) -> Tensor | None:
+        """Return a label (1,), or a vector (1, width), that the network can be told; None if it takes none."""
+        return torch.zeros(1, dtype=torch.long) if self.is_conditional(denoiser) else None
+
+    def stop_own_dropping(self, denoiser: nn.Module) -> None:
+        """Stop a network from dropping labels by itself in training mode."""
+        return
+
+    def accept_vectors(self, denoiser: Any, width: int) -> None:
+        """Make an unconditional network take vectors as its `class_labels` while it is trained.
+
+        Padded with zeros to `vector_width`, they are added to its time embedding. Its config and weights stay those of
+        an unconditional network, and so does what it saves.
+
+        Args:
+            denoiser: The network.
+            width: How many numbers there are.
+
+        Raises:
+            ValueError: A network that cannot take them.
+        """
+        name = type(denoiser).__name__
+        raise ValueError(f"Augmentation needs an unconditional UNet2DModel, which takes its labels: a {name} came.")
+
+    def vector_width(self, denoiser: Any) -> int:
+        """Return the width of the vectors of `accept_vectors`; 0 where it takes none."""
+        return 0
+
+    @abstractmethod
+    def taps(self, denoiser: Any) -> list[Tap]:
+        """Return every tap, in the order in which the network computes them."""
+
+    def on_grid(self, hidden: Tensor, tap: Tap, size: Sequence[int]) -> Tensor:
+        """Return a hidden state as (B, C, height, width), of a network whose inputs have this height and width."""
+        return hidden
+
+    def runs_as_seen(self, denoiser: Any, layers: Sequence[str]) -> bool:
+        """Whether a `view` for these layers computes what a call of the network does."""
+        return runs_forward_alone(denoiser)
+
+    @abstractmethod
+    def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
+        """Return the network seen so that it keeps the hidden states of `layers` in `found` when it is called.
+
+        With `stop_early` it ends after the deepest of them, and has no output.
+        """
+
+    def with_float32_output(self, denoiser: Any) -> Any:
+        """Return a network of a shorter type seen with its output layers computed in float32, if that is known to help.
+
+        Where the network has hooks (offloading) or is compiled, as a whole or in these layers, it stays as it is: its
+        hooks and its compiled graphs run.
+        """
+        return denoiser

@@ -1,0 +1,97 @@
+"""Networks: which classes of denoisers there are, and what the rest of the package asks of them.
+
+No other module asks for a network's class, but those that describe one: `unets`, `dits`. Another class is another
+subclass of `NetworkClass`, given to `register`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from .cut import uncompiled
+from .dits import DiT
+from .network_class import NetworkClass, Tap
+from .unets import UNet2D
+
+# The network of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
+PAPER_UNET: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 32,
+    "block_out_channels": [128, 256, 256, 256],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "dropout": 0.1,
+}
+
+
+NETWORKS: dict[str, NetworkClass] = {}
+
+
+def register(network: NetworkClass) -> NetworkClass:
+    """Let networks of another class be opened, read and sampled; it takes the place of one of the same name."""
+    NETWORKS[network.model.__name__] = network
+    return network
+
+
+def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
+    """Raise `ValueError` unless `name` is a class of denoiser that this package supports."""
+    if name not in NETWORKS:
+        raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed are {', '.join(NETWORKS)}.")
+
+
+def network_of(denoiser: Any) -> NetworkClass:
+    """Return what is known of the class of a denoiser, which may be compiled.
+
+    Args:
+        denoiser: The network, or its diffusers config with `_class_name`.
+
+    Raises:
+        ValueError: A class that is not supported.
+    """
+    if isinstance(denoiser, Mapping):
+        check_denoiser_class(denoiser.get("_class_name"))
+        return NETWORKS[denoiser["_class_name"]]
+    own = type(uncompiled(denoiser))
+    for kind in own.__mro__:
+        if kind.__name__ in NETWORKS:
+            return NETWORKS[kind.__name__]
+    check_denoiser_class(own.__name__)
+    raise AssertionError
+
+
+def build_denoiser(config: Mapping[str, Any]) -> Any:
+    """Build a randomly initialised denoiser from its diffusers config (with `_class_name`)."""
+    network = network_of(config)
+    denoiser = network.build(config)
+    network.complete(denoiser)
+    return denoiser
+
+
+def present_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a denoiser's config in today's terms, or as it is where no class of networks knows it."""
+    found = (network.present_config(config) for network in NETWORKS.values())
+    return next((known for known in found if known is not None), config)
+
+
+def tap_of(denoiser: Any, layer: str) -> Tap:
+    """Return a tap by its name, or raise `ValueError` that names the nearest ones."""
+    known = {tap.name: tap for tap in network_of(denoiser).taps(denoiser)}
+    if layer not in known:
+        nearest = difflib.get_close_matches(str(layer), known, n=3, cutoff=0.0)
+        raise ValueError(
+            f"There is no layer {layer!r} in this denoiser. The nearest are {', '.join(nearest)}; "
+            "`layer_names(denoiser)` lists all."
+        )
+    return known[layer]
+
+
+register(UNet2D())
+register(DiT())
