@@ -17,7 +17,7 @@ from data import best_device, image_column, images_hash, load_splits, pick_split
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import still_generates
 from ddae_hf.conditioning import class_conditioning
-from ddae_hf.noise import indexed_noise
+from ddae_hf.draws import indexed_noise
 from pixels import Pixels, read_images, scaled
 from precision import made_fast
 
