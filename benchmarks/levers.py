@@ -30,9 +30,9 @@ from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.checkpoints import build_scheduler
 from ddae_hf.diffusion import Diffusion
+from ddae_hf.draws import indexed_noise
 from ddae_hf.hidden_states import collect_hidden_states, pool_hidden_states
 from ddae_hf.networks import build_denoiser
-from ddae_hf.noise import indexed_noise
 from ddae_hf.pretrained_ddae import use_attention
 from pixels import Pixels
 from precision import fast_layout, keep_freed_memory

@@ -33,7 +33,6 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -41,9 +40,10 @@ from torch import Tensor
 # Of examples/, which `measure` puts on the path.
 from data import add_data_arguments, best_device, image_column, load_splits, pick_split, write_json
 from ddae_hf import DDAEPipeline
+from ddae_hf.draws import SAMPLING, indexed_noise
 from ddae_hf.generation_metrics import frechet_distance
 from ddae_hf.networks import network_of
-from ddae_hf.noise import family, indexed_noise
+from ddae_hf.noise import family, new_scheduler
 from evaluate_generation import EXTRACTORS, GENERATED_VIEW, REFERENCE_VIEW, Extractor, ImageSet, open_extractor
 from generate import change_scheduler
 from plots import plt
@@ -57,13 +57,12 @@ SAMPLERS: dict[str, dict[str, tuple[Any, str | None]]] = {
         "UniPC": (UniPCMultistepScheduler, None),
     },
     "edm": {
-        "EDM, Heun": (EDMEulerScheduler, "heun"),
+        "EDM, Heun": (type(new_scheduler("edm")), "heun"),
         "EDM, DPM-Solver++": (EDMDPMSolverMultistepScheduler, None),
     },
 }
 SEARCH_CALLS, SEARCH_REPEATS = 2, 2  # every call takes as long as the others: a few find the best batch size
 GROUPS = 10  # of images, for the error of a ratio
-NOISE_STREAM = 4  # the noise that images start from has nothing to do with that of features
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -181,7 +180,7 @@ def sampled_features(
     def batches() -> Iterator[list[Any]]:
         for start in range(0, args.num_images, batch_size):
             numbers = range(start, min(start + batch_size, args.num_images))
-            noise = indexed_noise(shape, numbers, args.seed, stream=NOISE_STREAM)
+            noise = indexed_noise(shape, numbers, args.seed, purpose=SAMPLING)
             yield pipeline(len(numbers), latents=noise, num_inference_steps=steps, sampler=sampler).images
 
     return extractor.compute(batches(), GENERATED_VIEW)

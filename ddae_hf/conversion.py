@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from .networks import build_denoiser
+from .noise import new_scheduler
 from .pickles import Record, read_weights, records
 
 # Attention heads of the published DiTs by their width; a file does not say them.
@@ -208,10 +209,9 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
     config, modules = _unet_parts(state)
     config["sample_size"], stem = sample_size, config["block_out_channels"][0]
     weights = _renamed(state, modules)
-    scheduler: Any = EDMEulerScheduler()
+    scheduler = new_scheduler(framework)
     config["dropout"], known = 0.13, {"sigma": 0.06}  # as they trained it; the 4th of their 18 levels
     if framework == "ddpm":
-        scheduler = DDPMScheduler()
         config["dropout"], known = 0.1, {"timestep": 10}  # their t = 11, which counts from 1
         steps = scheduler.config.num_train_timesteps
         config |= {"time_embedding_type": "learned", "num_train_timesteps": steps}

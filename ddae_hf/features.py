@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .arrays import described_folder, fill
+from .draws import CHANGES, POSTERIOR, index_generator, indexed_noise
 from .hidden_states import check_layers, hidden_size, pool_hidden_states
 from .modeling_ddae import DDAEModel
-from .noise import check_sigma, indexed_noise
+from .noise import family_of
 from .weights import fingerprint
 
 Images = Callable[[int], Iterable[Tensor]]
@@ -67,7 +68,7 @@ def extract_features(
     Raises:
         ValueError: A noise level outside the schedule, or no images.
     """
-    check_sigma(model.scheduler, sigma)
+    family_of(model.scheduler).check_sigma(sigma)
     parts: list[dict[str, Tensor]] = []
     start = 0
     for images in batches:
@@ -108,7 +109,7 @@ def batch_features(
     """
     config, shape = model.config, model.config.sample_shape
     noise = indexed_noise((config.num_noise_samples, *shape), indices, noise_seed, view).transpose(0, 1)
-    own = indexed_noise(shape, indices, noise_seed, view, stream=2) if config.sample_posterior else None
+    own = indexed_noise(shape, indices, noise_seed, view, purpose=POSTERIOR) if config.sample_posterior else None
     with evaluating(model):
         clean = model.encode(images.to(model.device), own)
         hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise.to(model.device))
@@ -133,8 +134,7 @@ def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, f
     padded = torch.nn.functional.pad(images, [crop_padding] * 4, value=-1.0)
     views = []
     for i, image in zip(indices, padded, strict=True):
-        # A fourth number keeps these draws apart from the noise's.
-        rng = np.random.default_rng([seed, view, int(i), 1])
+        rng = index_generator(seed, view, i, CHANGES)
         mirrored = flip and rng.random() < 0.5
         top, left = rng.integers(0, 2 * crop_padding + 1, size=2)
         crop = image[:, top : top + height, left : left + width]
@@ -207,7 +207,7 @@ class FeatureCache:
             OSError: Not enough space on disk.
         """
         check_layers(self.model.denoiser, layers)
-        check_sigma(self.model.scheduler, sigma)
+        family_of(self.model.scheduler).check_sigma(sigma)
         identity = {**self.identity, "data": data, "count": count, "sigma": float(sigma), "view": view}
         folder = described_folder(self.folder, identity)
 

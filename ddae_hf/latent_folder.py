@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .arrays import check_space, fill, locked, num_bytes, open_array, read_json, rows_done, write_array, write_text
 from .checkpoints import plain_config
+from .draws import POSTERIOR, indexed_noise
 from .features import evaluating
 from .latents import downsampling, encode
-from .noise import indexed_noise
 from .weights import fingerprint
 
 INDEX = "latents.json"
@@ -153,7 +153,7 @@ class LatentFolder:
                 indices = range(start, start := start + len(pixels))
                 seed, own = self.index["seed"], None
                 if self.index["sample_posterior"]:
-                    own = indexed_noise(self.shape, indices, seed, number, stream=2)
+                    own = indexed_noise(self.shape, indices, seed, number, purpose=POSTERIOR)
                 with evaluating(vae):
                     latents = encode(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
                 if not latents.isfinite().all():

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from .checkpoints import Checkpoint, build_scheduler, read_checkpoint
 from .conditioning import num_labels
 from .configuration_ddae import DDAEConfig
-from .noise import family
+from .noise import family_of
 from .run_results import KINDS, Run, Summary, environment_rows, option_rows, read_runs, summarise
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -216,13 +216,14 @@ class _Card:
         )
         own = self.checkpoint.layout == "transformers" or best is None
         is_dit = "num_embeds_ada_norm" in config.denoiser
-        heun = scheduler is not None and scheduler["_class_name"] == "EDMEulerScheduler"
+        family = family_of(build_scheduler(scheduler)) if scheduler else None
+        sampler = next(iter(family.samplers), None) if family else None
         trained_with = {} if self.training is None else self.training.options
         return {
             "classifier": self.is_classifier,
             "fine_tuned": self.is_classifier and any(run.kind == "fine_tuning" for run in self.runs),
             "network": config.denoiser["_class_name"],
-            "framework": FRAMEWORKS[family(build_scheduler(scheduler))] if scheduler else None,
+            "framework": FRAMEWORKS[family.name] if family else None,
             "scheduler": scheduler["_class_name"] if scheduler else None,
             "size": config.image_size,
             "channels": config.num_channels,
@@ -237,8 +238,8 @@ class _Card:
             "most_names": MOST_NAMES,
             "conditional": num_labels(config.denoiser) > is_dit,
             "labels_needed": num_labels(config.denoiser) > 0 and config.null_class is None and not is_dit,
-            "sampler": "heun" if heun else None,
-            "steps": 18 if heun else trained_with.get("num_inference_steps"),
+            "sampler": sampler,
+            "steps": 18 if sampler else trained_with.get("num_inference_steps"),
         }
 
     def render(self) -> ModelCard:

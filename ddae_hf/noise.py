@@ -20,96 +20,126 @@ Every family of schedulers is linear: the network sees `a * x + b * n` and shoul
   the network sees `(1 - s) * x + s * n` and should answer `n - x`; `sigma = s / (1 - s)`, the timestep is
   `s * num_train_timesteps`.
 
-This is the only module that knows which family a scheduler belongs to.
+This is the only module that knows which family a scheduler belongs to: `family_of(scheduler)` is what others ask.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
+import diffusers
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-
-_UNITS = {
-    "sigma": "standard deviation of the noise on images in [-1, 1], or on scaled latents",
-    "timestep": "as the denoiser is fed it",
-}
-# How far beyond an end a level may be, relative to the end: ends are printed and written down with five digits.
-_ROUNDING = 5e-5
+from .families import FAMILIES, Family, is_recorded, log_normal_levels, register, rounded
+from .families import readable as readable
 
 
-def _inside(value: Any, low: Any, high: Any) -> Any:
-    """Whether a number, or each of a tensor's, is in the range, to five digits."""
-    return (low - _ROUNDING * abs(low) <= value) & (value <= high + _ROUNDING * abs(high))
+def _other_levels(scheduler: Any) -> list[str]:
+    """Return the options under which a scheduler samples with other levels or timesteps than its family's."""
+    config = getattr(scheduler, "config", {})
+    other = [option for option in ("invert_sigmas", "use_flow_sigmas") if config.get(option)]
+    return other + (["timestep_type"] if config.get("timestep_type", "discrete") != "discrete" else [])
 
 
-def _rounded(level: Tensor, low: Any, high: Any) -> Tensor:
-    """Move levels that are inside to five digits to where they are exactly; NaN for those that are not."""
-    return torch.where(_inside(level, low, high), level.clamp(low, high), torch.nan)
-
-
-def _sigmas(alphas_cumprod: Tensor) -> Tensor:
+def _schedule(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
+    """Return the levels (T,) of a VP schedule, ascending, float32; infinite where the signal is gone."""
     abar = alphas_cumprod.double()
     # Some schedulers store exactly 2**-24 in place of zero, to keep their own samplers finite.
     abar = torch.where(abar == 2.0**-24, 0.0, abar)
-    return ((1 - abar) / abar).sqrt().float()
+    return ((1 - abar) / abar).sqrt().float().to(device)
+
+
+@lru_cache(maxsize=32)
+def _kept_schedule(alphas_cumprod: Tensor, version: int, device: torch.device) -> Tensor:
+    """Keep schedules on their devices: a tensor is its own key, and `version` tells how often it was edited."""
+    # A tensor of inference mode could not be trained with, nor one of a transform of `torch.func` outlive it.
+    with torch.inference_mode(False):
+        return torch.func.debug_unwrap(_schedule(alphas_cumprod, device))
+
+
+def _levels(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
+    """Return the schedule on a device: kept, unless a graph is recorded, whose tensors are not to outlive it."""
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if captured or is_recorded():
+        return _schedule(alphas_cumprod, device)
+    return _kept_schedule(alphas_cumprod, 0 if alphas_cumprod.is_inference() else alphas_cumprod._version, device)
+
+
+@torch.compiler.assume_constant_result
+def _constant_levels(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
+    return _levels(alphas_cumprod, device)
 
 
 @torch.compiler.assume_constant_result
 def _first_and_last_sigma(alphas_cumprod: Tensor) -> tuple[float, float]:
-    sigmas = _sigmas(alphas_cumprod)
+    sigmas = _levels(alphas_cumprod, torch.device("cpu"))
     return sigmas[0].item(), sigmas[-1].item()
 
 
-class _VariancePreserving:
+@register
+class _VariancePreserving(Family):
     """The noise levels of schedulers that have `alphas_cumprod`."""
 
+    name = "ddpm"
+    title = "DDPM"
+    default_scheduler = "DDPMScheduler"
     predictions = ("epsilon", "sample", "v_prediction")
+    whole_timesteps = True
 
-    def __init__(self, scheduler: Any):
-        self.scheduler = scheduler
+    @classmethod
+    def takes(cls, scheduler: Any) -> bool:
+        return getattr(scheduler, "alphas_cumprod", None) is not None and not _other_levels(scheduler)
+
+    @classmethod
+    def allowed(cls) -> str:
+        return (
+            f"{cls.default_scheduler}, DDIMScheduler and the other variance-preserving schedulers of diffusers (with "
+            "`alphas_cumprod`)"
+        )
 
     @property
-    def sigmas(self) -> Tensor:
-        """The levels (T,), ascending, float32; infinite where the signal is gone (zero-terminal SNR)."""
-        return _sigmas(self.scheduler.alphas_cumprod)
+    def _alphas_cumprod(self) -> Tensor:
+        """The schedule; a compiled graph, in which it is a constant, is recorded anew for another one."""
+        id(self.scheduler.alphas_cumprod)  # what the compiler guards by
+        return self.scheduler.alphas_cumprod
+
+    def sigmas(self, device: torch.device) -> Tensor:
+        """Return the levels (T,), ascending, float32; infinite where the signal is gone (zero-terminal SNR)."""
+        return _constant_levels(self._alphas_cumprod, device)
 
     def sigma_range(self) -> tuple[float, float]:
-        return _first_and_last_sigma(self.scheduler.alphas_cumprod)
+        return _first_and_last_sigma(self._alphas_cumprod)
 
     def timestep_range(self) -> tuple[float, float]:
         return 0, len(self.scheduler.alphas_cumprod) - 1
 
-    def training_range(self, unit: str) -> tuple[float, float]:
-        return self.sigma_range() if unit == "sigma" else self.timestep_range()
-
-    def sigma(self, t: Tensor) -> Tensor:
+    def to_sigma(self, timestep: Tensor) -> Tensor:
         """Interpolate log sigma linearly between whole timesteps."""
-        sigmas = self.sigmas.to(t.device)
+        sigmas = self.sigmas(timestep.device)
         last = len(sigmas) - 1
-        t = _rounded(t, 0, last)
-        low = t.detach().floor().clamp(0, last).nan_to_num().long()
-        start, stop = _at(sigmas, low), _at(sigmas, (low + 1).clamp(max=last))
-        fraction = t - low
+        timestep = rounded(timestep, 0, last)
+        low = timestep.detach().floor().clamp(0, last).nan_to_num().long()
+        start = _at(sigmas, low)
+        stop = _at(sigmas, (low + 1).clamp(max=last))
+        fraction = timestep - low
         between = torch.exp(torch.lerp(start.double().log(), stop.double().log(), fraction.double())).float()
         return torch.where(fraction == 0, start, between)
 
-    def timestep(self, sigma: Tensor) -> Tensor:
-        sigmas = self.sigmas.to(sigma.device)
+    def to_timestep(self, sigma: Tensor) -> Tensor:
+        sigmas = self.sigmas(sigma.device)
         last = len(sigmas) - 1
-        sigma = _rounded(sigma, sigmas[0], sigmas[-1])
+        sigma = rounded(sigma, sigmas[0], sigmas[-1])
         # The last level that is not above sigma; counted, which ONNX can do.
         low = ((sigmas <= sigma.detach()[..., None]).sum(-1) - 1).clamp(0, max(last - 1, 0))
         high = (low + 1).clamp(max=last)
-        at_low, at_high = _at(sigmas, low), _at(sigmas, high)
-        start, stop = at_low.double().log(), at_high.double().log()
-        fraction = torch.where(sigma == at_low, 0.0, (sigma.double().log() - start) / (stop - start))
+        at_low = _at(sigmas, low)
+        at_high = _at(sigmas, high)
+        start = at_low.double().log()
+        fraction = (sigma.double().log() - start) / (at_high.double().log() - start)
+        fraction = torch.where(sigma == at_low, 0.0, fraction)
         fraction = torch.where(sigma == at_high, 1.0, fraction) * (high > low)
         return (low + fraction).float()
 
@@ -117,15 +147,29 @@ class _VariancePreserving:
         # Exact at both ends, sigma 0 and infinity.
         return torch.rsqrt(1 + sigma.square()), torch.rsqrt(1 + sigma.square().reciprocal())
 
-    def target_shares(self, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    def target_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.input_shares(sigma)
-        zero, one = torch.zeros_like(a), torch.ones_like(a)
-        return {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-b, a)}[prediction]
+        zero = torch.zeros_like(a)
+        one = torch.ones_like(a)
+        return {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-b, a)}[self.prediction]
 
-    def draw(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
+    def check_prediction(self, kind: str) -> None:
+        super().check_prediction(kind)
+        if kind == "epsilon" and math.isinf(self.sigma_range()[1]):
+            raise ValueError(
+                "prediction_type 'epsilon' cannot work with zero-terminal SNR (`rescale_betas_zero_snr`): "
+                "set the scheduler's prediction_type to 'v_prediction' or 'sample'."
+            )
+
+    def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
         """Draw timesteps uniformly over the schedule (Ho et al. 2020)."""
-        sigmas = self.sigmas.to(device)
-        return sigmas[torch.randint(len(sigmas), shape, device=device, generator=generator)]
+        count = len(self.scheduler.alphas_cumprod)
+        timesteps = torch.randint(count, shape, device=device, generator=generator)
+        return self.sigmas(timesteps.device)[timesteps]
+
+    def trainable(self, sigma: Tensor) -> Tensor:
+        low, high = self.sigma_range()
+        return sigma.clamp(low, high)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
@@ -133,18 +177,24 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(0, index.reshape(-1)).reshape(index.shape)
 
 
-class _Karras:
+@register
+class _Karras(Family):
     """The noise levels of EDM; `sigma_min` and `sigma_max` bound sampling, not training.
 
     What is drawn in training is positive, and has a square in float32.
     """
 
+    name = "edm"
+    title = "EDM"
+    default_scheduler = "EDMEulerScheduler"
+    schedulers = (default_scheduler, "EDMDPMSolverMultistepScheduler")
+    own_samplers = {"heun": default_scheduler}
+    predictions = ("epsilon", "v_prediction")
     largest = torch.finfo(torch.float32).max ** 0.5
     smallest = torch.finfo(torch.float32).tiny
 
-    predictions = ("epsilon", "v_prediction")
-
     def __init__(self, scheduler: Any):
+        super().__init__(scheduler)
         config = self.config = scheduler.config
         if not (0 < config.sigma_min < config.sigma_max and config.sigma_data > 0):
             raise ValueError(
@@ -159,38 +209,49 @@ class _Karras:
         return math.log(self.config.sigma_min) / 4, math.log(self.config.sigma_max) / 4
 
     def training_range(self, unit: str) -> tuple[float, float]:
-        low, high = self.smallest, self.largest
-        return (low, high) if unit == "sigma" else (math.log(low) / 4, math.log(high) / 4)
+        if unit == "sigma":
+            return self.smallest, self.largest
+        return math.log(self.smallest) / 4, math.log(self.largest) / 4
 
-    def sigma(self, t: Tensor) -> Tensor:
-        return torch.exp(4 * _rounded(t, *self.training_range("timestep")).double()).float()
+    def to_sigma(self, timestep: Tensor) -> Tensor:
+        return torch.exp(4 * rounded(timestep, *self.training_range("timestep")).double()).float()
 
-    def timestep(self, sigma: Tensor) -> Tensor:
-        return (_rounded(sigma, *self.training_range("sigma")).double().log() / 4).float()
+    def to_timestep(self, sigma: Tensor) -> Tensor:
+        return (rounded(sigma, *self.training_range("sigma")).double().log() / 4).float()
 
     def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         r = (sigma.square() + self.config.sigma_data**2).sqrt()
         return 1 / r, sigma / r
 
-    def target_shares(self, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    def target_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         spread = self.config.sigma_data
         r = (sigma.square() + spread**2).sqrt()
         # diffusers' v_prediction answers with the opposite sign.
-        sign = -1 if prediction == "v_prediction" else 1
+        sign = -1 if self.prediction == "v_prediction" else 1
         return sign * sigma / (spread * r), -sign * spread / r
 
-    def draw(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
+    def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
         """Draw log-normally, with the mean -1.2 and the deviation 1.2 of Karras et al. 2022."""
-        return _log_normal((-1.2, 1.2), shape, device, generator)
+        return log_normal_levels((-1.2, 1.2), shape, device, generator)
 
 
-class _Flow:
+@register
+class _FlowMatching(Family):
     """The noise levels of flow matching: time s in [0, 1], from the image to pure noise."""
 
+    name = "flow"
+    title = "flow matching"
+    default_scheduler = "FlowMatchEulerDiscreteScheduler"
+    schedulers = (default_scheduler, "FlowMatchHeunDiscreteScheduler")
     predictions = ("velocity",)
 
     def __init__(self, scheduler: Any):
+        super().__init__(scheduler)
         self.steps = scheduler.config.num_train_timesteps
+
+    @classmethod
+    def takes(cls, scheduler: Any) -> bool:
+        return super().takes(scheduler) and not _other_levels(scheduler)
 
     def sigma_range(self) -> tuple[float, float]:
         return 0.0, math.inf
@@ -198,47 +259,64 @@ class _Flow:
     def timestep_range(self) -> tuple[float, float]:
         return 0, self.steps
 
-    def training_range(self, unit: str) -> tuple[float, float]:
-        return self.sigma_range() if unit == "sigma" else self.timestep_range()
-
-    def sigma(self, t: Tensor) -> Tensor:
-        s = _rounded(t, 0, self.steps).double() / self.steps
+    def to_sigma(self, timestep: Tensor) -> Tensor:
+        s = rounded(timestep, 0, self.steps).double() / self.steps
         return (s / (1 - s)).float()
 
-    def timestep(self, sigma: Tensor) -> Tensor:
-        return (self.steps / (1 + _rounded(sigma, 0, math.inf).double().reciprocal())).float()
+    def to_timestep(self, sigma: Tensor) -> Tensor:
+        return (self.steps / (1 + rounded(sigma, 0, math.inf).double().reciprocal())).float()
 
     def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return 1 / (1 + sigma), 1 / (1 + 1 / sigma)
 
-    def target_shares(self, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    def target_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         one = torch.ones_like(sigma)
         return -one, one
 
-    def draw(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
+    def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
         """Draw times uniformly."""
         s = torch.rand(shape, device=device, generator=generator)
         return s / (1 - s)
 
+    def first_sample(self, noise: Tensor) -> Tensor:
+        return noise
 
-def _family(scheduler: Any) -> _VariancePreserving | _Karras | _Flow:
-    """Return the scheduler's family, or refuse the scheduler."""
-    name = type(scheduler).__name__
-    config = getattr(scheduler, "config", {})
-    if name in _EDM:
-        return _Karras(scheduler)
-    # Options under which a scheduler samples with other levels or timesteps than its family's.
-    other = [option for option in ("invert_sigmas", "use_flow_sigmas") if config.get(option)]
-    other += ["timestep_type"] if config.get("timestep_type", "discrete") != "discrete" else []
-    if name in _FLOW and not other:
-        return _Flow(scheduler)
-    if getattr(scheduler, "alphas_cumprod", None) is not None and not other:
-        return _VariancePreserving(scheduler)
+    def model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample
+
+
+def family_of(scheduler: Any) -> Family:
+    """Return the family of a scheduler, with the scheduler in it; nothing is computed yet.
+
+    Raises:
+        ValueError: A scheduler of no framework that is supported, or whose levels cannot be.
+    """
+    for family_class in FAMILIES:
+        if family_class.takes(scheduler):
+            return family_class(scheduler)
+    other = _other_levels(scheduler)
+    *first, last = [family_class.allowed() for family_class in reversed(FAMILIES)]
     raise ValueError(
-        f"{name} is not supported{' with ' + ', '.join(other) if other else ''}: "
-        "allowed are DDPMScheduler, DDIMScheduler and the other variance-preserving schedulers of diffusers (with "
-        f"`alphas_cumprod`), EDM's ({', '.join(_EDM)}) and flow matching's ({', '.join(_FLOW)})."
+        f"{type(scheduler).__name__} is not supported{' with ' + ', '.join(other) if other else ''}: allowed are "
+        f"{', '.join(first)} and {last}."
     )
+
+
+def new_scheduler(framework: str, **options: Any) -> Any:
+    """Return the scheduler that networks of a framework are trained under unless they ask for another.
+
+    Args:
+        framework: `"ddpm"`, `"edm"` or `"flow"`, as `family` names it.
+        **options: The scheduler's own, in place of its defaults.
+
+    Raises:
+        ValueError: No such framework.
+    """
+    for family_class in FAMILIES:
+        if family_class.name == framework:
+            return getattr(diffusers, family_class.default_scheduler)(**options)
+    names = ", ".join(sorted(family_class.name for family_class in FAMILIES))
+    raise ValueError(f"framework is {framework!r}: allowed are {names}.")
 
 
 def family(scheduler: Any) -> str:
@@ -249,63 +327,12 @@ def family(scheduler: Any) -> str:
     Raises:
         ValueError: A scheduler of no framework that is supported.
     """
-    return {_VariancePreserving: "ddpm", _Karras: "edm", _Flow: "flow"}[type(_family(scheduler))]
+    return family_of(scheduler).name
 
 
 def sigma_range(scheduler: Any) -> tuple[float, float]:
     """Return the smallest and the largest noise level of a scheduler: 0 and infinity for flow matching."""
-    return _family(scheduler).sigma_range()
-
-
-def readable(values: Tensor) -> bool:
-    """Whether values can be looked at: without waiting for a device, and with no graph being recorded without them."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
-    return values.device.type == "cpu" and not recorded
-
-
-def check_level(scheduler: Any, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
-    """Refuse a noise level outside a range, to five digits, and what is no number.
-
-    Python scalars are always looked at, in a graph that is compiled too, where they are constants; other values only
-    where they are `readable`.
-
-    Args:
-        scheduler: The scheduler that the level is of.
-        unit: `"sigma"` or `"timestep"`.
-        value: The level or levels, in this unit: a number, a tensor, or what can become one.
-        allowed: The range; by default every level that a network of the scheduler's family may be trained at.
-
-    Raises:
-        ValueError: A level outside, or NaN.
-    """
-    is_number = isinstance(value, int | float)
-    values = value if is_number else torch.as_tensor(value)
-    if not is_number and not readable(values):
-        return
-    low, high = _family(scheduler).training_range(unit) if allowed is None else allowed
-    if is_number:
-        # The compiler can show a scalar that changes in no other format.
-        wrong = None if _inside(values, low, high) else f"{float(values)!r}"
-    else:
-        # In float64, as bfloat16 takes 1000 for 999; unwrapped, as `torch.func.vmap` lets nobody look at its batch.
-        values = torch.func.debug_unwrap(values).double()
-        outside = values[~_inside(values, low, high)]
-        wrong = f"{outside[0].item():.7g}" if len(outside) else None
-    if wrong is not None:
-        raise ValueError(
-            f"{unit} {wrong} is outside the schedule of {type(scheduler).__name__}: allowed are {low:.5g} to "
-            f"{high:.5g} ({_UNITS[unit]})."
-        )
-
-
-def check_sigma(scheduler: Any, sigma: Any) -> None:
-    """Refuse a `sigma`, or several, at which a sampler would not evaluate a network (to five digits)."""
-    check_level(scheduler, "sigma", sigma, sigma_range(scheduler))
-
-
-def check_timestep(scheduler: Any, timestep: Any) -> None:
-    """Refuse a `timestep`, or several, at which a sampler would not evaluate a network (to five digits)."""
-    check_level(scheduler, "timestep", timestep, _family(scheduler).timestep_range())
+    return family_of(scheduler).sigma_range()
 
 
 def timestep_to_sigma(scheduler: Any, timestep: float | Tensor) -> Tensor:
@@ -323,9 +350,7 @@ def timestep_to_sigma(scheduler: Any, timestep: float | Tensor) -> Tensor:
     Raises:
         ValueError: A timestep outside the schedule, or a scheduler that is not supported.
     """
-    group = _family(scheduler)
-    check_level(scheduler, "timestep", timestep)
-    return group.sigma(torch.as_tensor(timestep, dtype=torch.float32))
+    return family_of(scheduler).sigma(timestep)
 
 
 def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
@@ -343,18 +368,7 @@ def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
     Raises:
         ValueError: A sigma outside the schedule, or a scheduler that is not supported.
     """
-    group = _family(scheduler)
-    check_level(scheduler, "sigma", sigma)
-    return group.timestep(torch.as_tensor(sigma, dtype=torch.float32))
-
-
-def _level(scheduler: Any, sigma: float | Tensor, images: Tensor) -> Tensor:
-    """Return `sigma`, where it can be checked, as a float32 tensor (B, 1, ...) that goes with the images'."""
-    check_level(scheduler, "sigma", sigma)
-    level, count = torch.as_tensor(sigma, dtype=torch.float32, device=images.device), images.shape[0]
-    if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (count, 1)):
-        raise ValueError(f"sigma has shape {tuple(level.shape)} for {count} images: pass a scalar, or one each.")
-    return level.expand(count).reshape(-1, *[1] * (images.ndim - 1))
+    return family_of(scheduler).timestep(sigma)
 
 
 def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -375,61 +389,40 @@ def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tenso
     Raises:
         ValueError: A sigma outside the schedule, see `sigma_to_timestep`, or neither one nor one an image.
     """
-    a, b = _family(scheduler).input_shares(_level(scheduler, sigma, clean))
-    timestep = sigma_to_timestep(scheduler, sigma).to(clean.device).expand(clean.shape[0])
-    return (a * clean.float() + b * noise.float()).to(clean.dtype), timestep
+    return family_of(scheduler).noisy(clean, noise, sigma)
+
+
+# What follows goes as soon as callers ask `family_of(scheduler)`, and a network's own module for its time embedding.
+
+
+def check_level(scheduler: Any, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
+    """Refuse a noise level outside a range: see `Family.check_level`."""
+    family_of(scheduler).check_level(unit, value, allowed)
+
+
+def check_sigma(scheduler: Any, sigma: Any) -> None:
+    """Refuse a `sigma` outside the sampling range: see `Family.check_sigma`."""
+    family_of(scheduler).check_sigma(sigma)
+
+
+def check_timestep(scheduler: Any, timestep: Any) -> None:
+    """Refuse a `timestep` outside the sampling range: see `Family.check_timestep`."""
+    family_of(scheduler).check_timestep(timestep)
 
 
 def prediction_type(scheduler: Any) -> str:
-    """Return what the denoiser predicts, in the words of its scheduler's config.
-
-    `epsilon` (the noise), `sample` (the clean image) or `v_prediction` for VP; `epsilon` for EDM's own output, and
-    `v_prediction` for its negative; `velocity` for flow matching.
-
-    Raises:
-        ValueError: Another prediction type, or noise prediction under zero-terminal SNR, where at pure noise the
-            network's input is its target and says nothing of the image (Lin et al. 2023, arXiv 2305.08891).
-    """
-    group = _family(scheduler)
-    allowed = group.predictions
-    kind = scheduler.config.get("prediction_type", allowed[0])
-    if kind not in allowed:
-        raise ValueError(
-            f"prediction_type {kind!r} is not supported with {type(scheduler).__name__}: allowed are "
-            f"{', '.join(allowed)}."
-        )
-    if isinstance(group, _VariancePreserving) and kind == "epsilon" and math.isinf(group.sigma_range()[1]):
-        raise ValueError(
-            "prediction_type 'epsilon' cannot work with zero-terminal SNR (`rescale_betas_zero_snr`): "
-            "set the scheduler's prediction_type to 'v_prediction' or 'sample'."
-        )
-    return kind
+    """Return what the denoiser predicts: see `Family.prediction`."""
+    return family_of(scheduler).prediction
 
 
 def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return what a perfect denoiser would output, float32 (B, C, H, W), given `add_noise`'s input: see there."""
-    c, d = _family(scheduler).target_shares(_level(scheduler, sigma, clean), prediction_type(scheduler))
-    return c * clean.float() + d * noise.float()
+    """Return what a perfect denoiser would output: see `Family.target`."""
+    return family_of(scheduler).target(clean, noise, sigma)
 
 
 def denoised(scheduler: Any, sample: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return the clean image that a denoiser's output stands for.
-
-    Args:
-        scheduler: The denoiser's scheduler.
-        sample: The denoiser's input (B, C, H, W), as `add_noise` makes it.
-        output: The denoiser's output, of the same shape.
-        sigma: Noise level, scalar or (B,), as `add_noise` takes it.
-
-    Returns:
-        The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
-
-    Raises:
-        ValueError: A sigma outside the schedule, or neither one nor one an image.
-    """
-    level, group = _level(scheduler, sigma, sample), _family(scheduler)
-    (a, b), (c, d) = group.input_shares(level), group.target_shares(level, prediction_type(scheduler))
-    return (d * sample.float() - b * output.float()) / (a * d - b * c)
+    """Return the clean image that a denoiser's output stands for: see `Family.denoised`."""
+    return family_of(scheduler).denoised(sample, output, sigma)
 
 
 def sample_training_sigma(
@@ -439,35 +432,8 @@ def sample_training_sigma(
     generator: Any = None,
     log_normal: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Draw the noise levels (batch_size,) of a training step.
-
-    Args:
-        scheduler: A diffusers scheduler.
-        batch_size: Number of levels.
-        device: Where to draw.
-        generator: Random generator on that device.
-        log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
-            timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal
-            times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP, levels beyond
-            an end of the schedule are that end.
-
-    Raises:
-        ValueError: `log_normal` that is no distribution.
-    """
-    group = _family(scheduler)
-    if log_normal is None:
-        return group.draw((batch_size,), device, generator)
-    mean, deviation = log_normal
-    if not (math.isfinite(mean) and 0 < deviation < math.inf):
-        raise ValueError(
-            f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation positive."
-        )
-    sigma = _log_normal((mean, deviation), (batch_size,), device, generator)
-    return sigma.clamp(*group.sigma_range()) if isinstance(group, _VariancePreserving) else sigma
-
-
-def _log_normal(moments: tuple[float, float], shape: tuple[int], device: Any, generator: Any) -> Tensor:
-    return torch.exp(moments[0] + moments[1] * torch.randn(shape, device=device, generator=generator))
+    """Draw the noise levels of a training step: see `Family.draw`."""
+    return family_of(scheduler).draw(batch_size, device, generator, log_normal)
 
 
 def check_time_embedding(config: Any, scheduler: Any) -> None:
@@ -478,30 +444,8 @@ def check_time_embedding(config: Any, scheduler: Any) -> None:
             "The denoiser's time_embedding_type is 'fourier': it takes the logarithm of what it is fed, as score-SDE "
             "schedulers need it, which are not supported; timestep 0 would give no numbers. Set it to 'positional'."
         )
-    if kind != "positional" and not isinstance(_family(scheduler), _VariancePreserving):
+    if kind != "positional" and not family_of(scheduler).whole_timesteps:
         raise ValueError(
             f"The denoiser's time_embedding_type is {kind!r}, which cannot take the timesteps of "
             f"{type(scheduler).__name__}: set it to 'positional'."
         )
-
-
-def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int = 0, stream: int = 0) -> Tensor:
-    """Draw standard-normal noise that depends on (seed, image index, view) alone.
-
-    Batch size, order and number of processes play no part, so that cached features can be made in any pieces.
-
-    Args:
-        shape: Shape of one image, (C, H, W), or of several draws for it, (draws, C, H, W).
-        indices: The images' non-negative indices in their data set, N integers.
-        seed: The noise seed.
-        view: Number of the draw, where an image gets several.
-        stream: Number of the purpose: draws of different ones have nothing to do with each other.
-
-    Returns:
-        float32 (N, *shape) on the CPU.
-    """
-    purpose = [stream] if stream else []
-    seeds = ([seed, view, int(i), *purpose] for i in indices)
-    return torch.from_numpy(
-        np.stack([np.random.default_rng(s).standard_normal(shape, dtype=np.float32) for s in seeds])
-    )

@@ -16,7 +16,7 @@ from classes import Classes, label_column, warn_of_missing
 from data import best_device, image_column, images_hash, load_splits, pick_split
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import still_generates
-from ddae_hf.noise import indexed_noise
+from ddae_hf.draws import indexed_noise
 from pixels import Pixels, read_images, scaled
 from precision import made_fast
 

@@ -32,9 +32,10 @@ from tqdm.auto import tqdm
 from data import add_data_arguments, best_device, flip, images_hash, parse_with_config, random_crop, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
 from ddae_hf.arrays import fill, written_whole
+from ddae_hf.draws import POSTERIOR, indexed_noise
 from ddae_hf.features import evaluating
 from ddae_hf.hidden_states import check_layers
-from ddae_hf.noise import check_sigma, indexed_noise
+from ddae_hf.noise import family_of
 from ddae_hf.weights import fingerprint
 from labelled import LabelledImages, add_label_arguments, check_null_class, ready
 from noisy_networks import NoiseConditionalMLP, WideResNet
@@ -103,7 +104,7 @@ def draw(model: DDAEModel, images: Tensor, indices: range, seed: int, view: int)
     """
     shape, own = model.config.sample_shape, None
     if model.config.sample_posterior:
-        own = indexed_noise(shape, indices, seed, view, stream=2)
+        own = indexed_noise(shape, indices, seed, view, purpose=POSTERIOR)
     clean = model.encode(images.to(model.device), own)
     return clean, indexed_noise(shape, indices, seed, view).to(model.device)
 
@@ -323,7 +324,7 @@ def open_model(args: argparse.Namespace) -> DDAEModel:
     check_layers(model.denoiser, args.layers)
     check_null_class(model)
     for sigma in (args.sigma_min, args.sigma_max):
-        check_sigma(model.scheduler, sigma)
+        family_of(model.scheduler).check_sigma(sigma)
     if args.random_crop >= min(model.config.image_size):
         raise ValueError(f"--random_crop is {args.random_crop}: the images' sides are {model.config.image_size}.")
     return ready(model.eval())

@@ -262,16 +262,15 @@ def check_networks(
         raise SystemExit("This network is class-conditional: train it with --class_conditional.")
     if config.out_channels not in (None, config.in_channels):
         raise SystemExit("Only networks with as many output as input channels can be trained.")
-    if args.sampler == "heun" and type(scheduler).__name__ != "EDMEulerScheduler":
-        raise SystemExit(f"--sampler heun needs an EDMEulerScheduler, not a {type(scheduler).__name__}.")
     # These refuse what cannot work.
+    family_of(scheduler).check_sampler(args.sampler)
     described = {"denoiser": plain_config(denoiser), "scheduler": plain_config(scheduler)}
     if latents is not None:
         described["vae"] = latents.index["vae"]
     DDAEConfig(**described, timestep=0, null_class=null_class)
     if args.low_resolution is not None:
         check_low_resolution(args.low_resolution, described, null_class)
-    family_of(scheduler).draw(1, None, None, args.log_sigma)
+    family_of(scheduler).draw(1, log_normal=args.log_sigma)
     copy.deepcopy(scheduler).set_timesteps(args.num_inference_steps)
     if args.resolution not in (None, config.sample_size):
         raise SystemExit(f"--resolution is {args.resolution}, but the network's sample_size is {config.sample_size}.")

@@ -484,7 +484,7 @@ def test_a_configuration_takes_over_what_its_base_says(tmp_path):
         (["--augment", "1.2", "--no-random_flip"], "must be between 0 and 1"),
         (["--augment", "0.1", "--no-random_flip", "--denoiser", json.dumps(TINY_DIT)], "a DiTTransformer2DModel came"),
         (["--class_conditional", "--label_column", "image"], "no column of labels 'image'"),
-        (["--sampler", "heun"], "--sampler heun needs an EDMEulerScheduler, not a DDPMScheduler"),
+        (["--sampler", "heun"], "sampler='heun' needs an EDMEulerScheduler, not a DDPMScheduler"),
         (["--num_samples", "0"], "must be at least 1"),
         (["--num_inference_steps", "0"], "must be at least 1"),
         (["--num_inference_steps", "2000"], "2000"),

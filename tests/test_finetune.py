@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 import finetune
 from data import random_crop
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.noise import indexed_noise
+from ddae_hf.draws import indexed_noise
 
 from . import scripts
 from .conftest import drawn, make_dit, make_unet

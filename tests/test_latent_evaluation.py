@@ -17,12 +17,12 @@ import linear_probe
 import noisy_classifier
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import load_vae, plain_config
+from ddae_hf.draws import POSTERIOR, indexed_noise
 from ddae_hf.features import extract_features
 from ddae_hf.generation_metrics import frechet_distance
 from ddae_hf.latent_folder import LatentFolder
 from ddae_hf.latents import decode, encode
 from ddae_hf.model_card import make_card
-from ddae_hf.noise import indexed_noise
 from ddae_hf.weights import fingerprint
 from labelled import LabelledImages
 from latents import describe_splits, encode_views
@@ -203,7 +203,7 @@ def test_fine_tuning_on_latents_saves_a_classifier_of_images(
     stored = torch.from_numpy(np.array(LatentFolder(latents).latents("test"))).float()
     with torch.no_grad():
         torch.testing.assert_close(bare(whole.ddae.encode(images)).logits, whole(images).logits, rtol=1e-4, atol=1e-4)
-        draw = whole.ddae.encode(images, indexed_noise((4, 8, 8), range(TEST), 3, 0, stream=2))
+        draw = whole.ddae.encode(images, indexed_noise((4, 8, 8), range(TEST), 3, 0, purpose=POSTERIOR))
         torch.testing.assert_close(bare(stored).logits, bare(draw).logits, rtol=0, atol=0.01)
         assert report["test_accuracy"] == pytest.approx(share_right(bare(stored).logits, labels))
         assert report["saved_classifier_test_accuracy"] == pytest.approx(share_right(whole(images).logits, labels))

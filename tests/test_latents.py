@@ -17,9 +17,10 @@ from ddae_hf import (
     DDAEPipeline,
 )
 from ddae_hf.checkpoints import plain_config
+from ddae_hf.draws import NOISE, POSTERIOR, indexed_noise
 from ddae_hf.features import batch_features, extract_features
 from ddae_hf.latents import decode, encode
-from ddae_hf.noise import add_noise, indexed_noise
+from ddae_hf.noise import add_noise
 
 from .conftest import make_dit, make_unet, make_vae
 
@@ -159,7 +160,7 @@ def test_draws_of_latents_are_fixed_in_evaluation_and_each_image_s_own_in_featur
     whole = extract_features(model, [pixels], layers, 0.3)
     pieces = extract_features(model, [pixels[:2], pixels[2:]], layers, 0.3)
     torch.testing.assert_close(whole[layers[1]], pieces[layers[1]], rtol=0, atol=1e-5)
-    own = [indexed_noise((4, 8, 8), range(5), 7, 1, stream=stream) for stream in (0, 2)]
+    own = [indexed_noise((4, 8, 8), range(5), 7, 1, purpose=purpose) for purpose in (NOISE, POSTERIOR)]
     latents = encode(model.vae, pixels, own[1])
     noisy, fed = add_noise(model.scheduler, latents, own[0], torch.tensor(0.3))
     tokens = model.denoiser.pos_embed(noisy)

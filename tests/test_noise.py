@@ -25,7 +25,6 @@ from ddae_hf.noise import (
     check_timestep,
     denoised,
     family,
-    indexed_noise,
     prediction_target,
     prediction_type,
     sample_training_sigma,
@@ -455,17 +454,6 @@ def test_log_normal_levels_of_a_schedule_of_timesteps_end_where_it_does():
     quartiles = sigma.log().double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     torch.testing.assert_close(quartiles, torch.tensor([-1.0117, 0.0, 1.0117], dtype=torch.float64), rtol=0, atol=0.03)
     assert sample_training_sigma(scheduler, 8, log_normal=(50.0, 0.1)).tolist() == [high] * 8
-
-
-def test_indexed_noise_depends_on_seed_index_and_view_alone():
-    whole = indexed_noise((3, 8, 8), range(10), seed=4)
-    assert torch.equal(whole[[7, 2]], indexed_noise((3, 8, 8), [7, 2], seed=4))
-    others = [indexed_noise((3, 8, 8), range(10), seed=5), indexed_noise((3, 8, 8), range(10), seed=4, view=1)]
-    for other in others:
-        assert not torch.isclose(whole, other).all(dim=(1, 2, 3)).any()
-    many = indexed_noise((3, 8, 8), range(500))
-    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
-    assert torch.corrcoef(many.flatten(1)[:50]).fill_diagonal_(0).abs().max() < 0.35
 
 
 @pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0]])

@@ -14,6 +14,7 @@ import ddae_hf
 ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines.
 ORDER = [
+    ["draws", "families"],
     ["noise"],
     ["arrays", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "pickles", "remote_code"],
     ["weights"],

@@ -21,13 +21,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the scripts' shared helpers, which in a Space lie beside this file
 
 import gradio as gr  # noqa: E402 (it reads the variable above)
-from diffusers import EDMEulerScheduler  # noqa: E402
 from pictures import CSS  # noqa: E402
 from views import NO_CLASS, OWN_SAMPLER, Demo  # noqa: E402
 
 from data import add_data_arguments  # noqa: E402
 from ddae_hf.networks import network_of  # noqa: E402
-from ddae_hf.noise import sigma_range  # noqa: E402
+from ddae_hf.noise import family_of, sigma_range  # noqa: E402
 from labelled import add_label_arguments  # noqa: E402
 
 RUN = HERE if (HERE / "checkpoint").is_dir() else Path("runs/quickstart")
@@ -89,8 +88,8 @@ def generate_tab(demo: Demo) -> None:
             count = gr.Slider(1, 64, 16, step=1, label="Images")
             steps = gr.Slider(1, 250, 50, step=1, label="Steps")
             seed = gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed")
-            heun = isinstance(pipeline.scheduler, EDMEulerScheduler)
-            sampler = gr.Radio([OWN_SAMPLER, "heun"], value=OWN_SAMPLER, label="Sampler", visible=heun)
+            others = family_of(pipeline.scheduler).samplers
+            sampler = gr.Radio([OWN_SAMPLER, *others], value=OWN_SAMPLER, label="Sampler", visible=bool(others))
             label = gr.Dropdown(choices, value=choices[0][1], label="Class", visible=bool(classes))
             guidance = gr.Slider(1, 6, 1, step=0.1, label="Guidance", visible=bool(classes) and has_null)
             with gr.Row():

@@ -1,0 +1,325 @@
+"""What a family of schedulers has to say: its noise levels, and its network's input and target at each.
+
+Every family is linear: for clean images `x` and standard-normal noise `n` the network sees `a * x + b * n` and should
+answer `c * x + d * n`. No family is named here; those that there are, and the symbols, are in `noise.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_UNITS = {
+    "sigma": "standard deviation of the noise on images in [-1, 1], or on scaled latents",
+    "timestep": "as the denoiser is fed it",
+}
+# How far beyond an end a level may be, relative to the end: ends are printed and written down with five digits.
+_ROUNDING = 5e-5
+
+
+def _inside(value: Any, low: Any, high: Any) -> Any:
+    """Whether a number, or each of a tensor's, is in the range, to five digits."""
+    return (low - _ROUNDING * abs(low) <= value) & (value <= high + _ROUNDING * abs(high))
+
+
+def rounded(level: Tensor, low: Any, high: Any) -> Tensor:
+    """Move levels that are inside to five digits to where they are exactly; NaN for those that are not."""
+    return torch.where(_inside(level, low, high), level.clamp(low, high), torch.nan)
+
+
+def log_normal_levels(moments: tuple[float, float], shape: tuple[int], device: Any, generator: Any) -> Tensor:
+    """Draw levels whose logarithms have this mean and this standard deviation."""
+    return torch.exp(moments[0] + moments[1] * torch.randn(shape, device=device, generator=generator))
+
+
+def is_recorded() -> bool:
+    """Whether a graph is being recorded, or fake tensors may be about."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+
+
+def readable(values: Tensor) -> bool:
+    """Whether values can be looked at: without waiting for a device, and with no graph being recorded without them."""
+    return values.device.type == "cpu" and not is_recorded()
+
+
+class Family(ABC):
+    """What a scheduler's family knows of noise levels, of the network's input and target, and of sampling.
+
+    A family says how its schedulers are told (`schedulers` or `takes`), which levels there are (`sigma_range`,
+    `timestep_range`), how their two units belong together (`to_sigma`, `to_timestep`), the shares of image and noise in
+    the network's input and target (`input_shares`, `target_shares`), and what training draws (`draw_usual`). All else
+    follows. Tensors of levels are float32, and finite or infinite as the ranges say.
+
+    Args:
+        scheduler: A diffusers scheduler of the family; neither its `add_noise` nor its current grid plays a part.
+    """
+
+    name: str  # of the framework
+    title: str  # of the framework in a sentence
+    schedulers: tuple[str, ...] = ()  # the names of its schedulers' classes
+    default_scheduler: str  # the one that new networks are trained under
+    own_samplers: dict[str, str] = {}  # samplers that are not the scheduler's own, and the scheduler that each needs
+    predictions: tuple[str, ...]  # the values of the schedulers' `prediction_type`; the first where they have none
+    whole_timesteps = False  # whether timesteps are numbers of rows, which a learned embedding can look up
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+
+    @classmethod
+    def takes(cls, scheduler: Any) -> bool:
+        """Whether the scheduler is of this family."""
+        return type(scheduler).__name__ in cls.schedulers
+
+    @classmethod
+    def allowed(cls) -> str:
+        """Return which schedulers it has, as a refusal lists them."""
+        return f"{cls.title}'s ({', '.join(cls.schedulers)})"
+
+    @abstractmethod
+    def sigma_range(self) -> tuple[float, float]:
+        """Return the smallest and the largest sigma that sampling may ask for."""
+
+    @abstractmethod
+    def timestep_range(self) -> tuple[float, float]:
+        """Return the smallest and the largest timestep that sampling may ask for."""
+
+    def training_range(self, unit: str) -> tuple[float, float]:
+        """Return the ends of all levels that a network may be trained at, `"sigma"` or `"timestep"`."""
+        return self.sigma_range() if unit == "sigma" else self.timestep_range()
+
+    @abstractmethod
+    def to_sigma(self, timestep: Tensor) -> Tensor:
+        """Convert timesteps (float32, any shape), NaN for those outside `training_range`; see `rounded`."""
+
+    @abstractmethod
+    def to_timestep(self, sigma: Tensor) -> Tensor:
+        """Convert noise levels (float32, any shape), NaN for those outside `training_range`; see `rounded`."""
+
+    @abstractmethod
+    def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `a` and `b`, of the shape of `sigma`: the network sees `a * x + b * n`. `b` is `a * sigma`."""
+
+    @abstractmethod
+    def target_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `c` and `d`, of the shape of `sigma`: the network should answer `c * x + d * n`, see `prediction`."""
+
+    @abstractmethod
+    def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
+        """Draw levels from the family's own training distribution."""
+
+    def trainable(self, sigma: Tensor) -> Tensor:
+        """Return log-normal draws as levels that there are."""
+        return sigma
+
+    def check_prediction(self, kind: str) -> None:
+        """Refuse a `prediction_type` that cannot work."""
+        if kind not in self.predictions:
+            raise ValueError(
+                f"prediction_type {kind!r} is not supported with {type(self.scheduler).__name__}: allowed are "
+                f"{', '.join(self.predictions)}."
+            )
+
+    @property
+    def prediction(self) -> str:
+        """What the denoiser predicts, in the words of its scheduler's config.
+
+        `epsilon` (the noise), `sample` (the clean image) or `v_prediction` for VP; `epsilon` for EDM's own output, and
+        `v_prediction` for its negative; `velocity` for flow matching.
+
+        Raises:
+            ValueError: Another prediction type, or noise prediction under zero-terminal SNR, where at pure noise the
+                network's input is its target and says nothing of the image (Lin et al. 2023, arXiv 2305.08891).
+        """
+        kind = self.scheduler.config.get("prediction_type", self.predictions[0])
+        self.check_prediction(kind)
+        return kind
+
+    def check_level(self, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
+        """Refuse a noise level outside a range, to five digits, and what is no number.
+
+        Python scalars are always looked at, in a graph that is compiled too, where they are constants; other values
+        only where they are `readable`.
+
+        Args:
+            unit: `"sigma"` or `"timestep"`.
+            value: The level or levels, in this unit: a number, a tensor, or what can become one.
+            allowed: The range; by default every level that a network of the family may be trained at.
+
+        Raises:
+            ValueError: A level outside, or NaN.
+        """
+        is_number = isinstance(value, int | float)
+        values = value if is_number else torch.as_tensor(value)
+        if not is_number and not readable(values):
+            return
+        low, high = self.training_range(unit) if allowed is None else allowed
+        if is_number:
+            # The compiler can show a scalar that changes in no other format.
+            wrong = None if _inside(values, low, high) else f"{float(values)!r}"
+        else:
+            # In float64, as bfloat16 takes 1000 for 999; unwrapped, as `torch.func.vmap` lets nobody look at its batch.
+            values = torch.func.debug_unwrap(values).double()
+            outside = values[~_inside(values, low, high)]
+            wrong = f"{outside[0].item():.7g}" if len(outside) else None
+        if wrong is not None:
+            raise ValueError(
+                f"{unit} {wrong} is outside the schedule of {type(self.scheduler).__name__}: allowed are {low:.5g} to "
+                f"{high:.5g} ({_UNITS[unit]})."
+            )
+
+    def check_sigma(self, sigma: Any) -> None:
+        """Refuse a `sigma`, or several, at which a sampler would not evaluate a network (to five digits)."""
+        self.check_level("sigma", sigma, self.sigma_range())
+
+    def check_timestep(self, timestep: Any) -> None:
+        """Refuse a `timestep`, or several, at which a sampler would not evaluate a network (to five digits)."""
+        self.check_level("timestep", timestep, self.timestep_range())
+
+    def sigma(self, timestep: float | Tensor) -> Tensor:
+        """Convert what the denoiser is fed into a noise level: see `timestep_to_sigma`."""
+        self.check_level("timestep", timestep)
+        return self.to_sigma(torch.as_tensor(timestep, dtype=torch.float32))
+
+    def timestep(self, sigma: float | Tensor) -> Tensor:
+        """Convert a noise level into what the denoiser is fed: see `sigma_to_timestep`."""
+        self.check_level("sigma", sigma)
+        return self.to_timestep(torch.as_tensor(sigma, dtype=torch.float32))
+
+    def _level(self, sigma: float | Tensor, images: Tensor) -> Tensor:
+        """Return `sigma`, checked where it can be, as a float32 tensor (B, 1, ...) that goes with the images'."""
+        self.check_level("sigma", sigma)
+        level = torch.as_tensor(sigma, dtype=torch.float32, device=images.device)
+        count = images.shape[0]
+        if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (count, 1)):
+            raise ValueError(f"sigma has shape {tuple(level.shape)} for {count} images: pass a scalar, or one each.")
+        return level.expand(count).reshape(-1, *[1] * (images.ndim - 1))
+
+    def _fed(self, sigma: float | Tensor, images: Tensor) -> Tensor:
+        """Return the timestep (B,) of a `sigma` that was checked."""
+        timestep = self.to_timestep(torch.as_tensor(sigma, dtype=torch.float32))
+        return timestep.to(images.device).expand(images.shape[0])
+
+    def noisy(self, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the denoiser's input and its timestep (B,): see `add_noise`."""
+        a, b = self.input_shares(self._level(sigma, clean))
+        return (a * clean.float() + b * noise.float()).to(clean.dtype), self._fed(sigma, clean)
+
+    def scaled(self, sample: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the denoiser's input and its timestep (B,) for `x + sigma * n` (B, C, H, W), at a finite level."""
+        a, _ = self.input_shares(self._level(sigma, sample))
+        return (a * sample.float()).to(sample.dtype), self._fed(sigma, sample)
+
+    def target(self, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+        """Return what a perfect denoiser would output, float32 (B, C, H, W), given the input that `noisy` makes."""
+        c, d = self.target_shares(self._level(sigma, clean))
+        return c * clean.float() + d * noise.float()
+
+    def denoised(self, noisy: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
+        """Return the clean image that a denoiser's output stands for.
+
+        Args:
+            noisy: The denoiser's input (B, C, H, W), as `noisy` makes it.
+            output: The denoiser's output, of the same shape.
+            sigma: Noise level, scalar or (B,), as `noisy` takes it.
+
+        Returns:
+            The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
+
+        Raises:
+            ValueError: A sigma outside the schedule, or neither one nor one an image.
+        """
+        level = self._level(sigma, noisy)
+        a, b = self.input_shares(level)
+        c, d = self.target_shares(level)
+        return (d * noisy.float() - b * output.float()) / (a * d - b * c)
+
+    def draw(
+        self,
+        batch_size: int,
+        device: Any = None,
+        generator: torch.Generator | None = None,
+        log_normal: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Draw the noise levels (batch_size,) of a training step.
+
+        Args:
+            batch_size: Number of levels.
+            device: Where to draw.
+            generator: Random generator on that device.
+            log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
+                timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the
+                logit-normal times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP,
+                levels beyond an end of the schedule are that end.
+
+        Raises:
+            ValueError: `log_normal` that is no distribution.
+        """
+        if log_normal is None:
+            return self.draw_usual((batch_size,), device, generator)
+        mean, deviation = log_normal
+        if not (math.isfinite(mean) and 0 < deviation < math.inf):
+            raise ValueError(
+                f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation "
+                "positive."
+            )
+        return self.trainable(log_normal_levels((mean, deviation), (batch_size,), device, generator))
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """The names of the samplers beside the scheduler's own that this scheduler's levels suit."""
+        name = type(self.scheduler).__name__
+        return tuple(sampler for sampler, needed in self.own_samplers.items() if needed == name)
+
+    def check_sampler(self, sampler: str | None) -> None:
+        """Raise `ValueError` unless the sampler is among `samplers`, or None, which is the scheduler's own."""
+        known = [(family, name) for family in FAMILIES for name in family.own_samplers]
+        if sampler is None or sampler in self.samplers:
+            return
+        if found := [family for family, name in known if name == sampler]:
+            needed = found[0].own_samplers[sampler]
+            raise ValueError(
+                f"sampler={sampler!r} needs an {needed}, not a {type(self.scheduler).__name__}: for a network trained "
+                f"with {found[0].title}, set `pipeline.scheduler = {needed}.from_config(pipeline.scheduler.config)`."
+            )
+        names = ", ".join(repr(name) for _, name in known)
+        raise ValueError(f"sampler is {sampler!r}: allowed are {names}, and None for the scheduler's own.")
+
+    def check_steps(self) -> None:
+        """Raise `ValueError` if the scheduler's steps need more than the network's output, a timestep and a sample."""
+        parameters = list(inspect.signature(self.scheduler.step).parameters.values())
+        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[3:]):
+            raise ValueError(f"{type(self.scheduler).__name__} takes steps that need more than an image and its noise.")
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the scheduler's steps take a variance that the network predicts beside the image's noise."""
+        return str(self.scheduler.config.get("variance_type")).startswith("learned")
+
+    def first_sample(self, noise: Tensor) -> Tensor:
+        """Return standard-normal noise as the scheduler's steps start from it, once its timesteps are set."""
+        return noise * self.scheduler.init_noise_sigma
+
+    def model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Return what the network is fed of a sample of the scheduler's own steps."""
+        return self.scheduler.scale_model_input(sample, timestep)
+
+    def step(self, output: Tensor, timestep: Tensor, sample: Tensor, generator: Any) -> Tensor:
+        """Take the scheduler's own step and return the next sample; a generator goes where the step is random."""
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            return self.scheduler.step(output, timestep, sample, generator=generator).prev_sample
+        return self.scheduler.step(output, timestep, sample).prev_sample
+
+
+FAMILIES: list[type[Family]] = []  # in the order in which they are asked
+
+
+def register(family_class: type[Family]) -> type[Family]:
+    """Make a family known; it is asked before those that are known already."""
+    FAMILIES.insert(0, family_class)
+    return family_class
