@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from data import best_device
 from ddae_hf.arrays import num_bytes, size
-from ddae_hf.features import augment_view
+from ddae_hf.augment import augment_view
 from ddae_hf.latent_folder import DTYPE, LatentFolder
 from ddae_hf.noise import indexed_noise
 from labelled import Images, LabelledImages, noise_view

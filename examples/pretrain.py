@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -48,7 +47,7 @@ from data import (
     training_inputs,
 )
 from ddae_hf import DDAEConfig
-from ddae_hf.augment import accept_augmentation_labels
+from ddae_hf.augment import accept_augmentation_labels, reduced
 from ddae_hf.checkpoints import build_denoiser, build_scheduler, plain_config, read_checkpoint
 from ddae_hf.conditioning import disable_label_dropout, is_conditional, label_options, num_labels
 from ddae_hf.latent_folder import LatentFolder
@@ -372,7 +371,7 @@ def training_steps(args: argparse.Namespace, accelerator: Accelerator, training:
             batch["pixel_values"] = one_view(batch["pixel_values"])
             clean, labels = training_inputs(args, batch, network)
             if args.low_resolution and training.step < args.low_resolution_share * training.total_steps:
-                clean = F.interpolate(clean, args.low_resolution, mode="area")
+                clean = reduced(clean, args.low_resolution)
             levels = {"class_labels": labels, "log_normal": args.log_sigma}
             loss = denoising_loss(denoiser, training.scheduler, clean, **levels).mean()
             accelerator.backward(loss)
