@@ -1,27 +1,137 @@
-"""Non-leaking augmentation: transformed training images whose transformation the network is told.
+"""Changes of training images: mirrors, crops, mixtures, and augmentation that the network is told of.
 
-Karras et al. 2022 (arXiv 2206.00364, appendix F.2, table 6). Each image is mirrored left to right half of the time, and
-with a small probability each is mirrored upside down, scaled, rotated, stretched along a random direction, and shifted.
-Nine numbers say what was done; zeros say that nothing was, and with zeros the network generates and is read, so that no
-transformation leaks into its images.
+All take and return images (B, C, H, W), floats in [-1, 1]; `random_flip`, `random_crop` and `mixup` take latents too.
+What is random is drawn in one of two ways:
 
-Two differences from the paper. Images are resampled once, bicubically, where the paper filters with wavelets. The
-numbers are added, padded with zeros, to the time embedding, where the paper learns a linear map of them: so a stock
-`UNet2DModel` takes them without new weights, and its checkpoint is an ordinary unconditional one.
+- `random_flip`, `random_crop`, `random_changes`, `mixup` and, where it is given no generator of its own, `augment` draw
+  from torch's global generators, which whoever trains seeds. What happens to an image depends on its batch.
+- `augment_view` has draws of its own for each image, by its index in the data set, so that what is kept on disk can be
+  computed in batches of any size, and continued.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .draws import CHANGES, index_generator
+
 NUM_LABELS = 9
 _SCALE = 2**0.2  # factor of one standard deviation of scaling and stretching
 _SHIFT = 1 / 8  # one standard deviation of shifting, in image sizes
+
+
+def mirror(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) mirrored left to right."""
+    return images.flip(-1)
+
+
+def reduced(images: Tensor, side: int) -> Tensor:
+    """Return images (B, C, side, side): each pixel is the mean of those of (B, C, H, W) that it covers."""
+    return F.interpolate(images, side, mode="area")
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Mirror each image (B, C, H, W) left to right with probability one half."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, mirror(images), images)
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Shift each image by up to `padding` pixels; reflections fill its edges.
+
+    As Wide ResNets are trained (Zagoruyko and Komodakis 2016, arXiv 1605.07146). `augment_view` fills with black.
+
+    Args:
+        images: Images (B, C, H, W).
+        padding: Pixels reflected on each side, before each image is cropped back to (H, W) at one of
+            (2 padding + 1)^2 places, all of one probability.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: A padding that is negative, or not below both sides of the images.
+    """
+    count, channels, height, width = images.shape
+    if not 0 <= padding < min(height, width):
+        raise ValueError(f"The padding is {padding}: images of {height}x{width} pixels allow 0 to their sides less 1.")
+    padded = F.pad(images, [padding] * 4, mode="reflect")
+    offsets = torch.randint(2 * padding + 1, (2, count, 1), device=images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    image = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def random_changes(images: Tensor, flip: bool, crop_padding: int) -> Tensor:
+    """Change images (B, C, H, W) by `random_flip`, if `flip`, then by `random_crop`, if `crop_padding` is not 0.
+
+    Nothing is drawn for what is not asked for.
+    """
+    images = random_flip(images) if flip else images
+    return random_crop(images, crop_padding) if crop_padding else images
+
+
+def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
+    """Mirror half of the images and crop them at random, each by draws of its own.
+
+    The changes are those of `random_changes` but for the borders, which are black here, as those of torchvision's
+    `RandomCrop`, and reflections there.
+
+    Args:
+        images: Images (B, C, H, W) in [-1, 1].
+        indices: Their indices in the data set, B integers.
+        seed: Seed of the changes.
+        view: Number of the view.
+        flip: Whether to mirror.
+        crop_padding: Pixels of black added on each side before cropping back to (H, W).
+
+    Returns:
+        (B, C, H, W). What happens to an image depends on (seed, its index, view) alone.
+
+    Raises:
+        ValueError: Another number of indices than of images, or a negative padding.
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images, [crop_padding] * 4, value=-1.0)
+    views = []
+    for i, image in zip(indices, padded, strict=True):
+        rng = index_generator(seed, view, i, CHANGES)
+        mirrored = flip and rng.random() < 0.5
+        top, left = rng.integers(0, 2 * crop_padding + 1, size=2)
+        crop = image[:, top : top + height, left : left + width]
+        views.append(mirror(crop) if mirrored else crop)
+    return torch.stack(views)
+
+
+def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Average each image and its target with another's of the batch, in the same proportion.
+
+    Mixup (Zhang et al. 2018, arXiv 1710.09412), with a share for each image. Shares and partners are drawn on the CPU.
+
+    Args:
+        images: Images (B, C, H, W), float32.
+        targets: Probabilities (B, K), float32.
+        alpha: Shares are drawn from Beta(alpha, alpha): near 0 most images stay almost whole, at 1 every share is as
+            likely as any other.
+
+    Returns:
+        The images (B, C, H, W) and their targets (B, K).
+
+    Raises:
+        ValueError: An `alpha` that is not above 0.
+    """
+    share = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images.device)
+    other = torch.randperm(len(images)).to(images.device)
+    images = torch.lerp(images[other], images, share[:, None, None, None])
+    return images, torch.lerp(targets[other], targets, share[:, None])
 
 
 def _matrix(rows: list[list[Any]], like: Tensor) -> Tensor:
@@ -42,7 +152,16 @@ def _rotation(angle: Tensor) -> Tensor:
 def augment(
     images: Tensor, probability: float = 0.12, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Transform images at random, and say how.
+    """Transform images at random, and say how: augmentation that does not leak into what the network generates.
+
+    Karras et al. 2022 (arXiv 2206.00364, appendix F.2, table 6). Each image is mirrored left to right half of the time,
+    and with a small probability each is mirrored upside down, scaled, rotated, stretched along a random direction, and
+    shifted. Nine numbers say what was done; zeros say that nothing was, and with zeros the network generates and is
+    read.
+
+    Two differences from the paper. Images are resampled once, bicubically, where the paper filters with wavelets. The
+    numbers are added, padded with zeros, to the time embedding, where the paper learns a linear map of them: so a stock
+    `UNet2DModel` takes them without new weights, and its checkpoint is an ordinary unconditional one.
 
     Args:
         images: Images (B, C, H, W) in [-1, 1], of equal height and width.
@@ -94,7 +213,7 @@ def augment(
         @ _rotation(direction) @ _scaling(_SCALE**-stretch, _SCALE**stretch, scale) @ _rotation(-direction)
         @ _matrix([[1, 0, -2 * _SHIFT * right], [0, 1, -2 * _SHIFT * down], [0, 0, 1]], scale)
     )  # fmt: skip
-    images = torch.where(mirrored[:, None, None, None] > 0, images.flip(-1), images)
+    images = torch.where(mirrored[:, None, None, None] > 0, mirror(images), images)
     return _resample(images, origin, labels[:, 1:].any(dim=1)), labels
 
 

@@ -19,7 +19,7 @@ from .checkpoints import (
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
 from .latents import check_vae, check_vae_class, downsampling
 from .networks import PAPER_UNET, check_denoiser_class, network_of
-from .noise import check_sigma, check_timestep, prediction_type, timestep_to_sigma
+from .noise import family_of
 from .weights import HUB_ARGUMENTS
 
 DEFAULT_DENOISER = PAPER_UNET
@@ -93,16 +93,17 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_vae(denoiser)
         self._check_network(denoiser)
         scheduler = build_scheduler(self.scheduler)
-        prediction_type(scheduler)
+        family = family_of(scheduler)
+        family.check_prediction()
         network_of(denoiser).check_timesteps(denoiser.config, scheduler)
         if timestep is not None and self.sigma is not None:
             raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
         if timestep is not None:
-            check_timestep(scheduler, timestep)
-            self.sigma = timestep_to_sigma(scheduler, timestep).item()
+            family.check_timestep(timestep)
+            self.sigma = family.sigma(timestep).item()
         elif self.sigma is None:
             self.sigma = 0.05 if self.vae is None else SIGMA_OF_LATENTS
-        check_sigma(scheduler, self.sigma)
+        family.check_sigma(self.sigma)
         if self.layer is None:
             self.layer = default_layer(denoiser)
         check_layers(denoiser, [self.layer])

@@ -71,6 +71,10 @@ class Family(ABC):
     def __init__(self, scheduler: Any):
         self.scheduler = scheduler
 
+    @property
+    def _prediction(self) -> str:
+        return self.scheduler.config.get("prediction_type", self.predictions[0])
+
     @classmethod
     def takes(cls, scheduler: Any) -> bool:
         """Whether the scheduler is of this family."""
@@ -117,11 +121,11 @@ class Family(ABC):
         """Return log-normal draws as levels that there are."""
         return sigma
 
-    def check_prediction(self, kind: str) -> None:
-        """Refuse a `prediction_type` that cannot work."""
-        if kind not in self.predictions:
+    def check_prediction(self) -> None:
+        """Refuse a `prediction_type` of the scheduler that cannot work."""
+        if self._prediction not in self.predictions:
             raise ValueError(
-                f"prediction_type {kind!r} is not supported with {type(self.scheduler).__name__}: allowed are "
+                f"prediction_type {self._prediction!r} is not supported with {type(self.scheduler).__name__}: allowed are "
                 f"{', '.join(self.predictions)}."
             )
 
@@ -136,9 +140,8 @@ class Family(ABC):
             ValueError: Another prediction type, or noise prediction under zero-terminal SNR, where at pure noise the
                 network's input is its target and says nothing of the image (Lin et al. 2023, arXiv 2305.08891).
         """
-        kind = self.scheduler.config.get("prediction_type", self.predictions[0])
-        self.check_prediction(kind)
-        return kind
+        self.check_prediction()
+        return self._prediction
 
     def check_level(self, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
         """Refuse a noise level outside a range, to five digits, and what is no number.

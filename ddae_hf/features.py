@@ -1,7 +1,7 @@
 """Features of a data set: pooled hidden states of several layers at one noise level, in one pass, kept on disk.
 
-What is random about an image's features depends on (noise seed, image index, view) alone: its noise and, in views that
-are changed, its mirroring and its crop. Batches, interruptions and the number of processes play no part.
+What is random about an image's features depends on (noise seed, image index, view) alone: its noise and, where its
+latent is a draw, that draw. Batches, interruptions and the number of processes play no part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .arrays import described_folder, fill
-from .draws import CHANGES, POSTERIOR, index_generator, indexed_noise
+from .draws import POSTERIOR, indexed_noise
 from .hidden_states import check_layers, hidden_size, pool_hidden_states
 from .modeling_ddae import DDAEModel
 from .noise import family_of
@@ -114,32 +114,6 @@ def batch_features(
         clean = model.encode(images.to(model.device), own)
         hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise.to(model.device))
         return {layer: pool_hidden_states(hidden[layer], config.pooling) for layer in layers}
-
-
-def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
-    """Mirror half of the images and crop them at random.
-
-    Args:
-        images: Images (B, C, H, W) in [-1, 1].
-        indices: Their indices in the data set, B integers.
-        seed: Seed of the changes.
-        view: Number of the view.
-        flip: Whether to mirror.
-        crop_padding: Pixels of black added on each side before cropping back to (H, W).
-
-    Returns:
-        (B, C, H, W). What happens to an image depends on (seed, its index, view) alone.
-    """
-    height, width = images.shape[-2:]
-    padded = torch.nn.functional.pad(images, [crop_padding] * 4, value=-1.0)
-    views = []
-    for i, image in zip(indices, padded, strict=True):
-        rng = index_generator(seed, view, i, CHANGES)
-        mirrored = flip and rng.random() < 0.5
-        top, left = rng.integers(0, 2 * crop_padding + 1, size=2)
-        crop = image[:, top : top + height, left : left + width]
-        views.append(crop.flip(-1) if mirrored else crop)
-    return torch.stack(views)
 
 
 class FeatureCache:

@@ -153,9 +153,9 @@ class _VariancePreserving(Family):
         one = torch.ones_like(a)
         return {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-b, a)}[self.prediction]
 
-    def check_prediction(self, kind: str) -> None:
-        super().check_prediction(kind)
-        if kind == "epsilon" and math.isinf(self.sigma_range()[1]):
+    def check_prediction(self) -> None:
+        super().check_prediction()
+        if self._prediction == "epsilon" and math.isinf(self.sigma_range()[1]):
             raise ValueError(
                 "prediction_type 'epsilon' cannot work with zero-terminal SNR (`rescale_betas_zero_snr`): "
                 "set the scheduler's prediction_type to 'v_prediction' or 'sample'."
@@ -390,62 +390,3 @@ def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tenso
         ValueError: A sigma outside the schedule, see `sigma_to_timestep`, or neither one nor one an image.
     """
     return family_of(scheduler).noisy(clean, noise, sigma)
-
-
-# What follows goes as soon as callers ask `family_of(scheduler)`, and a network's own module for its time embedding.
-
-
-def check_level(scheduler: Any, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
-    """Refuse a noise level outside a range: see `Family.check_level`."""
-    family_of(scheduler).check_level(unit, value, allowed)
-
-
-def check_sigma(scheduler: Any, sigma: Any) -> None:
-    """Refuse a `sigma` outside the sampling range: see `Family.check_sigma`."""
-    family_of(scheduler).check_sigma(sigma)
-
-
-def check_timestep(scheduler: Any, timestep: Any) -> None:
-    """Refuse a `timestep` outside the sampling range: see `Family.check_timestep`."""
-    family_of(scheduler).check_timestep(timestep)
-
-
-def prediction_type(scheduler: Any) -> str:
-    """Return what the denoiser predicts: see `Family.prediction`."""
-    return family_of(scheduler).prediction
-
-
-def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return what a perfect denoiser would output: see `Family.target`."""
-    return family_of(scheduler).target(clean, noise, sigma)
-
-
-def denoised(scheduler: Any, sample: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return the clean image that a denoiser's output stands for: see `Family.denoised`."""
-    return family_of(scheduler).denoised(sample, output, sigma)
-
-
-def sample_training_sigma(
-    scheduler: Any,
-    batch_size: int,
-    device: Any = None,
-    generator: Any = None,
-    log_normal: tuple[float, float] | None = None,
-) -> Tensor:
-    """Draw the noise levels of a training step: see `Family.draw`."""
-    return family_of(scheduler).draw(batch_size, device, generator, log_normal)
-
-
-def check_time_embedding(config: Any, scheduler: Any) -> None:
-    """Raise `ValueError` if a denoiser, of which this is the config, cannot be fed the scheduler's timesteps."""
-    kind = config.get("time_embedding_type", "positional")
-    if kind == "fourier":
-        raise ValueError(
-            "The denoiser's time_embedding_type is 'fourier': it takes the logarithm of what it is fed, as score-SDE "
-            "schedulers need it, which are not supported; timestep 0 would give no numbers. Set it to 'positional'."
-        )
-    if kind != "positional" and not family_of(scheduler).whole_timesteps:
-        raise ValueError(
-            f"The denoiser's time_embedding_type is {kind!r}, which cannot take the timesteps of "
-            f"{type(scheduler).__name__}: set it to 'positional'."
-        )

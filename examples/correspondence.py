@@ -66,7 +66,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class Warp:
     """A turn about the image's centre, a shift, and a wave along each axis: every step has an exact inverse.
 
-    Places are complex128: x + iy in pixels, from 0 at the centre of the first one.
+    Places are complex128: x + iy in pixels, from 0 at the centre of the first one. Training images are never warped:
+    their changes, in `ddae_hf.augment`, need no inverse.
     """
 
     def __init__(self, size: tuple[int, int], args: argparse.Namespace, index: int):

@@ -26,7 +26,7 @@ from classes import columns_of, draw_images, find_label_column, label_column, re
 from data_files import list_data_files, split_files, states_its_files
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.arrays import write_text
-from ddae_hf.augment import augment, embed_labels
+from ddae_hf.augment import augment, embed_labels, random_flip
 from ddae_hf.image_processing_ddae import as_rgb
 from ddae_hf.labels import drop_labels
 from ddae_hf.networks import network_of
@@ -365,24 +365,6 @@ def training_batches(
     )
 
 
-def flip(images: torch.Tensor) -> torch.Tensor:
-    """Mirror each image (B, C, H, W) with probability one half."""
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images)
-
-
-def random_crop(images: torch.Tensor, padding: int) -> torch.Tensor:
-    """Shift each image (B, C, H, W) by up to `padding` pixels; reflections fill its edges."""
-    count, channels, height, width = images.shape
-    padded = torch.nn.functional.pad(images, [padding] * 4, mode="reflect")
-    offsets = torch.randint(2 * padding + 1, (2, count, 1), device=images.device)
-    rows = offsets[0] + torch.arange(height, device=images.device)
-    columns = offsets[1] + torch.arange(width, device=images.device)
-    image = torch.arange(count, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[:, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
 def training_inputs(
     args: argparse.Namespace, batch: dict[str, torch.Tensor], network: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -396,7 +378,7 @@ def training_inputs(
     if labels is not None:
         null_class = network_of(network).num_labels(network.config) - 1
         labels = drop_labels(labels, null_class, args.label_dropout)
-    return flip(clean) if args.random_flip else clean, labels
+    return random_flip(clean) if args.random_flip else clean, labels
 
 
 def best_device() -> str:

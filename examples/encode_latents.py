@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     print(state_use(folder, vae, args.batch_size, (side, side)))
     if labels is not None:
         folder.write_labels("train", labels)
-    encode_views(folder, vae, images, {}, mirror=args.mirror)
+    encode_views(folder, vae, images)
     print(f"{len(dataset):,} images in {args.output_dir}, {folder.views('train')} view(s) each.")
 
 

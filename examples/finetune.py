@@ -38,9 +38,10 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from data import add_data_arguments, best_device, flip, parse_with_config, random_crop, write_json
+from data import add_data_arguments, best_device, parse_with_config, write_json
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
 from ddae_hf.arrays import written_whole
+from ddae_hf.augment import mixup, random_changes
 from ddae_hf.checkpoints import load_vae, plain_config
 from ddae_hf.latent_folder import LatentFolder
 from facts import base_model, data_facts, machine
@@ -246,17 +247,6 @@ def parameter_groups(
     return list(groups.values())
 
 
-def mix(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Return mixup (Zhang et al. 2018, arXiv 1710.09412): each image and its target, averaged with another's.
-
-    `images` are (B, C, H, W), `targets` probabilities (B, K). An image's share is drawn from Beta(alpha, alpha).
-    """
-    share = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images.device)
-    other = torch.randperm(len(images)).to(images.device)
-    images = torch.lerp(images[other], images, share[:, None, None, None])
-    return images, torch.lerp(targets[other], targets, share[:, None])
-
-
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack a batch; of noise, the model takes the draws first, (draws, B, C, H, W)."""
     batch = default_collate(rows)
@@ -351,11 +341,10 @@ class FineTuner(Trainer):
 
     def change(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return flipped, cropped and mixed images, and their classes as smoothed probabilities (B, K)."""
-        images = flip(images) if self.options.random_flip else images
-        images = random_crop(images, self.options.random_crop) if self.options.random_crop else images
+        images = random_changes(images, self.options.random_flip, self.options.random_crop)
         targets = F.one_hot(labels, len(self.model.config.id2label)).float()
         if self.options.mixup:
-            images, targets = mix(images, targets, self.options.mixup)
+            images, targets = mixup(images, targets, self.options.mixup)
         images = images.contiguous(memory_format=fast_layout(images.device))
         # Label smoothing (Szegedy et al. 2016, arXiv 1512.00567).
         targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), self.options.label_smoothing)

@@ -108,16 +108,13 @@ def check(args: argparse.Namespace) -> None:
 
 def create_folder(args: argparse.Namespace, images: LabelledImages, vae: Any) -> LatentFolder:
     """Return the folder of the images' latents, which are not computed yet."""
-    changes = changes_of(args) if args.num_views > 1 else {}
+    changes: dict[str, Any] = {}
+    if args.num_views > 1:
+        changes = {"flip": args.random_flip, "crop_padding": args.random_crop, "seed": args.seed}
     splits = describe_splits(images, dict.fromkeys(images.splits, args.num_views), changes)
     draws = {"sample_posterior": args.sample_posterior, "seed": args.seed}
     notes = {"names": images.names, "vae_source": args.model_name_or_path}
     return LatentFolder.create(args.latents_dir, vae, side(images), splits, **draws, **notes)
-
-
-def changes_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return how views after the first are changed, as `augment_view` takes it."""
-    return {"flip": args.random_flip, "crop_padding": args.random_crop, "seed": args.seed}
 
 
 def side(images: LabelledImages) -> tuple[int, int]:
@@ -175,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         images.batch_size = args.encode_batch_size
         for name, labels in images.labels.items():
             folder.write_labels(name, labels)
-        encode_views(folder, vae, images, changes_of(args))
+        encode_views(folder, vae, images)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     report = sweep_one(sweep)

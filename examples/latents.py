@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from datasets import Dataset
 
 from data import best_device
 from ddae_hf.arrays import num_bytes, size
+from ddae_hf.augment import augment_view, mirror
 from ddae_hf.draws import indexed_noise
-from ddae_hf.features import augment_view
 from ddae_hf.latent_folder import DTYPE, LatentFolder
 from labelled import Images, LabelledImages, noise_view
 from precision import made_fast
@@ -53,10 +54,10 @@ def state_use(folder: LatentFolder, vae: Any, batch_size: int, image_size: tuple
     )
 
 
-def encode_views(folder: LatentFolder, vae: Any, images: Images, changes: dict[str, Any], mirror: bool = False) -> None:
+def encode_views(folder: LatentFolder, vae: Any, images: Images) -> None:
     """Compute the latents that a folder lacks, with the VAE on the best device there is and back afterwards.
 
-    Views after the first are changed as `augment_view` does with `changes` or, with `mirror`, mirrored.
+    Views after the first are changed as the folder's description says: mirrored, or as `augment_view` does.
     """
     if not folder.missing_bytes():
         return
@@ -64,20 +65,21 @@ def encode_views(folder: LatentFolder, vae: Any, images: Images, changes: dict[s
     made_fast(vae, best_device()).to(best_device())
     for split, known in folder.index["splits"].items():
         for view in range(known["views"]):
-
-            def batches(start: int, split: str = split, view: int = view, count: int = known["count"]) -> Iterable:
-                title = f"Encoding {split} images, view {view}"
-                for pixels in images.batches(split, np.arange(start, count), title):
-                    indices = range(start, start := start + len(pixels))
-                    if view and mirror:
-                        pixels = pixels.flip(-1)
-                    elif view:
-                        pixels = augment_view(pixels, indices, view=view, **changes)
-                    yield pixels
-
-            folder.encode(vae, split, view, batches)
+            folder.encode(vae, split, view, partial(view_batches, images, split, known, view))
     vae.to(home)
     print(f"Encoded in {time.monotonic() - started:.0f} s.")
+
+
+def view_batches(images: Images, split: str, known: dict[str, Any], view: int, start: int) -> Iterator[torch.Tensor]:
+    """Yield a view of a split's images from `start` on, of which a `LatentFolder` knows the count and the changes."""
+    changes = known["changes"]
+    for pixels in images.batches(split, np.arange(start, known["count"]), f"Encoding {split} images, view {view}"):
+        indices = range(start, start := start + len(pixels))
+        if view and changes.get("mirror"):
+            pixels = mirror(pixels)
+        elif view:
+            pixels = augment_view(pixels, indices, changes["seed"], view, changes["flip"], changes["crop_padding"])
+        yield pixels
 
 
 def read(latents: np.ndarray, indices: np.ndarray | list[int]) -> torch.Tensor:

@@ -29,9 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from data import add_data_arguments, best_device, flip, images_hash, parse_with_config, random_crop, write_json
+from data import add_data_arguments, best_device, images_hash, parse_with_config, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
 from ddae_hf.arrays import fill, written_whole
+from ddae_hf.augment import random_changes
 from ddae_hf.draws import POSTERIOR, indexed_noise
 from ddae_hf.features import evaluating
 from ddae_hf.hidden_states import check_layers
@@ -116,12 +117,6 @@ def features(model: DDAEModel, layers: list[str], clean: Tensor, noise: Tensor, 
         return torch.cat([pool_hidden_states(states[layer], model.config.pooling) for layer in layers], dim=1)
 
 
-def changed(args: argparse.Namespace, images: Tensor) -> Tensor:
-    """Return flipped and cropped training images."""
-    images = flip(images) if args.random_flip else images
-    return random_crop(images, args.random_crop) if args.random_crop else images
-
-
 def set_seed(*seed: int) -> None:
     """Make what is random from here on depend on these numbers alone."""
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
@@ -140,7 +135,8 @@ def store_view(
         done = 0
         for images in data.batches("train", np.arange(count), f"features, view {view + 1} of {args.num_views}"):
             rows = slice(done, done := done + len(images))
-            images = changed(args, images)  # drawn in order: also of the images whose features are there
+            # Drawn in order: also of the images whose features are there.
+            images = random_changes(images, args.random_flip, args.random_crop)
             if rows.start >= start:
                 clean, noise = draw(model, images, range(count)[rows], args.noise_seed, FIRST_TRAIN_VIEW + view)
                 found = features(model, args.layers, clean, noise, sigmas[rows].to(model.device))
@@ -214,7 +210,7 @@ def training_steps(
         order = np.random.default_rng([args.seed, epoch]).permutation(len(dataset))
         batch = dataset[order[place * size : (place + 1) * size]]
         set_seed(args.seed, step)
-        images = changed(args, batch["pixel_values"])
+        images = random_changes(batch["pixel_values"], args.random_flip, args.random_crop)
         sigma = log_uniform(args, len(images), [args.seed, step])
         noise = torch.randn(len(images), *model.config.sample_shape)
         clean = model.encode(images.to(model.device), torch.randn_like(noise)).cpu()

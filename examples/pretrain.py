@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -48,7 +47,7 @@ from data import (
     training_inputs,
 )
 from ddae_hf import DDAEConfig
-from ddae_hf.augment import NUM_LABELS
+from ddae_hf.augment import NUM_LABELS, reduced
 from ddae_hf.checkpoints import build_scheduler, plain_config, read_checkpoint
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.latent_folder import LatentFolder
@@ -373,7 +372,7 @@ def training_steps(args: argparse.Namespace, accelerator: Accelerator, training:
             batch["pixel_values"] = one_view(batch["pixel_values"])
             clean, labels = training_inputs(args, batch, diffusion.own)
             if args.low_resolution and training.step < args.low_resolution_share * training.total_steps:
-                clean = F.interpolate(clean, args.low_resolution, mode="area")
+                clean = reduced(clean, args.low_resolution)
             loss = diffusion.loss(clean, class_labels=labels, log_normal=args.log_sigma).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:

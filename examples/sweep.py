@@ -28,7 +28,8 @@ from classes import draw_images
 from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
 from ddae_hf.arrays import read_json
-from ddae_hf.features import FeatureCache, augment_view
+from ddae_hf.augment import augment_view
+from ddae_hf.features import FeatureCache
 from ddae_hf.hidden_states import decoder_layer_names
 from ddae_hf.probing import alignment, fit_logistic_regression, knn_predict, uniformity
 from facts import base_model, data_facts, machine

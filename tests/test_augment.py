@@ -1,10 +1,13 @@
-"""Non-leaking augmentation: what the labels say is what was done, and nothing leaks into the checkpoint."""
+"""Changes of images: each is one of those that it may be, drawn as it should be.
+
+Of non-leaking augmentation: what the labels say is what was done, and nothing leaks into the checkpoint.
+"""
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from ddae_hf.objectives import denoising_loss
 from diffusers import DDPMPipeline, DDPMScheduler, EDMEulerScheduler
 
 from ddae_hf import DDAEPipeline
@@ -13,11 +16,18 @@ from ddae_hf.augment import (
     _resample,
     _rotation,
     _scaling,
-    accept_augmentation_labels,
     augment,
+    augment_view,
     embed_labels,
-    label_width,
+    mirror,
+    mixup,
+    random_changes,
+    random_crop,
+    random_flip,
+    reduced,
 )
+from ddae_hf.diffusion import Diffusion
+from ddae_hf.networks import network_of
 
 from .conftest import make_dit, make_unet
 
@@ -29,6 +39,137 @@ def pictures():
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def seed_torch():
+    torch.manual_seed(0)
+
+
+def shifts(image, changed, padding, **border):
+    """Return by how much an image (C, H, W) was shifted to give another, wherever that is so: (down, right)."""
+    height, width = image.shape[1:]
+    padded = np.pad(image.numpy(), [(0, 0), (padding, padding), (padding, padding)], **border)
+    places = [(top, left) for top in range(2 * padding + 1) for left in range(2 * padding + 1)]
+    windows = (padded[:, top : top + height, left : left + width] for top, left in places)
+    return [place for place, window in zip(places, windows, strict=True) if np.array_equal(window, changed.numpy())]
+
+
+def are_pictures(images, pictures):
+    """Return which images (B,) are bit-equal to pictures."""
+    return (images == pictures).flatten(1).all(dim=1)
+
+
+def test_a_mirror_turns_left_and_right_around():
+    rows = torch.arange(6.0).reshape(1, 1, 2, 3)
+    assert mirror(rows).tolist() == [[[[2, 1, 0], [5, 4, 3]]]]
+
+
+def test_a_flip_mirrors_about_half_and_leaves_the_others_as_they_are(pictures):
+    seed_torch()
+    images = random_flip(pictures)
+    same, mirrored = are_pictures(images, pictures), are_pictures(images, pictures.flip(-1))
+    assert (same ^ mirrored).all() and mirrored.float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_a_crop_is_a_shift_of_the_reflected_image_and_every_shift_comes(padding):
+    images = torch.rand(600, 2, 5, 6, generator=seeded())
+    seed_torch()
+    seen = set()
+    for image, crop in zip(images, random_crop(images, padding), strict=True):
+        (place,) = shifts(image, crop, padding, mode="reflect")
+        seen.add(place)
+    assert len(seen) == (2 * padding + 1) ** 2
+
+
+@pytest.mark.parametrize("padding", [-1, 5, 6])
+def test_a_crop_needs_a_padding_that_can_be_reflected(padding):
+    with pytest.raises(ValueError, match=rf"padding is {padding}: images of 5x6 pixels allow 0 to"):
+        random_crop(torch.zeros(1, 1, 5, 6), padding)
+
+
+def test_flip_and_crop_draw_only_what_is_asked_for(pictures):
+    for flip, padding in [(False, 0), (True, 0), (False, 2), (True, 2)]:
+        seed_torch()
+        images = random_changes(pictures, flip, padding)
+        state = torch.get_rng_state()
+        seed_torch()
+        expected = random_flip(pictures) if flip else pictures
+        expected = random_crop(expected, padding) if padding else expected
+        assert torch.equal(images, expected) and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_view_depends_on_seed_index_and_view_alone(pictures):
+    pictures, numbers = pictures[:64], torch.randperm(64, generator=seeded()).tolist()
+    whole = augment_view(pictures, range(64), 0, 1, True, 2)
+    assert whole.shape == pictures.shape
+    assert torch.equal(augment_view(pictures[10:20], range(10, 20), 0, 1, True, 2), whole[10:20])
+    assert torch.equal(augment_view(pictures[numbers], np.array(numbers), 0, 1, True, 2), whole[numbers])
+    state = torch.get_rng_state()
+    for number in (0, 33):
+        alone = augment_view(pictures[number : number + 1], [number], 0, 1, True, 2)
+        assert torch.equal(alone, whole[number : number + 1])
+    assert torch.equal(state, torch.get_rng_state())
+    for numbers, seed, view in [(range(64), 1, 1), (range(64), 0, 2), (range(1, 65), 0, 1)]:
+        assert are_pictures(augment_view(pictures, numbers, seed, view, True, 2), whole).float().mean() < 0.2
+
+
+def test_views_are_mirrored_half_of_the_time(pictures):
+    views = augment_view(pictures, range(2000), 0, 1, True, 0)
+    same, mirrored = are_pictures(views, pictures), are_pictures(views, pictures.flip(-1))
+    assert (same ^ mirrored).all() and mirrored.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(augment_view(pictures, range(2000), 0, 1, False, 0), pictures)
+
+
+def test_views_are_shifts_with_black_borders(pictures):
+    views = augment_view(pictures[:200], range(200), 0, 1, False, 1)
+    seen = set()
+    for image, view in zip(pictures, views, strict=False):
+        (place,) = shifts(image, view, 1, mode="constant", constant_values=-1)
+        seen.add(place)
+    assert len(seen) == 9
+
+
+def test_views_are_those_that_earlier_versions_kept_on_disk(pictures):
+    """Latents and features that were begun are continued: where this fails, they are of other views."""
+    mirrored = [True, True, True, True, False, False, True, False]
+    places = [(3, 1), (4, 0), (4, 1), (0, 2), (3, 0), (2, 3), (4, 4), (0, 2)]
+    views = augment_view(pictures[:8], range(8), 7, 3, True, 2)
+    for picture, view, turned, place in zip(pictures, views, mirrored, places, strict=False):
+        assert shifts(picture, mirror(view) if turned else view, 2, mode="constant", constant_values=-1) == [place]
+
+
+def test_a_view_needs_an_index_an_image(pictures):
+    with pytest.raises(ValueError, match="is longer than"):
+        augment_view(pictures[:3], range(2), 0, 1, True, 2)
+
+
+def test_mixup_mixes_images_and_targets_alike():
+    """Images that are their targets are mixed into what their targets are mixed into, each with one other."""
+    targets = torch.eye(40)
+    seed_torch()
+    images, mixed = mixup(targets[:, :, None, None].expand(40, 40, 2, 2), targets, 0.7)
+    assert images.shape == (40, 40, 2, 2) and torch.equal(images, mixed[:, :, None, None].expand_as(images))
+    torch.testing.assert_close(mixed.sum(1), torch.ones(40))
+    assert (mixed >= 0).all() and ((mixed > 0).sum(1) <= 2).all() and (mixed.max(1).values < 0.99).sum() > 20
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_shares_of_mixup_are_of_the_papers_distribution(alpha):
+    seed_torch()
+    own = torch.arange(4000) % 2  # zeros and ones: half of the partners differ, and tell the share of the one
+    images, targets = own.float()[:, None, None, None], torch.nn.functional.one_hot(own, 2).float()
+    shares = mixup(images, targets, alpha)[1][:, 1]
+    shares = shares[(shares > 0) & (shares < 1)]
+    assert 1800 < len(shares) < 2200
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert shares.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
+
+
+def test_reduced_images_are_means_of_what_their_pixels_cover(pictures):
+    halved = pictures.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5))
+    torch.testing.assert_close(reduced(pictures, 4), halved)
+    assert torch.equal(reduced(pictures, 8), pictures) and reduced(pictures, 3).shape == (2000, 1, 3, 3)
 
 
 def test_probability_zero_changes_nothing_and_labels_are_zero(pictures):
@@ -125,15 +266,16 @@ def test_images_must_be_square():
 
 def test_a_trained_network_reads_labels_and_saves_as_an_unconditional_one(images, tmp_path):
     plain, unet = make_unet(), make_unet()
-    accept_augmentation_labels(unet)
+    network = network_of(unet)
+    network.accept_vectors(unet, NUM_LABELS)
     labels = torch.zeros(5, NUM_LABELS)
-    width = label_width(unet)
+    width = network.vector_width(unet)
     fed = [embed_labels(labels, width), embed_labels(labels + 1, width)]
     timestep = torch.zeros(5)
     with torch.no_grad():
         none, some = (unet(images, timestep, class_labels=numbers).sample for numbers in fed)
         assert torch.equal(none, plain(images, timestep).sample) and not torch.allclose(some, none)
-    loss = denoising_loss(unet, EDMEulerScheduler(), images, class_labels=fed[1])
+    loss = Diffusion(unet, EDMEulerScheduler()).loss(images, class_labels=fed[1])
     assert loss.shape == (5,) and loss.isfinite().all()
     DDAEPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     for pipeline in (DDPMPipeline, DDAEPipeline):
@@ -152,4 +294,4 @@ def test_a_trained_network_reads_labels_and_saves_as_an_unconditional_one(images
 )
 def test_networks_that_take_no_augmentation_labels_are_refused(network, message):
     with pytest.raises(ValueError, match=message):
-        accept_augmentation_labels(network)
+        network_of(network).accept_vectors(network, NUM_LABELS)

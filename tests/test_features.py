@@ -14,7 +14,7 @@ import torch
 from ddae_hf import DDAEConfig, DDAEModel
 from ddae_hf.checkpoints import plain_config
 from ddae_hf.draws import indexed_noise
-from ddae_hf.features import FeatureCache, augment_view, evaluating, extract_features
+from ddae_hf.features import FeatureCache, evaluating, extract_features
 
 from .conftest import Source, make_unet, make_vae, together
 
@@ -249,30 +249,3 @@ def test_a_full_disk_is_told_before_anything_is_written(model, images, tmp_path,
 def test_an_unknown_layer_is_refused(model, images, tmp_path):
     with pytest.raises(ValueError, match="no layer 'mid_blok'"):
         cached(FeatureCache(tmp_path, model), Source(images), layers=["mid_blok"])
-
-
-def test_views_are_mirrored_and_cropped_by_index_alone():
-    images = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6).repeat(32, 1, 1, 1)
-    whole = augment_view(images, range(64), 0, 1, True, 2)
-    assert whole.shape == images.shape
-    torch.testing.assert_close(augment_view(images[10:20], range(10, 20), 0, 1, True, 2), whole[10:20])
-    assert not torch.equal(augment_view(images, range(64), 0, 2, True, 2), whole)
-    assert not torch.equal(augment_view(images, range(64), 1, 1, True, 2), whole)
-    flipped = augment_view(images, range(64), 0, 1, True, 0)
-    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, images, strict=True)]
-    same = [torch.equal(a, b) for a, b in zip(flipped, images, strict=True)]
-    assert all(m != s for m, s in zip(mirrored, same, strict=True)) and 15 < sum(mirrored) < 49
-    torch.testing.assert_close(augment_view(images, range(64), 0, 1, False, 0), images)
-
-
-def test_crops_are_shifts_with_black_borders():
-    image = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-    seen = set()
-    for i in range(200):
-        (crop,) = augment_view(image, [i], 0, 1, False, 1)
-        padded = torch.full((8, 8), -1.0)
-        padded[1:7, 1:7] = image[0, 0]
-        found = [(r, c) for r in range(3) for c in range(3) if torch.equal(crop[0], padded[r : r + 6, c : c + 6])]
-        seen.update(found)
-        assert len(found) == 1
-    assert len(seen) == 9

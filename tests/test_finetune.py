@@ -16,7 +16,6 @@ from sklearn.metrics import f1_score
 from transformers import TrainerCallback
 
 import finetune
-from data import random_crop
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.draws import indexed_noise
 
@@ -268,22 +267,6 @@ def test_smoothing_alone_is_torchs(trainer, monkeypatch):
     targets = trainer.change(torch.zeros(3, 1, 8, 8), labels)["labels"]
     expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(-(targets * logits.log_softmax(-1)).sum(-1).mean(), expected)
-
-
-def test_crops_are_windows_of_the_reflected_image():
-    images = torch.rand(50, 2, 5, 6)
-    torch.manual_seed(0)
-    cropped = random_crop(images, 2)
-    offsets = set()
-    for image, crop in zip(images, cropped, strict=True):
-        padded = np.pad(image.numpy(), [(0, 0), (2, 2), (2, 2)], mode="reflect")
-        places = [
-            (i, j) for i in range(5) for j in range(5) if np.array_equal(padded[:, i : i + 5, j : j + 6], crop.numpy())
-        ]
-        assert places
-        offsets.update(places)
-    assert {i for i, _ in offsets} == {j for _, j in offsets} == set(range(5))
-    assert torch.equal(random_crop(images, 0), images)
 
 
 def test_a_fraction_of_labels_is_one_of_every_class():

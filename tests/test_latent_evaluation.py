@@ -180,7 +180,7 @@ def latents(latent_dit, vae, digits, tmp_path_factory):
     changes = {"seed": 0, "flip": False, "crop_padding": 2}
     splits = describe_splits(data, {"train": 2, "test": 1}, changes)
     encoded = LatentFolder.create(folder, vae, (16, 16), splits, sample_posterior=True, seed=3)
-    encode_views(encoded, vae, data, changes)
+    encode_views(encoded, vae, data)
     return folder
 
 
