@@ -27,7 +27,8 @@ from ddae_hf import (
     timestep_to_sigma,
 )
 from ddae_hf.checkpoints import plain_config
-from ddae_hf.modeling_ddae import _learning_parameters, cross_entropy
+from ddae_hf.hidden_states import learning_parameters
+from ddae_hf.labels import cross_entropy
 from ddae_hf.weights import fingerprint
 
 from .conftest import make_dit, make_unet, make_vae
@@ -409,7 +410,7 @@ def test_what_asks_for_a_gradient_gets_one(kind, tmp_path):
 
 def test_frequencies_that_a_denoiser_has_fixed_do_not_learn():
     network = make_unet(time_embedding_type="fourier")
-    learning = _learning_parameters(json.dumps(plain_config(network)), ())
+    learning = learning_parameters(json.dumps(plain_config(network)), ())
     assert {name for name, _ in network.named_parameters()} - learning == {"time_proj.weight"}
 
 
