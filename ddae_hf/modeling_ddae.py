@@ -20,6 +20,7 @@ from .hidden_states import layer_names, learning_parameters, pool_hidden_states
 from .labels import checked_names, cross_entropy
 from .latents import build_vae, encode, freeze
 from .networks import build_denoiser, network_of
+from .noise import sigma_range
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention
 from .remote_code import save_code
 from .weights import COMPILED, plain_state
@@ -64,6 +65,7 @@ class DDAEModel(DDAEPreTrainedModel):
         # Built on the CPU even while the model's own tensors are without memory.
         with torch.device("cpu"):
             self.scheduler = build_scheduler(config.scheduler)
+            self._sigma_range = sigma_range(self.scheduler)  # numbers, which no graph has to compute
         self._frozen = False
         self.post_init()
 
@@ -155,7 +157,7 @@ class DDAEModel(DDAEPreTrainedModel):
             diffusion.family.check_timestep(timestep)
             return diffusion.family.sigma(timestep)
         level = self.config.sigma if sigma is None else sigma
-        diffusion.family.check_sigma(level)
+        diffusion.family.check_level("sigma", level, self._sigma_range)
         return level
 
     def _draw(self, shape: tuple[int, ...], device: Any, generator: Any, fixed: Tensor) -> Tensor:

@@ -320,6 +320,7 @@ class DDAEPipeline(DiffusionPipeline):
         tensors = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             tensors = callback_on_step_end.tensor_inputs
+        _check_parts(self.config["null_class"], **self.components)
         self._check_output(output_type, tensors)
         self._interrupt = False
         steps = self.steps(
