@@ -1,6 +1,8 @@
 """Laws of noise levels, against diffusers' own schedulers and float64 formulas."""
 
+import copy
 import math
+import pickle
 from functools import partial
 
 import numpy as np
@@ -14,22 +16,18 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    RePaintScheduler,
+    SCMScheduler,
     ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddae_hf import add_noise, sigma_to_timestep, timestep_to_sigma
-from ddae_hf.noise import (
-    check_sigma,
-    check_time_embedding,
-    check_timestep,
-    denoised,
-    family,
-    prediction_target,
-    prediction_type,
-    sample_training_sigma,
-    sigma_range,
-)
+from ddae_hf.families import FAMILIES, Family, register, rounded
+from ddae_hf.noise import _kept_schedule, _schedule, check_time_embedding, family, family_of, new_scheduler, sigma_range
+from ddae_hf.objectives import denoising_loss
 
 from .conftest import make_unet
 from .ideal import Ideal, closed_form
@@ -140,11 +138,11 @@ def test_edms_preconditioning_is_the_papers_and_diffusers_own(scheduler, images,
     sample, fed = add_noise(scheduler, images, noise, torch.tensor(sigma))
     torch.testing.assert_close(sample.double(), c_in * noisy, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fed.double(), torch.full((5,), math.log(sigma) / 4).double(), rtol=1e-6, atol=1e-7)
-    clean = denoised(scheduler, sample, output, sigma)
+    clean = family_of(scheduler).denoised(sample, output, sigma)
     torch.testing.assert_close(clean.double(), c_skip * noisy + c_out * output, rtol=1e-5, atol=2e-5)
     theirs = scheduler.precondition_outputs(noisy.float(), output, sigma)
     torch.testing.assert_close(clean, theirs, rtol=1e-4, atol=1e-4)
-    target = prediction_target(scheduler, images, noise, torch.tensor(sigma))
+    target = family_of(scheduler).target(images, noise, torch.tensor(sigma))
     torch.testing.assert_close(target.double(), (images.double() - c_skip * noisy) / c_out, rtol=1e-4, atol=1e-4)
 
 
@@ -155,8 +153,8 @@ def test_edms_weighted_error_of_the_image_is_the_error_of_the_output(scheduler, 
     spread = scheduler.config.sigma_data
     weight = (sigma**2 + spread**2) / (sigma * spread) ** 2
     sample, _ = add_noise(scheduler, images, noise, sigma)
-    of_image = weight * (denoised(scheduler, sample, output, sigma) - images).square().mean((1, 2, 3))
-    of_output = (output - prediction_target(scheduler, images, noise, sigma)).square().mean((1, 2, 3))
+    of_image = weight * (family_of(scheduler).denoised(sample, output, sigma) - images).square().mean((1, 2, 3))
+    of_output = (output - family_of(scheduler).target(images, noise, sigma)).square().mean((1, 2, 3))
     torch.testing.assert_close(of_image, of_output, rtol=1e-3, atol=0)
 
 
@@ -167,8 +165,8 @@ PREDICTIONS = [DDPMScheduler(prediction_type=kind) for kind in ("epsilon", "samp
 def test_the_prediction_target_stands_for_the_clean_image(scheduler, images):
     noise, sigma = torch.randn_like(images), torch.tensor([0.02, 0.1, 0.5, 2.0, 30.0])
     sample, _ = add_noise(scheduler, images, noise, sigma)
-    target = prediction_target(scheduler, images, noise, sigma)
-    torch.testing.assert_close(denoised(scheduler, sample, target, sigma), images, rtol=1e-3, atol=1e-4)
+    target = family_of(scheduler).target(images, noise, sigma)
+    torch.testing.assert_close(family_of(scheduler).denoised(sample, target, sigma), images, rtol=1e-3, atol=1e-4)
 
 
 def test_all_frameworks_denoise_alike_at_equal_sigma(images):
@@ -183,7 +181,7 @@ def test_all_frameworks_denoise_alike_at_equal_sigma(images):
         clean = noisy - level * noise
         sample, fed = add_noise(scheduler, clean, noise, level)
         ideal = Ideal(framework, scheduler.config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None))
-        found.append(denoised(scheduler, sample, ideal(sample, fed).sample, level))
+        found.append(family_of(scheduler).denoised(sample, ideal(sample, fed).sample, level))
         torch.testing.assert_close(found[-1].double(), closed_form(noisy, level), rtol=1e-4, atol=1e-5)
 
 
@@ -199,10 +197,10 @@ def test_infinite_sigma_is_pure_noise():
     clean, noise = torch.ones(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
     sample, fed = add_noise(ZERO_SNR, clean, noise, math.inf)
     assert torch.equal(sample, noise) and fed.tolist() == [999.0, 999.0]
-    assert torch.equal(prediction_target(ZERO_SNR, clean, noise, math.inf), -clean)
+    assert torch.equal(family_of(ZERO_SNR).target(clean, noise, math.inf), -clean)
     sample, fed = add_noise(FLOW[0], clean, noise, math.inf)
     assert torch.equal(sample, noise) and fed.tolist() == [1000.0, 1000.0]
-    assert torch.equal(prediction_target(FLOW[0], clean, noise, math.inf), noise - clean)
+    assert torch.equal(family_of(FLOW[0]).target(clean, noise, math.inf), noise - clean)
     euler = EulerDiscreteScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert math.isinf(sigma_range(euler)[1])
 
@@ -247,8 +245,8 @@ def test_a_sigma_that_no_network_is_trained_at_is_refused(images, scheduler, sig
     for attempt in (
         lambda: sigma_to_timestep(scheduler, level),
         lambda: add_noise(scheduler, images, images, level),
-        lambda: prediction_target(scheduler, images, images, level),
-        lambda: denoised(scheduler, images, images, level),
+        lambda: family_of(scheduler).target(images, images, level),
+        lambda: family_of(scheduler).denoised(images, images, level),
     ):
         with pytest.raises(ValueError, match=rf"sigma \S+ is outside the schedule of .*allowed are {low}.* to {high}"):
             attempt()
@@ -339,9 +337,9 @@ def test_frameworks_have_names():
 @pytest.mark.parametrize("form", [float, torch.tensor])
 def test_edms_levels_outside_the_samplers_range_are_those_of_training_alone(images, sigma, timestep, form):
     with pytest.raises(ValueError, match=r"sigma.*allowed are 0\.002 to 80"):
-        check_sigma(EDM[0], form(sigma))
+        family_of(EDM[0]).check_sigma(form(sigma))
     with pytest.raises(ValueError, match=r"timestep.*allowed are -1\.5537 to 1\.0955"):
-        check_timestep(EDM[0], form(timestep))
+        family_of(EDM[0]).check_timestep(form(timestep))
     if math.isfinite(sigma):
         sample, fed = add_noise(EDM[0], images, images, form(sigma))
         expected = images * (1 + sigma) / math.hypot(sigma, 0.5)
@@ -351,7 +349,7 @@ def test_edms_levels_outside_the_samplers_range_are_those_of_training_alone(imag
 
 def test_edms_ends_as_they_are_printed_are_inside():
     for timestep, sigma in ((-1.5537, 0.002), (1.0955, 80.0)):
-        check_timestep(EDM[0], timestep)
+        family_of(EDM[0]).check_timestep(timestep)
         assert timestep_to_sigma(EDM[0], timestep).item() == pytest.approx(sigma, rel=1e-3)
 
 
@@ -366,7 +364,7 @@ def test_levels_that_cannot_be_are_refused(images, options):
 @pytest.mark.parametrize("moments", [(math.nan, 1.0), (0.0, 0.0), (0.0, -1.0), (math.inf, 1.0)])
 def test_distributions_that_cannot_be_are_refused(moments):
     with pytest.raises(ValueError, match="must be finite, the deviation positive"):
-        sample_training_sigma(EDM[0], 2, log_normal=moments)
+        family_of(EDM[0]).draw(2, log_normal=moments)
 
 
 def test_flow_matching_takes_every_level_from_none_to_pure_noise(images):
@@ -404,42 +402,42 @@ def test_diffusers_recovers_the_image_from_the_prediction_target(images, kind):
     for timestep in (0, 300, 900):
         sigma = timestep_to_sigma(scheduler, timestep)
         noisy, _ = add_noise(scheduler, images, noise, sigma)
-        target = prediction_target(scheduler, images, noise, sigma)
+        target = family_of(scheduler).target(images, noise, sigma)
         recovered = scheduler.step(target, timestep, noisy).pred_original_sample
         torch.testing.assert_close(recovered, images, rtol=1e-3, atol=1e-3)
 
 
 def test_predictions_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="zero-terminal SNR"):
-        prediction_type(DDPMScheduler(rescale_betas_zero_snr=True))
+        family_of(DDPMScheduler(rescale_betas_zero_snr=True)).prediction  # noqa: B018
     with pytest.raises(ValueError, match="'flow' is not supported"):
-        prediction_type(DDPMScheduler(prediction_type="flow"))
+        family_of(DDPMScheduler(prediction_type="flow")).prediction  # noqa: B018
     with pytest.raises(ValueError, match="'sample' is not supported with EDMDPMSolver.*allowed are epsilon, v_predic"):
-        prediction_type(EDMDPMSolverMultistepScheduler(prediction_type="sample"))
+        family_of(EDMDPMSolverMultistepScheduler(prediction_type="sample")).prediction  # noqa: B018
 
 
 def test_training_levels_are_uniform_over_timesteps():
     scheduler = DDPMScheduler(num_train_timesteps=10)
-    sigma = sample_training_sigma(scheduler, 20_000, generator=torch.Generator().manual_seed(0))
+    sigma = family_of(scheduler).draw(20_000, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(sigma_to_timestep(scheduler, sigma).long(), minlength=10)
     assert counts.sum() == 20_000 and ((counts - 2000).abs() < 5 * math.sqrt(2000)).all()
 
 
 def test_edms_training_levels_are_log_normal():
-    log_sigma = sample_training_sigma(EDM[0], 40_000, generator=torch.Generator().manual_seed(0)).log()
+    log_sigma = family_of(EDM[0]).draw(40_000, generator=torch.Generator().manual_seed(0)).log()
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.03) and log_sigma.std().item() == pytest.approx(
         1.2, 0.02
     )
-    other = sample_training_sigma(EDM[0], 40_000, log_normal=(0.4, 1.0)).log()
+    other = family_of(EDM[0]).draw(40_000, log_normal=(0.4, 1.0)).log()
     assert other.mean().item() == pytest.approx(0.4, abs=0.03) and other.std().item() == pytest.approx(1.0, 0.02)
 
 
 def test_flow_matchings_times_are_uniform_or_logit_normal():
     generator = torch.Generator().manual_seed(0)
-    s = sigma_to_timestep(FLOW[0], sample_training_sigma(FLOW[0], 40_000, generator=generator)) / 1000
+    s = sigma_to_timestep(FLOW[0], family_of(FLOW[0]).draw(40_000, generator=generator)) / 1000
     counts = torch.histc(s, 10, 0, 1)
     assert counts.sum() == 40_000 and ((counts - 4000).abs() < 5 * math.sqrt(4000)).all()
-    s = sigma_to_timestep(FLOW[0], sample_training_sigma(FLOW[0], 40_000, log_normal=(0.0, 1.0))) / 1000
+    s = sigma_to_timestep(FLOW[0], family_of(FLOW[0]).draw(40_000, log_normal=(0.0, 1.0))) / 1000
     assert torch.logit(s).mean().abs() < 0.03 and torch.logit(s).std().item() == pytest.approx(1, abs=0.02)
 
 
@@ -447,13 +445,13 @@ def test_log_normal_levels_of_a_schedule_of_timesteps_end_where_it_does():
     scheduler = SCHEDULERS[0]
     low, high = sigma_range(scheduler)
     torch.manual_seed(0)
-    sigma = sample_training_sigma(scheduler, 40_000, log_normal=(0.0, 1.5))
+    sigma = family_of(scheduler).draw(40_000, log_normal=(0.0, 1.5))
     assert sigma.min() == low and sigma.max() <= high
     assert sigma_to_timestep(scheduler, sigma).isfinite().all()
     # The quantiles of a normal distribution, which clamping its ends leaves as they are.
     quartiles = sigma.log().double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     torch.testing.assert_close(quartiles, torch.tensor([-1.0117, 0.0, 1.0117], dtype=torch.float64), rtol=0, atol=0.03)
-    assert sample_training_sigma(scheduler, 8, log_normal=(50.0, 0.1)).tolist() == [high] * 8
+    assert family_of(scheduler).draw(8, log_normal=(50.0, 0.1)).tolist() == [high] * 8
 
 
 @pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0]])
@@ -480,3 +478,200 @@ def test_a_scalar_is_checked_in_a_compiled_graph_too(scheduler, images):
             whole(images, sigma)
         with pytest.raises(ValueError, match=f"sigma {sigma} is outside the schedule"):
             parts(images, sigma)
+
+
+def levels_on(device, scheduler):
+    return sigma_to_timestep(scheduler, torch.full((2,), 0.5, device=device))
+
+
+def test_a_schedule_is_converted_once_a_device_and_anew_when_it_is_another(monkeypatch, images):
+    conversions = []
+    monkeypatch.setattr(
+        "ddae_hf.noise._schedule", lambda *schedule: conversions.append(schedule) or _schedule(*schedule)
+    )
+    scheduler = DDPMScheduler()
+    before = pickle.dumps(scheduler)
+    for _ in range(2):
+        add_noise(scheduler, images, images, 0.5)
+        levels_on("cpu", scheduler)
+    assert len(conversions) == 1 and pickle.dumps(scheduler) == before
+    levels_on("meta", scheduler)
+    levels_on("meta", scheduler)
+    assert len(conversions) == 2
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+    squared = timestep_to_sigma(scheduler, 10)
+    scheduler.alphas_cumprod.sqrt_()
+    torch.testing.assert_close(timestep_to_sigma(scheduler, 10), timestep_to_sigma(DDPMScheduler(), 10))
+    assert squared > timestep_to_sigma(scheduler, 10)
+
+
+class Levels(torch.nn.Module):
+    scheduler = DDPMScheduler()
+
+    def forward(self, images, sigma):
+        return add_noise(self.scheduler, images, torch.ones_like(images), sigma)
+
+
+def fake(module, inputs):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return module(*map(mode.from_tensor, inputs))
+
+
+RECORDERS = {
+    "compile": lambda module, inputs: torch.compile(module, fullgraph=True, backend="aot_eager")(*inputs),
+    "strict export": lambda module, inputs: torch.export.export(module, inputs, strict=True).module()(*inputs),
+    "export": lambda module, inputs: torch.export.export(module, inputs, strict=False).module()(*inputs),
+    "trace": lambda module, inputs: torch.jit.trace(module, inputs, check_trace=False)(*inputs),
+    "symbolic trace": lambda module, inputs: make_fx(module)(*inputs)(*inputs),
+    "fake tensors": fake,
+}
+
+
+@pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_what_is_recorded_keeps_no_schedule(images, recorder):
+    _kept_schedule.cache_clear()
+    inputs = (images, torch.full((5,), 0.5))
+    sample, timestep = RECORDERS[recorder](Levels(), inputs)
+    assert _kept_schedule.cache_info().currsize == 0
+    expected, fed = Levels()(*inputs)
+    assert type(fed) is torch.Tensor and _kept_schedule.cache_info().currsize == 1
+    if recorder != "fake tensors":
+        torch.testing.assert_close(sample, expected)
+        torch.testing.assert_close(timestep, fed)
+
+
+def test_a_compiled_graph_holds_the_schedule_and_is_recorded_anew_for_another():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(sigma_to_timestep, fullgraph=True, backend=backend)
+    scheduler, sigma = DDPMScheduler(), torch.tensor([0.5])
+    for other in (scheduler, DDPMScheduler(beta_end=0.01)):
+        assert torch.equal(compiled(other, sigma), sigma_to_timestep(other, sigma))
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+    assert torch.equal(compiled(scheduler, sigma), sigma_to_timestep(scheduler, sigma))
+    assert len(graphs) == 3 and not any("sqrt" in graph.code for graph in graphs)
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode(), torch.func.grad])
+def test_a_schedule_kept_first_by_inference_or_a_transform_can_be_trained_with(first):
+    _kept_schedule.cache_clear()
+    scheduler = DDPMScheduler()
+    first(lambda sigma: sigma_to_timestep(scheduler, sigma))(torch.tensor(0.5))
+    kept = _kept_schedule(scheduler.alphas_cumprod, 0, torch.device("cpu"))
+    assert _kept_schedule.cache_info().misses == 1 and torch.func.debug_unwrap(kept) is kept
+    sigma = torch.tensor(0.5, requires_grad=True)
+    sigma_to_timestep(scheduler, sigma).backward()
+    assert sigma.grad > 0
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), DDIMScheduler(), EDMEulerScheduler(), FLOW[0]])
+def test_sampling_with_a_family_is_sampling_with_its_scheduler(scheduler, images):
+    """The calls that diffusers' own pipelines make, written out."""
+    group, generator = family_of(scheduler), torch.Generator()
+    scheduler.set_timesteps(4)
+    flow = group.name == "flow"
+    group.check_steps()
+    sample = group.first_sample(images)
+    assert torch.equal(sample, images if flow else images * scheduler.init_noise_sigma)
+    fed = group.model_input(sample, scheduler.timesteps[0])
+    own = copy.deepcopy(scheduler)
+    assert torch.equal(fed, sample if flow else own.scale_model_input(sample, own.timesteps[0]))
+    stepped = group.step(fed, scheduler.timesteps[0], sample, generator.manual_seed(3))
+    seeded = {"generator": generator.manual_seed(3)} if type(scheduler) is not DDIMScheduler else {}
+    assert torch.equal(stepped, own.step(fed, own.timesteps[0], sample, **seeded).prev_sample)
+
+
+def test_schedulers_whose_steps_need_more_are_refused():
+    with pytest.raises(ValueError, match="RePaintScheduler takes steps that need more than an image and its noise"):
+        family_of(RePaintScheduler()).check_steps()
+
+
+def test_samplers_are_those_that_suit_the_schedulers_levels():
+    assert family_of(EDM[0]).samplers == ("heun",)
+    for scheduler in (SCHEDULERS[0], EDM[-1], FLOW[0]):
+        group = family_of(scheduler)
+        assert group.samplers == ()
+        group.check_sampler(None)
+        with pytest.raises(
+            ValueError, match="sampler='heun' needs an EDMEulerScheduler, not a .*Scheduler: .*EDM, set"
+        ):
+            group.check_sampler("heun")
+    family_of(EDM[0]).check_sampler("heun")
+    with pytest.raises(ValueError, match="sampler is 'euler': allowed are 'heun', and None for the scheduler's own"):
+        family_of(EDM[0]).check_sampler("euler")
+
+
+def test_every_framework_has_a_scheduler_to_begin_with():
+    for name in ("ddpm", "edm", "flow"):
+        assert family(new_scheduler(name)) == name
+    assert new_scheduler("edm", sigma_data=1.0).config.sigma_data == 1.0
+    with pytest.raises(ValueError, match="framework is 'score': allowed are ddpm, edm, flow"):
+        new_scheduler("score")
+
+
+@pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0]])
+def test_a_sample_that_holds_its_noise_is_scaled_as_an_image_without(scheduler, images):
+    scaled, fed = family_of(scheduler).scaled(images, 0.7)
+    expected, timestep = add_noise(scheduler, images, torch.zeros_like(images), 0.7)
+    assert torch.equal(scaled, expected) and torch.equal(fed, timestep)
+
+
+class TrigFlow(Family):
+    """The network sees `cos(t) x + sin(t) n` (Lu and Song 2024, arXiv 2410.11081): diffusers' SCMScheduler."""
+
+    name = "trigflow"
+    title = "TrigFlow"
+    default_scheduler = "SCMScheduler"
+    schedulers = (default_scheduler,)
+    predictions = ("trigflow",)
+
+    def sigma_range(self):
+        return 0.0, math.inf
+
+    def timestep_range(self):
+        return 0.0, math.pi / 2
+
+    def to_sigma(self, timestep):
+        return rounded(timestep.double(), 0, math.pi / 2).tan().float()
+
+    def to_timestep(self, sigma):
+        return rounded(sigma, 0, math.inf).atan()
+
+    def input_shares(self, sigma):
+        return sigma.atan().cos(), sigma.atan().sin()
+
+    def target_shares(self, sigma):
+        return -sigma.atan().sin(), sigma.atan().cos()
+
+    def draw_usual(self, shape, device, generator):
+        return self.to_sigma(torch.rand(shape, device=device, generator=generator) * (math.pi / 2))
+
+
+def test_adding_a_family(images):
+    scheduler, pixels = SCMScheduler(), torch.randn_like(images)
+    with pytest.raises(ValueError, match="SCMScheduler is not supported"):
+        family_of(scheduler)
+    register(TrigFlow)
+    try:
+        sigma = torch.tensor([0.0, 0.1, 1.0, 30.0, math.inf])
+        torch.testing.assert_close(timestep_to_sigma(scheduler, sigma_to_timestep(scheduler, sigma))[:4], sigma[:4])
+        noisy, timestep = add_noise(scheduler, images, pixels, sigma)
+        assert torch.equal(noisy[0], images[0]) and timestep[2] == pytest.approx(math.pi / 4)
+        answer = family_of(scheduler).target(images, pixels, sigma)
+        torch.testing.assert_close(family_of(scheduler).denoised(noisy, answer, sigma), images)
+        scheduler.set_timesteps(1, intermediate_timesteps=None)
+        stepped = scheduler.step(answer[4:], scheduler.timesteps[0], noisy[4:])
+        torch.testing.assert_close(stepped.pred_original_sample, images[4:], rtol=1e-4, atol=1e-4)
+        loss = denoising_loss(make_unet(), new_scheduler("trigflow"), images)
+        assert loss.shape == (5,) and loss.isfinite().all()
+        with pytest.raises(ValueError, match=r"flow matching's \(.*\) and TrigFlow's \(SCMScheduler\)"):
+            family_of(ScoreSdeVeScheduler())
+    finally:
+        FAMILIES.remove(TrigFlow)
+    with pytest.raises(ValueError, match="SCMScheduler is not supported"):
+        family_of(scheduler)

@@ -79,6 +79,62 @@ def test_the_library_never_prints():
         assert not any(isinstance(f, ast.Name) and f.id == "print" for f in calls), path.name
 
 
+# Files that are yet to ask `family_of(scheduler)`.
+STILL = {"ddae_hf/pipeline_ddae.py", "examples/demo/denoising.py", "benchmarks/plain_features.py"}
+# What only some schedulers have.
+ATTRIBUTES = {"alphas_cumprod", "scale_model_input", "init_noise_sigma", "set_timesteps"}
+
+
+def code(path):
+    """Every node of a file's syntax tree but the docstrings."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [node for node in nodes if id(node) not in docstrings]
+
+
+def words(nodes):
+    """Names, attributes and strings."""
+    for node in nodes:
+        found = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
+        if isinstance(found, str):
+            yield found
+
+
+def calls(nodes, *names):
+    return [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in names]
+
+
+def branches(path):
+    """Words that tell one scheduler from another; what the values of a table name is only built."""
+    nodes = code(path)
+    built = {id(n) for table in nodes if isinstance(table, ast.Dict) for value in table.values for n in ast.walk(value)}
+    used = words(n for n in nodes if id(n) not in built)
+    yield from (word for word in used if re.search("EDMEuler|EDMDPM|FlowMatch", word))
+    compared = [n for n in nodes if isinstance(n, ast.Compare)] + calls(nodes, "isinstance", "issubclass")
+    yield from (word for node in compared for word in words(ast.walk(node)) if word.endswith("Scheduler"))
+    probed = calls(nodes, "hasattr", "getattr")
+    yield from (word for node in probed for word in words(ast.walk(node)) if word in ATTRIBUTES)
+
+
+def test_nobody_but_families_branches_on_a_scheduler():
+    folders = [ROOT / name for name in ("ddae_hf", "examples", "benchmarks")]
+    files = {path.relative_to(ROOT).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
+    found = {name: set(branches(path)) for name, path in files.items() if name != "ddae_hf/noise.py"}
+    assert {name for name, telling in found.items() if telling} == STILL, found
+    package = [path for name, path in files.items() if name.startswith("ddae_hf/") and name not in STILL]
+    assert sum("EDMEulerScheduler" in word for path in package for word in words(code(path))) == 1
+
+
+def test_families_are_told_by_their_methods_alone():
+    for name in ("noise", "families"):
+        nodes = code(ROOT / "ddae_hf" / f"{name}.py")
+        assert {ast.unparse(call.args[1]) for call in calls(nodes, "isinstance", "issubclass")} <= {"int | float"}
+        named = [node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "__name__"]
+        assert all(call in named for call in calls(nodes, "type"))  # a class is asked for its name alone
+        tables = [node for node in nodes if isinstance(node, ast.Dict)]
+        assert not any(isinstance(key, ast.Name) for table in tables for key in table.keys)
+
+
 def test_the_wheel_works_outside_the_clone(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*build, "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True)
