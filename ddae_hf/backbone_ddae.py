@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 from .configuration_ddae import DDAEConfig
 from .modeling_ddae import DDAEModel
+from .networks import network_of
 from .pretrained_ddae import DDAEPreTrainedModel
 
 
@@ -85,15 +86,12 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
             noise=noise,
             generator=generator,
         )
-        feature_maps = tuple(self._on_a_grid(found[name]) for name in wanted)
+        denoiser = self.ddae.denoiser
+        network = network_of(denoiser)
+        taps = {tap.name: tap for tap in network.taps(denoiser)}
+        size = self.config.sample_shape[1:]
+        feature_maps = tuple(network.on_grid(found[name], taps[name], size) for name in wanted)
         hidden_states = tuple(found[name] for name in self.stage_names) if every else None
         if not return_dict:
             return (feature_maps,) if hidden_states is None else (feature_maps, hidden_states)
         return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)  # type: ignore[arg-type]
-
-    def _on_a_grid(self, hidden: Tensor) -> Tensor:
-        """Return a hidden state as (B, C, height, width)."""
-        if hidden.ndim == 4:
-            return hidden
-        height, width = (side // self.ddae.denoiser.config.patch_size for side in self.config.sample_shape[1:])
-        return hidden.transpose(1, 2).unflatten(2, (height, width))

@@ -125,8 +125,8 @@ class Family(ABC):
         """Refuse a `prediction_type` of the scheduler that cannot work."""
         if self._prediction not in self.predictions:
             raise ValueError(
-                f"prediction_type {self._prediction!r} is not supported with {type(self.scheduler).__name__}: allowed are "
-                f"{', '.join(self.predictions)}."
+                f"prediction_type {self._prediction!r} is not supported with {type(self.scheduler).__name__}: allowed "
+                f"are {', '.join(self.predictions)}."
             )
 
     @property

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .noise import readable
+from .families import readable
 
 
 def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, str] | None:

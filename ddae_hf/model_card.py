@@ -18,8 +18,8 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.utils import validate_repo_id
 
 from .checkpoints import Checkpoint, build_scheduler, read_checkpoint
-from .conditioning import num_labels
 from .configuration_ddae import DDAEConfig
+from .networks import network_of
 from .noise import family_of
 from .run_results import KINDS, Run, Summary, environment_rows, option_rows, read_runs, summarise
 
@@ -215,7 +215,9 @@ class _Card:
             tried["sweep"]["best"] if "sweep" in tried else tried.get("linear_probe", {}).get("results", {}).get("DDAE")
         )
         own = self.checkpoint.layout == "transformers" or best is None
-        is_dit = "num_embeds_ada_norm" in config.denoiser
+        network = network_of(config.denoiser)
+        count = network.num_labels(config.denoiser)
+        has_null = network.default_null_class(config.denoiser) is not None
         family = family_of(build_scheduler(scheduler)) if scheduler else None
         sampler = next(iter(family.samplers), None) if family else None
         trained_with = {} if self.training is None else self.training.options
@@ -236,8 +238,8 @@ class _Card:
             "tap_is_measured": best is not None,
             "classes": list((config.id2label or {}).values()) if self.is_classifier else [],
             "most_names": MOST_NAMES,
-            "conditional": num_labels(config.denoiser) > is_dit,
-            "labels_needed": num_labels(config.denoiser) > 0 and config.null_class is None and not is_dit,
+            "conditional": count > has_null,
+            "labels_needed": count > 0 and config.null_class is None and not has_null,
             "sampler": sampler,
             "steps": 18 if sampler else trained_with.get("num_inference_steps"),
         }

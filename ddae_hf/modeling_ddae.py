@@ -48,11 +48,11 @@ class DDAEModel(DDAEPreTrainedModel):
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.denoiser = build_denoiser(config.denoiser)
-        network_of(self.denoiser).stop_own_dropping(self.denoiser)
+        network = network_of(self.denoiser)
+        network.stop_own_dropping(self.denoiser)
         self.vae = None if config.vae is None else build_vae(config.vae)
         self._keep_in_fp32_modules = set() if self.vae is None else {"vae"}  # float16 overflows in the common ones
-        if any("time_proj" in name for name, _ in self.denoiser.named_parameters()):
-            self._keep_in_fp32_modules_strict = {"time_proj"}
+        self._keep_in_fp32_modules_strict = network.float32_modules(self.denoiser)
         self._restricted_to: list[str] = []
         self.restrict_gradients()
         if config._attn_implementation == "eager":

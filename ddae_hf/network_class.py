@@ -177,6 +177,10 @@ class NetworkClass(ABC):
         """Return the width of the vectors of `accept_vectors`; 0 where it takes none."""
         return 0
 
+    def float32_modules(self, denoiser: Any) -> set[str]:
+        """Return the names of the parts whose weights stay in float32 where the rest is in half precision."""
+        return set()
+
     @abstractmethod
     def taps(self, denoiser: Any) -> list[Tap]:
         """Return every tap, in the order in which the network computes them."""

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from .families import FAMILIES, Family, is_recorded, log_normal_levels, register, rounded
-from .families import readable as readable
 
 
 def _other_levels(scheduler: Any) -> list[str]:

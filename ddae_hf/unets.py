@@ -91,6 +91,10 @@ class UNet2D(NetworkClass):
         """Return the width of its time embedding."""
         return denoiser.time_embedding.linear_2.out_features
 
+    def float32_modules(self, denoiser: Any) -> set[str]:
+        """Return the embedding of timesteps, where it has weights."""
+        return {"time_proj"} if list(denoiser.time_proj.parameters()) else set()
+
     def taps(self, denoiser: Any) -> list[Tap]:
         """Return the taps of encoder (`down_blocks.0.resnets.0`, ...), middle (`mid_block`) and decoder."""
         last = len(denoiser.down_blocks) - 1

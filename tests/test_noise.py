@@ -25,9 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddae_hf import add_noise, sigma_to_timestep, timestep_to_sigma
+from ddae_hf.diffusion import Diffusion
 from ddae_hf.families import FAMILIES, Family, register, rounded
-from ddae_hf.noise import _kept_schedule, _schedule, check_time_embedding, family, family_of, new_scheduler, sigma_range
-from ddae_hf.objectives import denoising_loss
+from ddae_hf.networks import network_of
+from ddae_hf.noise import _kept_schedule, _schedule, family, family_of, new_scheduler, sigma_range
 
 from .conftest import make_unet
 from .ideal import Ideal, closed_form
@@ -377,11 +378,11 @@ def test_flow_matching_takes_every_level_from_none_to_pure_noise(images):
 
 
 def test_a_learned_time_embedding_has_whole_timesteps_alone():
-    config = make_unet(time_embedding_type="learned", num_train_timesteps=1000).config
-    check_time_embedding(config, SCHEDULERS[0])
+    unet = make_unet(time_embedding_type="learned", num_train_timesteps=1000)
+    network_of(unet).check_timesteps(unet.config, SCHEDULERS[0])
     for scheduler in (EDM[0], FLOW[0]):
         with pytest.raises(ValueError, match="time_embedding_type is 'learned'.*set it to 'positional'"):
-            check_time_embedding(config, scheduler)
+            network_of(unet).check_timesteps(unet.config, scheduler)
 
 
 @pytest.mark.parametrize("scheduler", [SCHEDULERS[0], EDM[0], FLOW[0]])
@@ -390,7 +391,7 @@ def test_a_fourier_time_embedding_suits_no_scheduler(scheduler):
     unet = make_unet(time_embedding_type="fourier")
     assert not unet(torch.zeros(1, 3, 8, 8), 0).sample.isfinite().any()
     with pytest.raises(ValueError, match="time_embedding_type is 'fourier'.*[Ss]et it to 'positional'"):
-        check_time_embedding(unet.config, scheduler)
+        network_of(unet).check_timesteps(unet.config, scheduler)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -667,7 +668,7 @@ def test_adding_a_family(images):
         scheduler.set_timesteps(1, intermediate_timesteps=None)
         stepped = scheduler.step(answer[4:], scheduler.timesteps[0], noisy[4:])
         torch.testing.assert_close(stepped.pred_original_sample, images[4:], rtol=1e-4, atol=1e-4)
-        loss = denoising_loss(make_unet(), new_scheduler("trigflow"), images)
+        loss = Diffusion(make_unet(), new_scheduler("trigflow")).loss(images)
         assert loss.shape == (5,) and loss.isfinite().all()
         with pytest.raises(ValueError, match=r"flow matching's \(.*\) and TrigFlow's \(SCMScheduler\)"):
             family_of(ScoreSdeVeScheduler())

@@ -14,14 +14,15 @@ import ddae_hf
 ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines.
 ORDER = [
-    ["draws", "families"],
-    ["noise"],
-    ["arrays", "hidden_states", "augment", "conditioning", "latents", "lbfgs", "pickles", "remote_code"],
-    ["weights"],
-    ["checkpoints"],
-    ["configuration_ddae", "heads"],
-    ["objectives", "sampling", "image_processing_ddae", "pretrained_ddae", "conversion"],
-    ["pipeline_ddae", "modeling_ddae"],
+    ["arrays", "cut", "draws", "families", "latents", "lbfgs", "pickles", "remote_code"],
+    ["augment", "labels", "noise", "weights"],
+    ["network_class", "sampling"],
+    ["dits", "unets"],
+    ["networks"],
+    ["checkpoints", "conversion", "hidden_states"],
+    ["configuration_ddae", "diffusion", "heads"],
+    ["image_processing_ddae", "pretrained_ddae"],
+    ["modeling_ddae", "pipeline_ddae"],
     ["backbone_ddae"],
     ["features", "probing", "generation_metrics", "run_results"],
     ["latent_folder", "model_card"],
@@ -79,17 +80,23 @@ def test_the_library_never_prints():
         assert not any(isinstance(f, ast.Name) and f.id == "print" for f in calls), path.name
 
 
-# Files that are yet to ask `family_of(scheduler)`.
-STILL = {"ddae_hf/pipeline_ddae.py", "examples/demo/denoising.py", "benchmarks/plain_features.py"}
-# What only some schedulers have.
-ATTRIBUTES = {"alphas_cumprod", "scale_model_input", "init_noise_sigma", "set_timesteps"}
+# What only some schedulers, or some networks, have.
+OF_SCHEDULERS = {"alphas_cumprod", "scale_model_input", "init_noise_sigma", "set_timesteps"}
+OF_NETWORKS = """down_blocks up_blocks mid_block transformer_blocks class_embedding time_embedding time_proj pos_embed
+    conv_norm_out inner_dim num_class_embeds class_embed_type num_embeds_ada_norm time_embedding_type patch_size
+    down_block_types up_block_types UNet2DModel DiTTransformer2DModel Transformer2DModel""".split()
+# Where networks are described, and where the files of others become networks of one class.
+DESCRIBE_NETWORKS = {f"ddae_hf/{name}.py" for name in ("network_class", "unets", "dits", "networks", "conversion")}
+FOLDERS = [ROOT / name for name in ("ddae_hf", "examples", "benchmarks")]
+FILES = {path.relative_to(ROOT).as_posix(): path for folder in FOLDERS for path in folder.rglob("*.py")}
 
 
 def code(path):
-    """Every node of a file's syntax tree but the docstrings."""
+    """Every node of a file's syntax tree but docstrings and annotations."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-    return [node for node in nodes if id(node) not in docstrings]
+    left_out = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    left_out += [n for node in nodes if getattr(node, "annotation", None) for n in ast.walk(node.annotation)]
+    return [node for node in nodes if node not in set(left_out)]
 
 
 def words(nodes):
@@ -104,25 +111,36 @@ def calls(nodes, *names):
     return [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in names]
 
 
-def branches(path):
-    """Words that tell one scheduler from another; what the values of a table name is only built."""
+def tables(nodes):
+    """The nodes inside tables, whose keys and values describe what is built."""
+    return {n for table in nodes if isinstance(table, ast.Dict) for n in ast.walk(table)}
+
+
+def scheduler_branches(path):
+    """Words that tell one scheduler from another; what stands in a table is only built."""
     nodes = code(path)
-    built = {id(n) for table in nodes if isinstance(table, ast.Dict) for value in table.values for n in ast.walk(value)}
-    used = words(n for n in nodes if id(n) not in built)
+    used = words(n for n in nodes if n not in tables(nodes))
     yield from (word for word in used if re.search("EDMEuler|EDMDPM|FlowMatch", word))
     compared = [n for n in nodes if isinstance(n, ast.Compare)] + calls(nodes, "isinstance", "issubclass")
     yield from (word for node in compared for word in words(ast.walk(node)) if word.endswith("Scheduler"))
     probed = calls(nodes, "hasattr", "getattr")
-    yield from (word for node in probed for word in words(ast.walk(node)) if word in ATTRIBUTES)
+    yield from (word for node in probed for word in words(ast.walk(node)) if word in OF_SCHEDULERS)
 
 
 def test_nobody_but_families_branches_on_a_scheduler():
-    folders = [ROOT / name for name in ("ddae_hf", "examples", "benchmarks")]
-    files = {path.relative_to(ROOT).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
-    found = {name: set(branches(path)) for name, path in files.items() if name != "ddae_hf/noise.py"}
-    assert {name for name, telling in found.items() if telling} == STILL, found
-    package = [path for name, path in files.items() if name.startswith("ddae_hf/") and name not in STILL]
+    found = {name: set(scheduler_branches(path)) for name, path in FILES.items() if name != "ddae_hf/noise.py"}
+    assert not {name: telling for name, telling in found.items() if telling}
+    package = [path for name, path in FILES.items() if name.startswith("ddae_hf/")]
     assert sum("EDMEulerScheduler" in word for path in package for word in words(code(path))) == 1
+
+
+def test_nobody_but_its_description_branches_on_a_network():
+    """No class is named, no part of a network and no option of one class is asked for; tables may build a network."""
+    found = {}
+    for name, path in FILES.items():
+        nodes = code(path)
+        found[name] = {word for word in words(n for n in nodes if n not in tables(nodes)) if word in OF_NETWORKS}
+    assert {name: found[name] for name in found.keys() - DESCRIBE_NETWORKS if found[name]} == {}
 
 
 def test_families_are_told_by_their_methods_alone():
