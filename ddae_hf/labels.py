@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,27 @@ def labels_by_name(names: Mapping[Any, str]) -> dict[str, list[int]]:
             if name.strip():
                 found.setdefault(name.strip(), set()).add(int(label))
     return {name: sorted(labels) for name, labels in sorted(found.items())}
+
+
+def label_ids(names: Mapping[Any, str], wanted: list[str]) -> list[int]:
+    """Return the labels of classes by their names.
+
+    Args:
+        names: The names by label.
+        wanted: Names: a class's whole name, or one of those between its commas.
+
+    Raises:
+        ValueError: A name that no class has, or more than one.
+    """
+    known = labels_by_name(names)
+    if unknown := [name for name in wanted if name not in known]:
+        if not known:
+            raise ValueError("The classes of this checkpoint have no names: give `class_labels` as numbers.")
+        near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.0)
+        raise ValueError(f"No class is named {unknown[0]!r}. The nearest are {near}; `labels` lists all.")
+    if shared := [name for name in wanted if len(known[name]) > 1]:
+        raise ValueError(f"{shared[0]!r} names the classes {known[shared[0]]}: give `class_labels` as numbers.")
+    return [known[name][0] for name in wanted]
 
 
 def check_label_range(name: str, labels: Tensor, count: int) -> None:

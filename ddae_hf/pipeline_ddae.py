@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +29,13 @@ from .checkpoints import (
 )
 from .cut import uncompiled
 from .diffusion import Diffusion
-from .labels import checked_names, labels_by_name
+from .families import Family
+from .labels import checked_names, label_ids, labels_by_name
 from .latents import check_vae, check_vae_class, decode
 from .networks import NETWORKS, check_denoiser_class, network_of
 from .remote_code import save_pipeline_code
-from .sampling import Step, heun_steps, scheduler_steps
+from .sampling import Heun, Step, check_count, check_number, scheduler_steps
 from .weights import DIFFUSERS_FILE, HUB_ARGUMENTS, replaced_weights, uncompiled_names
-
-_HEUN = {"s_churn": 0.0, "s_min": 0.0, "s_max": math.inf, "s_noise": 1.0, "clip_denoised": False}
 
 
 class DDAEPipeline(DiffusionPipeline):
@@ -118,23 +115,8 @@ class DDAEPipeline(DiffusionPipeline):
         return {name: labels[0] for name, labels in found.items() if len(labels) == 1}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Return the labels of classes by their names, as `class_labels` are given.
-
-        Args:
-            label: A name or several: a class's whole name, or one of those between its commas.
-
-        Raises:
-            ValueError: A name that no class has, or more than one.
-        """
-        wanted, known = [label] if isinstance(label, str) else label, labels_by_name(self.config["id2label"] or {})
-        if unknown := [name for name in wanted if name not in known]:
-            if not known:
-                raise ValueError("The classes of this checkpoint have no names: give `class_labels` as numbers.")
-            near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.0)
-            raise ValueError(f"No class is named {unknown[0]!r}. The nearest are {near}; `labels` lists all.")
-        if shared := [name for name in wanted if len(known[name]) > 1]:
-            raise ValueError(f"{shared[0]!r} names the classes {known[shared[0]]}: give `class_labels` as numbers.")
-        return [known[name][0] for name in wanted]
+        """Return the labels of classes by their names, as `class_labels` are given: see `labels.label_ids`."""
+        return label_ids(self.config["id2label"] or {}, [label] if isinstance(label, str) else label)
 
     @property
     def guidance_scale(self) -> float:
@@ -250,19 +232,16 @@ class DDAEPipeline(DiffusionPipeline):
         if unknown := sorted(set(callback_tensors) - set(self._callback_tensor_inputs)):
             raise ValueError(f"unknown callback tensors {unknown}: allowed are {self._callback_tensor_inputs}.")
 
-    def _check_sampler(self, diffusion: Diffusion, sampler: str | None, heun_options: dict[str, Any]) -> None:
-        diffusion.family.check_steps()
-        for name in ("s_churn", "s_min", "s_noise"):
-            _check_number(name, heun_options[name], least=0)
-        _check_number("s_max", heun_options["s_max"], least=heun_options["s_min"], finite=False)
-        if sampler is None and (given := [name for name, value in heun_options.items() if value != _HEUN[name]]):
+    def _check_sampler(self, family: Family, sampler: str | None, heun: Heun) -> None:
+        family.check_steps()
+        if sampler is None and (given := [f.name for f in fields(heun) if getattr(heun, f.name) != f.default]):
             raise ValueError(f"{', '.join(given)} came, which only sampler='heun' takes.")
-        if heun_options["clip_denoised"] and self.vae is not None:
+        if heun.clip_denoised and self.vae is not None:
             raise ValueError("clip_denoised clips to [-1, 1], and latents have no such bounds: leave it out.")
-        diffusion.family.check_sampler(sampler)
+        family.check_sampler(sampler)
 
     def _check_guidance(self, class_labels: Any) -> None:
-        _check_number("guidance_scale", self.guidance_scale)
+        check_number("guidance_scale", self.guidance_scale)
         if self.guidance_scale != 1 and (class_labels is None or self.null_class is None):
             missing = "`class_labels`" if class_labels is None else "a null class, which this denoiser lacks"
             raise ValueError(f"guidance_scale is {self.guidance_scale}: guidance needs {missing}.")
@@ -372,8 +351,9 @@ class DDAEPipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         _check_parts(self.config["null_class"], **self.components)
         diffusion = Diffusion(self.denoiser, self.scheduler, self.null_class, float32_output=True)
-        _check_count("num_inference_steps", num_inference_steps)
-        self._check_sampler(diffusion, sampler, {**_HEUN, **heun_options})
+        check_count("num_inference_steps", num_inference_steps)
+        heun = Heun(**heun_options)
+        self._check_sampler(diffusion.family, sampler, heun)
         batch_size = _batch_size(batch_size, class_labels, generator, latents)
         conditions = diffusion.conditions(class_labels, batch_size, self._execution_device)
         self._check_guidance(class_labels)
@@ -387,18 +367,19 @@ class DDAEPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
-        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+        def guidance() -> float:
             self._check_guidance(class_labels)  # a callback may have changed it
-            return diffusion.predict(sample, timestep, conditions, self.guidance_scale)
+            return self.guidance_scale
+
+        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+            return diffusion.predict(sample, timestep, conditions, guidance())
 
         def denoise(sample: Tensor, sigma: float) -> Tensor:
-            self._check_guidance(class_labels)
-            return diffusion.denoise(sample, sigma, conditions, self.guidance_scale)
+            return diffusion.denoise(sample, sigma, conditions, guidance())
 
         if sampler is None:
             return scheduler_steps(diffusion.family, noise, predict, generator)
-        sigmas = self.scheduler.sigmas.tolist()
-        return heun_steps(sigmas, self.scheduler.timesteps, noise, denoise, generator, **heun_options)
+        return heun.steps(self.scheduler.sigmas.tolist(), self.scheduler.timesteps, noise, denoise, generator)
 
     def _postprocess(self, sample: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -418,22 +399,10 @@ _scheduler = _arguments.pop("scheduler").replace(default=inspect.Parameter.empty
 DDAEPipeline.__init__.__signature__ = inspect.Signature([*_arguments.values(), _scheduler])  # type: ignore[attr-defined]
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be at least 1, and a whole number.")
-
-
-def _check_number(name: str, value: Any, least: float = -math.inf, finite: bool = True) -> None:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and value >= least and (math.isfinite(value) or not finite)):
-        kind = "a finite number" if finite else "a number"
-        raise ValueError(f"{name} is {value!r}: it must be {kind}{'' if least == -math.inf else f' from {least} on'}.")
-
-
 def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, latents: Tensor | None) -> int:
     """Return how many images a call is for: all that says so must agree."""
     if batch_size is not None:
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
     several = {"class_labels": class_labels, "generator": generator, "latents": latents}
     counts = {name: np.shape(value)[0] for name, value in several.items() if np.shape(value)}
     counts |= {} if batch_size is None else {"batch_size": batch_size}

@@ -9,6 +9,7 @@ with two estimates of this slope a step, and so with an error that falls with th
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,52 +68,82 @@ def scheduler_steps(
         sample = step.sample
 
 
-@torch.no_grad()
-def heun_steps(
-    sigmas: Sequence[float],
-    timesteps: Tensor,
-    noise: Tensor,
-    denoise: Callable[[Tensor, float], Tensor],
-    generator: Any = None,
-    *,
-    s_churn: float = 0.0,
-    s_min: float = 0.0,
-    s_max: float = math.inf,
-    s_noise: float = 1.0,
-    clip_denoised: bool = False,
-) -> Iterator[Step]:
-    """Take the steps of Heun's method from standard-normal noise to images: two calls of `denoise` each but the last.
+@dataclass(frozen=True)
+class Heun:
+    """EDM's second-order sampler.
 
     Args:
-        sigmas: Noise levels, falling to zero: one more than there are steps.
-        timesteps: What the denoiser is fed at all but the last of them.
-        noise: Where to start from, (B, C, H, W).
-        denoise: Maps (sample, sigma) to the denoised image.
-        generator: Random generator, or one for every image.
         s_churn: Overall stochasticity, the paper's S_churn: by how much noise a step raises the level before it lowers
             it; 0 is deterministic.
         s_min: Lowest level that is raised, S_tmin.
         s_max: Highest level that is raised, S_tmax.
         s_noise: Standard deviation of the added noise in units of what the levels ask for, S_noise.
         clip_denoised: Whether the denoised image is clipped to [-1, 1].
+
+    Raises:
+        ValueError: A number out of its range.
     """
 
-    def slope(sample: Tensor, sigma: float) -> Tensor:
-        clean = denoise(sample, sigma)
-        return (sample - (clean.clamp(-1, 1) if clip_denoised else clean)) / sigma
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = math.inf
+    s_noise: float = 1.0
+    clip_denoised: bool = False
 
-    factor = min(s_churn / len(timesteps), math.sqrt(2) - 1)
-    sample = noise * sigmas[0]
-    for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
-        if factor > 0 and s_min <= sigma <= s_max:
-            raised = sigma * (1 + factor)
-            added = randn_tensor(tuple(sample.shape), generator, sample.device, sample.dtype)
-            sample = sample + math.sqrt(raised**2 - sigma**2) * s_noise * added
-            sigma = raised
-        first = slope(sample, sigma)
-        euler = sample + (lower - sigma) * first
-        step = Step(i + 1, timesteps, euler)
-        if lower > 0:
-            step.sample = sample + (lower - sigma) * (first + slope(euler, lower)) / 2
-        yield step
-        sample = step.sample
+    def __post_init__(self) -> None:
+        for name in ("s_churn", "s_min", "s_noise"):
+            check_number(name, getattr(self, name), least=0)
+        check_number("s_max", self.s_max, least=self.s_min, finite=False)
+
+    @torch.no_grad()
+    def steps(
+        self,
+        sigmas: Sequence[float],
+        timesteps: Tensor,
+        noise: Tensor,
+        denoise: Callable[[Tensor, float], Tensor],
+        generator: Any = None,
+    ) -> Iterator[Step]:
+        """Take steps from standard-normal noise to images: two calls of `denoise` each, but for the last.
+
+        Args:
+            sigmas: Noise levels, falling to zero: one more than there are steps.
+            timesteps: What the denoiser is fed at all but the last of them.
+            noise: Where to start from, (B, C, H, W).
+            denoise: Maps (sample, sigma) to the denoised image.
+            generator: Random generator, or one for every image.
+        """
+
+        def slope(sample: Tensor, sigma: float) -> Tensor:
+            clean = denoise(sample, sigma)
+            return (sample - (clean.clamp(-1, 1) if self.clip_denoised else clean)) / sigma
+
+        factor = min(self.s_churn / len(timesteps), math.sqrt(2) - 1)
+        sample = noise * sigmas[0]
+        for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+            if factor > 0 and self.s_min <= sigma <= self.s_max:
+                raised = sigma * (1 + factor)
+                added = randn_tensor(tuple(sample.shape), generator, sample.device, sample.dtype)
+                sample = sample + math.sqrt(raised**2 - sigma**2) * self.s_noise * added
+                sigma = raised
+            first = slope(sample, sigma)
+            euler = sample + (lower - sigma) * first
+            step = Step(i + 1, timesteps, euler)
+            if lower > 0:
+                step.sample = sample + (lower - sigma) * (first + slope(euler, lower)) / 2
+            yield step
+            sample = step.sample
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise `ValueError` unless an argument is a whole number from 1 on."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}: it must be at least 1, and a whole number.")
+
+
+def check_number(name: str, value: Any, least: float = -math.inf, finite: bool = True) -> None:
+    """Raise `ValueError` unless an argument is a number, in its range."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and value >= least and (math.isfinite(value) or not finite)):
+        kind = "a finite number" if finite else "a number"
+        raise ValueError(f"{name} is {value!r}: it must be {kind}{'' if least == -math.inf else f' from {least} on'}.")

@@ -169,3 +169,14 @@ def test_the_wheel_works_outside_the_clone(tmp_path):
         "up_blocks.1.resnets.2",
     ]
     assert (target / "ddae_hf" / "py.typed").exists()
+
+
+def test_modules_and_functions_are_read_in_one_sitting():
+    for path in (ROOT / "ddae_hf").glob("*.py"):
+        assert path.read_text().count("\n") <= 420, path.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                documented = node.body[0] if ast.get_docstring(node) else None
+                lines = node.end_lineno - node.lineno + 1
+                lines -= documented.end_lineno - documented.lineno + 1 if documented else 0
+                assert lines <= 60, f"{path.name}: {node.name} has {lines} lines"

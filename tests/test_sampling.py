@@ -12,7 +12,7 @@ from diffusers import (
 )
 
 from ddae_hf import DDAEPipeline
-from ddae_hf.sampling import heun_steps
+from ddae_hf.sampling import Heun
 
 from .conftest import make_unet
 from .ideal import MEAN, STD, Ideal, closed_form
@@ -41,7 +41,7 @@ def karras_levels(steps, low=0.002, high=80.0, rho=7.0):
 
 def integrate(latents, steps):
     """Follow the steps of the sampler on Gaussian data in float64."""
-    *_, last = heun_steps(karras_levels(steps), torch.arange(steps), latents.double(), closed_form)
+    *_, last = Heun().steps(karras_levels(steps), torch.arange(steps), latents.double(), closed_form)
     return last.sample
 
 
@@ -90,8 +90,8 @@ def test_churn_keeps_the_distribution():
     """Noise that is added and removed again leaves Gaussian data Gaussian, of the same mean and deviation."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(4000, 1, 2, 2, generator=generator, dtype=torch.float64)
-    churn = {"s_churn": 40, "s_min": 0.05, "s_max": 50}
-    *_, last = heun_steps(karras_levels(200), torch.arange(200), start, closed_form, generator, **churn)
+    heun = Heun(s_churn=40, s_min=0.05, s_max=50)
+    *_, last = heun.steps(karras_levels(200), torch.arange(200), start, closed_form, generator)
     x = last.sample
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02) and x.std().item() == pytest.approx(STD, rel=0.03)
     assert abs(torch.corrcoef(torch.stack([x.flatten(), start.flatten()]))[0, 1]) < 0.5  # it is another image
@@ -101,9 +101,8 @@ def raised(sigma, num_steps, **churn):
     """By what factor the first step raises a noise level before the denoiser is called."""
     levels = [sigma * (1 - i / num_steps) for i in range(num_steps)] + [0.0]
     seen = []
-    steps = heun_steps(
-        levels, torch.arange(num_steps), torch.zeros(1, 1, 2, 2), lambda x, level: seen.append(level) or x, **churn
-    )
+    zero, look = torch.zeros(1, 1, 2, 2), lambda x, level: seen.append(level) or x
+    steps = Heun(**churn).steps(levels, torch.arange(num_steps), zero, look)
     next(steps)
     return seen[0] / sigma
 
@@ -116,7 +115,7 @@ def test_churn_is_bounded_as_in_the_paper():
 
 def test_a_sample_that_is_put_in_a_steps_place_is_what_the_next_one_goes_on_with(latents):
     seen = []
-    for step in heun_steps([2.0, 1.0, 0.0], torch.arange(2), latents, lambda x, level: seen.append(x) or x / 2):
+    for step in Heun().steps([2.0, 1.0, 0.0], torch.arange(2), latents, lambda x, level: seen.append(x) or x / 2):
         step.sample = torch.full_like(latents, step.number)
     assert len(seen) == 3 and torch.equal(seen[2], torch.ones_like(latents))
 
