@@ -1,11 +1,27 @@
 """What depends on the class of a network: labels and the null class, taps, sizes."""
 
+import json
+
 import pytest
 import torch
+from diffusers import (
+    ConfigMixin,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
 
-from ddae_hf import collect_hidden_states, layer_names
+from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEPipeline, collect_hidden_states, layer_names
+from ddae_hf.cut import Cut, Recorder, identity
+from ddae_hf.diffusion import Diffusion
+from ddae_hf.hidden_states import learning_parameters
 from ddae_hf.labels import drop_labels
-from ddae_hf.networks import NETWORKS, network_of
+from ddae_hf.network_class import NetworkClass, Tap
+from ddae_hf.networks import NETWORKS, network_of, register
 
 from .conftest import make_dit, make_unet
 
@@ -108,3 +124,95 @@ def test_networks_of_other_classes_are_refused_by_name():
     with pytest.raises(ValueError, match="of class 'Linear', which is not supported: allowed are UNet2DModel, DiT"):
         layer_names(torch.nn.Linear(1, 1))
     assert network_of(torch.compile(make_unet())) is NETWORKS["UNet2DModel"]
+
+
+class TwoBlocks(ModelMixin, ConfigMixin):
+    """A network that diffusers lacks: two residual blocks, told the timestep by a linear map."""
+
+    @register_to_config
+    def __init__(self, sample_size=8, in_channels=3, width=16):
+        super().__init__()
+        self.enter, self.leave = (
+            nn.Conv2d(in_channels, width, 2, stride=2),
+            nn.ConvTranspose2d(width, in_channels, 2, 2),
+        )
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.time = nn.Linear(1, width)
+
+    def forward(self, sample, timestep, return_dict=True):
+        hidden = self.enter(sample) + self.time(timestep[:, None] / 1000)[:, :, None, None]
+        for block in self.blocks:
+            hidden = block(torch.relu(hidden))
+        hidden = self.leave(hidden)
+        return UNet2DOutput(sample=hidden) if return_dict else (hidden,)
+
+
+class DescribedTwoBlocks(NetworkClass):
+    """What the package has to be told of it."""
+
+    model = TwoBlocks
+    component = "unet"
+
+    def divisor(self, config):
+        return 2, "which it halves"
+
+    def num_labels(self, config):
+        return 0
+
+    def label_options(self, num_classes):
+        return {}
+
+    def is_conditional(self, denoiser):
+        return False
+
+    def taps(self, denoiser):
+        width = denoiser.config["width"]
+        return [Tap(f"blocks.{i}", width, 2, "decoder") for i in range(len(denoiser.blocks))]
+
+    def view(self, denoiser, layers, found, stop_early):
+        names = [tap.name for tap in self.taps(denoiser)]
+        count = 1 + max(map(names.index, layers)) if stop_early else None
+        blocks = [Recorder(b, n, found) if n in layers else b for b, n in zip(denoiser.blocks, names, strict=True)]
+        return Cut(denoiser, {"blocks": blocks[:count], **({"leave": identity} if stop_early else {})})
+
+
+@pytest.fixture
+def two_blocks():
+    register(DescribedTwoBlocks())
+    torch.manual_seed(0)
+    yield TwoBlocks().eval()
+    del NETWORKS["TwoBlocks"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_adding_a_network(two_blocks, scheduler, images, tmp_path):
+    """It is tapped, cut, read, trained, sampled, saved and opened like those that the package knows."""
+    fed, calls = (images, torch.full((5,), 20.0)), []
+    assert layer_names(two_blocks) == ["blocks.0", "blocks.1"]
+    two_blocks.blocks[1].register_forward_pre_hook(lambda *_: calls.append(None))
+    by_view = collect_hidden_states(two_blocks, *fed, ["blocks.0"])["blocks.0"]
+    assert not calls and by_view.shape == (5, 16, 4, 4)
+    handle = two_blocks.register_forward_hook(lambda *_: None)
+    assert torch.equal(collect_hidden_states(two_blocks, *fed, ["blocks.0"])["blocks.0"], by_view)
+    handle.remove()
+    with pytest.raises(ValueError, match="sample_size is 7: which it halves, it must be a multiple of 2"):
+        DDAEConfig(denoiser={"_class_name": "TwoBlocks", "sample_size": 7})
+    DDAEPipeline.for_denoiser(two_blocks, scheduler).save_pretrained(tmp_path / "pipeline")
+    pipeline = DDAEPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    samples = pipeline(2, generator=torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images
+    assert samples.shape == (2, 3, 8, 8) and samples.isfinite().all()
+    model = DDAEForImageClassification.from_pretrained(tmp_path / "pipeline", num_labels=3).eval()
+    assert model.config.layer == "blocks.0" and model.config.hidden_size == 16
+    model.freeze_denoiser()
+    with torch.enable_grad():
+        model(images, labels=torch.arange(5) % 3).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        "classifier.weight", "classifier.bias"
+    ]  # fmt: skip
+    model.save_pretrained(tmp_path / "classifier")
+    again = DDAEForImageClassification.from_pretrained(tmp_path / "classifier")
+    assert torch.equal(again(images).logits, model(images).logits)
+    assert "blocks.1.weight" not in learning_parameters(json.dumps(model.config.denoiser), ("blocks.0",))
+    assert Diffusion(two_blocks, scheduler).loss(images).isfinite().all()
