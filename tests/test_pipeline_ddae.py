@@ -17,6 +17,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
     RePaintScheduler,
     ScoreSdeVeScheduler,
@@ -383,3 +384,54 @@ def test_an_offloaded_denoiser_gives_the_same_images(pipeline):
     expected = sample(pipeline)
     cpu_offload(pipeline.unet, execution_device="cpu")
     np.testing.assert_array_equal(sample(pipeline), expected)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        (DDIMScheduler(), {}),
+        (DDPMScheduler(), {}),
+        (FlowMatchHeunDiscreteScheduler(), {}),
+        (EDMEulerScheduler(), {"sampler": "heun", "s_churn": 10.0}),
+    ],
+)
+def test_steps_are_those_of_a_call(scheduler, options):
+    pipeline = DDAEPipeline(make_unet(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {**options, "batch_size": 2, "num_inference_steps": 4}
+    seen = []
+
+    def look(pipeline, i, timestep, tensors):
+        seen.append((i + 1, timestep, tensors["latents"]))
+        return {}
+
+    generator = torch.Generator().manual_seed(0)
+    called = pipeline(**options, generator=generator, output_type="latent", callback_on_step_end=look).images
+    steps = list(pipeline.steps(**options, generator=torch.Generator().manual_seed(0)))
+    assert len(steps) == pipeline.num_timesteps == len(seen) and torch.equal(steps[-1].sample, called)
+    for step, (number, timestep, latents) in zip(steps, seen, strict=True):
+        assert step.number == number and step.timestep == timestep and torch.equal(step.sample, latents)
+        assert not step.sample.requires_grad
+    following = [step.following for step in steps]
+    assert following[-1] is None and [*following[:-1]] == [step.timestep for step in steps[1:]]
+
+
+def test_steps_can_be_left_early_and_a_sample_can_be_replaced():
+    pipeline, calls = DDAEPipeline(make_unet(), DDIMScheduler()), []
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
+    steps = pipeline.steps(num_inference_steps=50)
+    assert not calls  # nothing runs before it is asked for
+    first = next(steps)
+    first.sample = torch.full_like(first.sample, 0.25)
+    next(steps)
+    steps.close()
+    assert len(calls) == 2 and torch.equal(calls[1], torch.full((1, 3, 8, 8), 0.25))
+    assert pipeline(num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_steps_that_cannot_be_taken_are_refused_before_one_is_asked_for():
+    pipeline = DDAEPipeline(make_unet(), DDIMScheduler())
+    for options in ({"num_inference_steps": 0}, {"sampler": "heun"}, {"s_churn": 1.0}, {"class_labels": 3}):
+        with pytest.raises(ValueError):
+            pipeline.steps(**options)
