@@ -92,6 +92,5 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         size = self.config.sample_shape[1:]
         feature_maps = tuple(network.on_grid(found[name], taps[name], size) for name in wanted)
         hidden_states = tuple(found[name] for name in self.stage_names) if every else None
-        if not return_dict:
-            return (feature_maps,) if hidden_states is None else (feature_maps, hidden_states)
-        return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)  # type: ignore[arg-type]
+        output = BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)  # type: ignore[arg-type]
+        return output if return_dict else output.to_tuple()

@@ -20,7 +20,6 @@ from .hidden_states import layer_names, learning_parameters, pool_hidden_states
 from .labels import checked_names, cross_entropy
 from .latents import build_vae, encode, freeze
 from .networks import build_denoiser, network_of
-from .noise import sigma_range
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention
 from .remote_code import save_code
 from .weights import COMPILED, plain_state
@@ -65,7 +64,7 @@ class DDAEModel(DDAEPreTrainedModel):
         # Built on the CPU even while the model's own tensors are without memory.
         with torch.device("cpu"):
             self.scheduler = build_scheduler(config.scheduler)
-            self._sigma_range = sigma_range(self.scheduler)  # numbers, which no graph has to compute
+            self._sigma_range = self.diffusion.family.sigma_range()  # numbers, which no graph has to compute
         self._frozen = False
         self.post_init()
 
@@ -75,8 +74,8 @@ class DDAEModel(DDAEPreTrainedModel):
         With `config.sample_posterior` there is one draw more, the VAE's.
         """
         generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
-        shape = tuple(self.fixed_noise.shape)
-        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(self.fixed_noise)
+        noise = torch.randn(self.fixed_noise.shape, generator=generator, device="cpu", dtype=torch.float32)
+        return noise.to(self.fixed_noise)
 
     def _apply(self, *args: Any, **kwargs: Any) -> DDAEModel:
         """Move or cast the model; its fixed noise stays in float32, as in one that is opened in the other type."""
@@ -156,9 +155,9 @@ class DDAEModel(DDAEPreTrainedModel):
         if timestep is not None:
             diffusion.family.check_timestep(timestep)
             return diffusion.family.sigma(timestep)
-        level = self.config.sigma if sigma is None else sigma
-        diffusion.family.check_level("sigma", level, self._sigma_range)
-        return level
+        sigma = self.config.sigma if sigma is None else sigma
+        diffusion.family.check_level("sigma", sigma, self._sigma_range)
+        return sigma
 
     def _draw(self, shape: tuple[int, ...], device: Any, generator: Any, fixed: Tensor) -> Tensor:
         """Return noise (draws, B, C, H, W): from the generator, fresh in training, or fixed (draws, C, H, W)."""
@@ -209,8 +208,7 @@ class DDAEModel(DDAEPreTrainedModel):
             return known[: known.index(self.config.layer) + 1]
         if not output_hidden_states:
             return []
-        outside = [i for i in output_hidden_states if isinstance(i, int) and not -len(known) <= i < len(known)]
-        if outside:
+        if outside := [i for i in output_hidden_states if isinstance(i, int) and not -len(known) <= i < len(known)]:
             raise ValueError(f"output_hidden_states names the layers {outside}: indices are 0 to {len(known) - 1}.")
         return [known[i] if isinstance(i, int) else i for i in output_hidden_states]
 
@@ -264,10 +262,9 @@ class DDAEModel(DDAEPreTrainedModel):
         )
         last = found[self.config.layer]
         pooled = pool_hidden_states(last, self.config.pooling)
-        hidden_states = tuple(found[name] for name in wanted) or None
-        if not return_dict:
-            return (last, pooled) if hidden_states is None else (last, pooled, hidden_states)  # type: ignore[return-value]
-        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=hidden_states)
+        states = tuple(found[name] for name in wanted) or None
+        output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=states)
+        return output if return_dict else output.to_tuple()
 
     def read_layers(
         self,
@@ -414,13 +411,10 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         )
         features = self.feature_norm(outputs.pooler_output.to(self.classifier.weight.dtype))
         logits = self.classifier(features)
-        loss = None if labels is None else self._loss(logits, labels)
-        if not return_dict:
-            rest = () if outputs.hidden_states is None else (outputs.hidden_states,)
-            return (logits, *rest) if loss is None else (loss, logits, *rest)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.config.problem_type in (None, "single_label_classification"):
-            return cross_entropy(logits, labels)
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        loss = None
+        if labels is not None and self.config.problem_type in (None, "single_label_classification"):
+            loss = cross_entropy(logits, labels)
+        elif labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return output if return_dict else output.to_tuple()
