@@ -24,7 +24,6 @@ class DiT(NetworkClass):
 
     model = DiTTransformer2DModel
     component = "transformer"
-    label_option = "num_embeds_ada_norm"
     indivisible = ("BasicTransformerBlock",)
     # An option that diffusers lacks: frequency i of the n of the timestep embedding is `10000 ** (-i / (n - shift))`.
     # The official DiTs have shift 0, which their conversions note; diffusers builds every DiT with shift 1, and so do

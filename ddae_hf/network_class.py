@@ -38,13 +38,11 @@ class NetworkClass(ABC):
     Attributes:
         model: The class.
         component: The key under which diffusers' pipelines have it.
-        label_option: The option of its config that says how many classes it tells apart.
         indivisible: Names of classes of its blocks that a device map must not divide.
     """
 
     model: Any
     component: str
-    label_option: str
     indivisible: tuple[str, ...] = ()
 
     def build(self, config: Mapping[str, Any]) -> Any:
@@ -84,13 +82,13 @@ class NetworkClass(ABC):
         """Return `timestep` (B,), float32, in the type that the network's embedding takes."""
         return timestep
 
-    @abstractmethod
     def num_labels(self, config: Mapping[str, Any]) -> int:
         """Return how many class labels the network tells apart, its null class included; 0 if it takes none."""
+        return 0
 
-    @abstractmethod
     def label_options(self, num_classes: int) -> dict[str, int]:
         """Return the options of a network of so many classes and a null class after them; 0 is unconditional."""
+        return {}
 
     def default_null_class(self, config: Mapping[str, Any]) -> int | None:
         """Return the null class that the config implies."""
@@ -103,9 +101,9 @@ class NetworkClass(ABC):
             has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
             raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
 
-    @abstractmethod
     def is_conditional(self, denoiser: Any) -> bool:
         """Whether the network can be given class labels."""
+        return self.num_labels(denoiser.config) > 0
 
     def conditions(
         self, denoiser: Any, class_labels: Any, batch_size: int, device: Any, null_class: int | None = None

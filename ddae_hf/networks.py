@@ -57,14 +57,12 @@ def network_of(denoiser: Any) -> NetworkClass:
         ValueError: A class that is not supported.
     """
     if isinstance(denoiser, Mapping):
-        check_denoiser_class(denoiser.get("_class_name"))
-        return NETWORKS[denoiser["_class_name"]]
-    own = type(uncompiled(denoiser))
-    for kind in own.__mro__:
-        if kind.__name__ in NETWORKS:
-            return NETWORKS[kind.__name__]
-    check_denoiser_class(own.__name__)
-    raise AssertionError
+        name = denoiser.get("_class_name")
+    else:
+        names = [kind.__name__ for kind in type(uncompiled(denoiser)).__mro__]
+        name = next((name for name in names if name in NETWORKS), names[0])
+    check_denoiser_class(name)
+    return NETWORKS[str(name)]
 
 
 def build_denoiser(config: Mapping[str, Any]) -> Any:

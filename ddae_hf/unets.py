@@ -24,7 +24,6 @@ class UNet2D(NetworkClass):
 
     model = UNet2DModel
     component = "unet"
-    label_option = "num_class_embeds"
     indivisible = ("ResnetBlock2D",)
     # Blocks whose forward is a plain walk over `resnets` and `attentions`, so that shorter lists stop it early.
     walks = {

@@ -131,7 +131,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--report_to", help="Tracker: tensorboard, wandb, ...; none by default.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, inside --output_dir.")
     args = parse_with_config(parser, argv)
-    if labels := sorted({network.label_option for network in NETWORKS.values()} & set(args.denoiser)):
+    own = {name for network in NETWORKS.values() for name in network.label_options(1)}
+    if labels := sorted(own & set(args.denoiser)):
         parser.error(f"--denoiser has {labels[0]}: leave it out, --class_conditional takes it from the data set.")
     if args.init_from and (args.denoiser or args.scheduler):
         parser.error("--init_from brings its own network and scheduler: leave out --denoiser and --scheduler.")

@@ -156,15 +156,6 @@ class DescribedTwoBlocks(NetworkClass):
     def divisor(self, config):
         return 2, "which it halves"
 
-    def num_labels(self, config):
-        return 0
-
-    def label_options(self, num_classes):
-        return {}
-
-    def is_conditional(self, denoiser):
-        return False
-
     def taps(self, denoiser):
         width = denoiser.config["width"]
         return [Tap(f"blocks.{i}", width, 2, "decoder") for i in range(len(denoiser.blocks))]
