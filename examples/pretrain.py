@@ -105,16 +105,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_train_steps", type=int, help="Number of optimiser steps; overrides --num_train_epochs.")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
-    add("--learning_rate", type=float, default=1e-4)
-    add("--scale_lr", action=argparse.BooleanOptionalAction, default=False, help="Multiply it by the devices.")
-    add("--lr_scheduler", default="constant_with_warmup", choices=[s.value for s in SchedulerType])
-    add("--lr_warmup_steps", type=int, default=500)
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=0.0)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient; 0 leaves it as it is.")
-    add("--ema_decay", type=float, default=0.9999, help="Decay of the averaged weights after its ramp.")
+    add_optimizer_arguments(parser)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default what accelerate is configured for.")
     add("--allow_tf32", action=argparse.BooleanOptionalAction, default=False)
     add("--checkpointing_steps", type=int, default=5000, help="Save a checkpoint, ready to resume, every N steps.")
@@ -142,6 +133,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     check_loading_arguments(parser, args)
     check_input_arguments(parser, args)
     return args
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the optimiser, its schedule and the averaged weights."""
+    add = parser.add_argument
+    add("--learning_rate", type=float, default=1e-4)
+    add("--scale_lr", action=argparse.BooleanOptionalAction, default=False, help="Multiply it by the devices.")
+    add("--lr_scheduler", default="constant_with_warmup", choices=[s.value for s in SchedulerType])
+    add("--lr_warmup_steps", type=int, default=500)
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=0.0)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient; 0 leaves it as it is.")
+    add("--ema_decay", type=float, default=0.9999, help="Decay of the averaged weights after its ramp.")
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
