@@ -33,6 +33,7 @@ import sweep
 import train_vae
 from data import image_grid, load_training_images, parse_with_config, read_config, training_batches
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
+from ddae_hf.diffusion import Diffusion
 from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
 from training_run import Progress
@@ -110,19 +111,19 @@ def test_a_fresh_run_does_not_mix_with_an_earlier_one(trained, digits):
 
 @pytest.mark.parametrize("denoiser", [TINY, TINY_DIT])
 def test_training_begins_on_images_of_low_resolution_and_resumes_exactly(digits, tmp_path, monkeypatch, denoiser):
-    whole, seen, loss_of, inputs_of = [], [], pretrain.denoising_loss, pretrain.training_inputs
+    whole, seen, loss_of, inputs_of = [], [], Diffusion.loss, pretrain.training_inputs
 
     def inputs(*given):
         found = inputs_of(*given)
         whole.append(found[0])
         return found
 
-    def loss(network, scheduler, clean, **levels):
+    def loss(diffusion, clean, **levels):
         seen.append(clean)
-        return loss_of(network, scheduler, clean, **levels)
+        return loss_of(diffusion, clean, **levels)
 
     monkeypatch.setattr(pretrain, "training_inputs", inputs)
-    monkeypatch.setattr(pretrain, "denoising_loss", loss)
+    monkeypatch.setattr(Diffusion, "loss", loss)
     options = ["--denoiser", json.dumps(denoiser), "--max_train_steps", "5", "--checkpointing_steps", "2"]
     options += ["--low_resolution", "4", "--low_resolution_share", "0.6"]
     train(digits, tmp_path / "whole", *options)
@@ -392,7 +393,8 @@ def test_class_conditional_networks_know_their_null_class_and_resume_exactly(dig
     options += ["--scheduler", '{"_class_name": "FlowMatchEulerDiscreteScheduler"}', "--log_sigma", "0", "1"]
     train(digits, tmp_path / "whole", "--max_train_steps", "2", *options)
     pipeline = DDAEPipeline.from_pretrained(tmp_path / "whole")
-    assert pipeline.null_class == 10 and pipeline.denoiser.config["num_class_embeds"] == 11
+    count = network_of(pipeline.denoiser).num_labels(pipeline.denoiser.config)
+    assert pipeline.null_class == 10 and count == 11
     assert DDAEForImageClassification.from_pretrained(tmp_path / "whole", num_labels=2).config.null_class in (None, 10)
     (tmp_path / "resumed").mkdir()
     (tmp_path / "resumed" / "checkpoint-1").symlink_to(tmp_path / "whole" / "checkpoint-1")
