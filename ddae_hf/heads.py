@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils.hub import extract_commit_hash
 
-from .checkpoints import read_checkpoint, read_pipeline
+from .checkpoints import Checkpoint, read_checkpoint, read_pipeline
 from .weights import HEAD_FILE, find_file, fingerprint, location, plain_state
 
 
@@ -51,19 +51,7 @@ def write_head(
             f"The base {checkpoint.path} is {folder}, or reaches it: the head would take the place of what it needs. "
             "Write it to another folder or, if this one holds a pipeline too, leave out `base`."
         )
-    original, original_vae = checkpoint.load_denoiser(), checkpoint.load_vae()
-    if vae is None and original_vae is not None:
-        raise ValueError(
-            f"This classifier was opened without the VAE of {checkpoint.path} and takes latents: put its weights into "
-            "one that was opened with the VAE, or write it whole with `save_pretrained`."
-        )
-    for part, own, its in (("denoiser", denoiser, original), ("VAE", vae, original_vae)):
-        if own is not None and not _is_same(own, its):
-            raise ValueError(
-                f"The {part} of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came "
-                "from elsewhere: `save_pretrained` writes it whole. (One of the base's variants needs its name as "
-                "`variant`.)"
-            )
+    original, original_vae = _originals(checkpoint, denoiser, vae)
     found = None
     if base is not None and not os.path.isdir(base):
         found = find_file(base, "model_index.json", **hub) or find_file(base, "config.json", **hub)
@@ -79,6 +67,24 @@ def write_head(
     folder.mkdir(parents=True, exist_ok=True)
     own_tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(own_tensors, folder / HEAD_FILE, {k: v for k, v in known.items() if v})
+
+
+def _originals(checkpoint: Checkpoint, denoiser: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[Any, Any]:
+    """Return the denoiser and the VAE of a base, or refuse one that a classifier with these was not trained on."""
+    original, original_vae = checkpoint.load_denoiser(), checkpoint.load_vae()
+    if vae is None and original_vae is not None:
+        raise ValueError(
+            f"This classifier was opened without the VAE of {checkpoint.path} and takes latents: put its weights into "
+            "one that was opened with the VAE, or write it whole with `save_pretrained`."
+        )
+    for part, own, its in (("denoiser", denoiser, original), ("VAE", vae, original_vae)):
+        if own is not None and not _is_same(own, its):
+            raise ValueError(
+                f"The {part} of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came "
+                "from elsewhere: `save_pretrained` writes it whole. (One of the base's variants needs its name as "
+                "`variant`.)"
+            )
+    return original, original_vae
 
 
 def _is_same(own: torch.nn.Module, base: torch.nn.Module | None) -> bool:
