@@ -9,13 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .checkpoints import (
-    WEIGHTS,
-    build_scheduler,
-    plain_config,
-    read_checkpoint,
-    skeleton,
-)
+from .checkpoints import WEIGHTS, build_scheduler, plain_config, read_checkpoint, skeleton
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
 from .latents import check_vae, check_vae_class, downsampling
 from .networks import PAPER_UNET, check_denoiser_class, network_of
@@ -207,9 +201,5 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return a checkpoint's configuration, whatever its layout, and the arguments that did not say where it is."""
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
-        if checkpoint.layout == "transformers":
-            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        config_dict = {**checkpoint.config, "denoiser": checkpoint.denoiser, "vae": checkpoint.vae}
-        if checkpoint.scheduler is not None:
-            config_dict["scheduler"] = checkpoint.scheduler
-        return config_dict, {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        used = (*HUB_ARGUMENTS, "trust_remote_code")  # which is for the Auto classes
+        return checkpoint.config, {name: value for name, value in kwargs.items() if name not in used}

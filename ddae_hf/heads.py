@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers.utils.hub import extract_commit_hash
 
-from .checkpoints import Checkpoint, commit_of, location, read_checkpoint, read_pipeline
-from .weights import HEAD_FILE, fingerprint, plain_state
+from .checkpoints import Checkpoint, read_checkpoint, read_pipeline
+from .weights import HEAD_FILE, find_file, fingerprint, location, plain_state
 
 
 def write_head(
@@ -45,8 +46,31 @@ def write_head(
     name = "." if base is None else os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
     # Without `base`, what the folder holds of an earlier classifier plays no part.
     checkpoint = read_pipeline(folder, variant) if base is None else read_checkpoint(base, variant, **hub)
-    if base is not None:
-        _refuse_itself(folder, checkpoint)
+    if base is not None and location(folder) in (location(link.path, **link.hub) for link in checkpoint.chain()):
+        raise ValueError(
+            f"The base {checkpoint.path} is {folder}, or reaches it: the head would take the place of what it needs. "
+            "Write it to another folder or, if this one holds a pipeline too, leave out `base`."
+        )
+    original, original_vae = _originals(checkpoint, denoiser, vae)
+    found = None
+    if base is not None and not os.path.isdir(base):
+        found = find_file(base, "model_index.json", **hub) or find_file(base, "config.json", **hub)
+    known = {
+        "format": "pt",
+        "base": name,
+        "fingerprint": fingerprint(original, dtype=None),
+        "vae_fingerprint": original_vae and fingerprint(original_vae, dtype=None),
+        "variant": variant,
+        "revision": extract_commit_hash(found, None),
+        "subfolder": base and hub.get("subfolder"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    own_tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(own_tensors, folder / HEAD_FILE, {k: v for k, v in known.items() if v})
+
+
+def _originals(checkpoint: Checkpoint, denoiser: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[Any, Any]:
+    """Return the denoiser and the VAE of a base, or refuse one that a classifier with these was not trained on."""
     original, original_vae = checkpoint.load_denoiser(), checkpoint.load_vae()
     if vae is None and original_vae is not None:
         raise ValueError(
@@ -60,29 +84,7 @@ def write_head(
                 "from elsewhere: `save_pretrained` writes it whole. (One of the base's variants needs its name as "
                 "`variant`.)"
             )
-    known = {"base": name, "fingerprint": fingerprint(original, dtype=None)}
-    known |= {} if original_vae is None else {"vae_fingerprint": fingerprint(original_vae, dtype=None)}
-    known |= {} if variant is None else {"variant": variant}
-    if base is not None:
-        known |= {"revision": commit_of(base, **hub) or "", "subfolder": hub.get("subfolder") or ""}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-        folder / HEAD_FILE,
-        {"format": "pt", **{k: v for k, v in known.items() if v}},
-    )
-
-
-def _refuse_itself(folder: Path, base: Checkpoint) -> None:
-    """Refuse a base whose weights are, or are reached through, the folder that the head will be written to."""
-    link: Checkpoint | None = base
-    while link is not None:
-        if location(link.path, **link.hub) == location(folder):
-            raise ValueError(
-                f"The base {base.path} is {folder}, or reaches it: the head would take the place of what it needs. "
-                "Write it to another folder or, if this one holds a pipeline too, leave out `base`."
-            )
-        link = link.base
+    return original, original_vae
 
 
 def _is_same(own: torch.nn.Module, base: torch.nn.Module | None) -> bool:

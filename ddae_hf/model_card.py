@@ -104,7 +104,7 @@ class _Card:
                 validate_repo_id(given)
         self.folder, self.path = folder, repo_id or folder.as_posix()
         self.checkpoint: Checkpoint = read_checkpoint(folder)
-        self.config = DDAEConfig.from_pretrained(folder)
+        self.config = DDAEConfig.from_dict(self.checkpoint.config)
         self.training, self.runs = read_runs(folders.values())
         self.summaries: list[Summary] = [summarise(run) for run in self.runs]
         self.name = model_name or (repo_id or folder.resolve().name).split("/")[-1]
@@ -191,12 +191,12 @@ class _Card:
         """Return what the Hub reads."""
         pairs = zip(self.runs, self.summaries, strict=True)
         figures = [figure for run, summary in pairs for figure in self.figures(run, summary)]
-        transformers = self.checkpoint.layout == "transformers"
+        library = self.checkpoint.library
         task = "image-classification" if self.is_classifier else "image-feature-extraction"
         ids = {known["id"] for run in self._all_runs() if "id" in (known := self.dataset(run))}
         return ModelCardData(
-            library_name="transformers" if transformers else "diffusers",
-            pipeline_tag=task if transformers else "unconditional-image-generation",
+            library_name=library,
+            pipeline_tag=task if library == "transformers" else "unconditional-image-generation",
             tags=TAGS,
             license=self.license,
             base_model=self.base_model,
@@ -214,7 +214,7 @@ class _Card:
         best = (
             tried["sweep"]["best"] if "sweep" in tried else tried.get("linear_probe", {}).get("results", {}).get("DDAE")
         )
-        own = self.checkpoint.layout == "transformers" or best is None
+        own = self.checkpoint.library == "transformers" or best is None
         network = network_of(config.denoiser)
         count = network.num_labels(config.denoiser)
         has_null = network.default_null_class(config.denoiser) is not None

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checkpoints import (
-    Checkpoint,
-    build_scheduler,
-    location,
-    read_checkpoint,
-    still_generates,
-)
+from .checkpoints import Checkpoint, build_scheduler, take_checkpoint
 from .cut import uncompiled
 from .diffusion import Diffusion
 from .families import Family
@@ -35,7 +29,7 @@ from .latents import check_vae, check_vae_class, decode
 from .networks import NETWORKS, check_denoiser_class, network_of
 from .remote_code import save_pipeline_code
 from .sampling import Heun, Step, check_count, check_number, scheduler_steps
-from .weights import DIFFUSERS_FILE, HUB_ARGUMENTS, replaced_weights, uncompiled_names
+from .weights import DIFFUSERS_FILE, LOADING_ARGUMENTS, replaced_weights, uncompiled_names
 
 
 class DDAEPipeline(DiffusionPipeline):
@@ -176,36 +170,42 @@ class DDAEPipeline(DiffusionPipeline):
             ValueError: No checkpoint, a denoiser that is not supported, pickled weights, tensors missing, no such
                 variant, or a wrong `dtype`.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors is False, but only safetensors weights are read: leave it out.")
-        dtypes = _dtypes(kwargs)
-        checkpoint = _generator(read_checkpoint(pretrained_model_name_or_path, **kwargs), kwargs)
+        checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
+        dtypes = _dtypes(dtype)
+        checkpoint = checkpoint.generator(kwargs)
         if reason := checkpoint.config.get("features_only"):
             raise ValueError(f"{checkpoint.path} has features, but cannot generate: {reason}")
+        if not checkpoint.opens_in_diffusers:
+            return cls._from_parts(checkpoint, dtypes, **kwargs)
+        if network_of(checkpoint.denoiser).component not in kwargs:
+            checkpoint.check("denoiser")
+        if "vae" not in kwargs and checkpoint.vae is not None:
+            checkpoint.check("vae")
+        return super().from_pretrained(
+            checkpoint.path, dtype=dtype, variant=checkpoint.variant, use_safetensors=True, **checkpoint.hub, **kwargs
+        )
+
+    @classmethod
+    def _from_parts(cls, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype], **given: Any) -> DDAEPipeline:
+        """Open a checkpoint that diffusers cannot."""
         name = network_of(checkpoint.denoiser).component
-        # diffusers finds variants only in sub-folders.
-        by_diffusers = checkpoint.layout == "pipeline" or (checkpoint.layout == "flat" and checkpoint.variant is None)
-        if by_diffusers and not checkpoint.hub["subfolder"]:
-            if name not in kwargs:
-                checkpoint.check_denoiser()
-            if "vae" not in kwargs and checkpoint.vae is not None:
-                checkpoint.check_vae()
-            where = {"revision": checkpoint.hub.get("revision"), "use_safetensors": True}
-            return super().from_pretrained(checkpoint.path, **{**kwargs, **where, "variant": checkpoint.variant})
-        allowed = {*HUB_ARGUMENTS, "dtype", "torch_dtype", name, "scheduler", "null_class", "use_safetensors"}
-        allowed |= {"vae", "id2label", "variant"}
-        if unknown := sorted(set(kwargs) - allowed):
+        allowed = {name, "scheduler", "null_class", "vae", "id2label"}
+        if unknown := sorted(set(given) - allowed):
+            allowed |= set(LOADING_ARGUMENTS)
             raise ValueError(f"For this layout {unknown} cannot be given: allowed are {sorted(allowed)}.")
-        denoiser, tuned = kwargs.get(name), False
+        denoiser, tuned = given.get(name), False
         if denoiser is None:
             denoiser = checkpoint.load_denoiser()
-            tuned = checkpoint.layout == "transformers" and not still_generates(denoiser, checkpoint.config)
+            tuned = not checkpoint.still_generates(denoiser)
             denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
-        null_class = kwargs.get("null_class", checkpoint.config.get("null_class"))
-        vae = kwargs["vae"] if "vae" in kwargs else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
-        scheduler = kwargs["scheduler"] if "scheduler" in kwargs else _scheduler_of(checkpoint, vae is not None)
-        parts = {name: denoiser, "vae": vae, "id2label": kwargs.get("id2label")}
-        pipeline = cls(scheduler=scheduler, null_class=null_class, **parts)
+        vae = given["vae"] if "vae" in given else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
+        pipeline = cls(
+            scheduler=given["scheduler"] if "scheduler" in given else _scheduler_of(checkpoint, vae is not None),
+            null_class=given.get("null_class", checkpoint.config.get("null_class")),
+            vae=vae,
+            id2label=given.get("id2label"),
+            **{name: denoiser},
+        )
         pipeline._fine_tuned_from = checkpoint.path if tuned else None
         return pipeline
 
@@ -442,30 +442,9 @@ def _check_parts(
     network.check_null_class(null_class, denoiser.config)
 
 
-def _generator(checkpoint: Checkpoint, given: dict[str, Any]) -> Checkpoint:
-    """Return the checkpoint that generates: of a classifier without its denoiser, its base.
-
-    A base elsewhere has to be the one that the classifier was trained on, but for the parts that are `given`. A
-    pipeline that has the classifier beside it opens as it does without.
-    """
-    base = checkpoint.base
-    if base is None:
-        return checkpoint
-    if location(base.path, **base.hub) == location(checkpoint.path, **checkpoint.hub):
-        return replace(base, variant=checkpoint.variant)
-    if network_of(checkpoint.denoiser).component not in given:
-        checkpoint.load_denoiser()
-    if "vae" not in given:
-        checkpoint.load_vae()
-    while base.base is not None:
-        base = base.base
-    return base
-
-
-def _dtypes(kwargs: dict[str, Any]) -> dict[str, torch.dtype]:
-    """Return the type of each component from the arguments of `from_pretrained`, and of the rest as `"default"`."""
-    asked = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
-    dtypes = asked if isinstance(asked, dict) else {"default": asked}
+def _dtypes(asked: Any) -> dict[str, torch.dtype]:
+    """Return the type of each component that is named in what `from_pretrained` was asked for, and the `"default"`."""
+    dtypes = asked if isinstance(asked, dict) else {"default": asked or torch.float32}
     if wrong := [dtype for dtype in dtypes.values() if not isinstance(dtype, torch.dtype)]:
         raise ValueError(f"dtype is {wrong[0]!r}: pass a torch.dtype, or a dictionary of them by component.")
     return {"default": torch.float32, **dtypes}
@@ -484,6 +463,6 @@ def _scheduler_of(checkpoint: Checkpoint, of_latents: bool) -> Any:
     warnings.warn(
         f"{checkpoint.path} holds a network without its scheduler: DDPM's defaults are taken (linear betas from 1e-4 "
         "to 0.02, 1000 timesteps, noise prediction). If it was trained otherwise, pass `scheduler=`.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return DDPMScheduler(clip_sample=not of_latents)  # which have no bounds

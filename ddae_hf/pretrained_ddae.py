@@ -14,16 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint
+from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, take_checkpoint
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of
 from .remote_code import AUTO_MAP
 from .weights import (
     COMPILED,
-    HUB_ARGUMENTS,
     WHOLE_FILE,
     fingerprint,
-    holds_compiled_names,
     plain_state,
     refuse_missing,
     refuse_unexpected,
@@ -85,60 +83,50 @@ class DDAEPreTrainedModel(PreTrainedModel):
                 or tensors missing.
         """
         if pretrained_model_name_or_path is None:
-            opened = super().from_pretrained(None, *model_args, **kwargs)
-            (opened[0] if isinstance(opened, tuple) else opened).restrict_gradients()
-            return opened
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors is False, but only safetensors weights are read: leave it out.")
-        wants_info = kwargs.pop("output_loading_info", False)
-        variant, state = kwargs.pop("variant", None), kwargs.pop("state_dict", None)
+            made = super().from_pretrained(None, *model_args, **kwargs)
+            (made[0] if isinstance(made, tuple) else made).restrict_gradients()
+            return made
+        wants_info, state = kwargs.pop("output_loading_info", False), kwargs.pop("state_dict", None)
         # A new classifier of other classes than the checkpoint's may be asked for.
         anew = kwargs.get("ignore_mismatched_sizes") and {"num_labels", "id2label"} & set(kwargs)
-        checkpoint = read_checkpoint(pretrained_model_name_or_path, variant, **kwargs)
-        if checkpoint.layout == "transformers" and checkpoint.head is None:
-            model, info = cls._open_whole(checkpoint, state, *model_args, **kwargs)
-        else:
-            model, info = cls._open_parts(checkpoint, state, *model_args, **kwargs)
+        checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
+        config, scheduler = kwargs.pop("config", None), kwargs.get("scheduler", checkpoint.scheduler)
+        if config is None:
+            config, kwargs = DDAEConfig.from_dict(checkpoint.config, return_unused_kwargs=True, **kwargs)
+            if scheduler is None:
+                warnings.warn(
+                    f"{checkpoint.path} holds a network without its scheduler: {config.scheduler['_class_name']} is "
+                    "taken. If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
+                    stacklevel=2,
+                )
+        if dtype in (None, "auto") and checkpoint.config.get("weights") == "head":
+            dtype = config.dtype
+        if state is None:
+            state = checkpoint.compiled_state()
+        if state is None and not checkpoint.opens_in_transformers:
+            config = copy.deepcopy(config)
+            state, dtype = cls._read_parts(checkpoint, config, dtype)
+        opened: Any = super().from_pretrained(
+            checkpoint.path if state is None else None,
+            *model_args,
+            config=config,
+            state_dict=state and plain_state(state),
+            dtype=dtype,
+            variant=checkpoint.variant,
+            use_safetensors=True,
+            output_loading_info=True,
+            **(checkpoint.hub if state is None else {}),
+            **kwargs,
+        )
+        model, info = opened
         model._check_loaded(checkpoint, info, bool(anew))
         model.restrict_gradients()  # loading has made new parameters
         return (model, info) if wants_info else model
 
     @classmethod
-    def _open_whole(cls, checkpoint: Checkpoint, state: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Open a checkpoint in transformers' layout that has all its weights, or with `state` in their place."""
-        if state is None:
-            files = checkpoint.weight_files(variant=checkpoint.variant)
-            if not holds_compiled_names(files):
-                where = {"variant": checkpoint.variant, "use_safetensors": True, "output_loading_info": True}
-                return super().from_pretrained(checkpoint.path, *model_args, **{**kwargs, **where})
-            state = {name: value for file in files for name, value in load_file(file).items()}
-        config = kwargs.pop("config", None)
-        if config is None:
-            config, kwargs = DDAEConfig.from_pretrained(checkpoint.path, return_unused_kwargs=True, **kwargs)
-        return cls._open_state(config, plain_state(state), *model_args, **kwargs)
-
-    @classmethod
-    def _open_parts(cls, checkpoint: Checkpoint, state: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Open a generative checkpoint, or a head and its base, or either with `state` in place of their weights."""
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        config = kwargs.pop("config", None)
-        scheduler_given = config is not None or "scheduler" in kwargs
-        if config is None:
-            config, kwargs = DDAEConfig.from_pretrained(checkpoint.path, return_unused_kwargs=True, **kwargs)
-        base = checkpoint.base or checkpoint
-        if base.scheduler is None and not scheduler_given and checkpoint.head is None:
-            warnings.warn(
-                f"{checkpoint.path} holds a network without its scheduler: {config.scheduler['_class_name']} is taken. "
-                "If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
-                stacklevel=3,
-            )
-        config = copy.deepcopy(config)
-        if dtype in (None, "auto") and checkpoint.config.get("weights") == "head":
-            dtype = config.dtype
-        if state is not None:
-            return cls._open_state(config, plain_state(state), *model_args, dtype=dtype, **kwargs)
-        own_dtype = dtype if isinstance(dtype, torch.dtype) else None
-        denoiser = checkpoint.load_denoiser(own_dtype)
+    def _read_parts(cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any) -> tuple[dict[str, Any], Any]:
+        """Return the tensors of a generator or of a head and its base, and their type; enter it in `config`."""
+        denoiser = checkpoint.load_denoiser(dtype if isinstance(dtype, torch.dtype) else None)
         for name, rounded in GENERATOR_FINGERPRINTS.items():
             setattr(config, name, fingerprint(denoiser, dtype=rounded))
         parts = {"denoiser": denoiser}
@@ -150,14 +138,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
         if checkpoint.head is not None and cls._has_head:
             state |= load_file(checkpoint.head)
-        dtype = denoiser.dtype if dtype in (None, "auto") else dtype
-        return cls._open_state(config, state, *model_args, dtype=dtype, **kwargs)
-
-    @classmethod
-    def _open_state(cls, config: DDAEConfig, state: dict[str, torch.Tensor], *model_args: Any, **kwargs: Any) -> Any:
-        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
-        kwargs |= {"config": config, "state_dict": state, "output_loading_info": True}
-        return super().from_pretrained(None, *model_args, **kwargs)
+        return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
     def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:
         """Refuse what is missing, but for a classifier that the checkpoint does not have or that was asked for `anew`.

@@ -22,10 +22,11 @@ from transformers.utils.hub import cached_file
 
 from .cut import uncompiled
 
-# The arguments of `from_pretrained` that say where files are.
+# The arguments of `from_pretrained` that say where files are, and those that also say how they are opened.
 HUB_ARGUMENTS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
 )  # fmt: skip
+LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "variant", "dtype", "torch_dtype", "use_safetensors")
 
 HEAD_FILE = "head.safetensors"
 WHOLE_FILE = "model.safetensors"
@@ -93,13 +94,39 @@ def refuse_unexpected(where: str, what: str, unexpected: Iterable[str]) -> None:
         )
 
 
+def where_files_are(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments that say where files are and say something."""
+    return {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS and value not in (None, "")}
+
+
+def inside(hub: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Return where the files of a sub-folder are."""
+    return {**hub, "subfolder": "/".join(part for part in (hub.get("subfolder"), folder) if part)}
+
+
+def location(path: str | os.PathLike[str], **hub: Any) -> tuple[str, str, str | None]:
+    """Return what tells apart the places of checkpoints: two paths to one folder have one."""
+    folder = hub.get("subfolder") or ""
+    if os.path.isdir(path):
+        return os.path.realpath(os.path.join(path, folder)), "", None
+    return os.fspath(path), folder, hub.get("revision")
+
+
 def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
     """Return the local path of a checkpoint's file, downloaded if need be, or None where it has no such file."""
     path = os.fspath(path)
     if not os.path.isdir(path) and (os.path.exists(path) or os.path.isabs(path) or path.count("/") > 1):
         raise OSError(f"{path} is not a folder; give a checkpoint's folder or a Hub repository id (`owner/name`).")
-    hub = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and v is not None}
-    return cached_file(path, filename, _raise_exceptions_for_missing_entries=False, **hub)
+    return cached_file(path, filename, _raise_exceptions_for_missing_entries=False, **where_files_are(hub))
+
+
+def read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a checkpoint's JSON file holds, or None where it has no such file."""
+    found = find_file(path, filename, **hub)
+    if found is None:
+        return None
+    with open(found, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:
@@ -118,35 +145,54 @@ def with_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
-def weight_files(path: str, name: str, hub: dict[str, Any], variant: str | None = None) -> list[str]:
-    """Return the local paths of safetensors weights: one file, its shards, or nothing."""
+def weight_files(path: str, name: str, hub: dict[str, Any], *wanted: str | None) -> tuple[list[str], str | None]:
+    """Return the local paths of safetensors weights, and their variant: the first of those wanted that is there.
+
+    Raises:
+        ValueError: None of them, two sets that cannot be told apart, or shards missing.
+    """
+    for variant in wanted:
+        if files := _find_weights(path, name, hub, variant):
+            return files, variant
+    wanted_file = with_variant(name, wanted[-1])
+    refuse_offline(wanted_file, path, hub)
+    known = ", ".join(_variants(path, name, hub["subfolder"]))
+    there = f" (variants that are there: {known})" if known else ""
+    raise ValueError(
+        f"{path} has no {wanted_file} in {hub['subfolder'] or 'its root'}{there}. Only safetensors weights are "
+        "read, never pickles (`.bin`): convert them with diffusers' `save_pretrained(safe_serialization=True)`."
+    )
+
+
+def _find_weights(path: str, name: str, hub: dict[str, Any], variant: str | None) -> list[str]:
+    """Return the local paths of weights: one file, its shards, or nothing."""
     single = find_file(path, with_variant(name, variant), **hub)
-    index = find_file(path, with_variant(f"{name}.index.json", variant), **hub)
+    index_file = with_variant(f"{name}.index.json", variant)
+    index = read_json(path, index_file, hub)
     if index is None:
         return [] if single is None else [single]
-    with open(index, encoding="utf-8") as file:
-        shards = sorted(set(json.load(file)["weight_map"].values()))
+    shards = sorted(set(index["weight_map"].values()))
     found = [find_file(path, shard, **hub) for shard in shards]
     if single is not None:
         if None not in found:
             raise ValueError(
-                f"{path} has weights twice: {os.path.basename(single)}, and those that {os.path.basename(index)} names."
+                f"{path} has weights twice: {os.path.basename(single)}, and those that {index_file} names."
                 " Nothing says which were saved last: delete the others."
             )
         return [single]
     if missing := [shard for shard, file in zip(shards, found, strict=True) if file is None]:
         refuse_offline(missing[0], path, hub)
-        raise ValueError(f"{path} lacks {missing[0]}, which {os.path.basename(index)} names: download it again.")
+        raise ValueError(f"{path} lacks {missing[0]}, which {index_file} names: download it again.")
     return [file for file in found if file is not None]
 
 
-def variants(path: str, name: str, hub: dict[str, Any]) -> list[str]:
+def _variants(path: str, name: str, subfolder: str) -> list[str]:
     """Return the variants of weights that a folder holds; of a repository nobody is asked."""
     stem = re.escape(name.removesuffix(".safetensors"))
     pattern = re.compile(
         rf"{stem}\.(?:([^.]+?)(?:-\d{{5}}-of-\d{{5}})?\.safetensors|safetensors\.index\.([^.]+)\.json)"
     )
-    folder = Path(path, hub.get("subfolder") or "")
+    folder = Path(path, subfolder)
     found = (pattern.fullmatch(file.name) for file in (folder.iterdir() if folder.is_dir() else ()))
     return sorted({match[1] or match[2] for match in found if match})
 
@@ -158,9 +204,12 @@ def tensor_names(files: Iterable[str]) -> Iterator[str]:
             yield from tensors.keys()
 
 
-def holds_compiled_names(files: Iterable[str]) -> bool:
-    """Return whether files have the names of a network that was compiled, as version 0.1.0 wrote them."""
-    return any(COMPILED in name for name in tensor_names(files))
+def names_of_part(part: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names that the tensors of a part have in its network, and in the files of a whole model."""
+    for key in tensor_names(files):
+        prefix, _, name = key.replace(COMPILED, "").partition(f"{part}.")
+        if prefix in ("", "ddae.") and name:
+            yield name, key
 
 
 def stored_dtype(file: str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -279,6 +280,34 @@ def test_a_state_dict_takes_the_place_of_the_weights(layouts, tmp_path, images, 
     for lost in ("ddae.denoiser.conv_in.bias", "classifier.weight"):
         with pytest.raises(ValueError, match=rf"lacks 1 of the \d+ tensors of its \w+: {lost}"):
             DDAEForImageClassification.from_pretrained(folder, **{**options, "state_dict": without(lost)(state)})
+
+
+@pytest.mark.parametrize("opener", [DDAEConfig, DDAEModel, DDAEForImageClassification, DDAEBackbone, DDAEPipeline])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "whole", "head beside its base", "head"])
+def test_a_checkpoint_is_read_once(layouts, tmp_path, monkeypatch, layout, opener):
+    """No file that describes it is opened twice, but for what diffusers does when it opens a folder by itself."""
+    folder = layouts / layout if layout in LAYOUTS else tmp_path
+    if layout not in LAYOUTS:
+        model = DDAEForImageClassification.from_pretrained(layouts / "pipeline", num_labels=3)
+        if layout == "whole":
+            model.save_pretrained(folder)
+        elif layout == "head":
+            model.save_head(folder, base=layouts / "pipeline")
+        else:
+            shutil.copytree(layouts / "pipeline", folder, dirs_exist_ok=True)
+            model.save_head(folder)
+    own_open, opened = open, []
+
+    def count(file, *args, **kwargs):
+        by = sys._getframe(1).f_globals["__name__"].split(".")[0]
+        if by in ("ddae_hf", "transformers") and str(file).endswith(".json"):
+            opened.append(str(file))
+        return own_open(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", count)
+    opener.from_pretrained(folder)
+    assert str(folder / ("model_index.json" if layout in ("pipeline", "flat") else "config.json")) in opened
+    assert sorted(opened) == sorted(set(opened))
 
 
 def test_subfolders_are_followed(layouts):
