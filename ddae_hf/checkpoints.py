@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +32,8 @@ from safetensors.torch import load_file
 
 from .cut import uncompiled
 from .latents import VAES, build_vae, check_vae_class
-from .networks import NETWORKS, build_denoiser, check_denoiser_class, network_of, present_config
+from .networks import NETWORKS, build_denoiser, check_denoiser_class, network_of, present_config, present_name
+from .noise import new_scheduler
 from .weights import (
     COMPILED,
     DIFFUSERS_FILE,
@@ -41,6 +42,7 @@ from .weights import (
     WHOLE_FILE,
     find_file,
     fingerprint,
+    head_metadata,
     inside,
     location,
     names_of_part,
@@ -60,8 +62,6 @@ WEIGHTS = ("whole", "head")  # what `DDAEConfig.weights` may say
 GENERATOR_FINGERPRINTS = {
     "generator_fingerprint": torch.bfloat16, "generator_fingerprint_float16": torch.float16
 }  # fmt: skip
-# Names of attention weights in 2022, which diffusers reads under the present ones.
-EARLY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -155,6 +155,17 @@ class Checkpoint:
         """Return a model's tensors by their present names, where version 0.1.0 saved it compiled."""
         return None
 
+    def scheduler_or_default(self, of_latents: bool) -> Any:
+        """Return its scheduler, or with a warning DDPM's, where it has a network alone."""
+        if self.scheduler is not None:
+            return build_scheduler(self.scheduler)
+        warnings.warn(
+            f"{self.path} holds a network without its scheduler: DDPM's defaults are taken (linear betas from 1e-4 to "
+            "0.02, 1000 timesteps, noise prediction). If it was trained otherwise, pass `scheduler=`.",
+            stacklevel=5,
+        )
+        return new_scheduler("ddpm", clip_sample=not of_latents)  # which have no bounds
+
     def load_denoiser(self, dtype: torch.dtype | None = None) -> Any:
         """Load the denoiser with its weights, by default in the type that they are stored in.
 
@@ -189,11 +200,8 @@ class Checkpoint:
 
     def _stored_names(self, part: str, files: list[str]) -> set[str]:
         """Return the names that the stored tensors of a part have in its network."""
-        names = set(tensor_names(files))
-        if len(files) > 1:
-            return names
-        early = "|".join(EARLY_NAMES)
-        return {re.sub(rf"\.({early})\.(?=\w+$)", lambda found: f".{EARLY_NAMES[found[1]]}.", name) for name in names}
+        names = tensor_names(files)
+        return {present_name(name) for name in names} if len(files) == 1 else set(names)
 
     def _read(self, part: str, dtype: torch.dtype | None, files: list[str], variant: str | None) -> Any:
         """Return the network of a part with the weights of these files."""
@@ -266,20 +274,14 @@ class HeadCheckpoint(Checkpoint):
         network = self.base._load(part, None)
         if network is None:
             return None
-        known = head_metadata(self.head).get("fingerprint" if part == "denoiser" else "vae_fingerprint")
-        if fingerprint(network, dtype=None) != known:
+        known = "fingerprint" if part == "denoiser" else "vae_fingerprint"
+        if fingerprint(network, dtype=None) != head_metadata(self.head).get(known):
             raise ValueError(
                 f"The weights of {self.base.path} are not those that the classifier in {self.head} was trained on: "
                 "they have changed since. Bring back the base as it was, or train a classifier on it as it is."
             )
         # The network's own `to` would log a warning about an empty list.
         return network if dtype is None else torch.nn.Module.to(network, dtype)
-
-
-def head_metadata(head: str) -> dict[str, str]:
-    """Return what a classifier without its denoiser says of its base: `base`, `revision`, `fingerprint`."""
-    with safe_open(head, framework="pt") as tensors:
-        return dict(tensors.metadata() or {})
 
 
 def take_checkpoint(path: Any, arguments: dict[str, Any]) -> tuple[Checkpoint, Any]:

@@ -7,6 +7,7 @@ subclass of `NetworkClass`, given to `register`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ PAPER_UNET: dict[str, Any] = {
 }
 
 
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 NETWORKS: dict[str, NetworkClass] = {}
 
 
@@ -77,6 +79,11 @@ def present_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return a denoiser's config in today's terms, or as it is where no class of networks knows it."""
     found = (network.present_config(config) for network in NETWORKS.values())
     return next((known for known in found if known is not None), config)
+
+
+def present_name(name: str) -> str:
+    """Return a tensor's name in today's terms: diffusers renames those of 2022's attention when it opens them."""
+    return re.sub(r"\.(query|key|value|proj_attn)\.(?=\w+$)", lambda found: f".{_ATTENTION[found[1]]}.", name)
 
 
 def tap_of(denoiser: Any, layer: str) -> Tap:

@@ -12,15 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checkpoints import Checkpoint, build_scheduler, take_checkpoint
+from .checkpoints import Checkpoint, take_checkpoint
 from .cut import uncompiled
 from .diffusion import Diffusion
 from .families import Family
@@ -28,7 +26,7 @@ from .labels import checked_names, label_ids, labels_by_name
 from .latents import check_vae, check_vae_class, decode
 from .networks import NETWORKS, check_denoiser_class, network_of
 from .remote_code import save_pipeline_code
-from .sampling import Heun, Step, check_count, check_number, scheduler_steps
+from .sampling import Heun, Step, check_count, check_number, count_images, initial_noise, scheduler_steps
 from .weights import DIFFUSERS_FILE, LOADING_ARGUMENTS, replaced_weights, uncompiled_names
 
 
@@ -189,10 +187,9 @@ class DDAEPipeline(DiffusionPipeline):
     def _from_parts(cls, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype], **given: Any) -> DDAEPipeline:
         """Open a checkpoint that diffusers cannot."""
         name = network_of(checkpoint.denoiser).component
-        allowed = {name, "scheduler", "null_class", "vae", "id2label"}
-        if unknown := sorted(set(given) - allowed):
-            allowed |= set(LOADING_ARGUMENTS)
-            raise ValueError(f"For this layout {unknown} cannot be given: allowed are {sorted(allowed)}.")
+        if unknown := sorted(set(given) - (allowed := {name, "scheduler", "null_class", "vae", "id2label"})):
+            every = sorted({*allowed, *LOADING_ARGUMENTS})
+            raise ValueError(f"For this layout {unknown} cannot be given: allowed are {every}.")
         denoiser, tuned = given.get(name), False
         if denoiser is None:
             denoiser = checkpoint.load_denoiser()
@@ -200,7 +197,7 @@ class DDAEPipeline(DiffusionPipeline):
             denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
         vae = given["vae"] if "vae" in given else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
         pipeline = cls(
-            scheduler=given["scheduler"] if "scheduler" in given else _scheduler_of(checkpoint, vae is not None),
+            scheduler=given["scheduler"] if "scheduler" in given else checkpoint.scheduler_or_default(vae is not None),
             null_class=given.get("null_class", checkpoint.config.get("null_class")),
             vae=vae,
             id2label=given.get("id2label"),
@@ -208,19 +205,6 @@ class DDAEPipeline(DiffusionPipeline):
         )
         pipeline._fine_tuned_from = checkpoint.path if tuned else None
         return pipeline
-
-    def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
-        """Return standard-normal noise (B, C, H, W), drawn or checked."""
-        config = self.denoiser.config
-        size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-        shape = (batch_size, config.in_channels, *size)
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}: it must be standard-normal noise {shape}.")
-        if not (latents.is_floating_point() and latents.isfinite().all()):
-            raise ValueError("`latents` holds NaN, infinity or whole numbers: it must be standard-normal noise.")
-        return latents.to(self._execution_device, torch.float32)
 
     def _check_output(self, output_type: str, callback_tensors: list[str]) -> None:
         config = self.denoiser.config
@@ -320,8 +304,7 @@ class DDAEPipeline(DiffusionPipeline):
             for step in steps:
                 if callback_on_step_end is not None:
                     tensor_inputs = dict.fromkeys(tensors, step.sample)
-                    outputs = callback_on_step_end(self, step.number - 1, step.timestep, tensor_inputs)
-                    step.sample = _latents_of(outputs, step.sample)
+                    step.replace(callback_on_step_end(self, step.number - 1, step.timestep, tensor_inputs))
                 progress.update()
                 if self._interrupt:
                     break
@@ -354,7 +337,7 @@ class DDAEPipeline(DiffusionPipeline):
         check_count("num_inference_steps", num_inference_steps)
         heun = Heun(**heun_options)
         self._check_sampler(diffusion.family, sampler, heun)
-        batch_size = _batch_size(batch_size, class_labels, generator, latents)
+        batch_size = count_images(batch_size, class_labels=class_labels, generator=generator, latents=latents)
         conditions = diffusion.conditions(class_labels, batch_size, self._execution_device)
         self._check_guidance(class_labels)
         if self._fine_tuned_from is not None:
@@ -363,7 +346,10 @@ class DDAEPipeline(DiffusionPipeline):
                 "that was pretrained: its images may be noise. Sample from the generative checkpoint instead.",
                 stacklevel=4,
             )
-        noise = self._initial_noise(batch_size, generator, latents)
+        side = self.denoiser.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        shape = (batch_size, self.denoiser.config.in_channels, height, width)
+        noise = initial_noise(shape, generator, latents, self._execution_device)
         self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
@@ -399,22 +385,6 @@ _scheduler = _arguments.pop("scheduler").replace(default=inspect.Parameter.empty
 DDAEPipeline.__init__.__signature__ = inspect.Signature([*_arguments.values(), _scheduler])  # type: ignore[attr-defined]
 
 
-def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, latents: Tensor | None) -> int:
-    """Return how many images a call is for: all that says so must agree."""
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
-    several = {"class_labels": class_labels, "generator": generator, "latents": latents}
-    counts = {name: np.shape(value)[0] for name, value in several.items() if np.shape(value)}
-    counts |= {} if batch_size is None else {"batch_size": batch_size}
-    if len(set(counts.values())) > 1 or 0 in counts.values():
-        came = ", ".join(f"{name} says {count}" for name, count in sorted(counts.items()))
-        raise ValueError(
-            f"How many images to make is not clear: {came}. Give lists with one for every image, or one label and one "
-            "generator for all."
-        )
-    return next(iter(counts.values()), 1)
-
-
 def _class_name(network: Any) -> str:
     return type(uncompiled(network)).__name__
 
@@ -448,21 +418,3 @@ def _dtypes(asked: Any) -> dict[str, torch.dtype]:
     if wrong := [dtype for dtype in dtypes.values() if not isinstance(dtype, torch.dtype)]:
         raise ValueError(f"dtype is {wrong[0]!r}: pass a torch.dtype, or a dictionary of them by component.")
     return {"default": torch.float32, **dtypes}
-
-
-def _latents_of(outputs: Any, sample: Tensor) -> Tensor:
-    """Return the sample to go on with after a callback."""
-    if not isinstance(outputs, dict):
-        raise ValueError(f"callback_on_step_end returned {outputs!r}: it must return a dictionary, even if empty.")
-    return outputs.get("latents", sample)
-
-
-def _scheduler_of(checkpoint: Checkpoint, of_latents: bool) -> Any:
-    if checkpoint.scheduler is not None:
-        return build_scheduler(checkpoint.scheduler)
-    warnings.warn(
-        f"{checkpoint.path} holds a network without its scheduler: DDPM's defaults are taken (linear betas from 1e-4 "
-        "to 0.02, 1000 timesteps, noise prediction). If it was trained otherwise, pass `scheduler=`.",
-        stacklevel=4,
-    )
-    return DDPMScheduler(clip_sample=not of_latents)  # which have no bounds

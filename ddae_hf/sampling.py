@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -45,6 +46,12 @@ class Step:
     def following(self) -> Tensor | None:
         """The timestep of the next step, without dimensions; None after the last."""
         return self.timesteps[self.number] if self.number < len(self.timesteps) else None
+
+    def replace(self, outputs: Any) -> None:
+        """Put the `"latents"` of what a callback returned, a dictionary, in the place of the sample."""
+        if not isinstance(outputs, dict):
+            raise ValueError(f"callback_on_step_end returned {outputs!r}: it must return a dictionary, even if empty.")
+        self.sample = outputs.get("latents", self.sample)
 
 
 @torch.no_grad()
@@ -147,3 +154,29 @@ def check_number(name: str, value: Any, least: float = -math.inf, finite: bool =
     if not (is_number and value >= least and (math.isfinite(value) or not finite)):
         kind = "a finite number" if finite else "a number"
         raise ValueError(f"{name} is {value!r}: it must be {kind}{'' if least == -math.inf else f' from {least} on'}.")
+
+
+def count_images(batch_size: int | None, **several: Any) -> int:
+    """Return how many images a call is for: all that says so, a tensor or a list in `several`, must agree."""
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    counts = {name: np.shape(value)[0] for name, value in several.items() if np.shape(value)}
+    counts |= {} if batch_size is None else {"batch_size": batch_size}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        came = ", ".join(f"{name} says {count}" for name, count in sorted(counts.items()))
+        raise ValueError(
+            f"How many images to make is not clear: {came}. Give lists with one for every image, or one label and one "
+            "generator for all."
+        )
+    return next(iter(counts.values()), 1)
+
+
+def initial_noise(shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: Any) -> Tensor:
+    """Return standard-normal noise, float32 (B, C, H, W) on the device: drawn, or `latents` if they can be it."""
+    if latents is None:
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` has shape {tuple(latents.shape)}: it must be standard-normal noise {shape}.")
+    if not (latents.is_floating_point() and latents.isfinite().all()):
+        raise ValueError("`latents` holds NaN, infinity or whole numbers: it must be standard-normal noise.")
+    return latents.to(device, torch.float32)

@@ -240,3 +240,9 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
         return None
     stat = file.stat()
     return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+
+def head_metadata(head: str) -> dict[str, str]:
+    """Return what a classifier without its denoiser says of its base: `base`, `revision`, `fingerprint`."""
+    with safe_open(head, framework="pt") as tensors:
+        return dict(tensors.metadata() or {})

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from ddae_hf import DDAEBackbone, DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.checkpoints import head_metadata
-from ddae_hf.weights import HEAD_FILE
+from ddae_hf.weights import HEAD_FILE, head_metadata
 
 from .conftest import make_dit, make_unet
 

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 
 from ddae_hf import DDAEForImageClassification, DDAEPipeline
-from ddae_hf.checkpoints import head_metadata
+from ddae_hf.weights import head_metadata
 
 from .conftest import make_unet
 from .hub_server import HubServer, run_client
