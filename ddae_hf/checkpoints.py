@@ -10,9 +10,8 @@
   `google/ddpm-cifar10-32`.
 - *model*: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` or DiT's saves.
 
-`read_checkpoint` finds out which it is, and returns a `Checkpoint` that answers for it. A checkpoint that lacks a
-tensor is refused. Only safetensors weights are read (`weights`): nothing is unpickled here. `conversion` reads
-published checkpoints in other formats.
+`read_checkpoint` returns a `Checkpoint`, which answers for its layout, and refuses one that lacks a tensor. Only
+safetensors are read: nothing is unpickled here. `conversion` reads published checkpoints in other formats.
 """
 
 from __future__ import annotations
@@ -207,10 +206,9 @@ class Checkpoint:
         """Return the network of a part with the weights of these files."""
         config = self.config[part]
         model = getattr(diffusers, config["_class_name"]) if part == "vae" else network_of(config).model
-        where = inside(self.hub, self.folders.get(part, ""))
-        dtype = dtype or stored_dtype(files[0])
+        where = {**inside(self.hub, self.folders.get(part, "")), "torch_dtype": dtype or stored_dtype(files[0])}
         # diffusers' own loading also renames the attention weights of early checkpoints.
-        network = model.from_pretrained(self.path, torch_dtype=dtype, variant=variant, use_safetensors=True, **where)
+        network = model.from_pretrained(self.path, variant=variant, use_safetensors=True, **where)
         if part == "denoiser":
             network_of(config).complete(network)
         return network
