@@ -58,9 +58,7 @@ from .weights import (
 
 WEIGHTS = ("whole", "head")  # what `DDAEConfig.weights` may say
 # The fingerprints of a generator that `DDAEConfig` has, and the type that each rounds to.
-GENERATOR_FINGERPRINTS = {
-    "generator_fingerprint": torch.bfloat16, "generator_fingerprint_float16": torch.float16
-}  # fmt: skip
+GENERATOR_FINGERPRINTS = {"generator_fingerprint": torch.bfloat16, "generator_fingerprint_float16": torch.float16}
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -206,9 +204,10 @@ class Checkpoint:
         """Return the network of a part with the weights of these files."""
         config = self.config[part]
         model = getattr(diffusers, config["_class_name"]) if part == "vae" else network_of(config).model
-        where = {**inside(self.hub, self.folders.get(part, "")), "torch_dtype": dtype or stored_dtype(files[0])}
+        where = inside(self.hub, self.folders.get(part, ""))
+        dtype = dtype or stored_dtype(files[0])
         # diffusers' own loading also renames the attention weights of early checkpoints.
-        network = model.from_pretrained(self.path, variant=variant, use_safetensors=True, **where)
+        network = model.from_pretrained(self.path, torch_dtype=dtype, variant=variant, use_safetensors=True, **where)
         if part == "denoiser":
             network_of(config).complete(network)
         return network
