@@ -175,17 +175,17 @@ class DDAEImageProcessor(PilBackend):
 
         With `crop`, cut an image of another shape so that it keeps its proportions; otherwise squash it.
         """
-        height, width = _sides(size)
+        height, width = size["height"], size["width"]
         if image.shape[1:] == (height, width):
             return image
         filter = PILImageResampling.BILINEAR if resample is None else resample
         fit = ImageOps.fit if crop else Image.Image.resize
-        planes = [fit(Image.fromarray(plane), (width, height), filter) for plane in image]
-        return np.stack([np.asarray(plane) for plane in planes])
+        return np.stack([np.asarray(fit(Image.fromarray(plane), (width, height), filter)) for plane in image])
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         """Return the centre of (C, H, W), or refuse an image that is smaller."""
-        (height, width), (rows, columns) = image.shape[1:], _sides(size)
+        height, width = image.shape[1:]
+        rows, columns = size["height"], size["width"]
         if height < rows or width < columns:
             raise ValueError(
                 f"An image of {height}x{width} pixels came, of which no {rows}x{columns} can be cut: leave do_resize "
@@ -194,38 +194,24 @@ class DDAEImageProcessor(PilBackend):
         top, left = (height - rows) // 2, (width - columns) // 2
         return image[:, top : top + rows, left : left + columns]
 
-    def _preprocess(
-        self,
-        images: list[np.ndarray],
-        do_resize: bool,
-        size: SizeDict,
-        resample: Any,
-        do_center_crop: bool,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-        data_format: Any,
-        return_tensors: Any,
-        **kwargs: Any,
-    ) -> BatchFeature:
+    def _preprocess(self, images: list[np.ndarray], size: SizeDict, **options: Any) -> BatchFeature:
         """Resize each image; scale and shift those of one size together."""
-        if do_resize:
-            images = [self.resize(image, size, resample, crop=do_center_crop) for image in images]
-        elif do_center_crop:
+        crop = options["do_center_crop"]
+        if options["do_resize"]:
+            images = [self.resize(image, size, options["resample"], crop) for image in images]
+        elif crop:
             images = [self.center_crop(image, size) for image in images]
         alike = len({image.shape for image in images}) == 1
         batches = [np.stack(images)] if alike else [image[None] for image in images]
-        if do_rescale:
-            batches = [batch * np.float32(rescale_factor) for batch in batches]
-        if do_normalize:
-            mean, std = (np.asarray(value, np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
+        if options["do_rescale"]:
+            batches = [batch * np.float32(options["rescale_factor"]) for batch in batches]
+        if options["do_normalize"]:
+            mean, std = (np.asarray(options[n], np.float32).reshape(-1, 1, 1) for n in ("image_mean", "image_std"))
             batches = [(batch - mean) / std for batch in batches]
-        if data_format == ChannelDimension.LAST:
+        if options["data_format"] == ChannelDimension.LAST:
             batches = [np.ascontiguousarray(np.moveaxis(batch, 1, -1)) for batch in batches]
         pixel_values = batches[0] if alike else [batch[0] for batch in batches]
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=options["return_tensors"])
 
 
 def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -237,7 +223,11 @@ def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
         ValueError: Values that the mode does not have, or channels that its own cannot be turned into.
     """
     image.load()  # TIFF files are turned then
-    if _orientation(image) != 1:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF raises what it likes, or nothing, by the file's format
+        orientation = 1
+    if orientation != 1:
         image = ImageOps.exif_transpose(image)
     if not (image.mode.startswith("I") or image.mode == "F"):
         return _from_pil(image, channels)
@@ -252,24 +242,11 @@ def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
     return _convert_channels(_checked_values(plane, 255), channels)
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return what an image's EXIF says of its orientation; 1, upright, where it cannot be read."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF raises what it likes, or nothing, by the file's format
-        return 1
-
-
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return any PIL image upright and in mode RGB, rounded to 8 bits where it has more: see `read_pixels`."""
     pixels = read_pixels(image, 3)
     pixels = pixels if pixels.dtype == np.uint8 else np.rint(pixels).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
-
-
-def _sides(size: SizeDict) -> tuple[int, int]:
-    sides = dict(size)
-    return sides["height"], sides["width"]
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +264,6 @@ def _options_for(denoiser: Any, vae: Any = None) -> dict[str, Any]:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse options that cannot work or would have no effect, by name."""
     for name, reason in WITHOUT_EFFECT.items():
         value = options.get(name)
         if value not in (None, False) and (name != "device" or str(value) != "cpu"):
@@ -391,7 +367,7 @@ def _checked_values(image: np.ndarray, top: int) -> np.ndarray:
     if kind in "iu" and low >= 0 and high <= 255:
         return image.astype(np.uint8)
     if kind == "f" and low >= -1e-4 and high <= 1 + 1e-4:
-        return image.astype(np.float32) * top if top != 1 else image.astype(np.float32)
+        return image.astype(np.float32) * top
     raise ValueError(
         f"An image of type {image.dtype} with values from {low} to {high} came: allowed are integers from 0 to 255, "
         "uint16 for images of 16 bits, and floats from 0 to 1. Images in [-1, 1] are `pixel_values` already, or need "
