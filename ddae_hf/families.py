@@ -1,7 +1,6 @@
 """What a family of schedulers has to say: its noise levels, and its network's input and target at each.
 
-Every family is linear: for clean images `x` and standard-normal noise `n` the network sees `a * x + b * n` and should
-answer `c * x + d * n`. No family is named here; those that there are, and the symbols, are in `noise.py`.
+No family is named here; those that there are, and the symbols, are in `noise.py`.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def readable(values: Tensor) -> bool:
 
 
 class Family(ABC):
-    """What a scheduler's family knows of noise levels, of the network's input and target, and of sampling.
+    """A family of schedulers: what it knows of noise levels, of the network's input and target, and of sampling.
 
     A family says how its schedulers are told (`schedulers` or `takes`), which levels there are (`sigma_range`,
     `timestep_range`), how their two units belong together (`to_sigma`, `to_timestep`), the shares of image and noise in
@@ -144,7 +143,7 @@ class Family(ABC):
         return self._prediction
 
     def check_level(self, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
-        """Refuse a noise level outside a range, to five digits, and what is no number.
+        """Raise `ValueError` for a noise level outside a range, to five digits, and for NaN.
 
         Python scalars are always looked at, in a graph that is compiled too, where they are constants; other values
         only where they are `readable`.
@@ -153,9 +152,6 @@ class Family(ABC):
             unit: `"sigma"` or `"timestep"`.
             value: The level or levels, in this unit: a number, a tensor, or what can become one.
             allowed: The range; by default every level that a network of the family may be trained at.
-
-        Raises:
-            ValueError: A level outside, or NaN.
         """
         is_number = isinstance(value, int | float)
         values = value if is_number else torch.as_tensor(value)
@@ -249,16 +245,12 @@ class Family(ABC):
         generator: torch.Generator | None = None,
         log_normal: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Draw the noise levels (batch_size,) of a training step.
+        """Draw the noise levels (batch_size,) of a training step, on a device with a generator of that device.
 
-        Args:
-            batch_size: Number of levels.
-            device: Where to draw.
-            generator: Random generator on that device.
-            log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
-                timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the
-                logit-normal times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP,
-                levels beyond an end of the schedule are that end.
+        `log_normal` are mean and standard deviation of log sigma, in place of the family's own distribution: uniform
+        timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal times
+        of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP, levels beyond an end of the
+        schedule are that end.
 
         Raises:
             ValueError: `log_normal` that is no distribution.

@@ -162,8 +162,7 @@ class _VariancePreserving(Family):
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
         """Draw timesteps uniformly over the schedule (Ho et al. 2020)."""
-        count = len(self.scheduler.alphas_cumprod)
-        timesteps = torch.randint(count, shape, device=device, generator=generator)
+        timesteps = torch.randint(len(self.scheduler.alphas_cumprod), shape, device=device, generator=generator)
         return self.sigmas(timesteps.device)[timesteps]
 
     def trainable(self, sigma: Tensor) -> Tensor:
@@ -361,8 +360,7 @@ def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
             beyond those of sampling. Flow matching: from 0 on. Infinite, where the schedule has it, is pure noise.
 
     Returns:
-        `timestep`, float32, of the shape of `sigma`. What is outside is refused where it can be read (scalars, tensors
-        on the CPU), and NaN elsewhere (on a device, in a graph that is compiled or exported).
+        `timestep`, float32, of the shape of `sigma`; what is outside is refused or NaN, as in `timestep_to_sigma`.
 
     Raises:
         ValueError: A sigma outside the schedule, or a scheduler that is not supported.
