@@ -149,8 +149,7 @@ def _check(real: Tensor, generated: Tensor, fewest: int) -> None:
     if min(len(real), len(generated)) < fewest:
         raise ValueError(f"Features have shapes {shapes}: there must be at least {fewest} images of each kind.")
     for name, features in (("real", real), ("generated", generated)):
-        bad = int((~torch.isfinite(features)).any(1).sum())
-        if bad:
+        if bad := int((~torch.isfinite(features)).any(1).sum()):
             raise ValueError(
                 f"{bad} of {len(features)} {name} images have features that are not finite: the network that computes "
                 "them overflows on these images, or its weights are damaged."

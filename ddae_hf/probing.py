@@ -278,10 +278,8 @@ def knn_predict(
         classes_found = torch.empty(len(queries), 0, dtype=torch.long, device=device)
         for i, keys in enumerate(_unit_rows(train, mean, size)):
             near = targets[i * size : i * size + len(keys)].expand(len(queries), -1)
-            similarity, classes_found = (
-                torch.cat([similarity, queries @ keys.T], 1),
-                torch.cat([classes_found, near], 1),
-            )
+            similarity = torch.cat([similarity, queries @ keys.T], 1)
+            classes_found = torch.cat([classes_found, near], 1)
             similarity, order = similarity.topk(min(most, similarity.shape[1]), dim=1)
             classes_found = classes_found.gather(1, order)
         weight = ((similarity - 1) / temperature).exp()
