@@ -1,7 +1,7 @@
 """Model cards: what a checkpoint is, and what was measured of it.
 
 A card says what the checkpoint's own configuration and the files that runs leave say (`run_results`): a fact that no
-file holds is not in it. Its words are in `model_card_template.md`.
+file holds is not in it. Its words are in `model_card_template.md`, which asks a `_Card`.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class _Card:
         self.training, self.runs = read_runs(folders.values())
         pretraining = [self.training] if self.training else []
         self.all_runs = pretraining + self.runs
+        self.kinds = {run.kind for run in self.runs}
         # The grid of samples of the end of pretraining.
         self.samples = max((p for run in pretraining for p in run.folder.glob("samples/step-*.png")), default=None)
         self.pictures = [self.samples] if self.samples else []
@@ -204,9 +205,6 @@ class _Card:
         family = family_of(build_scheduler(scheduler)) if scheduler else None
         sampler = next(iter(family.samplers), None) if family else None
         return {
-            "config": config,
-            "classifier": self.is_classifier,
-            "fine_tuned": self.is_classifier and any(run.kind == "fine_tuning" for run in self.runs),
             "framework": family.title if family else None,
             "scheduler": scheduler["_class_name"] if scheduler else None,
             "layer": config.layer if own else best["layer"],
@@ -221,29 +219,15 @@ class _Card:
         }
 
     def render(self) -> ModelCard:
-        samples, training = self.samples, self.training
-        sections = [
-            (run.summary, {self.link(path): text for path, text in run.pictures.items()}, self.dataset(run))
-            for run in self.runs
-        ]
-        tuned = [option_rows(run.options) for run in self.runs if run.kind == "fine_tuning"]
+        parameters = (self.training.report if self.training else {}).get("parameters", PAPER_PARAMETERS)
         card = ModelCard.from_template(
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
-            name=self.name,
-            path=self.path,
+            card=self,
             **self.description(),
-            samples=self.link(samples) if samples else None,
-            samples_step=int(samples.stem.split("-")[1]) if samples else None,
-            sections=sections,
-            training=training.report if training else {},
-            options=training.options if training else {},
-            trained_on=self.dataset(training) if training else {},
-            small=training is not None and training.report.get("parameters", PAPER_PARAMETERS) < PAPER_PARAMETERS,
-            option_tables=[option_rows(training.options)] if training and training.options else [],
-            tuning_tables=tuned,
-            generation_measured=any(run.kind == "generation" for run in self.runs),
+            small=parameters < PAPER_PARAMETERS,
             environment=environment_rows(self.all_runs),
+            option_rows=option_rows,
             table=_table,
         )
         return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n")
