@@ -32,11 +32,6 @@ def rounded(level: Tensor, low: Any, high: Any) -> Tensor:
     return torch.where(_inside(level, low, high), level.clamp(low, high), torch.nan)
 
 
-def log_normal_levels(moments: tuple[float, float], shape: tuple[int], device: Any, generator: Any) -> Tensor:
-    """Draw levels whose logarithms have this mean and this standard deviation."""
-    return torch.exp(moments[0] + moments[1] * torch.randn(shape, device=device, generator=generator))
-
-
 def is_recorded() -> bool:
     """Whether a graph is being recorded, or fake tensors may be about."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
@@ -220,18 +215,10 @@ class Family(ABC):
         return c * clean.float() + d * noise.float()
 
     def denoised(self, noisy: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
-        """Return the clean image that a denoiser's output stands for.
+        """Return the clean image (B, C, H, W), float32, that a denoiser's output stands for.
 
-        Args:
-            noisy: The denoiser's input (B, C, H, W), as `noisy` makes it.
-            output: The denoiser's output, of the same shape.
-            sigma: Noise level, scalar or (B,), as `noisy` takes it.
-
-        Returns:
-            The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
-
-        Raises:
-            ValueError: A sigma outside the schedule, or neither one nor one an image.
+        `noisy` is its input, as the method `noisy` makes it at this `sigma`, and `output` has the same shape. For EDM
+        the image is `c_skip * (x + sigma * n) + c_out * output`.
         """
         level = self._level(sigma, noisy)
         a, b = self.input_shares(level)
@@ -263,7 +250,7 @@ class Family(ABC):
                 f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation "
                 "positive."
             )
-        return self.trainable(log_normal_levels((mean, deviation), (batch_size,), device, generator))
+        return self.trainable(torch.exp(mean + deviation * torch.randn(batch_size, device=device, generator=generator)))
 
     @property
     def samplers(self) -> tuple[str, ...]:

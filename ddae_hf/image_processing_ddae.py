@@ -137,13 +137,11 @@ class DDAEImageProcessor(PilBackend):
         return super().fetch_images(image_url_or_urls)
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[np.ndarray]:
-        found = list(_single_images(self.fetch_images(images)))
+        channels, layout = kwargs["num_channels"], kwargs["input_data_format"]
+        found = list(_single_images(self.fetch_images(images), channels, layout))
         if not found:
             raise ValueError("No image came: pass at least one.")
-        for image, of_batch in found:
-            if not (of_batch or isinstance(image, Image.Image) or kwargs["input_data_format"]):
-                _refuse_grey_batch(tuple(image.shape), kwargs["num_channels"])
-        return [self.process_image(image, **kwargs) for image, _ in found]
+        return [self.process_image(image, **kwargs) for image in found]
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
         """Return one image as (num_channels, H, W): uint8 or float32 that count from 0 to 255.
@@ -295,27 +293,21 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"image_std is {options['image_std']}: it must not be 0.")
 
 
-def _single_images(images: Any) -> Iterator[tuple[Any, bool]]:
-    """Yield every image of nested lists and batches, and whether it is of a batch (N, C, H, W) or (N, H, W, C)."""
+def _single_images(images: Any, channels: int, layout: Any) -> Iterator[Any]:
+    """Yield the images of nested lists and batches, (N, C, H, W) or (N, H, W, C); refuse what may be a grey batch."""
     if isinstance(images, (list, tuple)):
         for entry in images:
-            yield from _single_images(entry)
-    elif isinstance(images, Image.Image) or images.ndim in (2, 3):
-        yield images, False
-    elif images.ndim == 4:
-        for image in images:
-            yield image, True
-    else:
-        raise ValueError(f"An array of shape {tuple(images.shape)} came: images have 2 or 3 dimensions, batches 4.")
-
-
-def _refuse_grey_batch(shape: tuple[int, ...], channels: int) -> None:
-    """Raise `ValueError` where (N, H, W) may be N grey images as well as one of N channels."""
-    if len(shape) == 3 and shape[0] in {2, 3, 4} - {channels} and shape[2] not in (1, 2, 3, 4):
+            yield from _single_images(entry, channels, layout)
+        return
+    shape = images.size if isinstance(images, Image.Image) else tuple(images.shape)
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(f"An array of shape {shape} came: images have 2 or 3 dimensions, batches 4.")
+    if len(shape) == 3 and not layout and shape[0] in {2, 3, 4} - {channels} and shape[2] not in (1, 2, 3, 4):
         raise ValueError(
             f"An array of shape {shape} came, which may be {shape[0]} grey images or one of {shape[0]} channels: pass "
             f"such a batch as {(shape[0], 1, *shape[1:])}, such an image with input_data_format='channels_first'."
         )
+    yield from images if len(shape) == 4 else [images]
 
 
 def _channels_first(image: np.ndarray, layout: Any, channels: int) -> np.ndarray:

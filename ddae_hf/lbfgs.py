@@ -70,8 +70,7 @@ def _line_search(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Halve each function's step until it descends (Armijo); one that never does keeps its place.
 
-    Returns:
-        Steps (B,), values and gradients there, and which functions found a step.
+    Returns steps (B,), values and gradients there, and which functions found a step.
     """
     step = torch.ones_like(slope)
     for _ in range(20):

@@ -25,10 +25,6 @@ from .run_results import KINDS, Run, environment_rows, option_rows, read_runs
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
-# The smallest network of the paper.
-PAPER_PARAMETERS = 35_700_000
-# Names of more classes than this are left to `config.json`.
-MOST_NAMES = 20
 
 
 def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> ModelCard:
@@ -51,15 +47,8 @@ def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
 def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> Path:
     """Write a checkpoint's card, `README.md`, and its accuracies on the Hub's data sets, `.eval_results/*.yaml`.
 
-    Those of an earlier card are replaced. Pictures of other folders are copied into `images`.
-
-    Args:
-        folder: The checkpoint, in any layout.
-        repo_id: See `make_card`.
-        **options: See `make_card`.
-
-    Returns:
-        The path of the card.
+    Those of an earlier card are replaced. Pictures of other folders are copied into `images`. Takes what `make_card`
+    takes, and returns the path of the card.
     """
     card = _Card(Path(folder), repo_id, **options)
     rendered = card.render()
@@ -205,13 +194,10 @@ class _Card:
         family = family_of(build_scheduler(scheduler)) if scheduler else None
         sampler = next(iter(family.samplers), None) if family else None
         return {
-            "framework": family.title if family else None,
-            "scheduler": scheduler["_class_name"] if scheduler else None,
+            "family": family,
             "layer": config.layer if own else best["layer"],
             "sigma": config.sigma if own else best["sigma"],
             "tap_is_measured": best is not None,
-            "classes": list((config.id2label or {}).values()) if self.is_classifier else [],
-            "most_names": MOST_NAMES,
             "conditional": count > has_null,
             "labels_needed": count > 0 and config.null_class is None and not has_null,
             "sampler": sampler,
@@ -219,13 +205,11 @@ class _Card:
         }
 
     def render(self) -> ModelCard:
-        parameters = (self.training.report if self.training else {}).get("parameters", PAPER_PARAMETERS)
         card = ModelCard.from_template(
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
             card=self,
             **self.description(),
-            small=parameters < PAPER_PARAMETERS,
             environment=environment_rows(self.all_runs),
             option_rows=option_rows,
             table=_table,

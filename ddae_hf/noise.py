@@ -33,7 +33,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from .families import FAMILIES, Family, is_recorded, log_normal_levels, register, rounded
+from .families import FAMILIES, Family, is_recorded, register, rounded
 
 
 def _other_levels(scheduler: Any) -> list[str]:
@@ -230,7 +230,7 @@ class _Karras(Family):
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
         """Draw log-normally, with the mean -1.2 and the deviation 1.2 of Karras et al. 2022."""
-        return log_normal_levels((-1.2, 1.2), shape, device, generator)
+        return self.draw(*shape, device, generator, log_normal=(-1.2, 1.2))
 
 
 @register
@@ -303,12 +303,8 @@ def family_of(scheduler: Any) -> Family:
 def new_scheduler(framework: str, **options: Any) -> Any:
     """Return the scheduler that networks of a framework are trained under unless they ask for another.
 
-    Args:
-        framework: `"ddpm"`, `"edm"` or `"flow"`, as `family` names it.
-        **options: The scheduler's own, in place of its defaults.
-
-    Raises:
-        ValueError: No such framework.
+    `framework` is `"ddpm"`, `"edm"` or `"flow"`, as `family` names it; any other is refused with a `ValueError`. The
+    options are the scheduler's own, in place of its defaults.
     """
     for family_class in FAMILIES:
         if family_class.name == framework:
