@@ -106,7 +106,6 @@ class _VariancePreserving(Family):
         return self.scheduler.alphas_cumprod
 
     def sigmas(self, device: torch.device) -> Tensor:
-        """Return the levels (T,), ascending, float32; infinite where the signal is gone (zero-terminal SNR)."""
         return _constant_levels(self._alphas_cumprod, device)
 
     def sigma_range(self) -> tuple[float, float]:
@@ -272,7 +271,6 @@ class _FlowMatching(Family):
         return -one, one
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        """Draw times uniformly."""
         s = torch.rand(shape, device=device, generator=generator)
         return s / (1 - s)
 
@@ -314,12 +312,9 @@ def new_scheduler(framework: str, **options: Any) -> Any:
 
 
 def family(scheduler: Any) -> str:
-    """Return the framework that a scheduler belongs to: `"ddpm"`, `"edm"` or `"flow"`.
+    """Return the framework that a scheduler belongs to, `"ddpm"`, `"edm"` or `"flow"`: see `family_of`.
 
     A network trained in one framework can be sampled by the samplers of it, and by no others.
-
-    Raises:
-        ValueError: A scheduler of no framework that is supported.
     """
     return family_of(scheduler).name
 

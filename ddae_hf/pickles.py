@@ -82,7 +82,6 @@ class _Bounded:
         file.seek(start)
 
     def read(self, count: int) -> bytes:
-        """Return the next bytes, all of them."""
         if count > self.left:
             raise ValueError(f"it ends where {count:,} more bytes should follow, and {self.left:,} do")
         self.left -= count

@@ -65,8 +65,7 @@ class Run:
     @property
     def pictures(self) -> dict[Path, str]:
         """The run's pictures, and what they show."""
-        found = {self.folder / name: text for name, text in PICTURES.items()}
-        return {path: text for path, text in found.items() if path.is_file()}
+        return {self.folder / name: text for name, text in PICTURES.items() if (self.folder / name).is_file()}
 
     @cached_property
     def summary(self) -> Summary:
