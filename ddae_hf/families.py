@@ -218,7 +218,8 @@ class Family(ABC):
         """Return the clean image (B, C, H, W), float32, that a denoiser's output stands for.
 
         `noisy` is its input, as the method `noisy` makes it at this `sigma`, and `output` has the same shape. For EDM
-        the image is `c_skip * (x + sigma * n) + c_out * output`.
+        the image is `c_skip * (x + sigma * n) + c_out * output`. A sigma outside the schedule, or neither one nor one
+        an image, is a `ValueError`.
         """
         level = self._level(sigma, noisy)
         a, b = self.input_shares(level)
