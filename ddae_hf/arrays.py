@@ -30,6 +30,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 Batches = Callable[[int, list[str]], Iterable[Mapping[str, Tensor]]]
 
 _CHUNK_BYTES = 2**24
@@ -39,25 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Rows:
-    """How much of an array is done.
-
-    Attributes:
-        count: Number of rows.
-        crc32: CRC-32 of their bytes, in order; None for an array of version 0.1.0, which kept none.
-    """
+    """How many rows of an array are done, and the CRC-32 of their bytes, in order; version 0.1.0 kept none."""
 
     count: int = 0
     crc32: int | None = 0
 
 
 def fill(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    count: int,
-    batches: Batches,
-    dtype: str = "float32",
-    *,
-    keep_unchecked: bool = False,
+    folder: Path, shapes: Shapes, count: int, batches: Batches, dtype: str = "float32", *, keep_unchecked: bool = False
 ) -> dict[str, np.ndarray]:
     """Return arrays, computing the rows that they lack.
 
@@ -88,7 +79,7 @@ def fill(
     return {name: open_array(folder, name, shape, dtype) for name, shape in whole.items()}
 
 
-def open_array(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def open_array(folder: Path, name: str, shape: Shape, dtype: str) -> np.ndarray:
     """Return a whole array, read-only, mapped from disk.
 
     Its rows are compared with their checksum when this process opens the file for the first time, or anew after a
@@ -124,7 +115,7 @@ def write_array(folder: Path, name: str, values: np.ndarray) -> None:
         _write_rows(folder, _read_rows(folder) | {name: new})
 
 
-def num_bytes(shape: tuple[int, ...], count: int, dtype: str = "float32") -> int:
+def num_bytes(shape: Shape, count: int, dtype: str = "float32") -> int:
     """Return the size of an array of so many rows of this shape."""
     return count * math.prod(shape) * np.dtype(dtype).itemsize
 
@@ -206,17 +197,15 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from changing a folder's arrays, and wait, with a message, for one that is at it."""
     lock = FileLock(folder / "rows.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         logger.warning("Another process fills %s: waiting until it is done.", folder)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
-def _partial(folder: Path, name: str) -> Path:
+def _unfinished(folder: Path, name: str) -> Path:
     return folder / f"{name}.npy.partial"
 
 
@@ -231,9 +220,7 @@ def _read_rows(folder: Path) -> dict[str, Rows]:
         sound = False
     if not sound:
         raise damaged(path, "it does not say how many rows of each array are done")
-    return {
-        name: it for name, it in rows.items() if (folder / f"{name}.npy").exists() or _partial(folder, name).exists()
-    }
+    return {n: it for n, it in rows.items() if (folder / f"{n}.npy").exists() or _unfinished(folder, n).exists()}
 
 
 def _write_rows(folder: Path, rows: Mapping[str, Rows]) -> None:
@@ -247,8 +234,7 @@ def _state(path: Path, rows: Rows) -> tuple[Any, ...]:
     return str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, rows.count, rows.crc32
 
 
-def _missing(folder: Path, shapes: Mapping[str, tuple[int, ...]], keep_unchecked: bool) -> list[str]:
-    """Return the names of the arrays that are not whole."""
+def _missing(folder: Path, shapes: Shapes, keep_unchecked: bool) -> list[str]:
     rows = _read_rows(folder)
     return [
         name
@@ -259,87 +245,68 @@ def _missing(folder: Path, shapes: Mapping[str, tuple[int, ...]], keep_unchecked
     ]
 
 
-def _compute(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], batches: Batches, dtype: str, keep_unchecked: bool
-) -> None:
+def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str, keep_unchecked: bool) -> None:
     """Fill arrays from the row where the least advanced one stopped."""
     rows, count = _read_rows(folder), next(iter(shapes.values()))[0]
-    needed = {name: count - rows.get(name, Rows()).count for name in shapes}
-    check_space(folder, sum(num_bytes(shapes[name][1:], number, dtype) for name, number in needed.items()))
-    with contextlib.ExitStack() as stack:
-        arrays = {
-            name: stack.enter_context(_Unfinished(folder, name, shape, dtype, rows.get(name), keep_unchecked))
-            for name, shape in shapes.items()
-        }
-        done = min(array.rows.count for array in arrays.values())
-        for batch in batches(done, list(shapes)) if done < count else ():
-            end = done + len(next(iter(batch.values())))
-            if end > count:
-                raise ValueError(f"More than the {count} images came that were announced.")
-            for name, array in arrays.items():
-                array.write(done, batch[name].cpu().numpy())
-                rows[name] = array.rows
-            done = end
-            _write_rows(folder, rows)
+    needed = (num_bytes(shape[1:], count - rows.get(name, Rows()).count, dtype) for name, shape in shapes.items())
+    check_space(folder, sum(needed))
+    kept = {name: _begin(folder, name, shape, dtype, rows.get(name), keep_unchecked) for name, shape in shapes.items()}
+    done = min(it.count for it in kept.values())
+    for batch in batches(done, list(shapes)) if done < count else ():
+        end = done + len(next(iter(batch.values())))
+        if end > count:
+            raise ValueError(f"More than the {count} images came that were announced.")
+        for name, shape in shapes.items():
+            kept[name] = _append(folder, name, shape, dtype, kept[name], done, batch[name].cpu().numpy())
+        done = end
+        _write_rows(folder, rows | kept)
     if done != count:
         raise ValueError(f"{done} images came, but {count} were announced.")
-    _write_rows(folder, rows | {name: array.rows for name, array in arrays.items()})
-    for name, array in arrays.items():
-        os.replace(_partial(folder, name), folder / f"{name}.npy")
-        array.trust(folder / f"{name}.npy")
+    _write_rows(folder, rows | kept)
+    for name, it in kept.items():
+        whole = _unfinished(folder, name).replace(folder / f"{name}.npy")
+        _verified.add(_state(whole, it))  # this process has written its rows, or looked at them
 
 
-class _Unfinished:
-    """An array that is being filled, from the first row that it lacks; those that are there are looked at."""
-
-    def __init__(
-        self, folder: Path, name: str, shape: tuple[int, ...], dtype: str, rows: Rows | None, keep_unchecked: bool
-    ):
-        self.name, self.shape, self.dtype, self.rows = name, shape, np.dtype(dtype), Rows()
-        path, whole = _partial(folder, name), folder / f"{name}.npy"
-        if rows is not None and rows.crc32 is None and keep_unchecked and not path.exists():
-            logger.warning("%s has no checksum, as version 0.1.0 left it: it is used as it is, and completed.", whole)
-            whole.replace(path)  # that version filled arrays in their final place
-        if rows is not None and path.exists() and (rows.crc32 is not None or keep_unchecked):
-            with path.open("rb") as file:
-                start = _read_header(path, file, shape, dtype)
-                self.rows = Rows(rows.count, _check_rows(path, file, shape, dtype, rows))
-            # What was written after the last note of it is written again.
-            os.truncate(path, start + num_bytes(shape[1:], rows.count, dtype))
-        else:
-            if whole.exists():
-                logger.warning("%s has no checksum, as version 0.1.0 left it: it is computed again.", whole)
-                whole.unlink()
-            header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-            with path.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-        self.file = path.open("ab")
-
-    def __enter__(self) -> _Unfinished:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.close()
-
-    def write(self, start: int, values: np.ndarray) -> None:
-        """Append the rows from number `start` on, but those that are there."""
-        if values.shape[1:] != self.shape[1:] or values.dtype != self.dtype:
-            raise ValueError(
-                f"Rows of {self.name} came with shape {values.shape[1:]} and type {values.dtype}: announced were "
-                f"{self.shape[1:]} and {self.dtype}."
-            )
-        new = np.ascontiguousarray(values[max(0, self.rows.count - start) :])
-        self.file.write(new.data)
-        self.file.flush()
-        os.fsync(self.file.fileno())  # before it is noted as done
-        self.rows = Rows(self.rows.count + len(new), zlib.crc32(new.data, self.rows.crc32 or 0))
-
-    def trust(self, path: Path) -> None:
-        """Note that the whole array, which this process has written or looked at, need not be read again."""
-        _verified.add(_state(path, self.rows))
+def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None, keep_unchecked: bool) -> Rows:
+    """Return the rows that an unfinished array goes on from, looked at anew; make its file if it is missing."""
+    path, whole = _unfinished(folder, name), folder / f"{name}.npy"
+    if rows is not None and rows.crc32 is None and keep_unchecked and not path.exists():
+        logger.warning("%s has no checksum, as version 0.1.0 left it: it is used as it is, and completed.", whole)
+        whole.replace(path)  # that version filled arrays in their final place
+    if rows is not None and path.exists() and (rows.crc32 is not None or keep_unchecked):
+        with path.open("rb") as file:
+            start = _read_header(path, file, shape, dtype)
+            checked = Rows(rows.count, _check_rows(path, file, shape, dtype, rows))
+        # What was written after the last note of it is written again.
+        os.truncate(path, start + num_bytes(shape[1:], rows.count, dtype))
+        return checked
+    if whole.exists():
+        logger.warning("%s has no checksum, as version 0.1.0 left it: it is computed again.", whole)
+        whole.unlink()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    return Rows()
 
 
-def _read_header(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
+def _append(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows, start: int, values: np.ndarray) -> Rows:
+    """Append the rows from number `start` on to an unfinished array, but those that are there; return what it has."""
+    if values.shape[1:] != shape[1:] or values.dtype != dtype:
+        raise ValueError(
+            f"Rows of {name} came with shape {values.shape[1:]} and type {values.dtype}: announced were {shape[1:]} "
+            f"and {dtype}."
+        )
+    new = np.ascontiguousarray(values[max(0, rows.count - start) :])
+    with _unfinished(folder, name).open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(new.data)
+        file.flush()
+        os.fsync(file.fileno())  # before it is noted as done
+    return Rows(rows.count + len(new), zlib.crc32(new.data, rows.crc32 or 0))
+
+
+def _read_header(path: Path, file: BinaryIO, shape: Shape, dtype: str) -> int:
     """Read an array's header, and return where its rows begin."""
     try:
         version = np.lib.format.read_magic(file)
@@ -351,7 +318,7 @@ def _read_header(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: str)
     return file.tell()
 
 
-def _check_rows(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: str, rows: Rows) -> int:
+def _check_rows(path: Path, file: BinaryIO, shape: Shape, dtype: str, rows: Rows) -> int:
     """Read the rows that are done, and return their CRC-32, or raise `ValueError` if it is not the one that is known.
 
     Where none is known, rows of zeros, which two processes left that filled an array at once, and numbers that are not

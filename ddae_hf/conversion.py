@@ -36,18 +36,13 @@ _Modules = Iterator[tuple[str, tuple[str, ...]]]  # a module there, and those he
 
 @dataclass
 class Conversion:
-    """A published network as a stock one.
+    """A published network as a stock one, with its scheduler.
 
-    Args:
-        source: What the file holds, in words.
-        source_parameters: How many parameters it has there.
-        denoiser: The network.
-        scheduler: Its scheduler.
-        config: What is known of a `DDAEConfig` beside both; `features_only` says why the network cannot sample.
+    `config` is what is known of a `DDAEConfig` beside both; its `features_only` says why a network cannot sample.
     """
 
-    source: str
-    source_parameters: int
+    source: str  # what the file holds, in words
+    source_parameters: int  # how many it has there
     denoiser: Any
     scheduler: Any
     config: dict[str, Any] = field(default_factory=dict)

@@ -1,7 +1,6 @@
 """What a family of schedulers has to say: its noise levels, and its network's input and target at each.
 
-Every family is linear: for clean images `x` and standard-normal noise `n` the network sees `a * x + b * n` and should
-answer `c * x + d * n`. No family is named here; those that there are, and the symbols, are in `noise.py`.
+No family is named here; those that there are, and the symbols, are in `noise.py`.
 """
 
 from __future__ import annotations
@@ -33,11 +32,6 @@ def rounded(level: Tensor, low: Any, high: Any) -> Tensor:
     return torch.where(_inside(level, low, high), level.clamp(low, high), torch.nan)
 
 
-def log_normal_levels(moments: tuple[float, float], shape: tuple[int], device: Any, generator: Any) -> Tensor:
-    """Draw levels whose logarithms have this mean and this standard deviation."""
-    return torch.exp(moments[0] + moments[1] * torch.randn(shape, device=device, generator=generator))
-
-
 def is_recorded() -> bool:
     """Whether a graph is being recorded, or fake tensors may be about."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
@@ -49,7 +43,7 @@ def readable(values: Tensor) -> bool:
 
 
 class Family(ABC):
-    """What a scheduler's family knows of noise levels, of the network's input and target, and of sampling.
+    """A family of schedulers: what it knows of noise levels, of the network's input and target, and of sampling.
 
     A family says how its schedulers are told (`schedulers` or `takes`), which levels there are (`sigma_range`,
     `timestep_range`), how their two units belong together (`to_sigma`, `to_timestep`), the shares of image and noise in
@@ -144,7 +138,7 @@ class Family(ABC):
         return self._prediction
 
     def check_level(self, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
-        """Refuse a noise level outside a range, to five digits, and what is no number.
+        """Raise `ValueError` for a noise level outside a range, to five digits, and for NaN.
 
         Python scalars are always looked at, in a graph that is compiled too, where they are constants; other values
         only where they are `readable`.
@@ -153,9 +147,6 @@ class Family(ABC):
             unit: `"sigma"` or `"timestep"`.
             value: The level or levels, in this unit: a number, a tensor, or what can become one.
             allowed: The range; by default every level that a network of the family may be trained at.
-
-        Raises:
-            ValueError: A level outside, or NaN.
         """
         is_number = isinstance(value, int | float)
         values = value if is_number else torch.as_tensor(value)
@@ -224,18 +215,11 @@ class Family(ABC):
         return c * clean.float() + d * noise.float()
 
     def denoised(self, noisy: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
-        """Return the clean image that a denoiser's output stands for.
+        """Return the clean image (B, C, H, W), float32, that a denoiser's output stands for.
 
-        Args:
-            noisy: The denoiser's input (B, C, H, W), as `noisy` makes it.
-            output: The denoiser's output, of the same shape.
-            sigma: Noise level, scalar or (B,), as `noisy` takes it.
-
-        Returns:
-            The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
-
-        Raises:
-            ValueError: A sigma outside the schedule, or neither one nor one an image.
+        `noisy` is its input, as the method `noisy` makes it at this `sigma`, and `output` has the same shape. For EDM
+        the image is `c_skip * (x + sigma * n) + c_out * output`. A sigma outside the schedule, or neither one nor one
+        an image, is a `ValueError`.
         """
         level = self._level(sigma, noisy)
         a, b = self.input_shares(level)
@@ -249,16 +233,12 @@ class Family(ABC):
         generator: torch.Generator | None = None,
         log_normal: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Draw the noise levels (batch_size,) of a training step.
+        """Draw the noise levels (batch_size,) of a training step, on a device with a generator of that device.
 
-        Args:
-            batch_size: Number of levels.
-            device: Where to draw.
-            generator: Random generator on that device.
-            log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
-                timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the
-                logit-normal times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP,
-                levels beyond an end of the schedule are that end.
+        `log_normal` are mean and standard deviation of log sigma, in place of the family's own distribution: uniform
+        timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal times
+        of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP, levels beyond an end of the
+        schedule are that end.
 
         Raises:
             ValueError: `log_normal` that is no distribution.
@@ -271,7 +251,7 @@ class Family(ABC):
                 f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation "
                 "positive."
             )
-        return self.trainable(log_normal_levels((mean, deviation), (batch_size,), device, generator))
+        return self.trainable(torch.exp(mean + deviation * torch.randn(batch_size, device=device, generator=generator)))
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -49,9 +49,8 @@ def extract_features(
     noise_seed: int = 0,
     view: int = 0,
 ) -> dict[str, Tensor]:
-    """Compute the features of a data set.
+    """Compute the features of a data set, with `model.config.num_noise_samples` draws of noise for each image.
 
-    The noise of each image, `model.config.num_noise_samples` draws, depends on (noise_seed, its index, view) alone.
     Images that share one draw would be told apart at noise levels where fresh noise hides them.
 
     Args:
@@ -93,16 +92,8 @@ def batch_features(
     """Compute the features of some images of a data set: see `extract_features`.
 
     They are those of evaluation mode, in the type of the model's weights, whatever mode the model is in and whether or
-    not the caller computes under autocast.
-
-    Args:
-        model: The model.
-        images: `pixel_values` (B, C, H, W).
-        indices: Their indices in the data set, B integers.
-        layers: Names of layers.
-        sigma: Noise level, scalar or (B,).
-        noise_seed: Seed of the noise.
-        view: Number of the draw.
+    not the caller computes under autocast. The images are `pixel_values` (B, C, H, W), `indices` their B indices in
+    the data set, and `sigma` is a scalar or (B,).
 
     Returns:
         Features (B, C), float32 on the model's device, by layer name.
@@ -121,14 +112,8 @@ class FeatureCache:
 
     Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
     it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
-    it is one `.npy` file (N, C), float32, a layer, and `rows.json`, the number of rows computed so far and their
-    checksum, which is compared when features are read: see `ddae_hf.arrays`. Several processes may share a folder.
-
-    Args:
-        folder: Where to keep the features.
-        model: The model whose features they are, on the device to use. It may change: whenever features are asked for,
-            its weights are hashed.
-        noise_seed: Seed of the noise.
+    it is an array (N, C), float32, for each layer: see `ddae_hf.arrays`. Several processes may share a folder. The
+    model, on the device to use, may change: whenever features are asked for, its weights are hashed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: DDAEModel, noise_seed: int = 0):
@@ -137,40 +122,23 @@ class FeatureCache:
     @property
     def identity(self) -> dict[str, Any]:
         """What features of the model as it is now depend on beside the images, the level and the view, as JSON."""
-        model, config = self.model, self.model.config
-        identity = {
+        model = self.model
+        names = ["denoiser", "scheduler", "pooling", "num_noise_samples", "null_class"]
+        names += ["vae", "sample_posterior"] if model.config.vae is not None else []
+        return {name: getattr(model.config, name) for name in names} | {
             "weights": fingerprint(model.denoiser, model.vae, dtype=None),
             "dtype": str(model.denoiser.dtype),
-            "denoiser": config.denoiser,
-            "scheduler": config.scheduler,
-            "pooling": config.pooling,
-            "num_noise_samples": config.num_noise_samples,
-            "null_class": config.null_class,
             "noise_seed": self.noise_seed,
         }
-        if config.vae is not None:
-            identity |= {"vae": config.vae, "sample_posterior": config.sample_posterior}
-        return identity
 
     def features(
-        self,
-        images: Images,
-        count: int,
-        layers: Sequence[str],
-        sigma: float,
-        *,
-        view: int = 0,
-        data: dict[str, Any],
+        self, images: Images, count: int, layers: Sequence[str], sigma: float, *, view: int = 0, data: dict[str, Any]
     ) -> dict[str, np.ndarray]:
         """Return the features of a data set, computing those that are not there yet.
 
-        Args:
-            images: Called with an index, gives `pixel_values` in batches from that image on.
-            count: Number of images N.
-            layers: Names of layers.
-            sigma: Noise level.
-            view: Number of the draw.
-            data: What tells these images from others, as JSON: a hash of their files, how they were prepared.
+        `images`, called with an index, gives `pixel_values` in batches from that image on, `count` is their number N,
+        and `data` is what tells them from others, as JSON: a hash of their files, how they were prepared. For `layers`,
+        `sigma` and `view` see `extract_features`.
 
         Returns:
             Features (N, C) by layer name, read-only, mapped from disk.

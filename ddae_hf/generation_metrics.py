@@ -1,15 +1,7 @@
 """How far generated images are from real ones, measured between their features.
 
-Features are float tensors (N, C), one row an image, of any network, the same one for both sets:
-
-- `frechet_distance`: between the two Gaussians with the sets' means and covariances (Heusel et al. 2017, arXiv
-  1706.08500); with Inception features it is the FID. It falls as N grows: compare only figures of one N.
-- `kernel_distance`: the squared maximum mean discrepancy with a cubic kernel (Binkowski et al. 2018, arXiv 1801.01401);
-  with Inception features it is the KID. Its estimate is unbiased, so that it may be below 0.
-- `precision_recall`: the share of generated images that lie among real ones, and the share of real images that lie
-  among generated ones (Kynkäänniemi et al. 2019, arXiv 1904.06991).
-
-The two distances are those of torchmetrics, in float64.
+Features are float tensors (N, C), one row an image, of any network, the same one for both sets. The two distances are
+those of torchmetrics, in float64.
 """
 
 from __future__ import annotations
@@ -25,7 +17,8 @@ from torch import Tensor
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Return the squared Frechet distance between Gaussians that have the means and covariances of two sets.
 
-    `|mean_1 - mean_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2))`, with covariances divided by N - 1.
+    `|mean_1 - mean_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2))`, with covariances divided by N - 1 (Heusel et al.
+    2017, arXiv 1706.08500); with Inception features it is the FID. It falls as N grows: compare only figures of one N.
 
     Args:
         real: Features (N, C) of real images.
@@ -60,7 +53,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Return mean and standard deviation, over random subsets, of the kernel distance between two sets.
 
-    The unbiased estimate of the squared maximum mean discrepancy with the kernel `(x . y / C + 1)^3`.
+    The squared maximum mean discrepancy with the kernel `(x . y / C + 1)^3` (Binkowski et al. 2018, arXiv 1801.01401);
+    with Inception features it is the KID. Its estimate is unbiased, so that it may be below 0.
 
     Args:
         real: Features (N, C) of real images.
@@ -96,7 +90,7 @@ def kernel_distance(
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3, *, chunk_size: int = 512) -> tuple[float, float]:
-    """Return improved precision and recall (Kynkäänniemi et al. 2019, equation 1).
+    """Return improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 1).
 
     An image lies among others if it is no further from one of them than that one's k-th nearest neighbour of its own
     set is.
@@ -149,8 +143,7 @@ def _check(real: Tensor, generated: Tensor, fewest: int) -> None:
     if min(len(real), len(generated)) < fewest:
         raise ValueError(f"Features have shapes {shapes}: there must be at least {fewest} images of each kind.")
     for name, features in (("real", real), ("generated", generated)):
-        bad = int((~torch.isfinite(features)).any(1).sum())
-        if bad:
+        if bad := int((~torch.isfinite(features)).any(1).sum()):
             raise ValueError(
                 f"{bad} of {len(features)} {name} images have features that are not finite: the network that computes "
                 "them overflows on these images, or its weights are damaged."

@@ -137,13 +137,11 @@ class DDAEImageProcessor(PilBackend):
         return super().fetch_images(image_url_or_urls)
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[np.ndarray]:
-        found = list(_single_images(self.fetch_images(images)))
+        channels, layout = kwargs["num_channels"], kwargs["input_data_format"]
+        found = list(_single_images(self.fetch_images(images), channels, layout))
         if not found:
             raise ValueError("No image came: pass at least one.")
-        for image, of_batch in found:
-            if not (of_batch or isinstance(image, Image.Image) or kwargs["input_data_format"]):
-                _refuse_grey_batch(tuple(image.shape), kwargs["num_channels"])
-        return [self.process_image(image, **kwargs) for image, _ in found]
+        return [self.process_image(image, **kwargs) for image in found]
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
         """Return one image as (num_channels, H, W): uint8 or float32 that count from 0 to 255.
@@ -175,17 +173,17 @@ class DDAEImageProcessor(PilBackend):
 
         With `crop`, cut an image of another shape so that it keeps its proportions; otherwise squash it.
         """
-        height, width = _sides(size)
+        height, width = size["height"], size["width"]
         if image.shape[1:] == (height, width):
             return image
         filter = PILImageResampling.BILINEAR if resample is None else resample
         fit = ImageOps.fit if crop else Image.Image.resize
-        planes = [fit(Image.fromarray(plane), (width, height), filter) for plane in image]
-        return np.stack([np.asarray(plane) for plane in planes])
+        return np.stack([np.asarray(fit(Image.fromarray(plane), (width, height), filter)) for plane in image])
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         """Return the centre of (C, H, W), or refuse an image that is smaller."""
-        (height, width), (rows, columns) = image.shape[1:], _sides(size)
+        height, width = image.shape[1:]
+        rows, columns = size["height"], size["width"]
         if height < rows or width < columns:
             raise ValueError(
                 f"An image of {height}x{width} pixels came, of which no {rows}x{columns} can be cut: leave do_resize "
@@ -194,38 +192,24 @@ class DDAEImageProcessor(PilBackend):
         top, left = (height - rows) // 2, (width - columns) // 2
         return image[:, top : top + rows, left : left + columns]
 
-    def _preprocess(
-        self,
-        images: list[np.ndarray],
-        do_resize: bool,
-        size: SizeDict,
-        resample: Any,
-        do_center_crop: bool,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-        data_format: Any,
-        return_tensors: Any,
-        **kwargs: Any,
-    ) -> BatchFeature:
+    def _preprocess(self, images: list[np.ndarray], size: SizeDict, **options: Any) -> BatchFeature:
         """Resize each image; scale and shift those of one size together."""
-        if do_resize:
-            images = [self.resize(image, size, resample, crop=do_center_crop) for image in images]
-        elif do_center_crop:
+        crop = options["do_center_crop"]
+        if options["do_resize"]:
+            images = [self.resize(image, size, options["resample"], crop) for image in images]
+        elif crop:
             images = [self.center_crop(image, size) for image in images]
         alike = len({image.shape for image in images}) == 1
         batches = [np.stack(images)] if alike else [image[None] for image in images]
-        if do_rescale:
-            batches = [batch * np.float32(rescale_factor) for batch in batches]
-        if do_normalize:
-            mean, std = (np.asarray(value, np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
+        if options["do_rescale"]:
+            batches = [batch * np.float32(options["rescale_factor"]) for batch in batches]
+        if options["do_normalize"]:
+            mean, std = (np.asarray(options[n], np.float32).reshape(-1, 1, 1) for n in ("image_mean", "image_std"))
             batches = [(batch - mean) / std for batch in batches]
-        if data_format == ChannelDimension.LAST:
+        if options["data_format"] == ChannelDimension.LAST:
             batches = [np.ascontiguousarray(np.moveaxis(batch, 1, -1)) for batch in batches]
         pixel_values = batches[0] if alike else [batch[0] for batch in batches]
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=options["return_tensors"])
 
 
 def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -237,7 +221,11 @@ def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
         ValueError: Values that the mode does not have, or channels that its own cannot be turned into.
     """
     image.load()  # TIFF files are turned then
-    if _orientation(image) != 1:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF raises what it likes, or nothing, by the file's format
+        orientation = 1
+    if orientation != 1:
         image = ImageOps.exif_transpose(image)
     if not (image.mode.startswith("I") or image.mode == "F"):
         return _from_pil(image, channels)
@@ -252,24 +240,11 @@ def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
     return _convert_channels(_checked_values(plane, 255), channels)
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return what an image's EXIF says of its orientation; 1, upright, where it cannot be read."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF raises what it likes, or nothing, by the file's format
-        return 1
-
-
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return any PIL image upright and in mode RGB, rounded to 8 bits where it has more: see `read_pixels`."""
     pixels = read_pixels(image, 3)
     pixels = pixels if pixels.dtype == np.uint8 else np.rint(pixels).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
-
-
-def _sides(size: SizeDict) -> tuple[int, int]:
-    sides = dict(size)
-    return sides["height"], sides["width"]
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +262,6 @@ def _options_for(denoiser: Any, vae: Any = None) -> dict[str, Any]:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse options that cannot work or would have no effect, by name."""
     for name, reason in WITHOUT_EFFECT.items():
         value = options.get(name)
         if value not in (None, False) and (name != "device" or str(value) != "cpu"):
@@ -319,27 +293,21 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"image_std is {options['image_std']}: it must not be 0.")
 
 
-def _single_images(images: Any) -> Iterator[tuple[Any, bool]]:
-    """Yield every image of nested lists and batches, and whether it is of a batch (N, C, H, W) or (N, H, W, C)."""
+def _single_images(images: Any, channels: int, layout: Any) -> Iterator[Any]:
+    """Yield the images of nested lists and batches, (N, C, H, W) or (N, H, W, C); refuse what may be a grey batch."""
     if isinstance(images, (list, tuple)):
         for entry in images:
-            yield from _single_images(entry)
-    elif isinstance(images, Image.Image) or images.ndim in (2, 3):
-        yield images, False
-    elif images.ndim == 4:
-        for image in images:
-            yield image, True
-    else:
-        raise ValueError(f"An array of shape {tuple(images.shape)} came: images have 2 or 3 dimensions, batches 4.")
-
-
-def _refuse_grey_batch(shape: tuple[int, ...], channels: int) -> None:
-    """Raise `ValueError` where (N, H, W) may be N grey images as well as one of N channels."""
-    if len(shape) == 3 and shape[0] in {2, 3, 4} - {channels} and shape[2] not in (1, 2, 3, 4):
+            yield from _single_images(entry, channels, layout)
+        return
+    shape = images.size if isinstance(images, Image.Image) else tuple(images.shape)
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(f"An array of shape {shape} came: images have 2 or 3 dimensions, batches 4.")
+    if len(shape) == 3 and not layout and shape[0] in {2, 3, 4} - {channels} and shape[2] not in (1, 2, 3, 4):
         raise ValueError(
             f"An array of shape {shape} came, which may be {shape[0]} grey images or one of {shape[0]} channels: pass "
             f"such a batch as {(shape[0], 1, *shape[1:])}, such an image with input_data_format='channels_first'."
         )
+    yield from images if len(shape) == 4 else [images]
 
 
 def _channels_first(image: np.ndarray, layout: Any, channels: int) -> np.ndarray:
@@ -391,7 +359,7 @@ def _checked_values(image: np.ndarray, top: int) -> np.ndarray:
     if kind in "iu" and low >= 0 and high <= 255:
         return image.astype(np.uint8)
     if kind == "f" and low >= -1e-4 and high <= 1 + 1e-4:
-        return image.astype(np.float32) * top if top != 1 else image.astype(np.float32)
+        return image.astype(np.float32) * top
     raise ValueError(
         f"An image of type {image.dtype} with values from {low} to {high} came: allowed are integers from 0 to 255, "
         "uint16 for images of 16 bits, and floats from 0 to 1. Images in [-1, 1] are `pixel_values` already, or need "

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 HISTORY = 10
+_Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def minimise(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], variables: Tensor, tolerance: float, max_iterations: int
+    evaluate: _Evaluate, variables: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise B independent smooth functions by L-BFGS, each along its own direction and with its own step length.
 
@@ -65,16 +66,11 @@ def _direction(gradient: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]
 
 
 def _line_search(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
-    variables: Tensor,
-    direction: Tensor,
-    value: Tensor,
-    slope: Tensor,
+    evaluate: _Evaluate, variables: Tensor, direction: Tensor, value: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Halve each function's step until it descends (Armijo); one that never does keeps its place.
 
-    Returns:
-        Steps (B,), values and gradients there, and which functions found a step.
+    Returns steps (B,), values and gradients there, and which functions found a step.
     """
     step = torch.ones_like(slope)
     for _ in range(20):

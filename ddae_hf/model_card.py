@@ -1,7 +1,7 @@
 """Model cards: what a checkpoint is, and what was measured of it.
 
 A card says what the checkpoint's own configuration and the files that runs leave say (`run_results`): a fact that no
-file holds is not in it. Its words are in `model_card_template.md`.
+file holds is not in it. Its words are in `model_card_template.md`, which asks a `_Card`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,14 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
 
-from .checkpoints import Checkpoint, build_scheduler, read_checkpoint
+from .checkpoints import build_scheduler, read_checkpoint
 from .configuration_ddae import DDAEConfig
 from .networks import network_of
 from .noise import family_of
-from .run_results import KINDS, Run, Summary, environment_rows, option_rows, read_runs, summarise
+from .run_results import KINDS, Run, environment_rows, option_rows, read_runs
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
-FRAMEWORKS = {"ddpm": "DDPM", "edm": "EDM", "flow": "flow matching"}
-# The smallest network of the paper.
-PAPER_PARAMETERS = 35_700_000
-# Names of more classes than this are left to `config.json`.
-MOST_NAMES = 20
 
 
 def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> ModelCard:
@@ -52,19 +47,12 @@ def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
 def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> Path:
     """Write a checkpoint's card, `README.md`, and its accuracies on the Hub's data sets, `.eval_results/*.yaml`.
 
-    Those of an earlier card are replaced. Pictures of other folders are copied into `images`.
-
-    Args:
-        folder: The checkpoint, in any layout.
-        repo_id: See `make_card`.
-        **options: See `make_card`.
-
-    Returns:
-        The path of the card.
+    Those of an earlier card are replaced. Pictures of other folders are copied into `images`. Takes what `make_card`
+    takes, and returns the path of the card.
     """
     card = _Card(Path(folder), repo_id, **options)
     rendered = card.render()
-    for picture in card.pictures():
+    for picture in card.pictures:
         target = card.folder / card.link(picture)
         if target != picture:
             target.parent.mkdir(exist_ok=True)
@@ -103,47 +91,36 @@ class _Card:
             if given is not None:
                 validate_repo_id(given)
         self.folder, self.path = folder, repo_id or folder.as_posix()
-        self.checkpoint: Checkpoint = read_checkpoint(folder)
+        self.checkpoint = read_checkpoint(folder)
+        self.is_classifier = "DDAEForImageClassification" in (self.checkpoint.config.get("architectures") or ())
         self.config = DDAEConfig.from_dict(self.checkpoint.config)
         self.training, self.runs = read_runs(folders.values())
-        self.summaries: list[Summary] = [summarise(run) for run in self.runs]
+        pretraining = [self.training] if self.training else []
+        self.all_runs = pretraining + self.runs
+        self.kinds = {run.kind for run in self.runs}
+        # The grid of samples of the end of pretraining.
+        self.samples = max((p for run in pretraining for p in run.folder.glob("samples/step-*.png")), default=None)
+        self.pictures = [self.samples] if self.samples else []
+        self.pictures += [picture for run in self.runs for picture in run.pictures]
         self.name = model_name or (repo_id or folder.resolve().name).split("/")[-1]
         given_name = dataset_name or (Path(dataset_id).name if dataset_id else None)
         self.given_dataset = {k: v for k, v in (("id", dataset_id), ("name", given_name)) if v is not None}
         self.base_model = base_model or self._fact("base_model")
         self.license = license or self._fact("license")
-        links = [self.link(picture) for picture in self.pictures()]
+        links = [self.link(picture) for picture in self.pictures]
         if double := {link for link in links if links.count(link) > 1}:
             raise ValueError(f"Two folders of results have the same name ({', '.join(double)}): rename one of them.")
 
     def _fact(self, name: str) -> Any:
         """Return what a run that made this checkpoint, not one on it or before it, says."""
-        own = [run for run in self._all_runs() if run.folder == self.folder]
+        own = [run for run in self.all_runs if run.folder == self.folder]
         if name == "base_model":  # which gave the network's shape alone to one that began with random weights
             own = [run for run in own if not run.options.get("from_scratch")]
         places = [place for run in own for place in (run.report, run.options)]
         return next((place[name] for place in places if place.get(name)), None)
 
-    def _all_runs(self) -> list[Run]:
-        return [*([self.training] if self.training else []), *self.runs]
-
     def dataset(self, run: Run) -> dict[str, Any]:
-        """Return what is known of a run's data."""
         return {**run.dataset, **self.given_dataset}
-
-    @property
-    def is_classifier(self) -> bool:
-        """Whether the checkpoint names classes, and is not only a denoiser."""
-        return "DDAEForImageClassification" in (self.checkpoint.config.get("architectures") or ())
-
-    def samples(self) -> Path | None:
-        """The grid of samples of the end of pretraining."""
-        return max((self.training.folder / "samples").glob("step-*.png"), default=None) if self.training else None
-
-    def pictures(self) -> list[Path]:
-        """Return every picture that the card shows."""
-        samples = self.samples()
-        return [*([samples] if samples else []), *(picture for run in self.runs for picture in run.pictures)]
 
     def link(self, picture: Path) -> str:
         """Return a picture's path relative to the checkpoint; those of other folders have theirs in `images`."""
@@ -152,13 +129,13 @@ class _Card:
         parent = picture.parent.parent if picture.parent.name == "samples" else picture.parent
         return f"images/{parent.name}-{picture.name}"
 
-    def figures(self, run: Run, summary: Summary) -> list[EvalResult]:
+    def figures(self, run: Run) -> list[EvalResult]:
         """Return a run's main figures as the Hub knows them; of a classifier first its own accuracy."""
         known, generated = self.dataset(run), run.kind == "generation"
-        figures = [(f.metric, f.name, f.value, f.conditions) for f in summary.figures]
-        if self.is_classifier and summary.saved is not None:
+        figures = [(f.metric, f.name, f.value, f.conditions) for f in run.summary.figures]
+        if self.is_classifier and run.summary.saved is not None:
             own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
-            figures.insert(0, ("accuracy", "Test accuracy, with the model's fixed noise", summary.saved, own))
+            figures.insert(0, ("accuracy", "Test accuracy, with the model's fixed noise", run.summary.saved, own))
         return [
             EvalResult(
                 task_type="unconditional-image-generation" if generated else "image-classification",
@@ -178,22 +155,19 @@ class _Card:
     def eval_result_entries(self, kind: str) -> list[EvalResultEntry]:
         """Return the main accuracy of every run of a kind, on data that the Hub has."""
         entries = []
-        for run, summary in zip(self.runs, self.summaries, strict=True):
-            first = next((f for f in self.figures(run, summary) if f.metric_type == "accuracy"), None)
+        for run in self.runs:
+            first = next((f for f in self.figures(run) if f.metric_type == "accuracy"), None)
             if run.kind == kind and first is not None and "id" in self.dataset(run):
                 details = ", ".join(f"{name} {value}" for name, value in (first.metric_args or {}).items())
                 notes = f"{first.metric_name}, a fraction ({details})"
-                entry = EvalResultEntry(first.dataset_type, "default", first.metric_value, notes=notes)
-                entries.append(entry)
+                entries.append(EvalResultEntry(first.dataset_type, "default", first.metric_value, notes=notes))
         return entries
 
     def metadata(self) -> ModelCardData:
-        """Return what the Hub reads."""
-        pairs = zip(self.runs, self.summaries, strict=True)
-        figures = [figure for run, summary in pairs for figure in self.figures(run, summary)]
+        figures = [figure for run in self.runs for figure in self.figures(run)]
         library = self.checkpoint.library
         task = "image-classification" if self.is_classifier else "image-feature-extraction"
-        ids = {known["id"] for run in self._all_runs() if "id" in (known := self.dataset(run))}
+        ids = {known["id"] for run in self.all_runs if "id" in (known := self.dataset(run))}
         return ModelCardData(
             library_name=library,
             pipeline_tag=task if library == "transformers" else "unconditional-image-generation",
@@ -211,70 +185,38 @@ class _Card:
         """Return what the checkpoint is, and how it is used."""
         config, scheduler = self.config, self.checkpoint.scheduler
         tried = {run.kind: run.report for run in self.runs}
-        best = (
-            tried["sweep"]["best"] if "sweep" in tried else tried.get("linear_probe", {}).get("results", {}).get("DDAE")
-        )
+        probe = tried.get("linear_probe", {}).get("results", {}).get("DDAE")
+        best = tried["sweep"]["best"] if "sweep" in tried else probe
         own = self.checkpoint.library == "transformers" or best is None
         network = network_of(config.denoiser)
         count = network.num_labels(config.denoiser)
         has_null = network.default_null_class(config.denoiser) is not None
         family = family_of(build_scheduler(scheduler)) if scheduler else None
         sampler = next(iter(family.samplers), None) if family else None
-        trained_with = {} if self.training is None else self.training.options
         return {
-            "classifier": self.is_classifier,
-            "fine_tuned": self.is_classifier and any(run.kind == "fine_tuning" for run in self.runs),
-            "network": config.denoiser["_class_name"],
-            "framework": FRAMEWORKS[family.name] if family else None,
-            "scheduler": scheduler["_class_name"] if scheduler else None,
-            "size": config.image_size,
-            "channels": config.num_channels,
-            "vae": config.vae and config.vae["_class_name"],
-            "latents": config.vae and config.sample_shape,
-            "sample_posterior": config.sample_posterior,
-            "features_only": config.features_only,
+            "family": family,
             "layer": config.layer if own else best["layer"],
             "sigma": config.sigma if own else best["sigma"],
             "tap_is_measured": best is not None,
-            "classes": list((config.id2label or {}).values()) if self.is_classifier else [],
-            "most_names": MOST_NAMES,
             "conditional": count > has_null,
             "labels_needed": count > 0 and config.null_class is None and not has_null,
             "sampler": sampler,
-            "steps": 18 if sampler else trained_with.get("num_inference_steps"),
+            "steps": 18 if sampler else self.training and self.training.options.get("num_inference_steps"),
         }
 
     def render(self) -> ModelCard:
-        """Return the card."""
-        samples, training = self.samples(), self.training
-        sections = [
-            (summary, {self.link(path): text for path, text in run.pictures.items()}, self.dataset(run))
-            for run, summary in zip(self.runs, self.summaries, strict=True)
-        ]
-        tuned = [option_rows(run.options) for run in self.runs if run.kind == "fine_tuning"]
         card = ModelCard.from_template(
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
-            name=self.name,
-            path=self.path,
+            card=self,
             **self.description(),
-            samples=self.link(samples) if samples else None,
-            samples_step=int(samples.stem.split("-")[1]) if samples else None,
-            sections=sections,
-            training=training.report if training else {},
-            options=training.options if training else {},
-            trained_on=self.dataset(training) if training else {},
-            small=training is not None and training.report.get("parameters", PAPER_PARAMETERS) < PAPER_PARAMETERS,
-            option_tables=[option_rows(training.options)] if training and training.options else [],
-            tuning_tables=tuned,
-            generation_measured=any(run.kind == "generation" for run in self.runs),
-            environment=environment_rows(training, self.runs),
+            environment=environment_rows(self.all_runs),
+            option_rows=option_rows,
             table=_table,
         )
         return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -33,7 +33,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from .families import FAMILIES, Family, is_recorded, log_normal_levels, register, rounded
+from .families import FAMILIES, Family, is_recorded, register, rounded
 
 
 def _other_levels(scheduler: Any) -> list[str]:
@@ -106,7 +106,6 @@ class _VariancePreserving(Family):
         return self.scheduler.alphas_cumprod
 
     def sigmas(self, device: torch.device) -> Tensor:
-        """Return the levels (T,), ascending, float32; infinite where the signal is gone (zero-terminal SNR)."""
         return _constant_levels(self._alphas_cumprod, device)
 
     def sigma_range(self) -> tuple[float, float]:
@@ -162,8 +161,7 @@ class _VariancePreserving(Family):
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
         """Draw timesteps uniformly over the schedule (Ho et al. 2020)."""
-        count = len(self.scheduler.alphas_cumprod)
-        timesteps = torch.randint(count, shape, device=device, generator=generator)
+        timesteps = torch.randint(len(self.scheduler.alphas_cumprod), shape, device=device, generator=generator)
         return self.sigmas(timesteps.device)[timesteps]
 
     def trainable(self, sigma: Tensor) -> Tensor:
@@ -231,7 +229,7 @@ class _Karras(Family):
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
         """Draw log-normally, with the mean -1.2 and the deviation 1.2 of Karras et al. 2022."""
-        return log_normal_levels((-1.2, 1.2), shape, device, generator)
+        return self.draw(*shape, device, generator, log_normal=(-1.2, 1.2))
 
 
 @register
@@ -273,7 +271,6 @@ class _FlowMatching(Family):
         return -one, one
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        """Draw times uniformly."""
         s = torch.rand(shape, device=device, generator=generator)
         return s / (1 - s)
 
@@ -304,12 +301,8 @@ def family_of(scheduler: Any) -> Family:
 def new_scheduler(framework: str, **options: Any) -> Any:
     """Return the scheduler that networks of a framework are trained under unless they ask for another.
 
-    Args:
-        framework: `"ddpm"`, `"edm"` or `"flow"`, as `family` names it.
-        **options: The scheduler's own, in place of its defaults.
-
-    Raises:
-        ValueError: No such framework.
+    `framework` is `"ddpm"`, `"edm"` or `"flow"`, as `family` names it; any other is refused with a `ValueError`. The
+    options are the scheduler's own, in place of its defaults.
     """
     for family_class in FAMILIES:
         if family_class.name == framework:
@@ -319,12 +312,9 @@ def new_scheduler(framework: str, **options: Any) -> Any:
 
 
 def family(scheduler: Any) -> str:
-    """Return the framework that a scheduler belongs to: `"ddpm"`, `"edm"` or `"flow"`.
+    """Return the framework that a scheduler belongs to, `"ddpm"`, `"edm"` or `"flow"`: see `family_of`.
 
     A network trained in one framework can be sampled by the samplers of it, and by no others.
-
-    Raises:
-        ValueError: A scheduler of no framework that is supported.
     """
     return family_of(scheduler).name
 
@@ -361,8 +351,7 @@ def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
             beyond those of sampling. Flow matching: from 0 on. Infinite, where the schedule has it, is pure noise.
 
     Returns:
-        `timestep`, float32, of the shape of `sigma`. What is outside is refused where it can be read (scalars, tensors
-        on the CPU), and NaN elsewhere (on a device, in a graph that is compiled or exported).
+        `timestep`, float32, of the shape of `sigma`; what is outside is refused or NaN, as in `timestep_to_sigma`.
 
     Raises:
         ValueError: A sigma outside the schedule, or a scheduler that is not supported.

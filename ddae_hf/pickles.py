@@ -82,14 +82,12 @@ class _Bounded:
         file.seek(start)
 
     def read(self, count: int) -> bytes:
-        """Return the next bytes, all of them."""
         if count > self.left:
             raise ValueError(f"it ends where {count:,} more bytes should follow, and {self.left:,} do")
         self.left -= count
         return self.file.read(count)
 
     def readline(self) -> bytes:
-        """Return the bytes up to the end of the line."""
         line = self.file.readline()
         self.left -= len(line)
         return line
@@ -142,9 +140,6 @@ class _Describer(pickle._Unpickler):  # type: ignore[name-defined]
     dispatch[pickle.ADDITEMS[0]] = _hashing(dispatch[pickle.ADDITEMS[0]], slice(None))
     for _code in (pickle.REDUCE[0], pickle.NEWOBJ[0]):
         dispatch[_code] = _calling(dispatch[_code])
-
-    def __init__(self, file: _Bounded):
-        super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
         if (full := f"{module}.{name}") not in RECORDED:
@@ -234,7 +229,12 @@ def read_weights(path: Path) -> Any:
         if start == old or start.startswith(b"PK\x03\x04"):
             return _read_torch(path, mmap=start != old)
         file.seek(0)
-        return _read_pickle(path, file)
+        try:
+            return _Describer(_Bounded(file)).load()
+        except Exception as error:  # a broken file raises what it likes
+            raise ValueError(
+                f"{path} is neither a torch file nor a pickle that can be read safely: {str(error).rstrip('.')}."
+            ) from error
 
 
 def _read_torch(path: Path, mmap: bool) -> Any:
@@ -243,7 +243,7 @@ def _read_torch(path: Path, mmap: bool) -> Any:
         _check_claims(path, zipped=mmap)
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a broken file raises what it likes
+    except Exception as error:  # likewise
         name = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {name[1]}" if name else str(error).partition("\n")[0]
         raise ValueError(
@@ -276,12 +276,3 @@ def _check_claims(path: Path, zipped: bool) -> None:
                 raise ValueError("it does not hold the storages that it refers to")
     if sum(length * width for length, width in content.storages.values()) > held:
         raise ValueError(f"its tensors claim more than the {held:,} bytes that it has")
-
-
-def _read_pickle(path: Path, file: BinaryIO) -> Any:
-    try:
-        return _Describer(_Bounded(file)).load()
-    except Exception as error:  # likewise
-        raise ValueError(
-            f"{path} is neither a torch file nor a pickle that can be read safely: {str(error).rstrip('.')}."
-        ) from error

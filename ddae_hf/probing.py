@@ -52,12 +52,7 @@ class LinearProbes:
     converged: Tensor
 
     def predict(self, views: Views, indices: np.ndarray | None = None) -> np.ndarray:
-        """Return predicted classes (L, N), from logits averaged over the views.
-
-        Args:
-            views: The layer's features, (N, C) each.
-            indices: The images to classify; by default all.
-        """
+        """Return predicted classes (L, N), of all images or those at `indices`, from logits averaged over the views."""
         rows = np.arange(len(views[0])) if indices is None else indices
         predicted = np.empty((len(self.weight), len(rows)), dtype=np.int64)
         size = _chunk_size(len(views), self.weight.shape[2], self.bias.numel())
@@ -234,10 +229,8 @@ class _Problem:
         # In float64, as features may be far from zero.
         weight = weight.double() / self.std[:, None, None].double()
         bias = bias.double() - (weight * self.mean[:, None, None].double()).sum(3)
-        shape = (self.probes, len(self.l2))
-        return [
-            LinearProbes(*parts) for parts in zip(weight, bias, loss.view(shape), converged.view(shape), strict=True)
-        ]
+        parts = (weight, bias, loss.view(self.probes, -1), converged.view(self.probes, -1))
+        return [LinearProbes(*layer) for layer in zip(*parts, strict=True)]
 
 
 def knn_predict(
@@ -278,10 +271,8 @@ def knn_predict(
         classes_found = torch.empty(len(queries), 0, dtype=torch.long, device=device)
         for i, keys in enumerate(_unit_rows(train, mean, size)):
             near = targets[i * size : i * size + len(keys)].expand(len(queries), -1)
-            similarity, classes_found = (
-                torch.cat([similarity, queries @ keys.T], 1),
-                torch.cat([classes_found, near], 1),
-            )
+            similarity = torch.cat([similarity, queries @ keys.T], 1)
+            classes_found = torch.cat([classes_found, near], 1)
             similarity, order = similarity.topk(min(most, similarity.shape[1]), dim=1)
             classes_found = classes_found.gather(1, order)
         weight = ((similarity - 1) / temperature).exp()

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,16 @@ class Run:
     @property
     def pictures(self) -> dict[Path, str]:
         """The run's pictures, and what they show."""
-        found = {self.folder / name: text for name, text in PICTURES.items()}
-        return {path: text for path, text in found.items() if path.is_file()}
+        return {self.folder / name: text for name, text in PICTURES.items() if (self.folder / name).is_file()}
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The figures of an evaluation or a fine-tuning, or `ValueError` if its report lacks what its script writes."""
+        try:
+            return _SUMMARIES[self.kind](self.report, self.options)
+        except KeyError as error:
+            file = self.folder / KINDS[self.kind][0]
+            raise ValueError(f"{file} lacks {error}: run the script that wrote it again.") from error
 
 
 @dataclass
@@ -92,7 +101,6 @@ class Summary:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the names and values of a JSON or YAML file."""
     load: Callable[[str], Any] = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         content = load(path.read_text(encoding="utf-8"))
@@ -132,19 +140,6 @@ def read_runs(folders: Iterable[Path]) -> tuple[Run | None, list[Run]]:
     return training, runs
 
 
-def summarise(run: Run) -> Summary:
-    """Return the figures of an evaluation or a fine-tuning.
-
-    Raises:
-        ValueError: A report that lacks what its script writes.
-    """
-    try:
-        return _SUMMARIES[run.kind](run.report, run.options)
-    except KeyError as error:
-        file = KINDS[run.kind][0]
-        raise ValueError(f"{run.folder / file} lacks {error}: run the script that wrote it again.") from error
-
-
 def percent(value: float) -> str:
     """Return a fraction in percent, with two decimals."""
     return f"{100 * value:.2f}"
@@ -160,10 +155,6 @@ def spread(values: Sequence[float], of_mean: bool = False) -> str:
 
 def _tap(row: Mapping[str, Any]) -> str:
     return "" if row["layer"] == "pixels" else f"`{row['layer']}`, sigma {row['sigma']:.3g}"
-
-
-def _conditions(row: Mapping[str, Any], noise_seed: int) -> dict[str, Any]:
-    return {"layer": row["layer"], "sigma": row["sigma"], "noise_seed": noise_seed}
 
 
 def _linear_probe(report: dict[str, Any], options: dict[str, Any]) -> Summary:
@@ -187,7 +178,7 @@ def _linear_probe(report: dict[str, Any], options: dict[str, Any]) -> Summary:
         row += [spread(result["few_label_test_accuracies"], of_mean=True)] if per_class else []
         rows.append(row + ([percent(result["test_f1"])] if scored else []))
     best = results["DDAE"]
-    where = _conditions(best, options["noise_seed"])
+    where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": options["noise_seed"]}
     figures = [Figure("accuracy", "Test accuracy of a linear probe", best["test_accuracy"], where)]
     figures += [Figure("f1", "Macro F1 of a linear probe", best["test_f1"], where)] if scored else []
     return Summary("Linear probe", protocol, head, rows, figures, report["saved_classifier_test_accuracy"])
@@ -215,7 +206,7 @@ def _sweep(report: dict[str, Any], options: dict[str, Any]) -> Summary:
     for count, values in report["few_label_test_accuracies"].items():
         rows.append([f"{count} label{'' if int(count) == 1 else 's'} a class", _tap(best), spread(values)])
     seed, value = next(iter(accuracies.items()))
-    where = _conditions(best, int(seed))
+    where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": int(seed)}
     figures = [Figure("accuracy", "Test accuracy of the best pair's linear probe", value, where)]
     if "test_f1" in report:
         figures.append(Figure("f1", "Macro F1 of the best pair's linear probe", report["test_f1"], where))
@@ -257,14 +248,9 @@ def _generation(report: dict[str, Any], options: dict[str, Any]) -> Summary:
     )
     if "num_inference_steps" in generator:
         sampler = generator["sampler"] or generator["scheduler"]
-        where |= {
-            "sampler": sampler,
-            "num_inference_steps": generator["num_inference_steps"],
-            "seed": generator["seed"],
-        }
-        protocol += (
-            f" Sampled by {sampler} in {generator['num_inference_steps']} steps, seeds from {generator['seed']}."
-        )
+        steps = generator["num_inference_steps"]
+        where |= {"sampler": sampler, "num_inference_steps": steps, "seed": generator["seed"]}
+        protocol += f" Sampled by {sampler} in {steps} steps, seeds from {generator['seed']}."
     metric = "fid" if kind.startswith("inception") else "frechet_distance"
     rows, figures = [], []
     for name, r in report["results"].items():
@@ -297,24 +283,25 @@ def option_rows(options: Mapping[str, Any], prefix: str = "") -> list[list[str]]
     return rows
 
 
-def environment_rows(training: Run | None, runs: Sequence[Run]) -> list[list[str]]:
+def environment_rows(runs: Iterable[Run]) -> list[list[str]]:
     """Return what runs say of the machine, the time and the versions."""
     rows = []
-    for run in ([training] if training else []) + list(runs):
-        title = "pretraining" if run.kind == "pretraining" else summarise(run).title.lower()
-        report, found = run.report, {}
-        found["hardware"] = _words(report.get("hardware") or report.get("device"))
-        found |= {name: _words(report.get(name)) for name in ("processes", "threads")}
+    for run in runs:
+        title = "pretraining" if run.kind == "pretraining" else run.summary.title.lower()
+        report = run.report
         seconds = report.get("seconds", report.get("seconds_this_run"))
         if isinstance(seconds, Mapping):
             seconds = seconds.get("in_all")
-        if seconds is not None:
-            last = " (its last run)" if "seconds" not in report else ""
-            found["time"] = f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}"
-        found["images/s"] = _words(report.get("images_per_second"))
-        versions = report.get("versions") or {name: report[name] for name in ("torch",) if name in report}
-        found["versions"] = _words(versions)
-        rows += [[title, name, value] for name, value in found.items() if value]
+        last = "" if "seconds" in report else " (its last run)"
+        found = {
+            "hardware": report.get("hardware") or report.get("device"),
+            "processes": report.get("processes"),
+            "threads": report.get("threads"),
+            "time": None if seconds is None else f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}",
+            "images/s": report.get("images_per_second"),
+            "versions": report.get("versions") or {name: report[name] for name in ("torch",) if name in report},
+        }
+        rows += [[title, name, words] for name, value in found.items() if (words := _words(value))]
     return rows
 
 
