@@ -57,10 +57,18 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """Return the feature maps of images (B, C, H, W) in [-1, 1].
+        """Return feature maps.
 
-        Arguments are those of `DDAEModel.forward`, but `output_hidden_states` asks for the raw hidden states of all
-        `stage_names` too, and `return_dict` for a `BackboneOutput` in place of a tuple.
+        Args:
+            pixel_values: Images (B, C, H, W) in [-1, 1].
+            sigma: See `DDAEModel.forward`, as for the arguments that follow.
+            timestep: See there.
+            class_labels: See there.
+            noise: See there.
+            generator: See there.
+            output_hidden_states: Whether to return the raw hidden states of all `stage_names` too.
+            return_dict: Whether to return a `BackboneOutput` or a tuple.
+            **kwargs: Ignored.
 
         Returns:
             `feature_maps`, for each of `out_features` a tensor (B, channels, height, width); a DiT's tokens are laid

@@ -215,11 +215,18 @@ class Family(ABC):
         return c * clean.float() + d * noise.float()
 
     def denoised(self, noisy: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
-        """Return the clean image (B, C, H, W), float32, that a denoiser's output stands for.
+        """Return the clean image that a denoiser's output stands for.
 
-        `noisy` is its input, as the method `noisy` makes it at this `sigma`, and `output` has the same shape. For EDM
-        the image is `c_skip * (x + sigma * n) + c_out * output`. A sigma outside the schedule, or neither one nor one
-        an image, is a `ValueError`.
+        Args:
+            noisy: The denoiser's input (B, C, H, W), as `noisy` makes it.
+            output: The denoiser's output, of the same shape.
+            sigma: Noise level, scalar or (B,), as `noisy` takes it.
+
+        Returns:
+            The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
+
+        Raises:
+            ValueError: A sigma outside the schedule, or neither one nor one an image.
         """
         level = self._level(sigma, noisy)
         a, b = self.input_shares(level)
@@ -233,12 +240,16 @@ class Family(ABC):
         generator: torch.Generator | None = None,
         log_normal: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Draw the noise levels (batch_size,) of a training step, on a device with a generator of that device.
+        """Draw the noise levels (batch_size,) of a training step.
 
-        `log_normal` are mean and standard deviation of log sigma, in place of the family's own distribution: uniform
-        timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal times
-        of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP, levels beyond an end of the
-        schedule are that end.
+        Args:
+            batch_size: Number of levels.
+            device: Where to draw.
+            generator: Random generator on that device.
+            log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
+                timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the
+                logit-normal times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP,
+                levels beyond an end of the schedule are that end.
 
         Raises:
             ValueError: `log_normal` that is no distribution.

@@ -92,8 +92,16 @@ def batch_features(
     """Compute the features of some images of a data set: see `extract_features`.
 
     They are those of evaluation mode, in the type of the model's weights, whatever mode the model is in and whether or
-    not the caller computes under autocast. The images are `pixel_values` (B, C, H, W), `indices` their B indices in
-    the data set, and `sigma` is a scalar or (B,).
+    not the caller computes under autocast.
+
+    Args:
+        model: The model.
+        images: `pixel_values` (B, C, H, W).
+        indices: Their indices in the data set, B integers.
+        layers: Names of layers.
+        sigma: Noise level, scalar or (B,).
+        noise_seed: Seed of the noise.
+        view: Number of the draw.
 
     Returns:
         Features (B, C), float32 on the model's device, by layer name.
@@ -112,8 +120,14 @@ class FeatureCache:
 
     Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
     it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
-    it is an array (N, C), float32, for each layer: see `ddae_hf.arrays`. Several processes may share a folder. The
-    model, on the device to use, may change: whenever features are asked for, its weights are hashed.
+    it is one `.npy` file (N, C), float32, a layer, and `rows.json`, the number of rows computed so far and their
+    checksum, which is compared when features are read: see `ddae_hf.arrays`. Several processes may share a folder.
+
+    Args:
+        folder: Where to keep the features.
+        model: The model whose features they are, on the device to use. It may change: whenever features are asked for,
+            its weights are hashed.
+        noise_seed: Seed of the noise.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: DDAEModel, noise_seed: int = 0):
@@ -136,9 +150,13 @@ class FeatureCache:
     ) -> dict[str, np.ndarray]:
         """Return the features of a data set, computing those that are not there yet.
 
-        `images`, called with an index, gives `pixel_values` in batches from that image on, `count` is their number N,
-        and `data` is what tells them from others, as JSON: a hash of their files, how they were prepared. For `layers`,
-        `sigma` and `view` see `extract_features`.
+        Args:
+            images: Called with an index, gives `pixel_values` in batches from that image on.
+            count: Number of images N.
+            layers: Names of layers.
+            sigma: Noise level.
+            view: Number of the draw.
+            data: What tells these images from others, as JSON: a hash of their files, how they were prepared.
 
         Returns:
             Features (N, C) by layer name, read-only, mapped from disk.

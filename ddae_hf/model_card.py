@@ -47,8 +47,15 @@ def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
 def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> Path:
     """Write a checkpoint's card, `README.md`, and its accuracies on the Hub's data sets, `.eval_results/*.yaml`.
 
-    Those of an earlier card are replaced. Pictures of other folders are copied into `images`. Takes what `make_card`
-    takes, and returns the path of the card.
+    Those of an earlier card are replaced. Pictures of other folders are copied into `images`.
+
+    Args:
+        folder: The checkpoint, in any layout.
+        repo_id: See `make_card`.
+        **options: See `make_card`.
+
+    Returns:
+        The path of the card.
     """
     card = _Card(Path(folder), repo_id, **options)
     rendered = card.render()

@@ -301,8 +301,12 @@ def family_of(scheduler: Any) -> Family:
 def new_scheduler(framework: str, **options: Any) -> Any:
     """Return the scheduler that networks of a framework are trained under unless they ask for another.
 
-    `framework` is `"ddpm"`, `"edm"` or `"flow"`, as `family` names it; any other is refused with a `ValueError`. The
-    options are the scheduler's own, in place of its defaults.
+    Args:
+        framework: `"ddpm"`, `"edm"` or `"flow"`, as `family` names it.
+        **options: The scheduler's own, in place of its defaults.
+
+    Raises:
+        ValueError: No such framework.
     """
     for family_class in FAMILIES:
         if family_class.name == framework:
