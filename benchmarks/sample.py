@@ -43,9 +43,8 @@ from ddae_hf import DDAEPipeline
 from ddae_hf.draws import SAMPLING, indexed_noise
 from ddae_hf.generation_metrics import frechet_distance
 from ddae_hf.networks import network_of
-from ddae_hf.noise import family, new_scheduler
+from ddae_hf.noise import change_scheduler, family, new_scheduler
 from evaluate_generation import EXTRACTORS, GENERATED_VIEW, REFERENCE_VIEW, Extractor, ImageSet, open_extractor
-from generate import change_scheduler
 from plots import plt
 from precision import made_fast
 

@@ -25,6 +25,7 @@ This is the only module that knows which family a scheduler belongs to: `family_
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import lru_cache
 from typing import Any
@@ -313,6 +314,24 @@ def new_scheduler(framework: str, **options: Any) -> Any:
             return getattr(diffusers, family_class.default_scheduler)(**options)
     names = ", ".join(sorted(family_class.name for family_class in FAMILIES))
     raise ValueError(f"framework is {framework!r}: allowed are {names}.")
+
+
+def change_scheduler(trained: Any, kind: Any, **options: Any) -> Any:
+    """Return a scheduler of another kind that denoises as the trained one does.
+
+    One that clips denoised images to [-1, 1] is followed by thresholding at 1, the same where a kind has no
+    `clip_sample`: small networks need it, and solvers of higher order leave the data without it.
+
+    Args:
+        trained: The scheduler that the network was trained under.
+        kind: The class of the other.
+        **options: The other's own, in place of what it takes over.
+    """
+    config, known = trained.config, inspect.signature(kind).parameters
+    clips = config.get("clip_sample", False) and config.get("clip_sample_range", 1.0) == 1.0
+    if clips and "clip_sample" not in known and "thresholding" in known:
+        options = {"thresholding": True, "sample_max_value": 1.0} | options
+    return kind.from_config(config, **options)
 
 
 def family(scheduler: Any) -> str:

@@ -10,7 +10,6 @@ labels or, where the checkpoint has them, names of classes: `--class_label 207 "
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +26,7 @@ from ddae_hf import DDAEPipeline
 from ddae_hf.arrays import write_text, written_whole
 from ddae_hf.checkpoints import plain_config
 from ddae_hf.networks import network_of
-from ddae_hf.noise import family
+from ddae_hf.noise import change_scheduler, family
 from ddae_hf.weights import fingerprint
 from precision import add_dtype_argument, chosen_dtype, made_fast
 
@@ -105,19 +104,6 @@ def open_pipeline(args: argparse.Namespace) -> DDAEPipeline:
     if pipeline.vae is not None:
         pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
     return pipeline.to(best_device())
-
-
-def change_scheduler(trained: Any, kind: Any, **options: Any) -> Any:
-    """Return a scheduler of another kind that denoises as the trained one does, and `options`.
-
-    One that clips denoised images to [-1, 1] is followed by thresholding at 1, the same where a kind has no
-    `clip_sample`: small networks need it, and solvers of higher order leave the data without it.
-    """
-    config, known = trained.config, inspect.signature(kind).parameters
-    clips = config.get("clip_sample", False) and config.get("clip_sample_range", 1.0) == 1.0
-    if clips and "clip_sample" not in known and "thresholding" in known:
-        options = {"thresholding": True, "sample_max_value": 1.0} | options
-    return kind.from_config(config, **options)
 
 
 def check_folder(args: argparse.Namespace, note: Path, pipeline: DDAEPipeline) -> dict[str, Any]:
