@@ -16,7 +16,6 @@ safetensors are read: nothing is unpickled here. `conversion` reads published ch
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import warnings
@@ -30,8 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .cut import uncompiled
-from .latents import VAES, build_vae, check_vae_class
-from .networks import NETWORKS, build_denoiser, check_denoiser_class, network_of, present_config, present_name
+from .latents import check_vae_class
+from .networks import NETWORKS, build_network, check_denoiser_class, network_of, present_config, present_name, skeleton
 from .noise import new_scheduler
 from .weights import (
     COMPILED,
@@ -69,24 +68,6 @@ def plain_config(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(kept))
 
 
-def _build(config: dict[str, Any]) -> Any:
-    return build_vae(config) if config.get("_class_name") in VAES else build_denoiser(config)
-
-
-def skeleton(config: Mapping[str, Any]) -> Any:
-    """Return the denoiser or VAE of a diffusers config (with `_class_name`) without memory for its weights.
-
-    Whoever asks for the same config gets the same network: it is to be looked at, not to be changed.
-    """
-    return _skeleton(json.dumps(config, sort_keys=True))
-
-
-@functools.lru_cache(maxsize=16)
-def _skeleton(config: str) -> Any:
-    with torch.device("meta"):
-        return _build(json.loads(config))
-
-
 def build_scheduler(config: dict[str, Any]) -> Any:
     """Build a scheduler from its diffusers config (with `_class_name`)."""
     name = config.get("_class_name")
@@ -120,7 +101,8 @@ class Checkpoint:
     has_index: bool = False  # whether there is a `model_index.json`, which diffusers' pipelines open
     head: str | None = None  # the local path of a classifier's own weights, where the others are those of `base`
     base: Checkpoint | None = None
-    library = "diffusers"  # whose layout it is
+    holds_model = False  # whether it is a model of this package, in transformers' layout; otherwise diffusers'
+    keeps_dtype = False  # whether a model opens in the type that its config says, not in that of its weights
     opens_in_transformers = False  # whether transformers can open it by itself
     weights_name = DIFFUSERS_FILE
 
@@ -146,7 +128,11 @@ class Checkpoint:
 
     def still_generates(self, denoiser: torch.nn.Module) -> bool:
         """Return whether its denoiser is still the generator that it was before the model was trained, if it was."""
-        return self.library == "diffusers" or still_generates(denoiser, self.config)
+        return not self.holds_model or still_generates(denoiser, self.config)
+
+    def head_state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a classifier without its denoiser."""
+        return {} if self.head is None else load_file(self.head)
 
     def compiled_state(self) -> dict[str, torch.Tensor] | None:
         """Return a model's tensors by their present names, where version 0.1.0 saved it compiled."""
@@ -159,7 +145,7 @@ class Checkpoint:
         warnings.warn(
             f"{self.path} holds a network without its scheduler: DDPM's defaults are taken (linear betas from 1e-4 to "
             "0.02, 1000 timesteps, noise prediction). If it was trained otherwise, pass `scheduler=`.",
-            stacklevel=5,
+            stacklevel=4,
         )
         return new_scheduler("ddpm", clip_sample=not of_latents)  # which have no bounds
 
@@ -216,9 +202,12 @@ class Checkpoint:
 class WholeCheckpoint(Checkpoint):
     """A model as `save_pretrained` of this package writes it."""
 
-    library = "transformers"
-    opens_in_transformers = True
+    holds_model = opens_in_transformers = True
     weights_name = WHOLE_FILE
+
+    def head_state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a classifier without its denoiser."""
+        return {} if self.head is None else load_file(self.head)
 
     def compiled_state(self) -> dict[str, torch.Tensor] | None:
         """Return its tensors by their present names, if any of them has that of a compiled network."""
@@ -231,7 +220,7 @@ class WholeCheckpoint(Checkpoint):
         return {name for name, _ in names_of_part(part, files)}
 
     def _read(self, part: str, dtype: torch.dtype | None, files: list[str], variant: str | None) -> Any:
-        network = _build(self.config[part])
+        network = build_network(self.config[part])
         state: dict[str, torch.Tensor] = {}
         for file in files:
             with safe_open(file, framework="pt") as tensors:
@@ -244,9 +233,14 @@ class WholeCheckpoint(Checkpoint):
 class HeadCheckpoint(Checkpoint):
     """A classifier without its denoiser."""
 
-    library = "transformers"
+    holds_model = True
     head: str
     base: Checkpoint
+
+    @property
+    def keeps_dtype(self) -> bool:  # type: ignore[override]
+        """Whether it says its type, which version 0.1.0 did not."""
+        return self.config.get("weights") == "head"
 
     def generator(self, given: Collection[str]) -> Checkpoint:
         """Return its base, which opens as it does without a classifier beside it.

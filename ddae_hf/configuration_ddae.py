@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .checkpoints import WEIGHTS, build_scheduler, plain_config, read_checkpoint, skeleton
+from .checkpoints import WEIGHTS, build_scheduler, plain_config, read_checkpoint
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
 from .latents import check_vae, check_vae_class, downsampling
-from .networks import PAPER_UNET, check_denoiser_class, network_of
+from .networks import PAPER_UNET, check_denoiser_class, network_of, skeleton
 from .noise import family_of
 from .weights import HUB_ARGUMENTS
 
@@ -140,9 +140,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what noise is added to: images, or latents where there is a `vae`."""
-        side = self.denoiser["sample_size"]
-        height, width = (side, side) if isinstance(side, int) else side
-        return self.denoiser["in_channels"], height, width
+        return self.denoiser["in_channels"], *network_of(self.denoiser).size(self.denoiser)
 
     @property
     def image_size(self) -> tuple[int, int]:

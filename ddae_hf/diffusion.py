@@ -44,39 +44,51 @@ class Diffusion:
         self.network = network_of(self.own)
         self.family = family_of(scheduler)
         self.null_class = self.network.default_null_class(self.own.config) if null_class is None else null_class
-        self.denoiser = self.network.with_float32_output(denoiser) if float32_output else denoiser
+        self.denoiser = denoiser
+        self.answering = self.network.with_float32_output(denoiser) if float32_output else denoiser
 
     def conditions(self, class_labels: Any, batch_size: int, device: Any) -> Conditions:
         """Return what the denoiser is told of its images beside their timestep: see `NetworkClass.conditions`."""
         return self.network.conditions(self.own, class_labels, batch_size, device, self.null_class)
 
-    def predict(self, noisy: Tensor, timestep: Tensor, conditions: Conditions, guidance_scale: float = 1.0) -> Tensor:
+    def _fed(self, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an input and a timestep in the types that the denoiser takes."""
+        return noisy.to(self.own.dtype), self.network.fed_timestep(self.own, timestep)
+
+    def predict(
+        self,
+        noisy: Tensor,
+        timestep: Tensor,
+        conditions: Conditions,
+        guidance_scale: float = 1.0,
+        null_conditions: Conditions | None = None,
+    ) -> Tensor:
         """Return what the denoiser answers.
 
         Args:
             noisy: Its input (B, C, H, W), scaled as `Family.noisy` does.
-            timestep: Its timestep (B,), float32.
+            timestep: Its timestep (B,), in the scheduler's units.
             conditions: What `conditions` returned.
             guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
+            null_conditions: What `conditions` returned for the null class, which guidance needs.
 
         Returns:
             The answer (B, C, H, W), float32; after its channels those of a learned variance, if the scheduler uses one.
         """
         count = len(noisy)
-        fed = self.network.fed_timestep(self.own, timestep)
-        noisy = noisy.to(self.own.dtype)
-        if guidance_scale != 1:
-            without = self.conditions(None, count, noisy.device)
-            conditions = {name: torch.cat([value, without[name]]) for name, value in conditions.items()}
-            noisy, fed = torch.cat([noisy, noisy]), torch.cat([fed, fed])
-        output = self.denoiser(noisy, fed, **conditions).sample.float()
-        channels = self.own.config.in_channels
-        prediction, variance = output[:, :channels], output[:, channels:]
-        if guidance_scale != 1:
-            with_label, unlabelled = prediction.chunk(2)
-            prediction = unlabelled + guidance_scale * (with_label - unlabelled)
-            variance = variance[:count]
-        return torch.cat([prediction, variance], dim=1) if self.family.learns_variance else prediction
+        fed, told = self._fed(noisy, timestep)
+        if guidance_scale != 1 and null_conditions is not None:
+            conditions = {name: torch.cat([value, null_conditions[name]]) for name, value in conditions.items()}
+            fed = torch.cat([fed, fed])
+            told = torch.cat([told, told])
+        output = self.answering(fed, told, **conditions).sample.float()
+        prediction = output[:, : noisy.shape[1]]
+        if guidance_scale != 1 and null_conditions is not None:
+            with_label, without = prediction.chunk(2)
+            prediction = without + guidance_scale * (with_label - without)
+        if self.family.learns_variance:
+            return torch.cat([prediction, output[:count, noisy.shape[1] :]], dim=1)
+        return prediction
 
     def predict_with_hidden_states(
         self, noisy: Tensor, timestep: Tensor, layers: Sequence[str], conditions: Conditions
@@ -92,8 +104,8 @@ class Diffusion:
         Returns:
             The answer (B, C, H, W), float32, without a learned variance; raw hidden states by layer name.
         """
-        fed = self.network.fed_timestep(self.own, timestep)
-        output, states = run_with_hidden_states(self.denoiser, noisy.to(self.own.dtype), fed, layers, conditions)
+        fed, told = self._fed(noisy, timestep)
+        output, states = run_with_hidden_states(self.denoiser, fed, told, layers, conditions)
         return output[:, : noisy.shape[1]].float(), states
 
     def hidden_states(
@@ -117,29 +129,34 @@ class Diffusion:
             Raw hidden states (B, ...), in the means over the draws, by layer name.
         """
         count, batch_size = noise.shape[:2]
-        told = self.conditions(class_labels, batch_size, clean.device)
+        conditions = self.conditions(class_labels, batch_size, clean.device)
+        conditions = {name: _repeat(value, count) for name, value in conditions.items()}
         level = _repeat(torch.as_tensor(sigma, dtype=torch.float32), count)
-        noisy, timestep = self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level)
-        fed = self.network.fed_timestep(self.own, timestep)
-        conditions = {name: _repeat(value, count) for name, value in told.items()}
-        noisy = noisy.to(self.own.dtype)
-        _, found = run_with_hidden_states(self.denoiser, noisy, fed, layers, conditions, stop_early=True)
+        fed, told = self._fed(*self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level))
+        _, found = run_with_hidden_states(self.denoiser, fed, told, layers, conditions, stop_early=True)
         if count > 1:
             return {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
         return found
 
-    def denoise(self, sample: Tensor, sigma: float, conditions: Conditions, guidance_scale: float = 1.0) -> Tensor:
+    def denoise(
+        self,
+        sample: Tensor,
+        sigma: float,
+        conditions: Conditions,
+        guidance_scale: float = 1.0,
+        null_conditions: Conditions | None = None,
+    ) -> Tensor:
         """Return the clean image (B, C, H, W), float32, that the denoiser sees in `x + sigma * n`, the paper's `D`."""
         scaled, timestep = self.family.scaled(sample, sigma)
-        answer = self.predict(scaled, timestep, conditions, guidance_scale)
+        answer = self.predict(scaled, timestep, conditions, guidance_scale, null_conditions)
         return self.family.denoised(scaled, answer[:, : sample.shape[1]], sigma)
 
     def estimate(self, sample: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """Return the clean image (B, C, H, W), float32, that the denoiser sees in its scheduler's sample.
 
         Args:
-            sample: (B, C, H, W), as the scheduler keeps it.
-            timestep: One of the scheduler's timesteps, without dimensions.
+            sample: (B, C, H, W), as the scheduler keeps it between its own steps.
+            timestep: That of the step that follows, without dimensions.
             conditions: What `conditions` returned.
         """
         fed = self.family.model_input(sample, timestep)

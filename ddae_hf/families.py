@@ -1,6 +1,6 @@
 """What a family of schedulers has to say: its noise levels, and its network's input and target at each.
 
-No family is named here; those that there are, and the symbols, are in `noise.py`.
+Those that there are, and the symbols, are in `noise.py`.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class Family(ABC):
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The names of the samplers beside the scheduler's own that this scheduler's levels suit."""
+        """The names of the samplers beside the scheduler's own that suit this scheduler's levels."""
         name = type(self.scheduler).__name__
         return tuple(sampler for sampler, needed in self.own_samplers.items() if needed == name)
 
@@ -294,6 +294,10 @@ class Family(ABC):
     def learns_variance(self) -> bool:
         """Whether the scheduler's steps take a variance that the network predicts beside the image's noise."""
         return str(self.scheduler.config.get("variance_type")).startswith("learned")
+
+    def set_timesteps(self, count: int, device: Any) -> None:
+        """Set the scheduler's timesteps for so many steps."""
+        self.scheduler.set_timesteps(count, device=device)
 
     def first_sample(self, noise: Tensor) -> Tensor:
         """Return standard-normal noise as the scheduler's steps start from it, once its timesteps are set."""

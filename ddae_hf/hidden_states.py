@@ -15,7 +15,7 @@ import contextlib
 import functools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -220,19 +220,28 @@ def learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
         names = {p: name for name, p in denoiser.named_parameters() if p.requires_grad}
         if not layers:
             return frozenset(names.values())
-        network, side = network_of(denoiser), denoiser.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        sample = torch.empty(1, denoiser.config.in_channels, height, width, dtype=denoiser.dtype)
+        network = network_of(denoiser)
+        shape = (1, denoiser.config.in_channels, *network.size(denoiser.config))
+        sample = torch.empty(shape, dtype=denoiser.dtype)
         conditions = network.conditions(denoiser, network.example_label(denoiser), 1, "meta")
         timestep = network.fed_timestep(denoiser, torch.zeros(1))
         _, states = run_with_hidden_states(denoiser, sample, timestep, layers, conditions, stop_early=True)
-    found: set[str] = set()
-    nodes, seen = [state.grad_fn for state in states.values()], set()
+    return frozenset(parameters_behind(states.values(), names, set()))
+
+
+def parameters_behind(states: Iterable[Tensor], names: Mapping[nn.Parameter, str], seen: set[Any]) -> set[str]:
+    """Return the names of the parameters that tensors have a gradient for, by the graph that it would flow along.
+
+    Nodes of the graph in `seen` are passed over, and those that are visited are added to it.
+    """
+    found = set()
+    nodes = [state.grad_fn for state in states]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
-            if name := names.get(getattr(node, "variable", None)):
+            parameter: Any = getattr(node, "variable", None)
+            if name := names.get(parameter):
                 found.add(name)
-    return frozenset(found)
+    return found

@@ -7,6 +7,7 @@ distribution over `u` (B, c, h, w), of mean `mu` and deviation `s`, and maps `u`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -22,7 +23,7 @@ def check_vae_class(name: str | None, where: str = "the vae") -> None:
         raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed is {', '.join(VAES)}.")
 
 
-def build_vae(config: dict[str, Any]) -> Any:
+def build_vae(config: Mapping[str, Any]) -> Any:
     """Build a randomly initialised VAE from its diffusers config (with `_class_name`)."""
     check_vae_class(config.get("_class_name"))
     return getattr(diffusers, config["_class_name"]).from_config(config)

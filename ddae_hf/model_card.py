@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .checkpoints import build_scheduler, read_checkpoint
 from .configuration_ddae import DDAEConfig
-from .networks import network_of
+from .networks import network_of, skeleton
 from .noise import family_of
 from .run_results import KINDS, Run, environment_rows, option_rows, read_runs
 
@@ -172,12 +172,12 @@ class _Card:
 
     def metadata(self) -> ModelCardData:
         figures = [figure for run in self.runs for figure in self.figures(run)]
-        library = self.checkpoint.library
+        of_transformers = self.checkpoint.holds_model
         task = "image-classification" if self.is_classifier else "image-feature-extraction"
         ids = {known["id"] for run in self.all_runs if "id" in (known := self.dataset(run))}
         return ModelCardData(
-            library_name=library,
-            pipeline_tag=task if library == "transformers" else "unconditional-image-generation",
+            library_name="transformers" if of_transformers else "diffusers",
+            pipeline_tag=task if of_transformers else "unconditional-image-generation",
             tags=TAGS,
             license=self.license,
             base_model=self.base_model,
@@ -194,10 +194,9 @@ class _Card:
         tried = {run.kind: run.report for run in self.runs}
         probe = tried.get("linear_probe", {}).get("results", {}).get("DDAE")
         best = tried["sweep"]["best"] if "sweep" in tried else probe
-        own = self.checkpoint.library == "transformers" or best is None
-        network = network_of(config.denoiser)
-        count = network.num_labels(config.denoiser)
-        has_null = network.default_null_class(config.denoiser) is not None
+        own = self.checkpoint.holds_model or best is None
+        network, complete = network_of(config.denoiser), skeleton(config.denoiser).config
+        count, own_null = network.num_labels(complete), network.default_null_class(complete)
         family = family_of(build_scheduler(scheduler)) if scheduler else None
         sampler = next(iter(family.samplers), None) if family else None
         return {
@@ -205,8 +204,8 @@ class _Card:
             "layer": config.layer if own else best["layer"],
             "sigma": config.sigma if own else best["sigma"],
             "tap_is_measured": best is not None,
-            "conditional": count > has_null,
-            "labels_needed": count > 0 and config.null_class is None and not has_null,
+            "conditional": count > 0 and own_null != 0,
+            "labels_needed": count > 0 and config.null_class is None and own_null is None,
             "sampler": sampler,
             "steps": 18 if sampler else self.training and self.training.options.get("num_inference_steps"),
         }

@@ -65,14 +65,18 @@ class NetworkClass(ABC):
     def divisor(self, config: Mapping[str, Any]) -> tuple[int, str]:
         """Return what the sides of its images must be multiples of, and why, in words."""
 
-    def check_config(self, config: Mapping[str, Any]) -> None:
-        """Raise `ValueError` unless the network can divide its images as it must."""
+    def size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Return height and width of its images, or raise `ValueError` where the config does not say them."""
         side = config["sample_size"]
         if side is None:
             raise ValueError("The denoiser's config has no sample_size: set it to the side of its images or latents.")
+        return (side, side) if isinstance(side, int) else tuple(side)
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless the network can divide its images as it must."""
         factor, reason = self.divisor(config)
-        if any(length % factor for length in ([side] if isinstance(side, int) else side)):
-            raise ValueError(f"sample_size is {side}: {reason}, it must be a multiple of {factor}.")
+        if any(side % factor for side in self.size(config)):
+            raise ValueError(f"sample_size is {config['sample_size']}: {reason}, it must be a multiple of {factor}.")
 
     def check_timesteps(self, config: Mapping[str, Any], scheduler: Any) -> None:
         """Raise `ValueError` if the network cannot be fed the scheduler's timesteps."""

@@ -7,12 +7,17 @@ subclass of `NetworkClass`, given to `register`.
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .cut import uncompiled
 from .dits import DiT
+from .latents import VAES, build_vae
 from .network_class import NetworkClass, Tap
 from .unets import UNet2D
 
@@ -73,6 +78,25 @@ def build_denoiser(config: Mapping[str, Any]) -> Any:
     denoiser = network.build(config)
     network.complete(denoiser)
     return denoiser
+
+
+def build_network(config: Mapping[str, Any]) -> Any:
+    """Build a randomly initialised denoiser or VAE from its diffusers config (with `_class_name`)."""
+    return build_vae(config) if config.get("_class_name") in VAES else build_denoiser(config)
+
+
+def skeleton(config: Mapping[str, Any]) -> Any:
+    """Return the denoiser or VAE of a diffusers config (with `_class_name`) without memory for its weights.
+
+    Whoever asks for the same config gets the same network: it is to be looked at, not to be changed.
+    """
+    return _skeleton(json.dumps(config, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _skeleton(config: str) -> Any:
+    with torch.device("meta"):
+        return build_network(json.loads(config))
 
 
 def present_config(config: dict[str, Any]) -> dict[str, Any]:

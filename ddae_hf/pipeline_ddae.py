@@ -294,17 +294,13 @@ class DDAEPipeline(DiffusionPipeline):
             num_inference_steps,
             sampler,
             guidance_scale,
-            s_churn=s_churn,
-            s_min=s_min,
-            s_max=s_max,
-            s_noise=s_noise,
-            clip_denoised=clip_denoised,
+            Heun(s_churn, s_min, s_max, s_noise, clip_denoised),
         )
         with self.progress_bar(total=self.num_timesteps) as progress:
             for step in steps:
                 if callback_on_step_end is not None:
                     tensor_inputs = dict.fromkeys(tensors, step.sample)
-                    step.replace(callback_on_step_end(self, step.number - 1, step.timestep, tensor_inputs))
+                    step.obey(callback_on_step_end(self, step.number - 1, step.timestep, tensor_inputs))
                 progress.update()
                 if self._interrupt:
                     break
@@ -312,7 +308,6 @@ class DDAEPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @torch.no_grad()
     def steps(
         self,
         batch_size: int | None = None,
@@ -322,11 +317,12 @@ class DDAEPipeline(DiffusionPipeline):
         num_inference_steps: int = 100,
         sampler: str | None = None,
         guidance_scale: float = 1.0,
-        **heun_options: Any,
+        heun: Heun | None = None,
     ) -> Iterator[Step]:
         """Return an iterator that generates images, and yields after every step: see `__call__` for the arguments.
 
-        Until its end nobody else may use the scheduler, which counts the steps. Whoever stops early closes it.
+        `heun` holds the options of `sampler="heun"`. Until the iterator's end nobody else may use the scheduler, which
+        counts the steps. Whoever stops early closes it.
 
         Raises:
             ValueError: An argument that cannot work, at once.
@@ -335,10 +331,12 @@ class DDAEPipeline(DiffusionPipeline):
         _check_parts(self.config["null_class"], **self.components)
         diffusion = Diffusion(self.denoiser, self.scheduler, self.null_class, float32_output=True)
         check_count("num_inference_steps", num_inference_steps)
-        heun = Heun(**heun_options)
+        heun = heun or Heun()
         self._check_sampler(diffusion.family, sampler, heun)
         batch_size = count_images(batch_size, class_labels=class_labels, generator=generator, latents=latents)
-        conditions = diffusion.conditions(class_labels, batch_size, self._execution_device)
+        device = self._execution_device
+        conditions = diffusion.conditions(class_labels, batch_size, device)
+        without = None if self.null_class is None else diffusion.conditions(None, batch_size, device)
         self._check_guidance(class_labels)
         if self._fine_tuned_from is not None:
             warnings.warn(
@@ -346,11 +344,10 @@ class DDAEPipeline(DiffusionPipeline):
                 "that was pretrained: its images may be noise. Sample from the generative checkpoint instead.",
                 stacklevel=4,
             )
-        side = self.denoiser.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        shape = (batch_size, self.denoiser.config.in_channels, height, width)
-        noise = initial_noise(shape, generator, latents, self._execution_device)
-        self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
+        config = self.denoiser.config
+        shape = (batch_size, config.in_channels, *diffusion.network.size(config))
+        noise = initial_noise(shape, generator, latents, device)
+        diffusion.family.set_timesteps(num_inference_steps, device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
         def guidance() -> float:
@@ -358,10 +355,10 @@ class DDAEPipeline(DiffusionPipeline):
             return self.guidance_scale
 
         def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-            return diffusion.predict(sample, timestep, conditions, guidance())
+            return diffusion.predict(sample, timestep, conditions, guidance(), without)
 
         def denoise(sample: Tensor, sigma: float) -> Tensor:
-            return diffusion.denoise(sample, sigma, conditions, guidance())
+            return diffusion.denoise(sample, sigma, conditions, guidance(), without)
 
         if sampler is None:
             return scheduler_steps(diffusion.family, noise, predict, generator)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -99,7 +98,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
                     "taken. If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
                     stacklevel=2,
                 )
-        if dtype in (None, "auto") and checkpoint.config.get("weights") == "head":
+        if dtype in (None, "auto") and checkpoint.keeps_dtype:
             dtype = config.dtype
         if state is None:
             state = checkpoint.compiled_state()
@@ -136,8 +135,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"{checkpoint.path} has no vae: a config of one without its weights is of no use.")
         prefix = cls._inner_prefix
         state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
-        if checkpoint.head is not None and cls._has_head:
-            state |= load_file(checkpoint.head)
+        state |= checkpoint.head_state() if cls._has_head else {}
         return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
     def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:

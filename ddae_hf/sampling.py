@@ -31,11 +31,14 @@ class Step:
         timesteps: The scheduler's timesteps, of all steps.
         sample: Noisy images or latents (B, C, H, W), as the scheduler keeps them; after the last step, those generated.
             Whoever consumes the steps may put others in their place, with which the next step goes on.
+        sigma: The noise level of `sample`, where it is `x + sigma * n`; None where the scheduler keeps it in its own
+            way.
     """
 
     number: int
     timesteps: Tensor
     sample: Tensor
+    sigma: float | None = None
 
     @property
     def timestep(self) -> Tensor:
@@ -47,8 +50,8 @@ class Step:
         """The timestep of the next step, without dimensions; None after the last."""
         return self.timesteps[self.number] if self.number < len(self.timesteps) else None
 
-    def replace(self, outputs: Any) -> None:
-        """Put the `"latents"` of what a callback returned, a dictionary, in the place of the sample."""
+    def obey(self, outputs: Any) -> None:
+        """Take the sample that a callback wants in its place: `"latents"` in the dictionary that it returned."""
         if not isinstance(outputs, dict):
             raise ValueError(f"callback_on_step_end returned {outputs!r}: it must return a dictionary, even if empty.")
         self.sample = outputs.get("latents", self.sample)
@@ -58,7 +61,7 @@ class Step:
 def scheduler_steps(
     family: Family, noise: Tensor, predict: Callable[[Tensor, Tensor], Tensor], generator: Any = None
 ) -> Iterator[Step]:
-    """Take the steps of a scheduler, which has its timesteps, from standard-normal noise to images.
+    """Take the steps of a scheduler, whose timesteps are set, from standard-normal noise to images.
 
     Args:
         family: The scheduler's family.
@@ -135,7 +138,7 @@ class Heun:
                 sigma = raised
             first = slope(sample, sigma)
             euler = sample + (lower - sigma) * first
-            step = Step(i + 1, timesteps, euler)
+            step = Step(i + 1, timesteps, euler, lower)
             if lower > 0:
                 step.sample = sample + (lower - sigma) * (first + slope(euler, lower)) / 2
             yield step
@@ -157,7 +160,7 @@ def check_number(name: str, value: Any, least: float = -math.inf, finite: bool =
 
 
 def count_images(batch_size: int | None, **several: Any) -> int:
-    """Return how many images a call is for: all that says so, a tensor or a list in `several`, must agree."""
+    """Return how many images a call is for, or raise `ValueError`: tensors and lists in `several` must agree."""
     if batch_size is not None:
         check_count("batch_size", batch_size)
     counts = {name: np.shape(value)[0] for name, value in several.items() if np.shape(value)}
@@ -172,7 +175,7 @@ def count_images(batch_size: int | None, **several: Any) -> int:
 
 
 def initial_noise(shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: Any) -> Tensor:
-    """Return standard-normal noise, float32 (B, C, H, W) on the device: drawn, or `latents` if they can be it."""
+    """Return standard-normal noise, float32 (B, C, H, W): drawn, or `latents`; `ValueError` if they cannot be it."""
     if latents is None:
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     if tuple(latents.shape) != shape:

@@ -43,6 +43,7 @@ from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
 from ddae_hf.arrays import written_whole
 from ddae_hf.augment import mixup, random_changes
 from ddae_hf.checkpoints import load_vae, plain_config
+from ddae_hf.hidden_states import parameters_behind
 from ddae_hf.latent_folder import LatentFolder
 from facts import base_model, data_facts, machine
 from hub import add_hub_arguments, prepare, publish
@@ -213,17 +214,12 @@ def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
     blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
     names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
     states = model.eval().ddae(blank, output_hidden_states=True).hidden_states
-    depths, seen = {}, set()
+    blocks = {layer.split(".")[0] for layer in model.ddae.layer_names()}
+    depths: dict[str, int] = {}
+    seen: set[Any] = set()  # what earlier layers have seen
     for number, state in enumerate(states, start=1):
-        nodes = [state.grad_fn]  # the graph that gradients would flow along, of which earlier layers have seen a part
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-            if name := names.get(getattr(node, "variable", None)):
-                depths[name] = number if "block" in name.split(".")[2] else 0
+        for name in parameters_behind([state], names, seen):
+            depths[name] = number if name.split(".")[2] in blocks else 0
     return depths | {name: len(states) + 1 for name, _ in model.classifier.named_parameters(prefix="classifier")}
 
 

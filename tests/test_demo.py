@@ -375,12 +375,10 @@ def test_without_a_sweep_the_page_names_the_command(conditional):
     assert "There is no sweep" in texts and "examples/sweep.py --model_name_or_path" in texts
 
 
-def test_feature_maps_of_patches_are_those_of_the_picture():
+def test_feature_maps_show_the_channels_that_vary_most():
     hidden = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(0))
     maps, captions = pictures.feature_maps(hidden, 3)
-    tokens, _ = pictures.feature_maps(hidden.flatten(1).T, 3)
     assert [image.size for image in maps] == [(4, 4)] * 5 and captions[1] == "Mean of 5 channels"
-    assert all(np.array_equal(image, token) for image, token in zip(maps, tokens, strict=True))
     spread = hidden.flatten(1).std(1).argsort(descending=True)[:3].tolist()
     assert captions[2:] == [f"Channel {k}" for k in spread]
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEPipeline
 from ddae_hf.checkpoints import plain_config
+from ddae_hf.sampling import Heun
 
 from .conftest import make_dit, make_unet
 
@@ -392,7 +393,7 @@ def test_an_offloaded_denoiser_gives_the_same_images(pipeline):
         (DDIMScheduler(), {}),
         (DDPMScheduler(), {}),
         (FlowMatchHeunDiscreteScheduler(), {}),
-        (EDMEulerScheduler(), {"sampler": "heun", "s_churn": 10.0}),
+        (EDMEulerScheduler(), {"sampler": "heun"}),
     ],
 )
 def test_steps_are_those_of_a_call(scheduler, options):
@@ -432,6 +433,6 @@ def test_steps_can_be_left_early_and_a_sample_can_be_replaced():
 
 def test_steps_that_cannot_be_taken_are_refused_before_one_is_asked_for():
     pipeline = DDAEPipeline(make_unet(), DDIMScheduler())
-    for options in ({"num_inference_steps": 0}, {"sampler": "heun"}, {"s_churn": 1.0}, {"class_labels": 3}):
+    for options in ({"num_inference_steps": 0}, {"sampler": "heun"}, {"heun": Heun(1.0)}, {"class_labels": 3}):
         with pytest.raises(ValueError):
             pipeline.steps(**options)

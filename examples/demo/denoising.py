@@ -13,6 +13,7 @@ from torch import Tensor
 from ddae_hf import DDAEPipeline
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.latents import decode
+from ddae_hf.sampling import Step
 
 
 @dataclass
@@ -54,13 +55,24 @@ def stream(pipeline: DDAEPipeline, num_estimates: int, **options: Any) -> Iterat
     """
     diffusion = Diffusion(pipeline.denoiser, pipeline.scheduler, pipeline.null_class)
     for step in pipeline.steps(**options):
-        total, following, first = len(step.timesteps), step.following, step.sample[:1]
-        sigma = 0.0 if following is None else diffusion.family.sigma(following).item()
+        total = len(step.timesteps)
+        sigma = 0.0 if step.following is None else diffusion.family.sigma(step.following).item()
         estimate = None
         if step.number in np.linspace(1, total, num_estimates).round():
-            conditions = diffusion.conditions(options.get("class_labels"), 1, first.device)
-            estimate = first if following is None else diffusion.estimate(first, following, conditions)
-        yield Look(step.number, total, sigma, step.sample, None if estimate is None else estimate[0])
+            estimate = estimate_of(step, diffusion, options.get("class_labels"))
+        yield Look(step.number, total, sigma, step.sample, estimate)
+
+
+def estimate_of(step: Step, diffusion: Diffusion, class_labels: Any) -> Tensor:
+    """Return what the network takes the first image of a step for, (C, H, W); of the last step, that image."""
+    first = step.sample[:1]
+    if step.following is None:
+        return first[0]
+    conditions = diffusion.conditions(class_labels, len(step.sample), first.device)
+    conditions = {name: value[:1] for name, value in conditions.items()}
+    if step.sigma is None:
+        return diffusion.estimate(first, step.following, conditions)[0]
+    return diffusion.denoise(first, step.sigma, conditions)[0]
 
 
 @torch.no_grad()

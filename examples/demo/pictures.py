@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,14 +75,11 @@ def progress(done: int, total: int, text: str) -> str:
 
 
 def feature_maps(hidden: Tensor, num_channels: int) -> tuple[list[Image.Image], list[str]]:
-    """Return pictures of a hidden state, (C, H, W) or a transformer's (N, C) of a square of patches, with captions.
+    """Return pictures of a hidden state (C, H, W), with captions.
 
     The first is its three principal components over positions as red, green and blue, the second its mean over
     channels; then come the channels that vary most. Each fills its own range from dark to light.
     """
-    if hidden.ndim == 2:
-        side = math.isqrt(len(hidden))
-        hidden = hidden.T.unflatten(1, (side, side))
     hidden = hidden.detach().float().cpu()
     size, points = hidden.shape[1:], hidden.flatten(1).T
     left, strength, _ = torch.linalg.svd(points - points.mean(0), full_matrices=False)

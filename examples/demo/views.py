@@ -18,8 +18,9 @@ from pictures import feature_maps, figures, heat_map, notice, progress, to_pil
 from PIL import Image, ImageOps
 
 from data import best_device, image_grid, images_hash
-from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline, add_noise
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.features import FeatureCache, batch_features
+from ddae_hf.networks import tap_of
 from labelled import LabelledImages, noise_view, ready
 
 MAX_PIXELS = 50_000_000
@@ -161,7 +162,10 @@ class Demo:
         clean = self.pixel_values(image)
         outputs = model(clean, sigma=sigma, output_hidden_states=[layer])
         probabilities = outputs.logits[0].float().softmax(-1).tolist()
-        noisy, _ = add_noise(model.ddae.scheduler, model.ddae.encode(clean), model.ddae.fixed_noise[:1], sigma)
+        diffusion = model.ddae.diffusion
+        tap = tap_of(diffusion.denoiser, layer)
+        grid = diffusion.network.on_grid(outputs.hidden_states[0], tap, model.config.sample_shape[1:])
+        noisy, _ = diffusion.family.noisy(model.ddae.encode(clean), model.ddae.fixed_noise[:1], sigma)
         noisy, vae = visible(model.ddae.vae, noisy), model.ddae.vae
         captions = [f"The image, {clean.shape[-1]} x {clean.shape[-2]} pixels", f"With noise, sigma {sigma:g}"]
         captions[1] += "" if vae is None else ", on its latents; as the VAE decodes them"
@@ -170,7 +174,7 @@ class Demo:
         return (
             dict(zip(names, probabilities, strict=True)),
             seen,
-            figures(*feature_maps(outputs.hidden_states[0][0], CHANNELS), 104),
+            figures(*feature_maps(grid[0], CHANNELS), 104),
         )
 
     def neighbours(self, path: str | None, count: int) -> str:
