@@ -276,11 +276,14 @@ class HeadCheckpoint(Checkpoint):
 
 
 def take_checkpoint(path: Any, arguments: dict[str, Any]) -> tuple[Checkpoint, Any]:
-    """Return the checkpoint and the type that the arguments of a `from_pretrained` ask for, and take them out."""
+    """Take out of the arguments of a `from_pretrained` what says how to open; return the checkpoint and its type."""
     given = {name: arguments.pop(name, None) for name in LOADING_ARGUMENTS}
     if given["use_safetensors"] is False:
         raise ValueError("use_safetensors is False, but only safetensors weights are read: leave it out.")
-    return read_checkpoint(path, **given), given["torch_dtype"] if given["dtype"] is None else given["dtype"]
+    types = [given[name] for name in ("dtype", "torch_dtype") if given[name] is not None]
+    if len(types) > 1:
+        raise ValueError("You have passed both `dtype` and `torch_dtype`, its older name: pass `dtype` alone.")
+    return read_checkpoint(path, **given), next(iter(types), None)
 
 
 def read_checkpoint(
@@ -320,6 +323,8 @@ def _read_model(
     path: str, variant: str | None, hub: dict[str, Any], config: dict[str, Any], behind: tuple[Any, ...]
 ) -> Checkpoint:
     """Read a model of this package, whole or without its denoiser."""
+    if missing := [part for part in ("denoiser", "scheduler") if not config.get(part)]:
+        raise ValueError(f"{path} is incomplete: its config.json describes no {missing[0]}.")
     weights = config.get("weights")
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"{path} says `weights: {weights!r}`: known are {', '.join(WEIGHTS)}.")

@@ -78,7 +78,7 @@ def runs_forward_alone(module: nn.Module) -> bool:
     """Whether a call of a module has the result of its class's `forward`, which a `Cut` runs by hand.
 
     Not with hooks, be they torch's on this module or on all, or accelerate's and diffusers', which give the instance a
-    `forward` of its own. A compiled module's result is that of its `forward`.
+    `forward` of its own. A compiled module's result is that of its `forward`, unless accelerate has wrapped that.
     """
     if torch.nn.modules.module._has_any_global_hook():
         return False
@@ -88,4 +88,5 @@ def runs_forward_alone(module: nn.Module) -> bool:
         for m in (module, own)
         for kind in ("forward", "forward_pre", "backward", "backward_pre")
     ]
-    return not any(hooks) and "forward" not in vars(own) and not hasattr(own, "_hf_hook")
+    wrapped = "forward" in vars(own) or "_original_forward" in vars(own)
+    return not any(hooks) and not wrapped and not hasattr(own, "_hf_hook")

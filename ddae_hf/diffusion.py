@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cut import unwrapped
+from .cut import uncompiled, unwrapped
 from .hidden_states import run_with_hidden_states
 from .networks import network_of
 from .noise import family_of
@@ -45,7 +45,9 @@ class Diffusion:
         self.family = family_of(scheduler)
         self.null_class = self.network.default_null_class(self.own.config) if null_class is None else null_class
         self.denoiser = denoiser
-        self.answering = self.network.with_float32_output(denoiser) if float32_output else denoiser
+        # What `predict` asks; a distributed network's own forward has to run.
+        exact = float32_output and uncompiled(denoiser) is self.own
+        self.answering = self.network.with_float32_output(denoiser) if exact else denoiser
 
     def conditions(self, class_labels: Any, batch_size: int, device: Any) -> Conditions:
         """Return what the denoiser is told of its images beside their timestep: see `NetworkClass.conditions`."""
@@ -72,18 +74,23 @@ class Diffusion:
             guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
             null_conditions: What `conditions` returned for the null class, which guidance needs.
 
+        Raises:
+            ValueError: Guidance without both conditions.
+
         Returns:
             The answer (B, C, H, W), float32; after its channels those of a learned variance, if the scheduler uses one.
         """
         count = len(noisy)
         fed, told = self._fed(noisy, timestep)
-        if guidance_scale != 1 and null_conditions is not None:
+        if guidance_scale != 1:
+            if not (conditions and null_conditions):
+                raise ValueError(f"guidance_scale is {guidance_scale}: guidance needs labels and a null class.")
             conditions = {name: torch.cat([value, null_conditions[name]]) for name, value in conditions.items()}
             fed = torch.cat([fed, fed])
             told = torch.cat([told, told])
         output = self.answering(fed, told, **conditions).sample.float()
         prediction = output[:, : noisy.shape[1]]
-        if guidance_scale != 1 and null_conditions is not None:
+        if guidance_scale != 1:
             with_label, without = prediction.chunk(2)
             prediction = without + guidance_scale * (with_label - without)
         if self.family.learns_variance:
@@ -102,7 +109,8 @@ class Diffusion:
             conditions: What `conditions` returned.
 
         Returns:
-            The answer (B, C, H, W), float32, without a learned variance; raw hidden states by layer name.
+            The answer (B, C, H, W), float32, without a learned variance; raw hidden states by layer name. A distributed
+            network synchronises its gradients if the answer is in the loss.
         """
         fed, told = self._fed(noisy, timestep)
         output, states = run_with_hidden_states(self.denoiser, fed, told, layers, conditions)
@@ -127,6 +135,9 @@ class Diffusion:
 
         Returns:
             Raw hidden states (B, ...), in the means over the draws, by layer name.
+
+        Raises:
+            ValueError: A distributed denoiser that is trained, whose gradients would not be synchronised.
         """
         count, batch_size = noise.shape[:2]
         conditions = self.conditions(class_labels, batch_size, clean.device)
@@ -198,7 +209,8 @@ class Diffusion:
             noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
         noisy, timestep = self.family.noisy(clean, noise, sigma)
         conditions = self.conditions(class_labels, len(clean), clean.device)
-        output = self.denoiser(noisy, self.network.fed_timestep(self.own, timestep), **conditions).sample
+        fed, told = self._fed(noisy, timestep)
+        output = self.denoiser(fed, told, **conditions).sample
         target = self.family.target(clean, noise, sigma)
         errors = (output[:, : clean.shape[1]].float() - target).square().mean(dim=tuple(range(1, clean.ndim)))
         return errors if weighting is None else weighting(sigma) * errors

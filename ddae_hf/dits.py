@@ -30,6 +30,10 @@ class DiT(NetworkClass):
     # checkpoints without the note stay.
     frequencies = "downscale_freq_shift"
 
+    def resembles(self, denoiser: Any) -> bool:
+        """Whether it has transformer blocks."""
+        return hasattr(denoiser, "transformer_blocks")
+
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build it without the option that diffusers would log as ignored, and note that."""
         denoiser = self.model.from_config({k: v for k, v in config.items() if k != self.frequencies})

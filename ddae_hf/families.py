@@ -77,7 +77,7 @@ class Family(ABC):
     @classmethod
     def allowed(cls) -> str:
         """Return which schedulers it has, as a refusal lists them."""
-        return f"{cls.title}'s ({', '.join(cls.schedulers)})"
+        return f"{cls.title}'s ({', '.join(cls.schedulers or [cls.default_scheduler])})"
 
     @abstractmethod
     def sigma_range(self) -> tuple[float, float]:

@@ -106,12 +106,19 @@ def run_with_hidden_states(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Return the denoiser's output and, of the same pass, its hidden states; see `collect_hidden_states`.
 
-    The denoiser may be distributed. With `stop_early` there is no output: None.
+    The denoiser may be distributed; its gradients are synchronised if the output is in the loss. With `stop_early`
+    there is no output: None.
     """
     own = unwrapped(denoiser)
     network = network_of(own)
     check_layers(own, layers)
-    if uncompiled(denoiser) is own and network.runs_as_seen(own, layers):
+    distributed = uncompiled(denoiser) is not own
+    if distributed and stop_early and torch.is_grad_enabled():
+        raise ValueError(
+            "The denoiser is distributed, and a pass that ends early would leave its gradients apart. Read hidden "
+            "states of the whole pass, with its answer in the loss, or distribute a model that reads them, DDAEModel."
+        )
+    if not distributed and network.runs_as_seen(denoiser, layers):
         found: dict[str, Tensor] = {}
         output = network.view(own, layers, found, stop_early)(sample, timestep, return_dict=False, **conditions)[0]
     else:

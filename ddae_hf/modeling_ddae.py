@@ -49,10 +49,10 @@ class DDAEModel(DDAEPreTrainedModel):
         self.denoiser = build_denoiser(config.denoiser)
         network = network_of(self.denoiser)
         network.stop_own_dropping(self.denoiser)
+        self._no_split_modules = list(network.indivisible)
         self.vae = None if config.vae is None else build_vae(config.vae)
         self._keep_in_fp32_modules = set() if self.vae is None else {"vae"}  # float16 overflows in the common ones
         self._keep_in_fp32_modules_strict = network.float32_modules(self.denoiser)
-        self._restricted_to: list[str] = []
         self.restrict_gradients()
         if config._attn_implementation == "eager":
             use_attention(self.denoiser, "eager")

@@ -45,6 +45,10 @@ class NetworkClass(ABC):
     component: str
     indivisible: tuple[str, ...] = ()
 
+    def resembles(self, denoiser: Any) -> bool:
+        """Whether a network of another class has the parts of this one, so that its hidden states can be read alike."""
+        return False
+
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a randomly initialised network from its config."""
         return self.model.from_config(config)

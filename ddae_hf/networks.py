@@ -55,7 +55,7 @@ def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
 
 
 def network_of(denoiser: Any) -> NetworkClass:
-    """Return what is known of the class of a denoiser, which may be compiled.
+    """Return what is known of the class of a denoiser, which may be compiled, or of a class that it resembles.
 
     Args:
         denoiser: The network, or its diffusers config with `_class_name`.
@@ -67,7 +67,8 @@ def network_of(denoiser: Any) -> NetworkClass:
         name = denoiser.get("_class_name")
     else:
         names = [kind.__name__ for kind in type(uncompiled(denoiser)).__mro__]
-        name = next((name for name in names if name in NETWORKS), names[0])
+        alike = [name for name, network in NETWORKS.items() if network.resembles(denoiser)]
+        name = next((name for name in (*names, *alike) if name in NETWORKS), names[0])
     check_denoiser_class(name)
     return NETWORKS[str(name)]
 

@@ -53,24 +53,20 @@ def _schedule(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _kept_schedule(alphas_cumprod: Tensor, version: int, device: torch.device) -> Tensor:
-    """Keep schedules on their devices: a tensor is its own key, and `version` tells how often it was edited."""
+def _kept_schedule(values: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the schedule of these `alphas_cumprod`, which stays on its device."""
     # A tensor of inference mode could not be trained with, nor one of a transform of `torch.func` outlive it.
     with torch.inference_mode(False):
+        alphas_cumprod = torch.frombuffer(bytearray(values), dtype=dtype)
         return torch.func.debug_unwrap(_schedule(alphas_cumprod, device))
 
 
 def _levels(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
     """Return the schedule on a device: kept, unless a graph is recorded, whose tensors are not to outlive it."""
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if captured or is_recorded():
+    if is_recorded() or alphas_cumprod.device.type != "cpu":
         return _schedule(alphas_cumprod, device)
-    return _kept_schedule(alphas_cumprod, 0 if alphas_cumprod.is_inference() else alphas_cumprod._version, device)
-
-
-@torch.compiler.assume_constant_result
-def _constant_levels(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
-    return _levels(alphas_cumprod, device)
+    values = torch.func.debug_unwrap(alphas_cumprod.contiguous().view(torch.uint8)).numpy()
+    return _kept_schedule(values.tobytes(), alphas_cumprod.dtype, device)
 
 
 @torch.compiler.assume_constant_result
@@ -100,17 +96,12 @@ class _VariancePreserving(Family):
             "`alphas_cumprod`)"
         )
 
-    @property
-    def _alphas_cumprod(self) -> Tensor:
-        """The schedule; a compiled graph, in which it is a constant, is recorded anew for another one."""
-        id(self.scheduler.alphas_cumprod)  # what the compiler guards by
-        return self.scheduler.alphas_cumprod
-
     def sigmas(self, device: torch.device) -> Tensor:
-        return _constant_levels(self._alphas_cumprod, device)
+        return _levels(self.scheduler.alphas_cumprod, device)
 
     def sigma_range(self) -> tuple[float, float]:
-        return _first_and_last_sigma(self._alphas_cumprod)
+        id(self.scheduler.alphas_cumprod)  # the compiler guards by it: a graph in which the ends are is of one schedule
+        return _first_and_last_sigma(self.scheduler.alphas_cumprod)
 
     def timestep_range(self) -> tuple[float, float]:
         return 0, len(self.scheduler.alphas_cumprod) - 1

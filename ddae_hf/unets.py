@@ -31,6 +31,10 @@ class UNet2D(NetworkClass):
         "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D",
     }  # fmt: skip
 
+    def resembles(self, denoiser: Any) -> bool:
+        """Whether it has an encoder and a decoder of blocks."""
+        return all(hasattr(denoiser, part) for part in ("down_blocks", "mid_block", "up_blocks"))
+
     def divisor(self, config: Mapping[str, Any]) -> tuple[int, str]:
         """Return the stride of the deepest level."""
         levels = len(config["down_block_types"])
