@@ -53,20 +53,21 @@ def _schedule(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _kept_schedule(values: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the schedule of these `alphas_cumprod`, which stays on its device."""
-    # A tensor of inference mode could not be trained with, nor one of a transform of `torch.func` outlive it.
-    with torch.inference_mode(False):
-        alphas_cumprod = torch.frombuffer(bytearray(values), dtype=dtype)
-        return torch.func.debug_unwrap(_schedule(alphas_cumprod, device))
+def _kept_schedule(values: bytes, device: torch.device) -> Tensor:
+    """Return the schedule of these `alphas_cumprod`, float32, which stays on its device."""
+    with torch.inference_mode(False):  # whose tensors could not be trained with
+        return _schedule(torch.frombuffer(bytearray(values), dtype=torch.float32), device)
 
 
 def _levels(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
     """Return the schedule on a device: kept, unless a graph is recorded, whose tensors are not to outlive it."""
-    if is_recorded() or alphas_cumprod.device.type != "cpu":
+    if is_recorded() or alphas_cumprod.device.type != "cpu" or alphas_cumprod.dtype != torch.float32:
         return _schedule(alphas_cumprod, device)
-    values = torch.func.debug_unwrap(alphas_cumprod.contiguous().view(torch.uint8)).numpy()
-    return _kept_schedule(values.tobytes(), alphas_cumprod.dtype, device)
+    try:
+        values = alphas_cumprod.numpy().tobytes()
+    except RuntimeError:  # inside a transform of `torch.func`
+        return _schedule(alphas_cumprod, device)
+    return _kept_schedule(values, device)
 
 
 @torch.compiler.assume_constant_result

@@ -586,7 +586,7 @@ def test_a_schedule_kept_first_by_inference_or_a_transform_can_be_trained_with(f
     scheduler = DDPMScheduler()
     first(lambda sigma: sigma_to_timestep(scheduler, sigma))(torch.tensor(0.5))
     kept = family_of(scheduler).sigmas(torch.device("cpu"))
-    assert _kept_schedule.cache_info().misses == 1 and torch.func.debug_unwrap(kept) is kept
+    assert torch.func.debug_unwrap(kept) is kept and _kept_schedule.cache_info().misses == 1
     sigma = torch.tensor(0.5, requires_grad=True)
     sigma_to_timestep(scheduler, sigma).backward()
     assert sigma.grad > 0
