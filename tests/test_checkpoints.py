@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
@@ -19,6 +20,7 @@ from ddae_hf import (
     DDAEPipeline,
 )
 from ddae_hf.checkpoints import plain_config, read_checkpoint
+from ddae_hf.networks import build_denoiser
 from ddae_hf.weights import fingerprint
 
 from .conftest import make_dit, make_unet, make_vae
@@ -403,3 +405,38 @@ def test_an_incomplete_pipeline_says_what_is_missing(layouts, tmp_path):
 def test_a_repository_that_is_not_in_the_cache_says_so(tmp_path):
     with pytest.raises(OSError, match=r"nobody/nothing"):
         DDAEModel.from_pretrained("nobody/nothing", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_type_is_taken_by_either_name_and_not_by_both(layouts, name):
+    for cls in (DDAEModel, DDAEPipeline):
+        opened = cls.from_pretrained(layouts / "pipeline", **{name: torch.bfloat16})
+        assert opened.denoiser.dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="both `dtype` and `torch_dtype`"):
+            cls.from_pretrained(layouts / "pipeline", dtype=torch.bfloat16, torch_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("part", ["denoiser", "scheduler"])
+def test_a_model_that_describes_no_part_is_refused(layouts, tmp_path, part):
+    DDAEModel.from_pretrained(layouts / "pipeline").save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    del described[part]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    for cls in (DDAEConfig, DDAEModel, DDAEPipeline):
+        with pytest.raises(ValueError, match=f"is incomplete: its config.json describes no {part}"):
+            cls.from_pretrained(tmp_path)
+
+
+def test_the_warning_of_a_bare_network_points_at_its_caller(layouts):
+    for cls in (DDAEModel, DDAEPipeline):
+        with pytest.warns(UserWarning, match="without its scheduler") as caught:
+            cls.from_pretrained(layouts / "model")
+        assert {warning.filename for warning in caught if "its scheduler" in str(warning.message)} == {__file__}
+
+
+def test_a_denoiser_is_complete_when_it_is_loaded(tmp_path):
+    """As for training that starts from it: a DiT has the frequencies that its config notes."""
+    noted = build_denoiser({**plain_config(make_dit()), "downscale_freq_shift": 0})
+    DDAEPipeline(transformer=noted, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
+    modules = read_checkpoint(tmp_path).load_denoiser().modules()
+    assert {module.downscale_freq_shift for module in modules if isinstance(module, Timesteps)} == {0}

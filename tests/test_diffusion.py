@@ -229,3 +229,62 @@ def test_the_denoised_image_of_gaussian_data_is_the_closed_form(framework):
     # What the scheduler keeps: the network's input, but for EDM, which keeps `x + sigma * n`.
     own = sample if framework == "edm" else diffusion.family.scaled(sample, sigma)[0]
     torch.testing.assert_close(diffusion.estimate(own, timestep, {}).double(), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_pair_that_samples_in_half_precision_gives_hidden_states_too(images, scheduler):
+    """Its answers come by output layers in float32, its hidden states as those of the network as it is."""
+    unet = make_unet().to(torch.bfloat16)
+    plain, exact = Diffusion(unet, scheduler), Diffusion(unet, scheduler, float32_output=True)
+    fed = images, torch.full((5,), 20.0)
+    answers = [pair.predict(*fed, {}) for pair in (plain, exact)]
+    assert not torch.equal(*answers) and (answers[0] - answers[1]).abs().max() < 0.02
+    for pair in (plain, exact):
+        answer, states = pair.predict_with_hidden_states(*fed, ["mid_block"], {})
+        assert torch.equal(answer, answers[0]) and states["mid_block"].dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_several_draws_at_levels_of_their_own_are_the_means_of_single_ones(unet, images, scheduler):
+    noise, sigma = torch.randn(2, *images.shape), torch.tensor([0.1, 0.2, 0.5, 1.0, 5.0])
+    diffusion = Diffusion(unet, scheduler)
+    together = diffusion.hidden_states(images, noise, sigma, ["mid_block"])["mid_block"]
+    alone = [diffusion.hidden_states(images, draw[None], sigma, ["mid_block"])["mid_block"] for draw in noise]
+    torch.testing.assert_close(together, sum(alone) / 2)
+
+
+@torch.no_grad()
+def test_guidance_mixes_answers_and_takes_the_variance_of_the_label(images):
+    dit = make_dit(out_channels=6)
+    diffusion, fed = Diffusion(dit, DDPMScheduler(variance_type="learned_range")), (images, torch.full((5,), 20.0))
+    label, null = (diffusion.conditions(labels, 5, "cpu") for labels in (2, None))
+    guided = diffusion.predict(*fed, label, 3.0, null)
+    told, untold = (diffusion.predict(*fed, conditions) for conditions in (label, null))
+    torch.testing.assert_close(guided[:, :3], untold[:, :3] + 3 * (told[:, :3] - untold[:, :3]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(guided[:, 3:], told[:, 3:], rtol=0, atol=1e-6)
+    assert (told[:, 3:] - untold[:, 3:]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="guidance needs labels and a null class"):
+        diffusion.predict(*fed, label, 3.0)
+
+
+def test_a_distributed_network_is_not_trained_by_passes_that_end_early(images, scheduler):
+    """Its gradients would not be those of all processes, without a word."""
+
+    class Distributed(torch.nn.Module):  # as DistributedDataParallel wraps a network
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    unet = make_unet()
+    wrapped, plain = (Diffusion(denoiser, scheduler) for denoiser in (Distributed(unet), unet))
+    noise = torch.randn(1, *images.shape)
+    with pytest.raises(ValueError, match="The denoiser is distributed"):
+        wrapped.hidden_states(images, noise, 0.1, ["mid_block"])
+    with torch.no_grad():
+        found = wrapped.hidden_states(images, noise, 0.1, ["mid_block"])["mid_block"]
+        assert torch.equal(found, plain.hidden_states(images, noise, 0.1, ["mid_block"])["mid_block"])
+    fed = images, torch.full((5,), 20.0), ["mid_block"], {}
+    assert torch.equal(wrapped.predict_with_hidden_states(*fed)[0], plain.predict_with_hidden_states(*fed)[0])

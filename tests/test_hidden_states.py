@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
 from torch.nn.modules import module as torch_modules
@@ -120,6 +120,17 @@ def test_nothing_after_the_deepest_layer_is_computed(network):
         assert network.conv_out not in ran
         costs.append(len(ran))
     assert costs == sorted(costs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["down_blocks.0.resnets.0", "up_blocks.0.attentions.1"])
+def test_nothing_is_resampled_after_the_last_tap_of_a_block(unet, layer):
+    ran = []
+    for block in (*unet.down_blocks, *unet.up_blocks):
+        for resampler in (*(getattr(block, "downsamplers", None) or ()), *(getattr(block, "upsamplers", None) or ())):
+            resampler.register_forward_hook(lambda module, *_: ran.append(module))
+    collect_hidden_states(unet, *inputs(unet), [layer])
+    assert ran == ([] if layer.startswith("down") else [unet.down_blocks[0].downsamplers[0]])
 
 
 def test_stopping_early_costs_a_third_of_the_papers_network():
@@ -539,3 +550,28 @@ def test_threads_that_sample_in_bfloat16_leave_the_weights_as_they_are():
     with ThreadPoolExecutor(2) as pool:
         assert all(torch.equal(output, expected) for outputs in pool.map(run, range(2)) for output in outputs)
     assert network.conv_out.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_hooks_of_a_compiled_network_itself_are_in_force():
+    network, ran = make_unet(**SMALL), []
+    compiled = torch.compile(network, backend="eager")
+    compiled.register_forward_pre_hook(lambda module, args: ran.append(args))
+    collect_hidden_states(compiled, *inputs(network), ["up_blocks.0.resnets.0"])
+    assert len(ran) == 1
+
+
+@torch.no_grad()
+def test_networks_that_resemble_a_known_class_are_read_by_hooks():
+    network = UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=8,
+    )  # fmt: skip
+    words = torch.randn(2, 4, 8)
+    names = layer_names(network)
+    expected = by_hooks(network, *inputs(network), words)
+    found = collect_hidden_states(network, *inputs(network), names, encoder_hidden_states=words)
+    for name in names:
+        pairs = zip(found[name], expected[name], strict=True)  # of tensors, or of images
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs), name

@@ -15,7 +15,15 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEPipeline, collect_hidden_states, layer_names
+from ddae_hf import (
+    DDAEConfig,
+    DDAEForImageClassification,
+    DDAEModel,
+    DDAEPipeline,
+    collect_hidden_states,
+    layer_names,
+)
+from ddae_hf.checkpoints import plain_config
 from ddae_hf.cut import Cut, Recorder, identity
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.hidden_states import learning_parameters
@@ -86,6 +94,13 @@ def test_a_dit_stops_dropping_labels_by_itself():
     assert not torch.equal(dit(*fed).sample, dit(*fed).sample)
     network_of(dit).stop_own_dropping(dit)
     assert torch.equal(dit(*fed).sample, dit(*fed).sample)
+
+
+def test_a_model_of_a_dit_drops_no_labels_in_training(images):
+    model = DDAEModel(DDAEConfig(denoiser=plain_config(make_dit()))).train()
+    noise, labels = torch.randn(5, 3, 8, 8), torch.arange(5)
+    first, second = (model(images, noise=noise, class_labels=labels).pooler_output for _ in range(2))
+    assert torch.equal(first, second) and set(model._no_split_modules) == {"BasicTransformerBlock"}
 
 
 def test_a_learned_embedding_is_fed_integers():

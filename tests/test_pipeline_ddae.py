@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEPipeline
 from ddae_hf.checkpoints import plain_config
+from ddae_hf.networks import network_of
 from ddae_hf.sampling import Heun
 
 from .conftest import make_dit, make_unet
@@ -436,3 +437,15 @@ def test_steps_that_cannot_be_taken_are_refused_before_one_is_asked_for():
     for options in ({"num_inference_steps": 0}, {"sampler": "heun"}, {"heun": Heun(1.0)}, {"class_labels": 3}):
         with pytest.raises(ValueError):
             pipeline.steps(**options)
+
+
+def test_sampling_in_half_precision_computes_output_layers_in_float32():
+    pipeline = DDAEPipeline(make_unet(), DDIMScheduler(clip_sample=False)).to(torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    sampled = pipeline(latents=latents, num_inference_steps=1, output_type="latent").images
+    exact, timestep = network_of(pipeline.unet).with_float32_output(pipeline.unet), pipeline.scheduler.timesteps[0]
+    with torch.no_grad():
+        answers = [network(latents.bfloat16(), timestep.expand(2)).sample.float() for network in (exact, pipeline.unet)]
+    ours, other = (pipeline.scheduler.step(answer, timestep, latents).prev_sample for answer in answers)
+    assert torch.equal(sampled, ours) and not torch.equal(sampled, other)

@@ -113,6 +113,15 @@ def test_churn_is_bounded_as_in_the_paper():
     assert raised(1.0, 18) == raised(0.01, 18, s_churn=9, s_min=0.05) == raised(60.0, 18, s_churn=9, s_max=50) == 1
 
 
+@pytest.mark.parametrize("s_noise", [0.0, 1.0, 2.0])
+def test_added_noise_has_the_deviation_asked_for(s_noise):
+    levels, seen = [1.0, 0.5, 0.0], []
+    zero = torch.zeros(1, 1, 64, 64)
+    heun = Heun(s_churn=2 * (2**0.5 - 1), s_noise=s_noise)  # which raises the first level to the root of 2
+    next(heun.steps(levels, torch.arange(2), zero, lambda x, level: seen.append(x) or x, torch.Generator()))
+    assert seen[0].std().item() == pytest.approx(s_noise, abs=0.05)
+
+
 def test_a_sample_that_is_put_in_a_steps_place_is_what_the_next_one_goes_on_with(latents):
     seen = []
     for step in Heun().steps([2.0, 1.0, 0.0], torch.arange(2), latents, lambda x, level: seen.append(x) or x / 2):
