@@ -35,7 +35,9 @@ class Recorder:
     """A module that also keeps its output under a name."""
 
     def __init__(self, module: nn.Module, name: str, found: dict[str, Tensor]):
-        self._module, self._name, self._found = module, name, found
+        self._module = module
+        self._name = name
+        self._found = found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

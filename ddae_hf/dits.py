@@ -87,9 +87,9 @@ class DiT(NetworkClass):
 
     def taps(self, denoiser: Any) -> list[Tap]:
         """Return its blocks, `transformer_blocks.0`, ..."""
-        width, stride = denoiser.inner_dim, denoiser.config["patch_size"]
+        stride = denoiser.config["patch_size"]
         count = len(denoiser.transformer_blocks)
-        return [Tap(f"transformer_blocks.{k}", width, stride, "decoder") for k in range(count)]
+        return [Tap(f"transformer_blocks.{k}", denoiser.inner_dim, stride, "decoder") for k in range(count)]
 
     def on_grid(self, hidden: Tensor, tap: Tap, size: Sequence[int]) -> Tensor:
         """Lay tokens (B, N, C) out on the grid of their patches."""

@@ -283,8 +283,8 @@ class DDAEModel(DDAEPreTrainedModel):
         """
         if self._restricted_to and self.training and torch.is_grad_enabled():
             self._check_learning(layers)
-        diffusion, draws = self.diffusion, self._noise_draws(clean, noise, generator)
-        level = self._level(diffusion, sigma, timestep)
+        draws = self._noise_draws(clean, noise, generator)
+        level = self._level(diffusion := self.diffusion, sigma, timestep)
         return diffusion.hidden_states(clean, draws, level, list(dict.fromkeys(layers)), class_labels)
 
 

@@ -190,7 +190,8 @@ class DDAEPipeline(DiffusionPipeline):
         if unknown := sorted(set(given) - (allowed := {name, "scheduler", "null_class", "vae", "id2label"})):
             every = sorted({*allowed, *LOADING_ARGUMENTS})
             raise ValueError(f"For this layout {unknown} cannot be given: allowed are {every}.")
-        denoiser, tuned = given.get(name), False
+        denoiser = given.get(name)
+        tuned = False
         if denoiser is None:
             denoiser = checkpoint.load_denoiser()
             tuned = not checkpoint.still_generates(denoiser)

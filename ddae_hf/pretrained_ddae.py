@@ -85,11 +85,13 @@ class DDAEPreTrainedModel(PreTrainedModel):
             made = super().from_pretrained(None, *model_args, **kwargs)
             (made[0] if isinstance(made, tuple) else made).restrict_gradients()
             return made
-        wants_info, state = kwargs.pop("output_loading_info", False), kwargs.pop("state_dict", None)
+        wants_info = kwargs.pop("output_loading_info", False)
+        state = kwargs.pop("state_dict", None)
         # A new classifier of other classes than the checkpoint's may be asked for.
         anew = kwargs.get("ignore_mismatched_sizes") and {"num_labels", "id2label"} & set(kwargs)
         checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
-        config, scheduler = kwargs.pop("config", None), kwargs.get("scheduler", checkpoint.scheduler)
+        config = kwargs.pop("config", None)
+        scheduler = kwargs.get("scheduler", checkpoint.scheduler)
         if config is None:
             config, kwargs = DDAEConfig.from_dict(checkpoint.config, return_unused_kwargs=True, **kwargs)
             if scheduler is None:

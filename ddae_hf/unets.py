@@ -151,7 +151,8 @@ class UNet2D(NetworkClass):
         if middle is not None and "mid_block" in layers:
             middle = Recorder(middle, "mid_block", found)
         if not stop_early:
-            down, up = views("down_blocks", denoiser.down_blocks, None), views("up_blocks", denoiser.up_blocks, None)
+            down = views("down_blocks", denoiser.down_blocks, None)
+            up = views("up_blocks", denoiser.up_blocks, None)
             return Cut(denoiser, {"down_blocks": down, "mid_block": middle, "up_blocks": up})
         in_encoder = side == "down_blocks"
         replaced: dict[str, Any] = dict.fromkeys(("conv_norm_out", "conv_act", "conv_out"), identity)

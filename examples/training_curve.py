@@ -47,7 +47,8 @@ def test_loss(args: argparse.Namespace, checkpoint: Path, data: LabelledImages) 
     """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
     options = {} if args.null_class is None else {"null_class": args.null_class}
     model = ready(DDAEModel.from_pretrained(checkpoint, dtype=torch.float32, **options))
-    diffusion, generator = model.diffusion, torch.Generator().manual_seed(args.seed)
+    diffusion = model.diffusion
+    generator = torch.Generator().manual_seed(args.seed)
     losses = []
     for images in data.batches("test", draw_images(data.labels["test"], LOSS_IMAGES), "loss on test images"):
         clean = model.encode(images.to(model.device))
