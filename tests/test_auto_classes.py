@@ -147,6 +147,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow  # `test_compatibility.py` opens folders of every class
 def test_a_folder_with_its_code_opens_without_the_package(folder, tmp_path):
     again = tmp_path / "again"
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, folder / "code", folder / "generator", again]

@@ -354,6 +354,7 @@ def test_trainer_pushes_what_it_trained(opened, hub):
     assert opened["backbone"] == ["DDAEBackbone", [64]]
 
 
+@pytest.mark.slow  # `test_compatibility.py` opens code that travels in folders
 def test_code_travels_to_where_the_package_is_not_installed(hub):
     """It runs for those who trust it, and for nobody else."""
     client = {"cache": hub.root / "stranger", "token": False, "OMP_NUM_THREADS": "1"}

@@ -256,7 +256,7 @@ def test_a_dit_is_fine_tuned_or_probed(images):
 
 
 @pytest.mark.parametrize("scheduler", FRAMEWORKS[1:])
-@pytest.mark.parametrize("network", ["unet", "dit"])
+@pytest.mark.parametrize("network", ["unet", pytest.param("dit", marks=pytest.mark.slow)])
 def test_every_framework_compiles_and_exports(images, scheduler, network):
     denoiser = plain_config(make_unet() if network == "unet" else make_dit())
     model = DDAEForImageClassification(DDAEConfig(denoiser=denoiser, scheduler={"_class_name": scheduler})).eval()
