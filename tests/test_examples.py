@@ -243,6 +243,7 @@ for options in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow  # `test_training_run.py` trains on two processes too
 def test_two_processes_train_one_network_and_share_every_image(shards, tmp_path):
     """Of 100 images, two processes take three whole batches of 16 each an epoch, from files and from a stream."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
