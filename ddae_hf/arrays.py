@@ -88,7 +88,8 @@ def open_array(folder: Path, name: str, shape: Shape, dtype: str) -> np.ndarray:
     Raises:
         ValueError: The file is not the array that was written.
     """
-    path, rows = folder / f"{name}.npy", _read_rows(folder).get(name, Rows(shape[0], None))
+    path = folder / f"{name}.npy"
+    rows = _read_rows(folder).get(name, Rows(shape[0], None))
     if rows.count != shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
     state = _state(path, rows)
@@ -247,7 +248,8 @@ def _missing(folder: Path, shapes: Shapes, keep_unchecked: bool) -> list[str]:
 
 def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str, keep_unchecked: bool) -> None:
     """Fill arrays from the row where the least advanced one stopped."""
-    rows, count = _read_rows(folder), next(iter(shapes.values()))[0]
+    rows = _read_rows(folder)
+    count = next(iter(shapes.values()))[0]
     needed = (num_bytes(shape[1:], count - rows.get(name, Rows()).count, dtype) for name, shape in shapes.items())
     check_space(folder, sum(needed))
     kept = {name: _begin(folder, name, shape, dtype, rows.get(name), keep_unchecked) for name, shape in shapes.items()}
@@ -270,7 +272,8 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str, keep_un
 
 def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None, keep_unchecked: bool) -> Rows:
     """Return the rows that an unfinished array goes on from, looked at anew; make its file if it is missing."""
-    path, whole = _unfinished(folder, name), folder / f"{name}.npy"
+    path = _unfinished(folder, name)
+    whole = folder / f"{name}.npy"
     if rows is not None and rows.crc32 is None and keep_unchecked and not path.exists():
         logger.warning("%s has no checksum, as version 0.1.0 left it: it is used as it is, and completed.", whole)
         whole.replace(path)  # that version filled arrays in their final place
@@ -326,8 +329,10 @@ def _check_rows(path: Path, file: BinaryIO, shape: Shape, dtype: str, rows: Rows
     """
     if rows.count > shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
-    width, floats = num_bytes(shape[1:], 1, dtype), np.issubdtype(dtype, np.floating)
-    found, left = 0, rows.count
+    width = num_bytes(shape[1:], 1, dtype)
+    floats = np.issubdtype(dtype, np.floating)
+    found = 0
+    left = rows.count
     while left:
         wanted = min(left, max(1, _CHUNK_BYTES // width)) * width
         data = file.read(wanted)
@@ -337,7 +342,8 @@ def _check_rows(path: Path, file: BinaryIO, shape: Shape, dtype: str, rows: Rows
             values = np.frombuffer(data, dtype).reshape(wanted // width, -1)
             if not np.isfinite(values).all() or not values.any(axis=1).all():
                 raise damaged(path, "it has rows of zeros, or numbers that are not finite")
-        found, left = zlib.crc32(data, found), left - wanted // width
+        found = zlib.crc32(data, found)
+        left = left - wanted // width
     if rows.crc32 not in (None, found):
         raise damaged(path, "its checksum is not that of the rows that were written")
     return found

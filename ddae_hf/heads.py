@@ -91,7 +91,8 @@ def _is_same(own: torch.nn.Module, base: torch.nn.Module | None) -> bool:
     """Return whether a network has the base's weights, rounded to its own types."""
     if base is None:
         return False
-    weights, originals = plain_state(own), plain_state(base)
+    weights = plain_state(own)
+    originals = plain_state(base)
     return weights.keys() == originals.keys() and all(
         torch.equal(value, originals[name].to(value)) for name, value in weights.items()
     )

@@ -169,7 +169,9 @@ class _Eager:
     """torch's mode in which compiled modules run uncompiled: entered with the first thread, left with the last."""
 
     def __init__(self) -> None:
-        self.lock, self.threads, self.stance = threading.Lock(), 0, contextlib.ExitStack()
+        self.lock = threading.Lock()
+        self.threads = 0
+        self.stance = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         with self.lock:

@@ -137,7 +137,8 @@ class DDAEImageProcessor(PilBackend):
         return super().fetch_images(image_url_or_urls)
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[np.ndarray]:
-        channels, layout = kwargs["num_channels"], kwargs["input_data_format"]
+        channels = kwargs["num_channels"]
+        layout = kwargs["input_data_format"]
         found = list(_single_images(self.fetch_images(images), channels, layout))
         if not found:
             raise ValueError("No image came: pass at least one.")
@@ -173,7 +174,8 @@ class DDAEImageProcessor(PilBackend):
 
         With `crop`, cut an image of another shape so that it keeps its proportions; otherwise squash it.
         """
-        height, width = size["height"], size["width"]
+        height = size["height"]
+        width = size["width"]
         if image.shape[1:] == (height, width):
             return image
         filter = PILImageResampling.BILINEAR if resample is None else resample
@@ -183,7 +185,8 @@ class DDAEImageProcessor(PilBackend):
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         """Return the centre of (C, H, W), or refuse an image that is smaller."""
         height, width = image.shape[1:]
-        rows, columns = size["height"], size["width"]
+        rows = size["height"]
+        columns = size["width"]
         if height < rows or width < columns:
             raise ValueError(
                 f"An image of {height}x{width} pixels came, of which no {rows}x{columns} can be cut: leave do_resize "

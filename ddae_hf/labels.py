@@ -125,7 +125,8 @@ def _check_probabilities(labels: Tensor) -> None:
     """Refuse probabilities (B, K) that are negative or do not add up to 1, as half precision keeps it."""
     if not readable(labels):
         return
-    lowest, sums = labels.min(), labels.float().sum(1)
+    lowest = labels.min()
+    sums = labels.float().sum(1)
     if not (lowest >= -1e-3 and (sums - 1).abs().max() <= 0.02):
         raise ValueError(
             f"labels are floats from {lowest:.4g} on, which add up to {sums.min():.4g} to {sums.max():.4g} an image: "

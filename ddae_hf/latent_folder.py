@@ -99,7 +99,8 @@ class LatentFolder:
                     # Nobody knows what rows without a description are of.
                     (path.parent / "rows.json").unlink(missing_ok=True)
                     write_text(path, text)
-        known, wanted = read_json(path), json.loads(text)
+        known = read_json(path)
+        wanted = json.loads(text)
         if different := _differences(known, {name: wanted[name] for name in index}):
             raise ValueError(
                 f"{folder} holds other latents ({'; '.join(different)}): give another folder, or delete this one."

@@ -195,8 +195,10 @@ class _Card:
         probe = tried.get("linear_probe", {}).get("results", {}).get("DDAE")
         best = tried["sweep"]["best"] if "sweep" in tried else probe
         own = self.checkpoint.holds_model or best is None
-        network, complete = network_of(config.denoiser), skeleton(config.denoiser).config
-        count, own_null = network.num_labels(complete), network.default_null_class(complete)
+        network = network_of(config.denoiser)
+        complete = skeleton(config.denoiser).config
+        count = network.num_labels(complete)
+        own_null = network.default_null_class(complete)
         family = family_of(build_scheduler(scheduler)) if scheduler else None
         sampler = next(iter(family.samplers), None) if family else None
         return {

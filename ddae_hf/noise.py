@@ -319,7 +319,8 @@ def change_scheduler(trained: Any, kind: Any, **options: Any) -> Any:
         kind: The class of the other.
         **options: The other's own, in place of what it takes over.
     """
-    config, known = trained.config, inspect.signature(kind).parameters
+    config = trained.config
+    known = inspect.signature(kind).parameters
     clips = config.get("clip_sample", False) and config.get("clip_sample_range", 1.0) == 1.0
     if clips and "clip_sample" not in known and "thresholding" in known:
         options = {"thresholding": True, "sample_max_value": 1.0} | options

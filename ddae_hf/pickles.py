@@ -77,7 +77,8 @@ class _Bounded:
     """A file that refuses to be read beyond its end, before it takes memory for what is not there."""
 
     def __init__(self, file: BinaryIO):
-        self.file, start = file, file.tell()
+        self.file = file
+        start = file.tell()
         self.left = file.seek(0, os.SEEK_END) - start
         file.seek(start)
 

@@ -62,7 +62,8 @@ class Classes:
     """
 
     def __init__(self, splits: Mapping[str, Dataset], column: str):
-        self.column, kinds = column, {}
+        self.column = column
+        kinds = {}
         for name, split in splits.items():
             if column not in split.features:
                 raise SystemExit(
@@ -74,7 +75,8 @@ class Classes:
             raise SystemExit(f"The column {column!r} is not the same in all splits: {kinds}.")
         found = {name: read_labels(split, column) for name, split in splits.items()}
         if isinstance(kind, ClassLabel):
-            self.values, self.names = np.arange(kind.num_classes), list(kind.names)
+            self.values = np.arange(kind.num_classes)
+            self.names = list(kind.names)
         else:
             self.values = np.unique(np.concatenate(list(found.values())))
             self.names = [str(value) for value in self.values]
@@ -104,7 +106,8 @@ def with_classes(dataset: Dataset, column: str) -> Dataset:
     classes = Classes({"train": dataset}, column)
     if isinstance(dataset.features[column], ClassLabel):
         return dataset
-    labels, feature = classes.labels(dataset), ClassLabel(names=classes.names)
+    labels = classes.labels(dataset)
+    feature = ClassLabel(names=classes.names)
     return dataset.remove_columns(column).add_column(column, labels, feature=feature)
 
 
@@ -129,10 +132,12 @@ def draw_images(labels: Sequence[Any] | np.ndarray | int, count: int, seed: int 
     while `count` allows. Which ones is random; a smaller draw lies within a larger one.
     """
     labels = [0] * labels if isinstance(labels, int) else labels
-    total, numbers = len(labels), dict[Any, int]()
+    total = len(labels)
+    numbers = dict[Any, int]()
     order = np.random.default_rng(seed).permutation(total)
     codes = np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)[order]
-    sizes, by_class = np.bincount(codes), np.argsort(codes, kind="stable")
+    sizes = np.bincount(codes)
+    by_class = np.argsort(codes, kind="stable")
     places = np.empty(total, np.int64)  # of an image among those of its class, in this order
     places[by_class] = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     turns = np.where(places == 0, 0, (places + 0.5) / sizes[codes])

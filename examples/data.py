@@ -271,8 +271,11 @@ def images_hash(dataset: Dataset, column: str) -> str:
 
 def load_training_images(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, int]:
     """Return the training images, a data set of `image` and, where classes are used, `labels`; and how many classes."""
-    splits, split = load_splits(args, args.streaming), args.train_split
-    whole, columns, names = pick_split(splits, split), {}, []
+    splits = load_splits(args, args.streaming)
+    split = args.train_split
+    whole = pick_split(splits, split)
+    columns = {}
+    names = []
     if args.class_conditional:
         column = label_column(whole, args.label_column)
         columns["labels"] = column

@@ -66,7 +66,8 @@ def split_of(folder: str, path: str) -> str | None:
     """Return the split that a file's path names, nothing where it names none, or stop where that cannot be told."""
     *folders, name = path.split("/")
     stem = os.path.splitext(name)[0]
-    shard, numbered = SHARD.match(stem), NUMBERED.fullmatch(stem)
+    shard = SHARD.match(stem)
+    numbered = NUMBERED.fullmatch(stem)
     named = {part for part in folders if part in SPLITS}
     if numbered:
         named.add(numbered["split"])

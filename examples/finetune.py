@@ -53,7 +53,9 @@ from metrics import classification_metrics
 from precision import fast_layout, made_fast
 from training_run import NUM_LOSSES, OPTIONS, check_weights, look, not_finite, saved_checkpoints, write_options
 
-PROGRESS, AVERAGED, RESULTS = "progress.json", "averaged.safetensors", "eval_results.json"
+PROGRESS = "progress.json"
+AVERAGED = "averaged.safetensors"
+RESULTS = "eval_results.json"
 FREE = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "cache_dir", "config"}  # may differ in resuming
 FREE |= {"push_to_hub", "hub_model_id", "hub_private", "license"}
 
@@ -299,7 +301,8 @@ class FiniteWeights(TrainerCallback):
     """Stops a training before Trainer saves a loss or weights, or their averages, that are not finite."""
 
     def __init__(self, trainer: FineTuner, averages: list[Tensor]):
-        self.trainer, self.averages = trainer, averages
+        self.trainer = trainer
+        self.averages = averages
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at them if they are about to be saved."""
@@ -354,7 +357,8 @@ class FineTuner(Trainer):
 
     def not_finite(self, loss: float) -> SystemExit:
         """Return what stops a training that has failed; the learning rate is the classifier's, the largest."""
-        step, rate = self.state.global_step, max(group["lr"] for group in self.optimizer.param_groups)
+        step = self.state.global_step
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
         found = [f for f in saved_checkpoints(self.args.output_dir) if is_complete(self.options, f)]
         last = found[-1] if found else None
         return not_finite(step, loss, rate, last, "it keeps its options, so start again in another --output_dir")
@@ -431,7 +435,8 @@ def test(trainer: FineTuner, data: LabelledImages) -> dict[str, float]:
 
 def check_batches(trainer: FineTuner, resume: Path) -> None:
     """Stop if steps are of other batches than before: Trainer would go on at another place, or not at all."""
-    processes, now = len(list(resume.glob("rng_state*.pth"))), trainer.args.world_size
+    processes = len(list(resume.glob("rng_state*.pth")))
+    now = trainer.args.world_size
     images = json.loads((resume / PROGRESS).read_text()).get("num_images")  # which version 0.1.0 did not note
     if processes != now:
         raise SystemExit(f"{resume} was trained by {processes} process(es), and here are {now}: start as many as then.")
@@ -461,7 +466,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     prepare(args)
     started = time.monotonic()
-    resume, output = checkpoint_to_resume(args), Path(args.output_dir)
+    resume = checkpoint_to_resume(args)
+    output = Path(args.output_dir)
     if resume is not None and is_own(args, resume) and (output / RESULTS).is_file():  # which is written last
         if os.environ.get("RANK", "0") == "0":
             print(f"{output} is complete, its figures are in {RESULTS}: there is nothing left to do.")

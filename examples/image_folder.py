@@ -82,7 +82,8 @@ def list_folder(root: str | os.PathLike[str], extensions: set[str]) -> Listing:
             found.folders.append(prefix.removesuffix("/"))
         with os.scandir(folder) as entries:
             for entry in entries:
-                path, extension = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
+                path = prefix + entry.name
+                extension = os.path.splitext(entry.name)[1].lower()
                 if entry.name.startswith("."):
                     found.skipped["hidden"] += 1
                 elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
@@ -123,7 +124,8 @@ def read_image_folder(folder: str, streaming: bool = False) -> DatasetDict | Ite
         if any(any(split.folders) for split in splits.values()):
             warnings.warn(f"{folder}: labels are those of its metadata, not the names of its folders.", stacklevel=2)
     names = sorted({label for labels in classes.values() for label in labels})
-    numbers, datasets = {name: i for i, name in enumerate(names)}, {}
+    numbers = {name: i for i, name in enumerate(names)}
+    datasets = {}
     for name, split in splits.items():
         rows = {column: [values[path] for path in split.images] for column, values in known.items()}
         paths = [os.path.join(os.path.abspath(folder), path) for path in split.images]

@@ -126,7 +126,8 @@ def store_view(
     args: argparse.Namespace, model: DDAEModel, data: LabelledImages, view: int
 ) -> tuple[np.ndarray, Tensor]:
     """Return the training images' features (N, C) in this draw, kept on disk, and their levels."""
-    count, name = len(data.labels["train"]), f"view-{view}"
+    count = len(data.labels["train"])
+    name = f"view-{view}"
     sigmas = log_uniform(args, count, [args.noise_seed, view])
     size = sum(model.config.from_dict(model.config.to_dict(), layer=layer).hidden_size for layer in args.layers)
 
@@ -151,7 +152,8 @@ def train_mlp(
     args: argparse.Namespace, views: list[tuple[np.ndarray, Tensor]], data: LabelledImages
 ) -> NoiseConditionalMLP:
     """Return the MLP trained on stored features, which it standardises, and save it."""
-    stored, sigmas = [view for view, _ in views], [sigma for _, sigma in views]
+    stored = [view for view, _ in views]
+    sigmas = [sigma for _, sigma in views]
     labels, device = torch.from_numpy(data.labels["train"]).long(), best_device()
     config = {"in_features": stored[0].shape[1], "num_labels": len(data.names), "hidden_size": args.hidden_size}
     config |= {"num_hidden_layers": args.num_hidden_layers, "dropout": args.dropout}

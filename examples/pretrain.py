@@ -304,7 +304,8 @@ def batches_from(accelerator: Accelerator, dataloader: Any, progress: Progress) 
     """Yield batches without end, from where `progress` is, which whoever takes them counts; stop if none come."""
     while True:
         dataloader.set_epoch(progress.epoch)
-        done, came = progress.batch, False
+        done = progress.batch
+        came = False
         for batch in accelerator.skip_first_batches(dataloader, done) if done else dataloader:
             came = True
             yield batch

@@ -286,10 +286,12 @@ def sweep_checkpoint(sweep: Sweep, folder: Path) -> dict[str, Any]:
     """Sweep one checkpoint, test its best pair, save it as a classifier, and return every figure."""
     args, data, checkpoint, started = sweep.args, sweep.data, sweep.checkpoint, time.monotonic()
     ready(sweep.model)
-    seeds, labels = range(args.noise_seed, args.noise_seed + args.num_noise_seeds), data.labels["test"]
+    seeds = range(args.noise_seed, args.noise_seed + args.num_noise_seeds)
+    labels = data.labels["test"]
     try:
         rows = sweep_levels(sweep, folder)
-        best, levels_done = max(rows, key=lambda row: row["validation_accuracy"]), time.monotonic()
+        best = max(rows, key=lambda row: row["validation_accuracy"])
+        levels_done = time.monotonic()
         fitted = [fit_best(sweep, best, seed) for seed in seeds]
         few = few_label_figures(sweep, best)
     except (ValueError, OSError) as error:  # a damaged file, no space for the features

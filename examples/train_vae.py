@@ -246,7 +246,8 @@ class Training:
 
 def set_up(args: argparse.Namespace, accelerator: Accelerator, images: Dataset, resume: Path | None) -> Training:
     """Return a training, from the start or from a checkpoint, or stop if it cannot be."""
-    vae, processes = new_vae(args), accelerator.num_processes
+    vae = new_vae(args)
+    processes = accelerator.num_processes
     if resume is not None:
         check_same_run(args, resume)
         check_batches(args, resume, processes, len(images))
@@ -273,7 +274,9 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, images: Dataset, 
 
 def training_steps(args: argparse.Namespace, accelerator: Accelerator, training: Training) -> Iterator[int]:
     """Train, and yield the number of every step that is done, up to the last."""
-    progress, before, started = training.progress, training.progress.seconds, time.monotonic()
+    progress = training.progress
+    before = training.progress.seconds
+    started = time.monotonic()
     if progress.batches == training.total_steps:
         return
     for batch in batches_from(accelerator, training.dataloader, progress):
@@ -304,7 +307,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if is_finished(args, training.total_steps):
         accelerator.end_training()
         return
-    progress, first = training.progress, dataclasses.replace(training.progress)
+    progress = training.progress
+    first = dataclasses.replace(training.progress)
     logger.info(f"Training on {len(images)} images of {args.resolution} pixels, {len(held_out)} are held out.")
     bar = tqdm(initial=first.batches, total=training.total_steps, disable=not accelerator.is_local_main_process)
     for step in training_steps(args, accelerator, training):

@@ -33,7 +33,8 @@ from training_data import TrainingData
 logger = get_logger(__name__)
 
 PROGRESS, LATENTS = Path("state") / "progress.json", Path("state") / "latents.json"
-OPTIONS, RESULTS = "training_options.yaml", "train_results.json"
+OPTIONS = "training_options.yaml"
+RESULTS = "train_results.json"
 NUM_LOSSES = 100  # batches over which the loss is averaged
 
 
@@ -113,7 +114,8 @@ def check_batches(args: argparse.Namespace, checkpoint: Path, processes: int, nu
 
     As many images in a batch of all processes are enough: how many processes share it does not change their order.
     """
-    options, before = read_options(checkpoint), len(list((checkpoint / "state").glob("random_states_*")))
+    options = read_options(checkpoint)
+    before = len(list((checkpoint / "state").glob("random_states_*")))
     size = options["train_batch_size"] * before
     if args.train_batch_size * processes != size:
         advice = f"give --train_batch_size {size // processes}"
@@ -155,7 +157,8 @@ def restore(accelerator: Accelerator, optimizer: Any, lr_scheduler: Any, checkpo
     The learning rate, and what else options say of the optimiser, are this run's: `not_finite` asks for a lower rate.
     """
     given = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    rates, schedule = lr_scheduler.scheduler.base_lrs, lr_scheduler.scheduler
+    rates = lr_scheduler.scheduler.base_lrs
+    schedule = lr_scheduler.scheduler
     accelerator.load_state(str(checkpoint / "state"))
     # accelerate advances a schedule once for every process, and their number may be another now.
     before = len(list((checkpoint / "state").glob("random_states_*")))
@@ -256,7 +259,8 @@ def write_checkpoint(
         save: Writes the rest into a folder, the options among it.
     """
     folder = Path(args.output_dir)
-    partial, final = folder / "partial-checkpoint", folder / f"checkpoint-{step}"
+    partial = folder / "partial-checkpoint"
+    final = folder / f"checkpoint-{step}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -322,7 +326,9 @@ class Run:
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of the network, which knows its null class, its classes and the VAE of its latents."""
-        network, config, null_class = network_of(self.ema_denoiser), self.ema_denoiser.config, None
+        network = network_of(self.ema_denoiser)
+        config = self.ema_denoiser.config
+        null_class = None
         if self.args.class_conditional and network.default_null_class(config) is None:
             null_class = network.num_labels(config) - 1
         parts = {"vae": self.data.vae, "id2label": dict(enumerate(self.data.names)) if self.data.names else None}

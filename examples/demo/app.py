@@ -78,7 +78,8 @@ def image_field(demo: Demo) -> gr.Image:
 
 def generate_tab(demo: Demo) -> None:
     """Lay out the tab that generates."""
-    pipeline, names = demo.pipeline, demo.class_names
+    pipeline = demo.pipeline
+    names = demo.class_names
     labels = range(network_of(pipeline.denoiser).num_labels(pipeline.denoiser.config))
     classes = [(names.get(k, str(k)), k) for k in labels if k != pipeline.null_class]
     has_null = pipeline.null_class is not None

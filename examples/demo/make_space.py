@@ -55,7 +55,8 @@ def helpers() -> list[Path]:
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             new = [path for name in names if (path := HERE.parent / f"{name}.py").is_file() and path not in found]
-            found, left = found + new, left + new
+            found = found + new
+            left = left + new
     return found
 
 
