@@ -39,8 +39,8 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["ddae_hf"],
-    package_data={"ddae_hf": ["py.typed", "model_card_template.md"]},
+    packages=["ddae_hf", "ddae_hf.experiments", "ddae_hf.commands"],
+    package_data={"ddae_hf": ["py.typed", "experiments/model_card_template.md"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

@@ -47,9 +47,9 @@ from torch import Tensor
 # Of examples/, which `measure` puts on the path.
 from data import add_data_arguments, best_device, read_config, write_json
 from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline, layer_names
-from ddae_hf.features import extract_features
+from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.logistic_regression import fit_logistic_regression
 from ddae_hf.networks import build_denoiser
-from ddae_hf.probing import fit_logistic_regression
 from labelled import LabelledImages, add_label_arguments, noise_view, ready
 
 TITLES = {"unet": "The paper's U-Net", "dit": "DiT-XL/2"}

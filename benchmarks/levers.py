@@ -30,12 +30,12 @@ from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.checkpoints import build_scheduler
 from ddae_hf.diffusion import Diffusion
-from ddae_hf.draws import indexed_noise
+from ddae_hf.experiments.devices import fast_layout, keep_freed_memory
+from ddae_hf.experiments.draws import indexed_noise
+from ddae_hf.experiments.pixels import Pixels
 from ddae_hf.hidden_states import collect_hidden_states, pool_hidden_states
 from ddae_hf.networks import build_denoiser
 from ddae_hf.pretrained_ddae import use_attention
-from pixels import Pixels
-from precision import fast_layout, keep_freed_memory
 
 LAYER = "up_blocks.1.resnets.2"
 LAYOUTS = {torch.channels_last: "channels-last", torch.contiguous_format: "contiguous"}

@@ -31,9 +31,9 @@ from training_ways import WAYS, Process
 import pretrain
 from data import best_device, write_json
 from ddae_hf.checkpoints import build_scheduler
+from ddae_hf.experiments.plots import plt
 from ddae_hf.networks import network_of
 from ddae_hf.noise import family
-from plots import plt
 
 DEFAULT_WAYS = {"cpu": ["float32", "bfloat16"], "cuda": ["tf32", "bfloat16", "compiled"]}
 POINTS = 40  # of a curve

@@ -34,7 +34,7 @@ from training_ways import WAYS, Plain, Process
 
 import pretrain
 from data import read_config, write_json
-from plots import plt
+from ddae_hf.experiments.plots import plt
 from sweep_options import parse_arguments as parse_sweep
 from training_run import PROGRESS
 

@@ -40,13 +40,13 @@ from torch import Tensor
 # Of examples/, which `measure` puts on the path.
 from data import add_data_arguments, best_device, image_column, load_splits, pick_split, write_json
 from ddae_hf import DDAEPipeline
-from ddae_hf.draws import SAMPLING, indexed_noise
-from ddae_hf.generation_metrics import frechet_distance
+from ddae_hf.experiments.devices import made_fast
+from ddae_hf.experiments.draws import SAMPLING, indexed_noise
+from ddae_hf.experiments.generation_metrics import frechet_distance
+from ddae_hf.experiments.plots import plt
 from ddae_hf.networks import network_of
 from ddae_hf.noise import change_scheduler, family, new_scheduler
 from evaluate_generation import EXTRACTORS, GENERATED_VIEW, REFERENCE_VIEW, Extractor, ImageSet, open_extractor
-from plots import plt
-from precision import made_fast
 
 # Frameworks' samplers, by the scheduler that takes the steps and the pipeline's `sampler`.
 SAMPLERS: dict[str, dict[str, tuple[Any, str | None]]] = {

@@ -1,25 +1,18 @@
 """Changes of training images: mirrors, crops, mixtures, and augmentation that the network is told of.
 
 All take and return images (B, C, H, W), floats in [-1, 1]; `random_flip`, `random_crop` and `mixup` take latents too.
-What is random is drawn in one of two ways:
-
-- `random_flip`, `random_crop`, `random_changes`, `mixup` and, where it is given no generator of its own, `augment` draw
-  from torch's global generators, which whoever trains seeds. What happens to an image depends on its batch.
-- `augment_view` has draws of its own for each image, by its index in the data set, so that what is kept on disk can be
-  computed in batches of any size, and continued.
+What is random is drawn from torch's global generators, which whoever trains seeds, where `augment` is given none of its
+own: what happens to an image depends on its batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .draws import CHANGES, index_generator
 
 NUM_LABELS = 9
 _SCALE = 2**0.2  # factor of one standard deviation of scaling and stretching
@@ -77,38 +70,6 @@ def random_changes(images: Tensor, flip: bool, crop_padding: int) -> Tensor:
     """
     images = random_flip(images) if flip else images
     return random_crop(images, crop_padding) if crop_padding else images
-
-
-def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
-    """Mirror half of the images and crop them at random, each by draws of its own.
-
-    The changes are those of `random_changes` but for the borders, which are black here, as those of torchvision's
-    `RandomCrop`, and reflections there.
-
-    Args:
-        images: Images (B, C, H, W) in [-1, 1].
-        indices: Their indices in the data set, B integers.
-        seed: Seed of the changes.
-        view: Number of the view.
-        flip: Whether to mirror.
-        crop_padding: Pixels of black added on each side before cropping back to (H, W).
-
-    Returns:
-        (B, C, H, W). What happens to an image depends on (seed, its index, view) alone.
-
-    Raises:
-        ValueError: Another number of indices than of images, or a negative padding.
-    """
-    height, width = images.shape[-2:]
-    padded = F.pad(images, [crop_padding] * 4, value=-1.0)
-    views = []
-    for i, image in zip(indices, padded, strict=True):
-        rng = index_generator(seed, view, i, CHANGES)
-        mirrored = flip and rng.random() < 0.5
-        top, left = rng.integers(0, 2 * crop_padding + 1, size=2)
-        crop = image[:, top : top + height, left : left + width]
-        views.append(mirror(crop) if mirrored else crop)
-    return torch.stack(views)
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

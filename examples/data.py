@@ -22,17 +22,25 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
-from classes import columns_of, draw_images, find_label_column, label_column, read_labels, warn_of_missing, with_classes
-from data_files import list_data_files, split_files, states_its_files
 from ddae_hf import DDAEImageProcessor
-from ddae_hf.arrays import write_text
 from ddae_hf.augment import augment, embed_labels, random_flip
+from ddae_hf.experiments.arrays import write_text
+from ddae_hf.experiments.classes import (
+    columns_of,
+    draw_images,
+    find_label_column,
+    label_column,
+    read_labels,
+    warn_of_missing,
+    with_classes,
+)
+from ddae_hf.experiments.data_files import list_data_files, split_files, states_its_files
+from ddae_hf.experiments.devices import fast_layout
+from ddae_hf.experiments.image_folder import read_image_folder
+from ddae_hf.experiments.pixels import Pixels, scaled
 from ddae_hf.image_processing_ddae import as_rgb
 from ddae_hf.labels import drop_labels
 from ddae_hf.networks import network_of
-from image_folder import read_image_folder
-from pixels import Pixels, scaled
-from precision import fast_layout
 from ranges import check_ranges
 
 

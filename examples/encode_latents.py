@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 
-from classes import find_labels
 from data import (
     add_center_crop_argument,
     add_data_arguments,
@@ -23,9 +22,10 @@ from data import (
 )
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.checkpoints import load_vae
-from ddae_hf.latent_folder import LatentFolder
+from ddae_hf.experiments.classes import find_labels
+from ddae_hf.experiments.latent_folder import LatentFolder
+from ddae_hf.experiments.run_facts import data_facts
 from ddae_hf.latents import downsampling
-from facts import data_facts
 from labelled import Images
 from latents import describe_splits, encode_views, state_use
 

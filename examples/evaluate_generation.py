@@ -49,12 +49,15 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 import ddae_hf
-from classes import draw_images
 from data import best_device, image_column, image_grid, images_hash, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.arrays import described_folder, fill
-from ddae_hf.features import evaluating, extract_features
-from ddae_hf.generation_metrics import frechet_distance, kernel_distance, precision_recall
+from ddae_hf.experiments.arrays import described_folder, fill
+from ddae_hf.experiments.classes import draw_images
+from ddae_hf.experiments.devices import made_fast
+from ddae_hf.experiments.features import evaluating, extract_features
+from ddae_hf.experiments.generation_metrics import frechet_distance, kernel_distance, precision_recall
+from ddae_hf.experiments.image_folder import image_extensions, list_folder
+from ddae_hf.experiments.pixels import read_images
 from ddae_hf.hidden_states import pool_hidden_states
 from ddae_hf.image_processing_ddae import as_rgb
 from ddae_hf.weights import fingerprint
@@ -68,10 +71,7 @@ from generate import (
     open_processes,
     sample,
 )
-from image_folder import image_extensions, list_folder
 from labelled import ready
-from pixels import read_images
-from precision import made_fast
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there

@@ -25,7 +25,6 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from classes import find_labels
 from data import (
     add_data_arguments,
     image_column,
@@ -36,12 +35,13 @@ from data import (
     write_json,
 )
 from ddae_hf import DDAEImageProcessor, DDAEModel
-from ddae_hf.arrays import written_whole
-from ddae_hf.features import FeatureCache
+from ddae_hf.experiments.arrays import written_whole
+from ddae_hf.experiments.classes import find_labels
+from ddae_hf.experiments.devices import add_dtype_argument, chosen_dtype
+from ddae_hf.experiments.features import FeatureCache
+from ddae_hf.experiments.pixels import read_images
 from ddae_hf.hidden_states import decoder_layer_names
 from labelled import check_null_class, ready
-from pixels import read_images
-from precision import add_dtype_argument, chosen_dtype
 
 ROW_GROUP = 10_000
 

@@ -40,17 +40,17 @@ from transformers.utils import logging
 
 from data import add_data_arguments, best_device, parse_with_config, write_json
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
-from ddae_hf.arrays import written_whole
 from ddae_hf.augment import mixup, random_changes
 from ddae_hf.checkpoints import load_vae, plain_config
+from ddae_hf.experiments.arrays import written_whole
+from ddae_hf.experiments.devices import fast_layout, made_fast
+from ddae_hf.experiments.latent_folder import LatentFolder
+from ddae_hf.experiments.metrics import classification_metrics
+from ddae_hf.experiments.publishing import add_hub_arguments, prepare, publish
+from ddae_hf.experiments.run_facts import base_model, data_facts, machine
 from ddae_hf.hidden_states import parameters_behind
-from ddae_hf.latent_folder import LatentFolder
-from facts import base_model, data_facts, machine
-from hub import add_hub_arguments, prepare, publish
 from labelled import LabelledImages, add_label_arguments, classify, draw_fraction
 from latents import EncodedImages, one_view
-from metrics import classification_metrics
-from precision import fast_layout, made_fast
 from training_run import NUM_LOSSES, OPTIONS, check_weights, look, not_finite, saved_checkpoints, write_options
 
 PROGRESS = "progress.json"

@@ -25,14 +25,14 @@ from transformers.utils import logging
 
 import finetune
 from ddae_hf import DDAEImageProcessor, DDAEModel
-from ddae_hf.arrays import size
 from ddae_hf.checkpoints import load_vae
+from ddae_hf.experiments.arrays import size
+from ddae_hf.experiments.devices import chosen_dtype
+from ddae_hf.experiments.latent_folder import LatentFolder
+from ddae_hf.experiments.publishing import prepare
 from ddae_hf.hidden_states import hidden_size
-from ddae_hf.latent_folder import LatentFolder
-from hub import prepare
 from labelled import LabelledImages
 from latents import EncodedImages, describe_splits, encode_views, state_use
-from precision import chosen_dtype
 from sweep import Sweep, sweep_one
 from sweep_options import parse_arguments
 

@@ -12,12 +12,12 @@ import torch
 from datasets import Dataset
 
 from data import best_device
-from ddae_hf.arrays import num_bytes, size
-from ddae_hf.augment import augment_view, mirror
-from ddae_hf.draws import indexed_noise
-from ddae_hf.latent_folder import DTYPE, LatentFolder
+from ddae_hf.augment import mirror
+from ddae_hf.experiments.arrays import num_bytes, size
+from ddae_hf.experiments.devices import made_fast
+from ddae_hf.experiments.draws import augment_view, indexed_noise
+from ddae_hf.experiments.latent_folder import DTYPE, LatentFolder
 from labelled import Images, LabelledImages, noise_view
-from precision import made_fast
 
 
 def describe_splits(images: Images, views: dict[str, int], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -25,10 +25,12 @@ from transformers.utils import logging
 
 from data import add_data_arguments, best_device, parse_with_config, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
-from ddae_hf.features import extract_features
+from ddae_hf.experiments.devices import add_dtype_argument, chosen_dtype
+from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.metrics import F1
+from ddae_hf.experiments.publishing import add_hub_arguments, prepare, publish
+from ddae_hf.experiments.run_facts import base_model, data_facts, machine
 from ddae_hf.hidden_states import decoder_layer_names
-from facts import base_model, data_facts, machine
-from hub import add_hub_arguments, prepare, publish
 from labelled import (
     LabelledImages,
     add_label_arguments,
@@ -39,8 +41,6 @@ from labelled import (
     ready,
     save_classifier,
 )
-from metrics import F1
-from precision import add_dtype_argument, chosen_dtype
 
 PIXELS = "pixels"
 Features = Callable[[str, np.ndarray, list[str], float], dict[str, np.ndarray]]

@@ -31,15 +31,15 @@ from tqdm.auto import tqdm
 
 from data import add_data_arguments, best_device, images_hash, parse_with_config, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
-from ddae_hf.arrays import fill, written_whole
 from ddae_hf.augment import random_changes
-from ddae_hf.draws import POSTERIOR, indexed_noise
-from ddae_hf.features import evaluating
+from ddae_hf.experiments.arrays import fill, written_whole
+from ddae_hf.experiments.draws import POSTERIOR, indexed_noise
+from ddae_hf.experiments.features import evaluating
+from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet
 from ddae_hf.hidden_states import check_layers
 from ddae_hf.noise import family_of
 from ddae_hf.weights import fingerprint
 from labelled import LabelledImages, add_label_arguments, check_null_class, ready
-from noisy_networks import NoiseConditionalMLP, WideResNet
 from training_run import check_weights, largest, not_finite
 
 TEST_VIEW, FIRST_TRAIN_VIEW = 1, 2  # training and test images never share noise

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from data import best_device
-from ddae_hf.features import batch_features
+from ddae_hf.experiments.features import batch_features
+from ddae_hf.experiments.logistic_regression import OnlineProbes
 from ddae_hf.hidden_states import hidden_size
-from ddae_hf.probing import OnlineProbes
 from labelled import noise_view
 
 if TYPE_CHECKING:

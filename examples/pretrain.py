@@ -50,12 +50,12 @@ from ddae_hf import DDAEConfig
 from ddae_hf.augment import NUM_LABELS, reduced
 from ddae_hf.checkpoints import build_scheduler, plain_config, read_checkpoint
 from ddae_hf.diffusion import Diffusion
-from ddae_hf.latent_folder import LatentFolder
+from ddae_hf.experiments.devices import has_bfloat16, made_fast
+from ddae_hf.experiments.latent_folder import LatentFolder
+from ddae_hf.experiments.publishing import PRIVATE, add_hub_arguments, prepare, publish
 from ddae_hf.networks import NETWORKS, build_denoiser, network_of
 from ddae_hf.noise import family_of
-from hub import PRIVATE, add_hub_arguments, prepare, publish
 from latents import one_view
-from precision import has_bfloat16, made_fast
 from training_data import TrainingData, add_latent_arguments, check_latent_arguments, load_training_data
 from training_run import (
     LATENTS,

@@ -24,16 +24,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from classes import draw_images
 from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
-from ddae_hf.arrays import read_json
-from ddae_hf.augment import augment_view
-from ddae_hf.features import FeatureCache
+from ddae_hf.experiments.arrays import read_json
+from ddae_hf.experiments.classes import draw_images
+from ddae_hf.experiments.devices import chosen_dtype
+from ddae_hf.experiments.draws import augment_view
+from ddae_hf.experiments.features import FeatureCache
+from ddae_hf.experiments.logistic_regression import alignment, fit_logistic_regression, knn_predict, uniformity
+from ddae_hf.experiments.metrics import F1
+from ddae_hf.experiments.plots import draw_sweep
+from ddae_hf.experiments.publishing import prepare, publish
+from ddae_hf.experiments.run_facts import base_model, data_facts, machine
 from ddae_hf.hidden_states import decoder_layer_names
-from ddae_hf.probing import alignment, fit_logistic_regression, knn_predict, uniformity
-from facts import base_model, data_facts, machine
-from hub import prepare, publish
 from labelled import (
     LabelledImages,
     check_null_class,
@@ -43,10 +46,7 @@ from labelled import (
     ready,
     save_classifier,
 )
-from metrics import F1
 from online_probes import predict_online, train_online
-from plots import draw_sweep
-from precision import chosen_dtype
 from sweep_options import parse_arguments
 from training_curve import (
     check_run,

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data import add_data_arguments, parse_with_config
-from hub import add_hub_arguments
+from ddae_hf.experiments.devices import add_dtype_argument
+from ddae_hf.experiments.publishing import add_hub_arguments
 from labelled import add_label_arguments
-from precision import add_dtype_argument
 from training_curve import add_curve_arguments
 
 SIGMAS = [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0]

@@ -43,9 +43,9 @@ from data import (
     write_json,
 )
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
-from facts import data_facts, machine
-from pixels import read_images
-from precision import made_fast
+from ddae_hf.experiments.devices import made_fast
+from ddae_hf.experiments.pixels import read_images
+from ddae_hf.experiments.run_facts import data_facts, machine
 from pretrain import batches_from, make_accelerator, seed_step
 from training_run import (
     NUM_LOSSES,

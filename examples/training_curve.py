@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import evaluate_generation
-from classes import draw_images
 from ddae_hf import DDAEConfig, DDAEModel
+from ddae_hf.experiments.classes import draw_images
+from ddae_hf.experiments.plots import stacked_curves
 from labelled import LabelledImages, ready
-from plots import stacked_curves
 
 LOSS_IMAGES = 5000
 

@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 
 from data import image_grid, write_json
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
-from ddae_hf.arrays import write_text, written_whole
+from ddae_hf.experiments.arrays import write_text, written_whole
+from ddae_hf.experiments.run_facts import base_model, machine
 from ddae_hf.networks import network_of
-from facts import base_model, machine
 from training_data import TrainingData
 
 logger = get_logger(__name__)

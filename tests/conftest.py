@@ -75,7 +75,7 @@ def drawn(digits, split, count):
     """The digits that every script takes when it is asked for so many of a split."""
     from datasets import Dataset
 
-    from classes import draw_images
+    from ddae_hf.experiments.classes import draw_images
 
     dataset = Dataset.from_parquet(str(digits / f"{split}.parquet"))
     return dataset.select(draw_images(dataset["label"][:], count))

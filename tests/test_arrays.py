@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from ddae_hf import arrays
-from ddae_hf.arrays import described_folder, fill, locked, open_array, read_json, rows_done, write_array, written_whole
+from ddae_hf.experiments import arrays
+from ddae_hf.experiments.arrays import (
+    described_folder,
+    fill,
+    locked,
+    open_array,
+    read_json,
+    rows_done,
+    write_array,
+    written_whole,
+)
 
 from .conftest import together
 

@@ -17,7 +17,6 @@ from ddae_hf.augment import (
     _rotation,
     _scaling,
     augment,
-    augment_view,
     embed_labels,
     mirror,
     mixup,
@@ -27,6 +26,7 @@ from ddae_hf.augment import (
     reduced,
 )
 from ddae_hf.diffusion import Diffusion
+from ddae_hf.experiments.draws import augment_view
 from ddae_hf.networks import network_of
 
 from .conftest import make_dit, make_unet

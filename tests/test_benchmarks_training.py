@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 
 import pretrain
 from ddae_hf import DDAEPipeline
-from ddae_hf.generation_metrics import frechet_distance
+from ddae_hf.experiments.generation_metrics import frechet_distance
 
 from .conftest import make_unet
 

@@ -17,7 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import pretrain
 import train_vae
 from ddae_hf import DDAEImageProcessor
-from ddae_hf.latent_folder import LatentFolder
+from ddae_hf.experiments.latent_folder import LatentFolder
 
 from . import scripts
 from .conftest import make_vae

@@ -16,10 +16,10 @@ from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler
 from PIL import Image
 
-import image_folder
-from classes import Classes, draw_images
 from data import add_data_arguments, images_hash, load_splits, load_training_images, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
+from ddae_hf.experiments import image_folder
+from ddae_hf.experiments.classes import Classes, draw_images
 from labelled import LabelledImages, add_label_arguments
 
 from . import scripts

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ddae_hf.draws import CHANGES, NOISE, POSTERIOR, index_generator, indexed_noise
+from ddae_hf.experiments.draws import CHANGES, NOISE, POSTERIOR, index_generator, indexed_noise
 
 
 def test_indexed_noise_depends_on_seed_index_and_view_alone():

@@ -24,8 +24,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import evaluate_generation
 from data import image_grid
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.features import extract_features
-from ddae_hf.generation_metrics import frechet_distance, precision_recall
+from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.generation_metrics import frechet_distance, precision_recall
 
 from . import scripts
 from .conftest import drawn, make_unet

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-import hub
 import pretrain
 import sweep
 from ddae_hf import DDAEPipeline
+from ddae_hf.experiments import publishing as hub
 
 from . import scripts
 from .conftest import make_unet

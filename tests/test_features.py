@@ -13,8 +13,8 @@ import torch
 
 from ddae_hf import DDAEConfig, DDAEModel
 from ddae_hf.checkpoints import plain_config
-from ddae_hf.draws import indexed_noise
-from ddae_hf.features import FeatureCache, evaluating, extract_features
+from ddae_hf.experiments.draws import indexed_noise
+from ddae_hf.experiments.features import FeatureCache, evaluating, extract_features
 
 from .conftest import Source, make_unet, make_vae, together
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 import finetune
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.draws import indexed_noise
+from ddae_hf.experiments.draws import indexed_noise
 
 from . import scripts
 from .conftest import drawn, make_dit, make_unet

@@ -9,7 +9,7 @@ import scipy.linalg
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from ddae_hf.generation_metrics import frechet_distance, kernel_distance, precision_recall
+from ddae_hf.experiments.generation_metrics import frechet_distance, kernel_distance, precision_recall
 
 
 def draw(count, width, seed, scale=1.0, shift=0.0):

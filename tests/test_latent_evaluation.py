@@ -17,12 +17,12 @@ import linear_probe
 import noisy_classifier
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import load_vae, plain_config
-from ddae_hf.draws import POSTERIOR, indexed_noise
-from ddae_hf.features import extract_features
-from ddae_hf.generation_metrics import frechet_distance
-from ddae_hf.latent_folder import LatentFolder
+from ddae_hf.experiments.draws import POSTERIOR, indexed_noise
+from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.generation_metrics import frechet_distance
+from ddae_hf.experiments.latent_folder import LatentFolder
+from ddae_hf.experiments.model_card import make_card
 from ddae_hf.latents import decode, encode
-from ddae_hf.model_card import make_card
 from ddae_hf.weights import fingerprint
 from labelled import LabelledImages
 from latents import describe_splits, encode_views

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 
 from ddae_hf import DDAEImageProcessor
-from ddae_hf.arrays import fill, rows_done
-from ddae_hf.latent_folder import LatentFolder
+from ddae_hf.experiments.arrays import fill, rows_done
+from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.latents import encode
 
 from . import scripts

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import pretrain
 from ddae_hf import DDAEModel, DDAEPipeline
-from ddae_hf.latent_folder import LatentFolder
-from ddae_hf.model_card import make_card
+from ddae_hf.experiments.latent_folder import LatentFolder
+from ddae_hf.experiments.model_card import make_card
 from ddae_hf.weights import fingerprint
 from latents import latent_dataset, one_view
 

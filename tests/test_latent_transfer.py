@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 import latent_transfer
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.features import extract_features
-from ddae_hf.latent_folder import LatentFolder
+from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.latent_folder import LatentFolder
 
 from . import scripts
 from .conftest import drawn, make_dit, make_vae

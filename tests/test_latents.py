@@ -17,8 +17,8 @@ from ddae_hf import (
     DDAEPipeline,
 )
 from ddae_hf.checkpoints import plain_config
-from ddae_hf.draws import NOISE, POSTERIOR, indexed_noise
-from ddae_hf.features import batch_features, extract_features
+from ddae_hf.experiments.draws import NOISE, POSTERIOR, indexed_noise
+from ddae_hf.experiments.features import batch_features, extract_features
 from ddae_hf.latents import decode, encode
 from ddae_hf.noise import add_noise
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize, rosen, rosen_der
 
-from ddae_hf.lbfgs import minimise
+from ddae_hf.experiments.lbfgs import minimise
 
 
 def test_quadratics_of_very_different_scale_all_reach_their_minimum():

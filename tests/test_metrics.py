@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from metrics import F1, Accuracy, Precision, Recall, classification_metrics
+from ddae_hf.experiments.metrics import F1, Accuracy, Precision, Recall, classification_metrics
 
 SCORES = {F1: f1_score, Precision: precision_score, Recall: recall_score}
 

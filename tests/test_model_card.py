@@ -20,7 +20,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from threadpoolctl import threadpool_limits
 
 from ddae_hf import DDAEModel, DDAEPipeline
-from ddae_hf.model_card import make_card, save_card
+from ddae_hf.experiments.model_card import make_card, save_card
 
 from . import scripts
 from .conftest import make_dit, make_unet

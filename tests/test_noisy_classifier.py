@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import noisy_classifier as script
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.arrays import rows_done
-from ddae_hf.draws import indexed_noise
+from ddae_hf.experiments.arrays import rows_done
+from ddae_hf.experiments.draws import indexed_noise
 
 from . import scripts
 from .conftest import drawn, make_dit, make_unet

@@ -10,13 +10,13 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-import pixels
 import pretrain
 from data import ImageBatches, training_batches, training_inputs
 from ddae_hf import DDAEImageProcessor
+from ddae_hf.experiments import pixels
+from ddae_hf.experiments.devices import fast_layout
+from ddae_hf.experiments.pixels import Pixels, read_images, scaled
 from labelled import Images, LabelledImages
-from pixels import Pixels, read_images, scaled
-from precision import fast_layout
 from training_run import Progress
 
 from .conftest import make_unet

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline
-from ddae_hf.features import extract_features
+from ddae_hf.experiments.devices import fast_layout, keep_freed_memory
+from ddae_hf.experiments.features import extract_features
 from ddae_hf.hidden_states import decoder_layer_names
-from precision import fast_layout, keep_freed_memory
 
 from . import scripts
 from .conftest import make_unet

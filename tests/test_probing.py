@@ -12,7 +12,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ddae_hf import probing
-from ddae_hf.probing import OnlineProbes, alignment, fit_logistic_regression, knn_predict, uniformity
+from ddae_hf.experiments.logistic_regression import (
+    OnlineProbes,
+    alignment,
+    fit_logistic_regression,
+    knn_predict,
+    uniformity,
+)
 
 L2 = [1e-4, 1e-2, 1.0]
 

@@ -135,7 +135,7 @@ def test_a_second_run_and_another_probe_read_the_features_that_are_there(
 ):
     (folder, first), calls = swept, []
     options = ["--features_dir", str(folder / "features")]
-    monkeypatch.setattr("ddae_hf.features.batch_features", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr("ddae_hf.experiments.features.batch_features", lambda *a, **k: calls.append(a))
     again = run(checkpoint, digits, tmp_path, *options)
     assert again["pairs"] == first["pairs"] and again["test_accuracies"] == first["test_accuracies"]
     other = run(checkpoint, digits, tmp_path, *options, "--l2", "0.03", "--few_labels", "2")

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from data import best_device, image_grid, images_hash
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.features import FeatureCache, batch_features
+from ddae_hf.experiments.features import FeatureCache, batch_features
 from ddae_hf.networks import tap_of
 from labelled import LabelledImages, noise_view, ready
 

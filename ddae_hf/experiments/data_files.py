@@ -14,7 +14,7 @@ import warnings
 
 from huggingface_hub import metadata_load
 
-from image_folder import LIKE_SPLITS, SPLITS, image_extensions, list_folder, some
+from .image_folder import LIKE_SPLITS, SPLITS, image_extensions, list_folder, some
 
 # The first kind that a folder has is what is read.
 KINDS = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".ndjson", ".csv", ".tsv")

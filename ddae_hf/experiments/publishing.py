@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 
-from ddae_hf.model_card import save_card
+from .model_card import save_card
 
 # What only this machine needs: training states, their unfinished copies, raw weights, features, locks.
 PRIVATE = ("checkpoint-*", "partial-*", "*.partial", "raw/*", "features/*", "levels/*", "*.lock")

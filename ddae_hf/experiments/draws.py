@@ -5,11 +5,15 @@ Batch size, order and number of processes play no part, so that data sets can be
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ..augment import mirror
 
 # Purposes: draws for different ones have nothing to do with each other.
 NOISE = 0  # of the denoiser's input
@@ -45,3 +49,35 @@ def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int
     """
     generators = [index_generator(seed, view, i, purpose) for i in indices]
     return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]))
+
+
+def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
+    """Mirror half of the images and crop them at random, each by draws of its own.
+
+    The changes are those of `random_changes` but for the borders, which are black here, as those of torchvision's
+    `RandomCrop`, and reflections there.
+
+    Args:
+        images: Images (B, C, H, W) in [-1, 1].
+        indices: Their indices in the data set, B integers.
+        seed: Seed of the changes.
+        view: Number of the view.
+        flip: Whether to mirror.
+        crop_padding: Pixels of black added on each side before cropping back to (H, W).
+
+    Returns:
+        (B, C, H, W). What happens to an image depends on (seed, its index, view) alone.
+
+    Raises:
+        ValueError: Another number of indices than of images, or a negative padding.
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images, [crop_padding] * 4, value=-1.0)
+    views = []
+    for i, image in zip(indices, padded, strict=True):
+        rng = index_generator(seed, view, i, CHANGES)
+        mirrored = flip and rng.random() < 0.5
+        top, left = rng.integers(0, 2 * crop_padding + 1, size=2)
+        crop = image[:, top : top + height, left : left + width]
+        views.append(mirror(crop) if mirrored else crop)
+    return torch.stack(views)

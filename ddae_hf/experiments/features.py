@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..hidden_states import check_layers, hidden_size, pool_hidden_states
+from ..modeling_ddae import DDAEModel
+from ..noise import family_of
+from ..weights import fingerprint
 from .arrays import described_folder, fill
 from .draws import POSTERIOR, indexed_noise
-from .hidden_states import check_layers, hidden_size, pool_hidden_states
-from .modeling_ddae import DDAEModel
-from .noise import family_of
-from .weights import fingerprint
 
 Images = Callable[[int], Iterable[Tensor]]
 

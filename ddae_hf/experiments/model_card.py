@@ -17,11 +17,11 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
 
-from .checkpoints import build_scheduler, read_checkpoint
-from .configuration_ddae import DDAEConfig
-from .networks import network_of, skeleton
-from .noise import family_of
-from .run_results import KINDS, Run, environment_rows, option_rows, read_runs
+from ..checkpoints import build_scheduler, read_checkpoint
+from ..configuration_ddae import DDAEConfig
+from ..networks import network_of, skeleton
+from ..noise import family_of
+from .results import KINDS, Run, environment_rows, option_rows, read_runs
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]

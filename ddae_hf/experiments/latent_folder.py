@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints import plain_config
+from ..latents import downsampling, encode
+from ..weights import fingerprint
 from .arrays import check_space, fill, locked, num_bytes, open_array, read_json, rows_done, write_array, write_text
-from .checkpoints import plain_config
 from .draws import POSTERIOR, indexed_noise
 from .features import evaluating
-from .latents import downsampling, encode
-from .weights import fingerprint
 
 INDEX = "latents.json"
 DTYPE = "float16"

@@ -12,7 +12,7 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 from torch.utils.data import get_worker_info
 
-from ddae_hf import DDAEImageProcessor
+from ..image_processing_ddae import DDAEImageProcessor
 
 SHARE = 4  # of the memory that is left, one part in so many may be filled
 ELSEWHERE = 4 * 2**30  # bytes that are taken to be left where the system is not Linux, which tells

@@ -1,0 +1,1 @@
+"""Commands: options from the command line, an experiment, its results as a table and files."""
