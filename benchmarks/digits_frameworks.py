@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from data import image_grid  # noqa: E402
+from ddae_hf.experiments.plots import image_grid  # noqa: E402
 from quickstart import NUM_SAMPLES, recognised, run, write_digits  # noqa: E402
 
 FRAMEWORKS = {"ddpm": "DDPM", "edm": "EDM", "flow": "flow matching"}

@@ -45,8 +45,10 @@ from plain_features import PlainFeatures
 from torch import Tensor
 
 # Of examples/, which `measure` puts on the path.
-from data import add_data_arguments, best_device, read_config, write_json
+from data import add_data_arguments, read_config
 from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline, layer_names
+from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.features import extract_features
 from ddae_hf.experiments.logistic_regression import fit_logistic_regression
 from ddae_hf.networks import build_denoiser

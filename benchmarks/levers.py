@@ -26,11 +26,11 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from PIL import Image
 
-from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.checkpoints import build_scheduler
 from ddae_hf.diffusion import Diffusion
-from ddae_hf.experiments.devices import fast_layout, keep_freed_memory
+from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.devices import best_device, fast_layout, keep_freed_memory
 from ddae_hf.experiments.draws import indexed_noise
 from ddae_hf.experiments.pixels import Pixels
 from ddae_hf.hidden_states import collect_hidden_states, pool_hidden_states

@@ -29,8 +29,9 @@ from training_ways import WAYS, Process
 
 # Of examples/, which `measure` puts on the path; so this is its `pretrain`.
 import pretrain
-from data import best_device, write_json
 from ddae_hf.checkpoints import build_scheduler
+from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.plots import plt
 from ddae_hf.networks import network_of
 from ddae_hf.noise import family

@@ -33,7 +33,8 @@ import yaml
 from training_ways import WAYS, Plain, Process
 
 import pretrain
-from data import read_config, write_json
+from data import read_config
+from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.plots import plt
 from sweep_options import parse_arguments as parse_sweep
 from training_run import PROGRESS

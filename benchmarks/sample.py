@@ -38,9 +38,10 @@ from diffusers import (
 from torch import Tensor
 
 # Of examples/, which `measure` puts on the path.
-from data import add_data_arguments, best_device, image_column, load_splits, pick_split, write_json
+from data import add_data_arguments, image_column, load_splits, pick_split
 from ddae_hf import DDAEPipeline
-from ddae_hf.experiments.devices import made_fast
+from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.devices import best_device, made_fast
 from ddae_hf.experiments.draws import SAMPLING, indexed_noise
 from ddae_hf.experiments.generation_metrics import frechet_distance
 from ddae_hf.experiments.plots import plt

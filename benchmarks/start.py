@@ -16,7 +16,7 @@ from pathlib import Path
 
 import measure
 
-from data import write_json
+from ddae_hf.experiments.arrays import write_json
 
 CLASSES = """\
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel

@@ -50,9 +50,11 @@ from plain_features import PlainFeatures
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-# Of examples/, which `measure` puts on the path.
-from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor
+
+# Of examples/, which `measure` puts on the path.
+from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.devices import best_device
 from ddae_hf.hidden_states import hidden_size
 from labelled import LabelledImages
 from sweep import Sweep, open_sweep

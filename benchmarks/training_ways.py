@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 
 # Of examples/, which `measure` puts on the path.
 import pretrain
-from data import load_training_images, write_json
+from data import load_training_images
 from ddae_hf import DDAEPipeline
+from ddae_hf.experiments.arrays import write_json
 from training_run import PROGRESS
 
 

@@ -27,8 +27,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import add_data_arguments, image_column, load_splits, parse_with_config, pick_split, write_json
+from data import add_data_arguments, image_column, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEBackbone, DDAEConfig, DDAEImageProcessor
+from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.draws import indexed_noise
 from labelled import check_null_class, ready
 

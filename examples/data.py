@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import glob
 import hashlib
-import json
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,13 +16,11 @@ import numpy as np
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
-from PIL import Image as PILImage
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.augment import augment, embed_labels, random_flip
-from ddae_hf.experiments.arrays import write_text
 from ddae_hf.experiments.classes import (
     columns_of,
     draw_images,
@@ -38,7 +34,6 @@ from ddae_hf.experiments.data_files import list_data_files, split_files, states_
 from ddae_hf.experiments.devices import fast_layout
 from ddae_hf.experiments.image_folder import read_image_folder
 from ddae_hf.experiments.pixels import Pixels, scaled
-from ddae_hf.image_processing_ddae import as_rgb
 from ddae_hf.labels import drop_labels
 from ddae_hf.networks import network_of
 from ranges import check_ranges
@@ -390,28 +385,3 @@ def training_inputs(
         null_class = network_of(network).num_labels(network.config) - 1
         labels = drop_labels(labels, null_class, args.label_dropout)
     return random_flip(clean) if args.random_flip else clean, labels
-
-
-def best_device() -> str:
-    """Return the device that features are computed on."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min_side: int = 64) -> PILImage.Image:
-    """Return images of one size as one picture, enlarged without smoothing to `min_side` pixels each."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    width, height = images[0].size
-    scale = max(1, math.ceil(min_side / max(width, height)))
-    width, height = width * scale, height * scale
-    rows = math.ceil(len(images) / columns)
-    grid = PILImage.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
-    for i, image in enumerate(images):
-        place = (i % columns * (width + 1), i // columns * (height + 1))
-        grid.paste(as_rgb(image).resize((width, height), PILImage.Resampling.NEAREST), place)
-    return grid

@@ -12,14 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from data import (
-    add_center_crop_argument,
-    add_data_arguments,
-    image_column,
-    load_splits,
-    parse_with_config,
-    pick_split,
-)
+from data import add_center_crop_argument, add_data_arguments, image_column, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.checkpoints import load_vae
 from ddae_hf.experiments.classes import find_labels

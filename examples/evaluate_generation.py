@@ -49,15 +49,16 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 import ddae_hf
-from data import best_device, image_column, image_grid, images_hash, load_splits, parse_with_config, pick_split
+from data import image_column, images_hash, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments.arrays import described_folder, fill
 from ddae_hf.experiments.classes import draw_images
-from ddae_hf.experiments.devices import made_fast
+from ddae_hf.experiments.devices import best_device, made_fast
 from ddae_hf.experiments.features import evaluating, extract_features
 from ddae_hf.experiments.generation_metrics import frechet_distance, kernel_distance, precision_recall
 from ddae_hf.experiments.image_folder import image_extensions, list_folder
 from ddae_hf.experiments.pixels import read_images
+from ddae_hf.experiments.plots import image_grid
 from ddae_hf.hidden_states import pool_hidden_states
 from ddae_hf.image_processing_ddae import as_rgb
 from ddae_hf.weights import fingerprint

@@ -25,17 +25,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import (
-    add_data_arguments,
-    image_column,
-    images_hash,
-    load_splits,
-    parse_with_config,
-    pick_split,
-    write_json,
-)
+from data import add_data_arguments, image_column, images_hash, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEImageProcessor, DDAEModel
-from ddae_hf.experiments.arrays import written_whole
+from ddae_hf.experiments.arrays import write_json, written_whole
 from ddae_hf.experiments.classes import find_labels
 from ddae_hf.experiments.devices import add_dtype_argument, chosen_dtype
 from ddae_hf.experiments.features import FeatureCache

@@ -38,12 +38,12 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from data import add_data_arguments, best_device, parse_with_config, write_json
+from data import add_data_arguments, parse_with_config
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor
 from ddae_hf.augment import mixup, random_changes
 from ddae_hf.checkpoints import load_vae, plain_config
-from ddae_hf.experiments.arrays import written_whole
-from ddae_hf.experiments.devices import fast_layout, made_fast
+from ddae_hf.experiments.arrays import write_json, written_whole
+from ddae_hf.experiments.devices import best_device, fast_layout, made_fast
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.metrics import classification_metrics
 from ddae_hf.experiments.publishing import add_hub_arguments, prepare, publish

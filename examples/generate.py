@@ -21,11 +21,12 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from data import best_device, image_grid, parse_with_config
+from data import parse_with_config
 from ddae_hf import DDAEPipeline
 from ddae_hf.checkpoints import plain_config
 from ddae_hf.experiments.arrays import write_text, written_whole
-from ddae_hf.experiments.devices import add_dtype_argument, chosen_dtype, made_fast
+from ddae_hf.experiments.devices import add_dtype_argument, best_device, chosen_dtype, made_fast
+from ddae_hf.experiments.plots import image_grid
 from ddae_hf.networks import network_of
 from ddae_hf.noise import change_scheduler, family
 from ddae_hf.weights import fingerprint

@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from data import best_device, image_column, images_hash, load_splits, pick_split
+from data import image_column, images_hash, load_splits, pick_split
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import still_generates
 from ddae_hf.experiments.classes import Classes, label_column, warn_of_missing
-from ddae_hf.experiments.devices import made_fast
+from ddae_hf.experiments.devices import best_device, made_fast
 from ddae_hf.experiments.draws import indexed_noise
 from ddae_hf.experiments.pixels import Pixels, read_images, scaled
 

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from data import best_device
 from ddae_hf.augment import mirror
 from ddae_hf.experiments.arrays import num_bytes, size
-from ddae_hf.experiments.devices import made_fast
+from ddae_hf.experiments.devices import best_device, made_fast
 from ddae_hf.experiments.draws import augment_view, indexed_noise
 from ddae_hf.experiments.latent_folder import DTYPE, LatentFolder
 from labelled import Images, LabelledImages, noise_view

@@ -23,9 +23,10 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import add_data_arguments, best_device, parse_with_config, write_json
+from data import add_data_arguments, parse_with_config
 from ddae_hf import DDAEImageProcessor, DDAEModel
-from ddae_hf.experiments.devices import add_dtype_argument, chosen_dtype
+from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.devices import add_dtype_argument, best_device, chosen_dtype
 from ddae_hf.experiments.features import extract_features
 from ddae_hf.experiments.metrics import F1
 from ddae_hf.experiments.publishing import add_hub_arguments, prepare, publish

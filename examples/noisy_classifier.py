@@ -29,10 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from data import add_data_arguments, best_device, images_hash, parse_with_config, write_json
+from data import add_data_arguments, images_hash, parse_with_config
 from ddae_hf import DDAEImageProcessor, DDAEModel, pool_hidden_states
 from ddae_hf.augment import random_changes
-from ddae_hf.experiments.arrays import fill, written_whole
+from ddae_hf.experiments.arrays import fill, write_json, written_whole
+from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.draws import POSTERIOR, indexed_noise
 from ddae_hf.experiments.features import evaluating
 from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet

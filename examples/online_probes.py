@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from data import best_device
+from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.features import batch_features
 from ddae_hf.experiments.logistic_regression import OnlineProbes
 from ddae_hf.hidden_states import hidden_size

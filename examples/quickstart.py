@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from data import image_grid
+from ddae_hf.experiments.plots import image_grid
 
 EXAMPLES = Path(__file__).parent
 NUM_SAMPLES = 100

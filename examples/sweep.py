@@ -24,11 +24,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import best_device, write_json
 from ddae_hf import DDAEImageProcessor, DDAEModel
-from ddae_hf.experiments.arrays import read_json
+from ddae_hf.experiments.arrays import read_json, write_json
 from ddae_hf.experiments.classes import draw_images
-from ddae_hf.experiments.devices import chosen_dtype
+from ddae_hf.experiments.devices import best_device, chosen_dtype
 from ddae_hf.experiments.draws import augment_view
 from ddae_hf.experiments.features import FeatureCache
 from ddae_hf.experiments.logistic_regression import alignment, fit_logistic_regression, knn_predict, uniformity

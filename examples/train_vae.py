@@ -35,16 +35,16 @@ from tqdm.auto import tqdm
 from data import (
     add_center_crop_argument,
     add_data_arguments,
-    image_grid,
     load_training_images,
     parse_with_config,
     training_batches,
     training_inputs,
-    write_json,
 )
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
+from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import made_fast
 from ddae_hf.experiments.pixels import read_images
+from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.run_facts import data_facts, machine
 from pretrain import batches_from, make_accelerator, seed_step
 from training_run import (

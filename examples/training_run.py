@@ -23,9 +23,9 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from data import image_grid, write_json
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
-from ddae_hf.experiments.arrays import write_text, written_whole
+from ddae_hf.experiments.arrays import write_json, write_text, written_whole
+from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.run_facts import base_model, machine
 from ddae_hf.networks import network_of
 from training_data import TrainingData

@@ -22,10 +22,10 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import evaluate_generation
-from data import image_grid
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments.features import extract_features
 from ddae_hf.experiments.generation_metrics import frechet_distance, precision_recall
+from ddae_hf.experiments.plots import image_grid
 
 from . import scripts
 from .conftest import drawn, make_unet

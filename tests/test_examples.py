@@ -31,9 +31,10 @@ import noisy_classifier
 import pretrain
 import sweep
 import train_vae
-from data import image_grid, load_training_images, parse_with_config, read_config, training_batches
+from data import load_training_images, parse_with_config, read_config, training_batches
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.diffusion import Diffusion
+from ddae_hf.experiments.plots import image_grid
 from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
 from training_run import Progress

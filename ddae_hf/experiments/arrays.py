@@ -160,6 +160,12 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def read_json(path: Path) -> Any:
     """Return what a JSON file of our own holds, or raise `ValueError` where it is damaged."""
     try:

@@ -28,6 +28,11 @@ def chosen_dtype(args: argparse.Namespace) -> dict[str, Any]:
     return {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
 
 
+def best_device() -> str:
+    """Return the device that features are computed on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def fast_layout(device: str | torch.device) -> torch.memory_format:
     """Return the layout of images and weights that networks are fastest in.
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from PIL import Image as PILImage
+
+from ..image_processing_ddae import as_rgb
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without windows)
@@ -111,3 +115,17 @@ def stacked_curves(
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min_side: int = 64) -> PILImage.Image:
+    """Return images of one size as one picture, enlarged without smoothing to `min_side` pixels each."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    scale = max(1, math.ceil(min_side / max(width, height)))
+    width, height = width * scale, height * scale
+    rows = math.ceil(len(images) / columns)
+    grid = PILImage.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
+    for i, image in enumerate(images):
+        place = (i % columns * (width + 1), i // columns * (height + 1))
+        grid.paste(as_rgb(image).resize((width, height), PILImage.Resampling.NEAREST), place)
+    return grid

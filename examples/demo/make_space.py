@@ -18,8 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from data import write_json  # noqa: E402
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline  # noqa: E402
+from ddae_hf.experiments.arrays import write_json  # noqa: E402
 
 OWN = ("app.py", "views.py", "denoising.py", "pictures.py", "README.md", "requirements.txt")
 RUN = Path("runs/quickstart")

@@ -17,9 +17,11 @@ from denoising import own_pipeline, stream, visible
 from pictures import feature_maps, figures, heat_map, notice, progress, to_pil
 from PIL import Image, ImageOps
 
-from data import best_device, image_grid, images_hash
+from data import images_hash
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
+from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.features import FeatureCache, batch_features
+from ddae_hf.experiments.plots import image_grid
 from ddae_hf.networks import tap_of
 from labelled import LabelledImages, noise_view, ready
 

@@ -1,0 +1,145 @@
+"""Options from the command line and from YAML files, and how a command ends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from ..experiments.options import Options, Table, read_yaml
+
+logger = logging.getLogger(__name__)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they are written, options with their defaults."""
+
+
+def parse(kinds: Sequence[type[Options]], description: str | None, argv: Sequence[str] | None = None) -> Any:
+    """Return options of several kinds, those of the command line over those of the YAML file that `--config` names.
+
+    What cannot work ends the program with a message. Options are spelt out: argparse would take `--conf FILE` for
+    `--config`, whose options had then been left out.
+
+    Args:
+        kinds: Dataclasses of options, with no two names alike.
+        description: What `--help` says of the command.
+        argv: The words after the command's name; by default those of this process.
+    """
+    parser: Any = HfArgumentParser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
+    flags = [action for action in parser._actions if action.const is True]
+    for action in flags:
+        if (negation := f"--no-{action.dest}") not in parser._option_string_actions:
+            parser.add_argument(
+                negation, dest=action.dest, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
+    config = "YAML file of options; it names only what differs from `base` and the defaults."
+    parser.add_argument("--config", help=config)
+    for action in parser._actions:
+        if action.type is Table:
+            action.type = _table
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    try:
+        if path is not None:
+            _take_defaults(parser, Path(path))
+        given = vars(parser.parse_args(argv))
+        return [kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)}) for kind in kinds]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _table(text: str) -> Table:
+    """Return a mapping given as YAML; argparse shows the reasons of no other kind of error."""
+    try:
+        return Table(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a YAML file's options over those of the files beside it that its `base` names, later ones first.
+
+    A mapping (`denoiser`, `scheduler`) is merged with the base's, unless it names another class.
+
+    Raises:
+        ValueError: No such file, one that is its own base, or one that holds something else than options.
+    """
+    if path in inside or not path.is_file():
+        what = "names itself as its base" if path in inside else "there is no such file"
+        raise ValueError(f"{path}: {what}{f' (named as the base of {inside[-1]})' if inside else ''}.")
+    try:
+        own = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(own, dict):
+        raise ValueError(f"{path} must hold options, `name: value`, and holds a {type(own).__name__}.")
+    bases = own.pop("base", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    options: dict[str, Any] = {}
+    for layer in [*(read_config(path.parent / name, (*inside, path)) for name in bases), own]:
+        for name, value in layer.items():
+            old = options.get(name)
+            merged = isinstance(old, dict) and isinstance(value, dict)
+            if merged and value.get("_class_name", old.get("_class_name")) == old.get("_class_name"):
+                value = {**old, **value}
+            options[name] = value
+    return options
+
+
+def _take_defaults(parser: Any, path: Path) -> None:
+    """Make a file's options the defaults, each converted by the parser's own type."""
+    options = read_config(path)
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
+    if unknown := sorted(set(options) - set(actions)):
+        raise ValueError(f"{path} has unknown options {unknown}; allowed are {sorted(actions)}.")
+    for name, value in options.items():
+        if value is not None:
+            parser.set_defaults(**{name: _converted(parser, actions[name], value)})
+            actions[name].required = False
+
+
+def _converted(parser: Any, action: argparse.Action, value: Any) -> Any:
+    """Return a YAML value as the command line would have given it: `1e-4`, which YAML reads as text, is a number."""
+    if isinstance(value, bool) and action.choices:
+        return "yes" if value else "no"  # YAML takes these words, unquoted, for true and false
+    if action.const is True:
+        if not isinstance(value, bool):
+            raise ValueError(f"{action.dest} is {value!r}: allowed are true and false.")
+        return value
+    if isinstance(value, bool):
+        raise ValueError(f"{action.dest} is {value!r}: it is neither true nor false.")
+    if isinstance(value, dict):
+        return Table(value)
+    many = action.nargs == "+"
+    if isinstance(value, list) and not many:
+        raise ValueError(f"{action.dest} is {value!r}: it takes one value.")
+    try:
+        converted = [parser._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{action.dest}: {error.message}.") from error
+    return converted if many else converted[0]
+
+
+@contextlib.contextmanager
+def sentences() -> Iterator[None]:
+    """End the program with a sentence, and no traceback, at what its user can mend: wrong options, files, disks.
+
+    What stopped on a signal ends with that signal's status.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        logger.debug("Where this was raised:", exc_info=True)
+        raise SystemExit(str(error)) from error
+    except KeyboardInterrupt as error:
+        print(str(error) or "Interrupted: the same command goes on from what is kept.", file=sys.stderr)
+        raise SystemExit(130) from error

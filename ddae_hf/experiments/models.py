@@ -1,0 +1,87 @@
+"""Opening the model that an experiment reads: from a path or as an object, with the layers and levels asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..hidden_states import decoder_layer_names
+from ..image_processing_ddae import DDAEImageProcessor
+from ..modeling_ddae import DDAEModel
+from ..noise import family_of
+from .devices import best_device, made_fast
+
+# A checkpoint's folder or Hub id, in any layout, or an open model.
+Model = str | os.PathLike[str] | DDAEModel
+
+
+def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None = None, **config: Any) -> DDAEModel:
+    """Return a model in evaluation mode: one that came as an object as it is, one of a path on the best device.
+
+    Args:
+        model: The model, or where it is; `DDAEForImageClassification` gives its base model.
+        dtype: Name of the type that it computes in, by default its checkpoint's.
+        cache_dir: Where downloads are kept.
+        **config: What its configuration is to say; None leaves it as it is. `vae=False` opens it without its VAE.
+
+    Raises:
+        ValueError: Options beside a model that is open, which says them itself, or a class-conditional network without
+            a null class.
+        OSError: No such checkpoint.
+    """
+    given = {name: value for name, value in config.items() if value is not None}
+    if given.get("vae") is False:
+        given["vae"] = None
+    if isinstance(model, (str, os.PathLike)):
+        kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+        found = ready(DDAEModel.from_pretrained(model, **given, **kind, cache_dir=cache_dir).eval())
+    else:
+        found = model.base_model.eval()
+        different = [name for name, value in given.items() if getattr(found.config, name) != value]
+        if different or (dtype is not None and found.dtype != getattr(torch, dtype)):
+            raise ValueError(
+                f"The model is open already, and {(different or ['dtype'])[0]} is another there: open it with what is "
+                "wanted, or give its path."
+            )
+    check_null_class(found)
+    return found
+
+
+def open_processor(model: Model, cache_dir: str | None = None) -> DDAEImageProcessor:
+    """Return the image processor of a checkpoint or, of an open model, the one that its network asks for."""
+    if isinstance(model, (str, os.PathLike)):
+        return DDAEImageProcessor.from_pretrained(model, cache_dir=cache_dir)
+    config = model.base_model.config
+    return DDAEImageProcessor.for_denoiser(model.base_model.denoiser.config, config.vae)
+
+
+def ready(model: Any) -> Any:
+    """Return a model on the best device there is; its VAE takes one image at a time, which bounds what it needs."""
+    if model.base_model.vae is not None:
+        model.base_model.vae.enable_slicing()
+    return made_fast(model, best_device()).to(best_device())
+
+
+def check_null_class(model: DDAEModel) -> None:
+    """Raise `ValueError` if a network is class-conditional and nothing says which of its labels stands for none."""
+    try:
+        model.diffusion.conditions(None, 1, "cpu")
+    except ValueError as error:
+        raise ValueError("The network is class-conditional, without a null class: give null_class.") from error
+
+
+def chosen_layers(model: DDAEModel, wanted: Iterable[str]) -> list[str]:
+    """Return the layers that names stand for, each once: `all`, `decoder`, `own` (the configuration's), or layers."""
+    groups = {"all": model.layer_names(), "decoder": decoder_layer_names(model.denoiser), "own": [model.config.layer]}
+    return list(dict.fromkeys(name for entry in wanted for name in groups.get(entry, [entry])))
+
+
+def check_taps(model: DDAEModel, layers: Iterable[str], sigmas: Iterable[float]) -> None:
+    """Raise `ValueError` for a layer that the network has not, or a noise level outside its schedule."""
+    for layer in layers:
+        model.config.from_dict(model.config.to_dict(), layer=layer)
+    for sigma in sigmas:
+        family_of(model.scheduler).check_sigma(sigma)

@@ -1,0 +1,203 @@
+"""Options of experiments: flat dataclasses that refuse what cannot work, before any long work.
+
+An option has one name, one meaning and one range wherever it stands: `RANGES` has those of numbers. A dataclass of
+options says its fields with `option`, and what only several of them together forbid in `check`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import yaml
+
+
+class Range(NamedTuple):
+    """What an option may be, in words and as a condition on finite numbers."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+COUNT = Range("at least 1", lambda x: x >= 1)
+NOT_NEGATIVE = Range("at least 0", lambda x: x >= 0)
+POSITIVE = Range("positive", lambda x: x > 0)
+PROBABILITY = Range("between 0 and 1", lambda x: 0 <= x <= 1)
+INSIDE = Range("above 0 and below 1", lambda x: 0 < x < 1)
+PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+DECAY = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
+SEED = Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)  # NumPy's global generator takes no other
+
+NAMES = {
+    COUNT: """batch_size train_batch_size total_batch_size online_batch_size wide_resnet_batch_size encode_batch_size
+        extractor_batch_size gradient_accumulation_steps num_train_epochs num_epochs max_train_steps wide_resnet_steps
+        checkpointing_steps checkpoints_total_limit held_out resolution low_resolution shuffle_buffer num_samples
+        num_inference_steps num_views num_draws num_noise_seeds num_noise_samples num_quality_images num_images
+        grid_images hidden_size num_hidden_layers few_labels max_train_samples max_test_samples max_selection_samples
+        max_reference_samples logging_steps""",
+    NOT_NEGATIVE: """lr_warmup_steps adam_weight_decay weight_decay max_grad_norm kl_weight mixup sample_steps
+        random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",
+    POSITIVE: """learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2""",
+    PROBABILITY: "augment label_dropout low_resolution_share",
+    INSIDE: "validation_fraction",
+    PART: "label_fraction layer_decay",
+    DECAY: "adam_beta1 adam_beta2 ema_decay dropout label_smoothing lr_warmup_ratio",
+    SEED: "seed noise_seed",
+}
+RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
+
+
+class Table(dict[str, Any]):
+    """A mapping of options, such as a network's, which a command line gives as YAML.
+
+    Raises:
+        ValueError: Something that is no mapping.
+    """
+
+    def __init__(self, value: Mapping[str, Any] | str = ""):
+        given = read_yaml(value) if isinstance(value, str) else value
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{value!r} is no mapping: give options, such as '{{num_layers: 4}}'.")
+        super().__init__(given)
+
+
+class _SafeLoader(yaml.SafeLoader):
+    """YAML without repeated keys and without aliases, whose meaning readers overlook."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not allowed", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """Return what YAML says, an empty mapping where it says nothing.
+
+    Raises:
+        ValueError: Text that is no YAML, or has repeated keys or aliases.
+    """
+    try:
+        content = yaml.load(text, _SafeLoader)  # noqa: S506 (derived from SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return {} if content is None else content
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
+    """Return a field of options.
+
+    Args:
+        default: Its value unless given; a list or a mapping is copied for every object.
+        help: What it is, for `--help`.
+        **more: What argparse's `add_argument` is told beside it, such as `metavar`.
+    """
+    metadata = {"help": help.replace("%", "%%"), **more}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Options:
+    """What the dataclasses of options have in common: types, ranges, and changed copies.
+
+    Raises:
+        ValueError: A value of another type or outside its range, or what `check` refuses.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            _check_range(field.name, value)
+            setattr(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ValueError` where options do not go together, and settle those that depend on others."""
+
+    @classmethod
+    def of(cls, options: Self | None, changes: Mapping[str, Any]) -> Self:
+        """Return options with some of them changed, the defaults if none came.
+
+        Raises:
+            ValueError: A change of something that is no option, with the nearest names; or of another type or range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in changes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or sorted(names)
+                raise ValueError(f"There is no option {name!r}: the nearest are {', '.join(near)}.")
+        if options is not None and not isinstance(options, cls):
+            raise ValueError(f"options are {type(options).__name__}: give {cls.__name__}, or its fields by name.")
+        return cls(**changes) if options is None else dataclasses.replace(options, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options by name, as plain data."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """Return a value as its type hint wants it, without changing what it says, or raise `ValueError`."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in parts:
+            return None
+        return _typed(name, value, next(part for part in parts if part is not type(None)))
+    if origin is typing.Literal:
+        if value not in parts:
+            raise ValueError(f"{name} is {value!r}: allowed are {', '.join(map(str, parts))}.")
+        return value
+    if origin is list:
+        if isinstance(value, str) or not isinstance(value, (Sequence, np.ndarray)):
+            raise ValueError(f"{name} is {value!r}: it must be a list.")
+        return [_typed(name, item, parts[0]) for item in value]
+    if isinstance(hint, type) and issubclass(hint, Table):
+        return hint(value)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if hint in (int, float) and number:
+        if hint is int and not (math.isfinite(value) and value == int(value)):
+            raise ValueError(f"{name} is {value!r}: it must be a whole number.")
+        return hint(value)
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    words = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+    raise ValueError(f"{name} is {value!r}: it must be {words.get(hint, hint)}.")
+
+
+def _check_range(name: str, given: Any) -> None:
+    """Raise `ValueError` for a number outside its range, and for any that is not finite."""
+    allowed = RANGES.get(name)
+    for value in given if isinstance(given, list) else [given]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: it must be finite{f' and {allowed.words}' if allowed else ''}.")
+        if allowed is not None and not allowed.holds(value):
+            raise ValueError(f"{name} is {value}: it must be {allowed.words}.")
