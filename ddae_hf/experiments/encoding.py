@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..augment import mirror
 from ..checkpoints import load_vae
@@ -33,6 +32,7 @@ from .images import ImageInputs, Images, ImageSet, Inputs, noise_view
 from .latent_folder import DTYPE, LatentFolder
 from .options import Options, option
 
+Rows = Sequence[int] | np.ndarray
 logger = logging.getLogger(__name__)
 
 
@@ -105,13 +105,14 @@ def describe_splits(
     """Return what a `LatentFolder` is told of splits, with so many views each, whose later ones are changed so."""
     splits = {}
     for name, count in views.items():
-        preprocessing = dict(inputs[name].identity["preprocessing"])
+        known = inputs[name].identity
+        preprocessing = known["preprocessing"]
         if not preprocessing["do_center_crop"]:
             del preprocessing["do_center_crop"]  # as version 0.1.0 described its latents, so that they can be continued
         splits[name] = {
             "count": len(inputs[name]),
             "views": count,
-            "images": inputs[name].identity["images"],
+            "images": known["images"],
             "preprocessing": preprocessing,
             "changes": changes,
         }
@@ -152,9 +153,8 @@ def _batches(
 ) -> Iterator[Tensor]:
     """Yield a view of a split's images from `start` on, of which a `LatentFolder` knows the count and the changes."""
     changes = known["changes"]
-    for first in tqdm(range(start, known["count"], batch_size), desc=f"Encoding {split} images, view {view}"):
-        rows = np.arange(first, min(first + batch_size, known["count"]))
-        pixels = inputs.read(rows)
+    for pixels in inputs.batches(batch_size, start=start, title=f"Encoding {split} images, view {view}"):
+        rows = range(start, start := start + len(pixels))
         if view and changes.get("mirror"):
             pixels = mirror(pixels)
         elif view:
@@ -193,34 +193,25 @@ class LatentInputs(Inputs):
 
     def __init__(self, images: ImageSet, folder: LatentFolder, split: str):
         self.images, self.folder, self.split = images, folder, split
-        known = folder.index["splits"].get(split, {})
-        if known.get("images") != images.hash:
+        if folder.index["splits"].get(split, {}).get("images") != images.hash:
             raise ValueError(
                 f"{folder.folder} has no latents of these {split} images: `transfer` makes them, from the same data "
                 "with the same max_train_samples and max_test_samples."
             )
-        names = ("vae", "vae_fingerprint", "shape", "sample_posterior", "seed")
-        self.identity = {**{name: folder.index[name] for name in names}, **known}
 
     @property
-    def labels(self) -> np.ndarray | None:
-        """The images' labels (N,)."""
-        return self.images.labels
+    def identity(self) -> dict[str, Any]:
+        """How the latents were made, and of which images."""
+        index = self.folder.index
+        known = {name: index[name] for name in ("vae", "vae_fingerprint", "shape", "sample_posterior", "seed")}
+        return {**known, **index["splits"][self.split]}
 
-    @property
-    def names(self) -> list[str] | None:
-        """The names of their classes."""
-        return self.images.names
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, rows: Any, view: int = 0, numbers: Any = None) -> Tensor:
+    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         """Return the latents (B, c, h, w) of a view of the images at `rows`, float32."""
         return _read(self.folder.latents(self.split, view % self.folder.views(self.split)), rows)
 
 
-def _read(latents: np.ndarray, rows: Any) -> Tensor:
+def _read(latents: np.ndarray, rows: Rows) -> Tensor:
     return torch.from_numpy(latents[np.asarray(rows)]).float()
 
 

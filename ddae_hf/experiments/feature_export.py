@@ -109,8 +109,7 @@ def export_features(
     inputs = ImageInputs(chosen, open_processor(model, options.cache_dir))
 
     def batches(start: int) -> Iterable[Tensor]:
-        for first in tqdm(range(start, len(inputs), options.batch_size), desc="Features"):
-            yield inputs.read(np.arange(first, min(first + options.batch_size, len(inputs))))
+        return inputs.batches(options.batch_size, start=start, title="Features")
 
     folder = Path(options.output_dir)
     cache = FeatureCache(options.features_dir or folder / "cache", network, options.noise_seed)
