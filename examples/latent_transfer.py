@@ -9,3 +9,34 @@ chosen on a part of the training images, the best pair is probed on all of them,
 trains the network itself, with options such as '{num_train_epochs: 5}'. What all this will take is said before it
 begins; what was interrupted goes on where it stopped.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.experiments.images import DataOptions
+from ddae_hf.experiments.options import option
+from ddae_hf.experiments.publishing import HubOptions, prepare, publish
+from ddae_hf.experiments.transferring import TransferOptions, transfer
+
+
+@dataclass(kw_only=True)
+class Arguments(TransferOptions):
+    """What is transferred, and where to."""
+
+    model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout, with its VAE.")
+    output_dir: str = option("runs/latent_transfer", "Folder of the latents, the features, the figures, the best classifier.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    data, options, hub = parse([DataOptions, Arguments, HubOptions], __doc__, argv)
+    with sentences():
+        prepare(hub, options.output_dir)
+        result = transfer(options.model_name_or_path, data.open(options.cache_dir), options)
+        print(result.table())
+
+
+if __name__ == "__main__":
+    main()
