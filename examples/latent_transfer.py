@@ -26,7 +26,7 @@ class Arguments(TransferOptions):
     """What is transferred, and where to."""
 
     model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout, with its VAE.")
-    output_dir: str = option("runs/latent_transfer", "Folder of the latents, the features, the figures, the best classifier.")
+    output_dir: str = option("runs/latent_transfer", "Folder of latents, features, figures and classifiers.")
 
 
 def main(argv: list[str] | None = None) -> None:

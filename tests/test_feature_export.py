@@ -106,7 +106,9 @@ def test_what_is_not_there_is_refused(checkpoint, digits, tmp_path, capsys):
 def test_a_full_disk_and_damaged_features_are_told_and_the_rest_stays(checkpoint, images, tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     options = {"max_train_samples": 20, "layers": LAYERS, "output_dir": tmp_path / "out"}
-    before = export_features(checkpoint, images, **options)
+    before = {
+        name: np.array(values) for name, values in export_features(checkpoint, images, **options).features.items()
+    }
     written = (tmp_path / "out" / "features.parquet").read_bytes()
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: Usage(10, 10, 0))
@@ -120,4 +122,4 @@ def test_a_full_disk_and_damaged_features_are_told_and_the_rest_stays(checkpoint
         export_features(checkpoint, images, **options)
     path.unlink()
     again = export_features(checkpoint, images, **options)
-    assert all(np.array_equal(again.features[layer], before.features[layer]) for layer in LAYERS)
+    assert all(np.array_equal(again.features[layer], before[layer]) for layer in LAYERS)

@@ -138,13 +138,13 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
     if not folder.missing_bytes():
         return
     device, dtype, started = vae.device, vae.dtype, time.monotonic()
-    made_fast(vae, best_device()).to(best_device(), torch.float32)
+    made_fast(vae, best_device()).to(best_device()).float()
     try:
         for split, known in folder.index["splits"].items():
             for view in range(known["views"]):
                 folder.encode(vae, split, view, partial(_batches, inputs[split], split, known, view, batch_size))
     finally:
-        vae.to(device, dtype)
+        vae.to(device).type(dtype)
     logger.info("Encoded in %.0f s.", time.monotonic() - started)
 
 
