@@ -23,7 +23,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..pipeline_ddae import DDAEPipeline
-from .classes import draw_images
+from .classes import draw_images, draw_labels
 from .devices import made_fast
 from .draws import separate_randomness
 from .features import FeatureCache
@@ -128,7 +128,7 @@ class Prober:
 
             def images(start: int, view: int = view) -> Iterable[Tensor]:
                 title = f"sigma {sigma:g}, {split} images, view {view}"
-                yield from batches(inputs, indices, options.batch_size, title, view, start)
+                yield from inputs.batches(options.batch_size, indices, view=view, start=start, title=title)
 
             changes = {"flip": options.flips, "crop": options.crop_padding, "seed": options.seed} if view else {}
             data = {**inputs.identity, **part, **changes}
@@ -219,7 +219,7 @@ class Prober:
         self, probes: OnlineProbes, split: str, sigma: float, rows: np.ndarray, noise_seed: int
     ) -> dict[str, np.ndarray]:
         """Return the classes (1, N) that probes give a split's images at `rows`, by layer name."""
-        read = batches(self.inputs[split], rows, self.options.batch_size, f"sigma {sigma:g}, {split} images")
+        read = self.inputs[split].batches(self.options.batch_size, rows, title=f"sigma {sigma:g}, {split} images")
         view = noise_view(split == "test", 0)
         return predict_online(self.model, probes, read, sigma, rows, noise_seed, view)
 
@@ -291,11 +291,9 @@ class PixelProber(Prober):
         rows: np.ndarray | None = None,
     ) -> dict[str, list[np.ndarray]]:
         """Return the images of a split, or those at `rows`, an array (N, C H W) a view."""
-        inputs = self.inputs[split]
-        indices = np.arange(len(inputs)) if rows is None else rows
-        found = []
+        inputs, found = self.inputs[split], []
         for view in self.views if views is None else views:
-            read = batches(inputs, indices, self.options.batch_size, f"{split} images, view {view}", view)
+            read = inputs.batches(self.options.batch_size, rows, view=view, title=f"{split} images, view {view}")
             found.append(torch.cat([batch.flatten(1) for batch in read]).numpy())
         return {PIXELS: found}
 
@@ -303,37 +301,6 @@ class PixelProber(Prober):
 def best_of(pairs: Iterable[Pair]) -> Pair:
     """Return the pair that tells most held-out images right, of several the first."""
     return max(pairs, key=lambda pair: pair.validation_accuracy)
-
-
-def batches(
-    inputs: Inputs, rows: np.ndarray, batch_size: int, title: str, view: int = 0, start: int = 0
-) -> Iterable[Tensor]:
-    """Yield a view of the images at `rows`, from the one at `start` on, whose changes are those of its place."""
-    for first in tqdm(range(start, len(rows), batch_size), desc=title, leave=False):
-        chosen = rows[first : first + batch_size]
-        yield inputs.read(chosen, view, range(first, first + len(chosen)))
-
-
-def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Return the indices of `per_class` images of every class that has any.
-
-    Raises:
-        ValueError: More than the smallest class has.
-    """
-    rng = np.random.default_rng(seed)
-    classes, counts = np.unique(labels, return_counts=True)
-    if not 1 <= per_class <= counts.min():
-        raise ValueError(
-            f"{per_class} labels a class are asked for: allowed are 1 to {counts.min()}, which the smallest class has."
-        )
-    return np.concatenate([rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in classes])
-
-
-def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return the sorted indices of this part of every class, at least one image of each; small parts lie in large."""
-    rng = np.random.default_rng(seed)
-    classes = [rng.permutation(np.flatnonzero(labels == k)) for k in np.unique(labels)]
-    return np.sort(np.concatenate([indices[: max(1, round(fraction * len(indices)))] for indices in classes]))
 
 
 def make_classifier(
@@ -433,6 +400,5 @@ def classify(
     if isinstance(model, (str, os.PathLike)):
         kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
         model = ready(DDAEForImageClassification.from_pretrained(model, **kind).eval())
-    inputs = ImageInputs(images, processor)
-    read = batches(inputs, np.arange(len(inputs)), batch_size, "saved classifier")
+    read = ImageInputs(images, processor).batches(batch_size, title="classifier")
     return np.concatenate([model(batch.to(model.device)).logits.argmax(-1).cpu().numpy() for batch in read])

@@ -27,14 +27,16 @@ from tqdm.auto import tqdm
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from .arrays import read_json, write_json
+from .classes import draw_labels
 from .devices import HELP
 from .draws import separate_randomness
 from .images import ImageInputs, Images, Inputs, labelled_splits
 from .models import Model, check_null_class, check_taps, chosen_layers, open_model, open_processor, ready
 from .options import Options, option
 from .plots import accuracy_over_sigma, confusion_table, heat_map_of_pairs
-from .probing import NEIGHBOURS, Fitted, Prober, best_of, classify, draw_labels, make_classifier, write_classifier
-from .results import Pair, Probe, ProbeReport, in_memory
+from .probing import NEIGHBOURS, Fitted, Prober, best_of, classify, make_classifier, write_classifier
+from .report import in_memory
+from .results import Pair, Probe, ProbeReport
 from .run_facts import base_model, machine
 
 MOST_PIXELS = 2**14  # whose correlations are 2 GiB
