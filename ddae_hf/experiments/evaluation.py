@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-import ddae_hf
-
+from ..pipeline_ddae import DDAEPipeline
 from .arrays import described_folder, fill
 from .classes import draw_images
 from .devices import best_device
@@ -46,7 +45,9 @@ from .image_folder import image_extensions, list_folder
 from .images import Images, ImageSet
 from .options import option
 from .plots import image_grid
+from .report import in_memory
 from .results import GenerationReport
+from .run_facts import machine
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there
@@ -111,7 +112,7 @@ class GenerationResult(GenerationReport):
         shown: Some images by their set's name, generated ones first.
     """
 
-    shown: dict[str, list[PILImage.Image]] = field(default_factory=dict)
+    shown: dict[str, list[PILImage.Image]] = in_memory()
 
     def picture(self) -> Figure:
         """Return some generated images beside some of the reference."""
@@ -171,7 +172,7 @@ def compare_samples(
     """Do what `evaluate_generation` does with an extractor that is open; processes that only sample need none."""
     started = time.monotonic()
     processes = open_processes()
-    given = None if isinstance(model, ddae_hf.DDAEPipeline) else os.fspath(model)
+    given = None if isinstance(model, DDAEPipeline) else os.fspath(model)
     with contextlib.ExitStack() as stack:
         if given is not None and is_images_folder(given):
             paths, generator = find_images(Path(given)), {"images_dir": given}
@@ -191,7 +192,8 @@ def compare_samples(
         features = {role: kept_features(extractor, each, options) for role, each in compared.items()}
         shown = {compared[role].name: compared[role].shown() for role in ("generated", "reference")}
     reference = features.pop("reference")
-    facts = images.facts(compared["reference"].images)
+    facts = machine(best_device(), processes.num_processes)
+    facts["versions"] |= _versions(extractor)
     return GenerationResult(
         options={"model_name_or_path": given, **options.to_dict(), **images.opened_with},
         generator=generator,
@@ -201,14 +203,14 @@ def compare_samples(
             "name": compared["reference"].name,
             "num_images": len(reference),
         },
-        dataset=facts,
-        versions=_versions(extractor),
+        dataset=images.facts(compared["reference"].images),
         results={
             compared[role].name: compare(reference, values)
             for role, values in tqdm(features.items(), desc="Comparing", leave=False)
         },
         seconds=round(time.monotonic() - started, 1),
         shown=shown,
+        **facts,
     )
 
 
@@ -300,7 +302,6 @@ def _sampling(pipeline: Any, options: EvaluationOptions) -> dict[str, Any]:
 
 
 def _versions(extractor: Extractor) -> dict[str, str]:
-    """Return the versions of what figures may depend on."""
-    names = ["torch", "diffusers", "transformers", "torchmetrics", "pillow"]
-    names += ["torch-fidelity"] if extractor.name.startswith("inception") else []
-    return {"ddae_hf": ddae_hf.__version__} | {name: importlib.metadata.version(name) for name in names}
+    """Return the versions of what figures may depend on, beside those that every report has."""
+    names = ["torchmetrics", "pillow"] + ["torch-fidelity"] * extractor.name.startswith("inception")
+    return {name: importlib.metadata.version(name) for name in names}
