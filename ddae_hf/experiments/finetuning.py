@@ -1,4 +1,4 @@
-"""Fine-tuning: a denoiser and a linear classifier on it are trained further as one network, by transformers' `Trainer`.
+"""Fine-tuning: a denoiser and a linear classifier on it are trained further as one network.
 
     from ddae_hf.experiments import Images, finetune
     result = finetune("runs/cifar10_ddpm_unet", Images.open("uoft-cs/cifar10"), label_fraction=0.1, layer_decay=0.75)
@@ -6,9 +6,9 @@
     result.classifier.push_to_hub("me/classifier")
 
 Images get noise of the tap's level, fresh in every step. Nothing is chosen: the last weights, or their averages, are
-tested once, with the model's fixed noise, which is what a user of the classifier gets, and with noise of its own for
-every image. The VAE of a denoiser of latents is never trained, nor drawn at random. With `latents_dir` it does not even
-run: every step draws one of the stored views of an image's latent.
+tested once, with the model's fixed noise, which is what a user of the classifier gets, and with noise of every image's
+own. The VAE of a denoiser of latents is never trained, nor drawn at random; with `latents_dir` it does not even run,
+and every step draws one of the stored views of each latent.
 """
 
 from __future__ import annotations
@@ -16,68 +16,58 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import math
 import os
 import signal
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_model
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainerState, TrainingArguments
 
-from ..augment import mixup, random_changes
 from ..checkpoints import load_vae, plain_config
 from ..configuration_ddae import DDAEConfig
-from ..hidden_states import parameters_behind
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
-from .arrays import read_json, write_json
-from .devices import best_device, fast_layout, made_fast
+from .devices import best_device, made_fast
 from .draws import indexed_noise, separate_randomness
-from .encoding import LatentInputs, one_view
-from .images import ImageInputs, Images, Inputs, labelled_splits, noise_view
+from .encoding import LatentInputs
+from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
 from .latent_folder import LatentFolder
-from .metrics import classification_metrics
-from .models import Model, check_null_class, open_processor
+from .models import Model, check_null_class
 from .options import Options, option
 from .probing import classify, draw_fraction
+from .report import in_memory
 from .results import FineTuningReport
 from .run_facts import base_model, machine
 from .run_folder import (
     OPTIONS,
     check_same_run,
     checkpoint_to_resume,
-    discard,
-    note_files,
+    clear_rubbish,
     read_options,
     saved_checkpoints,
     saving,
     step_of,
-    what_is_wrong,
     write_options,
 )
-from .stopping import Interrupted, Stopping, check_weights, look, not_finite
+from .stopping import Interrupted
+from .trainer import AVERAGED, PROGRESS, WEIGHTS, FineTuner
 
-PROGRESS = "progress.json"
-AVERAGED = "averaged.safetensors"
-WEIGHTS = "model.safetensors"
+logger = logging.getLogger(__name__)
+
 NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", PROGRESS)
-NUM_LOSSES = 100  # batches whose losses are looked at
-KEPT = 2  # checkpoints
 
 
 @dataclass(kw_only=True)
@@ -145,16 +135,16 @@ class FinetuningOptions(Options):
 
 @dataclass(kw_only=True)
 class FinetuningResult(FineTuningReport):
-    """What `finetune` found: the figures of `eval_results.json`, and the classifier with its image processor."""
+    """What `finetune` found: the figures, and in memory the classifier with its image processor."""
 
-    classifier: DDAEForImageClassification = dataclasses.field(repr=False)
-    processor: DDAEImageProcessor = dataclasses.field(repr=False)
+    classifier: DDAEForImageClassification = in_memory()
+    processor: DDAEImageProcessor = in_memory()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that `DDAEForImageClassification.from_pretrained` opens, with its figures."""
+        """Write a folder that `DDAEForImageClassification.from_pretrained` opens, with `eval_results.json`."""
         self.classifier.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        self.write(folder)
+        self.write(Path(folder))
 
 
 def finetune(
@@ -162,58 +152,70 @@ def finetune(
 ) -> FinetuningResult:
     """Train a denoiser further as a classifier, and test it once.
 
-    With `output_dir` everything is left there, with checkpoints: SIGTERM and Ctrl-C save one. Every process of
-    `accelerate launch` calls this; one of them writes.
+    With `output_dir` everything is left there, with checkpoints, one of them on SIGTERM and Ctrl-C. Of the processes of
+    `accelerate launch`, which all call this, the first writes.
 
     Args:
-        model: The checkpoint, or an open model, which stays as it is.
+        model: The checkpoint, or an open model, whose weights stay as they are.
         images: The data set, whose images have labels.
         options: Options, by default those of `FinetuningOptions`.
         **changes: Fields of the options that are to be others.
 
     Raises:
-        ValueError: Options that cannot work, a run to resume that would become another, or a training that diverges.
+        ValueError: Options that cannot work, a run to resume that would become another, a training that diverges.
         OSError: No such checkpoint, or no room on the disk.
         Interrupted: A signal came, and there is a checkpoint to go on from.
     """
     options = FinetuningOptions.of(options, changes)
-    source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-    given = images.opened_with | {"model_name_or_path": source or f"weights {fingerprint(model, dtype=None)}"}
-    given |= options.to_dict()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(separate_randomness())
+    given = DataOptions().to_dict() | images.opened_with | options.to_dict()
+    with separate_randomness(), contextlib.ExitStack() as stack:
+        if isinstance(model, (str, os.PathLike)):
+            path = given["model_name_or_path"] = os.fspath(model)
+        else:  # is opened as all others are
+            given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
+            path = stack.enter_context(tempfile.TemporaryDirectory())
         resume = to_resume(options, given)
-        if resume is not None and (finished := finished_run(options, given, resume)):
+        if resume is not None and (finished := finished_run(options, given, resume.parent)):
             return finished
+        if path != given["model_name_or_path"]:
+            model.save_pretrained(path)
         folder = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        return _finetune(model, images, dataclasses.replace(options, output_dir=folder), given, resume)
+        return _finetune(path, images, dataclasses.replace(options, output_dir=folder), given, resume)
 
 
 def _finetune(
-    model: Model, images: Images, options: FinetuningOptions, given: dict[str, Any], resume: Path | None
+    path: str, images: Images, options: FinetuningOptions, given: dict[str, Any], resume: Path | None
 ) -> FinetuningResult:
     started = time.monotonic()
-    processor = open_processor(model, options.cache_dir)
-    train, test = open_inputs(model, images, options, processor)
-    classifier = made_fast(build_classifier(model, options, train.names), best_device())
-    rows = draw_fraction(train.labels, options.label_fraction, options.seed)
+    processor = DDAEImageProcessor.from_pretrained(path, cache_dir=options.cache_dir)
+    train, test = open_inputs(path, images, options, processor)
+    classifier = made_fast(build_classifier(path, options, train.names), best_device())
+    rows = Rows(train, draw_fraction(train.labels, options.label_fraction, options.seed))
     check_sizes(options, classifier.config, len(rows))
-    trainer = FineTuner(options, classifier, Rows(train, rows, one_of_views=options.latents_dir is not None))
-    report = {"options": given, "layer": classifier.config.layer, "sigma": classifier.config.sigma}
-    report |= {"num_train_labels": len(rows), "num_test_images": len(test)}
-    report |= train_further(trainer, given, resume) | figures_of(trainer, test)
-    seconds = time.monotonic() - started
-    report["seconds_this_run"] = round(seconds, 1)
-    report["seconds"] = round(seconds + report["train_seconds"] - report["train_seconds_this_run"], 1)
-    facts = images.facts(train.images, test.images) | {"num_images": len(rows)}
-    report |= {"dataset": facts, **base_model(given["model_name_or_path"])}
-    report |= machine(trainer.args.device.type, trainer.args.world_size)
+    keeps = given["output_dir"] is not None
+    trainer = FineTuner(options, training_arguments(options, len(rows), keeps), classifier, rows)
+    found = train_further(trainer, given, resume) | figures_of(trainer, test)
     if isinstance(train, LatentInputs):
-        classifier = with_vae(model, options, classifier, train.folder)
+        classifier = with_vae(path, options, classifier, train.folder)
         right = classify(classifier, test.images, processor) == test.labels
-        report["saved_classifier_test_accuracy"] = float(right.mean())
-    result = FinetuningResult(**report, classifier=classifier, processor=processor)
-    if given["output_dir"] is not None and trainer.is_world_process_zero():
+        found["saved_classifier_test_accuracy"] = float(right.mean())
+    seconds = time.monotonic() - started
+    result = FinetuningResult(
+        options=given,
+        layer=classifier.config.layer,
+        sigma=classifier.config.sigma,
+        num_train_labels=len(rows),
+        num_test_images=len(test),
+        seconds_this_run=round(seconds, 1),
+        seconds=round(seconds + found["train_seconds"] - found["train_seconds_this_run"], 1),
+        dataset=images.facts(train.images, test.images) | {"num_images": len(rows)},
+        classifier=classifier.eval(),
+        processor=processor,
+        **found,
+        **base_model(path if path == given["model_name_or_path"] else None),
+        **machine(trainer.args.device.type, trainer.args.world_size),
+    )
+    if keeps and trainer.is_world_process_zero():
         with saving(options.output_dir):
             result.save(options.output_dir)
     return result
@@ -230,129 +232,85 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     run = Path(options.output_dir) if wanted in (None, "latest") else Path(wanted).parent
     if wanted is not None and (run / OPTIONS).is_file():
         trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
-        # Averages begin with the first step.
-        fixed = {"ema_decay"} if trained.get("ema_decay") is None else set()
-        check_same_run(given, trained, (options.MAY_CHANGE | options.PLACES) - fixed, run)
-    checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed_files(options))
+        begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
+        check_same_run(given, trained, (options.MAY_CHANGE | options.PLACES) - begins, run)
+    needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
+    checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
     if checkpoint is not None and not (run / OPTIONS).is_file():
         raise ValueError(f"{run} has no {OPTIONS}, which says how {checkpoint.name} was trained: it is not resumed.")
     return checkpoint
 
 
-def needed_files(options: FinetuningOptions) -> tuple[str, ...]:
-    """Return the patterns of files without which a run would not go on as it was."""
-    return NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
-
-
-def finished_run(options: FinetuningOptions, given: dict[str, Any], checkpoint: Path) -> FinetuningResult | None:
-    """Return what a run has left that is complete, by the same options; its figures are written last."""
-    folder = checkpoint.parent
-    path = folder / FineTuningReport.file
-    if folder.resolve() != Path(str(options.output_dir)).resolve() or not path.is_file():
+def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -> FinetuningResult | None:
+    """Return what a complete run of the same options has left; its figures are written last."""
+    if run.resolve() != Path(str(options.output_dir)).resolve() or not (run / FineTuningReport.file).is_file():
         return None
-    report = FineTuningReport.read(path)
+    report = FineTuningReport.read(run)
     if any(report.options.get(name) != given[name] for name in options.MAY_CHANGE):
         return None
-    logger.info("%s is complete: there is nothing left to do.", folder)
-    classifier = DDAEForImageClassification.from_pretrained(folder)
-    processor = DDAEImageProcessor.from_pretrained(folder)
-    return FinetuningResult(**vars(report), classifier=classifier, processor=processor)
-
-
-def check_place(trainer: FineTuner, resume: Path) -> None:
-    """Raise `ValueError` if steps are of other batches than before: Trainer would go on at another place."""
-    processes = len(list(resume.glob("rng_state*.pth")))
-    now = trainer.args.world_size
-    if processes != now:
-        raise ValueError(f"{resume} was trained by {processes} process(es), and here are {now}: start as many as then.")
-    known, count = trainer.before.get("num_images"), len(trainer.train_dataset)  # which version 0.1.0 did not note
-    if known not in (None, count):
-        raise ValueError(f"{resume} was trained on {known} images, and here are {count}: give the same images.")
-    if trainer.before.get("data") not in (None, trainer.train_dataset.hash):
-        raise ValueError(f"{resume} was trained on other images, or other labels of them: give the same.")
-    if step_of(resume) > trainer.args.max_steps:
-        raise ValueError(f"{resume} is past the {trainer.args.max_steps} steps that are asked for: give more.")
+    logger.info(f"{run} is complete: there is nothing left to do.")
+    classifier = DDAEForImageClassification.from_pretrained(run)
+    return FinetuningResult(
+        **vars(report), classifier=classifier, processor=DDAEImageProcessor.from_pretrained(run)
+    )
 
 
 # The data and the network
 
 
 class Rows(Dataset):
-    """Labelled inputs as Trainer's loader asks for them, by whole batches.
+    """Labelled inputs by whole batches, as Trainer's loader asks for them; of latents for training in all views.
 
     Args:
         inputs: The inputs.
-        rows: Which of them, by default all.
-        one_of_views: Whether batches have every stored view of a latent, (B, views, c, h, w): see `one_view`.
-        noise: Draws and seed of noise of every image's own, (draws, B, C, H, W), for tests; None leaves it out.
-        shape: Shape of that noise of an image.
+        rows: Which of them to train on; by default all are for tests.
+        noise: Gives rows noise of their own, (B, draws, C, H, W).
     """
 
     def __init__(
-        self,
-        inputs: Inputs,
-        rows: np.ndarray | None = None,
-        *,
-        one_of_views: bool = False,
-        noise: tuple[int, int] | None = None,
-        shape: tuple[int, ...] = (),
+        self, inputs: Inputs, rows: np.ndarray | None = None, noise: Callable[[np.ndarray], Tensor] | None = None
     ):
-        self.inputs, self.noise, self.shape = inputs, noise, shape
+        self.inputs, self.noise = inputs, noise
         self.rows = np.arange(len(inputs)) if rows is None else rows
-        self.views = inputs.folder.views(inputs.split) if one_of_views else None
+        self.views = inputs.folder.views("train") if rows is not None and isinstance(inputs, LatentInputs) else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return `pixel_values` (B, C, H, W) or (B, views, c, h, w), `labels` (B,) and `noise` (draws, B, C, H, W)."""
         rows = self.rows[indices]
-        pixels = [self.inputs.read(rows, view) for view in range(self.views or 1)]
-        batch = {"pixel_values": torch.stack(pixels, dim=1) if self.views else pixels[0]}
+        views = [self.inputs.read(rows, view) for view in range(self.views or 1)]
+        batch = {"pixel_values": torch.stack(views, dim=1) if self.views else views[0]}
         batch["labels"] = torch.from_numpy(self.inputs.labels[rows])
-        if self.noise is not None:
-            own = indexed_noise((self.noise[0], *self.shape), rows, self.noise[1], noise_view(True, 0))
-            batch["noise"] = own.transpose(0, 1)
-        return batch
+        return batch if self.noise is None else batch | {"noise": self.noise(rows).transpose(0, 1)}
 
     @property
-    def hash(self) -> str:
-        """A SHA-256 of what is learnt from."""
+    def identity(self) -> dict[str, Any]:
+        """How many images these are, and a SHA-256 of them and their labels."""
         content = [self.inputs.images.hash, self.rows.tolist(), self.inputs.labels[self.rows].tolist()]
-        return hashlib.sha256(repr(content).encode()).hexdigest()
+        return {"num_images": len(self), "data": hashlib.sha256(repr(content).encode()).hexdigest()}
 
 
 def open_inputs(
-    model: Model, images: Images, options: FinetuningOptions, processor: DDAEImageProcessor
+    path: str, images: Images, options: FinetuningOptions, processor: DDAEImageProcessor
 ) -> tuple[Inputs, Inputs]:
     """Return training and test images by their pixels or, with `latents_dir`, by latents of the model's own VAE."""
     train, test = labelled_splits(images, options)
     if options.latents_dir is None:
-        return ImageInputs(train, processor), ImageInputs(test, processor)
+        inputs = ImageInputs(train, processor), ImageInputs(test, processor)
+        for each in inputs:  # workers have memory of their own, in which each would keep what it happens to decode
+            each.pixels.keep = options.dataloader_num_workers == 0
+        return inputs
     folder = LatentFolder(options.latents_dir)
-    folder.check_vae(vae_of(model, options))
-    config = config_of(model, options)
-    if folder.shape != config.sample_shape:
-        raise ValueError(f"{options.latents_dir} has latents {folder.shape}: the denoiser takes {config.sample_shape}.")
+    folder.check_vae(load_vae(path, cache_dir=options.cache_dir))
+    shape = DDAEConfig.from_pretrained(path, cache_dir=options.cache_dir).sample_shape
+    if folder.shape != shape:
+        raise ValueError(f"{options.latents_dir} has latents {folder.shape}: the denoiser takes {shape}.")
     return LatentInputs(train, folder, "train"), LatentInputs(test, folder, "test")
 
 
-def vae_of(model: Model, options: FinetuningOptions) -> Any:
-    """Return a model's VAE, or raise `ValueError` where it has none."""
-    if isinstance(model, (str, os.PathLike)):
-        return load_vae(model, cache_dir=options.cache_dir)
-    if model.base_model.vae is None:
-        raise ValueError("latents_dir: the model has no VAE to compare them with; give one, or give its path.")
-    return model.base_model.vae
-
-
-def config_of(model: Model, options: FinetuningOptions, **changes: Any) -> DDAEConfig:
-    """Return a model's configuration with changes."""
-    if isinstance(model, (str, os.PathLike)):
-        return DDAEConfig.from_pretrained(model, **changes, cache_dir=options.cache_dir)
-    return DDAEConfig.from_dict(model.config.to_dict() | changes)
-
-
-def build_classifier(model: Model, options: FinetuningOptions, names: list[str]) -> DDAEForImageClassification:
+def build_classifier(path: str, options: FinetuningOptions, names: list[str]) -> DDAEForImageClassification:
     """Return the classifier, on the pretrained denoiser or on one of random weights; of latents without its VAE."""
     given = {name: getattr(options, name) for name in ("layer", "sigma", "null_class", "noise_seed")}
     config = {name: value for name, value in given.items() if value is not None}
@@ -361,34 +319,27 @@ def build_classifier(model: Model, options: FinetuningOptions, names: list[str])
     where = {"cache_dir": options.cache_dir}
     torch.manual_seed(options.seed)
     if options.from_scratch:
-        found = config_of(model, options, **config)
-        found.generator_fingerprint = None
-        classifier = DDAEForImageClassification(found)
-        if found.vae is not None:  # without which there are no latents to learn on
-            classifier.ddae.vae.load_state_dict(vae_of(model, options).state_dict())
-    elif isinstance(model, (str, os.PathLike)):
-        classifier = DDAEForImageClassification.from_pretrained(
-            model, **config, dtype=torch.float32, ignore_mismatched_sizes=True, **where
-        )
+        whole = DDAEConfig.from_pretrained(path, **config, **where)
+        whole.generator_fingerprint = None
+        classifier = DDAEForImageClassification(whole)
+        if whole.vae is not None:  # without which there are no latents to learn on
+            classifier.ddae.vae.load_state_dict(load_vae(path, **where).state_dict())
     else:
-        prefix = "" if isinstance(model, DDAEForImageClassification) else "ddae."
-        classifier = DDAEForImageClassification.from_pretrained(
-            None, config=config_of(model, options, **config), dtype=torch.float32, ignore_mismatched_sizes=True,
-            state_dict={f"{prefix}{name}": value for name, value in model.state_dict().items()},
-        )  # fmt: skip
+        config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        classifier = DDAEForImageClassification.from_pretrained(path, **config, **where)
     check_null_class(classifier.ddae)
     return classifier
 
 
 def with_vae(
-    model: Model, options: FinetuningOptions, classifier: DDAEForImageClassification, folder: LatentFolder
+    path: str, options: FinetuningOptions, classifier: DDAEForImageClassification, folder: LatentFolder
 ) -> DDAEForImageClassification:
     """Return a classifier of latents with the VAE that they were made by, so that it takes images."""
-    vae = vae_of(model, options)
+    vae = load_vae(path, cache_dir=options.cache_dir)
     latents = {"vae": plain_config(vae), "sample_posterior": folder.index["sample_posterior"]}
     whole = DDAEForImageClassification(DDAEConfig.from_dict(classifier.config.to_dict() | latents))
     whole.load_state_dict(classifier.state_dict() | {f"ddae.vae.{k}": v for k, v in vae.state_dict().items()})
-    return whole.eval().to(classifier.device)
+    return whole.to(classifier.device)
 
 
 def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> None:
@@ -401,66 +352,88 @@ def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> N
         raise ValueError("The checkpoint has a batch norm, whose statistics are not averaged: leave out ema_decay.")
 
 
-def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
-    """Return how many layers lie before each parameter that the logits depend on.
-
-    The depth of a parameter in a block is the number (from 1) of the first layer, in the order of `layer_names`, whose
-    hidden state has a gradient for it; what stands outside the blocks (first convolution, embeddings) has depth 0. The
-    classifier comes after the last layer. Parameters that are missing have no part in the logits.
-    """
-    blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
-    names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
-    states = model.eval().ddae(blank, output_hidden_states=True).hidden_states
-    blocks = {layer.split(".")[0] for layer in model.ddae.layer_names()}
-    depths: dict[str, int] = {}
-    seen: set[Any] = set()  # what earlier layers have seen
-    for number, state in enumerate(states, start=1):
-        for name in parameters_behind([state], names, seen):
-            depths[name] = number if name.split(".")[2] in blocks else 0
-    return depths | {name: len(states) + 1 for name, _ in model.classifier.named_parameters(prefix="classifier")}
-
-
-def parameter_groups(
-    model: DDAEForImageClassification, learning_rate: float, layer_decay: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Return the optimiser's groups.
-
-    The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
-    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). Biases, gains and other vectors are not decayed.
-    """
-    depths = parameter_depths(model)
-    top = max(depths.values())
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:  # what the logits depend on
-            depth, decayed = depths[name], parameter.ndim > 1
-            group = {"params": [], "lr": learning_rate * layer_decay ** (top - depth)}
-            group = groups.setdefault((depth, decayed), group | {"weight_decay": weight_decay * decayed})
-            group["params"].append(parameter)
-    return list(groups.values())
-
-
 # The training
 
 
-def training_arguments(options: FinetuningOptions, count: int) -> TrainingArguments:
-    """Return Trainer's arguments for so many images."""
+def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> TrainingArguments:
+    """Return Trainer's arguments for so many images, with checkpoints if it `keeps` them."""
     arguments = TrainingArguments(
-        str(options.output_dir), per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.gradient_accumulation_steps,
-        lr_scheduler_type="cosine", warmup_steps=options.lr_warmup_ratio, max_grad_norm=options.max_grad_norm,
-        seed=options.seed, data_seed=options.seed, fp16=options.mixed_precision == "fp16",
-        bf16=options.mixed_precision == "bf16", torch_compile=options.torch_compile,
-        save_steps=options.checkpointing_steps, logging_steps=50, report_to=options.report_to or "none",
-        disable_tqdm=True,  # a bar of our own writes nothing between its lines
+        str(options.output_dir),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        lr_scheduler_type="cosine",
+        warmup_steps=options.lr_warmup_ratio,
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        data_seed=options.seed,
+        fp16=options.mixed_precision == "fp16",
+        bf16=options.mixed_precision == "bf16",
+        torch_compile=options.torch_compile,
+        save_strategy="steps" if keeps else "no",
+        save_steps=options.checkpointing_steps,
+        logging_steps=50,
+        report_to=options.report_to or "none",
+        disable_tqdm=True,  # there is a bar that prints nothing
         logging_nan_inf_filter=False,  # it would hide them
-        remove_unused_columns=False,  # the columns are what the pixels are made from
+        remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # they are frozen
-        dataloader_num_workers=options.dataloader_num_workers, dataloader_pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+        dataloader_num_workers=options.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
     if arguments.n_gpu > 1:  # Trainer would split batches along the draws of noise
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
     batches = math.ceil(math.ceil(count / options.batch_size) / arguments.world_size)
     epoch = math.ceil(batches / options.gradient_accumulation_steps)
     arguments.max_steps = options.max_train_steps or options.num_train_epochs * epoch
     return arguments
+
+
+def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None) -> dict[str, Any]:
+    """Train, leave the last weights or their averages in the model, and return how long it took.
+
+    Raises:
+        Interrupted: A signal came, and a checkpoint was written.
+    """
+    output, keeps = Path(trainer.args.output_dir), given["output_dir"] is not None
+    if resume is not None:
+        trainer.restore(resume)
+    if keeps and trainer.is_world_process_zero():
+        clear_rubbish(output)
+        with saving(output):
+            write_options(given, output)
+    if resume is not None and step_of(resume) == trainer.args.max_steps:  # Trainer would go one step too far
+        trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+        load_model(trainer.model, resume / WEIGHTS)
+    else:
+        with trainer.stopping if keeps else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if number := trainer.signal():
+        raise Interrupted(
+            f"{signal.Signals(number).name} came: {saved_checkpoints(output)[-1]} is saved. The same command with "
+            "resume_from_checkpoint latest goes on from it.",
+            number,
+        )
+    total = trainer.total()
+    if trainer.average is not None:
+        trainer.average.copy_to(trainer.learning.values())
+    seconds = total["seconds"] - trainer.before["seconds"]
+    timed = (trainer.images_seen, seconds) if trainer.images_seen else (total["images"], trainer.before["seconds"])
+    return {
+        "steps": trainer.state.global_step,
+        "images": total["images"],
+        "train_seconds": round(total["seconds"], 1),
+        "train_seconds_this_run": round(seconds, 1),
+        "images_per_second": round(timed[0] / timed[1], 1),
+    }
+
+
+def figures_of(trainer: FineTuner, test: Inputs) -> dict[str, float]:
+    """Return figures of the test images, with the model's fixed noise and with noise of every image's own."""
+    config = trainer.model.config
+    shape = (config.num_noise_samples, *config.sample_shape)
+    own = partial(indexed_noise, shape, seed=config.noise_seed, view=noise_view(True, 0))
+    figures = trainer.evaluate(Rows(test), metric_key_prefix="test")
+    figures |= trainer.evaluate(Rows(test, noise=own), metric_key_prefix="test_own_noise")
+    wanted = ("_loss", "_accuracy", "_f1", "_precision", "_recall")
+    return {name: value for name, value in figures.items() if name.endswith(wanted)}
