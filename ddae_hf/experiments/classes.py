@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,101 +15,86 @@ LABELS = r"u?int\d+|(large_)?string"  # types of columns that may say classes
 NAMED = 10  # classes that a warning names
 
 
-def columns_of(dataset: Dataset | IterableDataset) -> Features:
-    """Return what the columns hold, or stop at a stream that does not say it."""
-    if dataset.features is None:
-        raise SystemExit("The data set does not say what its columns hold, so it cannot be streamed: leave that out.")
-    return dataset.features
-
-
-def find_label_column(dataset: Dataset | IterableDataset, name: str | None) -> str | None:
+def find_label_column(features: Features, name: str | None) -> str | None:
     """Return the column of labels: the one of that name, or the only one of classes; nothing if there is none."""
-    found = [column for column, feature in columns_of(dataset).items() if isinstance(feature, ClassLabel)]
-    return label_column(dataset, name) if name is not None or len(found) == 1 else None
+    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+    return label_column(features, name) if name is not None or len(found) == 1 else None
 
 
-def label_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
-    """Return the column of labels, or stop with the columns there are."""
-    features = columns_of(dataset)
+def label_column(features: Features, name: str | None) -> str:
+    """Return the column of labels, or raise `ValueError` with the columns there are."""
     found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     column = name or (found[0] if len(found) == 1 else None)
     if column is None:
         what = f"has {len(found)} columns of classes" if found else "does not say of which classes its images are"
-        raise SystemExit(
-            f"The data set {what}: name the column of labels with --label_column, or put images into a folder for "
-            f"each class; columns are {list(features)}."
+        raise ValueError(
+            f"The data set {what}: name the column of labels, label_column, or put images into a folder for each "
+            f"class; columns are {list(features)}."
         )
     feature = features.get(column)
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and re.fullmatch(LABELS, feature.dtype)):
-        raise SystemExit(
+        raise ValueError(
             f"There is no column of labels {column!r}, whole numbers or names; columns are {dict(features)}."
         )
     return column
 
 
-def read_labels(dataset: Dataset, column: str) -> np.ndarray:
-    """Return the labels (N,) of a column, or stop where some are missing."""
-    labels = dataset[column][:]
-    if None in labels:
-        raise SystemExit(f"Some images have no label in the column {column!r}: leave them out.")
-    return np.asarray(labels)
-
-
 class Classes:
-    """The classes of some splits: those that the data set names or, of numbers or words, the different ones in order.
+    """The classes of a data set: those that it names or, of numbers or words, the different ones of all splits.
 
-    Attributes:
-        names: Their names; the label of a class is its place among them.
+    Splits without the column have no say, nor has what stands for no class, such as -1. Nothing is read before it is
+    asked for.
     """
 
-    def __init__(self, splits: Mapping[str, Dataset], column: str):
+    def __init__(self, splits: Mapping[str, Dataset | IterableDataset], column: str):
         self.column = column
-        kinds = {}
-        for name, split in splits.items():
-            if column not in split.features:
-                raise SystemExit(
-                    f"The split {name!r} has no column {column!r} of labels; it has {list(split.features)}."
-                )
-            kinds[name] = split.features[column]
+        self.splits = {name: split for name, split in splits.items() if column in (split.features or {})}
+
+    @cached_property
+    def kind(self) -> ClassLabel | Value:
+        """What the column holds."""
+        kinds = {name: split.features[self.column] for name, split in self.splits.items() if split.features}
         kind = next(iter(kinds.values()))
         if any(other != kind for other in kinds.values()):
-            raise SystemExit(f"The column {column!r} is not the same in all splits: {kinds}.")
-        found = {name: read_labels(split, column) for name, split in splits.items()}
-        if isinstance(kind, ClassLabel):
-            self.values = np.arange(kind.num_classes)
-            self.names = list(kind.names)
-        else:
-            self.values = np.unique(np.concatenate(list(found.values())))
-            self.names = [str(value) for value in self.values]
-        for name, labels in found.items():
-            if labels.dtype.kind in "iu" and (labels.min() < 0 or labels.max() > self.values[-1]):
-                allowed = f"0 to {kind.num_classes - 1}" if isinstance(kind, ClassLabel) else "0 and more"
-                raise SystemExit(
-                    f"Labels of the split {name!r} are {labels.min()} to {labels.max()}: allowed are {allowed}."
-                )
+            raise ValueError(f"The column {self.column!r} is not the same in all splits: {kinds}.")
+        return kind
 
-    def labels(self, dataset: Dataset) -> np.ndarray:
-        """Return the labels (N,) of images of one of the splits, from 0 to the number of classes - 1."""
-        return np.searchsorted(self.values, read_labels(dataset, self.column))
+    @cached_property
+    def values(self) -> np.ndarray | None:
+        """What the column says of each class, in order; nothing where only going through a stream would tell."""
+        if isinstance(self.kind, ClassLabel):
+            return np.arange(self.kind.num_classes)
+        found: set[Any] = set()
+        for split in self.splits.values():
+            if isinstance(split, IterableDataset):
+                return None
+            found.update(split[self.column][:])
+        found.discard(None)
+        return np.array(sorted(value for value in found if isinstance(value, str) or value >= 0))
 
+    @cached_property
+    def names(self) -> list[str] | None:
+        """The names of the classes; the label of a class is its place among them."""
+        if isinstance(self.kind, ClassLabel):
+            return list(self.kind.names)
+        return None if self.values is None else [str(value) for value in self.values]
 
-def find_labels(whole: Dataset, part: Dataset, name: str | None) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the labels of a part of a split and the names of the split's classes, or nothing where it has none."""
-    column = find_label_column(whole, name)
-    if column is None:
-        return None, None
-    classes = Classes({"train": whole}, column)
-    return classes.labels(part), classes.names
+    def labels(self, dataset: Dataset, split: str) -> np.ndarray:
+        """Return the labels (N,), int64, of images of one of the splits, from 0 to the number of classes - 1.
 
-
-def with_classes(dataset: Dataset, column: str) -> Dataset:
-    """Return a data set whose column of labels names classes, and has their numbers."""
-    classes = Classes({"train": dataset}, column)
-    if isinstance(dataset.features[column], ClassLabel):
-        return dataset
-    labels = classes.labels(dataset)
-    feature = ClassLabel(names=classes.names)
-    return dataset.remove_columns(column).add_column(column, labels, feature=feature)
+        Raises:
+            ValueError: Labels that are missing, or stand for none of the classes.
+        """
+        found = dataset[self.column][:]
+        if None in found:
+            raise ValueError(f"Some images have no label in the column {self.column!r} of {split!r}: leave them out.")
+        labels = np.asarray(found)
+        values = np.array([]) if self.values is None else self.values
+        if labels.dtype.kind in "iu" and (labels.min() < 0 or labels.max() > values.max(initial=-1)):
+            allowed = f"0 to {len(values) - 1}" if isinstance(self.kind, ClassLabel) else "0 and more"
+            there = f"{labels.min()} to {labels.max()}"
+            raise ValueError(f"Labels of the split {split!r} are {there}: allowed are {allowed}.")
+        return np.searchsorted(values, labels)
 
 
 def warn_of_missing(names: Sequence[str], labels: Mapping[str, np.ndarray]) -> None:
@@ -142,3 +128,21 @@ def draw_images(labels: Sequence[Any] | np.ndarray | int, count: int, seed: int 
     places[by_class] = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     turns = np.where(places == 0, 0, (places + 0.5) / sizes[codes])
     return np.sort(order[np.argsort(turns, kind="stable")[:count]])
+
+
+def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Return the indices of `per_class` images of every class that has any."""
+    rng = np.random.default_rng(seed)
+    classes, counts = np.unique(labels, return_counts=True)
+    if not 1 <= per_class <= counts.min():
+        raise ValueError(
+            f"{per_class} labels a class are asked for: allowed are 1 to {counts.min()}, which the smallest class has."
+        )
+    return np.concatenate([rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in classes])
+
+
+def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return the sorted indices of this part of every class, at least one image of each; small parts lie in large."""
+    rng = np.random.default_rng(seed)
+    classes = [rng.permutation(np.flatnonzero(labels == k)) for k in np.unique(labels)]
+    return np.sort(np.concatenate([indices[: max(1, round(fraction * len(indices)))] for indices in classes]))

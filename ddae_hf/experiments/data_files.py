@@ -1,4 +1,4 @@
-"""A local folder of tables (parquet, arrow, csv, json) as a data set: which file is of which split.
+"""What a data set is read from; of a local folder of tables (parquet, arrow, csv, json), which file is of which split.
 
 The name of a file or of a folder on its way is that of its split: `test.parquet`, `test/0.parquet`, or
 `test-00000-of-00001.parquet` as `push_to_hub` writes them, into a folder `data` with splits of any name. With no such
@@ -11,10 +11,13 @@ import glob
 import os
 import re
 import warnings
+from typing import Any
 
+from datasets import Dataset, Features, Image, IterableDataset, load_dataset
 from huggingface_hub import metadata_load
+from PIL import Image as PILImage
 
-from .image_folder import LIKE_SPLITS, SPLITS, image_extensions, list_folder, some
+from .image_folder import LIKE_SPLITS, SPLITS, DataError, image_extensions, list_folder, read_image_folder, some
 
 # The first kind that a folder has is what is read.
 KINDS = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".ndjson", ".csv", ".tsv")
@@ -32,7 +35,7 @@ def list_data_files(folder: str) -> list[str]:
     for kind in KINDS:
         if chosen := [path for path in tables if path.lower().endswith(kind)]:
             if others := sorted(set(found) - set(chosen)):
-                hint = "; --train_data_dir reads a folder's images" if set(others) - set(tables) else ""
+                hint = "; train_data_dir reads a folder's images" if set(others) - set(tables) else ""
                 warnings.warn(f"{folder}: read are its {kind} files, not {some(others)}{hint}.", stacklevel=2)
             return chosen
     return []
@@ -46,13 +49,13 @@ def states_its_files(folder: str) -> bool:
 
 
 def split_files(folder: str, paths: list[str]) -> dict[str, list[str]]:
-    """Return the files of each split as patterns that match them alone, or stop where a name may mean two things."""
+    """Return the files of each split as patterns that match them alone, or refuse where a name may mean two things."""
     found: dict[str | None, list[str]] = {}
     for path in paths:
         found.setdefault(split_of(folder, path), []).append(path)
     unnamed = found.pop(None, [])
     if found and unnamed:
-        raise SystemExit(
+        raise DataError(
             f"The data set {folder} can be read in two ways: {some(unnamed)} {'is' if len(unnamed) == 1 else 'are'} of "
             f"no split, beside {some([path for paths in found.values() for path in paths])}. Name all of them after "
             "their split, such as train.parquet or train-00000-of-00001.parquet, or none."
@@ -63,7 +66,7 @@ def split_files(folder: str, paths: list[str]) -> dict[str, list[str]]:
 
 
 def split_of(folder: str, path: str) -> str | None:
-    """Return the split that a file's path names, nothing where it names none, or stop where that cannot be told."""
+    """Return the split that a file's path names, nothing where it names none, or refuse where that cannot be told."""
     *folders, name = path.split("/")
     stem = os.path.splitext(name)[0]
     shard = SHARD.match(stem)
@@ -77,9 +80,56 @@ def split_of(folder: str, path: str) -> str | None:
         return named.pop()
     words = {word.lower() for part in (*folders, stem) for word in re.split(r"[-._ 0-9]+", part)}
     if named or words & LIKE_SPLITS:
-        raise SystemExit(
+        raise DataError(
             f"The data set {folder} can be read in two ways: the split of {path} cannot be told from its name. Files "
             "of a split are named train.parquet or train-00000-of-00001.parquet, or lie in a folder train/; likewise "
             "test and validation. Rename it, or give the path of one file."
         )
     return None
+
+
+def read_source(source: Any, config: str | None, streaming: bool, cache_dir: str | None, tables: bool = True) -> Any:
+    """Return every split of a Hub id, a file or a folder; without `tables`, of a folder's images."""
+    source = os.fspath(source)
+    try:
+        if not tables:
+            return read_image_folder(source, streaming)
+        files = None
+        loader = source
+        if os.path.isfile(source):
+            loader = "parquet"
+            # datasets takes paths for patterns, in which brackets, stars and question marks mean something.
+            files = {"train": [glob.escape(os.path.abspath(source))]}
+        elif os.path.isdir(source) and not states_its_files(source):
+            if config is not None:
+                raise DataError(f"{source} has no card that names configurations: leave out {config!r}.")
+            paths = list_data_files(source)
+            if not paths:
+                return read_image_folder(source, streaming)
+            files = split_files(source, paths)
+        return load_dataset(loader, config, data_files=files, cache_dir=cache_dir, streaming=streaming)
+    except DataError:
+        raise
+    except Exception as error:  # the loaders raise a dozen kinds
+        raise ValueError(f"The data set {source} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def in_memory(part: Any) -> Dataset | IterableDataset:
+    """Return a split that came as an object: a data set, a list of images, or a pair of images and labels."""
+    if isinstance(part, (Dataset, IterableDataset)):
+        return part
+    images, labels = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+    if isinstance(images, (Dataset, IterableDataset)):
+        raise ValueError("labels came beside a data set: name its column of labels, label_column.")
+    images = list(images)
+    if wrong := [image for image in images if image is not None and not isinstance(image, PILImage.Image)]:
+        raise ValueError(
+            f"A {type(wrong[0]).__name__} came among images: they must be PIL images; or give a path, a data set, or a "
+            "mapping of splits."
+        )
+    found = Dataset.from_dict({"image": images}, Features({"image": Image()}))
+    if labels is None:
+        return found
+    if len(labels) != len(images):
+        raise ValueError(f"There are {len(images)} images and {len(labels)} labels: give one for each.")
+    return found.add_column("label", labels.tolist() if hasattr(labels, "tolist") else list(labels))

@@ -28,6 +28,10 @@ SHARDS = 1024  # of a stream; with one for each image, datasets would take long 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
+class DataError(ValueError):
+    """Data that cannot be read, or in two ways; it says of which data and what to do."""
+
+
 @dataclass
 class Listing:
     """What lies under a folder, links followed; paths are relative to it, with `/` between names.
@@ -106,13 +110,16 @@ def list_folder(root: str | os.PathLike[str], extensions: set[str]) -> Listing:
 def read_image_folder(folder: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     """Return the splits of a folder of images: `image`, columns of metadata, and `label` where folders name classes.
 
-    What can be read in two ways stops the program; what is left out is said in a warning.
+    What is left out is said in a warning.
+
+    Raises:
+        DataError: No images, or what can be read in two ways.
     """
     if not os.path.isdir(folder):
-        raise SystemExit(f"The data set {folder} cannot be read: there is no such folder.")
+        raise DataError(f"The data set {folder} cannot be read: there is no such folder.")
     found = list_folder(folder, image_extensions())
     if not found.files:
-        raise SystemExit(f"The data set {folder} cannot be read: it has no images; {found.what_was_skipped()}.")
+        raise DataError(f"The data set {folder} cannot be read: it has no images; {found.what_was_skipped()}.")
     if found.skipped:
         warnings.warn(f"{folder}: {found.what_was_skipped()}.", stacklevel=2)
     splits = find_splits(folder, found.files)
@@ -138,7 +145,7 @@ def read_image_folder(folder: str, streaming: bool = False) -> DatasetDict | Ite
 
 
 def find_splits(folder: str, images: list[str]) -> dict[str, Split]:
-    """Return the images of each split, or stop where some may lie in a split or in a class of its name."""
+    """Return the images of each split, or refuse where some may lie in a split or in a class of its name."""
     first = {path.partition("/")[0] for path in images if "/" in path}
     splits = [f"{name}/" for name in SPLITS if name in first]
     if not splits:
@@ -146,7 +153,7 @@ def find_splits(folder: str, images: list[str]) -> dict[str, Split]:
     others = [f"{name}/" for name in sorted(first) if f"{name}/" not in splits]
     others += [path for path in images if "/" not in path]
     if others:
-        raise SystemExit(
+        raise DataError(
             f"The data set {folder} can be read in two ways: it has images in {some(splits)}, which name splits, and "
             f"beside them {some(others)}. Splits are the folders train/, test/ and validation/: rename others that are "
             "meant as such, and move away what belongs to none. If all are classes, put them into one folder train/."
@@ -181,19 +188,19 @@ def find_classes(folder: str, folders: list[str], splits: dict[str, Split]) -> d
 
 
 def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
-    """Return what tables of metadata say, by column and image, or stop where they are not of these images."""
+    """Return what tables of metadata say, by column and image, or refuse where they are not of these images."""
     rows: dict[str, dict[str, Any]] = {}
     for table in tables:
         place = posixpath.dirname(table)
         if place and f"{place}/" not in {split.prefix for split in splits.values()}:
-            raise SystemExit(f"{folder}/{table}: metadata is read right inside {folder} or a split's folder: move it.")
+            raise DataError(f"{folder}/{table}: metadata is read right inside {folder} or a split's folder: move it.")
         for row in read_table(os.path.join(folder, table)):
             file_name = row.pop("file_name", None)
             if not isinstance(file_name, str):
-                raise SystemExit(f"{folder}/{table} has a row without `file_name`, the path of an image: {row}.")
+                raise DataError(f"{folder}/{table} has a row without `file_name`, the path of an image: {row}.")
             path = posixpath.normpath(posixpath.join(place, file_name))
             if path in rows:
-                raise SystemExit(f"{folder}/{table} has a second row of the image {path}: leave one out.")
+                raise DataError(f"{folder}/{table} has a second row of the image {path}: leave one out.")
             rows[path] = row
     if not tables:
         return {}
@@ -203,21 +210,21 @@ def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> d
         "images without a row": sorted(set(images) - set(rows)),
     }.items():
         if missing:
-            raise SystemExit(f"{folder}: {some(tables)} leaves {len(missing)} {what}, such as {some(missing)}.")
+            raise DataError(f"{folder}: {some(tables)} leaves {len(missing)} {what}, such as {some(missing)}.")
     columns = {column: None for row in rows.values() for column in row}
     if "image" in columns:
-        raise SystemExit(f"{folder}: {some(tables)} has a column `image`, which is that of the images: rename it.")
+        raise DataError(f"{folder}: {some(tables)} has a column `image`, which is that of the images: rename it.")
     return {column: {path: row.get(column) for path, row in rows.items()} for column in columns}
 
 
 def read_table(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a table, or stop where the file is none."""
+    """Return the rows of a table, or refuse where the file is none."""
     if path.endswith(".parquet"):
         return pq.read_table(path).to_pylist()
     try:
         return read_text_table(path)
     except (ValueError, csv.Error) as error:  # not UTF-8, or no JSON
-        raise SystemExit(f"{path} cannot be read as a table in UTF-8: {error}.") from error
+        raise DataError(f"{path} cannot be read as a table in UTF-8: {error}.") from error
 
 
 def read_text_table(path: str) -> list[dict[str, Any]]:
@@ -226,11 +233,11 @@ def read_text_table(path: str) -> list[dict[str, Any]]:
         if path.endswith(".jsonl"):
             rows = [json.loads(line) for line in file if line.strip()]
             if not all(isinstance(row, dict) for row in rows):
-                raise SystemExit(f"{path}: each line must be an object, such as {{'file_name': '0.png', 'size': 3}}.")
+                raise DataError(f"{path}: each line must be an object, such as {{'file_name': '0.png', 'size': 3}}.")
             return rows
         header, *lines = [line for line in csv.reader(file) if line] or [[]]
     if len(set(header)) < len(header) or any(len(line) != len(header) for line in lines):
-        raise SystemExit(f"{path}: every line must have as many values as the first has names, which must all differ.")
+        raise DataError(f"{path}: every line must have as many values as the first has names, which must all differ.")
     columns = [[value or None for value in column] for column in zip(*lines, strict=True)]
     for i, column in enumerate(columns):
         if all(value is None or value.removeprefix("-").isdecimal() and str(int(value)) == value for value in column):

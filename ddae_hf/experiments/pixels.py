@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import Image
 from PIL import Image as PILImage
-from torch.utils.data import get_worker_info
 
 from ..image_processing_ddae import DDAEImageProcessor
 
 SHARE = 4  # of the memory that is left, one part in so many may be filled
+HINT = " Replace it, or leave such images out with skip_bad_images."
 ELSEWHERE = 4 * 2**30  # bytes that are taken to be left where the system is not Linux, which tells
 
 
+class DamagedImageError(ValueError):
+    """An image that cannot be read.
+
+    A loader's worker sends an error as the text of its traceback, of which this one keeps what it had said.
+    """
+
+    def __init__(self, words: str):
+        super().__init__(words.rpartition(f"{DamagedImageError.__name__}: ")[2].strip())
+
+
+class Readable(Protocol):
+    """Images by their places."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def pil(self, rows: Sequence[int]) -> list[PILImage.Image]:
+        """Return those at these places."""
+
+
 class Pixels:
-    """The pixels of a data set's images, as integers from 0 to 255 that `scaled` makes floats of.
+    """The pixels of images, as integers from 0 to 255 that `scaled` makes floats of.
 
     An image is decoded when it is first asked for and, with `keep`, only then, if all of them fit into memory. Where
     some have more than 8 bits, none are kept, and batches with such images are floats.
     """
 
-    def __init__(self, dataset: Dataset, column: str, processor: DDAEImageProcessor, keep: bool = True):
+    def __init__(self, images: Readable, processor: DDAEImageProcessor, keep: bool = True):
         if processor.do_normalize and not processor.do_rescale:
             raise ValueError(
                 "The image processor has do_rescale=False: images of files count from 0 to 255, leave it out."
             )
-        self.images, self.column, self.processor = dataset.select_columns([column]), column, processor
+        self.images, self.processor = images, processor
         self.keep = keep
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of all images, and which of them are there
 
@@ -59,27 +81,34 @@ class Pixels:
         return kept[0][rows]
 
     def _decode(self, rows: torch.Tensor) -> torch.Tensor:
-        images = read_images(self.images, rows.tolist(), self.column)
-        raw = {"do_rescale": False, "do_normalize": False, "data_format": "channels_first"}
-        counts = self.processor(images, **raw, return_tensors="pt")["pixel_values"]
+        images = self.images.pil(rows.tolist())
+        counts = self.processor(
+            images, do_rescale=False, do_normalize=False, data_format="channels_first", return_tensors="pt"
+        )["pixel_values"]
         return counts if counts.dtype == torch.uint8 else _scale(counts, self.processor)
 
 
-def read_images(dataset: Dataset, rows: list[int], column: str) -> list[PILImage.Image]:
-    """Return the images of these rows, or stop with the name of the first that cannot be decoded."""
+def decode(file: Any, feature: Image, where: str) -> PILImage.Image:
+    """Return the image of a file, given as its `path` and `bytes`.
+
+    Raises:
+        DamagedImageError: None, or what Pillow cannot read; it says of which file, or `where` it came from.
+    """
     try:
-        return dataset[rows][column]
-    except Exception as error:  # Pillow raises several kinds, some of which do not say of which file
-        for row in rows:
-            try:
-                dataset[row]
-            except Exception as reason:
-                path = dataset.cast_column(column, Image(decode=False))[row][column]["path"]
-                where = f"The image {path}" if path and os.path.isfile(path) else f"Image {row} (from 0) of {column!r}"
-                # A worker's `SystemExit` would end it without a word.
-                stop = SystemExit if get_worker_info() is None else OSError
-                raise stop(f"{where} cannot be read: {reason}. Replace it, or leave it out.") from error
-        raise
+        image = feature.decode_example(file)
+        if image is None:
+            raise ValueError("there is none")
+        return image
+    except Exception as error:  # Pillow raises several kinds, most of which do not say of which file
+        path = file.get("path") if isinstance(file, dict) else None
+        content = file.get("bytes") if isinstance(file, dict) else None
+        if path and os.path.isfile(path):
+            where = f"The image {path}"
+        elif path or content:
+            known = path or f"{len(content or b'')} bytes, SHA-256 {hashlib.sha256(content or b'').hexdigest()[:16]}"
+            where = f"{where} ({known})"
+        reason = str(error).partition(" <_io")[0].rstrip(".")  # without the name of an object
+        raise DamagedImageError(f"{where} cannot be read: {reason}.{HINT}") from error
 
 
 def scaled(pixels: torch.Tensor, processor: DDAEImageProcessor) -> torch.Tensor:

@@ -1,0 +1,254 @@
+"""The images of a split: their labels, subsets, hash and pixels, and what becomes of damaged ones."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, IterableDataset
+from PIL import Image as PILImage
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..image_processing_ddae import DDAEImageProcessor
+from .classes import Classes, draw_images, label_column
+from .pixels import HINT, Pixels, decode
+
+
+class ImageSet:
+    """Images of a split, in order.
+
+    Attributes:
+        dataset: The data set, with a column `image_column`.
+        split: Name of the split.
+        streaming: Whether they are a stream, which has no length, no hash, and labels only row by row.
+        label_column: The column of labels, if there is one.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | IterableDataset,
+        split: str = "train",
+        image_column: str = "image",
+        classes: Classes | None = None,
+    ):
+        self.dataset: Any = dataset
+        self.split, self.image_column = split, image_column
+        self.streaming = isinstance(dataset, IterableDataset)
+        known = classes is not None and classes.column in columns_of(dataset)
+        self.label_column = classes.column if classes is not None and known else None
+        self._classes = classes
+        self._rows: np.ndarray | None = None  # of the split, where these are some of its images
+        self._skipped = torch.zeros(1, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        if self.streaming:
+            raise TypeError(f"How many images the stream {self.split!r} has is not known.")
+        return len(self.dataset)
+
+    @cached_property
+    def _files(self) -> Any:
+        """The images as `path` and `bytes`, in a column of their own."""
+        column = self.image_column
+        return self.dataset.select_columns([column]).cast_column(column, Image(decode=False))
+
+    @property
+    def _feature(self) -> Image:
+        return Image(mode=self.dataset.features[self.image_column].mode)
+
+    @property
+    def names(self) -> list[str] | None:
+        """The names of the classes, those of all splits; nothing where the split, or a stream, does not say them."""
+        return self._classes.names if self._classes is not None and self.label_column else None
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """The labels (N,), int64, each the place of a name; nothing for a split without labels, and for a stream.
+
+        Raises:
+            ValueError: Labels that are missing, or outside the classes.
+        """
+        if self._classes is None or self.label_column is None or self.streaming:
+            return None
+        return self._classes.labels(self.dataset, self.split)
+
+    @cached_property
+    def hash(self) -> str:
+        """A SHA-256 of the image files, in order."""
+        digest = hashlib.sha256()
+        files = self._not_a_stream("hash")._files
+        for start in range(0, len(files), 1000):
+            for row, image in enumerate(files[start : start + 1000][self.image_column], start):
+                file = image or {"bytes": None, "path": None}
+                if file["bytes"] is None and file["path"] is None:
+                    self.pil([row])  # which refuses it by its name
+                content = file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
+                digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+    @property
+    def skipped(self) -> int:
+        """How many images of the split were left out; of a stream, how often so far."""
+        return int(self._skipped)
+
+    def take(self, count: int | None) -> ImageSet:
+        """Return so many of the images, of all classes in their shares and always the same; all of them for None.
+
+        See `draw_images`. Of a stream, which knows no classes, the first are taken, with a warning.
+        """
+        if count is not None and count < 1:
+            raise ValueError(f"{count} images of the split {self.split!r} are asked for: it must be at least 1.")
+        if count is None:
+            return self
+        if self.streaming:
+            what = f"The first {count} images of the stream {self.split!r} are taken"
+            warnings.warn(f"{what}, whatever their classes.", stacklevel=2)
+            return self._with(self.dataset.take(count))
+        if count >= len(self):
+            return self
+        return self.select(draw_images(self.dataset[self.label_column][:] if self.label_column else len(self), count))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
+        """Return the images at `indices`, in that order."""
+        rows = np.asarray(indices, np.int64)
+        some = self._with(self._not_a_stream("images by their number").dataset.select(rows))
+        some._rows = rows if self._rows is None else self._rows[rows]
+        return some
+
+    def _with(self, dataset: Any) -> ImageSet:
+        some = ImageSet(dataset, self.split, self.image_column, self._classes)
+        some._skipped = self._skipped
+        return some
+
+    def _not_a_stream(self, what: str) -> ImageSet:
+        if self.streaming:
+            raise ValueError(f"A stream has no {what}: leave out streaming.")
+        return self
+
+    def pil(self, rows: Sequence[int] | np.ndarray) -> list[PILImage.Image]:
+        """Return the images at these rows.
+
+        Raises:
+            DamagedImageError: One that cannot be read, a `ValueError` that gives its path or row.
+        """
+        chosen = [int(row) for row in rows]
+        files = self._not_a_stream("images by their number")._files[chosen][self.image_column]
+        numbers = chosen if self._rows is None else self._rows[chosen]
+        return [
+            decode(file, self._feature, f"Image {number} (from 0) of the split {self.split!r}")
+            for number, file in zip(numbers, files, strict=True)
+        ]
+
+    def pixels(self, processor: DDAEImageProcessor, keep: bool = True) -> Pixels:
+        """Return their pixels as a processor prepares them: with `keep` in memory, where they fit."""
+        return Pixels(self, processor, keep)
+
+    def labelled(self) -> ImageSet:
+        """Return these images, of which each has a class.
+
+        Raises:
+            ValueError: Images without labels, or some without; a stream whose column does not name the classes.
+        """
+        if self._classes is None:
+            label_column(columns_of(self.dataset), None)
+        elif self.label_column is None:
+            raise ValueError(
+                f"The split {self.split!r} has no column {self._classes.column!r} of labels; it has "
+                f"{list(columns_of(self.dataset))}."
+            )
+        elif self.streaming and self.names is None:
+            raise ValueError("A stream's column of labels must name its classes (ClassLabel): leave out streaming.")
+        _ = self.labels  # which are checked when they are read
+        return self
+
+    def stream(self, labels: bool = False, buffer_size: int | None = None, seed: int = 0) -> IterableDataset:
+        """Return a stream's rows: `image`, a PIL image, and `labels` if asked for.
+
+        Args:
+            labels: Whether to give labels; an image without one raises `ValueError`.
+            buffer_size: Images among which the next one is drawn; by default the order stays.
+            seed: Seed of the order, which changes with the epoch (`set_epoch`).
+        """
+        columns = {self.image_column: "image"}
+        count = 0
+        if labels:
+            count = len(self.labelled().names or ())
+            columns[str(self.label_column)] = "labels"
+        # Renaming would decode what is not cast before.
+        files = self.dataset.cast_column(self.image_column, Image(decode=False)).select_columns(list(columns))
+        rows = files.rename_columns({old: new for old, new in columns.items() if old != new})
+        if buffer_size is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=buffer_size)
+        return rows.map(partial(_decoded_row, self._feature, f"An image of the stream {self.split!r}", count))
+
+    def check_first(self) -> None:
+        """Raise `ValueError` if there is no image, or the first cannot be read."""
+        rows = self.stream() if self.streaming else range(len(self))
+        if next(iter(rows), None) is None:
+            raise ValueError(f"The split {self.split!r} is empty.")
+        if not self.streaming:
+            self.pil([0])
+
+    def readable(self) -> ImageSet:
+        """Return those images that can be read, with a warning of how many cannot; of a stream, of each as it comes."""
+        if self.streaming:
+            column, feature = self.image_column, self._feature
+            self._skipped.share_memory_()  # with a loader's workers
+            files = self.dataset.cast_column(column, Image(decode=False))
+            kept = files.filter(partial(_can_be_read, feature, column, self.split, self._skipped))
+            return self._with(kept.cast_column(column, feature))
+        reasons: dict[int, str] = {}
+        for row in tqdm(range(len(self)), desc=f"Checking the images of {self.split}", leave=False):
+            try:
+                self.pil([row])
+            except ValueError as error:
+                reasons[row] = str(error).removesuffix(HINT)
+        if not reasons:
+            return self
+        first = next(iter(reasons.values()))
+        what = f"{len(reasons)} of {len(self)} images of the split {self.split!r}"
+        if len(reasons) == len(self):
+            raise ValueError(f"{what} cannot be read: {first}")
+        warnings.warn(f"{what} are left out: {first}", stacklevel=3)
+        self._skipped += len(reasons)
+        return self.select(np.setdiff1d(np.arange(len(self)), list(reasons)))
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> Features:
+    """Return what the columns hold, or raise `ValueError` for a stream that does not say it."""
+    if dataset.features is None:
+        raise ValueError("The data set does not say what its columns hold, so it cannot be streamed.")
+    return dataset.features
+
+
+def image_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
+    """Return the column of images, or raise `ValueError` with the columns there are."""
+    features = columns_of(dataset)
+    found = [column for column, feature in features.items() if isinstance(feature, Image)]
+    if name is None and len(found) != 1:
+        raise ValueError(f"Name the column of images, image_column; columns are {list(features)}.")
+    if name is not None and name not in found:
+        raise ValueError(f"There is no column of images {name!r}; columns are {dict(features)}.")
+    return name or found[0]
+
+
+def _decoded_row(feature: Image, where: str, num_classes: int, row: dict[str, Any]) -> dict[str, Any]:
+    if num_classes and (row["labels"] is None or not 0 <= row["labels"] < num_classes):
+        raise ValueError(f"An image has the label {row['labels']}: allowed are 0 to {num_classes - 1}.")
+    return {**row, "image": decode(row["image"], feature, where)}
+
+
+def _can_be_read(feature: Image, column: str, split: str, skipped: Tensor, row: dict[str, Any]) -> bool:
+    try:
+        decode(row[column], feature, "An image")
+    except ValueError as error:
+        skipped += 1
+        warnings.warn(f"Left out of the stream {split!r}: {str(error).removesuffix(HINT)}", stacklevel=2)
+        return False
+    return True

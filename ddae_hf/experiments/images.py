@@ -1,0 +1,300 @@
+"""Images of a data set, whatever it is: by split, with their labels, and as what a network reads.
+
+`Images.open` takes all that images come in; `images["train"]` are those of a split, an `ImageSet`. What a network reads
+of them are `Inputs`: pixels here, latents in `encoding`.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..image_processing_ddae import DDAEImageProcessor
+from .classes import Classes, find_label_column, warn_of_missing
+from .data_files import in_memory, read_source
+from .draws import augment_view
+from .image_set import ImageSet, columns_of, image_column
+from .options import Options, option
+from .pixels import scaled
+
+
+@dataclass(kw_only=True)
+class DataOptions(Options):
+    """Where images come from."""
+
+    dataset_name: str | None = option(None, "Hub id, a local folder, or a parquet file.")
+    dataset_config_name: str | None = option(None, "Configuration of a Hub data set.")
+    train_data_dir: str | None = option(None, "Folder of images; its sub-folders name classes, or splits.")
+    image_column: str | None = option(None, "Column of images; by default the only one that holds images.")
+    label_column: str | None = option(None, "Column of labels; by default the only one of classes.")
+    skip_bad_images: bool = option(False, "Leave out images that cannot be read; by default they end the run.")
+
+    def open(self, cache_dir: str | None = None, streaming: bool = False) -> Images:
+        """Return the images that the options name: see `Images.open`."""
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError("Give one of dataset_name and train_data_dir.")
+        if self.dataset_name is not None:
+            splits = read_source(self.dataset_name, self.dataset_config_name, streaming, cache_dir)
+        else:
+            splits = read_source(self.train_data_dir, None, streaming, cache_dir, tables=False)
+        given = {name: value for name, value in self.to_dict().items() if value not in (None, False)}
+        return Images(splits, self.image_column, self.label_column, self.skip_bad_images, given)
+
+
+class Images:
+    """The images of a data set, by split.
+
+    Attributes:
+        splits: Names of the splits.
+        opened_with: The `DataOptions` that open the same images again; nothing for objects in memory.
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, Dataset | IterableDataset],
+        image_column: str | None = None,
+        label_column: str | None = None,
+        skip_bad_images: bool = False,
+        opened_with: dict[str, Any] | None = None,
+    ):
+        self.splits = list(splits)
+        self.opened_with = opened_with or {}
+        self._datasets, self._image_column, self._skip = dict(splits), image_column, skip_bad_images
+        self._sets: dict[str, ImageSet] = {}
+        features = Features()
+        for split in reversed(self._datasets.values()):
+            features.update(columns_of(split))
+        column = find_label_column(features, label_column)
+        self._classes = None if column is None else Classes(self._datasets, column)
+
+    @classmethod
+    def open(
+        cls,
+        source: Any,
+        *,
+        labels: Sequence[Any] | np.ndarray | None = None,
+        config_name: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        streaming: bool = False,
+        cache_dir: str | None = None,
+        skip_bad_images: bool = False,
+    ) -> Images:
+        """Return the images of any source.
+
+        Args:
+            source: A Hub id; a folder of tables or, without any, of images; a parquet file; a `Dataset` or a list of
+                PIL images, which are the split `train`; a `DatasetDict`, or a mapping from the names of splits to
+                data sets, lists of images, or pairs (images, labels). Data sets may be streams (`IterableDataset`).
+            labels: Classes of a list of images, numbers or names.
+            config_name: Configuration of a Hub data set.
+            image_column: Column of images, by default the only one that holds images.
+            label_column: Column of labels, whole numbers or names, by default the only one of classes.
+            streaming: Whether to read a Hub id, a folder or a file while it is gone through, without downloading it.
+            cache_dir: Where downloads are kept.
+            skip_bad_images: Whether to leave out images that cannot be read, with a warning that counts them. Every
+                image of a split is decoded when it is first asked for; those of a stream as it is read.
+
+        Raises:
+            ValueError: A source that cannot be read, or that can be read in two ways; no such column.
+        """
+        if isinstance(source, (str, os.PathLike)):
+            if labels is not None:
+                raise ValueError("labels are those of a list of images: name the column of a data set, label_column.")
+            options = DataOptions(
+                dataset_name=os.fspath(source),
+                dataset_config_name=config_name,
+                image_column=image_column,
+                label_column=label_column,
+                skip_bad_images=skip_bad_images,
+            )
+            return options.open(cache_dir, streaming)
+        if streaming or config_name is not None:
+            raise ValueError("streaming and config_name are for data that is not in memory yet: leave them out.")
+        if labels is not None:
+            source = (source, labels)
+        parts = source if isinstance(source, Mapping) else {"train": source}
+        if not parts:
+            raise ValueError("The data set has no splits.")
+        splits = {str(name): in_memory(part) for name, part in parts.items()}
+        if any(isinstance(part, tuple) for part in parts.values()):
+            label_column = "label"
+        return cls(splits, image_column, label_column, skip_bad_images)
+
+    def __getitem__(self, split: str) -> ImageSet:
+        """Return the images of a split, the first of which is decoded.
+
+        Raises:
+            ValueError: No such split, an empty one, no column of images, or an image that cannot be read.
+        """
+        if split not in self._datasets:
+            raise ValueError(f"The data set has no split {split!r}; it has {sorted(self._datasets)}.")
+        if split not in self._sets:
+            dataset = self._datasets[split].with_format(None)
+            column = image_column(dataset, self._image_column)
+            opened = ImageSet(dataset, split, column, self._classes)
+            if not self._skip:
+                opened.check_first()
+            self._sets[split] = opened.readable() if self._skip else opened
+        return self._sets[split]
+
+    def _name_in_memory(self) -> str | None:
+        """Return the name of a data set of the Hub that came open; of files, datasets says only what wrote them."""
+        info = next(iter(self._datasets.values())).info
+        return info.dataset_name if info.dataset_name != info.builder_name else None
+
+    def facts(self, train: ImageSet, test: ImageSet | None = None) -> dict[str, Any]:
+        """Return what result files say of the data.
+
+        Its name, its id and configuration if it is of the Hub, its splits, how many images were trained on and how
+        many had to be left out.
+        """
+        source = self.opened_with.get("dataset_name") or self.opened_with.get("train_data_dir")
+        of_hub = "dataset_name" in self.opened_with and not os.path.exists(str(source))
+        facts = {
+            "name": Path(source).resolve().name if source else self._name_in_memory(),
+            "id": source if of_hub else None,
+            "config": self.opened_with.get("dataset_config_name"),
+            "train_split": train.split,
+            "test_split": None if test is None else test.split,
+            "num_images": None if train.streaming else len(train),
+            "skipped_images": train.skipped + (0 if test is None else test.skipped) or None,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
+    """Return the images to train on and those to test on, with their labels.
+
+    Args:
+        images: The data set.
+        options: Has `train_split`, `test_split`, `max_train_samples` and `max_test_samples`.
+
+    Raises:
+        ValueError: The same images in both, images without labels, training images of a single class.
+    """
+    if options.train_split == options.test_split:
+        raise ValueError(f"test_split is {options.test_split!r}, as train_split: test on other images.")
+    train, test = images[options.train_split].labelled(), images[options.test_split].labelled()
+    if train.streaming or test.streaming:
+        raise ValueError("A stream knows its labels only row by row: leave out streaming.")
+    if len(train) == len(test) and train.hash == test.hash:
+        raise ValueError(f"The splits {train.split!r} and {test.split!r} are the same images: test on other images.")
+    train, test = train.take(options.max_train_samples), test.take(options.max_test_samples)
+    labels = {"train": np.asarray(train.labels), "test": np.asarray(test.labels)}
+    if len(np.unique(labels["train"])) < 2:
+        raise ValueError("The training images are all of one class: a classifier needs at least two.")
+    warn_of_missing(train.names or (), labels)
+    return train, test
+
+
+class Inputs(abc.ABC):
+    """What a network reads of images: their pixels, or latents of them.
+
+    Attributes:
+        images: The images.
+    """
+
+    images: ImageSet
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels (N,), int64, if there are any."""
+        return self.images.labels
+
+    @property
+    def names(self) -> list[str] | None:
+        """The names of the classes, if there are any."""
+        return self.images.names
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What tells these inputs from others, as JSON."""
+
+    @abc.abstractmethod
+    def read(
+        self, rows: Sequence[int] | np.ndarray, view: int = 0, numbers: Sequence[int] | np.ndarray | None = None
+    ) -> Tensor:
+        """Return the inputs (B, C, H, W) at some rows, float32.
+
+        Args:
+            rows: Their places, B integers.
+            view: Number of the view. The first is the image as it is; what later ones are is up to the inputs.
+            numbers: Seed what is random about later views, image by image; by default the rows do.
+        """
+
+    def batches(
+        self,
+        batch_size: int,
+        rows: Sequence[int] | np.ndarray | None = None,
+        *,
+        view: int = 0,
+        start: int = 0,
+        title: str = "Images",
+    ) -> Iterator[Tensor]:
+        """Yield inputs (B, C, H, W) with a progress bar: of `rows`, by default all, from the place `start` on.
+
+        What is random about a later view is seeded by the place among `rows`.
+        """
+        chosen = np.arange(len(self)) if rows is None else np.asarray(rows)
+        for first in tqdm(range(start, len(chosen), batch_size), desc=title, leave=False):
+            part = chosen[first : first + batch_size]
+            yield self.read(part, view, range(first, first + len(part)))
+
+
+class ImageInputs(Inputs):
+    """Images by their pixels, in [-1, 1], which are kept in memory where they fit.
+
+    Later views are mirrored and cropped: see `augment_view`.
+
+    Args:
+        images: The images.
+        processor: Prepares them.
+        flip: Whether later views are mirrored, half of them.
+        crop_padding: Pixels of black around them before they are cropped.
+        seed: Seed of these changes.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        processor: DDAEImageProcessor,
+        *,
+        flip: bool = False,
+        crop_padding: int = 0,
+        seed: int = 0,
+    ):
+        self.images, self.processor, self.pixels = images, processor, images.pixels(processor)
+        self.flip, self.crop_padding, self.seed = flip, crop_padding, seed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The images' hash, and how they are prepared."""
+        return {"images": self.images.hash, "preprocessing": self.processor.to_dict()}
+
+    def read(
+        self, rows: Sequence[int] | np.ndarray, view: int = 0, numbers: Sequence[int] | np.ndarray | None = None
+    ) -> Tensor:
+        """Return pixels (B, C, H, W): see `Inputs.read`."""
+        pixels = scaled(self.pixels.read(rows), self.processor)
+        if view == 0:
+            return pixels
+        return augment_view(pixels, rows if numbers is None else numbers, self.seed, view, self.flip, self.crop_padding)
+
+
+def noise_view(test: bool, view: int) -> int:
+    """Return the number of a view's draw of noise: training and test images never share one."""
+    return 2 * view + test
