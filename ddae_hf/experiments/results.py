@@ -249,17 +249,18 @@ class GenerationReport(Report):
 
     def _protocol(self) -> str:
         generator, extractor, reference = self.generator, self.extractor, self.reference
-        tap = f" (`{extractor['layer']}`, sigma {extractor['sigma']:.3g})" if "layer" in extractor else ""
+        tap = f"`{extractor['layer']}` at sigma {extractor['sigma']:.3g}, " if "layer" in extractor else ""
         text = (
             f"Against {reference['num_images']:,} real images ({reference['name']}), on the features of "
-            f"`{self.features}`{tap}, {extractor['width']} numbers an image. Figures compare only on the same "
-            "features, for as many images and against the same reference."
+            f"`{self.features}` ({tap}{extractor['width']} numbers an image{_weights(extractor)}). Figures compare "
+            "only on the same features, for as many images and against the same reference."
         )
         if any(found.get("kernel_distance_std_over_subsets") for found in self.results.values()):
             text += " The kernel distance is a mean ± standard deviation over subsets."
         if "num_inference_steps" in generator:
             sampler = generator["sampler"] or generator["scheduler"]
             text += f" Sampled by {sampler} in {generator['num_inference_steps']} steps, seeds from {generator['seed']}"
+            text += _weights(generator)
             if generator.get("class_label") is not None:
                 labels, (made, asked) = generator["class_label"], generator["num_classes"]
                 names = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
@@ -298,3 +299,8 @@ def read_reports(folders: Iterable[Path]) -> tuple[PretrainingReport | None, lis
 def _facts(report: Report, names: Iterable[str]) -> list[list[str]]:
     values = ((name, getattr(report, name)) for name in names)
     return [[name.replace("_", " "), number(value)] for name, value in values if value is not None]
+
+
+def _weights(made_by: Mapping[str, Any]) -> str:
+    """Return which weights made images or features, in words."""
+    return f", weights `{made_by['weights'][:16]}`" if "weights" in made_by else ""
