@@ -243,9 +243,7 @@ def find_images(folder: Path) -> list[Path]:
 
 def image_files(paths: list[Path]) -> ImageSet:
     """Return image files as a set."""
-    dataset = Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Image())
-    images = Images.open(dataset)
-    return images[images.splits[0]]
+    return ImageSet(Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Image()))
 
 
 def kept_features(extractor: Extractor, compared: Compared, options: EvaluationOptions) -> torch.Tensor:
