@@ -7,7 +7,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ddae_hf" / "__init__.py").read_text(encoding="utf-8"))[1]
-EXAMPLES = [
+EXPERIMENTS = [
     "accelerate>=1.15",
     "datasets>=4.8",
     "evaluate>=0.4.3",
@@ -18,7 +18,7 @@ EXAMPLES = [
     "tqdm>=4.66.3",
 ]
 INCEPTION = ["torch-fidelity>=0.4"]  # and a torchvision of the torch's build
-DEMO = [*EXAMPLES, "gradio>=6.31"]
+DEMO = [*EXPERIMENTS, "gradio>=6.31"]
 DEVELOPMENT = [
     *DEMO,
     "build>=1.2",
@@ -53,7 +53,13 @@ setup(
         "numpy>=2.0.2",
         "pillow>=11.0",
     ],
-    extras_require={"examples": EXAMPLES, "inception": EXAMPLES + INCEPTION, "demo": DEMO, "dev": DEVELOPMENT},
+    extras_require={
+        "experiments": EXPERIMENTS,
+        "examples": EXPERIMENTS,  # which the scripts need no more than
+        "inception": EXPERIMENTS + INCEPTION,
+        "demo": DEMO,
+        "dev": DEVELOPMENT,
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -14,27 +14,26 @@ shows them.
 
 from __future__ import annotations
 
-import argparse
+import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data import add_data_arguments, image_column, load_splits, parse_with_config, pick_split
 from ddae_hf import DDAEBackbone, DDAEConfig, DDAEImageProcessor
-from ddae_hf.experiments.arrays import write_json
+from ddae_hf.commands.parsing import parse, sentences
 from ddae_hf.experiments.draws import indexed_noise
-from labelled import check_null_class, ready
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without windows)
+from ddae_hf.experiments.images import DataOptions
+from ddae_hf.experiments.models import check_null_class, ready
+from ddae_hf.experiments.options import Options, option
 
 RADII = (1, 2, 4)  # pixels within which a point counts as found
 POINTS = 32  # at most so many in a row
@@ -42,26 +41,30 @@ SHOWN = 2  # pairs in the picture
 METHODS = ("denoiser", "random weights", "5x5 patches", "pixel colours")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
-    add = parser.add_argument
-    add("--model_name_or_path", required=True, help="Checkpoint, folder or Hub id, in any layout.")
-    add("--output_dir", default="runs/correspondence", help="Folder of results.json and correspondence.png.")
-    add("--out_features", nargs="+", help="Layers; by default the encoder's at half size and the checkpoint's one.")
-    add("--sigma", type=float, help="Noise level; by default the checkpoint's.")
-    add("--null_class", type=int, help="The label that stands for none, for a class-conditional denoiser.")
-    add("--num_images", type=int, default=64, help="Use N images of the split, of all classes.")
-    add("--max_rotation", type=float, default=20.0, help="Largest angle of a warp, in degrees.")
-    add("--max_shift", type=float, default=3.0, help="Largest shift along each axis, in pixels.")
-    add("--max_bend", type=float, default=1.5, help="Largest height of the waves along each axis, in pixels.")
-    add("--seed", type=int, default=0, help="Seed of warps, noise and random weights.")
-    args = parse_with_config(parser, argv)
-    for name, least in (("num_images", 1), ("max_rotation", 0), ("max_shift", 0), ("max_bend", 0), ("seed", 0)):
-        if not least <= getattr(args, name) < math.inf:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be finite and at least {least}.")
-    return args
+@dataclass(kw_only=True)
+class Arguments(Options):
+    """The options of the script."""
+
+    model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
+    output_dir: str = option("runs/correspondence", "Folder of results.json and correspondence.png.")
+    out_features: list[str] | None = option(
+        None, "Layers; by default the encoder's at half size and the checkpoint's one."
+    )
+    sigma: float | None = option(None, "Noise level; by default the checkpoint's.")
+    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    train_split: str = option("train", "Split of the images.")
+    num_images: int = option(64, "Use N images of the split, of all classes.")
+    max_rotation: float = option(20.0, "Largest angle of a warp, in degrees.")
+    max_shift: float = option(3.0, "Largest shift along each axis, in pixels.")
+    max_bend: float = option(1.5, "Largest height of the waves along each axis, in pixels.")
+    seed: int = option(0, "Seed of warps, noise and random weights.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+
+    def check(self) -> None:
+        """Refuse warps of a negative size."""
+        for name in ("max_rotation", "max_shift", "max_bend"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0.")
 
 
 class Warp:
@@ -71,7 +74,7 @@ class Warp:
     their changes, in `ddae_hf.augment`, need no inverse.
     """
 
-    def __init__(self, size: tuple[int, int], args: argparse.Namespace, index: int):
+    def __init__(self, size: tuple[int, int], args: Arguments, index: int):
         """Draw the warp of an image of (height, width): a function of the seed and the image's index."""
         rng = np.random.default_rng([args.seed, index])
         self.size, self.centre = size, complex(size[1] - 1, size[0] - 1) / 2
@@ -97,8 +100,9 @@ class Warp:
     def __call__(self, image: Tensor) -> Tensor:
         """Return the warped image (C, H, W); what comes from outside repeats the border."""
         grid = torch.view_as_real(self.origins(pixels(self.size))) * 2 / (torch.tensor(self.size[::-1]) - 1) - 1
-        options: dict[str, Any] = {"padding_mode": "border", "align_corners": True}
-        return F.grid_sample(image[None].double(), grid.reshape(1, *self.size, 2), **options)[0].to(image)
+        grid = grid.reshape(1, *self.size, 2)
+        found = F.grid_sample(image[None].double(), grid, padding_mode="border", align_corners=True)
+        return found[0].to(image)
 
 
 def pixels(size: tuple[int, int], step: int = 1) -> Tensor:
@@ -130,20 +134,23 @@ def match(original: Tensor, warped: Tensor, points: Tensor) -> Tensor:
     return pixels(tuple(warped.shape[-2:]))[nearest]
 
 
-def open_backbones(args: argparse.Namespace) -> list[DDAEBackbone]:
-    """Return the network and the same with random weights, or stop."""
-    options = {name: value for name in ("sigma", "null_class") if (value := getattr(args, name)) is not None}
-    config = DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir, **options)
+def open_backbones(args: Arguments) -> list[DDAEBackbone]:
+    """Return the network and the same with random weights."""
+    own = {name: value for name in ("sigma", "null_class") if (value := getattr(args, name)) is not None}
+    config = DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir, **own)
     names, reach, side = config.stage_names, args.max_shift + args.max_bend, min(config.image_size)
     layers = args.out_features or [*[name for name in names if name.startswith("down_blocks.1.")][-1:], config.layer]
     if unknown := [layer for layer in layers if layer not in names]:
-        raise ValueError(f"--out_features: there is no layer {', '.join(unknown)}; there are {', '.join(names)}.")
+        raise ValueError(f"out_features: there is no layer {', '.join(unknown)}; there are {', '.join(names)}.")
     if reach >= (side - 1) / 2:
-        raise ValueError(f"--max_shift and --max_bend are {reach:g} together: take less than {(side - 1) / 2:g}.")
-    # Draws of latents would be the same for both images of a pair.
-    options |= {"sample_posterior": False}
-    options |= {"out_features": sorted(set(layers), key=names.index), "cache_dir": args.cache_dir}
-    trained = DDAEBackbone.from_pretrained(args.model_name_or_path, **options)
+        raise ValueError(f"max_shift and max_bend are {reach:g} together: take less than {(side - 1) / 2:g}.")
+    trained = DDAEBackbone.from_pretrained(
+        args.model_name_or_path,
+        sample_posterior=False,  # draws of latents would be the same for both images of a pair
+        out_features=sorted(set(layers), key=names.index),
+        cache_dir=args.cache_dir,
+        **own,
+    )
     check_null_class(trained.ddae)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
@@ -153,12 +160,14 @@ def open_backbones(args: argparse.Namespace) -> list[DDAEBackbone]:
 
 
 def look_up(
-    args: argparse.Namespace, images: Tensor, backbones: list[DDAEBackbone]
+    args: Arguments, images: Tensor, backbones: list[DDAEBackbone]
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, ...]]]:
     """Return the errors in pixels of every way to look points up, and the network's answers for the first pairs."""
     size = (images.shape[2], images.shape[3])
     step = math.ceil(max(size) / POINTS)
-    points, errors, shown = pixels(size, step), {name: [] for name in METHODS}, []  # type: ignore[var-annotated]
+    points = pixels(size, step)
+    errors: dict[str, list[Tensor]] = {name: [] for name in METHODS}
+    shown: list[tuple[Tensor, ...]] = []
     for index, image in enumerate(tqdm(images, desc="Pairs")):
         warp = Warp(size, args, index)
         pair = torch.stack([image, warp(image)])
@@ -177,60 +186,55 @@ def look_up(
     return {name: torch.cat(values) for name, values in errors.items()}, shown
 
 
-def draw(path: Path, shown: list[tuple[Tensor, ...]], errors: dict[str, Tensor], furthest: float) -> None:
-    """Draw pairs of images with some points and what the network found for them, and the part found over distance."""
-    figure = plt.figure(figsize=(10.5, 2.75 * max(len(shown), 2)), layout="constrained")
+def picture(shown: list[tuple[Tensor, ...]], errors: dict[str, Tensor], furthest: float) -> Figure:
+    """Return pairs of images with some points and what the network found for them, and the part found over distance."""
+    figure = Figure(figsize=(10.5, 2.75 * max(len(shown), 2)), layout="constrained")
     grid = figure.add_gridspec(len(shown), 3, width_ratios=(1, 1, 1.6))
     for row, (*pair, points, found, error) in enumerate(shown):
         panels = [figure.add_subplot(grid[row, column], xticks=[], yticks=[]) for column in (0, 1)]
-        for axes, image in zip(panels, pair, strict=True):
-            axes.set_title(("original", "warped")[axes is panels[1]] if row == 0 else "")
-            axes.imshow(
-                (image.permute(1, 2, 0).expand(-1, -1, 3) / 2 + 0.5).clamp(0, 1).numpy(), interpolation="nearest"
-            )
-        for *ends, distance in zip(points.tolist(), found.tolist(), error, strict=True):
+        for axes, title, image in zip(panels, ("original", "warped"), pair, strict=True):
+            axes.set_title(title if row == 0 else "")
+            colours = (image.permute(1, 2, 0).expand(-1, -1, 3) / 2 + 0.5).clamp(0, 1).numpy()
+            axes.imshow(colours, interpolation="nearest")
+        for start, end, distance in zip(points.tolist(), found.tolist(), error, strict=True):
             colour, marker = ("lime", "o") if distance <= RADII[1] else ("red", "X")
-            for axes, end in zip(panels, ends, strict=True):
-                axes.plot(end.real, end.imag, marker, color=colour, markersize=7, markeredgecolor="black")
-            line = {"axesA": panels[0], "axesB": panels[1], "color": colour, "alpha": 0.7}
-            a, b = ((end.real, end.imag) for end in ends)
-            figure.add_artist(matplotlib.patches.ConnectionPatch(a, b, "data", "data", **line))
+            for axes, place in zip(panels, (start, end), strict=True):
+                axes.plot(place.real, place.imag, marker, color=colour, markersize=7, markeredgecolor="black")
+            ends = ((start.real, start.imag), (end.real, end.imag))
+            figure.add_artist(ConnectionPatch(*ends, "data", "data", axesA=panels[0], axesB=panels[1], color=colour))
     axes, radii = figure.add_subplot(grid[:, 2]), np.linspace(0, furthest, 81)
     for (name, error), style in zip(errors.items(), ("-", "--", "-.", ":"), strict=True):
-        axes.plot(
-            radii, [100 * (error <= radius).double().mean().item() for radius in radii], style, label=name, linewidth=2
-        )
+        part = [100 * (error <= radius).double().mean().item() for radius in radii]
+        axes.plot(radii, part, style, label=name, linewidth=2)
     axes.set(xlabel="distance from the true place (pixels)", ylabel="points found within it (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.suptitle(f"Points looked up in a warped copy: found within {RADII[1]} pixels (green), further off (red)")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    args = parse_arguments(argv)
+    data, args = parse([DataOptions, Arguments], __doc__, argv)
     logging.disable_progress_bar()
-    count = args.num_images if args.max_train_samples is None else min(args.num_images, args.max_train_samples)
-    dataset = pick_split(load_splits(args), args.train_split, count, args.label_column)
-    column = image_column(dataset, args.image_column)
-    try:
+    with sentences():
+        images = data.open(args.cache_dir)[args.train_split].take(args.num_images)
         backbones = open_backbones(args)
         processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
-    errors, shown = look_up(args, processor(dataset[:][column], return_tensors="pt")["pixel_values"], backbones)
+        pixel_values = processor(images.pil(range(len(images))), return_tensors="pt")["pixel_values"]
+    errors, shown = look_up(args, pixel_values, backbones)
     rows, config, folder = {}, backbones[0].config, Path(args.output_dir)
     print(f"{'%, error in pixels':20}" + "".join(f"{f'PCK@{radius}':>8}" for radius in RADII) + f"{'error':>8}")
     for name, error in errors.items():
         pck = {f"pck@{radius}": (error <= radius).double().mean().item() for radius in RADII}
         rows[name] = {**pck, "mean_error": error.mean().item()}
         print(f"{name:20}" + "".join(f"{100 * value:8.1f}" for value in pck.values()) + f"{error.mean():8.2f}")
-    about = {"layers": config.out_features, "sigma": config.sigma, "images": len(dataset), "points": len(error)}
-    write_json(folder / "results.json", {"options": vars(args), **about, "results": rows})
-    draw(folder / "correspondence.png", shown, errors, max(config.image_size) / 4)
-    print(f"{len(error):,} points of {len(dataset)} images; look at {folder / 'correspondence.png'}.")
+    about = {"layers": config.out_features, "sigma": config.sigma, "images": len(images), "points": len(error)}
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"options": {**data.to_dict(), **args.to_dict()}, **about, "results": rows}
+    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    picture(shown, errors, max(config.image_size) / 4).savefig(folder / "correspondence.png", dpi=90)
+    print(f"{len(error):,} points of {len(images)} images; look at {folder / 'correspondence.png'}.")
 
 
 if __name__ == "__main__":

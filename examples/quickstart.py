@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features
@@ -52,12 +53,16 @@ def write_digits(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return splits
 
 
-def run(*command: str | Path) -> None:
-    """Show a command and run it."""
-    words = [str(word) for word in command]
-    print(f"\n$ {shlex.join(words)}", flush=True)
-    # A parent's imports find this checkout's package; so must its children's.
-    subprocess.run(words, check=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+def run(script: str, *options: Any, launch: bool = False) -> None:
+    """Show the command that runs a script of this folder, and run it; on all cores with accelerate, if asked for."""
+    command = [sys.executable]
+    if launch:
+        config = EXAMPLES / "accelerate_configs" / "single.yaml"
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--num_cpu_threads_per_process", str(os.cpu_count())]
+    command += [str(word) for word in (EXAMPLES / script, *options)]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
 
 
 def recognised(splits: dict[str, tuple[np.ndarray, np.ndarray]], samples: np.ndarray) -> dict[str, int]:
@@ -74,9 +79,10 @@ def recognised(splits: dict[str, tuple[np.ndarray, np.ndarray]], samples: np.nda
         "test images with their pixels shuffled": rng.permuted(test_images[:NUM_SAMPLES], axis=1),
     }
     counts = {name: int((judge.predict_proba(x)[:, :10].max(axis=1) > 0.9).sum()) for name, x in groups.items()}
-    print(f"\nOf {NUM_SAMPLES} images, a classifier of real digits (a support vector machine on pixels, ", end="")
+    accuracy = 100 * judge.score(test_images, test_labels)
     print(
-        f"{100 * judge.score(test_images, test_labels):.1f} % accurate on\ntest images) names with confidence over 0.9:"
+        f"\nOf {NUM_SAMPLES} images, a classifier of real digits (a support vector machine on pixels, {accuracy:.1f} % "
+        "accurate on\ntest images) names with confidence over 0.9:"
     )
     for name, count in counts.items():
         print(f"  {name}: {count}")
@@ -101,34 +107,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--max_train_steps", type=int, help="Fewer steps than the configuration's, to try it out.")
     args = parser.parse_args(argv)
-    folder, python = args.output_dir, sys.executable
-    splits = write_digits(folder / "digits")
-    checkpoint, classifier = folder / "checkpoint", folder / "classifier"
+    folder = args.output_dir
+    data, checkpoint, classifier = folder / "digits", folder / "checkpoint", folder / "classifier"
+    splits = write_digits(data)
     for old in (checkpoint, classifier, folder / "samples"):
         shutil.rmtree(old, ignore_errors=True)
-    steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
-    run(
-        *(python, "-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate_configs" / "single.yaml"),
-        *("--num_cpu_threads_per_process", str(os.cpu_count())),
-        *(EXAMPLES / "pretrain.py", "--config", EXAMPLES / "configs" / "digits.yaml"),
-        *("--dataset_name", folder / "digits", "--output_dir", checkpoint, *steps),
-    )
-    run(
-        *(python, EXAMPLES / "generate.py", "--model_name_or_path", checkpoint, "--output_dir", folder / "samples"),
-        *("--num_images", str(NUM_SAMPLES), "--batch_size", str(NUM_SAMPLES)),
-    )
-    run(
-        *(
-            python,
-            EXAMPLES / "linear_probe.py",
-            "--model_name_or_path",
-            checkpoint,
-            "--dataset_name",
-            folder / "digits",
-        ),
-        *("--sigmas", "0.1", "0.2", "--num_noise_samples", "4", "--labels_per_class", "10", "--baselines"),
-        *("--output_dir", classifier),
-    )
+    config = ["--config", EXAMPLES / "configs" / "digits.yaml"]
+    steps = ["--max_train_steps", args.max_train_steps] if args.max_train_steps else []
+    run("pretrain.py", *config, "--dataset_name", data, "--output_dir", checkpoint, *steps, launch=True)
+    model = ["--model_name_or_path", checkpoint]
+    size = ["--num_images", NUM_SAMPLES, "--batch_size", NUM_SAMPLES]
+    run("generate.py", *model, *size, "--output_dir", folder / "samples")
+    probe = ["--sigmas", 0.1, 0.2, "--num_noise_samples", 4, "--few_labels", 10, "--baselines"]
+    run("linear_probe.py", *model, "--dataset_name", data, *probe, "--output_dir", classifier)
     samples = [Image.open(folder / "samples" / f"{i:05d}.png") for i in range(NUM_SAMPLES)]
     save_comparison(folder / "samples_beside_real.png", samples, splits["test"][0])
     counts = recognised(splits, np.stack([np.asarray(image) for image in samples]))
@@ -140,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"The same network as a classifier:   {classifier}")
     code = CLASSIFY.format(folder=classifier.as_posix(), image=image.as_posix())
     print(f"\nClassify an image (this one is a {splits['test'][1][0]}):\n\n{code}")
-    result = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     print(f"It prints: {result.stdout.strip()}")
 
 

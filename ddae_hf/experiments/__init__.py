@@ -1,1 +1,114 @@
-"""Experiments as functions of (model, images, options): for notebooks, scripts and commands alike."""
+"""Experiments as functions of (model, images, options): for notebooks, scripts and commands alike.
+
+    from ddae_hf.experiments import Images, sweep
+
+    images = Images.open("uoft-cs/cifar10")
+    result = sweep("google/ddpm-cifar10-32", images, sigmas=[0.02, 0.05, 0.1, 0.2])
+    print(result.table())
+
+A model is a checkpoint's folder or Hub id, or an open one. Options are a dataclass, `SweepOptions`, or its fields by
+name, or both. Nothing here prints, parses arguments or leaves global random generators changed. Names are imported when
+first used; what they need beside `ddae_hf` itself is installed by `pip install 'ddae_hf[experiments]'`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_MODULES = {
+    "ConversionOptions": "converting",
+    "CurveOptions": "training_curve",
+    "EncodingOptions": "encoding",
+    "EvaluationOptions": "evaluation",
+    "ExportOptions": "feature_export",
+    "FinetuningOptions": "finetuning",
+    "GenerationOptions": "generation",
+    "Images": "images",
+    "NoisyOptions": "noisy_classification",
+    "PretrainingOptions": "pretraining",
+    "Report": "results",
+    "SweepOptions": "sweeping",
+    "TransferOptions": "transferring",
+    "VAEOptions": "vae_training",
+    "classify_noisy": "noisy_classification",
+    "convert": "converting",
+    "encode": "encoding",
+    "evaluate_generation": "evaluation",
+    "export_features": "feature_export",
+    "finetune": "finetuning",
+    "generate": "generation",
+    "make_card": "model_card",
+    "pretrain": "pretraining",
+    "save_card": "model_card",
+    "sweep": "sweeping",
+    "sweep_run": "training_curve",
+    "train_vae": "vae_training",
+    "transfer": "transferring",
+}
+__all__ = [  # noqa: F822 (found by `__getattr__`)
+    "ConversionOptions",
+    "CurveOptions",
+    "EncodingOptions",
+    "EvaluationOptions",
+    "ExportOptions",
+    "FinetuningOptions",
+    "GenerationOptions",
+    "Images",
+    "NoisyOptions",
+    "PretrainingOptions",
+    "Report",
+    "SweepOptions",
+    "TransferOptions",
+    "VAEOptions",
+    "classify_noisy",
+    "convert",
+    "encode",
+    "evaluate_generation",
+    "export_features",
+    "finetune",
+    "generate",
+    "make_card",
+    "pretrain",
+    "save_card",
+    "sweep",
+    "sweep_run",
+    "train_vae",
+    "transfer",
+]
+
+if TYPE_CHECKING:
+    from .converting import ConversionOptions, convert
+    from .encoding import EncodingOptions, encode
+    from .evaluation import EvaluationOptions, evaluate_generation
+    from .feature_export import ExportOptions, export_features
+    from .finetuning import FinetuningOptions, finetune
+    from .generation import GenerationOptions, generate
+    from .images import Images
+    from .model_card import make_card, save_card
+    from .noisy_classification import NoisyOptions, classify_noisy
+    from .pretraining import PretrainingOptions, pretrain
+    from .results import Report
+    from .sweeping import SweepOptions, sweep
+    from .training_curve import CurveOptions, sweep_run
+    from .transferring import TransferOptions, transfer
+    from .vae_training import VAEOptions, train_vae
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
+            raise
+        raise ImportError(
+            f"ddae_hf.experiments.{name} needs {error.name}, which is not installed: pip install 'ddae_hf[experiments]'"
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

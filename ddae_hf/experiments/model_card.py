@@ -1,15 +1,16 @@
 """Model cards: what a checkpoint is, and what was measured of it.
 
-A card says what the checkpoint's own configuration and the files that runs leave say (`run_results`): a fact that no
-file holds is not in it. Its words are in `model_card_template.md`, which asks a `_Card`.
+A card says what the checkpoint's own configuration and the reports beside it say (`results`): a fact that no file holds
+is not in it. Its words are in `model_card_template.md`, which asks a `_Card`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from ..checkpoints import build_scheduler, read_checkpoint
 from ..configuration_ddae import DDAEConfig
 from ..networks import network_of, skeleton
 from ..noise import family_of
-from .results import KINDS, Run, environment_rows, option_rows, read_runs
+from .report import Report, markdown
+from .results import ProbeReport, read_reports
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
@@ -34,11 +36,11 @@ def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
         folder: The checkpoint, in any layout.
         repo_id: The Hub repository that the card's code opens; by default the code opens `folder`, as it is given.
         **options: `results`, other folders with results of this checkpoint; `model_name`, by default the repository's
-            or the folder's; `dataset_name` and `dataset_id` (on the Hub), over what the runs say of their data;
+            or the folder's; `dataset_name` and `dataset_id` (on the Hub), over what the reports say of their data;
             `base_model`, the Hub repository that this checkpoint was trained from; `license`, by the Hub's name of it.
 
     Raises:
-        ValueError: A folder without a checkpoint, a file that is no result of this project's scripts, or an id that no
+        ValueError: A folder without a checkpoint, a file that is no report of this project's, or an id that no
             repository can have.
     """
     return _Card(Path(folder), repo_id, **options).render()
@@ -64,7 +66,7 @@ def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
         if target != picture:
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(picture, target)
-    for kind in KINDS:
+    for kind in ("sweep", *(report.kind for report in Report.kinds)):  # a sweep's name before it was a probe's
         path = card.folder / ".eval_results" / f"{kind}.yaml"
         path.unlink(missing_ok=True)
         if entries := card.eval_result_entries(kind):
@@ -101,14 +103,15 @@ class _Card:
         self.checkpoint = read_checkpoint(folder)
         self.is_classifier = "DDAEForImageClassification" in (self.checkpoint.config.get("architectures") or ())
         self.config = DDAEConfig.from_dict(self.checkpoint.config)
-        self.training, self.runs = read_runs(folders.values())
-        pretraining = [self.training] if self.training else []
-        self.all_runs = pretraining + self.runs
-        self.kinds = {run.kind for run in self.runs}
+        self.training, self.reports = read_reports(folders.values())
+        pretraining: list[Report] = [self.training] if self.training else []
+        self.all_reports = pretraining + self.reports
+        self.kinds = {report.kind for report in self.reports}
         # The grid of samples of the end of pretraining.
-        self.samples = max((p for run in pretraining for p in run.folder.glob("samples/step-*.png")), default=None)
+        grids = (path for report in pretraining for path in Path(report.folder or "").glob("samples/step-*.png"))
+        self.samples = max(grids, default=None)
         self.pictures = [self.samples] if self.samples else []
-        self.pictures += [picture for run in self.runs for picture in run.pictures]
+        self.pictures += [picture for report in self.reports for picture in report.pictures_there()]
         self.name = model_name or (repo_id or folder.resolve().name).split("/")[-1]
         given_name = dataset_name or (Path(dataset_id).name if dataset_id else None)
         self.given_dataset = {k: v for k, v in (("id", dataset_id), ("name", given_name)) if v is not None}
@@ -119,15 +122,15 @@ class _Card:
             raise ValueError(f"Two folders of results have the same name ({', '.join(double)}): rename one of them.")
 
     def _fact(self, name: str) -> Any:
-        """Return what a run that made this checkpoint, not one on it or before it, says."""
-        own = [run for run in self.all_runs if run.folder == self.folder]
+        """Return what the report of what made this checkpoint, not of what began with it or came before it, says."""
+        own = [report for report in self.all_reports if report.folder == self.folder]
         if name == "base_model":  # which gave the network's shape alone to one that began with random weights
-            own = [run for run in own if not run.options.get("from_scratch")]
-        places = [place for run in own for place in (run.report, run.options)]
+            own = [report for report in own if not report.options.get("from_scratch")]
+        places = [place for report in own for place in (vars(report), report.options)]
         return next((place[name] for place in places if place.get(name)), None)
 
-    def dataset(self, run: Run) -> dict[str, Any]:
-        return {**run.dataset, **self.given_dataset}
+    def dataset(self, report: Report) -> dict[str, Any]:
+        return {**report.dataset, **self.given_dataset}
 
     def link(self, picture: Path) -> str:
         """Return a picture's path relative to the checkpoint; those of other folders have theirs in `images`."""
@@ -136,13 +139,13 @@ class _Card:
         parent = picture.parent.parent if picture.parent.name == "samples" else picture.parent
         return f"images/{parent.name}-{picture.name}"
 
-    def figures(self, run: Run) -> list[EvalResult]:
-        """Return a run's main figures as the Hub knows them; of a classifier first its own accuracy."""
-        known, generated = self.dataset(run), run.kind == "generation"
-        figures = [(f.metric, f.name, f.value, f.conditions) for f in run.summary.figures]
-        if self.is_classifier and run.summary.saved is not None:
+    def figures(self, report: Report) -> list[EvalResult]:
+        """Return a report's main figures as the Hub knows them; of a classifier first its own accuracy."""
+        known, generated, section = self.dataset(report), report.kind == "generation", report.section()
+        figures = [(f.metric, f.name, f.value, f.conditions) for f in section.figures]
+        if self.is_classifier and section.saved is not None:
             own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
-            figures.insert(0, ("accuracy", "Test accuracy, with the model's fixed noise", run.summary.saved, own))
+            figures.insert(0, ("accuracy", "Test accuracy, with the model's fixed noise", section.saved, own))
         return [
             EvalResult(
                 task_type="unconditional-image-generation" if generated else "image-classification",
@@ -160,21 +163,21 @@ class _Card:
         ]
 
     def eval_result_entries(self, kind: str) -> list[EvalResultEntry]:
-        """Return the main accuracy of every run of a kind, on data that the Hub has."""
+        """Return the main accuracy of every report of a kind, on data that the Hub has."""
         entries = []
-        for run in self.runs:
-            first = next((f for f in self.figures(run) if f.metric_type == "accuracy"), None)
-            if run.kind == kind and first is not None and "id" in self.dataset(run):
+        for report in self.reports:
+            first = next((f for f in self.figures(report) if f.metric_type == "accuracy"), None)
+            if report.kind == kind and first is not None and "id" in self.dataset(report):
                 details = ", ".join(f"{name} {value}" for name, value in (first.metric_args or {}).items())
                 notes = f"{first.metric_name}, a fraction ({details})"
                 entries.append(EvalResultEntry(first.dataset_type, "default", first.metric_value, notes=notes))
         return entries
 
     def metadata(self) -> ModelCardData:
-        figures = [figure for run in self.runs for figure in self.figures(run)]
+        figures = [figure for report in self.reports for figure in self.figures(report)]
         of_transformers = self.checkpoint.holds_model
         task = "image-classification" if self.is_classifier else "image-feature-extraction"
-        ids = {known["id"] for run in self.all_runs if "id" in (known := self.dataset(run))}
+        ids = {known["id"] for report in self.all_reports if "id" in (known := self.dataset(report))}
         return ModelCardData(
             library_name="transformers" if of_transformers else "diffusers",
             pipeline_tag=task if of_transformers else "unconditional-image-generation",
@@ -191,9 +194,8 @@ class _Card:
     def description(self) -> dict[str, Any]:
         """Return what the checkpoint is, and how it is used."""
         config, scheduler = self.config, self.checkpoint.scheduler
-        tried = {run.kind: run.report for run in self.runs}
-        probe = tried.get("linear_probe", {}).get("results", {}).get("DDAE")
-        best = tried["sweep"]["best"] if "sweep" in tried else probe
+        probes = [report for report in self.reports if isinstance(report, ProbeReport)]
+        best = max(probes, key=lambda report: len(report.pairs)).best if probes else None
         own = self.checkpoint.holds_model or best is None
         network = network_of(config.denoiser)
         complete = skeleton(config.denoiser).config
@@ -203,8 +205,8 @@ class _Card:
         sampler = next(iter(family.samplers), None) if family else None
         return {
             "family": family,
-            "layer": config.layer if own else best["layer"],
-            "sigma": config.sigma if own else best["sigma"],
+            "layer": config.layer if own else best.layer,
+            "sigma": config.sigma if own else best.sigma,
             "tap_is_measured": best is not None,
             "conditional": count > 0 and own_null != 0,
             "labels_needed": count > 0 and config.null_class is None and own_null is None,
@@ -218,13 +220,62 @@ class _Card:
             template_str=TEMPLATE.read_text(encoding="utf-8"),
             card=self,
             **self.description(),
-            environment=environment_rows(self.all_runs),
-            option_rows=option_rows,
-            table=_table,
+            environment=_environment_rows(self.all_reports),
+            option_rows=_option_rows,
+            table=markdown,
         )
         return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+# Options that say where things are and how a run is watched, not how a network is trained.
+AROUND = frozenset(
+    """base cache_dir checkpointing_steps checkpoints_total_limit config dataloader_num_workers dataset_config_name
+    dataset_name dataset_revision gradient_checkpointing hub_model_id hub_private image_column init_from label_column
+    latents_dir license logging_dir logging_steps model_name_or_path num_inference_steps num_samples output_dir
+    push_to_hub report_to resume_from_checkpoint sample_steps sampler shuffle_buffer skip_bad_images streaming
+    test_split torch_compile train_data_dir train_split vae""".split()
+)
+
+
+def _option_rows(options: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """Return the options that a training depends on, without those that are off; nested ones by dotted names."""
+    rows = []
+    for name, value in options.items():
+        off = value is None or value is False or (isinstance(value, float) and value == 0)
+        without_effect = (name == "num_train_epochs" and options.get("max_train_steps")) or (
+            name == "label_dropout" and not options.get("class_conditional")
+        )
+        if off or without_effect or (not prefix and name in AROUND):
+            continue
+        if isinstance(value, Mapping):
+            rows += _option_rows(value, f"{prefix}{name}.")
+        else:
+            rows.append([f"`{prefix}{name}`", f"`{value if isinstance(value, str) else json.dumps(value)}`"])
+    return rows
+
+
+def _environment_rows(reports: Iterable[Report]) -> list[list[str]]:
+    """Return what reports say of the machine, the time and the versions."""
+    rows = []
+    for report in reports:
+        seconds = report.seconds_this_run if report.seconds is None else report.seconds
+        seconds = seconds.get("in_all") if isinstance(seconds, Mapping) else seconds
+        last = "" if report.seconds is not None else " (its last run)"
+        found = {
+            "hardware": report.hardware,
+            "processes": report.processes,
+            "threads": report.threads,
+            "time": None if seconds is None else f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}",
+            "images/s": report.images_per_second,
+            "versions": report.versions,
+        }
+        title = report.section().title.lower()
+        rows += [[title, name, words] for name, value in found.items() if (words := _words(value))]
+    return rows
+
+
+def _words(value: Any) -> str:
+    """Return a value of a file as text, names and values of a mapping one after the other."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items())
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,312 +1,306 @@
-"""What runs left behind: the files of a training or an evaluation, read into tables and figures.
+"""Results: what every experiment found, as a dataclass that is written as JSON, printed as a table and put on a card.
 
-- `train_results.json`, `training_options.yaml`, `samples/step-*.png`: pretraining.
-- `eval_results.json`: a linear probe, a sweep or fine-tuning; `heat_map.png`, `confusion.png` beside it.
-- `generation_results.json`, `grid.png`: generated images against real ones.
+| report | file | of |
+|---|---|---|
+| `PretrainingReport` | `train_results.json` | pretraining a denoiser |
+| `VAEReport` | `train_results.json` | training a VAE |
+| `ProbeReport` | `eval_results.json` | linear probes: one, or a sweep over layers and noise levels |
+| `CurveReport` | `training_curve.json` | probes, loss and samples over a training run |
+| `FineTuningReport` | `eval_results.json` | fine-tuning |
+| `NoisyReport` | `eval_results.json` | classifying noisy images |
+| `GenerationReport` | `generation_results.json` | generated images against real ones |
 
-Nothing is computed here but means and spreads of what a file lists.
+Files of versions 0.1.0 and 0.2.0 are read into the same classes.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
+from .probe_results import CurveReport, Pair, Point, Probe, ProbeReport
+from .report import Figure, Report, Section, many, number, percent, read_mapping
 
-# How each script's results are told from the others': the file, and a key that only they have.
-KINDS = {
-    "linear_probe": ("eval_results.json", "results"),
-    "sweep": ("eval_results.json", "pairs"),
-    "fine_tuning": ("eval_results.json", "test_own_noise_accuracy"),
-    "generation": ("generation_results.json", "generator"),
-}
-PICTURES = {
-    "heat_map.png": "Accuracy on held-out training images, of every layer at every noise level",
-    "confusion.png": "Confusion table of the test images",
-    "grid.png": "Generated images beside real ones",
-}
-# Options that say where things are and how a run is watched, not how a network is trained.
-PLUMBING = re.compile(
-    "dataset_|image_column|label_column|train_data_dir|latents_dir|output_dir|cache_dir|logging_dir|model_name|config$|vae$|init_from"
-    "|.*checkpoint|sampl|num_sampl|num_inference_steps|report_to|dataloader_|hub_|push_to|license|streaming|shuffle_|.*_split|.*seconds"
-)
+__all__ = [
+    "CurveReport",
+    "FineTuningReport",
+    "GenerationReport",
+    "NoisyReport",
+    "Pair",
+    "Point",
+    "PretrainingReport",
+    "Probe",
+    "ProbeReport",
+    "Report",
+    "VAEReport",
+    "read_reports",
+]
 
 
-@dataclass
-class Run:
-    """One file of results, and what was beside it."""
+@dataclass(kw_only=True)
+class PretrainingReport(Report):
+    """A denoiser's training; its options are in `training_options.yaml`, beside it."""
 
-    kind: str
-    report: dict[str, Any]
-    options: dict[str, Any]
-    folder: Path
+    kind = "pretraining"
+    file = "train_results.json"
+    telling = ("steps",)
+
+    steps: int | None = None
+    loss_last_100_batches: float | None = None
+    images: int | None = None
+    images_this_run: int | None = None
+    parameters: int | None = None
+    latents: dict[str, Any] = many()
+
+    def complete(self) -> None:
+        """Read the options."""
+        path = Path(self.folder or "") / "training_options.yaml"
+        if not self.options and path.is_file():
+            self.options = read_mapping(path)
+        super().complete()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the file holds, which is all but the options."""
+        return {name: value for name, value in super().to_dict().items() if name != "options"}
+
+    def section(self) -> Section:
+        """Return how long it took and what loss it ended at."""
+        names = ("steps", "images", "loss_last_100_batches", "parameters", "seconds", "images_per_second")
+        return Section("Pretraining", "A denoiser was trained.", ["fact", "value"], _facts(self, names))
+
+
+@dataclass(kw_only=True)
+class VAEReport(PretrainingReport):
+    """A VAE's training.
+
+    Attributes:
+        held_out: `psnr` (dB), `kl_nats_per_image`, `latent_mean`, `latent_std` and `num_images` of held-out images.
+        scaling_factor: What latents are multiplied by.
+    """
+
+    kind = "vae"
+    telling = ("scaling_factor",)
+
+    held_out: dict[str, float]
+    scaling_factor: float
+
+    def section(self) -> Section:
+        """Return what it does to held-out images."""
+        names = ("steps", "images", "loss_last_100_batches", "scaling_factor", "parameters", "seconds")
+        rows = [[f"held out: {name}", number(value)] for name, value in self.held_out.items()]
+        return Section("VAE", "An autoencoder was trained.", ["fact", "value"], rows + _facts(self, names))
+
+
+@dataclass(kw_only=True)
+class FineTuningReport(Report):
+    """A denoiser and a linear classifier that were trained as one network.
+
+    Attributes:
+        layer: Where the network is read.
+        sigma: At which noise level.
+        num_train_labels: Number of labelled images that it learnt from.
+        num_test_images: Number of images that it was tested on.
+        test_accuracy: With the model's fixed noise; as are loss, macro F1, precision and recall.
+        test_own_noise_accuracy: With noise of each image's own, likewise.
+        saved_classifier_test_accuracy: On pixels, where it learnt from latents.
+        train_seconds: Of training alone, all runs together.
+    """
+
+    kind = "fine_tuning"
+    telling = ("test_own_noise_accuracy",)
+
+    layer: str
+    sigma: float
+    num_train_labels: int
+    num_test_images: int
+    steps: int
+    images: int | None = None
+    train_seconds: float | None = None
+    train_seconds_this_run: float | None = None
+    test_loss: float | None = None
+    test_accuracy: float
+    test_f1: float | None = None
+    test_precision: float | None = None
+    test_recall: float | None = None
+    test_own_noise_loss: float | None = None
+    test_own_noise_accuracy: float
+    test_own_noise_f1: float | None = None
+    test_own_noise_precision: float | None = None
+    test_own_noise_recall: float | None = None
+    saved_classifier_test_accuracy: float | None = None
+
+    def section(self) -> Section:
+        """Return the test figures."""
+        start = "random" if self.options.get("from_scratch") else "pretrained"
+        protocol = (
+            f"In %, {self.num_test_images:,} test images. The whole network was trained from {start} weights on "
+            f"{self.num_train_labels:,} labelled images in {self.steps:,} steps (seed {self.options['seed']}); it is "
+            f"read at `{self.layer}`, sigma {self.sigma:.3g}."
+        )
+        if self.options.get("latents_dir"):
+            protocol += " It learnt from latents that were encoded before, which are also what these figures are of."
+        values = {f"{key}_{n}": getattr(self, f"{key}_{n}") for key in ("test", "test_own_noise") for n in METRICS}
+        names = [name for name in METRICS if values[f"test_{name}"] is not None]
+        rows = [
+            [noise, *("" if (v := values[f"{key}_{name}"]) is None else percent(v) for name in names)]
+            for noise, key in (("the model's fixed noise", "test"), ("each image's own", "test_own_noise"))
+        ]
+        where = {"layer": self.layer, "sigma": self.sigma, "num_train_labels": self.num_train_labels}
+        titles = [name.replace("f1", "macro F1") for name in names]
+        figures = [
+            Figure(name, f"Test {title}", values[f"test_{name}"], where)
+            for name, title in zip(names, titles, strict=True)
+        ]
+        saved = self.saved_classifier_test_accuracy
+        return Section("Fine-tuning", protocol, ["noise", *titles], rows, figures, saved)
+
+
+METRICS = ("accuracy", "f1", "precision", "recall")  # of a classifier
+
+
+@dataclass(kw_only=True)
+class NoisyReport(Report):
+    """Classifiers of noisy images.
+
+    Attributes:
+        num_train_images: Number of training images; `num_test_images` likewise.
+        chance: Accuracy of guessing.
+        noise_on: What the noise was added to, in words.
+        trained_parameters: Number of parameters by classifier.
+        test_accuracies: By classifier, one accuracy for each of the options' `sigmas`.
+    """
+
+    kind = "noisy_classification"
+    telling = ("trained_parameters",)
+    pictures = {"accuracy.png": "Accuracy over noise levels"}
+
+    num_train_images: int
+    num_test_images: int
+    chance: float
+    noise_on: str = "images in [-1, 1]"
+    trained_parameters: dict[str, int] = many()
+    test_accuracies: dict[str, list[float]]
+
+    def section(self) -> Section:
+        """Return every classifier's accuracy at every level."""
+        rows = [
+            [f"{sigma:.3g}", *(percent(values[i]) for values in self.test_accuracies.values())]
+            for i, sigma in enumerate(self.options["sigmas"])
+        ]
+        protocol = (
+            f"Test accuracy in %, {self.num_test_images:,} test images under noise of level sigma on {self.noise_on}."
+        )
+        return Section("Noisy images", protocol, ["sigma", *self.test_accuracies], rows)
+
+
+@dataclass(kw_only=True)
+class GenerationReport(Report):
+    """Generated images against real ones.
+
+    Attributes:
+        generator: What made the images: checkpoint, sampling options, weights; or `images_dir`.
+        extractor: What made the features: `name`, `width`, and what `evaluation` notes of the network.
+        reference: `name`, `source` and `num_images` of the real images.
+        results: Figures by set of images (`generated`, and perhaps other real ones), each by name: `num_images`,
+            `frechet_distance`, `kernel_distance`, `precision`, `recall`, ...
+    """
+
+    kind = "generation"
+    file = "generation_results.json"
+    telling = ("generator",)
+    pictures = {"grid.png": "Generated images beside real ones"}
+
+    generator: dict[str, Any]
+    extractor: dict[str, Any]
+    reference: dict[str, Any]
+    results: dict[str, dict[str, Any]]
 
     @property
-    def dataset(self) -> dict[str, Any]:
-        """What is known of the data: `name`, `id` on the Hub, `config`, `train_split`, `test_split`, `num_images`.
+    def features(self) -> str:
+        """The extractor's name; one in a folder of some machine is known by its last part."""
+        kind, _, source = self.extractor["name"].partition(":")
+        return f"{kind}:{source if source.count('/') == 1 else Path(source).name}" if source else kind
 
-        A path on some machine is known by its last part alone.
-        """
-        known = {name: self.options.get(name) for name in ("train_split", "test_split")}
-        known["config"] = self.options.get("dataset_config_name")
-        known |= self.report.get("dataset", {})
-        source = known.get("id") or self.options.get("dataset_name") or self.options.get("train_data_dir")
-        if not known.get("name") and source:
-            known["name"] = Path(source).name
-        return {name: value for name, value in known.items() if value is not None}
+    def section(self) -> Section:
+        """Return every figure of every set."""
+        generator, where = self.generator, {"features": self.features}
+        if "num_inference_steps" in generator:
+            where["sampler"] = generator["sampler"] or generator["scheduler"]
+            where |= {"num_inference_steps": generator["num_inference_steps"], "seed": generator["seed"]}
+        metric = "fid" if self.features.startswith("inception") else "frechet_distance"
+        figures = [
+            Figure(metric, "Frechet distance", found["frechet_distance"], where | {"num_images": found["num_images"]})
+            for name, found in self.results.items()
+            if name == "generated"
+        ]
+        hidden = ("kernel_distance_std_over_subsets", "kernel_distance_subset_size")
+        names = dict.fromkeys(name for found in self.results.values() for name in found if name not in hidden)
+        head = ["images", *(GENERATION_HEADS.get(name, name.replace("_", " ")) for name in names)]
+        rows = [[which, *(self._cell(found, name) for name in names)] for which, found in self.results.items()]
+        return Section("Generated images", self._protocol(), head, rows, figures)
 
-    @property
-    def pictures(self) -> dict[Path, str]:
-        """The run's pictures, and what they show."""
-        return {self.folder / name: text for name, text in PICTURES.items() if (self.folder / name).is_file()}
+    def _cell(self, found: Mapping[str, Any], name: str) -> str:
+        if name == "kernel_distance":
+            deviation = found.get("kernel_distance_std_over_subsets")
+            return f"{1000 * found[name]:.3g}" + ("" if deviation is None else f" ± {1000 * deviation:.2g}")
+        return f"{found[name]:.3f}" if name in ("precision", "recall") else number(found.get(name))
 
-    @cached_property
-    def summary(self) -> Summary:
-        """The figures of an evaluation or a fine-tuning, or `ValueError` if its report lacks what its script writes."""
-        try:
-            return _SUMMARIES[self.kind](self.report, self.options)
-        except KeyError as error:
-            file = self.folder / KINDS[self.kind][0]
-            raise ValueError(f"{file} lacks {error}: run the script that wrote it again.") from error
-
-
-@dataclass
-class Figure:
-    """A number that a run measured."""
-
-    metric: str  # its id on the Hub
-    name: str
-    value: float  # as in the file: accuracies are fractions
-    conditions: dict[str, Any]
-
-
-@dataclass
-class Summary:
-    """A run's figures: how they were measured, all of them as a table, and the main ones."""
-
-    title: str
-    protocol: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    figures: list[Figure]
-    # The classifier that was saved with the run, as its users load it.
-    saved: float | None = None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    load: Callable[[str], Any] = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        content = load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. Run the script that wrote it again, or remove it."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
-    return content
+    def _protocol(self) -> str:
+        generator, extractor, reference = self.generator, self.extractor, self.reference
+        tap = f"`{extractor['layer']}` at sigma {extractor['sigma']:.3g}, " if "layer" in extractor else ""
+        text = (
+            f"Against {reference['num_images']:,} real images ({reference['name']}), on the features of "
+            f"`{self.features}` ({tap}{extractor['width']} numbers an image{_weights(extractor)}). Figures compare "
+            "only on the same features, for as many images and against the same reference."
+        )
+        if any(found.get("kernel_distance_std_over_subsets") for found in self.results.values()):
+            text += " The kernel distance is a mean ± standard deviation over subsets."
+        if "num_inference_steps" in generator:
+            sampler = generator["sampler"] or generator["scheduler"]
+            text += f" Sampled by {sampler} in {generator['num_inference_steps']} steps, seeds from {generator['seed']}"
+            text += _weights(generator)
+            if generator.get("class_label") is not None:
+                labels, (made, asked) = generator["class_label"], generator["num_classes"]
+                names = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
+                few = "" if made == asked else f" (images of the first {made:,} of {asked:,})"
+                text += f", of the classes {names}{few}, guidance {generator['guidance_scale']:g}"
+            text += "."
+        return text
 
 
-def read_runs(folders: Iterable[Path]) -> tuple[Run | None, list[Run]]:
+GENERATION_HEADS = {
+    "num_images": "number",
+    "frechet_distance": "Frechet distance",
+    "kernel_distance": "kernel distance x 1000",
+}
+
+
+def read_reports(folders: Iterable[Path]) -> tuple[PretrainingReport | None, list[Report]]:
     """Return the pretraining, of the first folder that has it, and every evaluation and fine-tuning.
 
     Raises:
-        ValueError: A file that cannot be read, or whose results none of this project's scripts wrote.
+        ValueError: A file that cannot be read, or that none of this project's experiments wrote.
     """
-    training: Run | None = None
-    runs: list[Run] = []
+    training: PretrainingReport | None = None
+    reports: list[Report] = []
     for folder in folders:
-        if training is None and (path := folder / "train_results.json").is_file():
-            options = folder / "training_options.yaml"
-            training = Run("pretraining", _read(path), _read(options) if options.is_file() else {}, folder)
-        for name in sorted({name for name, _ in KINDS.values()}):
-            if not (path := folder / name).is_file():
-                continue
-            report = _read(path)
-            kind = next((kind for kind, (file, key) in KINDS.items() if file == name and key in report), None)
-            if kind is None or "options" not in report:
-                raise ValueError(
-                    f"{path} holds {', '.join(report) or 'nothing'}: allowed are the results of linear_probe.py, "
-                    "sweep.py, finetune.py and evaluate_generation.py. Remove it, or name another folder."
-                )
-            if all(report != known.report for known in runs):  # a copy beside another checkpoint is no second run
-                runs.append(Run(kind, report, report["options"], folder))
-    return training, runs
+        if training is None and (folder / PretrainingReport.file).is_file():
+            training = PretrainingReport.read(folder / PretrainingReport.file)
+        for name in dict.fromkeys(kind.file for kind in Report.kinds if not issubclass(kind, PretrainingReport)):
+            if (folder / name).is_file():
+                report = Report.read(folder / name)
+                if report not in reports:  # a copy beside another checkpoint is no second run
+                    reports.append(report)
+    return training, reports
 
 
-def percent(value: float) -> str:
-    """Return a fraction in percent, with two decimals."""
-    return f"{100 * value:.2f}"
+def _facts(report: Report, names: Iterable[str]) -> list[list[str]]:
+    values = ((name, getattr(report, name)) for name in names)
+    return [[name.replace("_", " "), number(value)] for name, value in values if value is not None]
 
 
-def spread(values: Sequence[float], of_mean: bool = False) -> str:
-    """Return mean and standard deviation (or standard error of the mean) in percent; of one value that value."""
-    if len(values) == 1:
-        return percent(values[0])
-    error = np.std(values, ddof=1) / (len(values) ** 0.5 if of_mean else 1)
-    return f"{percent(float(np.mean(values)))} ± {percent(float(error))}"
-
-
-def _tap(row: Mapping[str, Any]) -> str:
-    return "" if row["layer"] == "pixels" else f"`{row['layer']}`, sigma {row['sigma']:.3g}"
-
-
-def _linear_probe(report: dict[str, Any], options: dict[str, Any]) -> Summary:
-    results, per_class = report["results"], options["labels_per_class"]
-    chosen_on = min(report["num_train_images"], options["max_selection_samples"])
-    protocol = (
-        f"Test accuracy in %, {report['num_test_images']:,} test images. Logistic regression on pooled hidden states "
-        f"of the frozen network, each image with noise of its own (noise seed {options['noise_seed']}, draws an image: "
-        f"{options['num_noise_samples']}). Layer, noise level and strength of regularisation were chosen on a fifth of "
-        f"{chosen_on:,} training images (seed {options['seed']}), never on test images."
-    )
-    head = ["features", "tap", f"all {report['num_train_images']:,} labels"]
-    if per_class:
-        protocol += f" With few labels: mean and standard error over {options['num_draws']} draws of them."
-        head.append(f"{per_class} label{'' if per_class == 1 else 's'} a class")
-    scored = "test_f1" in results["DDAE"]
-    head += ["macro F1"] * scored
-    rows = []
-    for name, result in results.items():
-        row = [name, _tap(result), percent(result["test_accuracy"])]
-        row += [spread(result["few_label_test_accuracies"], of_mean=True)] if per_class else []
-        rows.append(row + ([percent(result["test_f1"])] if scored else []))
-    best = results["DDAE"]
-    where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": options["noise_seed"]}
-    figures = [Figure("accuracy", "Test accuracy of a linear probe", best["test_accuracy"], where)]
-    figures += [Figure("f1", "Macro F1 of a linear probe", best["test_f1"], where)] if scored else []
-    return Summary("Linear probe", protocol, head, rows, figures, report["saved_classifier_test_accuracy"])
-
-
-def _sweep(report: dict[str, Any], options: dict[str, Any]) -> Summary:
-    best, images, accuracies = report["best"], report["images"], report["test_accuracies"]
-    probe = options["protocol"].replace("_", " ")
-    protocol = (
-        f"Test accuracy in %, {images['test']:,} test images, of linear probes ({probe}) on the frozen "
-        f"network. The best of {len(report['pairs'])} pairs of layer and noise level was chosen on "
-        f"{images['held_out']:,} held-out training images (seed {options['seed']}) after fitting on "
-        f"{images['fitted']:,}, and fitted again on all {images.get('train', images['fitted'] + images['held_out']):,}."
-    )
-    if options.get("latents_dir"):
-        protocol += " Images were given by their latents, encoded beforehand."
-    if options["num_views"] > 1:
-        changes = ["mirrored"] * options["random_flip"] + ["cropped"] * (options["random_crop"] > 0)
-        others = f", the others {' and '.join(changes)} at random" if changes else ""
-        protocol += f" Each image came in {options['num_views']} views, the first as it is{others}"
-        protocol += "; those of test images are averaged over."
-    if report["few_label_test_accuracies"]:
-        protocol += f" With few labels: mean and standard deviation over {options['num_draws']} draws of them."
-    rows = [[f"noise seed {seed}", _tap(best), percent(value)] for seed, value in accuracies.items()]
-    for count, values in report["few_label_test_accuracies"].items():
-        rows.append([f"{count} label{'' if int(count) == 1 else 's'} a class", _tap(best), spread(values)])
-    seed, value = next(iter(accuracies.items()))
-    where = {"layer": best["layer"], "sigma": best["sigma"], "noise_seed": int(seed)}
-    figures = [Figure("accuracy", "Test accuracy of the best pair's linear probe", value, where)]
-    if "test_f1" in report:
-        figures.append(Figure("f1", "Macro F1 of the best pair's linear probe", report["test_f1"], where))
-        rows.append([f"macro F1, noise seed {seed}", _tap(best), percent(report["test_f1"])])
-    title, saved = "Layers and noise levels", report["saved_classifier_test_accuracy"]
-    return Summary(title, protocol, ["the best pair", "tap", "accuracy"], rows, figures, saved)
-
-
-def _fine_tuning(report: dict[str, Any], options: dict[str, Any]) -> Summary:
-    start = "random" if options["from_scratch"] else "pretrained"
-    protocol = (
-        f"In %, {report['num_test_images']:,} test images. The whole network was trained from {start} weights on "
-        f"{report['num_train_labels']:,} labelled images in {report['steps']:,} steps (seed {options['seed']}); it is "
-        f"read at {_tap(report)}."
-    )
-    if options.get("latents_dir"):
-        protocol += " It learnt from latents that were encoded before, which are also what these figures are of."
-    names = [name for name in ("accuracy", "f1", "precision", "recall") if f"test_{name}" in report]
-    rows = []
-    for noise, key in (("the model's fixed noise", "test"), ("each image's own", "test_own_noise")):
-        values = (report.get(f"{key}_{name}") for name in names)
-        rows.append([noise, *("" if value is None else percent(value) for value in values)])
-    where = {"layer": report["layer"], "sigma": report["sigma"], "num_train_labels": report["num_train_labels"]}
-    figures = [Figure(name, f"Test {name.replace('f1', 'macro F1')}", report[f"test_{name}"], where) for name in names]
-    head = ["noise", *(name.replace("f1", "macro F1") for name in names)]
-    return Summary("Fine-tuning", protocol, head, rows, figures, report.get("saved_classifier_test_accuracy"))
-
-
-def _generation(report: dict[str, Any], options: dict[str, Any]) -> Summary:
-    generator, extractor, reference = report["generator"], report["extractor"], report["reference"]
-    # An extractor may be a folder of some machine.
-    kind, _, source = extractor["name"].partition(":")
-    features = f"{kind}:{source if source.count('/') == 1 else Path(source).name}" if source else kind
-    where = {"features": features}
-    protocol = (
-        f"Against {reference['num_images']:,} real images ({reference['name']}), on the features of `{features}`, "
-        f"{extractor['width']} numbers an image. Figures compare only on the same features, for as many images and "
-        "against the same reference."
-    )
-    if "num_inference_steps" in generator:
-        sampler = generator["sampler"] or generator["scheduler"]
-        steps = generator["num_inference_steps"]
-        where |= {"sampler": sampler, "num_inference_steps": steps, "seed": generator["seed"]}
-        protocol += f" Sampled by {sampler} in {steps} steps, seeds from {generator['seed']}."
-    metric = "fid" if kind.startswith("inception") else "frechet_distance"
-    rows, figures = [], []
-    for name, r in report["results"].items():
-        distances = [f"{r['frechet_distance']:.4g}", f"{1000 * r['kernel_distance']:.3g}"]
-        rows.append([name, f"{r['num_images']:,}", *distances, f"{r['precision']:.3f}", f"{r['recall']:.3f}"])
-        if name == "generated":
-            conditions = where | {"num_images": r["num_images"]}
-            figures.append(Figure(metric, "Frechet distance", r["frechet_distance"], conditions))
-    head = ["images", "number", "Frechet distance", "kernel distance x 1000", "precision", "recall"]
-    return Summary("Generated images", protocol, head, rows, figures)
-
-
-_SUMMARIES = {"linear_probe": _linear_probe, "sweep": _sweep, "fine_tuning": _fine_tuning, "generation": _generation}
-
-
-def option_rows(options: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-    """Return the options that a training depends on, without those that are off; nested ones by dotted names."""
-    rows = []
-    for name, value in options.items():
-        off = value is None or value is False or (isinstance(value, float) and value == 0)
-        without_effect = (name == "num_train_epochs" and options.get("max_train_steps")) or (
-            name == "label_dropout" and not options.get("class_conditional")
-        )
-        if off or without_effect or (not prefix and PLUMBING.match(name)):
-            continue
-        if isinstance(value, Mapping):
-            rows += option_rows(value, f"{prefix}{name}.")
-        else:
-            rows.append([f"`{prefix}{name}`", f"`{value if isinstance(value, str) else json.dumps(value)}`"])
-    return rows
-
-
-def environment_rows(runs: Iterable[Run]) -> list[list[str]]:
-    """Return what runs say of the machine, the time and the versions."""
-    rows = []
-    for run in runs:
-        title = "pretraining" if run.kind == "pretraining" else run.summary.title.lower()
-        report = run.report
-        seconds = report.get("seconds", report.get("seconds_this_run"))
-        if isinstance(seconds, Mapping):
-            seconds = seconds.get("in_all")
-        last = "" if "seconds" in report else " (its last run)"
-        found = {
-            "hardware": report.get("hardware") or report.get("device"),
-            "processes": report.get("processes"),
-            "threads": report.get("threads"),
-            "time": None if seconds is None else f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}",
-            "images/s": report.get("images_per_second"),
-            "versions": report.get("versions") or {name: report[name] for name in ("torch",) if name in report},
-        }
-        rows += [[title, name, words] for name, value in found.items() if (words := _words(value))]
-    return rows
-
-
-def _words(value: Any) -> str:
-    """Return a value of a file as text, names and values of a mapping one after the other."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items())
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+def _weights(made_by: Mapping[str, Any]) -> str:
+    """Return which weights made images or features, in words."""
+    return f", weights `{made_by['weights'][:16]}`" if "weights" in made_by else ""

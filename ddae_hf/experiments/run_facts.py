@@ -1,8 +1,7 @@
-"""What result files say of a run beside its figures: the data, the machine, the versions, the model it began with."""
+"""What reports say of a run beside its figures: the machine, the versions, the model it began with."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -12,21 +11,6 @@ from typing import Any
 import torch
 
 LIBRARIES = ("ddae_hf", "torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub")
-
-
-def data_facts(args: argparse.Namespace, num_images: int | None = None) -> dict[str, Any]:
-    """Return a data set's name, its id if it is of the Hub, its splits, and how many images were trained on."""
-    source = args.dataset_name or args.train_data_dir
-    of_hub = args.dataset_name is not None and not os.path.exists(args.dataset_name)
-    facts = {
-        "name": Path(source).resolve().name,
-        "id": args.dataset_name if of_hub else None,
-        "config": args.dataset_config_name,
-        "train_split": args.train_split,
-        "test_split": getattr(args, "test_split", None),
-        "num_images": num_images,
-    }
-    return {name: value for name, value in facts.items() if value is not None}
 
 
 def machine(device: str, processes: int = 1) -> dict[str, Any]:
@@ -51,6 +35,6 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def base_model(checkpoint: str | None) -> dict[str, str]:
-    """Return the Hub repository that a run began with, as `base_model`; nothing for a folder or random weights."""
-    return {} if checkpoint is None or os.path.exists(checkpoint) else {"base_model": checkpoint}
+def base_model(checkpoint: Any) -> dict[str, str]:
+    """Return the Hub repository that a run began with, as `base_model`; nothing of a folder, an object, or of None."""
+    return {"base_model": checkpoint} if isinstance(checkpoint, str) and not os.path.exists(checkpoint) else {}

@@ -1,0 +1,186 @@
+"""The networks whose features generated images are compared by.
+
+- `ddae:PATH`: the pooled hidden state of a denoiser, of a checkpoint in any layout. Compare generators by one and the
+  same checkpoint; a generator's own features may be blind to its faults.
+- `transformers:PATH`: a vision model of transformers, with its image processor, which is given RGB of 8 bits, as is
+  Inception: images of 16 bits are scaled.
+- `inception`, or `inception:FILE` (`.safetensors` or `.pth`): the Inception network of the published FID, in
+  torch-fidelity's conversion, which needs torch-fidelity and torchvision. The network itself resizes images. A FID by
+  this path has not been run by us.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+# By its module: some versions hide the name in the package where torchvision is missing, though it is not needed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from ..hidden_states import pool_hidden_states
+from ..image_processing_ddae import as_rgb
+from ..weights import fingerprint
+from .devices import best_device, made_fast
+from .features import evaluating, extract_features
+from .models import open_model, open_processor
+
+COLOURS = "RGB of 8 bits, as `as_rgb` gives them"  # features of images that were clipped to 8 bits are not reused
+
+
+@dataclass
+class Extractor:
+    """A network whose features are compared.
+
+    Attributes:
+        identity: What features depend on beside the images, as JSON.
+        compute: Function of images in batches and the number of the draw of noise that returns features (N, C).
+        name: What it was asked for by.
+        width: The features' width C.
+    """
+
+    identity: dict[str, Any]
+    compute: Callable[[Iterable[list[Image.Image]], int], torch.Tensor]
+    name: str = ""
+    width: int = 0
+
+
+def check_extractor(name: str, layer: str | None = None, sigma: float | None = None) -> None:
+    """Raise `ValueError` where no extractor has such a name, or none of that kind has a layer and a noise level."""
+    kind, _, path = name.partition(":")
+    if kind not in EXTRACTORS or not (path or kind == "inception"):
+        raise ValueError(f"extractor is {name}: allowed are ddae:PATH, transformers:PATH, inception[:FILE].")
+    if kind != "ddae" and (layer is not None or sigma is not None):
+        raise ValueError(f"extractor_layer and extractor_sigma are for a DDAE extractor, not for {kind}.")
+
+
+def open_extractor(
+    name: str, *, layer: str | None = None, sigma: float | None = None, cache_dir: str | None = None
+) -> Extractor:
+    """Return an extractor on the best device there is, tried on an image.
+
+    Args:
+        name: `ddae:PATH`, `transformers:PATH`, `inception` or `inception:FILE`.
+        layer: Layer of a DDAE extractor, by default its configuration's.
+        sigma: Noise level of a DDAE extractor, by default its configuration's.
+        cache_dir: Where downloads are kept.
+
+    Raises:
+        ValueError: No such extractor, or one that cannot be used.
+    """
+    check_extractor(name, layer, sigma)
+    kind, _, path = name.partition(":")
+    try:
+        extractor = EXTRACTORS[kind](path, layer, sigma, cache_dir)
+        extractor.width = extractor.compute([[Image.new("RGB", (64, 64))]], 0).shape[1]
+    except Exception as error:  # checkpoints and networks raise a dozen kinds
+        raise ValueError(f"extractor {name} cannot be used: {error}") from error
+    extractor.name = name
+    return extractor
+
+
+def _ddae(path: str, layer: str | None, sigma: float | None, cache_dir: str | None) -> Extractor:
+    """Return pooled hidden states of a denoiser, under noise that depends on each image's number and the view."""
+    model = open_model(path, layer=layer, sigma=sigma, cache_dir=cache_dir)
+    processor = open_processor(path, cache_dir)
+    config = model.config
+    names = ["layer", "sigma", "pooling", "noise_seed", "num_noise_samples", "null_class", "denoiser", "scheduler"]
+    names += [] if config.vae is None else ["vae", "sample_posterior"]
+
+    def compute(batches: Iterable[list[Image.Image]], view: int) -> torch.Tensor:
+        pixels = (processor(images, return_tensors="pt")["pixel_values"] for images in batches)
+        found = extract_features(model, pixels, [config.layer], config.sigma, noise_seed=config.noise_seed, view=view)
+        return found[config.layer]
+
+    identity = _identity(processor, model.denoiser, model.vae)
+    return Extractor(identity | {name: getattr(config, name) for name in names}, compute)
+
+
+def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) -> Extractor:
+    """Return the pooled output of a vision model, or the mean of its last hidden state where it has none."""
+    model, info = AutoModel.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, cache_dir=cache_dir
+    )
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: give a model of images alone.")
+    missing = set(info["missing_keys"])
+    if any(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # it would be a random one
+        missing = {name for name in missing if not name.startswith("pooler.")}
+    if missing:
+        raise ValueError(f"its weights {sorted(missing)[:3]} are missing.")
+    made_fast(model, best_device()).to(best_device()).eval()
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir)
+
+    @evaluating(model)
+    def run(images: list[Image.Image]) -> Any:
+        pixels = processor([as_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
+        return model(pixel_values=pixels.to(model.device))
+
+    has_pooler = run([Image.new("RGB", (64, 64))]).get("pooler_output") is not None
+
+    def features(images: list[Image.Image]) -> torch.Tensor:
+        outputs = run(images)
+        if has_pooler:
+            return outputs.pooler_output.flatten(1).float().cpu()
+        return pool_hidden_states(outputs.last_hidden_state).cpu()
+
+    identity = _identity(processor, model) | {"colours": COLOURS}
+    identity["features"] = "pooler_output" if has_pooler else "mean of last_hidden_state"
+    return Extractor(identity, lambda batches, view: torch.cat([features(images) for images in batches]))
+
+
+def _inception(path: str, layer: None, sigma: None, cache_dir: str | None) -> Extractor:
+    """Return the 2048 features of the Inception network of the published FID; downloaded if no file is given."""
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    except ImportError as error:
+        raise ValueError(
+            "it needs torch-fidelity, and that a torchvision of your torch's build: pip install torchvision "
+            f"torch-fidelity ({error})."
+        ) from error
+    if path.endswith(".safetensors"):
+        state = load_file(path)
+    elif path:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        state = torch.hub.load_state_dict_from_url(fidelity.URL_INCEPTION_V3, map_location="cpu", weights_only=True)
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        # torch-fidelity unpickles what it is given: it gets what was read without.
+        torch.save(state, file.name)
+        network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], file.name)
+    made_fast(network, best_device()).to(best_device())
+
+    @evaluating(network)
+    def features(images: list[Image.Image]) -> torch.Tensor:
+        arrays = [torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1) for image in images]
+        alike = len({array.shape for array in arrays}) == 1
+        batches = [torch.stack(arrays)] if alike else [array[None] for array in arrays]
+        return torch.cat([network(pixels.to(best_device()))[0].flatten(1).float().cpu() for pixels in batches])
+
+    identity = _identity(None, network) | {"colours": COLOURS, "features": "last pooling"}
+    return Extractor(identity, lambda batches, view: torch.cat([features(images) for images in batches]))
+
+
+EXTRACTORS: dict[str, Callable[..., Extractor]] = {
+    "ddae": _ddae,
+    "transformers": _transformers,
+    "inception": _inception,
+}
+
+
+def _identity(processor: Any, network: torch.nn.Module, vae: torch.nn.Module | None = None) -> dict[str, Any]:
+    """Return what tells a network, with its VAE, and the preparation of its images from others."""
+    return {
+        "network": type(network).__name__,
+        "weights": fingerprint(network, vae, dtype=None),
+        "dtype": str(next(network.parameters()).dtype),
+        "preprocessing": {k: v for k, v in processor.to_dict().items() if v is not None} if processor else {},
+    }

@@ -1,0 +1,287 @@
+"""Generating images, into a folder where an interrupted run goes on, or into memory.
+
+Image number i comes from seed + i, whatever the batch size and the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..checkpoints import plain_config
+from ..networks import network_of
+from ..noise import change_scheduler, family
+from ..pipeline_ddae import DDAEPipeline
+from ..weights import fingerprint
+from .arrays import read_json, write_text, written_whole
+from .devices import best_device, made_fast
+from .features import evaluating
+from .options import Options, option
+from .plots import image_grid
+
+# A generator's folder or Hub id, in any layout, or an open pipeline.
+Generator = str | os.PathLike[str] | DDAEPipeline
+
+# What the images of a folder depend on, beside the weights.
+IMAGE_OPTIONS = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
+NOTE = "options.json"
+
+
+@dataclass(kw_only=True)
+class GenerationOptions(Options):
+    """What is generated, and how: see `generate`."""
+
+    num_images: int = option(64, "Images to generate.")
+    batch_size: int = option(64, "Images that are sampled at once.")
+    num_inference_steps: int = option(100, "Sampling steps.")
+    scheduler: str | None = option(None, "Another diffusers scheduler of the same framework, such as DDIMScheduler.")
+    sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler, in place of the scheduler's steps.")
+    class_label: list[str] | None = option(None, "Classes to generate in turn, by number or name, or `all`.")
+    guidance_scale: float = option(1.0, "Strength of classifier-free guidance; at 1 there is none.")
+    seed: int = option(0, "Image number i comes from the seed + i.")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None,
+        "Type that the network computes in; by default its checkpoint's. bfloat16 is two to three times as fast as "
+        "float32 on GPUs and on processors with bfloat16 arithmetic (AVX512-BF16, AMX), and slower on others.",
+    )
+    cache_dir: str | None = option(None, "Where downloaded checkpoints and data are kept.")
+    output_dir: str | None = option(None, "Folder of the images; by default they are kept in memory.")
+
+    def __post_init__(self) -> None:
+        given = self.class_label
+        if given is not None:  # one class needs no list, and a number is as good as its digits
+            self.class_label = [str(k) for k in ([given] if isinstance(given, (str, int, np.integer)) else given)]
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Refuse schedulers that diffusers has not, folders that are files, and an empty list of classes."""
+        known = getattr(diffusers, self.scheduler or "DDIMScheduler", None)
+        if not (isinstance(known, type) and issubclass(known, diffusers.SchedulerMixin)):
+            raise ValueError(f"scheduler is {self.scheduler}: diffusers has no such scheduler.")
+        if self.class_label == []:
+            raise ValueError("class_label names no class: give some, or leave it out.")
+        if self.output_dir is not None:
+            folder = Path(self.output_dir).absolute()
+            nearest = next(path for path in (folder, *folder.parents) if path.exists())
+            if not nearest.is_dir():
+                raise ValueError(f"output_dir is {folder}, but {nearest} is a file: name another folder.")
+
+
+class Samples(Sequence[Image.Image]):
+    """Generated images in the order of their numbers; those of a folder are opened when they are asked for.
+
+    Attributes:
+        paths: Their files, none where they are in memory.
+        made: How many of them were made by this run.
+    """
+
+    def __init__(self, images: Sequence[Image.Image] = (), paths: Sequence[Path] = (), made: int | None = None):
+        self._images, self.paths = list(images), list(paths)
+        self.made = len(self) if made is None else made
+
+    def __len__(self) -> int:
+        return len(self.paths) or len(self._images)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(len(self))[number]]
+        return Image.open(self.paths[number]) if self.paths else self._images[number]
+
+    def grid(self, count: int = 64) -> Image.Image:
+        """Return the first ones as one picture."""
+        return image_grid(self[:count])
+
+
+def generate(model: Generator, options: GenerationOptions | None = None, **changes: Any) -> Samples:
+    """Generate images.
+
+    With `output_dir` they are its files 00000.png, ..., those that are there already are not made again, and launched
+    processes (`accelerate launch`, `torchrun`) share the work. Global random states play no part, and stay as they are.
+
+    Args:
+        model: Checkpoint, folder or Hub id, in any layout, or a pipeline, which stays on its device.
+        options: What to generate, and how.
+        **changes: Fields of `GenerationOptions` that differ from `options`.
+
+    Returns:
+        The images, in each of the processes.
+
+    Raises:
+        ValueError: Options that cannot work, or a folder of images that were made otherwise.
+        OSError: No such checkpoint, or no space left for the images.
+    """
+    options = GenerationOptions.of(options, changes)
+    processes = open_processes()
+    if options.output_dir is None and processes.num_processes > 1:
+        raise ValueError(f"output_dir is None: {processes.num_processes} processes share images through a folder.")
+    pipeline = open_pipeline(model, options)
+    if options.output_dir is None:
+        batches = tqdm(_batches(options), desc="Batches", leave=False)
+        return Samples([image for batch in batches for image in sample_batch(pipeline, options, batch)])
+    return sample(pipeline, options, processes, Path(options.output_dir))
+
+
+def open_processes() -> PartialState:
+    """Return which of the launched processes this is; they may end at times that are hours apart."""
+    return PartialState(cpu=best_device() == "cpu", timeout=timedelta(days=7))
+
+
+def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
+    """Return a pipeline with a scheduler of its own, that which is asked for: of a path, on the best device there is.
+
+    Raises:
+        ValueError: A scheduler of another framework, classes that there are not, or another type than an open model's.
+        OSError: No such checkpoint.
+    """
+    wanted = None if options.dtype is None else getattr(torch, options.dtype)
+    if isinstance(model, DDAEPipeline):
+        if wanted not in (None, model.denoiser.dtype):
+            raise ValueError(f"dtype is {options.dtype}, but the pipeline is open in {model.denoiser.dtype}.")
+        pipeline = copy.copy(model)
+        kind = type(model.scheduler)
+        pipeline.scheduler = kind.from_config(model.scheduler.config)  # it counts the steps
+    else:
+        kinds = {} if wanted is None else {"dtype": wanted}
+        pipeline = DDAEPipeline.from_pretrained(model, cache_dir=options.cache_dir, **kinds).to(best_device())
+        pipeline.set_progress_bar_config(desc="Denoising", leave=False)
+        made_fast(pipeline.denoiser, best_device())
+        if pipeline.vae is not None:
+            pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
+    if options.scheduler:
+        chosen = change_scheduler(pipeline.scheduler, getattr(diffusers, options.scheduler))
+        trained = family(pipeline.scheduler)
+        if (other := family(chosen)) != trained:
+            raise ValueError(
+                f"scheduler {options.scheduler} is of {other}, but the network was trained with {trained}."
+            )
+        pipeline.scheduler = chosen
+    chosen_classes(pipeline, options)
+    return pipeline
+
+
+def chosen_classes(pipeline: DDAEPipeline, options: GenerationOptions) -> list[int] | None:
+    """Return the labels of the classes that images are of in turn, or None where no class is asked for.
+
+    Raises:
+        ValueError: Classes that the denoiser has not.
+    """
+    given = options.class_label
+    if given is None:
+        return None
+    count = network_of(pipeline.denoiser).num_labels(pipeline.denoiser.config)
+    if not count:
+        raise ValueError(f"class_label is {' '.join(given)}: the denoiser is unconditional, it has no classes.")
+    if given == ["all"]:
+        return [k for k in range(count) if k != pipeline.null_class]
+    if "all" in given:
+        raise ValueError(f"class_label is {' '.join(given)}: `all` takes no other class beside it.")
+    try:
+        labels = [int(k) if k.lstrip("-").isdigit() else pipeline.get_label_ids(k)[0] for k in given]
+    except ValueError as error:  # no such name
+        raise ValueError(f"class_label: {error}") from error
+    if wrong := [k for k in labels if not 0 <= k < count]:
+        raise ValueError(f"class_label is {wrong[0]}: allowed are 0 to {count - 1}.")
+    return labels
+
+
+def made_by(pipeline: DDAEPipeline, options: GenerationOptions) -> dict[str, Any]:
+    """Return what images depend on, as JSON, but for the null class and the scheduler."""
+    facts = {name: getattr(options, name) for name in IMAGE_OPTIONS}
+    labels = options.class_label
+    # As versions before lists of text wrote it, whose images go on.
+    numbers = [int(k) if k.lstrip("-").isdigit() else k for k in labels or []]
+    facts["class_label"] = numbers[0] if len(numbers) == 1 else numbers or None
+    return facts | {"weights": fingerprint(pipeline.denoiser, pipeline.vae, dtype=None)}
+
+
+def sample(pipeline: DDAEPipeline, options: GenerationOptions, processes: PartialState, folder: Path) -> Samples:
+    """Write the images that a folder lacks, with a note of what they depend on, and return all.
+
+    Batches have fixed members, and one that lacks an image is computed whole: arithmetic in a batch of another size may
+    round differently, and so what is resumed is bit-equal to what was never interrupted.
+
+    Raises:
+        ValueError: A folder of other images, or options that this checkpoint does not take.
+        OSError: No space left for the images.
+    """
+    paths = [folder / f"{i:05d}.png" for i in range(options.num_images)]
+    facts = made_by(pipeline, options)
+    facts |= {"null_class": pipeline.null_class, "scheduler": plain_config(pipeline.scheduler)}
+    _check_folder(folder, paths, facts)
+    lacking = sum(not path.exists() for path in paths)
+    batches = [batch for batch in _batches(options) if not all(paths[i].exists() for i in batch)]
+    processes.wait_for_everyone()  # all count before any writes
+    with processes.split_between_processes(batches) as own:
+        for batch in tqdm(own, desc="Batches", disable=not processes.is_main_process):
+            images = sample_batch(pipeline, options, batch)
+            with _writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / NOTE, json.dumps(facts, indent=2) + "\n")  # every process does
+            for i, image in zip(batch, images, strict=True):
+                if not paths[i].exists():
+                    with _writing(paths[i]), written_whole(paths[i]) as partial:
+                        image.save(partial, format="PNG")
+    processes.wait_for_everyone()
+    return Samples(paths=paths, made=lacking)
+
+
+def sample_batch(pipeline: DDAEPipeline, options: GenerationOptions, numbers: Sequence[int]) -> list[Image.Image]:
+    """Return the images of these numbers."""
+    classes = chosen_classes(pipeline, options)
+    with evaluating(pipeline.denoiser):
+        return pipeline(
+            len(numbers),
+            class_labels=classes and [classes[i % len(classes)] for i in numbers],
+            generator=[torch.Generator("cpu").manual_seed(options.seed + i) for i in numbers],
+            num_inference_steps=options.num_inference_steps,
+            sampler=options.sampler,
+            guidance_scale=options.guidance_scale,
+        ).images
+
+
+def _batches(options: GenerationOptions) -> list[range]:
+    """Return the numbers of the images of every batch."""
+    count, size = options.num_images, options.batch_size
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) -> None:
+    """Raise `ValueError` if a folder holds images that were made otherwise, or nobody knows how."""
+    if not (folder / NOTE).exists():
+        if any(path.exists() for path in paths):
+            raise ValueError(f"{folder} holds images without {NOTE}, which says how they were made: choose another.")
+        return
+    found = read_json(folder / NOTE)
+    different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+    if different:
+        words = [
+            name if name in ("weights", "scheduler") else f"{name} ({found.get(name)} there, {facts.get(name)} now)"
+            for name in different
+        ]
+        raise ValueError(f"{folder} holds images made with another {', '.join(words)}: choose another output_dir.")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say which file an error of the disk is of, and that what there is stays."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written: {error.strerror or error}. The images before it are whole, and the same "
+            "options go on from them."
+        ) from error

@@ -1,0 +1,241 @@
+"""What every report has: it is read and written as JSON, printed as a Markdown table, and says its figures once.
+
+A `Section` holds the figures in words: `Report.table` prints it, and `model_card` renders it. Accuracies are fractions
+in files and percent in tables. Several values are shown as mean ± standard deviation (over n - 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from .arrays import write_json
+from .options import read_yaml
+
+
+@dataclass
+class Figure:
+    """A number for the Hub's lists of results."""
+
+    metric: str  # its id on the Hub
+    name: str
+    value: float
+    conditions: dict[str, Any]
+
+
+@dataclass
+class Section:
+    """A report's figures: how they were measured, all of them as a table, and the main ones."""
+
+    title: str
+    protocol: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    figures: list[Figure] = dataclasses.field(default_factory=list)
+    saved: float | None = None  # accuracy of the classifier that was saved, as its users load it
+
+
+def in_memory(default: Any = None) -> Any:
+    """Return a field of a report that its file does not hold, such as a model."""
+    return dataclasses.field(default=default, repr=False, compare=False, metadata={"in_memory": True})
+
+
+def many(kind: type = dict) -> Any:
+    """Return a field that is an empty dictionary or list by default, and then not in the file."""
+    return dataclasses.field(default_factory=kind)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What an experiment found, and what is known of its data and its machine.
+
+    Attributes:
+        options: The options that it ran with, by name.
+        dataset: What is known of the data: `name`, `id` on the Hub, `config`, `train_split`, `test_split`,
+            `num_images`.
+        base_model: The Hub repository that it began with.
+        seconds: How long it took, of all its runs; or the seconds of its parts and `in_all`.
+        hardware: Names of the processor and the GPU; with `processes`, `threads` and `versions` what
+            `run_facts.machine` returns.
+        folder: Where it was read or written.
+    """
+
+    kinds: ClassVar[list[type[Report]]] = []  # of all experiments; a later one may be a special case of an earlier
+    kind: ClassVar[str]
+    file: ClassVar[str] = "eval_results.json"
+    telling: ClassVar[Sequence[str]]  # keys of which the file holds one, unlike the others of its name
+    pictures: ClassVar[Mapping[str, str]] = {}  # files beside it that a card shows, and what is seen
+
+    options: dict[str, Any] = many()
+    dataset: dict[str, Any] = many()
+    base_model: str | None = None
+    seconds: Any = None
+    seconds_this_run: float | None = None
+    images_per_second: float | None = None
+    hardware: Any = None
+    processes: int | None = None
+    threads: int | None = None
+    versions: dict[str, str] = many()
+    folder: Path | None = in_memory()
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            Report.kinds.append(cls)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Return the report of a file, or of the first of a folder's that is of this class.
+
+        Raises:
+            ValueError: A file that cannot be read, or that none of this project's experiments wrote.
+            OSError: There is no such file.
+        """
+        path = Path(path)
+        kinds = [kind for kind in reversed(Report.kinds) if issubclass(kind, cls) or issubclass(cls, kind)]
+        if path.is_dir():
+            there = [path / kind.file for kind in kinds if (path / kind.file).is_file()]
+            path = there[0] if there else path / kinds[0].file
+        content = read_mapping(path)
+        of_file = [kind for kind in kinds if kind.file == path.name] or kinds
+        found = next((kind for kind in of_file if any(key in content for key in kind.telling)), None)
+        if found is None:
+            raise ValueError(
+                f"{path} holds {', '.join(content) or 'nothing'}: allowed are the results of "
+                f"{', '.join(dict.fromkeys(kind.kind.replace('_', ' ') for kind in of_file))}. Remove it, or name "
+                "another folder."
+            )
+        try:
+            report = _built(cls if issubclass(cls, found) else found, found.upgraded(content))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} lacks {error}: run what wrote it again.") from error
+        report.folder = path.parent
+        report.complete()
+        return report
+
+    @classmethod
+    def upgraded(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Return a file's content as this version would have written it."""
+        content = dict(content)
+        if "device" in content:
+            content.setdefault("hardware", content["device"])
+        if "torch" in content:
+            content.setdefault("versions", {"torch": content["torch"]})
+        return content
+
+    def complete(self) -> None:
+        """Add what older versions left in other places: the data's name and splits, among the options.
+
+        A path on some machine is known by its last part alone.
+        """
+        known = {name: self.options.get(name) for name in ("train_split", "test_split")}
+        known |= {"config": self.options.get("dataset_config_name"), **self.dataset}
+        source = known.get("id") or self.options.get("dataset_name") or self.options.get("train_data_dir")
+        if not known.get("name") and source:
+            known["name"] = Path(source).name
+        self.dataset = {name: value for name, value in known.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the file holds; what is not known is left out."""
+        return _plain(self)
+
+    def write(self, folder: str | Path) -> Path:
+        """Write the report, complete or not at all, and return its path."""
+        path = Path(folder) / self.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.to_dict())
+        self.folder = path.parent
+        return path
+
+    def section(self) -> Section:
+        """Return the figures, as tables and cards show them."""
+        raise NotImplementedError
+
+    def figures(self) -> list[Figure]:
+        """Return the main figures."""
+        return self.section().figures
+
+    def table(self) -> str:
+        """Return what was measured, and the figures as a Markdown table."""
+        section = self.section()
+        text = f"{section.protocol}\n\n{markdown(section.head, section.rows)}"
+        if section.saved is not None:
+            text += f"\n\nThe saved classifier, with its fixed noise: {percent(section.saved)} %."
+        return text
+
+    def pictures_there(self) -> dict[Path, str]:
+        """Return the pictures beside the file, and what they show."""
+        there = {} if self.folder is None else {self.folder / name: text for name, text in self.pictures.items()}
+        return {path: text for path, text in there.items() if path.is_file()}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def percent(value: float) -> str:
+    """Return a fraction in percent, with two decimals."""
+    return f"{100 * value:.2f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation (over n - 1) in percent; of one value that value."""
+    if len(values) == 1:
+        return percent(values[0])
+    return f"{percent(float(np.mean(values)))} ± {percent(float(np.std(values, ddof=1)))}"
+
+
+def number(value: float | None) -> str:
+    """Return a count with its thousands apart, another number with four digits, and nothing of None."""
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return what a JSON or YAML file of names and values holds, or raise `ValueError`."""
+    load: Callable[[str], Any] = json.loads if path.suffix == ".json" else read_yaml
+    try:
+        content = load(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}. Run what wrote it again, or remove it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
+    return content
+
+
+def _built(hint: Any, value: Any) -> Any:
+    """Return what a file's value stands for: dataclasses, also inside of lists and dictionaries."""
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        fields = [field for field in dataclasses.fields(hint) if "in_memory" not in field.metadata]
+        for field in fields:
+            missing = field.default is field.default_factory is dataclasses.MISSING
+            if missing and field.name not in value:
+                raise KeyError(field.name)
+        return hint(**{f.name: _built(hints[f.name], value[f.name]) for f in fields if f.name in value})
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return [_built(parts[0], item) for item in value]
+    if typing.get_origin(hint) is dict:
+        return {name: _built(parts[1], item) for name, item in value.items()}
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return dataclasses as dictionaries, without what is not known and what lives in memory alone."""
+    if dataclasses.is_dataclass(value):
+        fields = [field for field in dataclasses.fields(value) if "in_memory" not in field.metadata]
+        found = {field.name: getattr(value, field.name) for field in fields}
+        return {name: _plain(item) for name, item in found.items() if item is not None and item not in ({}, [])}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

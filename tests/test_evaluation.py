@@ -1,0 +1,325 @@
+"""Measuring generated images, as a function and as the script that its users run: tiny networks, real digits."""
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import evaluate_generation as script
+from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.experiments import evaluate_generation
+from ddae_hf.experiments.evaluation import EvaluationOptions, compare_samples
+from ddae_hf.experiments.extractors import open_extractor
+from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.generation_metrics import frechet_distance, precision_recall
+from ddae_hf.experiments.images import Images
+from ddae_hf.experiments.plots import image_grid
+from ddae_hf.experiments.results import GenerationReport
+
+from . import scripts
+from .conftest import drawn
+from .test_extractors import save_pipeline, save_vit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*their covariance is singular")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    return "ddae:" + save_pipeline(tmp_path_factory.mktemp("extractor"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return save_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture
+def measure(digits, tmp_path):
+    """Run the script on few digits, and return its report."""
+
+    def run(*options, output="out", data=digits):
+        arguments = ["--dataset_name", str(data), "--max_reference_samples", "60", "--num_inference_steps", "2"]
+        arguments += ["--features_dir", str(tmp_path / "features"), "--output_dir", str(tmp_path / output)]
+        scripts.run("evaluate_generation", *arguments, *options)
+        return json.loads((tmp_path / output / "generation_results.json").read_text())
+
+    return run
+
+
+def write_digits(digits, folder, count, start=0, split="train"):
+    folder.mkdir(parents=True, exist_ok=True)
+    images = drawn(digits, split, start + count).select(range(start, start + count))["image"][:]
+    for i, image in enumerate(images):
+        image.save(folder / f"{i:04d}.png")
+    return images
+
+
+def test_a_run_leaves_every_figure_and_its_origin(measure, checkpoint, extractor, tmp_path, capsys, caplog):
+    options = ["--model_name_or_path", checkpoint, "--num_images", "40", "--extractor", extractor, "--seed", "3"]
+    report = measure(*options, "--baseline_split", "test")
+    generated, real = report["results"]["generated"], report["results"]["real (test)"]
+    assert generated["num_images"] == real["num_images"] == generated["kernel_distance_subset_size"] == 40
+    assert report["reference"] == {
+        "source": report["options"]["dataset_name"],
+        "name": "real (train)",
+        "num_images": 60,
+    }
+    # The networks are untrained: what they make is far from digits.
+    assert real["frechet_distance"] < 0.2 * generated["frechet_distance"]
+    assert real["kernel_distance"] < 0.2 * generated["kernel_distance"]
+    assert real["precision"] > 0.5 > generated["precision"]
+    assert len(report["generator"]["weights"]) == 64 and report["generator"]["scheduler"] == "DDIMScheduler"
+    assert report["extractor"]["sigma"] == 0.05 and report["extractor"]["weights"] != report["generator"]["weights"]
+    assert report["versions"].keys() > {"python", "torch", "diffusers", "transformers", "torchmetrics", "pillow"}
+    assert Image.open(tmp_path / "out" / "grid.png").size[0] > 800
+    text = capsys.readouterr().out
+    assert "Sampled by DDIMScheduler in 2 steps, seeds from 3" in text
+    assert f"| generated | 40 | {generated['frechet_distance']:.4g} |" in text and "| real (test) | 40 |" in text
+    assert report["dataset"]["num_images"] == 60 and report["hardware"]
+    caplog.set_level(logging.INFO, "ddae_hf")
+    assert measure(*options, "--baseline_split", "test")["results"] == report["results"]
+    assert caplog.text.count("reused from") == 3
+
+
+def test_figures_are_those_of_features_computed_by_hand(measure, checkpoint, extractor, digits, tmp_path):
+    options = ["--extractor_layer", "mid_block", "--extractor_sigma", "0.3", "--extractor_batch_size", "7"]
+    report = measure("--model_name_or_path", checkpoint, "--num_images", "12", "--extractor", extractor, *options)
+    path = extractor.removeprefix("ddae:")
+    model, processor = DDAEModel.from_pretrained(path), DDAEImageProcessor.from_pretrained(path)
+    real = drawn(digits, "train", 60)["image"][:]
+    made = [Image.open(file) for file in sorted((tmp_path / "out" / "images").glob("*.png"))]
+    features = [
+        extract_features(model, [processor(images, return_tensors="pt")["pixel_values"]], ["mid_block"], 0.3, view=view)
+        for view, images in enumerate([real, made])
+    ]
+    real, made = (found["mid_block"] for found in features)
+    found = report["results"]["generated"]
+    assert found["frechet_distance"] == pytest.approx(frechet_distance(real, made), rel=1e-4)
+    assert (found["precision"], found["recall"]) == precision_recall(real, made)
+
+
+def test_a_resumed_run_gives_the_same_figures(measure, checkpoint, extractor, tmp_path):
+    options = ["--model_name_or_path", checkpoint, "--num_images", "11", "--batch_size", "4", "--extractor", extractor]
+    first = measure(*options)
+    images = tmp_path / "out" / "images"
+    kept = (images / "00000.png").stat().st_mtime_ns
+    before = {path.name: path.read_bytes() for path in images.glob("*.png")}
+    for number in (1, 6, 10):
+        (images / f"{number:05d}.png").unlink()
+    shutil.rmtree(tmp_path / "features")
+    assert measure(*options)["results"] == first["results"]
+    assert {path.name: path.read_bytes() for path in images.glob("*.png")} == before and len(before) == 11
+    assert (images / "00000.png").stat().st_mtime_ns == kept
+    with pytest.raises(SystemExit, match=r"another seed \(0 there, 5 now\)"):
+        measure(*options, "--seed", "5")
+
+
+def read_images(folder, count):
+    return np.stack([np.asarray(Image.open(folder / f"{i:05d}.png"), dtype=int) for i in range(count)])
+
+
+@pytest.mark.slow  # three processes import everything
+def test_two_processes_share_the_images(checkpoint, extractor, digits, tmp_path):
+    options = ["--model_name_or_path", checkpoint, "--num_images", "10", "--batch_size", "3", "--extractor", extractor]
+    options += ["--dataset_name", str(digits), "--max_reference_samples", "40", "--num_inference_steps", "2"]
+    options += ["--features_dir", str(tmp_path / "features"), "--output_dir"]
+    scripts.run("evaluate_generation", *options, str(tmp_path / "one"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script.__file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *options, str(tmp_path / "two")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| generated | 10 |") == 1
+    np.testing.assert_allclose(
+        read_images(tmp_path / "two" / "images", 10), read_images(tmp_path / "one" / "images", 10), atol=1
+    )
+
+
+@pytest.mark.parametrize("name", ["features.npy", "identity.json"])
+def test_features_that_are_damaged_are_not_used(measure, vit, digits, tmp_path, name):
+    write_digits(digits, tmp_path / "given", 8)
+    options = ["--images_dir", str(tmp_path / "given"), "--extractor", f"transformers:{vit}"]
+    measure(*options)
+    for path in (tmp_path / "features").glob(f"*/{name}"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-40] + bytes(40))
+    with pytest.raises(SystemExit, match=f"{name} is damaged .*delete this folder"):
+        measure(*options)
+
+
+def test_features_are_kept_for_the_same_images_and_network_only(vit, extractor, digits, tmp_path, caplog):
+    data, features, given = tmp_path / "data", tmp_path / "features", tmp_path / "given"
+    shutil.copytree(digits, data)
+    write_digits(digits, given, 8)
+    caplog.set_level(logging.INFO, "ddae_hf")
+    known = {"reference_split": "train", "max_reference_samples": 20, "features_dir": features}
+
+    def reused(extractor, **changes):
+        caplog.clear()
+        before = len(list(features.glob("*/features.npy")))
+        evaluate_generation(given, Images.open(data), extractor=extractor, **{**known, **changes})
+        again = "Features of real" in caplog.text and "reused from" in caplog.text
+        assert len(list(features.glob("*/features.npy"))) - before in ([0] if again else [1, 2])
+        return again
+
+    assert not reused(extractor)
+    assert reused(extractor)
+    assert not reused(extractor, max_reference_samples=19)
+    assert not reused(extractor, extractor_sigma=0.1)
+    assert not reused(extractor, extractor_layer="mid_block")
+    assert not reused(extractor, reference_split="test")
+    assert not reused(f"transformers:{vit}")
+    other = tmp_path / "other"
+    shutil.copytree(extractor.removeprefix("ddae:"), other)
+    assert reused(f"ddae:{other}")  # the same weights in another place
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["conv_in.weight"] *= 1 + 1e-5
+    save_file(state, weights, metadata={"format": "pt"})
+    assert not reused(f"ddae:{other}")
+    rows = Dataset.from_parquet(str(digits / "train.parquet"))
+    rows.select(range(len(rows))[::-1]).to_parquet(data / "train.parquet")
+    assert not reused(extractor)
+    for path in features.glob("*/features.npy"):
+        identity = json.loads(path.with_name("identity.json").read_text())
+        assert identity["images"]["number"] == len(np.load(path))
+
+
+def test_only_features_under_noise_differ_for_the_same_images(measure, vit, extractor, digits, tmp_path):
+    write_digits(digits, tmp_path / "given", 60)
+    given = ["--images_dir", str(tmp_path / "given"), "--extractor"]
+    same = measure(*given, f"transformers:{vit}")
+    assert same["extractor"]["features"] == "pooler_output" and same["extractor"]["width"] == 16
+    assert same["generator"] == {"images_dir": str(tmp_path / "given")}
+    figures = same["results"]["generated"]
+    assert abs(figures["frechet_distance"]) < 1e-6 and (figures["precision"], figures["recall"]) == (1, 1)
+    noisy = measure(*given, extractor, "--extractor_sigma", "0.5")["results"]["generated"]
+    assert noisy["frechet_distance"] > 1e-3 and noisy["precision"] > 0.8
+
+
+def test_images_of_any_folder_size_and_mode_are_measured(measure, vit, digits, tmp_path):
+    folder = tmp_path / "given"
+    write_digits(digits, folder / "a", 4)
+    write_digits(digits, folder / "b", 4, start=10)
+    for i, mode in enumerate(["RGB", "RGBA", "P", "L"]):
+        Image.open(folder / "a" / f"{i:04d}.png").convert(mode).resize((9 + i, 20)).save(folder / f"{mode}.png")
+    Image.new("RGB", (30, 30)).save(folder / "c.JPG")
+    Image.new("RGB", (500, 500)).save(folder / "grid.png")
+    (folder / "notes.txt").write_text("no image")
+    for extractor in (
+        f"transformers:{vit}",
+        "ddae:" + save_pipeline(tmp_path / "colour", in_channels=3, out_channels=3),
+    ):
+        report = measure("--images_dir", str(folder), "--extractor", extractor)
+        assert report["results"]["generated"]["num_images"] == 13
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--extractor", "vgg"], "extractor is vgg: allowed are ddae:PATH"),
+        (["--extractor", "inception", "--extractor_sigma", "0.1"], "are for a DDAE extractor, not for inception"),
+        (["--images_dir", "somewhere"], "Give one of model_name_or_path and images_dir"),
+        (["--num_images", "3"], "num_images is 3: it must be at least 4"),
+        (["--extractor_batch_size", "0"], "extractor_batch_size is 0: it must be at least 1"),
+        (["--scheduler", "Adam"], "diffusers has no such scheduler"),
+        (["--baseline_split", "holdout"], "has no split 'holdout'"),
+        (["--max_reference_samples", "3"], r"The images 'real \(train\)' are 3: at least 4 are needed"),
+        (["--extractor_layer", "up_blocks.7"], "cannot be used: There is no layer"),
+        (["--extractor", "ddae:nowhere/at/all"], "extractor ddae:nowhere/at/all cannot be used"),
+        (["--sampler", "heun"], "needs an EDMEulerScheduler"),
+        (["--class_label", "3"], "the denoiser is unconditional"),
+    ],
+)
+def test_what_cannot_work_ends_the_run_before_it_samples(
+    measure, checkpoint, extractor, tmp_path, capsys, options, message
+):
+    with pytest.raises(SystemExit) as refusal:
+        measure("--model_name_or_path", checkpoint, "--num_images", "5", "--extractor", extractor, *options)
+    assert re.search(message, str(refusal.value) + capsys.readouterr().err)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "features").exists()
+
+
+def test_folders_that_cannot_be_measured_are_refused(measure, vit, digits, checkpoint, tmp_path, capsys):
+    for folder in (tmp_path / "none", checkpoint):
+        with pytest.raises(SystemExit):
+            measure("--images_dir", folder, "--extractor", f"transformers:{vit}")
+        assert "there is no such folder, or it holds a checkpoint" in capsys.readouterr().err
+    write_digits(digits, tmp_path / "few", 3)
+    with pytest.raises(SystemExit, match="The images 'generated' are 3"):
+        measure("--images_dir", str(tmp_path / "few"), "--extractor", f"transformers:{vit}")
+
+
+def test_a_function_measures_an_open_pipeline_without_a_word(measure, checkpoint, extractor, digits, tmp_path, capsys):
+    """Into nowhere, of images in memory, with global random states as they were: the figures are the script's."""
+    rows = drawn(digits, "train", 60)
+    images = Images.open(rows["image"][:], labels=rows["label"][:])
+    pipeline = DDAEPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    options = EvaluationOptions(extractor=extractor, num_images=8, num_inference_steps=2)
+    result = evaluate_generation(pipeline, images, options, batch_size=3)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
+    expected = measure("--model_name_or_path", checkpoint, "--num_images", "8", "--extractor", extractor)
+    figures, generated = expected["results"]["generated"], result.results["generated"]
+    assert generated == {name: pytest.approx(value, rel=1e-3) for name, value in figures.items()}
+    assert result.picture().axes[0].get_title() == "generated, 8 of 8"
+    result.save(tmp_path / "saved")
+    saved = GenerationReport.read(tmp_path / "saved")
+    assert saved.results == result.results and saved.table() == result.table()
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["generation_results.json", "grid.png"]
+
+
+def test_one_extractor_compares_several_checkpoints(checkpoint, extractor, digits, tmp_path):
+    images, options = Images.open(digits), EvaluationOptions(extractor=extractor, num_images=6, num_inference_steps=2)
+    known = open_extractor(extractor)
+    for name, model in {"a": checkpoint, "b": extractor.removeprefix("ddae:")}.items():
+        found = EvaluationOptions.of(options, {"output_dir": tmp_path / name, "max_reference_samples": 30})
+        assert compare_samples(model, images, found, known).results["generated"]["num_images"] == 6
+        assert len(list((tmp_path / name / "images").glob("*.png"))) == 6
+
+
+def test_a_damaged_image_is_named(vit, digits, tmp_path):
+    extractor = f"transformers:{vit}"
+    write_digits(digits, tmp_path / "given", 5)
+    rows = Dataset.from_parquet(str(digits / "train.parquet"))[:6]["image"]
+    for i, image in enumerate(rows):
+        (tmp_path / "real").mkdir(exist_ok=True)
+        image.save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "real" / "3.png").write_bytes((tmp_path / "real" / "3.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"3\.png"):
+        evaluate_generation(tmp_path / "given", Images.open(tmp_path / "real"), extractor=extractor)
+    (tmp_path / "given" / "0004.png").write_text("<html>")
+    with pytest.raises(ValueError, match=r"0004\.png"):
+        evaluate_generation(tmp_path / "given", Images.open(digits), extractor=extractor, max_reference_samples=8)
+
+
+def test_a_full_disk_is_a_sentence(vit, digits, tmp_path, monkeypatch):
+    write_digits(digits, tmp_path / "given", 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    options = {"extractor": f"transformers:{vit}", "features_dir": tmp_path / "features", "max_reference_samples": 8}
+    with pytest.raises(OSError, match=r"are needed in .*features.*, where .* are free"):
+        evaluate_generation(tmp_path / "given", Images.open(digits), **options)
+
+
+def test_pictures_of_deep_images_are_not_white():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    deep = image_grid([Image.fromarray(grey * np.uint16(257))])
+    assert np.array_equal(np.asarray(deep), np.asarray(image_grid([Image.fromarray(grey)])))
