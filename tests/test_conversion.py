@@ -33,7 +33,7 @@ from ddae_hf.conversion import DIT_HEADS, convert, convert_dit, convert_unet
 from ddae_hf.hidden_states import collect_hidden_states
 from ddae_hf.networks import network_of
 from ddae_hf.pickles import read_weights
-from labelled import save_classifier
+from ddae_hf.experiments.probing import save_classifier
 
 from . import scripts
 from .conftest import make_vae, together

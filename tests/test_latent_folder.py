@@ -8,15 +8,12 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
-from ddae_hf import DDAEImageProcessor
 from ddae_hf.experiments.arrays import fill, rows_done
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.latents import encode
 
-from . import scripts
-from .conftest import Source, drawn, make_vae, together
+from .conftest import Source, make_vae, together
 
 COUNT, SIDE = 7, 16
 
@@ -247,69 +244,6 @@ def test_arrays_are_filled_from_the_least_advanced_on(tmp_path):
     assert asked == [(0, ["a"]), (0, ["b"])] and rows_done(tmp_path) == {"a": 5, "b": 5}
     for array in arrays.values():
         assert np.array_equal(array, np.repeat(np.arange(5.0)[:, None], 2, axis=1)) and array.dtype == np.float32
-
-
-@pytest.fixture(scope="module")
-def encoded(vae, digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoded")
-    vae.save_pretrained(folder / "vae")
-    options = ["--vae", str(folder / "vae"), "--dataset_name", str(digits), "--max_train_samples", "10"]
-    scripts.run("encode_latents", *options, "--mirror", "--output_dir", str(folder / "latents"), "--batch_size", "4")
-    return folder
-
-
-@torch.no_grad()
-def test_the_script_encodes_images_and_their_mirror_images(encoded, vae, digits):
-    train = drawn(digits, "train", 10)
-    processor = DDAEImageProcessor(size={"height": SIDE, "width": SIDE}, num_channels=3)
-    images = processor(train["image"][:], return_tensors="pt")["pixel_values"]
-    folder = LatentFolder(encoded / "latents")
-    for view, pixels in enumerate((images, images.flip(-1))):
-        expected = encode(vae, pixels).numpy()
-        np.testing.assert_allclose(folder.latents("train", view).astype(np.float32), expected, rtol=2e-3, atol=1e-4)
-    assert np.array_equal(folder.labels("train"), train["label"][:])
-    index = folder.index
-    assert index["names"] == [str(i) for i in range(10)] and index["vae_source"] == str(encoded / "vae")
-    assert index["dataset"] == {"name": digits.name, "train_split": "train", "num_images": 10}
-
-
-def test_the_script_computes_nothing_twice(encoded, digits, capsys):
-    files = {path: path.stat().st_mtime_ns for path in (encoded / "latents").glob("train-?.npy")}
-    options = ["--vae", str(encoded / "vae"), "--dataset_name", str(digits), "--max_train_samples"]
-    scripts.run("encode_latents", *options, "10", "--mirror", "--output_dir", str(encoded / "latents"))
-    assert "Encoded in" not in capsys.readouterr().out
-    assert len(files) == 2 and all(path.stat().st_mtime_ns == changed for path, changed in files.items())
-    with pytest.raises(SystemExit, match=r"splits.train.count is 10 there, 9 here; splits.train.images differs"):
-        scripts.run("encode_latents", *options, "9", "--mirror", "--output_dir", str(encoded / "latents"))
-
-
-def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
-    Dataset.from_parquet(str(digits / "train.parquet")).select(range(3)).remove_columns("label").to_parquet(
-        tmp_path / "images.parquet"
-    )
-    options = ["--vae", str(encoded / "vae"), "--dataset_name", str(tmp_path / "images.parquet")]
-    scripts.run("encode_latents", *options, "--sample_posterior", "--output_dir", str(tmp_path / "out"))
-    index = json.loads((tmp_path / "out" / "latents.json").read_text())
-    assert index["names"] is None and index["sample_posterior"] is True
-    assert not list((tmp_path / "out").glob("*labels*"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--resolution", "15"], "--resolution is 15: it must be a multiple of 2"),
-        (["--batch_size", "0"], "--batch_size is 0: it must be at least 1"),
-        (["--vae", "nowhere/at/all"], "is not a folder"),
-        (["--label_column", "image"], "no column of labels 'image'"),
-        (["--train_split", "validation"], "has no split 'validation'"),
-    ],
-)
-def test_what_cannot_be_encoded_is_refused_first(encoded, digits, tmp_path, capsys, options, message):
-    arguments = ["--vae", str(encoded / "vae"), "--dataset_name", str(digits), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as refusal:
-        scripts.run("encode_latents", *arguments, *options)
-    assert message in str(refusal.value) + capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_arrays_without_a_description_and_latents_that_overflow_are_not_kept(tmp_path):

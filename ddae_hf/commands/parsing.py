@@ -6,14 +6,16 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from ..experiments.options import Options, Table, read_yaml
+from ..experiments.options import Options, Table, read_yaml, unknown
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +36,14 @@ def parse(kinds: Sequence[type[Options]], description: str | None, argv: Sequenc
         argv: The words after the command's name; by default those of this process.
     """
     parser: Any = HfArgumentParser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
-    flags = [action for action in parser._actions if action.const is True]
-    for action in flags:
-        if (negation := f"--no-{action.dest}") not in parser._option_string_actions:
-            parser.add_argument(
-                negation, dest=action.dest, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-            )
+    for action in [action for action in parser._actions if action.type is string_to_bool]:
+        action.nargs = "?"  # also where the default is None
+        action.const = True
+        for negation in {f"--no-{action.dest}", f"--no-{action.dest.replace('_', '-')}"}:
+            if negation not in parser._option_string_actions:
+                parser.add_argument(
+                    negation, dest=action.dest, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+                )
     config = "YAML file of options; it names only what differs from `base` and the defaults."
     parser.add_argument("--config", help=config)
     for action in parser._actions:
@@ -84,6 +88,8 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path} must hold options, `name: value`, and holds a {type(own).__name__}.")
     bases = own.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
+        raise ValueError(f"{path}: base is {bases!r}: it must name files beside this one.")
     options: dict[str, Any] = {}
     for layer in [*(read_config(path.parent / name, (*inside, path)) for name in bases), own]:
         for name, value in layer.items():
@@ -99,9 +105,9 @@ def _take_defaults(parser: Any, path: Path) -> None:
     """Make a file's options the defaults, each converted by the parser's own type."""
     options = read_config(path)
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
-    if unknown := sorted(set(options) - set(actions)):
-        raise ValueError(f"{path} has unknown options {unknown}; allowed are {sorted(actions)}.")
     for name, value in options.items():
+        if name not in actions:
+            raise ValueError(f"{path}: {unknown(name, actions)}")
         if value is not None:
             parser.set_defaults(**{name: _converted(parser, actions[name], value)})
             actions[name].required = False
@@ -122,8 +128,11 @@ def _converted(parser: Any, action: argparse.Action, value: Any) -> Any:
     many = action.nargs == "+"
     if isinstance(value, list) and not many:
         raise ValueError(f"{action.dest} is {value!r}: it takes one value.")
+    items = value if isinstance(value, list) else [value]
+    if action.type is str and not all(isinstance(item, (str, int)) for item in items):
+        raise ValueError(f"{action.dest} is {value!r}: put text in quotes.")
     try:
-        converted = [parser._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]
+        converted = [parser._get_value(action, str(item)) for item in items]
     except argparse.ArgumentError as error:
         raise ValueError(f"{action.dest}: {error.message}.") from error
     return converted if many else converted[0]
@@ -142,4 +151,4 @@ def sentences() -> Iterator[None]:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt as error:
         print(str(error) or "Interrupted: the same command goes on from what is kept.", file=sys.stderr)
-        raise SystemExit(130) from error
+        raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error  # which `Interrupted` knows

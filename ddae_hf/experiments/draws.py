@@ -5,7 +5,9 @@ Batch size, order and number of processes play no part, so that data sets can be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,31 @@ NOISE = 0  # of the denoiser's input
 CHANGES = 1  # of the image itself: mirroring and cropping
 POSTERIOR = 2  # of a VAE, which gives a distribution of latents
 SAMPLING = 4  # of the noise that sampling starts from
+
+
+@contextlib.contextmanager
+def separate_randomness(seed: int | None = None) -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's global generators afterwards as they were, whatever is drawn meanwhile.
+
+    Args:
+        seed: What they begin with inside; by default they go on.
+    """
+    python = random.getstate()
+    numpy = np.random.get_state()
+    torch_state = torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
 
 
 def index_generator(seed: int, view: int, index: int, purpose: int = NOISE) -> np.random.Generator:

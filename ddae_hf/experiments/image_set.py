@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
 from .classes import Classes, draw_images, label_column
-from .pixels import Pixels, decode
+from .pixels import HINT, Pixels, decode
 
 
 class ImageSet:
@@ -85,9 +85,10 @@ class ImageSet:
         files = self._not_a_stream("hash")._files
         for start in range(0, len(files), 1000):
             for row, image in enumerate(files[start : start + 1000][self.image_column], start):
-                if image is None:
+                file = image or {"bytes": None, "path": None}
+                if file["bytes"] is None and file["path"] is None:
                     self.pil([row])  # which refuses it by its name
-                content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+                content = file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
                 digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
@@ -163,7 +164,7 @@ class ImageSet:
             )
         elif self.streaming and self.names is None:
             raise ValueError("A stream's column of labels must name its classes (ClassLabel): leave out streaming.")
-        assert self.streaming or self.labels is not None
+        _ = self.labels  # which are checked when they are read
         return self
 
     def stream(self, labels: bool = False, buffer_size: int | None = None, seed: int = 0) -> IterableDataset:
@@ -180,19 +181,16 @@ class ImageSet:
             count = len(self.labelled().names or ())
             columns[str(self.label_column)] = "labels"
         # Renaming would decode what is not cast before.
-        rows = self.dataset.cast_column(self.image_column, Image(decode=False)).select_columns(list(columns))
-        rows = rows.rename_columns({old: new for old, new in columns.items() if old != new})
+        files = self.dataset.cast_column(self.image_column, Image(decode=False)).select_columns(list(columns))
+        rows = files.rename_columns({old: new for old, new in columns.items() if old != new})
         if buffer_size is not None:
             rows = rows.shuffle(seed=seed, buffer_size=buffer_size)
         return rows.map(partial(_decoded_row, self._feature, f"An image of the stream {self.split!r}", count))
 
     def check_first(self) -> None:
         """Raise `ValueError` if there is no image, or the first cannot be read."""
-        if self.streaming:
-            found = next(iter(self.stream()), None) is not None
-        else:
-            found = len(self) > 0
-        if not found:
+        rows = self.stream() if self.streaming else range(len(self))
+        if next(iter(rows), None) is None:
             raise ValueError(f"The split {self.split!r} is empty.")
         if not self.streaming:
             self.pil([0])
@@ -200,26 +198,24 @@ class ImageSet:
     def readable(self) -> ImageSet:
         """Return those images that can be read, with a warning of how many cannot; of a stream, of each as it comes."""
         if self.streaming:
-            column = self.image_column
+            column, feature = self.image_column, self._feature
             self._skipped.share_memory_()  # with a loader's workers
-            kept = self.dataset.cast_column(column, Image(decode=False))
-            kept = kept.filter(
-                partial(_can_be_read, self._feature, column, f"the stream {self.split!r}", self._skipped)
-            )
-            return self._with(kept.cast_column(column, self._feature))
+            files = self.dataset.cast_column(column, Image(decode=False))
+            kept = files.filter(partial(_can_be_read, feature, column, self.split, self._skipped))
+            return self._with(kept.cast_column(column, feature))
         reasons: dict[int, str] = {}
         for row in tqdm(range(len(self)), desc=f"Checking the images of {self.split}", leave=False):
             try:
                 self.pil([row])
             except ValueError as error:
-                reasons[row] = str(error)
+                reasons[row] = str(error).removesuffix(HINT)
         if not reasons:
             return self
         first = next(iter(reasons.values()))
         what = f"{len(reasons)} of {len(self)} images of the split {self.split!r}"
         if len(reasons) == len(self):
-            raise ValueError(f"{what} cannot be read. {first}")
-        warnings.warn(f"{what} are left out. {first}", stacklevel=3)
+            raise ValueError(f"{what} cannot be read: {first}")
+        warnings.warn(f"{what} are left out: {first}", stacklevel=3)
         self._skipped += len(reasons)
         return self.select(np.setdiff1d(np.arange(len(self)), list(reasons)))
 
@@ -248,11 +244,11 @@ def _decoded_row(feature: Image, where: str, num_classes: int, row: dict[str, An
     return {**row, "image": decode(row["image"], feature, where)}
 
 
-def _can_be_read(feature: Image, column: str, where: str, skipped: Tensor, row: dict[str, Any]) -> bool:
+def _can_be_read(feature: Image, column: str, split: str, skipped: Tensor, row: dict[str, Any]) -> bool:
     try:
-        decode(row[column], feature, f"An image of {where}")
+        decode(row[column], feature, "An image")
     except ValueError as error:
         skipped += 1
-        warnings.warn(f"Left out of {where}: {error}", stacklevel=2)
+        warnings.warn(f"Left out of the stream {split!r}: {str(error).removesuffix(HINT)}", stacklevel=2)
         return False
     return True

@@ -22,7 +22,7 @@ from ..image_processing_ddae import DDAEImageProcessor
 from .classes import Classes, find_label_column, warn_of_missing
 from .data_files import in_memory, read_source
 from .draws import augment_view
-from .image_set import ImageSet, image_column
+from .image_set import ImageSet, columns_of, image_column
 from .options import Options, option
 from .pixels import scaled
 
@@ -72,7 +72,7 @@ class Images:
         self._sets: dict[str, ImageSet] = {}
         features = Features()
         for split in reversed(self._datasets.values()):
-            features.update(split.features or {})
+            features.update(columns_of(split))
         column = find_label_column(features, label_column)
         self._classes = None if column is None else Classes(self._datasets, column)
 
@@ -141,12 +141,16 @@ class Images:
         if split not in self._sets:
             dataset = self._datasets[split].with_format(None)
             column = image_column(dataset, self._image_column)
-            self._sets[split] = opened = ImageSet(dataset, split, column, self._classes)
-            if self._skip:
-                self._sets[split] = opened.readable()
-            else:
+            opened = ImageSet(dataset, split, column, self._classes)
+            if not self._skip:
                 opened.check_first()
+            self._sets[split] = opened.readable() if self._skip else opened
         return self._sets[split]
+
+    def _name_in_memory(self) -> str | None:
+        """Return the name of a data set of the Hub that came open; of files, datasets says only what wrote them."""
+        info = next(iter(self._datasets.values())).info
+        return info.dataset_name if info.dataset_name != info.builder_name else None
 
     def facts(self, train: ImageSet, test: ImageSet | None = None) -> dict[str, Any]:
         """Return what result files say of the data.
@@ -157,7 +161,7 @@ class Images:
         source = self.opened_with.get("dataset_name") or self.opened_with.get("train_data_dir")
         of_hub = "dataset_name" in self.opened_with and not os.path.exists(str(source))
         facts = {
-            "name": Path(source).resolve().name if source else train.dataset.info.dataset_name,
+            "name": Path(source).resolve().name if source else self._name_in_memory(),
             "id": source if of_hub else None,
             "config": self.opened_with.get("dataset_config_name"),
             "train_split": train.split,
@@ -186,15 +190,11 @@ def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
     if len(train) == len(test) and train.hash == test.hash:
         raise ValueError(f"The splits {train.split!r} and {test.split!r} are the same images: test on other images.")
     train, test = train.take(options.max_train_samples), test.take(options.max_test_samples)
-    if len(np.unique(_given(train.labels))) < 2:
+    labels = {"train": np.asarray(train.labels), "test": np.asarray(test.labels)}
+    if len(np.unique(labels["train"])) < 2:
         raise ValueError("The training images are all of one class: a classifier needs at least two.")
-    warn_of_missing(train.names or (), {"train": _given(train.labels), "test": _given(test.labels)})
+    warn_of_missing(train.names or (), labels)
     return train, test
-
-
-def _given(labels: np.ndarray | None) -> np.ndarray:
-    assert labels is not None
-    return labels
 
 
 class Inputs(abc.ABC):

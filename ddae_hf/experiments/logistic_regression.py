@@ -19,12 +19,11 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .lbfgs import HISTORY, minimise
 
@@ -316,37 +315,3 @@ def uniformity(features: np.ndarray) -> float:
     # |a - b|^2 = 2 - 2 ab; an image paired with itself adds 1, which is taken away.
     total = sum(torch.exp(4 * (part @ x.T) - 4).sum().item() for part in x.split(1024)) - len(x)
     return math.log(total / (len(x) * (len(x) - 1)))
-
-
-class OnlineProbes(nn.Module):
-    """Linear classifiers, one a layer, trained together by gradient descent while a network computes their features.
-
-    Args:
-        widths: Width C of each layer's features, by layer name.
-        num_classes: Number of classes K.
-        batch_norm: Whether features pass a batch norm without parameters first, as in He et al. 2022
-            (arXiv 2111.06377) and l-DAE (arXiv 2401.14404).
-    """
-
-    def __init__(self, widths: dict[str, int], num_classes: int, batch_norm: bool = False):
-        super().__init__()
-        self.layers = list(widths)
-        self.norms = nn.ModuleList(
-            nn.BatchNorm1d(c, affine=False) if batch_norm else nn.Identity() for c in widths.values()
-        )
-        self.heads = nn.ModuleList(nn.Linear(c, num_classes) for c in widths.values())
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return logits (B, K) of features (B, C), by layer name."""
-        parts = zip(self.layers, self.norms, self.heads, strict=True)
-        return {layer: head(norm(features[layer])) for layer, norm, head in parts}
-
-    def linear(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Return a layer's classifier in evaluation, weights (K, C) and biases (K,), its batch norm folded in."""
-        head: Any = self.heads[self.layers.index(layer)]
-        norm: Any = self.norms[self.layers.index(layer)]
-        weight, bias = head.weight.detach(), head.bias.detach()
-        if isinstance(norm, nn.Identity):
-            return weight, bias
-        weight = weight * (norm.running_var + norm.eps).rsqrt()
-        return weight, bias - weight @ norm.running_mean

@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -82,10 +83,18 @@ class _SafeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a name must be one word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.2's numbers: PyYAML, which reads 1.1, takes `5e-4` for text.
+_SafeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_yaml(text: str) -> Any:
@@ -144,8 +153,7 @@ class Options:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in changes:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or sorted(names)
-                raise ValueError(f"There is no option {name!r}: the nearest are {', '.join(near)}.")
+                raise ValueError(unknown(name, names))
         if options is not None and not isinstance(options, cls):
             raise ValueError(f"options are {type(options).__name__}: give {cls.__name__}, or its fields by name.")
         return cls(**changes) if options is None else dataclasses.replace(options, **changes)
@@ -153,6 +161,14 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, as plain data."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def unknown(name: Any, names: Iterable[str]) -> str:
+    """Return that there is no such option, and which are like it."""
+    names = sorted(names)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    which = f"the nearest are {', '.join(near)}" if near else f"allowed are {', '.join(names)}"
+    return f"there is no option {name!r}: {which}."
 
 
 def _plain(value: Any) -> Any:
@@ -182,9 +198,12 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return os.fspath(value)
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if hint in (int, float) and number:
-        if hint is int and not (math.isfinite(value) and value == int(value)):
+        if hint is int and isinstance(value, (float, np.floating)) and not float(value).is_integer():
             raise ValueError(f"{name} is {value!r}: it must be a whole number.")
-        return hint(value)
+        try:
+            return hint(value)
+        except OverflowError:
+            raise ValueError(f"{name} has {len(str(value))} digits: it must be finite.") from None
     if hint in (str, bool) and isinstance(value, hint):
         return value
     words = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}

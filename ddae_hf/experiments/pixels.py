@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from ..image_processing_ddae import DDAEImageProcessor
 
 SHARE = 4  # of the memory that is left, one part in so many may be filled
+HINT = " Replace it, or leave such images out with skip_bad_images."
 ELSEWHERE = 4 * 2**30  # bytes that are taken to be left where the system is not Linux, which tells
 
 
@@ -106,8 +107,8 @@ def decode(file: Any, feature: Image, where: str) -> PILImage.Image:
         elif path or content:
             known = path or f"{len(content or b'')} bytes, SHA-256 {hashlib.sha256(content or b'').hexdigest()[:16]}"
             where = f"{where} ({known})"
-        hint = "Replace it, or leave such images out with skip_bad_images"
-        raise DamagedImageError(f"{where} cannot be read: {str(error).rstrip('.')}. {hint}.") from error
+        reason = str(error).partition(" <_io")[0].rstrip(".")  # without the name of an object
+        raise DamagedImageError(f"{where} cannot be read: {reason}.{HINT}") from error
 
 
 def scaled(pixels: torch.Tensor, processor: DDAEImageProcessor) -> torch.Tensor:

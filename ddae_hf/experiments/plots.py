@@ -1,44 +1,72 @@
-"""The pictures that scripts draw of their figures."""
+"""The pictures of figures: drawn without pyplot, so that a notebook shows them and no window or backend is needed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
 
 from ..image_processing_ddae import as_rgb
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without windows)
+from .results import Pair
 
 
-def draw_sweep(
-    folder: Path, rows: list[dict[str, Any]], layers: list[str], sigmas: list[float], best: dict[str, Any]
-) -> None:
-    """Draw validation accuracy over layers and noise levels, and over noise levels alone."""
-    accuracy = {(row["layer"], row["sigma"]): 100 * row["validation_accuracy"] for row in rows}
-    values = [[accuracy[layer, sigma] for sigma in sigmas] for layer in layers]
-    heat_map(
-        folder / "heat_map.png", values, layers, [f"{sigma:g}" for sigma in sigmas],
-        title="Linear probe: accuracy on held-out images (%)", xlabel="noise level sigma", ylabel="layer",
-        framed=(layers.index(best["layer"]), sigmas.index(best["sigma"])),
-    )  # fmt: skip
-    order = sorted(sigmas)
+def heat_map_of_pairs(pairs: Sequence[Pair], best: Pair) -> Figure:
+    """Return a picture of validation accuracy over layers and noise levels, the best pair framed."""
+    layers = list(dict.fromkeys(pair.layer for pair in pairs))
+    sigmas = list(dict.fromkeys(pair.sigma for pair in pairs))
+    accuracy = _accuracies(pairs)
+    return heat_map(
+        [[accuracy[layer, sigma] for sigma in sigmas] for layer in layers],
+        layers,
+        [f"{sigma:g}" for sigma in sigmas],
+        title="Linear probe: accuracy on held-out images (%)",
+        xlabel="noise level sigma",
+        ylabel="layer",
+        framed=(layers.index(best.layer), sigmas.index(best.sigma)),
+    )
+
+
+def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair) -> Figure:
+    """Return a picture of validation accuracy over noise levels, of the best layer of each and of the best pair's."""
+    accuracy = _accuracies(pairs)
+    sigmas = sorted({pair.sigma for pair in pairs})
+    layers = {pair.layer for pair in pairs}
     lines = {
-        "best layer of each level": [max(accuracy[layer, sigma] for layer in layers) for sigma in order],
-        best["layer"]: [accuracy[best["layer"], sigma] for sigma in order],
+        "best layer of each level": [max(accuracy[layer, sigma] for layer in layers) for sigma in sigmas],
+        best.layer: [accuracy[best.layer, sigma] for sigma in sigmas],
     }
-    path, label = folder / "accuracy_over_sigma.png", "accuracy on held-out images (%)"
-    curves(path, order, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label, log=True)
+    label = "accuracy on held-out images (%)"
+    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label, log=True)
+
+
+def _accuracies(pairs: Sequence[Pair]) -> dict[tuple[str, float], float]:
+    return {(pair.layer, pair.sigma): 100 * pair.validation_accuracy for pair in pairs}
+
+
+def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Figure:
+    """Return a picture of true classes, the rows, by predicted ones, in percent of the row."""
+    from sklearn.metrics import confusion_matrix
+
+    few = len(names) <= 20
+    side = max(5.0, 0.6 * min(len(names), 40))
+    figure = Figure(figsize=(side, side))
+    axes = figure.subplots()
+    table = confusion_matrix(labels, predicted, labels=np.arange(len(names)), normalize="true")
+    axes.imshow(table, cmap="Blues")
+    for (i, j), value in np.ndenumerate(table) if few else ():
+        dark = value > (table.min() + table.max()) / 2
+        axes.text(j, i, f"{value:.0%}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(names)), names, rotation="vertical")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="Predicted", ylabel="True", title=f"Test accuracy {(labels == predicted).mean():.1%}")
+    return figure
 
 
 def heat_map(
-    path: Path,
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
     columns: Sequence[str],
@@ -47,11 +75,12 @@ def heat_map(
     xlabel: str,
     ylabel: str,
     framed: tuple[int, int],
-) -> None:
-    """Draw a table as colours with its figures, one cell of it framed."""
+) -> Figure:
+    """Return a picture of a table as colours with its figures, one cell of it framed."""
     table = np.asarray(values)
-    size = (max(6.0, 2.8 + 0.72 * len(columns)), 1.4 + 0.36 * len(rows))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    size = (max(6.0, 2.8 + 0.72 * len(columns)), max(2.4, 1.4 + 0.36 * len(rows)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(table, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -60,16 +89,14 @@ def heat_map(
         colour = "black" if value > middle else "white"
         axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9, color=colour)
     corner = (framed[1] - 0.5, framed[0] - 0.5)
-    axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="crimson", linewidth=2.5))
+    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="crimson", linewidth=2.5))
     axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.suptitle(title)
     figure.colorbar(image, ax=axes, pad=0.02)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def curves(
-    path: Path,
     x: Sequence[float],
     lines: Mapping[str, Sequence[float]],
     *,
@@ -77,9 +104,10 @@ def curves(
     xlabel: str,
     ylabel: str,
     log: bool = False,
-) -> None:
-    """Draw lines over a common axis, which has a tick at every point."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+) -> Figure:
+    """Return a picture of lines over a common axis, which has a tick at every point."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):
         axes.plot(x, y, style, label=label)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
@@ -87,23 +115,20 @@ def curves(
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def stacked_curves(
-    path: Path,
     x: Sequence[float],
     panels: Mapping[str, Sequence[float]],
     marked: Mapping[str, int],
     *,
     title: str,
     xlabel: str,
-) -> None:
-    """Draw one curve a panel over a common axis, with one point of each marked."""
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(6, 0.8 + 2 * len(panels)), sharex=True, squeeze=False, layout="constrained"
-    )
+) -> Figure:
+    """Return a picture of one curve a panel over a common axis, with one point of each marked."""
+    figure = Figure(figsize=(6, 0.8 + 2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
     for (label, y), axis in zip(panels.items(), axes[:, 0], strict=True):
         best = marked[label]
         axis.plot(x, y, "o-")
@@ -113,8 +138,7 @@ def stacked_curves(
         axis.legend()
     axes[-1, 0].set_xlabel(xlabel)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def image_grid(images: Sequence[PILImage.Image], columns: int | None = None, min_side: int = 64) -> PILImage.Image:

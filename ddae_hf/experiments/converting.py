@@ -1,0 +1,131 @@
+"""A published checkpoint of another code base becomes a folder that `ddae_hf` opens: `convert`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusers import DiTPipeline
+
+from .. import conversion
+from ..checkpoints import load_vae, plain_config
+from ..configuration_ddae import DDAEConfig
+from ..image_processing_ddae import DDAEImageProcessor
+from ..modeling_ddae import DDAEModel
+from ..pipeline_ddae import DDAEPipeline
+from ..weights import fingerprint
+from .options import Options, option
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class ConversionOptions(Options):
+    """What a checkpoint's file does not say."""
+
+    vae: str | None = option(
+        None,
+        "Of an official DiT: folder or Hub id of its AutoencoderKL, or of a pipeline that has it; kept beside it.",
+    )
+    num_heads: int | None = option(
+        None, "Of an official DiT: attention heads; needed if the width is none of the published networks'."
+    )
+    num_classes: int | None = option(
+        None, "Of an official DiT: classes, by default what the training run noted, or 1000."
+    )
+    framework: Literal["ddpm", "edm"] | None = option(
+        None, "Of a U-Net of the DDAE paper's authors: what it was trained under; required, as the file is silent."
+    )
+    sample_size: int | None = option(
+        None, "Of a U-Net of the DDAE paper's authors: side of its images in pixels, by default 32."
+    )
+
+
+@dataclass
+class Converted:
+    """A converted checkpoint: its folder, the network in it, and the class that opens it."""
+
+    folder: Path
+    conversion: conversion.Conversion
+    opens_in: str
+    vae: Any = None
+
+    def __str__(self) -> str:
+        found, denoiser = self.conversion, self.conversion.denoiser
+        lines = [
+            f"The file holds {found.source}; {found.source_parameters:,} parameters.",
+            f"{self.folder} holds it as a {type(denoiser).__name__} of {denoiser.num_parameters():,} parameters, under "
+            f"{type(found.scheduler).__name__}{'' if self.vae is None else ' and its VAE'} ({self.opens_in}).",
+        ]
+        if reason := found.config.get("features_only"):
+            lines.append(f"It gives features and no images: {reason}")
+        elif self.vae is None and denoiser.config.in_channels not in (1, 3):
+            lines.append("It works on latents: without a vae its images are those.")
+        return "\n".join(lines)
+
+
+def convert(
+    checkpoint: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    options: ConversionOptions | None = None,
+    **changes: Any,
+) -> Converted:
+    """Convert a published checkpoint; what its file holds is seen from its content, and nothing that it names is run.
+
+    Args:
+        checkpoint: The file; `docs/converting.md` has those that are known, and how exact their conversions are.
+        output_dir: Folder to write, which must not hold anything yet.
+        options: What the file does not say.
+        **changes: Fields of the options that are to be others.
+
+    Returns:
+        What was written, which says so as text.
+
+    Raises:
+        ValueError: A folder that is not empty, a file of no known kind, or options that it does not take.
+        OSError: A file that is not there, or a full disk.
+    """
+    options, folder = ConversionOptions.of(options, changes), Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder: choose another output_dir.")
+    vae = None if options.vae is None else load_vae(options.vae)
+    found = conversion.convert(
+        checkpoint,
+        num_heads=options.num_heads,
+        num_classes=options.num_classes,
+        framework=options.framework,
+        sample_size=options.sample_size,
+    )
+    logger.info("%s holds %s.", checkpoint, found.source)
+    features_only = found.config.get("features_only")
+    if features_only and vae is not None:
+        raise ValueError("vae came, but this network works on pixels: leave it out.")
+    opens_in = _write_features(found, folder) if features_only else _write_generator(found, vae, folder)
+    return Converted(folder, found, opens_in, vae)
+
+
+def _write_generator(found: conversion.Conversion, vae: Any, folder: Path) -> str:
+    """Write a network that samples, as a pipeline; return which class opens it."""
+    pipeline: Any = DDAEPipeline.for_denoiser(found.denoiser, found.scheduler, vae=vae)
+    if vae is not None:
+        pipeline = DiTPipeline(pipeline.transformer, vae, pipeline.scheduler)
+    pipeline.save_pretrained(folder)
+    return type(pipeline).__name__
+
+
+def _write_features(found: conversion.Conversion, folder: Path) -> str:
+    """Write a network whose hidden states alone are right, as a model; return which class opens it."""
+    config = DDAEConfig(
+        denoiser=plain_config(found.denoiser),
+        scheduler=plain_config(found.scheduler),
+        generator_fingerprint=fingerprint(found.denoiser),
+        **found.config,
+    )
+    model = DDAEModel(config)
+    model.denoiser.load_state_dict(found.denoiser.state_dict())
+    model.save_pretrained(folder)
+    DDAEImageProcessor.for_denoiser(config.denoiser).save_pretrained(folder)
+    return type(model).__name__

@@ -1,0 +1,253 @@
+"""Latents of a data set: `encode` makes them once, and denoisers of latents train on them without their VAE.
+
+    from ddae_hf.experiments import Images, encode
+    folder = encode("runs/cifar10_vae", Images.open("uoft-cs/cifar10"), mirror=True, output_dir="runs/latents")
+
+`LatentInputs` gives them to probes in place of images, and `latent_dataset` to a training loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..augment import mirror
+from ..checkpoints import load_vae
+from ..image_processing_ddae import DDAEImageProcessor
+from ..latents import downsampling
+from .arrays import num_bytes, size
+from .devices import best_device, made_fast
+from .draws import augment_view, indexed_noise
+from .images import ImageInputs, Images, ImageSet, Inputs, noise_view
+from .latent_folder import DTYPE, LatentFolder
+from .options import Options, option
+
+Rows = Sequence[int] | np.ndarray
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class EncodingOptions(Options):
+    """Options of `encode`."""
+
+    output_dir: str = option("runs/latents", "Folder of the latents.")
+    train_split: str = option("train", "Split to encode.")
+    max_train_samples: int | None = option(None, "Use N images of all classes, always the same ones.")
+    resolution: int | None = option(None, "Side of the square images; by default the VAE's sample_size.")
+    center_crop: bool = option(True, "Cut the centre of images of another shape; without it they are squashed.")
+    mirror: bool = option(False, "Encode every image's mirror image too, as a second view.")
+    sample_posterior: bool = option(False, "Draw latents from the VAE's distribution.")
+    batch_size: int = option(16, "Images that are encoded at a time.")
+    seed: int = option(0, "Seed of the draws.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+
+
+def encode(
+    vae: str | os.PathLike[str] | Any, images: Images, options: EncodingOptions | None = None, **changes: Any
+) -> LatentFolder:
+    """Encode a split's images by a VAE once, with their labels beside them where they have any.
+
+    An interrupted run goes on where it stopped, and latents that are there are not computed again.
+
+    Args:
+        vae: Folder or Hub id of an `AutoencoderKL`, or of a checkpoint that has one; or the object itself.
+        images: The data set.
+        options: Options, by default those of `EncodingOptions`.
+        **changes: Fields of the options that are to be others.
+
+    Returns:
+        The folder, whose split is named `train` whatever its name in the data set.
+
+    Raises:
+        ValueError: Options that cannot work, images that cannot be read, a folder of other latents, or a damaged file.
+        OSError: No such VAE, or not enough space on disk.
+    """
+    options = EncodingOptions.of(options, changes)
+    source = os.fspath(vae) if isinstance(vae, (str, os.PathLike)) else None
+    if source is not None:
+        vae = load_vae(source, cache_dir=options.cache_dir)
+    side = options.resolution or vae.config.sample_size
+    if side % (factor := downsampling(vae.config)):
+        raise ValueError(f"resolution is {side}: it must be a multiple of {factor}, the pixels a latent stands for.")
+    processor = DDAEImageProcessor(
+        size={"height": side, "width": side}, num_channels=vae.config.in_channels, do_center_crop=options.center_crop
+    )
+    train = images[options.train_split].take(options.max_train_samples)
+    inputs = {"train": ImageInputs(train, processor)}
+    folder = LatentFolder.create(
+        options.output_dir,
+        vae,
+        (side, side),
+        describe_splits(inputs, {"train": 1 + options.mirror}, {"mirror": options.mirror}),
+        sample_posterior=options.sample_posterior,
+        seed=options.seed,
+        names=train.names,
+        vae_source=source or vae.config.get("_name_or_path"),
+        dataset=images.facts(train),
+    )
+    encode_views(folder, vae, inputs, options.batch_size)
+    return folder
+
+
+def describe_splits(
+    inputs: Mapping[str, ImageInputs], views: Mapping[str, int], changes: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return what a `LatentFolder` is told of splits, with so many views each, whose later ones are changed so."""
+    splits = {}
+    for name, count in views.items():
+        known = inputs[name].identity
+        preprocessing = known["preprocessing"]
+        if not preprocessing["do_center_crop"]:
+            del preprocessing["do_center_crop"]  # as version 0.1.0 described its latents, so that they can be continued
+        splits[name] = {
+            "count": len(inputs[name]),
+            "views": count,
+            "images": known["images"],
+            "preprocessing": preprocessing,
+            "changes": changes,
+        }
+    return splits
+
+
+def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInputs], batch_size: int) -> None:
+    """Compute the latents that a folder lacks, in float32 on the best device there is, and keep the labels.
+
+    The VAE is afterwards as it was. Views after the first are changed as the folder's description says: mirrored, or
+    as `augment_view` does.
+
+    Args:
+        folder: The folder, which `LatentFolder.create` made for these images.
+        vae: The `AutoencoderKL`.
+        inputs: The images of every split.
+        batch_size: Images that are encoded at a time.
+    """
+    for split, known in inputs.items():
+        if known.labels is not None:
+            folder.write_labels(split, known.labels)
+    logger.info(state_use(folder, vae, batch_size))
+    if not folder.missing_bytes():
+        return
+    device, dtype, started = vae.device, vae.dtype, time.monotonic()
+    made_fast(vae, best_device()).to(best_device()).float()
+    try:
+        for split, known in folder.index["splits"].items():
+            for view in range(known["views"]):
+                folder.encode(vae, split, view, partial(_batches, inputs[split], split, known, view, batch_size))
+    finally:
+        vae.to(device).type(dtype)
+    logger.info("Encoded in %.0f s.", time.monotonic() - started)
+
+
+def _batches(
+    inputs: ImageInputs, split: str, known: dict[str, Any], view: int, batch_size: int, start: int
+) -> Iterator[Tensor]:
+    """Yield a view of a split's images from `start` on, of which a `LatentFolder` knows the count and the changes."""
+    changes = known["changes"]
+    for pixels in inputs.batches(batch_size, start=start, title=f"Encoding {split} images, view {view}"):
+        rows = range(start, start := start + len(pixels))
+        if view and changes.get("mirror"):
+            pixels = mirror(pixels)
+        elif view:
+            pixels = augment_view(pixels, rows, changes["seed"], view, changes["flip"], changes["crop_padding"])
+        yield pixels
+
+
+def state_use(folder: LatentFolder, vae: Any, batch_size: int) -> str:
+    """Return what encoding a folder's latents will take, in words."""
+    splits = folder.index["splits"]
+    count = sum(known["count"] * known["views"] for known in splits.values())
+    of = ", ".join(f"{known['count']:,} {name} images x {known['views']} views" for name, known in splits.items())
+    factor = downsampling(vae.config)
+    batch = num_bytes((vae.config.in_channels, *(factor * side for side in folder.shape[1:])), batch_size)
+    weights = sum(p.numel() * p.element_size() for p in vae.parameters())
+    return (
+        f"Latents of {of}: {count:,} of {'x'.join(map(str, folder.shape))}, "
+        f"{size(num_bytes(folder.shape, count, DTYPE))} on disk in {folder.folder}, {size(folder.missing_bytes())} of "
+        f"them still to be computed. Memory stays bounded: while encoding the VAE ({size(weights)}) and what it needs "
+        f"for {batch_size} images at a time ({size(batch)} as pixels), afterwards the denoiser; latents are read from "
+        "the disk. Decoded images are kept where all fit into a quarter of the free memory."
+    )
+
+
+class LatentInputs(Inputs):
+    """Images by their latents, which stand in for their pixels; numbers of views beyond the last begin again.
+
+    Args:
+        images: The images.
+        folder: Their latents, which may still have to be computed.
+        split: Name of the split in the folder.
+
+    Raises:
+        ValueError: The folder has no latents of these images.
+    """
+
+    def __init__(self, images: ImageSet, folder: LatentFolder, split: str):
+        self.images, self.folder, self.split = images, folder, split
+        if folder.index["splits"].get(split, {}).get("images") != images.hash:
+            raise ValueError(
+                f"{folder.folder} has no latents of these {split} images: `transfer` makes them, from the same data "
+                "with the same max_train_samples and max_test_samples."
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """How the latents were made, and of which images."""
+        index = self.folder.index
+        known = {name: index[name] for name in ("vae", "vae_fingerprint", "shape", "sample_posterior", "seed")}
+        return {**known, **index["splits"][self.split]}
+
+    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
+        """Return the latents (B, c, h, w) of a view of the images at `rows`, float32."""
+        return _read(self.folder.latents(self.split, view % self.folder.views(self.split)), rows)
+
+
+def _read(latents: np.ndarray, rows: Rows) -> Tensor:
+    return torch.from_numpy(latents[np.asarray(rows)]).float()
+
+
+def latent_dataset(
+    folder: LatentFolder,
+    split: str,
+    labels: np.ndarray | None = None,
+    views: int | None = None,
+    noise: tuple[int, int] | None = None,
+) -> Dataset:
+    """Return a split's latents as a data set of `pixel_values` and, where they came, `labels`.
+
+    With `views`, `pixel_values` are the first so many views of an image, (views, c, h, w): training draws one of them,
+    see `one_view`. Without, they are the first, (c, h, w). With `noise` (draws, seed) rows have noise of their own.
+    """
+    count = min(len(folder.latents(split, view)) for view in range(views or 1))
+    columns = {"index": np.arange(count)} | ({} if labels is None else {"labels": labels})
+
+    def rows(batch: dict[str, Any]) -> dict[str, Any]:
+        # Opened here: datasets pickles what a transform holds, which would read every latent into memory.
+        found = [_read(folder.latents(split, view), batch["index"]) for view in range(views or 1)]
+        row = {"pixel_values": torch.stack(found, dim=1) if views else found[0]}
+        if labels is not None:
+            row["labels"] = torch.tensor(batch["labels"])
+        if noise is not None:
+            view = noise_view(split == "test", 0)
+            row["noise"] = indexed_noise((noise[0], *folder.shape), batch["index"], noise[1], view)
+        return row
+
+    return Dataset.from_dict(columns).with_transform(rows)
+
+
+def one_view(pixel_values: Tensor) -> Tensor:
+    """Return one view, drawn at random, of each image: of (B, views, c, h, w) so (B, c, h, w); images stay."""
+    if pixel_values.ndim == 4:
+        return pixel_values
+    count, views = pixel_values.shape[:2]
+    drawn = torch.randint(views, (count,), device=pixel_values.device)
+    return pixel_values[torch.arange(count, device=pixel_values.device), drawn]

@@ -1,0 +1,154 @@
+"""The features of a data set's images as parquet or npy files, for use elsewhere: `export_features`.
+
+`features.parquet` has one row an image, in the data set's order: `index`, `label` where there are labels, and one
+column of lists of float32 a layer, named like it. As `npy` they are `LAYER.npy` (N, C), and `label.npy`. Both come with
+`features.json`, which says what they are of.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .arrays import check_space, write_json, written_whole
+from .features import FeatureCache
+from .images import ImageInputs, Images
+from .models import Model, check_taps, chosen_layers, open_model, open_processor
+from .options import Options, option
+
+ROW_GROUP = 10_000
+
+
+@dataclass(kw_only=True)
+class ExportOptions(Options):
+    """Options of `export_features`."""
+
+    output_dir: str = option("runs/features_export", "Folder of the files.")
+    features_dir: str | None = option(None, "Folder where features are kept; by default `cache` in output_dir.")
+    format: Literal["parquet", "npy"] = option("parquet", "Kind of the files.")
+    train_split: str = option("train", "Split whose features are exported.")
+    max_train_samples: int | None = option(None, "Use N images of all classes, always the same ones.")
+    layers: list[str] = option(["own"], "Names of layers, `decoder`, `all`, or `own`, the checkpoint's one.")
+    sigma: float | None = option(None, "Noise level; by default the checkpoint's.")
+    view: int = option(0, "Number of the draw of noise; sweeps take 0 in training, 1 in tests.")
+    num_noise_samples: int = option(1, "Draws of noise that features are averaged over.")
+    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    noise_seed: int = option(0, "Seed of the noise.")
+    batch_size: int = option(250, "Images that the network is given at a time.")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "Type that the network computes in; by default its checkpoint's."
+    )
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+
+
+@dataclass
+class ExportedFeatures:
+    """Features that were written to files.
+
+    Attributes:
+        folder: Where the files are.
+        features: Arrays (N, C), float32, mapped from disk, by layer name.
+        labels: Labels (N,), or None where there are none.
+        names: The classes' names.
+        sigma: Noise level.
+    """
+
+    folder: Path
+    features: dict[str, np.ndarray]
+    labels: np.ndarray | None
+    names: list[str] | None
+    sigma: float
+
+    def __str__(self) -> str:
+        widths = ", ".join(f"{layer} ({values.shape[1]})" for layer, values in self.features.items())
+        count = len(next(iter(self.features.values())))
+        return f"Features of {count:,} images at sigma {self.sigma:g} are in {self.folder}: {widths}."
+
+
+def export_features(
+    model: Model, images: Images, options: ExportOptions | None = None, **changes: Any
+) -> ExportedFeatures:
+    """Compute the features of a split's images, and write them to files with the labels, where there are any.
+
+    They are computed into `features_dir` first: an interrupted run goes on, and what a sweep has left there is used.
+
+    Args:
+        model: The model, or its checkpoint's folder or Hub id.
+        images: The data set.
+        options: Options, by default those of `ExportOptions`.
+        **changes: Fields of the options that are to be others.
+
+    Raises:
+        ValueError: Options that cannot work, an unknown layer, a noise level outside the schedule, images that cannot
+            be read, or a damaged file.
+        OSError: No such checkpoint, or not enough space on disk.
+    """
+    options = ExportOptions.of(options, changes)
+    chosen = images[options.train_split].take(options.max_train_samples)
+    labels = chosen.labels  # looked at before any long work
+    network = open_model(
+        model,
+        dtype=options.dtype,
+        cache_dir=options.cache_dir,
+        num_noise_samples=options.num_noise_samples,
+        null_class=options.null_class,
+    )
+    layers = chosen_layers(network, options.layers)
+    sigma = network.config.sigma if options.sigma is None else options.sigma
+    check_taps(network, layers, [sigma])
+    inputs = ImageInputs(chosen, open_processor(model, options.cache_dir))
+
+    def batches(start: int) -> Iterable[Tensor]:
+        return inputs.batches(options.batch_size, start=start, title="Features")
+
+    folder = Path(options.output_dir)
+    cache = FeatureCache(options.features_dir or folder / "cache", network, options.noise_seed)
+    features = cache.features(batches, len(inputs), layers, sigma, view=options.view, data=inputs.identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_space(folder, sum(values.nbytes for values in features.values()))
+    if options.format == "parquet":
+        _write_parquet(folder / "features.parquet", features, labels)
+    else:
+        _write_npy(folder, features, labels)
+    said = {"model_name_or_path": os.fspath(model) if isinstance(model, (str, os.PathLike)) else None}
+    said |= {**images.opened_with, **options.to_dict()}
+    about = {"options": said, "layers": layers, "sigma": sigma, "images": len(inputs), "class_names": chosen.names}
+    write_json(folder / "features.json", about)
+    return ExportedFeatures(folder, features, labels, chosen.names, sigma)
+
+
+def _write_parquet(path: Path, features: Mapping[str, np.ndarray], labels: np.ndarray | None) -> None:
+    """Write one row an image, in pieces."""
+    fields = [("index", pa.int64())] + ([("label", pa.int64())] if labels is not None else [])
+    fields += [(layer, pa.list_(pa.float32(), values.shape[1])) for layer, values in features.items()]
+    count = len(next(iter(features.values())))
+    with written_whole(path) as partial, pq.ParquetWriter(partial, pa.schema(fields)) as writer:
+        for start in tqdm(range(0, count, ROW_GROUP), desc="Writing"):
+            rows = slice(start, min(start + ROW_GROUP, count))
+            columns: dict[str, Any] = {"index": np.arange(count)[rows]}
+            if labels is not None:
+                columns["label"] = labels[rows]
+            for layer, values in features.items():
+                flat = pa.array(np.ascontiguousarray(values[rows]).reshape(-1))
+                columns[layer] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+            writer.write_table(pa.table(columns, schema=pa.schema(fields)))
+
+
+def _write_npy(folder: Path, features: Mapping[str, Any], labels: np.ndarray | None) -> None:
+    """Write one array a layer, and the labels."""
+    for layer, values in features.items():
+        with written_whole(folder / f"{layer}.npy") as partial:
+            shutil.copyfile(values.filename, partial)
+    if labels is not None:
+        with written_whole(folder / "label.npy") as partial, partial.open("wb") as file:
+            np.save(file, labels)

@@ -1,0 +1,440 @@
+"""Fine-tuning: a denoiser and a linear classifier on it are trained further as one network.
+
+    from ddae_hf.experiments import Images, finetune
+    result = finetune("runs/cifar10_ddpm_unet", Images.open("uoft-cs/cifar10"), label_fraction=0.1, layer_decay=0.75)
+    print(result.table())
+    result.classifier.push_to_hub("me/classifier")
+
+Images get noise of the tap's level, fresh in every step. Nothing is chosen: the last weights, or their averages, are
+tested once, with the model's fixed noise, which is what a user of the classifier gets, and with noise of every image's
+own. The VAE of a denoiser of latents is never trained, nor drawn at random; with `latents_dir` it does not even run,
+and every step draws one of the stored views of each latent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_model
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import TrainerState, TrainingArguments
+
+from ..checkpoints import load_vae, plain_config
+from ..configuration_ddae import DDAEConfig
+from ..image_processing_ddae import DDAEImageProcessor
+from ..modeling_ddae import DDAEForImageClassification
+from ..weights import fingerprint
+from .classes import draw_fraction
+from .devices import best_device, made_fast
+from .draws import indexed_noise, separate_randomness
+from .encoding import LatentInputs
+from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
+from .latent_folder import LatentFolder
+from .models import Model, check_null_class
+from .options import Options, option
+from .probing import classify
+from .report import in_memory
+from .results import FineTuningReport
+from .run_facts import base_model, machine
+from .run_folder import (
+    OPTIONS,
+    check_same_run,
+    checkpoint_to_resume,
+    clear_rubbish,
+    read_options,
+    saved_checkpoints,
+    saving,
+    step_of,
+    write_options,
+)
+from .stopping import Interrupted
+from .trainer import AVERAGED, PROGRESS, WEIGHTS, FineTuner
+
+logger = logging.getLogger(__name__)
+
+NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", PROGRESS)
+
+
+@dataclass(kw_only=True)
+class FinetuningOptions(Options):
+    """Options of `finetune`."""
+
+    # What a resumed run may change, and is applied from then on; and what says only where things are.
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        """learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm num_train_epochs max_train_steps
+        ema_decay noise_seed test_split max_test_samples torch_compile""".split()
+    )
+    PLACES: ClassVar[frozenset[str]] = frozenset(
+        """output_dir resume_from_checkpoint checkpointing_steps cache_dir dataloader_num_workers report_to
+        logging_dir""".split()
+    )
+
+    output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest that is whole.")
+    train_split: str = option("train", "Split to train on.")
+    test_split: str = option("test", "Split to test on.")
+    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
+    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
+    label_fraction: float = option(1.0, "Part of each class's training images that is used.")
+    latents_dir: str | None = option(None, "Folder of the images' latents, to train on in place of their pixels.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+    layer: str | None = option(None, "Where the classifier reads the network; by default the checkpoint's layer.")
+    sigma: float | None = option(None, "Noise level of the images; by default the checkpoint's.")
+    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    from_scratch: bool = option(False, "Start from random weights, to compare.")
+    batch_size: int = option(128, "Images that a device takes at a time.")
+    gradient_accumulation_steps: int = option(1, "Batches of every device in a step.")
+    num_train_epochs: int = option(10, "Passes over the training images.")
+    max_train_steps: int | None = option(None, "Number of steps, in place of num_train_epochs.")
+    learning_rate: float = option(5e-4, "Of the classifier; see layer_decay.")
+    layer_decay: float = option(1.0, "Factor of the learning rate from one layer to the one before.")
+    lr_warmup_ratio: float = option(0.05, "Part of the steps in which the learning rate rises.")
+    weight_decay: float = option(0.05, "Of matrices and kernels.")
+    max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.")
+    label_smoothing: float = option(0.0, "Part of a label that is spread over all classes.")
+    mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0 mixes nothing.")
+    random_flip: bool = option(False, "Mirror half of the images.")
+    random_crop: int = option(0, "Shift images by up to this many pixels.", metavar="PADDING")
+    ema_decay: float | None = option(None, "Average the weights with this decay; by default they are not averaged.")
+    seed: int = option(0, "Seed of everything that is random in training.")
+    noise_seed: int | None = option(None, "Seed of the noise in evaluation; by default the checkpoint's.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Type that most operations compute in.")
+    torch_compile: bool = option(False, "Compile the network first, which takes minutes.")
+    dataloader_num_workers: int = option(0, "Processes that read images; with 0 they are decoded once, if they fit.")
+    checkpointing_steps: int = option(500, "Save a checkpoint, ready to resume, every N steps.")
+    report_to: str | None = option(None, "Tracker: tensorboard, wandb, ...")
+    logging_dir: str = option("logs", "Folder of tensorboard's files, inside output_dir.")
+
+    def check(self) -> None:
+        """Refuse what several options forbid together."""
+        for name in ("random_flip", "random_crop"):
+            if self.latents_dir is not None and getattr(self, name):
+                raise ValueError(f"{name}: images in latents_dir were changed before they were encoded: leave it out.")
+        if self.mixup and self.batch_size < 2:
+            raise ValueError("mixup mixes the images of a batch: batch_size must be at least 2.")
+        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("mixed_precision fp16 needs a GPU.")
+        if self.output_dir is None and (self.resume_from_checkpoint or self.report_to):
+            raise ValueError("output_dir is not given: without it there is nothing to resume and no place for logs.")
+
+
+@dataclass(kw_only=True)
+class FinetuningResult(FineTuningReport):
+    """What `finetune` found: the figures, and in memory the classifier with its image processor."""
+
+    classifier: DDAEForImageClassification = in_memory()
+    processor: DDAEImageProcessor = in_memory()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that `DDAEForImageClassification.from_pretrained` opens, with `eval_results.json`."""
+        self.classifier.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        self.write(Path(folder))
+
+
+def finetune(
+    model: Model, images: Images, options: FinetuningOptions | None = None, **changes: Any
+) -> FinetuningResult:
+    """Train a denoiser further as a classifier, and test it once.
+
+    With `output_dir` everything is left there, with checkpoints, one of them on SIGTERM and Ctrl-C. Of the processes of
+    `accelerate launch`, which all call this, the first writes.
+
+    Args:
+        model: The checkpoint, or an open model, whose weights stay as they are.
+        images: The data set, whose images have labels.
+        options: Options, by default those of `FinetuningOptions`.
+        **changes: Fields of the options that are to be others.
+
+    Raises:
+        ValueError: Options that cannot work, a run to resume that would become another, a training that diverges.
+        OSError: No such checkpoint, or no room on the disk.
+        Interrupted: A signal came, and there is a checkpoint to go on from.
+    """
+    options = FinetuningOptions.of(options, changes)
+    given = DataOptions().to_dict() | images.opened_with | options.to_dict()
+    with separate_randomness(), contextlib.ExitStack() as stack:
+        if isinstance(model, (str, os.PathLike)):
+            path = given["model_name_or_path"] = os.fspath(model)
+        else:  # is opened as all others are
+            given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
+            path = stack.enter_context(tempfile.TemporaryDirectory())
+        resume = to_resume(options, given)
+        if resume is not None and (finished := finished_run(options, given, resume.parent)):
+            return finished
+        if path != given["model_name_or_path"]:
+            model.save_pretrained(path)
+        folder = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        return _finetune(path, images, dataclasses.replace(options, output_dir=folder), given, resume)
+
+
+def _finetune(
+    path: str, images: Images, options: FinetuningOptions, given: dict[str, Any], resume: Path | None
+) -> FinetuningResult:
+    started = time.monotonic()
+    processor = DDAEImageProcessor.from_pretrained(path, cache_dir=options.cache_dir)
+    train, test = open_inputs(path, images, options, processor)
+    classifier = made_fast(build_classifier(path, options, train.names), best_device())
+    rows = Rows(train, draw_fraction(train.labels, options.label_fraction, options.seed))
+    check_sizes(options, classifier.config, len(rows))
+    keeps = given["output_dir"] is not None
+    trainer = FineTuner(options, training_arguments(options, len(rows), keeps), classifier, rows)
+    found = train_further(trainer, given, resume) | figures_of(trainer, test)
+    if isinstance(train, LatentInputs):
+        classifier = with_vae(path, options, classifier, train.folder)
+        right = classify(classifier, test.images, processor) == test.labels
+        found["saved_classifier_test_accuracy"] = float(right.mean())
+    seconds = time.monotonic() - started
+    result = FinetuningResult(
+        options=given,
+        layer=classifier.config.layer,
+        sigma=classifier.config.sigma,
+        num_train_labels=len(rows),
+        num_test_images=len(test),
+        seconds_this_run=round(seconds, 1),
+        seconds=round(seconds + found["train_seconds"] - found["train_seconds_this_run"], 1),
+        dataset=images.facts(train.images, test.images) | {"num_images": len(rows)},
+        classifier=classifier.eval(),
+        processor=processor,
+        **found,
+        **base_model(path if path == given["model_name_or_path"] else None),
+        **machine(trainer.args.device.type, trainer.args.world_size),
+    )
+    if keeps and trainer.is_world_process_zero():
+        with saving(options.output_dir):
+            result.save(options.output_dir)
+    return result
+
+
+# What a run is resumed from
+
+
+def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
+    """Return the checkpoint to resume, or None for a fresh start; `given` are all options, the data's among them."""
+    if options.output_dir is None:
+        return None
+    wanted = options.resume_from_checkpoint
+    run = Path(options.output_dir) if wanted in (None, "latest") else Path(wanted).parent
+    if wanted is not None and (run / OPTIONS).is_file():
+        trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
+        begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
+        check_same_run(given, trained, (options.MAY_CHANGE | options.PLACES) - begins, run)
+    needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
+    checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
+    if checkpoint is not None and not (run / OPTIONS).is_file():
+        raise ValueError(f"{run} has no {OPTIONS}, which says how {checkpoint.name} was trained: it is not resumed.")
+    return checkpoint
+
+
+def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -> FinetuningResult | None:
+    """Return what a complete run of the same options has left; its figures are written last."""
+    if run.resolve() != Path(str(options.output_dir)).resolve() or not (run / FineTuningReport.file).is_file():
+        return None
+    report = FineTuningReport.read(run)
+    if any(report.options.get(name) != given[name] for name in options.MAY_CHANGE):
+        return None
+    logger.info(f"{run} is complete: there is nothing left to do.")
+    classifier = DDAEForImageClassification.from_pretrained(run)
+    return FinetuningResult(
+        **vars(report), classifier=classifier, processor=DDAEImageProcessor.from_pretrained(run)
+    )
+
+
+# The data and the network
+
+
+class Rows(Dataset):
+    """Labelled inputs by whole batches, as Trainer's loader asks for them; of latents for training in all views.
+
+    Args:
+        inputs: The inputs.
+        rows: Which of them to train on; by default all are for tests.
+        noise: Gives rows noise of their own, (B, draws, C, H, W).
+    """
+
+    def __init__(
+        self, inputs: Inputs, rows: np.ndarray | None = None, noise: Callable[[np.ndarray], Tensor] | None = None
+    ):
+        self.inputs, self.noise = inputs, noise
+        self.rows = np.arange(len(inputs)) if rows is None else rows
+        self.views = inputs.folder.views("train") if rows is not None and isinstance(inputs, LatentInputs) else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return `pixel_values` (B, C, H, W) or (B, views, c, h, w), `labels` (B,) and `noise` (draws, B, C, H, W)."""
+        rows = self.rows[indices]
+        views = [self.inputs.read(rows, view) for view in range(self.views or 1)]
+        batch = {"pixel_values": torch.stack(views, dim=1) if self.views else views[0]}
+        batch["labels"] = torch.from_numpy(self.inputs.labels[rows])
+        return batch if self.noise is None else batch | {"noise": self.noise(rows).transpose(0, 1)}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """How many images these are, and a SHA-256 of them and their labels."""
+        content = [self.inputs.images.hash, self.rows.tolist(), self.inputs.labels[self.rows].tolist()]
+        return {"num_images": len(self), "data": hashlib.sha256(repr(content).encode()).hexdigest()}
+
+
+def open_inputs(
+    path: str, images: Images, options: FinetuningOptions, processor: DDAEImageProcessor
+) -> tuple[Inputs, Inputs]:
+    """Return training and test images by their pixels or, with `latents_dir`, by latents of the model's own VAE."""
+    train, test = labelled_splits(images, options)
+    if options.latents_dir is None:
+        inputs = ImageInputs(train, processor), ImageInputs(test, processor)
+        for each in inputs:  # workers have memory of their own, in which each would keep what it happens to decode
+            each.pixels.keep = options.dataloader_num_workers == 0
+        return inputs
+    folder = LatentFolder(options.latents_dir)
+    folder.check_vae(load_vae(path, cache_dir=options.cache_dir))
+    shape = DDAEConfig.from_pretrained(path, cache_dir=options.cache_dir).sample_shape
+    if folder.shape != shape:
+        raise ValueError(f"{options.latents_dir} has latents {folder.shape}: the denoiser takes {shape}.")
+    return LatentInputs(train, folder, "train"), LatentInputs(test, folder, "test")
+
+
+def build_classifier(path: str, options: FinetuningOptions, names: list[str]) -> DDAEForImageClassification:
+    """Return the classifier, on the pretrained denoiser or on one of random weights; of latents without its VAE."""
+    given = {name: getattr(options, name) for name in ("layer", "sigma", "null_class", "noise_seed")}
+    config = {name: value for name, value in given.items() if value is not None}
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    config |= {} if options.latents_dir is None else {"vae": None, "sample_posterior": False}
+    where = {"cache_dir": options.cache_dir}
+    torch.manual_seed(options.seed)
+    if options.from_scratch:
+        whole = DDAEConfig.from_pretrained(path, **config, **where)
+        whole.generator_fingerprint = None
+        classifier = DDAEForImageClassification(whole)
+        if whole.vae is not None:  # without which there are no latents to learn on
+            classifier.ddae.vae.load_state_dict(load_vae(path, **where).state_dict())
+    else:
+        config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        classifier = DDAEForImageClassification.from_pretrained(path, **config, **where)
+    check_null_class(classifier.ddae)
+    return classifier
+
+
+def with_vae(
+    path: str, options: FinetuningOptions, classifier: DDAEForImageClassification, folder: LatentFolder
+) -> DDAEForImageClassification:
+    """Return a classifier of latents with the VAE that they were made by, so that it takes images."""
+    vae = load_vae(path, cache_dir=options.cache_dir)
+    latents = {"vae": plain_config(vae), "sample_posterior": folder.index["sample_posterior"]}
+    whole = DDAEForImageClassification(DDAEConfig.from_dict(classifier.config.to_dict() | latents))
+    whole.load_state_dict(classifier.state_dict() | {f"ddae.vae.{k}": v for k, v in vae.state_dict().items()})
+    return whole.to(classifier.device)
+
+
+def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> None:
+    """Raise `ValueError` at options that do not go with the images' size or number."""
+    if options.random_crop >= min(config.image_size):
+        raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {config.image_size}.")
+    if config.feature_norm == "batch_norm" and count % options.batch_size == 1:
+        raise ValueError(f"{count} images leave a batch of one, which has no variance: change batch_size.")
+    if config.feature_norm == "batch_norm" and options.ema_decay is not None:
+        raise ValueError("The checkpoint has a batch norm, whose statistics are not averaged: leave out ema_decay.")
+
+
+# The training
+
+
+def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> TrainingArguments:
+    """Return Trainer's arguments for so many images, with checkpoints if it `keeps` them."""
+    arguments = TrainingArguments(
+        str(options.output_dir),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        lr_scheduler_type="cosine",
+        warmup_steps=options.lr_warmup_ratio,
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        data_seed=options.seed,
+        fp16=options.mixed_precision == "fp16",
+        bf16=options.mixed_precision == "bf16",
+        torch_compile=options.torch_compile,
+        save_strategy="steps" if keeps else "no",
+        save_steps=options.checkpointing_steps,
+        logging_steps=50,
+        report_to=options.report_to or "none",
+        disable_tqdm=True,  # there is a bar that prints nothing
+        logging_nan_inf_filter=False,  # it would hide them
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # they are frozen
+        dataloader_num_workers=options.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:  # Trainer would split batches along the draws of noise
+        raise ValueError(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
+    batches = math.ceil(math.ceil(count / options.batch_size) / arguments.world_size)
+    epoch = math.ceil(batches / options.gradient_accumulation_steps)
+    arguments.max_steps = options.max_train_steps or options.num_train_epochs * epoch
+    return arguments
+
+
+def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None) -> dict[str, Any]:
+    """Train, leave the last weights or their averages in the model, and return how long it took.
+
+    Raises:
+        Interrupted: A signal came, and a checkpoint was written.
+    """
+    output, keeps = Path(trainer.args.output_dir), given["output_dir"] is not None
+    if resume is not None:
+        trainer.restore(resume)
+    if keeps and trainer.is_world_process_zero():
+        clear_rubbish(output)
+        with saving(output):
+            write_options(given, output)
+    if resume is not None and step_of(resume) == trainer.args.max_steps:  # Trainer would go one step too far
+        trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+        load_model(trainer.model, resume / WEIGHTS)
+    else:
+        with trainer.stopping if keeps else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if number := trainer.signal():
+        raise Interrupted(
+            f"{signal.Signals(number).name} came: {saved_checkpoints(output)[-1]} is saved. The same command with "
+            "resume_from_checkpoint latest goes on from it.",
+            number,
+        )
+    total = trainer.total()
+    if trainer.average is not None:
+        trainer.average.copy_to(trainer.learning.values())
+    seconds = total["seconds"] - trainer.before["seconds"]
+    timed = (trainer.images_seen, seconds) if trainer.images_seen else (total["images"], trainer.before["seconds"])
+    return {
+        "steps": trainer.state.global_step,
+        "images": total["images"],
+        "train_seconds": round(total["seconds"], 1),
+        "train_seconds_this_run": round(seconds, 1),
+        "images_per_second": round(timed[0] / timed[1], 1),
+    }
+
+
+def figures_of(trainer: FineTuner, test: Inputs) -> dict[str, float]:
+    """Return figures of the test images, with the model's fixed noise and with noise of every image's own."""
+    config = trainer.model.config
+    shape = (config.num_noise_samples, *config.sample_shape)
+    own = partial(indexed_noise, shape, seed=config.noise_seed, view=noise_view(True, 0))
+    figures = trainer.evaluate(Rows(test), metric_key_prefix="test")
+    figures |= trainer.evaluate(Rows(test, noise=own), metric_key_prefix="test_own_noise")
+    wanted = ("_loss", "_accuracy", "_f1", "_precision", "_recall")
+    return {name: value for name, value in figures.items() if name.endswith(wanted)}

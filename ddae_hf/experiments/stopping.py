@@ -1,0 +1,120 @@
+"""How long work stops before its end: on a signal, with what there is kept, or at numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+
+SAME = 1.0  # seconds in which a launcher repeats a signal that its processes have got from the terminal already
+
+
+class Interrupted(KeyboardInterrupt):
+    """Work that stopped on a signal; the text says what is kept and how to go on.
+
+    Attributes:
+        signal: The signal's number.
+    """
+
+    def __init__(self, text: str, number: int = signal.SIGINT):
+        super().__init__(text)
+        self.signal = number
+
+
+class Stopping:
+    """Notes SIGINT (Ctrl-C) and SIGTERM while it is entered, for work that stops where it can be taken up again.
+
+    A second signal acts as it did before. Threads other than the main one get no signals, and note none.
+
+    Attributes:
+        requested: The number of the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._came = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):  # what is ignored stays so; None is of another language
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = number
+            self._came = time.monotonic()
+        elif time.monotonic() - self._came > SAME:
+            self.__exit__()
+            signal.raise_signal(number)
+
+
+class NotFinite(ValueError):
+    """A loss or weights that are not finite."""
+
+
+def largest(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the largest magnitude of weights, which is finite if all are."""
+    return torch.nn.utils.get_total_norm([w for w in weights if w.is_floating_point()], math.inf).float()
+
+
+def look(
+    accelerator: Any, losses: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]
+) -> tuple[list[float], bool]:
+    """Return the last losses, as means over all processes, and whether these and all weights are finite.
+
+    Every process must ask, and all get the same answer: none waits for one that has stopped.
+    """
+    seen = accelerator.reduce(torch.stack([*(loss.float() for loss in losses), largest(weights)]), "mean")
+    return seen[:-1].tolist(), bool(seen.isfinite().all())
+
+
+def check_weights(checkpoint: Path, weights: Iterable[torch.Tensor]) -> None:
+    """Raise `NotFinite` if a checkpoint to resume, as version 0.1.0 could write it, is not finite."""
+    if not largest(weights).isfinite():
+        raise NotFinite(f"{checkpoint} holds weights that are no finite numbers: resume an earlier one.")
+
+
+def not_finite(
+    step: int,
+    loss: float | None,
+    rate: float,
+    checkpoint: Path | None,
+    how: str = "resume from it",
+    option: str = "learning_rate",
+) -> NotFinite:
+    """Return what stops a run whose loss or weights are not finite.
+
+    Args:
+        step: The step at which that was seen.
+        loss: The last loss, or the mean of the last ones.
+        rate: Learning rate then.
+        checkpoint: The last good checkpoint, if there is any.
+        how: What can be done with it.
+        option: Name of the learning rate's option.
+    """
+    what = f"The loss is {loss}"
+    if loss is not None and math.isfinite(loss):
+        what = f"Some weights are no finite numbers, after a loss of {loss:.4g},"
+    last = (
+        f"{checkpoint} is the last good checkpoint: {how}" if checkpoint else "There is no checkpoint yet: start again"
+    )
+    return NotFinite(
+        f"{what} at step {step}, at a learning rate of {rate:.3g}; none of it is saved. {last} with a lower {option}, "
+        "or in higher precision."
+    )

@@ -1,0 +1,394 @@
+"""Find a denoiser's best layer and noise level: probe every pair of them, and make the best one a classifier.
+
+One pass over the images a noise level serves all layers. Layer, noise level and strength of regularisation are chosen
+on a part of the training images; test images are looked at once, with the chosen pair. A grid of one pair is a probe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from ..image_processing_ddae import DDAEImageProcessor
+from ..modeling_ddae import DDAEForImageClassification, DDAEModel
+from .arrays import read_json, write_json
+from .classes import draw_labels
+from .devices import HELP
+from .draws import separate_randomness
+from .images import ImageInputs, Images, Inputs, labelled_splits
+from .models import Model, check_null_class, check_taps, chosen_layers, open_model, open_processor, ready
+from .options import Options, option
+from .plots import accuracy_over_sigma, confusion_table, heat_map_of_pairs
+from .probing import NEIGHBOURS, Fitted, Prober, best_of, classify, make_classifier, write_classifier
+from .report import in_memory
+from .results import Pair, Probe, ProbeReport
+from .run_facts import base_model, machine
+
+MOST_PIXELS = 2**14  # whose correlations are 2 GiB
+
+
+@dataclass(kw_only=True)
+class SweepOptions(Options):
+    """Options of `sweep`.
+
+    Protocols: `logistic_regression` is fitted with all images at once, on standardised features that are computed once;
+    `paper` is a linear layer trained with Adam for 15 epochs of fresh noise, flips and crops (4 pixels); `batch_norm`
+    is the same behind a batch norm without parameters.
+    """
+
+    encoded: ClassVar[bool] = False  # whether views are made beforehand, for every protocol
+
+    train_split: str = option("train", "Split to train on.")
+    test_split: str = option("test", "Split to test on.")
+    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
+    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
+    layers: list[str] = option(["all"], "Names of layers, or `all`, `decoder`, or `own`, the checkpoint's.")
+    sigmas: list[float] = option(
+        [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's.", nargs="*"
+    )
+    l2: list[float] = option([1e-5, 1e-4, 1e-3, 1e-2], "Strengths of regularisation.")
+    protocol: Literal["logistic_regression", "paper", "batch_norm"] = option(
+        "logistic_regression",
+        "Kind of probe: logistic regression on features that are computed once, or a linear layer that Adam trains on "
+        "fresh noise, flips and crops as in the paper, or the same behind a batch norm.",
+    )
+    num_epochs: int = option(15, "Epochs of the protocols that train online.")
+    learning_rate: float = option(1e-3, "Their learning rate.")
+    online_batch_size: int = option(128, "Their batch size.")
+    validation_fraction: float = option(0.2, "Share of the training images that is chosen on.")
+    max_selection_samples: int | None = option(
+        None, "Choose layer and noise level on this many training images; by default on all."
+    )
+    num_views: int = option(1, "Views of each image, each with its own noise: trained on, averaged over in tests.")
+    random_flip: bool | None = option(None, "Mirror half of the images, in views after the first.")
+    random_crop: int | None = option(None, "Crop them at random out of so much padding.", metavar="PADDING")
+    num_noise_seeds: int = option(3, "Noise seeds that the best pair is tested with.")
+    knn: bool = option(False, "Also classify by the nearest 20 and, of as many images, 200.")
+    alignment: bool = option(False, "Also measure alignment and uniformity.")
+    few_labels: list[int] = option([], "Also probe with so many labels a class, such as 1 5 10 100.", nargs="*")
+    num_draws: int = option(5, "Draws of those labels.")
+    baselines: bool = option(False, "Also probe raw pixels, and the same network untrained.")
+    num_noise_samples: int | None = option(
+        None, "Draws of noise that every view's features are averaged over; by default the checkpoint's, mostly 1."
+    )
+    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    batch_size: int = option(250, "Images at a time.")
+    dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
+    noise_seed: int = option(0, "First noise seed.")
+    seed: int = option(0, "Seed of the validation split, the draws of labels and the untrained network.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+    output_dir: str | None = option(None, "Folder of the figures, the pictures and the best classifier.")
+    features_dir: str | None = option(None, "Folder where features are kept; by default `features` in output_dir.")
+
+    @property
+    def online(self) -> bool:
+        """Whether probes are trained by gradient descent."""
+        return self.protocol != "logistic_regression"
+
+    @property
+    def flips(self) -> bool:
+        """Whether half of the images are mirrored in views after the first."""
+        return self.online if self.random_flip is None else self.random_flip
+
+    @property
+    def crop_padding(self) -> int:
+        """Out of how much padding they are cropped."""
+        return 4 * self.online if self.random_crop is None else self.random_crop
+
+    def check(self) -> None:
+        """Refuse what does not go together."""
+        if not self.layers or not self.l2:
+            raise ValueError(f"{'l2' if self.layers else 'layers'} is empty: give at least one.")
+        if self.max_selection_samples is not None and self.max_selection_samples < 2:
+            raise ValueError(f"max_selection_samples is {self.max_selection_samples}: it must be at least 2.")
+        if not self.online and self.num_views == 1 and (self.flips or self.crop_padding):
+            raise ValueError("random_flip and random_crop change the views after the first: give num_views 2 or more.")
+        others = {"few_labels": bool(self.few_labels), "baselines": self.baselines}
+        others["num_views"] = self.num_views > 1 and not self.encoded
+        for name, given in others.items():
+            if self.online and given:
+                raise ValueError(f"{name} is of logistic regression, not of the protocol {self.protocol}.")
+        for name in ("output_dir", "features_dir"):
+            folder = getattr(self, name)
+            if folder is not None and Path(folder).is_file():
+                raise ValueError(f"{name} is {folder}, which is a file: give a folder.")
+
+
+@dataclass(kw_only=True)
+class SweepResult(ProbeReport):
+    """What a sweep found, with the classifier of the best pair.
+
+    Attributes:
+        classifier: The best pair's classifier, in evaluation mode.
+        processor: What prepares its images.
+        names: The names of the classes.
+        source: The path or the model that it was made of.
+        labels: The test images' classes (N,).
+        predicted: What the probe of the first noise seed made of them, (N,).
+    """
+
+    classifier: DDAEForImageClassification = in_memory()
+    processor: DDAEImageProcessor = in_memory()
+    names: list[str] = in_memory()
+    source: Model = in_memory()
+    labels: np.ndarray = in_memory()
+    predicted: np.ndarray = in_memory()
+
+    def heat_map(self) -> Figure:
+        """Return a picture of the accuracy on held-out images over layers and noise levels."""
+        return heat_map_of_pairs(self.pairs, self.best)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the classifier, in a folder that `DDAEForImageClassification.from_pretrained` opens, and all figures.
+
+        Beside the classifier lie its generator, if it still generates, and its processor.
+        """
+        write_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
+        self.save_figures(folder)
+
+    def save_figures(self, folder: str | os.PathLike[str]) -> None:
+        """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
+        path = Path(folder)
+        self.write(path)
+        self.heat_map().savefig(path / "heat_map.png", dpi=120)
+        accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
+        confusion = confusion_table(self.labels, self.predicted, self.names)
+        confusion.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
+        np.save(path / "test_predictions.npy", self.predicted)
+        np.save(path / "test_labels.npy", self.labels)
+
+
+def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult:
+    """Probe every pair of layer and noise level, test the best, and make it a classifier.
+
+    Args:
+        model: The model, or its checkpoint's folder or Hub id, in any layout.
+        images: The labelled images.
+        options: Options, by default those of `SweepOptions`. With `output_dir`, everything is kept there, and an
+            interrupted sweep goes on; without, features lie in a temporary folder.
+        **changes: Fields of the options that are to be others.
+
+    Raises:
+        ValueError: Options that cannot work, images that cannot be read, or a damaged file.
+        OSError: No such checkpoint, or not enough space on disk.
+    """
+    options = SweepOptions.of(options, changes)
+    train, test = labelled_splits(images, options)
+    opened = open_for(model, options)
+    processor = open_processor(model, options.cache_dir)
+    facts = {"dataset": images.facts(train, test), "given": images.opened_with}
+    inputs = [changed_inputs(each, processor, options) for each in (train, test)]
+    return sweep_inputs(model, opened, *inputs, processor, options, **facts)
+
+
+def open_for(model: Model, options: SweepOptions) -> DDAEModel:
+    """Return the model that a sweep reads."""
+    return open_model(
+        model,
+        dtype=options.dtype,
+        cache_dir=options.cache_dir,
+        null_class=options.null_class,
+        num_noise_samples=options.num_noise_samples,
+    )
+
+
+def changed_inputs(images: Any, processor: DDAEImageProcessor, options: SweepOptions) -> ImageInputs:
+    """Return images as a network's inputs, whose views after the first are changed as the options say."""
+    return ImageInputs(images, processor, flip=options.flips, crop_padding=options.crop_padding, seed=options.seed)
+
+
+def check_sweep(
+    model: DDAEModel,
+    train: Inputs,
+    test: Inputs,
+    processor: DDAEImageProcessor,
+    options: SweepOptions,
+    folder: str | os.PathLike[str] = "",
+    selection_views: Sequence[int] | None = None,
+) -> Prober:
+    """Return the probes of a sweep, which keeps its features in `folder`, or refuse what cannot be probed.
+
+    Raises:
+        ValueError: An unknown layer, a level outside the schedule, or too few images, for what is asked.
+    """
+    check_null_class(model)
+    layers = chosen_layers(model, options.layers)
+    sigmas = list(dict.fromkeys(options.sigmas or [model.config.sigma]))
+    check_taps(model, layers, sigmas)
+    for per_class in options.few_labels:
+        draw_labels(train.labels, per_class, options.seed)
+    if options.crop_padding >= min(dict(processor.size).values()):
+        raise ValueError(
+            f"random_crop is {options.crop_padding}: it must be below the sides of the images, {dict(processor.size)}."
+        )
+    if options.baselines and (numbers := math.prod(train.read([0]).shape)) > MOST_PIXELS:
+        raise ValueError(f"baselines: images of {numbers:,} numbers are too large to be probed as they are: leave it out.")
+    prober = Prober(model, train, test, options, layers, sigmas, folder, selection_views)
+    fewest = min(NEIGHBOURS) if options.knn else 1
+    if len(prober.fitted) < fewest or (options.alignment and len(prober.held_out) < 2):
+        raise ValueError(
+            f"{len(prober.rows)} of the {len(train)} training images leave {len(prober.fitted)} to fit on and "
+            f"{len(prober.held_out)} to choose on: {fewest} and {1 + options.alignment} are needed. Give more, or "
+            "another validation_fraction."
+        )
+    return prober
+
+
+def sweep_inputs(
+    source: Model,
+    model: DDAEModel,
+    train: Inputs,
+    test: Inputs,
+    processor: DDAEImageProcessor,
+    options: SweepOptions,
+    *,
+    dataset: Mapping[str, Any],
+    given: Mapping[str, Any] | None = None,
+    selection_views: Sequence[int] | None = None,
+    **config: Any,
+) -> SweepResult:
+    """Sweep over images or latents: see `sweep`.
+
+    Args:
+        source: What the classifier is made of: a checkpoint, or an open model.
+        model: The model that reads the inputs.
+        train: The training images.
+        test: The test images; of latents `test.images` are those that the classifier is given.
+        processor: The classifier's image processor.
+        options: The options.
+        dataset: What the report says of the data set.
+        given: What its options say of it.
+        selection_views: The views that the pair is chosen on; by default all.
+        **config: What the classifier's configuration says beside the pair, such as `sample_posterior`.
+    """
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(separate_randomness())
+        kept = None if options.output_dir is None else Path(options.output_dir)
+        folder = options.features_dir or (kept and kept / "features")
+        folder = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="ddae_features_"))
+        prober = check_sweep(model, train, test, processor, options, folder, selection_views)
+        pairs = sweep_levels(prober, kept and kept / "levels")
+        levels_done = time.monotonic()
+        best = best_of(pairs)
+        seeds = range(options.noise_seed, options.noise_seed + options.num_noise_seeds)
+        fitted = {seed: prober.fit(best, seed) for seed in seeds}
+        found = prober.tested(best, fitted)
+        baselines = {}
+        if options.baselines:
+            images = isinstance(train, ImageInputs)
+            baselines["raw pixels" if images else "raw latents"] = prober.pixels().baseline()
+            baselines["untrained network"] = prober.untrained().baseline()
+        if isinstance(source, (str, os.PathLike)):
+            model.to("cpu")  # the whole classifier takes its place
+        first = fitted[options.noise_seed]
+        config |= {"num_noise_samples": model.config.num_noise_samples, "null_class": model.config.null_class}
+        classifier, accuracy = _classifier(source, test, processor, best, first, options, config)
+        result = SweepResult(
+            **_fields(found),
+            checkpoint=os.fspath(source) if isinstance(source, (str, os.PathLike)) else None,
+            options=_described(options, model, given or {}),
+            images={
+                "fitted": len(prober.fitted),
+                "held_out": len(prober.held_out),
+                "train": len(train),
+                "test": len(test),
+            },
+            pairs=pairs,
+            baselines=baselines,
+            saved_classifier_test_accuracy=accuracy,
+            seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
+            dataset=dict(dataset),
+            **base_model(source if isinstance(source, str) else None),
+            **machine(prober.device.type),
+            classifier=classifier,
+            processor=processor,
+            names=train.names,
+            source=source,
+            labels=test.labels,
+            predicted=first.predicted,
+        )
+    if kept is not None:
+        result.save_figures(kept)
+        result.save(kept / "classifier")
+    return result
+
+
+def _fields(found: Probe) -> dict[str, Any]:
+    """Return a dataclass's fields as they are, without copies."""
+    return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+
+
+def _described(options: SweepOptions, model: DDAEModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options by name, with what was settled by others."""
+    settled = {"random_flip": options.flips, "random_crop": options.crop_padding}
+    settled |= {"num_noise_samples": model.config.num_noise_samples}
+    return {**given, **options.to_dict(), **settled}
+
+
+def _classifier(
+    source: Model,
+    test: Inputs,
+    processor: DDAEImageProcessor,
+    best: Pair,
+    fitted: Fitted,
+    options: SweepOptions,
+    config: Mapping[str, Any],
+) -> tuple[DDAEForImageClassification, float]:
+    """Return the best pair's classifier, and its accuracy, with its fixed noise, on the test images."""
+
+    def make(dtype: torch.dtype | None = None) -> DDAEForImageClassification:
+        where = {"layer": best.layer, "sigma": best.sigma, "noise_seed": options.noise_seed, **config}
+        kept = {"dtype": dtype, "cache_dir": options.cache_dir}
+        return make_classifier(source, test.names, fitted.weight, fitted.bias, **kept, **where)
+
+    classifier = make()
+    measured = classifier if options.dtype is None else make(getattr(torch, options.dtype))
+    if isinstance(source, (str, os.PathLike)):
+        measured = ready(measured)
+    predicted = classify(measured, test.images, processor, batch_size=options.batch_size)
+    return classifier, float((predicted == test.labels).mean())
+
+
+def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
+    """Probe every noise level, and keep each one's figures, so that an interrupted sweep goes on with the next.
+
+    Args:
+        prober: The probes.
+        folder: Where figures are kept; with None nowhere.
+    """
+    options = prober.options
+    own = ("num_epochs", "learning_rate", "online_batch_size") if options.online else ("l2", "num_views")
+    names = ("protocol", "validation_fraction", "knn", "alignment", "seed", "max_selection_samples", *own)
+    known = {"features": prober.cache(options.noise_seed).identity, "data": prober.inputs["train"].identity}
+    known |= {"layers": prober.layers, "random_flip": options.flips, "random_crop": options.crop_padding}
+    known |= {name: getattr(options, name) for name in names} | {"chosen_on": len(prober.chosen_on)}
+    known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    pairs: list[Pair] = []
+    for sigma in tqdm(prober.sigmas, desc="Noise levels"):
+        path = None if folder is None else folder / f"sigma-{sigma}.json"
+        level = read_json(path) if path is not None and path.exists() else {}
+        if level.get("key") == key:
+            pairs += [Pair(**row) for row in level["rows"]]
+            continue
+        found = prober.level(sigma)
+        if path is not None:
+            write_json(path, {"key": key, "rows": [dataclasses.asdict(pair) for pair in found]})
+        pairs += found
+    return pairs

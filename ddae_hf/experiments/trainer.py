@@ -1,0 +1,261 @@
+"""transformers' `Trainer` as fine-tuning needs it: learning rates by layer, changed images, checkpoints that are whole.
+
+A checkpoint has, beside Trainer's files, `averaged.safetensors` with `ema_decay`, `progress.json` (images and seconds of
+all runs, and of which data) and at last `files.json`, by which `run_folder` knows it as whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from pathlib import Path
+from statistics import fmean
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..augment import mixup, random_changes
+from ..hidden_states import parameters_behind
+from ..modeling_ddae import DDAEForImageClassification
+from .arrays import read_json, write_json
+from .devices import fast_layout
+from .encoding import one_view
+from .metrics import classification_metrics
+from .run_folder import discard, note_files, saved_checkpoints, saving, step_of
+from .stopping import NotFinite, Stopping, check_weights, look, not_finite
+
+if TYPE_CHECKING:
+    from .finetuning import FinetuningOptions
+
+WEIGHTS, AVERAGED, PROGRESS = "model.safetensors", "averaged.safetensors", "progress.json"
+NUM_LOSSES = 100  # batches whose losses are looked at before a checkpoint is written
+KEPT = 2  # checkpoints
+
+
+def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
+    """Return how many layers lie before each parameter that the logits depend on.
+
+    The depth of a parameter in a block is the number (from 1) of the first layer, in the order of `layer_names`, whose
+    hidden state has a gradient for it; what stands outside the blocks (first convolution, embeddings) has depth 0. The
+    classifier comes after the last layer. Parameters that are missing have no part in the logits.
+    """
+    blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
+    names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
+    states = model.eval().ddae(blank, output_hidden_states=True).hidden_states
+    blocks = {layer.split(".")[0] for layer in model.ddae.layer_names()}
+    depths: dict[str, int] = {}
+    seen: set[Any] = set()  # what earlier layers have seen
+    for number, state in enumerate(states, start=1):
+        for name in parameters_behind([state], names, seen):
+            depths[name] = number if name.split(".")[2] in blocks else 0
+    return depths | {name: len(states) + 1 for name, _ in model.classifier.named_parameters(prefix="classifier")}
+
+
+def parameter_groups(
+    model: DDAEForImageClassification, learning_rate: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return the optimiser's groups.
+
+    The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
+    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). Biases, gains and other vectors are not decayed.
+    """
+    depths = parameter_depths(model)
+    top = max(depths.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # what the logits depend on
+            depth, decayed = depths[name], parameter.ndim > 1
+            group = {"params": [], "lr": learning_rate * layer_decay ** (top - depth)}
+            group = groups.setdefault((depth, decayed), group | {"weight_decay": weight_decay * decayed})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+class Progress(ProgressCallback):
+    """Trainer's progress bar, which prints nothing here, and what is done around every step."""
+
+    def __init__(self, trainer: FineTuner):
+        super().__init__()
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put this run's options in the place of those that Trainer has restored from a checkpoint."""
+        super().on_train_begin(args, state, control, **kwargs)
+        state.compute_steps(args, state.max_steps)
+        schedule = self.trainer.lr_scheduler
+        schedule.base_lrs = [rate for rate, _ in self.trainer.given]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+        groups = self.trainer.optimizer.param_groups
+        for group, rate, (_, weight_decay) in zip(groups, schedule._last_lr, self.trainer.given, strict=True):
+            group.update(lr=rate, weight_decay=weight_decay)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the batches of a step anew."""
+        self.trainer.batch = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Average the weights; save and stop if a signal came."""
+        super().on_step_end(args, state, control, **kwargs)
+        if self.trainer.average is not None:
+            self.trainer.average.step(self.trainer.learning.values())
+        if self.trainer.signal():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the loss, and stop if it is no number."""
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise self.trainer.not_finite(loss)
+        if loss and self.training_bar is not None:
+            self.training_bar.set_postfix(loss=f"{loss:.4f}")
+
+
+class FineTuner(Trainer):
+    """Trainer of a classifier.
+
+    What is random in a step depends on (seed, step, process, batch) alone, so that a resumed run repeats it.
+
+    Args:
+        options: The options of `finetune`.
+        arguments: Trainer's, which follow from them.
+        model: The classifier.
+        dataset: Training images, which give whole batches, and have an `identity`.
+    """
+
+    def __init__(
+        self, options: FinetuningOptions, arguments: TrainingArguments, model: DDAEForImageClassification, dataset: Any
+    ):
+        try:
+            super().__init__(model, arguments, lambda batch: batch, dataset, compute_metrics=_metrics)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"report_to is {options.report_to}, which cannot be used: {error}") from error
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(Path(arguments.output_dir) / options.logging_dir)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Progress(self))
+        groups = parameter_groups(model, options.learning_rate, options.layer_decay, options.weight_decay)
+        self.given = [(group["lr"], group["weight_decay"]) for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = None
+        if options.ema_decay is not None:
+            self.average = EMAModel(self.learning.values(), decay=options.ema_decay, foreach=True)
+        self.options, self.stopping = options, Stopping()
+        self.losses: deque[Tensor] = deque(maxlen=NUM_LOSSES)
+        self.batch = 0  # of this step
+        self.images_seen = 0  # in this run
+        self.before: dict[str, Any] = {"images": 0, "seconds": 0.0}  # what the run had come to that is resumed
+        self.started = monotonic()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, in training on changed images and targets."""
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        state = [self.options.seed, self.state.global_step, self.args.process_index, self.batch]
+        torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1, np.uint64)[0]))
+        inputs = inputs | self.change(one_view(inputs["pixel_values"]), inputs["labels"])
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.batch += 1
+        self.images_seen += len(inputs["labels"]) * self.args.world_size
+        self.losses.append(loss.detach())
+        return loss
+
+    def change(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return flipped, cropped and mixed images, and their classes as smoothed probabilities (B, K)."""
+        images = random_changes(images, self.options.random_flip, self.options.random_crop)
+        targets = F.one_hot(labels, len(self.model.config.id2label)).float()
+        if self.options.mixup:
+            images, targets = mixup(images, targets, self.options.mixup)
+        images = images.contiguous(memory_format=fast_layout(images.device))
+        # Label smoothing (Szegedy et al. 2016, arXiv 1512.00567).
+        targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), self.options.label_smoothing)
+        return {"pixel_values": images, "labels": targets}
+
+    def signal(self) -> int | None:
+        """Return the number of the signal that came to any process, the same in all of them."""
+        if self.args.world_size == 1:
+            return self.stopping.requested
+        asked = torch.tensor([self.stopping.requested or 0], device=self.args.device)
+        return int(self.accelerator.gather(asked).max()) or None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over what Trainer does not know of, progress and averages.
+
+        Raises:
+            ValueError: Weights that are not finite, or other processes or images, with which Trainer would go on at
+                another place.
+        """
+        self.before = read_json(checkpoint / PROGRESS)
+        check_weights(checkpoint, load_file(checkpoint / WEIGHTS).values())
+        if self.average is not None:
+            saved = load_file(checkpoint / AVERAGED)
+            check_weights(checkpoint, saved.values())
+            for name, value in zip(self.learning, self.average.shadow_params, strict=True):
+                value.copy_(saved[name])
+            self.average.optimization_step = step_of(checkpoint)
+        processes, now = len(list(checkpoint.glob("rng_state*.pth"))), self.args.world_size
+        if processes != now:
+            raise ValueError(
+                f"{checkpoint} was trained by {processes} process(es), and here are {now}: start as many as then."
+            )
+        # Versions before 0.3.0 noted the number of images alone, or nothing.
+        if any(self.before.get(name, value) != value for name, value in self.train_dataset.identity.items()):
+            raise ValueError(
+                f"{checkpoint} was trained on {self.before['num_images']} images, and here are "
+                f"{len(self.train_dataset)}, or others: give the same images, with the same labels."
+            )
+        if step_of(checkpoint) > self.args.max_steps:
+            raise ValueError(f"{checkpoint} is past the {self.args.max_steps} steps that are asked for: give more.")
+
+    def total(self) -> dict[str, Any]:
+        """Return the images and seconds of all runs."""
+        images = self.before["images"] + self.images_seen
+        return {"images": images, "seconds": self.before["seconds"] + monotonic() - self.started}
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write a checkpoint, finite and whole or not at all, and drop the oldest others."""
+        averages = self.average.shadow_params if self.average else []
+        losses, finite = look(self.accelerator, self.losses, [*self.model.state_dict().values(), *averages])
+        if not finite:
+            raise self.not_finite(fmean(losses))
+        folder, main = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.is_world_process_zero()
+        with saving(folder.parent):
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # every process has written its random state
+                if main:
+                    self._complete(folder, averages)
+            except BaseException:
+                if main and folder.exists():
+                    discard(folder)
+                raise
+
+    def _complete(self, folder: Path, averages: list[Tensor]) -> None:
+        if averages:
+            tensors = [value.contiguous() for value in averages]
+            save_file(dict(zip(self.learning, tensors, strict=True)), folder / AVERAGED)
+        write_json(folder / PROGRESS, self.total() | self.train_dataset.identity)
+        note_files(folder)
+        for old in [other for other in saved_checkpoints(folder.parent) if other != folder][: 1 - KEPT]:
+            discard(old)
+
+    def not_finite(self, loss: float) -> NotFinite:
+        """Return what stops a training that has failed; the learning rate is the classifier's, the largest."""
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        found = saved_checkpoints(self.args.output_dir)
+        return not_finite(self.state.global_step, loss, rate, found[-1] if found else None)
+
+
+def _metrics(found: Any) -> dict[str, float]:
+    return classification_metrics().compute(predictions=found.predictions.argmax(-1), references=found.label_ids)

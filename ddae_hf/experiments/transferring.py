@@ -1,0 +1,184 @@
+"""Transfer a denoiser of latents, such as an ImageNet DiT, to a labelled data set that it was never trained on.
+
+Every image, and changed copies of it, are resized to the size that the network was trained on and encoded once; then
+the denoiser alone reads the latents from the disk. Layer and noise level are chosen on a part of the training images,
+the best pair is probed on all of them, and tested once. `finetune` then trains the network itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..checkpoints import load_vae
+from ..configuration_ddae import DDAEConfig
+from ..hidden_states import hidden_size
+from ..modeling_ddae import DDAEModel
+from .arrays import size
+from .encoding import LatentInputs, describe_splits, encode_views
+from .finetuning import FinetuningOptions, finetune
+from .images import ImageInputs, Images, labelled_splits
+from .latent_folder import LatentFolder
+from .models import Model, chosen_layers, open_model, open_processor
+from .options import Table, option
+from .sweeping import SweepOptions, SweepResult, check_sweep, sweep_inputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TransferOptions(SweepOptions):
+    """Options of `transfer`: those of a sweep, and of its latents."""
+
+    encoded: ClassVar[bool] = True
+
+    # About a DiT's timesteps 42, 82, 122 and 160.
+    sigmas: list[float] = option([0.15, 0.28, 0.42, 0.56], "Noise levels, of scaled latents.")
+    max_selection_samples: int | None = option(
+        10000, "Choose layer and noise level on this many training images; with none on all."
+    )
+    latents_dir: str | None = option(None, "Where latents are kept; by default `latents` in output_dir.")
+    encode_batch_size: int = option(16, "Images that are encoded at a time.")
+    sample_posterior: bool = option(False, "Draw latents from the VAE's distribution.")
+    finetune: Table | None = option(
+        None, "Then train the network from the best pair on, with these options of fine-tuning, as YAML."
+    )
+
+    def check(self) -> None:
+        """Refuse what cannot work, options of fine-tuning among it."""
+        super().check()
+        if self.finetune is not None and self.output_dir is None:
+            raise ValueError("finetune needs an output_dir, where its classifier and its checkpoints are kept.")
+        if self.finetune is not None:
+            try:
+                self.finetuning(layer="", sigma=1.0, latents_dir="")
+            except ValueError as error:
+                raise ValueError(f"finetune: {error}") from error
+
+    def finetuning(self, layer: str, sigma: float, latents_dir: str) -> FinetuningOptions:
+        """Return the options of the fine-tuning that goes on from a pair, those of `finetune` last."""
+        shared = FinetuningOptions(
+            layer=layer,
+            sigma=sigma,
+            latents_dir=latents_dir,
+            output_dir=str(Path(self.output_dir or "") / "finetuned"),
+            resume_from_checkpoint="latest",
+            train_split=self.train_split,
+            test_split=self.test_split,
+            max_train_samples=self.max_train_samples,
+            max_test_samples=self.max_test_samples,
+            null_class=self.null_class,
+            seed=self.seed,
+            noise_seed=self.noise_seed,
+            cache_dir=self.cache_dir,
+        )
+        return FinetuningOptions.of(shared, self.finetune or {})
+
+
+def transfer(model: Model, images: Images, options: TransferOptions | None = None, **changes: Any) -> SweepResult:
+    """Encode labelled images once, probe a denoiser of latents on them and, with `finetune`, train it further.
+
+    What this will take is logged before it begins; what was interrupted goes on where it stopped.
+
+    Args:
+        model: The model, or its checkpoint's folder or Hub id; with its VAE.
+        images: The data set.
+        options: Options, by default those of `TransferOptions`.
+        **changes: Fields of the options that are to be others.
+
+    Returns:
+        The result of the sweep, whose classifier takes images. The fine-tuned one is in `finetuned` in `output_dir`.
+
+    Raises:
+        ValueError: A model without a VAE, options that cannot work, images that cannot be read, or a damaged file.
+        OSError: No such checkpoint, or not enough space on disk.
+    """
+    options = TransferOptions.of(options, changes)
+    train, test = labelled_splits(images, options)
+    processor = open_processor(model, options.cache_dir)
+    denoiser, vae = _open(model, options)
+    sides = processor.size["height"], processor.size["width"]
+    pixels = {"train": ImageInputs(train, processor), "test": ImageInputs(test, processor)}
+    views = {}
+    if options.num_views > 1:
+        views = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
+    with contextlib.ExitStack() as stack:
+        where = options.latents_dir
+        if where is None:
+            kept = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+            where = str(Path(kept) / "latents")
+        folder = LatentFolder.create(
+            where,
+            vae,
+            sides,
+            describe_splits(pixels, dict.fromkeys(pixels, options.num_views), views),
+            sample_posterior=options.sample_posterior,
+            seed=options.seed,
+            names=train.names,
+            vae_source=os.fspath(model) if isinstance(model, (str, os.PathLike)) else None,
+        )
+        if folder.shape != denoiser.config.sample_shape:
+            raise ValueError(
+                f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes "
+                f"{denoiser.config.sample_shape}: mend its preprocessor_config.json, or give the VAE that it was "
+                "trained with."
+            )
+        inputs = LatentInputs(train, folder, "train"), LatentInputs(test, folder, "test")
+        check_sweep(denoiser, *inputs, processor, options)
+        logger.info(features_use(denoiser, options, len(train), len(test), folder))
+        encode_views(folder, vae, pixels, options.encode_batch_size)
+        result = sweep_inputs(
+            model,
+            denoiser,
+            *inputs,
+            processor,
+            options,
+            dataset=images.facts(train, test),
+            given=images.opened_with,
+            selection_views=[0],  # the images as they are
+            sample_posterior=options.sample_posterior,
+        )
+        if options.finetune is not None:
+            finetune(model, images, options.finetuning(result.best.layer, result.best.sigma, where))
+    return result
+
+
+def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
+    """Return a denoiser of latents as a model that takes them in place of images, and their VAE."""
+    named: Any = {"num_noise_samples": options.num_noise_samples, "null_class": options.null_class}
+    if isinstance(model, (str, os.PathLike)):
+        vae = load_vae(model, cache_dir=options.cache_dir)
+        return open_model(model, dtype=options.dtype, cache_dir=options.cache_dir, vae=False, **named), vae
+    whole = open_model(model, dtype=options.dtype, **named)
+    if whole.vae is None:
+        raise ValueError("The model has no vae: open it with the VAE that its denoiser was trained with.")
+    bare = copy.copy(whole)
+    bare._modules = dict(whole._modules)  # of which the whole model is to keep its VAE
+    bare.vae = None
+    bare.config = DDAEConfig.from_dict(whole.config.to_dict() | {"vae": None, "sample_posterior": False})
+    return bare, whole.vae
+
+
+def features_use(model: DDAEModel, options: TransferOptions, train: int, test: int, folder: LatentFolder) -> str:
+    """Return what features will take, and how often the denoiser will run, in words."""
+    if options.protocol != "logistic_regression":
+        return "These probes keep no features: the denoiser runs on every image at each noise level and epoch."
+    widths = [4 * hidden_size(model.denoiser, layer) for layer in chosen_layers(model, options.layers)]
+    chosen = min(train, options.max_selection_samples or train)
+    choosing = chosen * len(options.sigmas)
+    probing = (train + test) * options.num_views * options.num_noise_seeds
+    free = shutil.disk_usage(folder.folder).free
+    return (
+        f"Features take {size(choosing * sum(widths))} to choose on ({len(widths)} layers, {len(options.sigmas)} "
+        f"noise levels, {chosen:,} images) and at most {size(probing * max(widths))} of the best pair; {size(free)} "
+        f"are free beside the latents. The denoiser runs on {choosing:,} latents to choose, and on {probing:,} to "
+        f"probe the best pair with {options.num_noise_seeds} noise seeds: up to the deepest layer asked for, no "
+        "further."
+    )
