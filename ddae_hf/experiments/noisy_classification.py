@@ -49,12 +49,12 @@ from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, n
 from .models import Model, check_taps, open_model, open_processor
 from .noisy_networks import NoiseConditionalMLP, WideResNet
 from .options import Options, option
+from .progress import STATE
 from .report import in_memory
 from .results import NoisyReport
 from .run_facts import base_model, machine
 from .run_folder import check_folder, checkpoint_to_resume, saved_checkpoints, saving
 from .stopping import largest, not_finite
-from .progress import STATE
 from .training import Loop
 
 MLP, WIDE_RESNET = "mlp", "wide_resnet"  # their folders
