@@ -50,7 +50,15 @@ from .results import PretrainingReport
 from .run_facts import base_model, machine
 from .run_folder import check_same_run, checkpoint_to_resume, saving, write_options
 from .training import Loop
-from .training_options import BatchSizes, TrainingOptions, batch_sizes, check_data, in_force, trained_with
+from .training_options import (
+    BatchSizes,
+    TrainingOptions,
+    batch_sizes,
+    check_data,
+    check_precision,
+    in_force,
+    trained_with,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -292,6 +300,7 @@ class Pretraining:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
         options, data = self.options, self.data
         trained = trained_with(resume)
+        check_precision(self.given, trained, resume)
         latents = json.loads((resume / LATENTS).read_text(encoding="utf-8")) if (resume / LATENTS).is_file() else None
         if latents is not None:
             latents.setdefault("center_crop", False)
@@ -306,10 +315,6 @@ class Pretraining:
             may_change -= OF_STREAMS
         else:
             may_change.add("shuffle_buffer")
-        if self.accelerator.mixed_precision != "fp16" or (resume / "state" / "scaler.pt").is_file():
-            trained["mixed_precision"] = self.given["mixed_precision"]
-        else:  # the scale of its losses is not there
-            may_change.discard("mixed_precision")
         now = {**self.given, "latents": data.described, "streaming": data.count is None}
         trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
         if not options.init_from and not trained.get("init_from"):

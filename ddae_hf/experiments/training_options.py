@@ -176,6 +176,15 @@ def check_data(progress: Progress, trained: Mapping[str, Any], sizes: BatchSizes
         raise ValueError(f"{where} was trained on other images, as many as these: give the same images, {anew}.")
 
 
+def check_precision(options: Mapping[str, Any], trained: Mapping[str, Any], where: Path) -> None:
+    """Raise `ValueError` if a run is to go on in fp16 from a checkpoint that has no scale for its losses."""
+    if options["mixed_precision"] == "fp16" and not (where / "state" / "scaler.pt").is_file():
+        raise ValueError(
+            f"mixed_precision was {trained.get('mixed_precision')} and is fp16: {where} has no scale of the losses. "
+            "Give the precision that the run began with, or bf16."
+        )
+
+
 def in_force(options: Options, sizes: BatchSizes, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that a run has, plain data that `--config` takes again on any number of devices."""
     given = {**opened_with, **options.to_dict(), "total_batch_size": sizes.total, "mixed_precision": precision}
