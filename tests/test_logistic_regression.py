@@ -11,9 +11,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from ddae_hf import probing
+from ddae_hf.experiments import logistic_regression
 from ddae_hf.experiments.logistic_regression import (
-    OnlineProbes,
     alignment,
     fit_logistic_regression,
     knn_predict,
@@ -50,7 +49,7 @@ def sklearn_optimum(features, labels, l2):
 
 @pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 20_000])
 def test_every_probe_reaches_scikit_learns_optimum(chunk_bytes, monkeypatch):
-    monkeypatch.setattr(probing, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(logistic_regression, "_CHUNK_BYTES", chunk_bytes)
     (first, labels), (second, _) = make_features(), make_features(seed=1)
     second = second + first  # so that it says something of the labels
     features = {"a": [first], "b": [second], "narrow": [first[:, :5]]}
@@ -120,7 +119,7 @@ def test_features_are_read_from_disk_in_pieces(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", features)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     (expected,) = fit_logistic_regression({"a": [features]}, labels, L2).values()
-    monkeypatch.setattr(probing, "_CHUNK_BYTES", 5_000)
+    monkeypatch.setattr(logistic_regression, "_CHUNK_BYTES", 5_000)
     (found,) = fit_logistic_regression({"a": [mapped]}, labels, L2).values()
     torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-5)
 
@@ -200,23 +199,3 @@ def test_alignment_and_uniformity_are_their_formulas():
         alignment(a, b[:5])
     with pytest.raises(ValueError, match="at least two"):
         uniformity(a[:1])
-
-
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_online_probes_learn_apart_and_give_their_weights(batch_norm):
-    torch.manual_seed(0)
-    features, labels = make_features()
-    features = torch.from_numpy(features / features.std(0))
-    inputs, y = {"a.0": features, "b": features[:, :5]}, torch.from_numpy(labels)
-    probes = OnlineProbes({"a.0": 12, "b": 5}, 4, batch_norm)
-    optimizer = torch.optim.Adam(probes.parameters(), lr=0.05)
-    for _ in range(300):
-        loss = sum(nn.functional.cross_entropy(logits, y) for logits in probes(inputs).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    logits = probes.eval()(inputs)
-    for layer, values in inputs.items():
-        weight, bias = probes.linear(layer)
-        torch.testing.assert_close(values @ weight.T + bias, logits[layer], rtol=1e-3, atol=1e-3)
-    assert (logits["a.0"].argmax(1) == y).float().mean() > (logits["b"].argmax(1) == y).float().mean() > 0.3
