@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +17,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import finetune
-import generate
 import linear_probe
 import noisy_classifier
 import pretrain
@@ -550,31 +548,6 @@ def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
     assert "unknown options ['learning_speed']" in capsys.readouterr().err
 
 
-def test_generated_images_depend_on_their_number_alone(trained, tmp_path):
-    options = ["--model_name_or_path", str(trained), "--num_inference_steps", "2"]
-    scripts.run("generate", *options, "--num_images", "3", "--batch_size", "3", "--output_dir", str(tmp_path / "a"))
-    scripts.run("generate", *options, "--num_images", "2", "--batch_size", "1", "--output_dir", str(tmp_path / "b"))
-    first = (tmp_path / "b" / "00000.png").stat().st_mtime_ns
-    scripts.run("generate", *options, "--num_images", "3", "--batch_size", "2", "--output_dir", str(tmp_path / "b"))
-    assert (tmp_path / "b" / "00000.png").stat().st_mtime_ns == first
-    for i in range(3):
-        a, b = (np.asarray(Image.open(tmp_path / f / f"0000{i}.png"), dtype=int) for f in "ab")
-        assert np.abs(a - b).max() <= 1
-    assert Image.open(tmp_path / "b" / "grid.png").size == (2 * 65 - 1, 2 * 65 - 1)
-    with pytest.raises(SystemExit, match="made with other options"):
-        scripts.run("generate", *options, "--seed", "5", "--output_dir", str(tmp_path / "b"))
-    with pytest.raises(SystemExit, match="made with other options or weights"):
-        raw = ["--model_name_or_path", str(trained / "raw"), "--num_inference_steps", "2"]
-        scripts.run("generate", *raw, "--output_dir", str(tmp_path / "b"))
-    other = tmp_path / "other"
-    shutil.copytree(trained, other)  # the same weights under another schedule
-    DDPMScheduler(beta_end=0.01).save_pretrained(other / "scheduler")
-    with pytest.raises(SystemExit, match="made with other options or weights"):
-        scripts.run("generate", "--model_name_or_path", str(other), *options[2:], "--output_dir", str(tmp_path / "b"))
-    with pytest.raises(SystemExit, match="is not a folder"):
-        scripts.run("generate", "--model_name_or_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "c"))
-
-
 @pytest.fixture(scope="module")
 def probed(trained, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("probed")
@@ -692,33 +665,6 @@ def test_configurations_of_a_wrong_shape_are_refused(tmp_path, capsys, text, mes
     assert message in str(refusal.value) + capsys.readouterr().err
 
 
-def test_a_scheduler_of_another_framework_is_refused(trained, tmp_path):
-    options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path), "--num_images", "1"]
-    with pytest.raises(SystemExit, match="EDMEulerScheduler is of edm, but the network was trained with ddpm"):
-        scripts.run("generate", *options, "--scheduler", "EDMEulerScheduler")
-
-
-@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-@pytest.mark.parametrize("clips", [True, False])
-def test_another_scheduler_clips_denoised_images_where_the_trained_one_does(kind, clips):
-    trained = DDIMScheduler(clip_sample=clips)
-    chosen = generate.change_scheduler(trained, kind)
-    chosen.set_timesteps(10)
-    sample, output = 3 * torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    timestep = chosen.timesteps[3]
-    chosen._step_index = 3
-    free = trained_clean(trained, output, int(timestep), sample)
-    assert free.abs().max() > 2
-    expected = free.clamp(-1, 1) if clips else free
-    assert torch.allclose(chosen.convert_model_output(output, sample=sample), expected, atol=1e-4)
-
-
-def trained_clean(scheduler, output, timestep, sample):
-    """Return the denoised image, not clipped: equation 12 of Song et al. 2020 (DDIM)."""
-    alpha = scheduler.alphas_cumprod[timestep].sqrt()
-    return (sample - (1 - alpha**2).sqrt() * output) / alpha
-
-
 def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path):
     from datasets import ClassLabel, Features, Value
     from datasets import Image as ImageFeature
@@ -743,18 +689,3 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
         train(tmp_path / "some.parquet", tmp_path / "other", *options, "--label_column", "label")
     with pytest.raises(SystemExit, match="Labels of the split .* are -1 to 0"):
         train(tmp_path / "numbered.parquet", tmp_path / "other", *options, "--label_column", "label")
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--sampler", "heun"], "sampler='heun' needs an EDMEulerScheduler"),
-        (["--class_label", "3"], "this denoiser is unconditional"),
-        (["--guidance_scale", "2"], "guidance needs `class_labels`"),
-    ],
-)
-def test_options_that_a_checkpoint_does_not_take_are_refused(trained, tmp_path, option, message):
-    options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "out"), "--num_images", "1"]
-    with pytest.raises(SystemExit, match=message):
-        scripts.run("generate", *options, *option)
-    assert not (tmp_path / "out").exists()

@@ -40,6 +40,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
+from .classes import draw_fraction
 from .devices import best_device, made_fast
 from .draws import indexed_noise, separate_randomness
 from .encoding import LatentInputs
@@ -47,7 +48,7 @@ from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, n
 from .latent_folder import LatentFolder
 from .models import Model, check_null_class
 from .options import Options, option
-from .probing import classify, draw_fraction
+from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
 from .run_facts import base_model, machine
