@@ -4,13 +4,16 @@ import json
 import multiprocessing
 import os
 import sys
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny networks gain nothing from threads, which get into each other's way where tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -22,6 +25,7 @@ from diffusers import (
     DiTTransformer2DModel,
     UNet2DModel,
 )
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -79,6 +83,21 @@ def drawn(digits, split, count):
 
     dataset = Dataset.from_parquet(str(digits / f"{split}.parquet"))
     return dataset.select(draw_images(dataset["label"][:], count))
+
+
+def put(folder, *paths):
+    """Write pictures that all differ."""
+    for path in paths:
+        file = Path(folder, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(zlib.crc32(str(path).encode())).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(file, format="PNG")
+
+
+def splits_of(**changes):
+    """Options that say which images are trained and tested on: all of the splits `train` and `test`, unless changed."""
+    given = {"train_split": "train", "test_split": "test", "max_train_samples": None, "max_test_samples": None}
+    return SimpleNamespace(**given | changes)
 
 
 class Source:

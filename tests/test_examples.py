@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +17,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 import finetune
-import generate
 import linear_probe
 import noisy_classifier
 import pretrain
@@ -33,8 +29,11 @@ import sweep
 import train_vae
 from data import load_training_images, parse_with_config, read_config, training_batches
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
+from ddae_hf.commands.parsing import parse
 from ddae_hf.diffusion import Diffusion
+from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.plots import image_grid
+from ddae_hf.experiments.publishing import HubOptions
 from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
 from training_run import Progress
@@ -446,7 +445,8 @@ def test_networks_have_the_parameters_that_their_files_say(name):
 def test_every_configuration_describes_a_network_that_can_be_trained(path):
     evaluations = {"probe": linear_probe, "sweep": sweep, "finetune": finetune, "noisy": noisy_classifier}
     if script := evaluations.get(path.stem.split("_")[-1]):
-        script.parse_arguments(["--config", str(path), "--model_name_or_path", "somewhere"])
+        options = ["--config", str(path), "--model_name_or_path", "somewhere"]
+        parse([DataOptions, script.Arguments, HubOptions], None, options)
         return
     if path.stem.endswith("_vae"):
         train_vae.new_vae(train_vae.parse_arguments(["--config", str(path), "--dataset_name", "somewhere"]))
@@ -535,9 +535,6 @@ def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
     config.write_text("learning_rate: 1e-3\nlr_warmup_steps: 7\nrandom_flip: true\nema_decay:\n")
     args = pretrain.parse_arguments(["--config", str(config), "--lr_warmup_steps", "9", "--no-random_flip"])
     assert (args.learning_rate, args.lr_warmup_steps, args.random_flip, args.ema_decay) == (1e-3, 9, False, 0.9999)
-    config.write_text("sigmas: [1e-2, 0.05]\nregularisation: 0.1\nmodel_name_or_path: somewhere")
-    args = linear_probe.parse_arguments(["--config", str(config)])
-    assert args.sigmas == [0.01, 0.05] and args.regularisation == [0.1] and args.model_name_or_path == "somewhere"
     config.write_text("mixed_precision: no")
     assert pretrain.parse_arguments(["--config", str(config)]).mixed_precision == "no"
     config.write_text("lr_scheduler: cosin")
@@ -548,116 +545,6 @@ def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pretrain.parse_arguments(["--config", str(config)])
     assert "unknown options ['learning_speed']" in capsys.readouterr().err
-
-
-def test_generated_images_depend_on_their_number_alone(trained, tmp_path):
-    options = ["--model_name_or_path", str(trained), "--num_inference_steps", "2"]
-    scripts.run("generate", *options, "--num_images", "3", "--batch_size", "3", "--output_dir", str(tmp_path / "a"))
-    scripts.run("generate", *options, "--num_images", "2", "--batch_size", "1", "--output_dir", str(tmp_path / "b"))
-    first = (tmp_path / "b" / "00000.png").stat().st_mtime_ns
-    scripts.run("generate", *options, "--num_images", "3", "--batch_size", "2", "--output_dir", str(tmp_path / "b"))
-    assert (tmp_path / "b" / "00000.png").stat().st_mtime_ns == first
-    for i in range(3):
-        a, b = (np.asarray(Image.open(tmp_path / f / f"0000{i}.png"), dtype=int) for f in "ab")
-        assert np.abs(a - b).max() <= 1
-    assert Image.open(tmp_path / "b" / "grid.png").size == (2 * 65 - 1, 2 * 65 - 1)
-    with pytest.raises(SystemExit, match="made with other options"):
-        scripts.run("generate", *options, "--seed", "5", "--output_dir", str(tmp_path / "b"))
-    with pytest.raises(SystemExit, match="made with other options or weights"):
-        raw = ["--model_name_or_path", str(trained / "raw"), "--num_inference_steps", "2"]
-        scripts.run("generate", *raw, "--output_dir", str(tmp_path / "b"))
-    other = tmp_path / "other"
-    shutil.copytree(trained, other)  # the same weights under another schedule
-    DDPMScheduler(beta_end=0.01).save_pretrained(other / "scheduler")
-    with pytest.raises(SystemExit, match="made with other options or weights"):
-        scripts.run("generate", "--model_name_or_path", str(other), *options[2:], "--output_dir", str(tmp_path / "b"))
-    with pytest.raises(SystemExit, match="is not a folder"):
-        scripts.run("generate", "--model_name_or_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "c"))
-
-
-@pytest.fixture(scope="module")
-def probed(trained, digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("probed")
-    options = ["--model_name_or_path", str(trained), "--dataset_name", str(digits), "--output_dir", str(folder)]
-    options += ["--layers", "mid_block", "up_blocks.0.attentions.1", "--sigmas", "0.05", "0.3", "--baselines"]
-    options += [
-        "--labels_per_class",
-        "10",
-        "--num_draws",
-        "3",
-        "--max_train_samples",
-        "600",
-        "--max_test_samples",
-        "150",
-    ]
-    scripts.run("linear_probe", *options, "--regularisation", "0.1", "1.0")
-    return folder
-
-
-def test_the_probe_leaves_a_classifier_and_every_figure(probed, digits):
-    report = json.loads((probed / "eval_results.json").read_text())
-    assert list(report["results"]) == ["DDAE", "raw pixels", "untrained network"]
-    assert report["results"]["DDAE"]["test_f1"] == pytest.approx(report["results"]["DDAE"]["test_accuracy"], abs=0.1)
-    for name, result in report["results"].items():
-        assert 0.5 < result["test_accuracy"] <= 1 and len(result["few_label_test_accuracies"]) == 3
-        best = max(t["validation_accuracy"] for t in result["tried"])
-        assert result["validation_accuracy"] == best
-        assert len(result["tried"]) == (2 if name == "raw pixels" else 8)
-    model = DDAEForImageClassification.from_pretrained(probed)
-    assert model.config.layer == report["results"]["DDAE"]["layer"] and model.config.id2label[3] == "3"
-    processor = DDAEImageProcessor.from_pretrained(probed)
-    test = drawn(digits, "test", 150)
-    with torch.no_grad():
-        predicted = model(**processor(test["image"][:], return_tensors="pt")).logits.argmax(-1)
-    accuracy = (predicted.numpy() == np.array(test["label"][:])).mean()
-    assert accuracy == pytest.approx(report["saved_classifier_test_accuracy"])
-    assert abs(accuracy - report["results"]["DDAE"]["test_accuracy"]) < 0.1
-    assert Image.open(probed / "confusion.png").size[0] > 200
-
-
-def test_the_saved_weights_are_scikit_learns_on_raw_features():
-    rng = np.random.default_rng(0)
-    features = rng.normal(3, [1, 10, 0.1], (200, 3))
-    for classes in (2, 4):
-        labels = rng.integers(0, classes, 200)
-        scaler, model = linear_probe.fit(features, labels, 1.0)
-        weight, bias = linear_probe.raw_weights(scaler, model, classes)
-        logits = torch.from_numpy(features) @ weight.T + bias
-        probabilities = torch.softmax(logits, -1).numpy()
-        np.testing.assert_allclose(probabilities, model.predict_proba(scaler.transform(features)), atol=1e-8)
-
-
-def test_a_class_without_training_images_never_wins():
-    features = np.array([[0.0], [1.0], [2.0]])
-    scaler = StandardScaler().fit(features)
-    weight, bias = linear_probe.raw_weights(scaler, LogisticRegression().fit(scaler.transform(features), [0, 2, 3]), 5)
-    logits = torch.from_numpy(features) @ weight.T + bias
-    assert set(logits.argmax(1).tolist()) <= {0, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--layers", "up_blocks.8.resnets.0"], "There is no layer"),
-        (["--sigmas", "-1"], "outside the schedule"),
-        (["--label_column", "image"], "no column of labels 'image'"),
-        (["--test_split", "holdout"], "has no split 'holdout'"),
-        (["--labels_per_class", "1000"], "the smallest class has"),
-        (["--model_name_or_path", "nowhere/at/all"], "is not a folder"),
-    ],
-)
-def test_probing_refuses_bad_input_before_it_computes(trained, digits, tmp_path, options, message):
-    arguments = [
-        "--model_name_or_path",
-        str(trained),
-        "--dataset_name",
-        str(digits),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    with pytest.raises(SystemExit, match=message):
-        scripts.run("linear_probe", *arguments, *options)
-    assert not (tmp_path / "out").exists()
 
 
 def test_grids_enlarge_without_smoothing():
@@ -692,33 +579,6 @@ def test_configurations_of_a_wrong_shape_are_refused(tmp_path, capsys, text, mes
     assert message in str(refusal.value) + capsys.readouterr().err
 
 
-def test_a_scheduler_of_another_framework_is_refused(trained, tmp_path):
-    options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path), "--num_images", "1"]
-    with pytest.raises(SystemExit, match="EDMEulerScheduler is of edm, but the network was trained with ddpm"):
-        scripts.run("generate", *options, "--scheduler", "EDMEulerScheduler")
-
-
-@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-@pytest.mark.parametrize("clips", [True, False])
-def test_another_scheduler_clips_denoised_images_where_the_trained_one_does(kind, clips):
-    trained = DDIMScheduler(clip_sample=clips)
-    chosen = generate.change_scheduler(trained, kind)
-    chosen.set_timesteps(10)
-    sample, output = 3 * torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    timestep = chosen.timesteps[3]
-    chosen._step_index = 3
-    free = trained_clean(trained, output, int(timestep), sample)
-    assert free.abs().max() > 2
-    expected = free.clamp(-1, 1) if clips else free
-    assert torch.allclose(chosen.convert_model_output(output, sample=sample), expected, atol=1e-4)
-
-
-def trained_clean(scheduler, output, timestep, sample):
-    """Return the denoised image, not clipped: equation 12 of Song et al. 2020 (DDIM)."""
-    alpha = scheduler.alphas_cumprod[timestep].sqrt()
-    return (sample - (1 - alpha**2).sqrt() * output) / alpha
-
-
 def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path):
     from datasets import ClassLabel, Features, Value
     from datasets import Image as ImageFeature
@@ -743,18 +603,3 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
         train(tmp_path / "some.parquet", tmp_path / "other", *options, "--label_column", "label")
     with pytest.raises(SystemExit, match="Labels of the split .* are -1 to 0"):
         train(tmp_path / "numbered.parquet", tmp_path / "other", *options, "--label_column", "label")
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--sampler", "heun"], "sampler='heun' needs an EDMEulerScheduler"),
-        (["--class_label", "3"], "this denoiser is unconditional"),
-        (["--guidance_scale", "2"], "guidance needs `class_labels`"),
-    ],
-)
-def test_options_that_a_checkpoint_does_not_take_are_refused(trained, tmp_path, option, message):
-    options = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "out"), "--num_images", "1"]
-    with pytest.raises(SystemExit, match=message):
-        scripts.run("generate", *options, *option)
-    assert not (tmp_path / "out").exists()

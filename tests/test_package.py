@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import ddae_hf
+from ddae_hf import experiments
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ddae_hf"
 # A module imports only modules of earlier lines.
-ORDER = [
-    ["arrays", "cut", "draws", "families", "latents", "lbfgs", "pickles", "remote_code"],
+FLAT = [
+    ["cut", "families", "latents", "pickles", "remote_code"],
     ["augment", "labels", "noise", "weights"],
     ["network_class", "sampling"],
     ["dits", "unets"],
@@ -24,29 +26,160 @@ ORDER = [
     ["image_processing_ddae", "pretrained_ddae"],
     ["modeling_ddae", "pipeline_ddae"],
     ["backbone_ddae"],
-    ["features", "probing", "generation_metrics", "run_results"],
-    ["latent_folder", "model_card"],
-    ["__init__"],
 ]
-RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
+EXPERIMENTS = [
+    ["arrays", "classes", "devices", "draws", "generation_metrics", "image_folder", "lbfgs", "metrics", "run_facts"],
+    ["batches", "noisy_networks", "options", "pixels", "stopping"],
+    ["data_files", "features", "image_set", "logistic_regression", "models", "report", "run_folder"],
+    ["images", "latent_folder", "probe_results", "progress"],
+    ["accelerating", "converting", "encoding", "extractors", "feature_export", "results"],
+    ["model_card", "online_probes", "plots", "probing", "trainer", "training", "training_options"],
+    ["finetuning", "generation", "noisy_classification", "pretraining", "publishing", "sweeping", "vae_training"],
+    ["evaluation", "transferring"],
+    ["training_curve"],
+]
+COMMANDS = [["parsing"]]
+FORBIDDEN = {"examples", "benchmarks", "tests"}
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def modules_of(folder):
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
+    """Every module that a file imports, at its top or inside of a function, but for annotations alone."""
+    nodes = list(ast.walk(tree(path)))
+    checked = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    annotations = {inner for node in checked for inner in ast.walk(node)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node not in annotations:
             yield ("." * node.level) + (node.module or "")
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
-def test_imports_go_one_way():
-    modules = {path.stem: path for path in (ROOT / "ddae_hf").glob("*.py")}
-    assert modules.keys() == RANK.keys()
+def check_order(folder, order, inside):
+    """A module imports earlier ones of its folder and, of the package, what `inside` says of a name with two dots."""
+    rank = {module: number for number, modules in enumerate(order) for module in modules}
+    modules = modules_of(folder)
+    assert modules.keys() == rank.keys()
     for name, path in modules.items():
         for imported in imports(path):
-            if imported.startswith("."):
-                assert RANK[imported[1:]] < RANK[name], f"{name} imports {imported}"
-            assert imported.split(".")[0] not in {"accelerate", "argparse", "examples", "tests"}, f"{name}: {imported}"
+            place, module = len(imported) - len(imported.lstrip(".")), imported.lstrip(".")
+            if place == 1:
+                assert rank[module] < rank[name], f"{name} imports {imported}"
+            elif place == 2:
+                assert inside(module), f"{name} imports {imported}"
+            else:
+                assert place == 0 and module.split(".")[0] not in FORBIDDEN | {"ddae_hf"}, f"{name} imports {imported}"
+
+
+def test_imports_go_one_way():
+    check_order(PACKAGE, FLAT, lambda module: False)
+    flat = {"", *modules_of(PACKAGE)}
+    check_order(PACKAGE / "experiments", EXPERIMENTS, lambda module: module in flat)
+    rooms = {f"experiments.{name}" for name in modules_of(PACKAGE / "experiments")}
+    check_order(PACKAGE / "commands", COMMANDS, lambda module: module in flat | rooms | {"experiments"})
+
+
+def test_only_commands_know_of_command_lines_and_only_they_print():
+    """The flat package also knows no accelerate, and its modules are what travels with a checkpoint."""
+    for folder, unknown in (
+        (PACKAGE, {"accelerate", "argparse", "tqdm", "datasets"}),
+        (PACKAGE / "experiments", {"argparse"}),
+    ):
+        for path in folder.glob("*.py"):
+            assert not unknown & {module.split(".")[0] for module in imports(path)}, path.name
+            used = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, (ast.Name, ast.Attribute))}
+            assert not used & {"print", "input", "SystemExit", "sys.exit", "exit", "quit", "argparse"}, path.name
+
+
+SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed torch.cuda.manual_seed_all random.seed
+    np.random.seed numpy.random.seed set_seed accelerate.utils.set_seed transformers.set_seed""".split()
+# Functions that seed inside of their caller's `separate_randomness`, and where that stands.
+SEEDED_BY_CALLERS = {
+    "training.run": "accelerating",
+    "trainer.compute_loss": "finetuning",
+    "finetuning.build_model": "finetuning",
+}
+
+
+def test_experiments_seed_nothing_globally():
+    """But where `separate_randomness` brings the global generators back; and they ask these only by torch."""
+    allowed = set()
+    for name, path in modules_of(PACKAGE / "experiments").items():
+        if name == "draws":  # which has `separate_randomness` itself
+            continue
+        nodes = list(ast.walk(tree(path)))
+        inside = {
+            inner
+            for node in nodes
+            if isinstance(node, ast.With) and any("separate_randomness" in ast.unparse(i) for i in node.items)
+            for inner in ast.walk(node)
+        }
+        for function in (node for node in nodes if isinstance(node, ast.FunctionDef)):
+            for node in ast.walk(function):
+                called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                of_numpy = called.startswith("np.random.") and called.split(".")[-1] not in (
+                    *("default_rng", "SeedSequence", "Generator", "PCG64", "Philox"),
+                )
+                if node not in inside and (called in SEEDING or of_numpy or called.startswith("random.")):
+                    place = f"{name}.{function.name}"
+                    assert place in SEEDED_BY_CALLERS, f"{place} calls {called}"
+                    allowed.add(place)
+    assert allowed == SEEDED_BY_CALLERS.keys()
+    for module in SEEDED_BY_CALLERS.values():
+        assert "with separate_randomness(" in (PACKAGE / "experiments" / f"{module}.py").read_text()
+
+
+def test_no_two_modules_have_one_name_and_none_that_of_a_function_that_is_exported():
+    """A lazy import would give the module; a command may be named after its experiment, as its script is."""
+    places = [PACKAGE, PACKAGE / "experiments", ROOT / "examples", ROOT / "benchmarks", ROOT / "model_cards"]
+    names = [path.stem for place in places for path in place.glob("[!_]*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
+    rooms = {**modules_of(PACKAGE), **modules_of(PACKAGE / "experiments")}
+    assert not {*ddae_hf.__all__, *experiments.__all__} & rooms.keys()
+
+
+def test_scripts_do_not_call_each_other():
+    scripts = modules_of(ROOT / "examples")
+    for name, path in scripts.items():
+        assert not {module.split(".")[0] for module in imports(path)} & (scripts.keys() | FORBIDDEN), name
+
+
+def test_experiments_are_imported_when_they_are_first_used():
+    for name in experiments.__all__:
+        assert getattr(experiments, name).__doc__ and name in dir(experiments)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        experiments.nothing  # noqa: B018
+    code = "import sys, ddae_hf.experiments; print(sorted(m for m in sys.modules if 'ddae_hf.' in m))"
+    code += (
+        "; print({'datasets', 'accelerate', 'evaluate', 'matplotlib', 'sklearn', 'torchmetrics'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    rooms, libraries = done.stdout.splitlines()
+    assert [room for room in ast.literal_eval(rooms) if "experiments" in room] == ["ddae_hf.experiments"]
+    assert libraries == "set()" or "accelerate" in libraries  # which diffusers imports for itself
+
+
+def test_an_experiment_whose_libraries_are_missing_says_what_to_install():
+    code = """import sys
+sys.modules.update(dict.fromkeys(["datasets", "sklearn", "evaluate", "matplotlib", "torchmetrics"]))
+import ddae_hf.experiments as experiments
+for name in ("Images", "sweep", "finetune", "evaluate_generation"):
+    try:
+        getattr(experiments, name)
+    except ImportError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("which is not installed: pip install 'ddae_hf[experiments]'") == 4, (
+        done.stdout + done.stderr
+    )
 
 
 def test_every_public_name_is_there_and_no_other_is():
@@ -72,12 +205,6 @@ def test_what_is_promised_is_held_by_tests_that_there_are():
     assert len(promised) > 50
     for file, name in promised:
         assert f"\ndef {name}(" in (ROOT / "tests" / f"{file}.py").read_text(), f"{file}::{name}"
-
-
-def test_the_library_never_prints():
-    for path in (ROOT / "ddae_hf").glob("*.py"):
-        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        assert not any(isinstance(f, ast.Name) and f.id == "print" for f in calls), path.name
 
 
 # What only some schedulers, or some networks, have.
@@ -163,7 +290,8 @@ def test_the_wheel_works_outside_the_clone(tmp_path):
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
     subprocess.run(install, check=True, capture_output=True)
-    code = "import ddae_hf; c = ddae_hf.DDAEConfig(); print(ddae_hf.__file__, ddae_hf.__version__, c.layer)"
+    code = "import ddae_hf; from ddae_hf.experiments import Images, make_card; from ddae_hf.commands import parsing; "
+    code += "c = ddae_hf.DDAEConfig(); print(ddae_hf.__file__, ddae_hf.__version__, c.layer)"
     environment = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [
@@ -172,10 +300,11 @@ def test_the_wheel_works_outside_the_clone(tmp_path):
         "up_blocks.1.resnets.2",
     ]
     assert (target / "ddae_hf" / "py.typed").exists()
+    assert (target / "ddae_hf" / "experiments" / "model_card_template.md").exists()
 
 
 def test_modules_and_functions_are_read_in_one_sitting():
-    for path in (ROOT / "ddae_hf").glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         assert path.read_text().count("\n") <= 420, path.name
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
