@@ -95,10 +95,9 @@ def decode(file: Any, feature: Image, where: str) -> PILImage.Image:
         DamagedImageError: None, or what Pillow cannot read; it says of which file, or `where` it came from.
     """
     try:
-        image = feature.decode_example(file)
-        if image is None:
+        if file is None:
             raise ValueError("there is none")
-        return image
+        return feature.decode_example(file)
     except Exception as error:  # Pillow raises several kinds, most of which do not say of which file
         path = file.get("path") if isinstance(file, dict) else None
         content = file.get("bytes") if isinstance(file, dict) else None
