@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ddae_hf.commands.parsing import parse, sentences
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import option
-from ddae_hf.experiments.publishing import HubOptions, prepare, publish
+from ddae_hf.experiments.publishing import HubOptions, prepare
 from ddae_hf.experiments.transferring import TransferOptions, transfer
 
 

@@ -32,6 +32,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from diffusers.optimization import SchedulerType, get_scheduler
+from latents import one_view
 from tqdm.auto import tqdm
 
 from data import (
@@ -55,7 +56,6 @@ from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.publishing import PRIVATE, add_hub_arguments, prepare, publish
 from ddae_hf.networks import NETWORKS, build_denoiser, network_of
 from ddae_hf.noise import family_of
-from latents import one_view
 from training_data import TrainingData, add_latent_arguments, check_latent_arguments, load_training_data
 from training_run import (
     LATENTS,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import ClassLabel, IterableDataset
+from latents import latent_dataset
 
 from data import load_training_images, pick_split
 from ddae_hf.checkpoints import Checkpoint, load_vae
@@ -15,7 +16,6 @@ from ddae_hf.experiments.classes import warn_of_missing
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.run_facts import data_facts
 from ddae_hf.latents import freeze
-from latents import latent_dataset
 
 # Options of images that latents have no use for, and what to do in their place.
 OF_IMAGES = dict.fromkeys(
