@@ -138,6 +138,14 @@ def _converted(parser: Any, action: argparse.Action, value: Any) -> Any:
     return converted if many else converted[0]
 
 
+def show_log(main_process: bool = True) -> None:
+    """Show what experiments say of their progress; of several processes one does."""
+    level = logging.INFO if main_process else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
+    for name in ("accelerate", "httpx", "httpx2", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
     """End the program with a sentence, and no traceback, at what its user can mend: wrong options, files, disks.

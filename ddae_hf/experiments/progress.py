@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 PROGRESS = Path("state") / "progress.json"
 # What a checkpoint has beside weights, without which a run would not go on as it was.
 STATE = ("state/optimizer.bin", "state/random_states_0.pkl", PROGRESS.as_posix())
+WEIGHTS = "state/model.safetensors"  # where accelerate keeps them
 
 
 @dataclasses.dataclass

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -64,6 +65,7 @@ class Loop:
         checkpointing_steps: Steps between two checkpoints.
         checkpoints_total_limit: How many to keep, all if None. The one that is written is always among them.
         save: Writes into a checkpoint's folder what accelerate does not: weights and options. `average` is up to date.
+        keep_weights: Whether accelerate writes the module's weights into checkpoints, and `restore` reads them.
         desc: What the progress bar says.
         option: Name of the option that is the learning rate, for messages.
 
@@ -90,6 +92,7 @@ class Loop:
         checkpointing_steps: int | None = None,
         checkpoints_total_limit: int | None = None,
         save: Callable[[Path], None] = lambda folder: None,
+        keep_weights: bool = False,
         desc: str = "Training",
         option: str = "learning_rate",
     ):
@@ -107,9 +110,9 @@ class Loop:
         if average is not None:
             average.to(accelerator.device)
             self.ema = EMAModel(average.parameters(), decay=ema_decay, foreach=True)
-        # The weights are saved by `save`; accelerate keeps the rest of the training state.
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        if not keep_weights:
+            accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+            accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         self.progress = Progress(batch_images=(size or 1) * accelerator.num_processes)
         self.resumed = dataclasses.replace(self.progress)
         self.losses: deque[Tensor] = deque(maxlen=NUM_LOSSES)
@@ -117,7 +120,7 @@ class Loop:
         self.started = time.monotonic()
 
     def restore(self, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint, whose weights the module and its average have already.
+        """Go on from a checkpoint, whose weights the module has already, but for `keep_weights`.
 
         The learning rate, and what else options say of the optimiser, are this run's.
 
@@ -133,7 +136,7 @@ class Loop:
         try:
             self.accelerator.load_state(str(checkpoint / "state"))
             self.progress = Progress.read(checkpoint)
-        except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{checkpoint} cannot be resumed: {error}. Resume an earlier checkpoint.") from error
         self.accelerator.step = 0  # batches of a step that are done: checkpoints are written between steps
         self.progress.cut_into(size or 1)

@@ -22,11 +22,10 @@ Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 # What may be another when a run is resumed; it holds from then on.
 MAY_CHANGE = frozenset(
-    """output_dir cache_dir dataset_name train_data_dir latents_dir vae_source image_column label_column skip_bad_images
-    train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs
+    """output_dir cache_dir dataset_name dataset_config_name train_data_dir latents_dir image_column label_column
+    skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs
     max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm mixed_precision allow_tf32
-    dataloader_num_workers checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to logging_dir
-    push_to_hub hub_model_id hub_private license""".split()
+    dataloader_num_workers checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to logging_dir""".split()
 )
 
 
@@ -175,6 +174,15 @@ def check_data(progress: Progress, trained: Mapping[str, Any], sizes: BatchSizes
         )
     if None not in (progress.images_hash, now.images_hash) and progress.images_hash != now.images_hash:
         raise ValueError(f"{where} was trained on other images, as many as these: give the same images, {anew}.")
+
+
+def check_precision(options: Mapping[str, Any], trained: Mapping[str, Any], where: Path) -> None:
+    """Raise `ValueError` if a run is to go on in fp16 from a checkpoint that has no scale for its losses."""
+    if options["mixed_precision"] == "fp16" and not (where / "state" / "scaler.pt").is_file():
+        raise ValueError(
+            f"mixed_precision was {trained.get('mixed_precision')} and is fp16: {where} has no scale of the losses. "
+            "Give the precision that the run began with, or bf16."
+        )
 
 
 def in_force(options: Options, sizes: BatchSizes, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:

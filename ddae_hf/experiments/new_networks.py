@@ -1,0 +1,101 @@
+"""The networks and schedulers that options describe, and whether they can be trained."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+from ..checkpoints import build_scheduler, plain_config
+from ..configuration_ddae import DDAEConfig
+from ..networks import NETWORKS, build_denoiser, network_of
+from ..noise import family_of
+from .pretraining_data import TrainingData
+
+DENOISER = {"_class_name": "UNet2DModel", "in_channels": 3}
+SCHEDULER = {"_class_name": "DDPMScheduler"}
+
+
+def refuse_label_options(denoiser: dict[str, Any]) -> None:
+    """Raise `ValueError` for options of a network's labels, which the data set gives."""
+    own = {name for network in NETWORKS.values() for name in network.label_options(1)}
+    if labels := sorted(own & set(denoiser)):
+        raise ValueError(f"denoiser has {labels[0]}: leave it out, class_conditional takes it from the data set.")
+
+
+def new_networks(options: Any, data: TrainingData) -> tuple[Any, Any]:
+    """Return the denoiser, randomly initialised, and the scheduler that options describe.
+
+    Args:
+        options: Have `denoiser`, `scheduler` and `resolution`.
+        data: What the network is to be trained on.
+
+    Raises:
+        ValueError: Options that those classes do not have.
+    """
+    inputs: dict[str, Any] = {"sample_size": options.resolution or 32}
+    if data.latents is not None:
+        channels, side, _ = data.latents.shape
+        inputs = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+    described = {**DENOISER, **inputs, **options.denoiser}
+    denoiser = build_denoiser({**described, **network_of(described).label_options(data.num_classes)})
+    scheduler = build_scheduler({**SCHEDULER, **options.scheduler})
+    for given, built in ((options.denoiser, denoiser), (options.scheduler, scheduler)):
+        if unknown := sorted(set(given) - set(inspect.signature(type(built)).parameters) - {"_class_name"}):
+            raise ValueError(f"{type(built).__name__} has no options {unknown}.")
+    return denoiser, scheduler
+
+
+def trained_on(denoiser: Any, scheduler: Any) -> dict[str, Any]:
+    """Return what tells a network and a scheduler from others, by names such as `denoiser.num_layers`."""
+    parts = {"denoiser": denoiser, "scheduler": scheduler}
+    return {f"{part}.{name}": value for part, built in parts.items() for name, value in plain_config(built).items()}
+
+
+def check_networks(options: Any, denoiser: Any, scheduler: Any, data: TrainingData) -> None:
+    """Raise `ValueError` if the network and the scheduler cannot be trained with these options on these data."""
+    config = denoiser.config
+    if data.latents is not None:
+        channels, side, _ = data.latents.shape
+        if (config.in_channels, config.sample_size) != (channels, side):
+            raise ValueError(
+                f"The latents have {channels} channels and a side of {side}: the network must have them as its "
+                f"in_channels and sample_size, and has {config.in_channels} and {config.sample_size}."
+            )
+    null_class = data.num_classes or None
+    network = network_of(denoiser)
+    if data.num_classes and network.num_labels(config) != data.num_classes + 1:
+        raise ValueError(
+            f"The data set has {data.num_classes} classes: the network needs {data.num_classes + 1} labels with its "
+            f"null class, and has {network.num_labels(config)}."
+        )
+    if not data.num_classes and network.is_conditional(denoiser):
+        raise ValueError("This network is class-conditional: train it with class_conditional.")
+    if config.out_channels not in (None, config.in_channels):
+        raise ValueError("Only networks with as many output as input channels can be trained.")
+    # These refuse what cannot work.
+    family_of(scheduler).check_sampler(options.sampler)
+    described = {"denoiser": plain_config(denoiser), "scheduler": plain_config(scheduler)}
+    if data.latents is not None:
+        described["vae"] = data.latents.index["vae"]
+    DDAEConfig(**described, timestep=0, null_class=null_class)
+    if options.low_resolution is not None:
+        check_low_resolution(options.low_resolution, described, null_class)
+    family_of(scheduler).draw(1, log_normal=options.log_sigma)
+    copy.deepcopy(scheduler).set_timesteps(options.num_inference_steps)
+    if options.resolution not in (None, config.sample_size):
+        raise ValueError(
+            f"resolution is {options.resolution}, but the network's sample_size is {config.sample_size}."
+        )
+
+
+def check_low_resolution(side: int, described: dict[str, Any], null_class: int | None) -> None:
+    """Raise `ValueError` unless the described network can be trained on images of this side, smaller than its own."""
+    whole = described["denoiser"]["sample_size"]
+    if not (isinstance(whole, int) and 1 <= side < whole):
+        raise ValueError(f"low_resolution is {side}: it must be at least 1 and below the sample_size, {whole}.")
+    try:
+        reduced = {**described["denoiser"], "sample_size": side}
+        DDAEConfig(**{**described, "denoiser": reduced}, timestep=0, null_class=null_class)
+    except ValueError as error:
+        raise ValueError(f"low_resolution {side} cannot work. {error}") from error

@@ -1,0 +1,452 @@
+"""Pretraining: a denoiser is trained on images, which need no labels, or on latents that `encode` made of them.
+
+    from ddae_hf.experiments import Images, pretrain
+    result = pretrain(Images.open("uoft-cs/cifar10"), max_train_steps=1000, output_dir="runs/mine")
+    result.pipeline(16).images
+
+The folder opens with `DDAEPipeline.from_pretrained` and `DDAEForImageClassification.from_pretrained` as the network of
+averaged (EMA) weights; the weights that the optimiser left are in its sub-folder `raw`, which opens alike. Both hold
+the VAE of the latents that they were trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from torch import Tensor
+
+from ..augment import NUM_LABELS, augment, embed_labels, random_flip, reduced
+from ..checkpoints import build_scheduler, read_checkpoint
+from ..diffusion import Diffusion
+from ..image_processing_ddae import DDAEImageProcessor
+from ..labels import drop_labels
+from ..networks import network_of
+from ..pipeline_ddae import DDAEPipeline
+from .accelerating import accelerated
+from .arrays import write_json, written_whole
+from .batches import num_steps
+from .devices import fast_layout, made_fast
+from .encoding import one_view
+from .images import Images
+from .latent_folder import LatentFolder
+from .new_networks import SCHEDULER, check_networks, new_networks, refuse_label_options, trained_on
+from .options import Table, option
+from .pixels import scaled
+from .plots import image_grid
+from .pretraining_data import TrainingData, training_data
+from .progress import STATE, Progress, is_finished
+from .report import in_memory
+from .results import PretrainingReport
+from .run_facts import base_model, machine
+from .run_folder import check_same_run, checkpoint_to_resume, saving, write_options
+from .training import Loop
+from .training_options import (
+    BatchSizes,
+    TrainingOptions,
+    batch_sizes,
+    check_data,
+    check_precision,
+    in_force,
+    trained_with,
+)
+
+logger = logging.getLogger(__name__)
+
+OF_STREAMS = frozenset(
+    """dataset_name dataset_config_name train_data_dir train_split image_column label_column skip_bad_images
+    max_train_samples dataloader_num_workers""".split()
+)
+LATENTS = Path("state") / "latents.json"
+WEIGHTS = ("model_index.json", "raw/model_index.json", "*/diffusion_pytorch_model*", "raw/*/diffusion_pytorch_model*")
+
+
+@dataclass(kw_only=True)
+class PretrainingOptions(TrainingOptions):
+    """Options of `pretrain`."""
+
+    # Beside these, the network and its scheduler are compared as they were built, the data by number and hash.
+    may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change | frozenset(
+        """denoiser scheduler vae resolution center_crop gradient_checkpointing adam_beta1 adam_beta2 adam_weight_decay
+        adam_epsilon ema_decay sample_steps num_samples num_inference_steps sampler""".split()
+    )
+
+    denoiser: Table = option({}, "Options of the network and its `_class_name`, as YAML.")
+    scheduler: Table = option({}, "Options of the scheduler and its `_class_name`, as YAML.")
+    init_from: str | None = option(None, "Checkpoint (any layout) whose network and scheduler to start from.")
+    vae: str | None = option(None, "Folder or Hub id of the latents' VAE, if it is not where it was then.")
+    augment: float = option(0.0, "Probability of EDM's augmentations, such as 0.12.")
+    class_conditional: bool = option(False, "Tell the network each image's class.")
+    label_dropout: float = option(0.1, "How often it is told the null class instead.")
+    log_sigma: list[float] | None = option(
+        None,
+        "Mean and standard deviation of log sigma, drawn from a normal distribution: for flow matching 0 1 are "
+        "logit-normal times. By default each framework's own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
+    )
+    low_resolution: int | None = option(
+        None, "Begin with images reduced to this side, by means of pixels: such steps cost less."
+    )
+    low_resolution_share: float = option(0.9, "Share of the steps that are of low_resolution.")
+    shuffle_buffer: int = option(10000, "Images of a stream among which the next one is drawn.")
+    gradient_checkpointing: bool = option(False, "Compute hidden states twice, in less memory.")
+    adam_beta1: float = option(0.9, "Decay of the gradient's mean.")
+    adam_beta2: float = option(0.999, "Decay of its square's.")
+    adam_weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    adam_epsilon: float = option(1e-8, "What AdamW's divisor is at least.")
+    ema_decay: float = option(0.9999, "Decay of the averaged weights after its ramp.")
+    sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
+    num_samples: int = option(64, "Images in the grid.")
+    num_inference_steps: int = option(50, "Sampling steps of the grid.")
+    sampler: Literal["heun"] | None = option(
+        None, "EDM's second-order sampler for the grid, in place of the scheduler's steps."
+    )
+
+    def check(self) -> None:
+        """Refuse what does not go together."""
+        super().check()
+        refuse_label_options(self.denoiser)
+        if self.init_from and (self.denoiser or self.scheduler):
+            raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
+        if self.augment and (self.random_flip or self.class_conditional):
+            other = "random_flip" if self.random_flip else "class_conditional"
+            raise ValueError(f"augment mirrors images itself, and takes the place of a class: leave out {other}.")
+        if self.class_conditional and self.label_dropout in (0, 1):
+            raise ValueError(
+                f"label_dropout is {self.label_dropout:g}: the network must see both its classes and the null class."
+            )
+        if self.log_sigma is not None and len(self.log_sigma) != 2:
+            raise ValueError(f"log_sigma is {self.log_sigma}: give two numbers, a mean and a standard deviation.")
+
+
+@dataclass(kw_only=True)
+class PretrainingResult(PretrainingReport):
+    """A denoiser's training and what came of it.
+
+    Attributes:
+        pipeline: The network of averaged weights, ready to sample from.
+    """
+
+    pipeline: DDAEPipeline = in_memory()
+    run: Pretraining | None = in_memory()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the networks, averaged and `raw`, the options and the report, as `output_dir` has them.
+
+        Raises:
+            ValueError: The run was complete before, so its folder has them already.
+            OSError: They cannot be written.
+        """
+        if self.run is None:
+            raise ValueError(f"This run was complete before: {self.folder} has it.")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with saving(folder):
+            self.run.write(Path(folder))
+            self.write(folder)
+
+
+def pretrain(
+    images: Images | LatentFolder, options: PretrainingOptions | None = None, **changes: Any
+) -> PretrainingResult:
+    """Train a denoiser, new or from a checkpoint.
+
+    Under `accelerate launch` every process calls this, and the main one writes.
+
+    Args:
+        images: The data set, or a folder of its latents.
+        options: Options, by default those of `PretrainingOptions`.
+        **changes: Fields of the options that are to be others.
+
+    Returns:
+        What was measured, with the network. With `output_dir`, checkpoints, samples, the networks, the options and the
+        report are there as well.
+
+    Raises:
+        ValueError: Options or data that cannot work, a checkpoint that cannot be resumed, or a loss that is not finite
+            (`NotFinite`).
+        OSError: A file that cannot be read, or a folder that cannot be written to.
+        Interrupted: A signal came, and a checkpoint was written.
+    """
+    options = PretrainingOptions.of(options, changes)
+    resume = None
+    if where := options.output_dir or options.resume_from_checkpoint:
+        resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, *WEIGHTS))
+    sizes = batch_sizes(options, PartialState().num_processes)
+    data = training_data(images, options)
+    with accelerated(
+        mixed_precision=options.mixed_precision,
+        accumulation=sizes.accumulation,
+        allow_tf32=options.allow_tf32,
+        report_to=options.report_to,
+        output_dir=options.output_dir,
+        logging_dir=options.logging_dir,
+        tracked=options.to_dict(),
+    ) as accelerator:
+        run = Pretraining(options, accelerator, data, sizes, resume)
+        steps = run.loop.total_steps
+        if options.output_dir and is_finished(Path(options.output_dir, PretrainingReport.file), resume, steps):
+            result = PretrainingResult.read(options.output_dir)
+            result.pipeline = run.pipeline(run.average)
+            return result
+        run.train()
+        return run.finish()
+
+
+class Pretraining:
+    """A denoiser's training: its networks, data and loop, and what it leaves behind.
+
+    Args:
+        options: `PretrainingOptions`.
+        accelerator: Of `accelerated`.
+        data: What the denoiser is trained on.
+        sizes: Of the batches.
+        resume: The checkpoint to go on from.
+
+    Raises:
+        ValueError: Networks that cannot be trained so, or a checkpoint of another run.
+    """
+
+    def __init__(
+        self,
+        options: PretrainingOptions,
+        accelerator: Accelerator,
+        data: TrainingData,
+        sizes: BatchSizes,
+        resume: Path | None,
+    ):
+        self.options, self.accelerator, self.data = options, accelerator, data
+        self.given = in_force(options, sizes, accelerator.mixed_precision, data.opened_with)
+        self.given["center_crop"] = None if data.latents else data.center_crop
+        known = Progress(num_images=data.count, images_hash=data.hash)
+        if resume is not None:
+            check_data(Progress.read(resume), trained_with(resume), sizes, known, resume)
+        network, self.average, self.scheduler = self._networks(resume)
+        side = network.config.sample_size
+        logger.info(f"Training on {data.describe(side)}.")
+        loader = data.batches(network.config, sizes, options)
+        steps = num_steps(options, data.count, sizes)
+        optimizer = torch.optim.AdamW(
+            network.parameters(),
+            sizes.rate(options),
+            (options.adam_beta1, options.adam_beta2),
+            options.adam_epsilon,
+            options.adam_weight_decay,
+            fused=True,
+        )
+        made_fast(network, accelerator.device)
+        self.loop = Loop(
+            accelerator,
+            network,
+            optimizer,
+            loader,
+            total_steps=steps,
+            seed=options.seed,
+            schedule=options.schedule(steps),
+            max_grad_norm=options.max_grad_norm,
+            average=self.average,
+            ema_decay=options.ema_decay,
+            output_dir=options.output_dir,
+            checkpointing_steps=options.checkpointing_steps,
+            checkpoints_total_limit=options.checkpoints_total_limit,
+            save=self.write,
+        )
+        self.loop.restore(resume)
+        self.loop.progress.num_images = data.count
+        self.loop.progress.images_hash = data.hash
+
+    def _networks(self, resume: Path | None) -> tuple[Any, Any, Any]:
+        """Return the denoiser in training, the one of averaged weights, and the scheduler."""
+        options, data = self.options, self.data
+        if resume is not None:
+            source = read_checkpoint(resume)
+            network = read_checkpoint(resume / "raw").load_denoiser(torch.float32)
+            average = source.load_denoiser(torch.float32)
+            scheduler = build_scheduler(source.scheduler)
+            self._check_same_run(resume, network, scheduler)
+            data.check_vae_of(source)
+        elif options.init_from:
+            source = read_checkpoint(options.init_from, cache_dir=options.cache_dir)
+            data.check_vae_of(source)
+            network = source.load_denoiser(torch.float32)
+            scheduler = build_scheduler(source.scheduler or SCHEDULER)
+            average = copy.deepcopy(network)
+            null_class = source.config.get("null_class", data.num_classes)
+            if data.num_classes and null_class != data.num_classes:
+                raise ValueError(
+                    f"The null class of {options.init_from} is {null_class}: it must be the last, {data.num_classes}."
+                )
+        else:
+            torch.manual_seed(options.seed)
+            network, scheduler = new_networks(options, data)
+            average = copy.deepcopy(network)
+        check_networks(options, network, scheduler, data)
+        known = network_of(network)
+        known.stop_own_dropping(network)
+        if options.augment:
+            known.accept_vectors(network, NUM_LABELS)
+        if options.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network, average.requires_grad_(False).eval(), scheduler
+
+    def _check_same_run(self, resume: Path, network: Any, scheduler: Any) -> None:
+        """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
+        options, data = self.options, self.data
+        trained = trained_with(resume)
+        check_precision(self.given, trained, resume)
+        latents = json.loads((resume / LATENTS).read_text(encoding="utf-8")) if (resume / LATENTS).is_file() else None
+        if latents is not None:
+            latents.setdefault("center_crop", False)
+        may_change = set(options.may_change)
+        if not options.low_resolution:
+            may_change.add("low_resolution_share")
+        if not options.class_conditional and not trained.get("class_conditional"):
+            may_change.add("label_dropout")
+        if data.latents is None:
+            may_change.discard("center_crop")
+        if data.count is None:  # a stream has no hash, and its order depends on more
+            may_change -= OF_STREAMS
+        else:
+            may_change.add("shuffle_buffer")
+        now = {**self.given, "latents": data.described, "streaming": data.count is None}
+        trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
+        if not options.init_from and not trained.get("init_from"):
+            now |= trained_on(*new_networks(options, data))
+            trained |= trained_on(network, scheduler)
+        for name in ("dataset_name", "train_data_dir"):  # which may lie elsewhere now
+            now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
+        check_same_run(now, trained, may_change, resume)
+
+    def train(self) -> None:
+        """Train, and leave checkpoints and samples."""
+        options, loop = self.options, self.loop
+        diffusion = Diffusion(loop.module, self.scheduler)
+
+        def loss(batch: dict[str, Tensor]) -> Tensor:
+            batch["pixel_values"] = one_view(batch["pixel_values"])
+            clean, labels = training_inputs(options, batch, diffusion.own)
+            if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
+                clean = reduced(clean, options.low_resolution)
+            return diffusion.loss(clean, class_labels=labels, log_normal=options.log_sigma).mean()
+
+        sample = self.sample if options.output_dir else None
+        step = loop.progress.steps
+        if sample and step and options.sample_steps and step % options.sample_steps == 0:
+            if not self.picture(step).is_file():  # interrupted before it was drawn
+                sample(step)
+        loop.run(loss, sample, options.sample_steps)
+
+    def pipeline(self, denoiser: Any) -> DDAEPipeline:
+        """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""
+        network = network_of(self.average)
+        config = self.average.config
+        null_class = None
+        if self.options.class_conditional and network.default_null_class(config) is None:
+            null_class = network.num_labels(config) - 1
+        names = dict(enumerate(self.data.names)) if self.data.names else None
+        scheduler = copy.deepcopy(self.scheduler)
+        return DDAEPipeline.for_denoiser(denoiser, scheduler, null_class, vae=self.data.vae, id2label=names)
+
+    def write(self, folder: Path) -> None:
+        """Write the averaged network, the raw one in `raw`, how their images are prepared, and the options."""
+        if self.data.described is not None and (folder / "state").is_dir():
+            write_json(folder / LATENTS, self.data.described)
+        self.pipeline(self.loop.averaged()).save_pretrained(folder)
+        self.pipeline(self.loop.raw()).save_pretrained(folder / "raw")
+        vae = None if self.data.vae is None else self.data.vae.config
+        for place in (folder, folder / "raw"):
+            processor = DDAEImageProcessor.for_denoiser(
+                self.average.config, vae, do_center_crop=self.data.center_crop
+            )
+            processor.save_pretrained(place)
+        write_options(self.given, folder)
+
+    def picture(self, step: int) -> Path:
+        """Return the file of a step's samples."""
+        return Path(self.options.output_dir or ".") / "samples" / f"step-{step:07d}.png"
+
+    def sample(self, step: int) -> None:
+        """Draw a grid from the averaged network, always from the same noise."""
+        if not self.accelerator.is_main_process:
+            return
+        options = self.options
+        pipeline = self.pipeline(self.loop.averaged()).to(self.accelerator.device)
+        pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+        images = pipeline(
+            options.num_samples,
+            torch.arange(options.num_samples) % pipeline.null_class if options.class_conditional else None,
+            torch.Generator("cpu").manual_seed(options.seed),
+            num_inference_steps=options.num_inference_steps,
+            sampler=options.sampler,
+            output_type="np",
+        ).images
+        if self.data.vae is not None:  # its place is left to the training
+            self.data.vae.to("cpu")
+        grid = image_grid(pipeline.numpy_to_pil(images[..., :3] if images.shape[-1] >= 3 else images[..., :1]))
+        path = self.picture(step)
+        with saving(options.output_dir or "."):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as partial:
+                grid.save(partial, format="PNG")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **more)
+
+    def finish(self) -> PretrainingResult:
+        """Write the final network, its samples and, last of all, the report."""
+        options, loop, folder = self.options, self.loop, self.options.output_dir
+        self.accelerator.wait_for_everyone()
+        loop.count_seconds()
+        progress, resumed = loop.progress, loop.resumed
+        if self.accelerator.is_main_process and folder:
+            with saving(folder):
+                self.write(Path(folder))
+            if options.sample_steps and progress.steps % options.sample_steps:
+                self.sample(progress.steps)
+        result = PretrainingResult(
+            options=self.given,
+            steps=progress.steps,
+            loss_last_100_batches=progress.loss(),
+            images=progress.images,
+            seconds=round(progress.seconds, 1),
+            images_this_run=progress.images - resumed.images,
+            seconds_this_run=round(progress.seconds - resumed.seconds, 1),
+            images_per_second=progress.images_per_second(resumed),
+            parameters=sum(p.numel() for p in self.average.parameters()),
+            dataset=self.data.facts,
+            latents=self.data.described or {},
+            pipeline=self.pipeline(loop.averaged()),
+            run=self,
+            **machine(self.accelerator.device.type, self.accelerator.num_processes),
+            **base_model(options.init_from),
+        )
+        if self.accelerator.is_main_process and folder:
+            with saving(folder):
+                result.write(folder)
+            loss = result.loss_last_100_batches
+            logger.info(f"{result.images_per_second} images/s, loss {loss}; saved {folder}.")
+        return result
+
+
+def training_inputs(
+    options: PretrainingOptions, batch: dict[str, Tensor], network: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Return clean images as floats, augmented if asked for, and what the network is told of them."""
+    pixels, labels = batch["pixel_values"], batch.get("labels")
+    pixels = pixels.to(memory_format=fast_layout(pixels.device))
+    clean = scaled(pixels, DDAEImageProcessor.for_denoiser(network.config))
+    if options.augment:
+        clean, numbers = augment(clean, options.augment)
+        return clean, embed_labels(numbers, network_of(network).vector_width(network))
+    if labels is not None:
+        null_class = network_of(network).num_labels(network.config) - 1
+        labels = drop_labels(labels, null_class, options.label_dropout)
+    return random_flip(clean) if options.random_flip else clean, labels

@@ -1,0 +1,177 @@
+"""What a denoiser is trained on: images of a data set, or the latents that `encode` made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, default_collate
+
+from ..checkpoints import Checkpoint, load_vae
+from ..image_processing_ddae import DDAEImageProcessor
+from ..latents import freeze
+from .batches import image_batches, images_hash, row_batches
+from .classes import draw_images, warn_of_missing
+from .encoding import latent_dataset
+from .images import Images, ImageSet
+from .latent_folder import LatentFolder
+from .training_options import BatchSizes
+
+# Options of images that latents have no use for, and what to do in their place.
+OF_IMAGES = {
+    "resolution": "`encode` takes it, and the folder says what it was",
+    "center_crop": "`encode` takes it, and the folder says what it was",
+    "low_resolution": "means of latents are no latents",
+    "augment": "latents are not changed; `encode` with mirror makes a second, mirrored view of each",
+    "random_flip": "latents are not changed; `encode` with mirror makes a second, mirrored view of each",
+}
+
+
+@dataclass
+class TrainingData:
+    """What a denoiser is trained on, and what is known of it.
+
+    Attributes:
+        rows: The images or, of latents, a data set of `pixel_values`, all views, and `labels` where classes are used.
+        facts: What reports say of it.
+        opened_with: The options that open it again.
+        count: Number of images; of a stream nobody knows it.
+        hash: What the images or latents are known by.
+        num_classes: Number of classes, 0 where they are not used.
+        names: Their names, where they have any.
+        latents: Where latents come from, if the denoiser is trained on those.
+        vae: The VAE that made them.
+        described: What tells these latents from others of the same images.
+        center_crop: Whether images of another shape are or were cut, not squashed.
+    """
+
+    rows: Any
+    facts: dict[str, Any]
+    opened_with: dict[str, Any]
+    count: int | None
+    hash: str | None
+    num_classes: int = 0
+    names: Sequence[str] | None = None
+    latents: LatentFolder | None = None
+    vae: Any = None
+    described: dict[str, Any] | None = None
+    center_crop: bool = True
+
+    def describe(self, side: int) -> str:
+        """Return in words what a network with inputs of this side is trained on."""
+        if self.described is not None:
+            shape, views = "x".join(map(str, self.described["shape"])), self.described["views"]
+            return f"latents of {self.count} images, {shape} each, in {views} view{'s' * (views > 1)}"
+        return f"{'a stream of' if self.count is None else self.count} images of {side} pixels"
+
+    def check_vae_of(self, source: Checkpoint) -> None:
+        """Raise `ValueError` unless a checkpoint's denoiser works on what it is to be trained on."""
+        if self.latents is None and source.vae is not None:
+            raise ValueError(f"The denoiser of {source.path} works on latents: give a folder of them (latents_dir).")
+        if self.latents is not None and source.vae is None:
+            raise ValueError(
+                f"{source.path} has no vae, so what its denoiser works on is not known: give a pipeline that has one."
+            )
+        if self.latents is not None:
+            try:
+                self.latents.check_vae(source.load_vae())
+            except ValueError as error:
+                raise ValueError(f"{source.path} cannot be trained on these latents. {error}") from error
+
+    def batches(self, config: Any, sizes: BatchSizes, options: Any) -> DataLoader[Any]:
+        """Return shuffled batches for a network of this configuration: see `image_batches`."""
+        if isinstance(self.rows, ImageSet):
+            processor = DDAEImageProcessor.for_denoiser(config, do_center_crop=self.center_crop)
+            return image_batches(self.rows, processor, sizes, options, labels=self.num_classes > 0)
+        return row_batches(self.rows, len(self.rows), sizes, options, default_collate)
+
+
+def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
+    """Return what a denoiser is to be trained on.
+
+    Args:
+        images: The data set, or a folder of its latents.
+        options: `PretrainingOptions`.
+
+    Raises:
+        ValueError: Images or latents that cannot be read, or without the labels asked for; options that latents have
+            no use for.
+        OSError: The VAE of the latents is not where it was.
+    """
+    if isinstance(images, LatentFolder):
+        return _of_latents(images, options)
+    if options.vae is not None:
+        raise ValueError("vae is the VAE of latents: give a folder of those (latents_dir) with it.")
+    chosen = images[options.train_split]
+    if options.class_conditional:
+        chosen = chosen.labelled()
+    if chosen.streaming and options.max_train_samples and options.dataloader_num_workers > 1:
+        raise ValueError(
+            "max_train_samples: workers share a stream's files, none knows its first N: take one "
+            "(dataloader_num_workers)."
+        )
+    chosen = chosen.take(options.max_train_samples)
+    names = chosen.names if options.class_conditional else None
+    if names and chosen.labels is not None:
+        warn_of_missing(names, {chosen.split: chosen.labels})
+    return TrainingData(
+        rows=chosen,
+        facts=images.facts(chosen),
+        opened_with={**images.opened_with, **({"streaming": True} if chosen.streaming else {})},
+        count=None if chosen.streaming else len(chosen),
+        hash=images_hash(chosen),
+        num_classes=len(names or ()),
+        names=names,
+        center_crop=options.center_crop is not False,
+    )
+
+
+def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
+    for name, reason in OF_IMAGES.items():
+        if getattr(options, name) or (name == "center_crop" and options.center_crop is not None):
+            raise ValueError(f"{name} does not go with latents, leave it out: {reason}.")
+    split = options.train_split
+    views = folder.views(split)
+    if "vae_source" not in folder.index:
+        raise ValueError(f"{folder.folder} was not made by `encode`, which says of what the latents are.")
+    if options.class_conditional and not folder.has_labels(split):
+        raise ValueError(
+            f"{folder.folder} has no labels of the split {split!r}. Leave out class_conditional, or encode images of a "
+            "data set with a label_column."
+        )
+    labels = folder.labels(split) if folder.has_labels(split) else None
+    rows = latent_dataset(folder, split, labels if options.class_conditional else None, views)
+    if options.max_train_samples is not None and options.max_train_samples < len(rows):
+        rows = rows.select(draw_images(len(rows) if labels is None else labels, options.max_train_samples))
+    try:
+        vae = load_vae(options.vae or folder.index["vae_source"], cache_dir=options.cache_dir)
+    except (ValueError, OSError) as error:
+        hint = "" if options.vae else " If the VAE of the latents is elsewhere now, say where (vae)."
+        raise ValueError(f"{error}{hint}") from error
+    folder.check_vae(vae)
+    freeze(vae)
+    vae.enable_slicing()  # pictures are decoded one by one
+    names = folder.index["names"] if options.class_conditional else None
+    if names:
+        warn_of_missing(names, {split: rows.with_format(None)["labels"][:]})
+    known = folder.index["splits"][split]
+    center_crop = known["preprocessing"].get("do_center_crop", False)  # version 0.1.0 squashed
+    return TrainingData(
+        rows=rows,
+        facts={**folder.index["dataset"], "num_images": len(rows)},
+        opened_with={"latents_dir": str(folder.folder)},
+        count=len(rows),
+        hash=known["images"],
+        num_classes=len(names or ()),
+        names=names,
+        latents=folder,
+        vae=vae,
+        described={
+            "shape": list(folder.shape),
+            "views": views,
+            "sample_posterior": folder.index["sample_posterior"],
+            "center_crop": center_crop,
+        },
+        center_crop=center_crop,
+    )

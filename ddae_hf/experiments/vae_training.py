@@ -1,0 +1,350 @@
+"""Training a small variational autoencoder on images, which need no labels, for denoisers that work on latents.
+
+    from ddae_hf.experiments import Images, train_vae
+    result = train_vae(Images.open("uoft-cs/cifar10"), vae={"block_out_channels": [32, 64]}, output_dir="runs/vae")
+    print(result.table())
+
+The folder opens with diffusers' `AutoencoderKL.from_pretrained`, and `encode` takes it; its `scaling_factor` is
+measured. The loss of an image is the error of its reconstruction plus a small weight times the divergence of its
+posterior from a standard normal distribution (Rombach et al. 2022, arXiv:2112.10752), without their perceptual and
+adversarial terms: details that the latents have no room for come back blurred.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from ..augment import random_flip
+from ..image_processing_ddae import DDAEImageProcessor
+from ..pipeline_ddae import DDAEPipeline
+from .accelerating import accelerated
+from .batches import image_batches, images_hash, num_steps
+from .devices import fast_layout, made_fast
+from .images import Images, ImageSet
+from .options import Table, option
+from .pixels import scaled
+from .plots import image_grid
+from .progress import STATE, WEIGHTS, Progress, is_finished
+from .report import in_memory
+from .results import VAEReport
+from .run_facts import machine
+from .run_folder import check_same_run, checkpoint_to_resume, saving, write_options
+from .training import Loop
+from .training_options import (
+    BatchSizes,
+    Schedule,
+    TrainingOptions,
+    batch_sizes,
+    check_data,
+    check_precision,
+    in_force,
+    trained_with,
+)
+
+logger = logging.getLogger(__name__)
+
+MEASURED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+DERIVED = dict.fromkeys(MEASURED, "it is measured after the training")
+DERIVED |= {"sample_size": "resolution gives it", "out_channels": "they are as many as in_channels"}
+DERIVED |= {f"{way}_block_types": "there is one block for each of block_out_channels" for way in ("down", "up")}
+NUM_SCALED = 2000  # training images of which the scaling factor is measured
+NUM_PAIRS = 32
+
+
+@dataclass(kw_only=True)
+class VAEOptions(TrainingOptions):
+    """Options of `train_vae`."""
+
+    default_batch: ClassVar[int] = 64
+
+    vae: Table = option({}, "Options of diffusers' AutoencoderKL, as YAML.")
+    resolution: int = option(32, "Side of the square training images.")
+    held_out: int = option(1000, "Training images that are kept out to measure on.")
+    loss: Literal["l1", "l2"] = option("l2", "Absolute or squared error of the reconstruction.")
+    kl_weight: float = option(1e-6, "Weight of the divergence, both terms summed over an image.")
+    num_train_epochs: int = option(10, "Times that all images are gone through.")
+    learning_rate: float = option(1e-3, "Largest learning rate.")
+    lr_scheduler: Schedule = option("cosine", "How the learning rate changes.")
+    lr_warmup_steps: int = option(100, "Steps in which it rises from 0.")
+    checkpointing_steps: int = option(1000, "Save a checkpoint, ready to resume, every N steps.")
+    checkpoints_total_limit: int | None = option(1, "Keep only the newest N checkpoints.")
+
+    def check(self) -> None:
+        """Refuse an autoencoder that cannot be built."""
+        super().check()
+        if derived := sorted(set(self.vae) & set(DERIVED)):
+            raise ValueError(f"vae has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
+        if unknown := sorted(set(self.vae) - set(inspect.signature(AutoencoderKL).parameters)):
+            raise ValueError(f"vae: AutoencoderKL has no options {unknown}.")
+        widths = self.vae.get("block_out_channels", [64])
+        if not (isinstance(widths, (list, tuple)) and widths):
+            raise ValueError(f"vae has block_out_channels {widths!r}: it must be a list, such as [16, 32, 64].")
+        factor = 2 ** (len(widths) - 1)
+        if self.resolution % factor:
+            raise ValueError(
+                f"resolution is {self.resolution}: the {len(widths)} block_out_channels of vae make latents {factor} "
+                f"times smaller, so it must be a multiple of {factor}."
+            )
+
+
+@dataclass(kw_only=True)
+class VAEResult(VAEReport):
+    """An autoencoder's training and what came of it.
+
+    Attributes:
+        vae: The autoencoder, with its scaling factor.
+        reconstructions: Held-out images and what comes back of them, side by side.
+    """
+
+    vae: AutoencoderKL = in_memory()
+    reconstructions: Any = in_memory()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the autoencoder, some reconstructions, the options and the report.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        with saving(folder):
+            self.vae.save_pretrained(path)
+            write_options(self.options, path)
+            if self.reconstructions is not None:
+                self.reconstructions.save(path / "reconstructions.png")
+            self.write(path)
+
+
+class Autoencoder(nn.Module):
+    """Gives in one forward pass, which accelerate can distribute, what the loss needs."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return reconstructions (B, C, H, W) from draws of the posterior, and its divergence (B,) in nats."""
+        # The divergence takes exponentials, which are kept out of half precision.
+        posterior = DiagonalGaussianDistribution(self.vae.encode(images).latent_dist.parameters.float())
+        return self.vae.decode(posterior.sample()).sample.float(), posterior.kl()
+
+
+def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any) -> VAEResult:
+    """Train an autoencoder, and measure it on images that it never saw.
+
+    Args:
+        images: The data set.
+        options: Options, by default those of `VAEOptions`.
+        **changes: Fields of the options that are to be others.
+
+    Returns:
+        What was measured, with the autoencoder. With `output_dir`, checkpoints, the autoencoder, some reconstructions,
+        the options and the report are there as well.
+
+    Raises:
+        ValueError: Options or images that cannot work, a checkpoint that cannot be resumed, or a loss that is not
+            finite (`NotFinite`).
+        OSError: A file that cannot be read, or a folder that cannot be written to.
+        Interrupted: A signal came, and a checkpoint was written.
+    """
+    options = VAEOptions.of(options, changes)
+    resume = None
+    if where := options.output_dir or options.resume_from_checkpoint:
+        resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, WEIGHTS))
+    sizes = batch_sizes(options, PartialState().num_processes, options.default_batch)
+    train, held_out = split_images(images, options, sizes)
+    with accelerated(
+        mixed_precision=options.mixed_precision,
+        accumulation=sizes.accumulation,
+        allow_tf32=options.allow_tf32,
+        report_to=options.report_to,
+        output_dir=options.output_dir,
+        logging_dir=options.logging_dir,
+        tracked=options.to_dict(),
+    ) as accelerator:
+        given = in_force(options, sizes, accelerator.mixed_precision, images.opened_with)
+        vae = new_vae(options)
+        loop = _loop(options, accelerator, vae, train, sizes, given, resume)
+        if options.output_dir and is_finished(Path(options.output_dir, VAEReport.file), resume, loop.total_steps):
+            finished = VAEResult.read(options.output_dir)
+            finished.vae = AutoencoderKL.from_pretrained(options.output_dir)
+            return finished
+        logger.info(
+            f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out."
+        )
+
+        def loss(batch: dict[str, Tensor]) -> Tensor:
+            clean = clean_images(batch["pixel_values"], vae, options.random_flip)
+            return reconstruction_loss(options, clean, *loop.module(clean))
+
+        loop.run(loss)
+        accelerator.wait_for_everyone()
+        result = _measured(options, accelerator, loop, vae, train, held_out)
+        result.options = given
+        result.dataset = images.facts(train)
+        if accelerator.is_main_process and options.output_dir:
+            result.save(options.output_dir)
+            logger.info(f"PSNR {result.held_out['psnr']:.2f} dB on held-out images; saved {options.output_dir}.")
+        return result
+
+
+def _loop(
+    options: VAEOptions,
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    train: ImageSet,
+    sizes: BatchSizes,
+    given: dict[str, Any],
+    resume: Path | None,
+) -> Loop:
+    """Return the training, from the start or from a checkpoint, or raise `ValueError` if it cannot be."""
+    known = Progress(num_images=len(train), images_hash=images_hash(train))
+    given["center_crop"] = options.center_crop is not False
+    if resume is not None:
+        trained = trained_with(resume)
+        check_precision(given, trained, resume)
+        check_same_run(given, trained, set(options.may_change) - {"center_crop", "resolution"}, resume)
+        check_data(Progress.read(resume), trained, sizes, known, resume)
+    processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=given["center_crop"])
+    loader = image_batches(train, processor, sizes, options)
+    steps = num_steps(options, len(train), sizes)
+    optimizer = torch.optim.AdamW(vae.parameters(), sizes.rate(options), weight_decay=0.0, fused=True)
+    made_fast(vae, accelerator.device)    loop = Loop(
+        accelerator,
+        Autoencoder(vae),
+        optimizer,
+        loader,
+        total_steps=steps,
+        seed=options.seed,
+        schedule=options.schedule(steps),
+        max_grad_norm=options.max_grad_norm,
+        output_dir=options.output_dir,
+        checkpointing_steps=options.checkpointing_steps,
+        checkpoints_total_limit=options.checkpoints_total_limit,
+        save=lambda folder: write_options(given, folder),
+        keep_weights=True,
+    )
+    loop.restore(resume)
+    loop.progress.num_images = known.num_images
+    loop.progress.images_hash = known.images_hash
+    return loop
+
+
+def new_vae(options: VAEOptions) -> AutoencoderKL:
+    """Return the autoencoder, randomly initialised, that the options describe.
+
+    Raises:
+        ValueError: Options of it that do not go together.
+    """
+    levels = len(options.vae.get("block_out_channels", [64]))
+    torch.manual_seed(options.seed)
+    try:
+        vae = AutoencoderKL(
+            **options.vae,
+            down_block_types=["DownEncoderBlock2D"] * levels,
+            up_block_types=["UpDecoderBlock2D"] * levels,
+            sample_size=options.resolution,
+            out_channels=options.vae.get("in_channels", 3),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"vae: {error}") from error
+    # Posteriors start narrow: with a deviation of one, their noise is what the first steps learn to overcome.
+    last = vae.quant_conv if vae.config.use_quant_conv else vae.encoder.conv_out
+    nn.init.constant_(last.bias.detach()[vae.config.latent_channels :], -6.0)
+    return vae
+
+
+def split_images(images: Images, options: VAEOptions, sizes: BatchSizes) -> tuple[ImageSet, ImageSet]:
+    """Return the images to train on and those to measure on, both shuffled once."""
+    chosen = images[options.train_split].take(options.max_train_samples)
+    needed = options.held_out + sizes.total
+    if len(chosen) < needed:
+        raise ValueError(
+            f"There are {len(chosen)} images: held_out {options.held_out} and a total_batch_size of {sizes.total} need "
+            f"{needed}. Lower one of them."
+        )
+    order = np.random.default_rng(options.seed).permutation(len(chosen))
+    return chosen.select(order[options.held_out :]), chosen.select(order[: options.held_out])
+
+
+def clean_images(pixels: Tensor, vae: AutoencoderKL, flip: bool) -> Tensor:
+    """Return pixels as floats, half of the images mirrored if asked for."""
+    pixels = pixels.to(memory_format=fast_layout(pixels.device))
+    clean = scaled(pixels, DDAEImageProcessor.for_denoiser(vae.config))
+    return random_flip(clean) if flip else clean
+
+
+def reconstruction_loss(options: VAEOptions, clean: Tensor, reconstruction: Tensor, divergence: Tensor) -> Tensor:
+    """Return the mean error of a pixel value plus the weighted divergence, which is shared among an image's values."""
+    error = reconstruction - clean
+    error = error.abs() if options.loss == "l1" else error.square()
+    return error.mean() + options.kl_weight * divergence.mean() / clean[0].numel()
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKL, images: ImageSet, options: VAEOptions) -> tuple[dict[str, float], list[Tensor]]:
+    """Return what the autoencoder does to images, in float32, and some pairs (2, C, H, W) of image and reconstruction.
+
+    Reconstructions are of the posterior's mean, clipped to [-1, 1]; their peak signal-to-noise ratio is averaged over
+    images. The latents' statistics are of a draw of each posterior, over all their values.
+    """
+    processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=options.center_crop is not False)
+    generator = torch.Generator().manual_seed(options.seed)
+    ratios, divergences, latents, pairs = [], [], [], []
+    for start in range(0, len(images), 100):
+        batch = images.pil(range(start, min(start + 100, len(images))))
+        clean = processor(batch, return_tensors="pt")["pixel_values"].to(vae.device)
+        posterior = vae.encode(clean).latent_dist
+        restored = vae.decode(posterior.mode()).sample.clamp(-1, 1)
+        ratios.append(-10 * ((restored - clean) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10())
+        divergences.append(posterior.kl())
+        latents.append(posterior.sample(generator).flatten())
+        pairs += list(torch.stack([clean, restored], dim=1)[: NUM_PAIRS - len(pairs)])
+    drawn = torch.cat(latents)
+    found = {
+        "psnr": torch.cat(ratios).mean().item(),
+        "kl_nats_per_image": torch.cat(divergences).mean().item(),
+        "latent_mean": drawn.mean().item(),
+        "latent_std": drawn.std().item(),
+        "num_images": len(images),
+    }
+    return found, pairs
+
+
+def _measured(
+    options: VAEOptions, accelerator: Accelerator, loop: Loop, vae: AutoencoderKL, train: ImageSet, held_out: ImageSet
+) -> VAEResult:
+    """Return what was measured, after the autoencoder has got its scaling factor."""
+    some, _ = measure(vae, train.select(range(min(NUM_SCALED, len(train)))), options)
+    scale = 1 / some["latent_std"]
+    # A shift would go unheard: DiTPipeline, for one, only scales.
+    vae.register_to_config(scaling_factor=scale)
+    found, pairs = measure(vae, held_out, options)
+    shades = torch.cat(pairs)[:, : 3 if vae.config.in_channels >= 3 else 1]
+    shown = DDAEPipeline.numpy_to_pil((shades / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy())
+    progress = loop.progress
+    return VAEResult(
+        steps=progress.steps,
+        loss_last_100_batches=progress.loss(),
+        held_out=found,
+        scaling_factor=scale,
+        parameters=vae.num_parameters(),
+        images=progress.images,
+        seconds=round(progress.seconds, 1),
+        images_per_second=progress.images_per_second(loop.resumed),
+        vae=vae,
+        reconstructions=image_grid(shown, columns=8),
+        **machine(accelerator.device.type, accelerator.num_processes),
+    )
