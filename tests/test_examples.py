@@ -20,8 +20,6 @@ from datasets import Dataset
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 import finetune
 import linear_probe
@@ -31,8 +29,11 @@ import sweep
 import train_vae
 from data import load_training_images, parse_with_config, read_config, training_batches
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
+from ddae_hf.commands.parsing import parse
 from ddae_hf.diffusion import Diffusion
+from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.plots import image_grid
+from ddae_hf.experiments.publishing import HubOptions
 from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
 from training_run import Progress
@@ -444,7 +445,8 @@ def test_networks_have_the_parameters_that_their_files_say(name):
 def test_every_configuration_describes_a_network_that_can_be_trained(path):
     evaluations = {"probe": linear_probe, "sweep": sweep, "finetune": finetune, "noisy": noisy_classifier}
     if script := evaluations.get(path.stem.split("_")[-1]):
-        script.parse_arguments(["--config", str(path), "--model_name_or_path", "somewhere"])
+        options = ["--config", str(path), "--model_name_or_path", "somewhere"]
+        parse([DataOptions, script.Arguments, HubOptions], None, options)
         return
     if path.stem.endswith("_vae"):
         train_vae.new_vae(train_vae.parse_arguments(["--config", str(path), "--dataset_name", "somewhere"]))
@@ -533,9 +535,6 @@ def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
     config.write_text("learning_rate: 1e-3\nlr_warmup_steps: 7\nrandom_flip: true\nema_decay:\n")
     args = pretrain.parse_arguments(["--config", str(config), "--lr_warmup_steps", "9", "--no-random_flip"])
     assert (args.learning_rate, args.lr_warmup_steps, args.random_flip, args.ema_decay) == (1e-3, 9, False, 0.9999)
-    config.write_text("sigmas: [1e-2, 0.05]\nregularisation: 0.1\nmodel_name_or_path: somewhere")
-    args = linear_probe.parse_arguments(["--config", str(config)])
-    assert args.sigmas == [0.01, 0.05] and args.regularisation == [0.1] and args.model_name_or_path == "somewhere"
     config.write_text("mixed_precision: no")
     assert pretrain.parse_arguments(["--config", str(config)]).mixed_precision == "no"
     config.write_text("lr_scheduler: cosin")
@@ -546,91 +545,6 @@ def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pretrain.parse_arguments(["--config", str(config)])
     assert "unknown options ['learning_speed']" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def probed(trained, digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("probed")
-    options = ["--model_name_or_path", str(trained), "--dataset_name", str(digits), "--output_dir", str(folder)]
-    options += ["--layers", "mid_block", "up_blocks.0.attentions.1", "--sigmas", "0.05", "0.3", "--baselines"]
-    options += [
-        "--labels_per_class",
-        "10",
-        "--num_draws",
-        "3",
-        "--max_train_samples",
-        "600",
-        "--max_test_samples",
-        "150",
-    ]
-    scripts.run("linear_probe", *options, "--regularisation", "0.1", "1.0")
-    return folder
-
-
-def test_the_probe_leaves_a_classifier_and_every_figure(probed, digits):
-    report = json.loads((probed / "eval_results.json").read_text())
-    assert list(report["results"]) == ["DDAE", "raw pixels", "untrained network"]
-    assert report["results"]["DDAE"]["test_f1"] == pytest.approx(report["results"]["DDAE"]["test_accuracy"], abs=0.1)
-    for name, result in report["results"].items():
-        assert 0.5 < result["test_accuracy"] <= 1 and len(result["few_label_test_accuracies"]) == 3
-        best = max(t["validation_accuracy"] for t in result["tried"])
-        assert result["validation_accuracy"] == best
-        assert len(result["tried"]) == (2 if name == "raw pixels" else 8)
-    model = DDAEForImageClassification.from_pretrained(probed)
-    assert model.config.layer == report["results"]["DDAE"]["layer"] and model.config.id2label[3] == "3"
-    processor = DDAEImageProcessor.from_pretrained(probed)
-    test = drawn(digits, "test", 150)
-    with torch.no_grad():
-        predicted = model(**processor(test["image"][:], return_tensors="pt")).logits.argmax(-1)
-    accuracy = (predicted.numpy() == np.array(test["label"][:])).mean()
-    assert accuracy == pytest.approx(report["saved_classifier_test_accuracy"])
-    assert abs(accuracy - report["results"]["DDAE"]["test_accuracy"]) < 0.1
-    assert Image.open(probed / "confusion.png").size[0] > 200
-
-
-def test_the_saved_weights_are_scikit_learns_on_raw_features():
-    rng = np.random.default_rng(0)
-    features = rng.normal(3, [1, 10, 0.1], (200, 3))
-    for classes in (2, 4):
-        labels = rng.integers(0, classes, 200)
-        scaler, model = linear_probe.fit(features, labels, 1.0)
-        weight, bias = linear_probe.raw_weights(scaler, model, classes)
-        logits = torch.from_numpy(features) @ weight.T + bias
-        probabilities = torch.softmax(logits, -1).numpy()
-        np.testing.assert_allclose(probabilities, model.predict_proba(scaler.transform(features)), atol=1e-8)
-
-
-def test_a_class_without_training_images_never_wins():
-    features = np.array([[0.0], [1.0], [2.0]])
-    scaler = StandardScaler().fit(features)
-    weight, bias = linear_probe.raw_weights(scaler, LogisticRegression().fit(scaler.transform(features), [0, 2, 3]), 5)
-    logits = torch.from_numpy(features) @ weight.T + bias
-    assert set(logits.argmax(1).tolist()) <= {0, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--layers", "up_blocks.8.resnets.0"], "There is no layer"),
-        (["--sigmas", "-1"], "outside the schedule"),
-        (["--label_column", "image"], "no column of labels 'image'"),
-        (["--test_split", "holdout"], "has no split 'holdout'"),
-        (["--labels_per_class", "1000"], "the smallest class has"),
-        (["--model_name_or_path", "nowhere/at/all"], "is not a folder"),
-    ],
-)
-def test_probing_refuses_bad_input_before_it_computes(trained, digits, tmp_path, options, message):
-    arguments = [
-        "--model_name_or_path",
-        str(trained),
-        "--dataset_name",
-        str(digits),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    with pytest.raises(SystemExit, match=message):
-        scripts.run("linear_probe", *arguments, *options)
-    assert not (tmp_path / "out").exists()
 
 
 def test_grids_enlarge_without_smoothing():

@@ -10,13 +10,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, Dataset
 
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
-from .draws import separate_randomness
+from .accelerating import accelerated
+from .batches import Batch, Batches, whole
 from .features import batch_features
 from .images import Inputs, noise_view
+from .training import Loop
 
 if TYPE_CHECKING:
     from .sweeping import SweepOptions
@@ -82,31 +85,51 @@ def train_online(
         noise_seed: Seed of the noise.
 
     Raises:
-        ValueError: The loss is no number.
+        ValueError: The loss is no finite number.
     """
     widths = {layer: hidden_size(model.denoiser, layer) for layer in layers}
-    with separate_randomness(options.seed):
-        probes = OnlineProbes(widths, num_classes, batch_norm=options.protocol == "batch_norm").to(model.device)
     steps = math.ceil(len(rows) / options.online_batch_size)
-    optimizer = torch.optim.Adam(probes.parameters(), lr=options.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.num_epochs * steps)
-    progress = tqdm(total=options.num_epochs * steps, desc=f"sigma {sigma:g}, training", leave=False)
-    for epoch in range(1, options.num_epochs + 1):
-        order = np.random.default_rng([options.seed, epoch]).permutation(rows)
-        for indices in np.array_split(order, steps):
+
+    def of_epoch(epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([options.seed, epoch + 1]).permutation(rows)
+        return np.array_split(order, steps)
+
+    with accelerated(seed=options.seed, mixed_precision="no", place=False) as accelerator:
+        probes = OnlineProbes(widths, num_classes, batch_norm=options.protocol == "batch_norm").to(model.device)
+        loop = Loop(
+            accelerator,
+            probes,
+            torch.optim.Adam(probes.parameters(), lr=options.learning_rate),
+            DataLoader(_Rows(len(inputs)), batch_sampler=Batches(of_epoch, options.online_batch_size), collate_fn=whole),
+            total_steps=options.num_epochs * steps,
+            seed=options.seed,
+            schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),
+            desc=f"sigma {sigma:g}, training",
+        )
+
+        def loss(batch: Batch) -> Tensor:
+            indices = batch["rows"].numpy()
+            epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are, which are tested on
             images, view = inputs.read(indices, epoch), noise_view(False, epoch)
             features = batch_features(model, images, indices, layers, sigma, noise_seed=noise_seed, view=view)
             truth = torch.from_numpy(labels[indices]).to(model.device)
-            loss = sum(F.cross_entropy(logits, truth) for logits in probes(features).values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.update()
-    progress.close()
-    if not loss.isfinite():
-        raise ValueError(f"The loss of the probes is {loss.item()} at sigma {sigma:g}: lower learning_rate.")
+            return sum(F.cross_entropy(logits, truth) for logits in loop.module(features).values())
+
+        loop.run(loss)
     return probes.eval()
+
+
+class _Rows(Dataset[Batch]):
+    """The numbers of so many rows, a whole batch at a time."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        return {"rows": torch.tensor(rows)}
 
 
 @torch.no_grad()

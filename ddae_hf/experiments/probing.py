@@ -339,7 +339,8 @@ def make_classifier(
         base = model.base_model
         described = DDAEConfig.from_dict(base.config.to_dict(), **config)
     state = {f"ddae.{name}": value.clone() for name, value in base.state_dict().items()}
-    state |= {"classifier.weight": weight.to(base.device, base.dtype), "classifier.bias": bias.to(base.device, base.dtype)}
+    for name, value in {"classifier.weight": weight, "classifier.bias": bias}.items():
+        state[name] = value.to(base.device, base.dtype, copy=True)
     made = DDAEForImageClassification.from_pretrained(None, config=described, state_dict=state, dtype=base.dtype)
     return made.to(base.device).eval()
 
