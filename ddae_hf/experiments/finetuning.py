@@ -40,6 +40,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
+from . import run_folder
 from .classes import draw_fraction
 from .devices import best_device, made_fast
 from .draws import indexed_noise, separate_randomness
@@ -52,17 +53,7 @@ from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
 from .run_facts import base_model, machine
-from .run_folder import (
-    OPTIONS,
-    check_same_run,
-    checkpoint_to_resume,
-    clear_rubbish,
-    read_options,
-    saved_checkpoints,
-    saving,
-    step_of,
-    write_options,
-)
+from .run_folder import OPTIONS, saved_checkpoints, saving, step_of
 from .stopping import Interrupted
 from .trainer import AVERAGED, PROGRESS, WEIGHTS, FineTuner
 
@@ -86,7 +77,9 @@ class FinetuningOptions(Options):
     )
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest that is whole.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint's folder, or `latest` for the newest that is whole."
+    )
     train_split: str = option("train", "Split to train on.")
     test_split: str = option("test", "Split to test on.")
     max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
@@ -232,11 +225,11 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     wanted = options.resume_from_checkpoint
     run = Path(options.output_dir) if wanted in (None, "latest") else Path(wanted).parent
     if wanted is not None and (run / OPTIONS).is_file():
-        trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
+        trained = {"gradient_accumulation_steps": 1} | run_folder.read_options(run)  # which version 0.2.0 did not have
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
-        check_same_run(given, trained, (options.MAY_CHANGE | options.PLACES) - begins, run)
+        run_folder.check_same_run(given, trained, (options.MAY_CHANGE | options.PLACES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
-    checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
+    checkpoint = run_folder.checkpoint_to_resume(options.output_dir, wanted, needed)
     if checkpoint is not None and not (run / OPTIONS).is_file():
         raise ValueError(f"{run} has no {OPTIONS}, which says how {checkpoint.name} was trained: it is not resumed.")
     return checkpoint
@@ -251,9 +244,7 @@ def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -
         return None
     logger.info(f"{run} is complete: there is nothing left to do.")
     classifier = DDAEForImageClassification.from_pretrained(run)
-    return FinetuningResult(
-        **vars(report), classifier=classifier, processor=DDAEImageProcessor.from_pretrained(run)
-    )
+    return FinetuningResult(**vars(report), classifier=classifier, processor=DDAEImageProcessor.from_pretrained(run))
 
 
 # The data and the network
@@ -271,7 +262,8 @@ class Rows(Dataset):
     def __init__(
         self, inputs: Inputs, rows: np.ndarray | None = None, noise: Callable[[np.ndarray], Tensor] | None = None
     ):
-        self.inputs, self.noise = inputs, noise
+        self.inputs = inputs
+        self.noise = noise
         self.rows = np.arange(len(inputs)) if rows is None else rows
         self.views = inputs.folder.views("train") if rows is not None and isinstance(inputs, LatentInputs) else None
 
@@ -359,29 +351,19 @@ def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> N
 def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> TrainingArguments:
     """Return Trainer's arguments for so many images, with checkpoints if it `keeps` them."""
     arguments = TrainingArguments(
-        str(options.output_dir),
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        lr_scheduler_type="cosine",
-        warmup_steps=options.lr_warmup_ratio,
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        data_seed=options.seed,
-        fp16=options.mixed_precision == "fp16",
-        bf16=options.mixed_precision == "bf16",
-        torch_compile=options.torch_compile,
-        save_strategy="steps" if keeps else "no",
-        save_steps=options.checkpointing_steps,
-        logging_steps=50,
+        str(options.output_dir), per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.gradient_accumulation_steps,
+        lr_scheduler_type="cosine", warmup_steps=options.lr_warmup_ratio, max_grad_norm=options.max_grad_norm,
+        seed=options.seed, data_seed=options.seed, fp16=options.mixed_precision == "fp16",
+        bf16=options.mixed_precision == "bf16", torch_compile=options.torch_compile, logging_steps=50,
+        save_strategy="steps" if keeps else "no", save_steps=options.checkpointing_steps,
         report_to=options.report_to or "none",
         disable_tqdm=True,  # there is a bar that prints nothing
         logging_nan_inf_filter=False,  # it would hide them
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # they are frozen
-        dataloader_num_workers=options.dataloader_num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        dataloader_num_workers=options.dataloader_num_workers, dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
     if arguments.n_gpu > 1:  # Trainer would split batches along the draws of noise
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
     batches = math.ceil(math.ceil(count / options.batch_size) / arguments.world_size)
@@ -396,13 +378,14 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     Raises:
         Interrupted: A signal came, and a checkpoint was written.
     """
-    output, keeps = Path(trainer.args.output_dir), given["output_dir"] is not None
+    output = Path(trainer.args.output_dir)
+    keeps = given["output_dir"] is not None
     if resume is not None:
         trainer.restore(resume)
     if keeps and trainer.is_world_process_zero():
-        clear_rubbish(output)
+        run_folder.clear_rubbish(output)
         with saving(output):
-            write_options(given, output)
+            run_folder.write_options(given, output)
     if resume is not None and step_of(resume) == trainer.args.max_steps:  # Trainer would go one step too far
         trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
         load_model(trainer.model, resume / WEIGHTS)

@@ -1,7 +1,7 @@
 """transformers' `Trainer` as fine-tuning needs it: learning rates by layer, changed images, checkpoints that are whole.
 
-A checkpoint has, beside Trainer's files, `averaged.safetensors` with `ema_decay`, `progress.json` (images and seconds of
-all runs, and of which data) and at last `files.json`, by which `run_folder` knows it as whole.
+A checkpoint has, beside Trainer's files, `averaged.safetensors` with `ema_decay`, `progress.json` (images, seconds, and
+of which data) and at last `files.json`, by which `run_folder` knows it as whole.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from .stopping import NotFinite, Stopping, check_weights, look, not_finite
 if TYPE_CHECKING:
     from .finetuning import FinetuningOptions
 
-WEIGHTS, AVERAGED, PROGRESS = "model.safetensors", "averaged.safetensors", "progress.json"
+WEIGHTS = "model.safetensors"
+AVERAGED = "averaged.safetensors"
+PROGRESS = "progress.json"
 NUM_LOSSES = 100  # batches whose losses are looked at before a checkpoint is written
 KEPT = 2  # checkpoints
 
@@ -73,7 +75,8 @@ def parameter_groups(
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # what the logits depend on
-            depth, decayed = depths[name], parameter.ndim > 1
+            depth = depths[name]
+            decayed = parameter.ndim > 1
             group = {"params": [], "lr": learning_rate * layer_decay ** (top - depth)}
             group = groups.setdefault((depth, decayed), group | {"weight_decay": weight_decay * decayed})
             group["params"].append(parameter)
@@ -151,7 +154,8 @@ class FineTuner(Trainer):
         self.average = None
         if options.ema_decay is not None:
             self.average = EMAModel(self.learning.values(), decay=options.ema_decay, foreach=True)
-        self.options, self.stopping = options, Stopping()
+        self.options = options
+        self.stopping = Stopping()
         self.losses: deque[Tensor] = deque(maxlen=NUM_LOSSES)
         self.batch = 0  # of this step
         self.images_seen = 0  # in this run
@@ -204,10 +208,11 @@ class FineTuner(Trainer):
             for name, value in zip(self.learning, self.average.shadow_params, strict=True):
                 value.copy_(saved[name])
             self.average.optimization_step = step_of(checkpoint)
-        processes, now = len(list(checkpoint.glob("rng_state*.pth"))), self.args.world_size
-        if processes != now:
+        processes = len(list(checkpoint.glob("rng_state*.pth")))
+        if processes != self.args.world_size:
             raise ValueError(
-                f"{checkpoint} was trained by {processes} process(es), and here are {now}: start as many as then."
+                f"{checkpoint} was trained by {processes} process(es), and here are {self.args.world_size}: start as "
+                "many as then."
             )
         # Versions before 0.3.0 noted the number of images alone, or nothing.
         if any(self.before.get(name, value) != value for name, value in self.train_dataset.identity.items()):
@@ -229,15 +234,15 @@ class FineTuner(Trainer):
         losses, finite = look(self.accelerator, self.losses, [*self.model.state_dict().values(), *averages])
         if not finite:
             raise self.not_finite(fmean(losses))
-        folder, main = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.is_world_process_zero()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with saving(folder.parent):
             try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process has written its random state
-                if main:
+                if self.is_world_process_zero():
                     self._complete(folder, averages)
             except BaseException:
-                if main and folder.exists():
+                if self.is_world_process_zero() and folder.exists():
                     discard(folder)
                 raise
 
