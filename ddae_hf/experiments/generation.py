@@ -28,7 +28,7 @@ from ..noise import change_scheduler, family
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
 from .arrays import read_json, write_text, written_whole
-from .devices import best_device, made_fast
+from .devices import HELP, best_device, made_fast
 from .features import evaluating
 from .options import Options, option
 from .plots import image_grid
@@ -53,11 +53,7 @@ class GenerationOptions(Options):
     class_label: list[str] | None = option(None, "Classes to generate in turn, by number or name, or `all`.")
     guidance_scale: float = option(1.0, "Strength of classifier-free guidance; at 1 there is none.")
     seed: int = option(0, "Image number i comes from the seed + i.")
-    dtype: Literal["float32", "bfloat16"] | None = option(
-        None,
-        "Type that the network computes in; by default its checkpoint's. bfloat16 is two to three times as fast as "
-        "float32 on GPUs and on processors with bfloat16 arithmetic (AVX512-BF16, AMX), and slower on others.",
-    )
+    dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
     cache_dir: str | None = option(None, "Where downloaded checkpoints and data are kept.")
     output_dir: str | None = option(None, "Folder of the images; by default they are kept in memory.")
 
