@@ -147,7 +147,7 @@ def test_a_folder_of_version_0_2_0_goes_on(conditional, tmp_path):
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"seed": -1}, "seed is -1: it must be at least 0"),
         ({"dtype": "float16"}, "dtype is 'float16': allowed are float32, bfloat16"),
-        ({"steps": 3}, "There is no option 'steps'"),
+        ({"steps": 3}, "here is no option 'steps'"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_is_written(checkpoint, tmp_path, change, message):
