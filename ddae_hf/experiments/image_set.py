@@ -64,7 +64,7 @@ class ImageSet:
 
     @property
     def names(self) -> Any:
-        """The names of the classes, a list, those of all splits; None where the split, or a stream, does not say them."""
+        """The names of the classes of all splits, a list; None where the split, or a stream, does not say them."""
         return self._classes.names if self._classes is not None and self.label_column else None
 
     @cached_property
