@@ -18,6 +18,7 @@ from ddae_hf.commands.parsing import parse, sentences
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import option
 from ddae_hf.experiments.publishing import HubOptions, prepare, publish
+from ddae_hf.experiments.results import FineTuningReport
 from ddae_hf.experiments.transferring import TransferOptions, transfer
 
 
@@ -34,8 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     data, options, hub = parse([DataOptions, Arguments, HubOptions], __doc__, argv)
     with sentences():
         prepare(hub, options.output_dir)
-        result = transfer(options.model_name_or_path, data.open(options.cache_dir), options)
-        print(result.table())
+        print(transfer(options.model_name_or_path, data.open(options.cache_dir), options).table())
+        if options.finetune is not None:
+            print(f"\nFine-tuned:\n\n{FineTuningReport.read(f'{options.output_dir}/finetuned').table()}")
+        classifier = f"{options.output_dir}/classifier"
+        said = publish(hub, classifier, "Add the classifier of a transfer", generator=options.model_name_or_path)
+        print(said or f"The classifier is in {classifier}.")
+    print(f"Pictures and every figure are in {options.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -18,5 +18,6 @@ def quiet(capsys):
     yield
     python, numpy, state = before
     assert capsys.readouterr().out == ""
-    assert random.getstate() == python and torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy, strict=True))

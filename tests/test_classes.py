@@ -14,7 +14,6 @@ from ddae_hf.experiments.images import DataOptions, Images, labelled_splits
 
 from .conftest import put, splits_of
 
-
 # Drawing
 
 

@@ -135,7 +135,7 @@ def test_what_cannot_be_encoded_is_refused_first(encoded, digits, tmp_path, caps
 
 
 def test_an_option_that_there_is_not_gets_the_nearest(vae, images):
-    with pytest.raises(ValueError, match="There is no option 'mirrored': the nearest are mirror"):
+    with pytest.raises(ValueError, match="there is no option 'mirrored': the nearest are mirror"):
         encode(vae, images, mirrored=True)
 
 

@@ -17,7 +17,7 @@ from ddae_hf.experiments import options as room
 from ddae_hf.experiments.options import RANGES, Options, Table, option, read_yaml
 
 # Numbers whose range is not one for all: a network's schedule or layers, or another option says what they may be.
-FREE = """sigma sigmas extractor_sigma log_sigma decode_factor min_size""".split()
+FREE = """sigma sigmas extractor_sigma log_sigma""".split()
 
 
 @dataclass(kw_only=True)
@@ -182,16 +182,20 @@ def every_kind():
 EVERY = list(every_kind())
 
 
+def types_in(hint):
+    """The types and values that a hint is made of, but for None."""
+    inner = typing.get_args(hint)
+    return {hint} - {type(None)} if not inner else {found for part in inner for found in types_in(part)}
+
+
 @pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
 def test_every_option_is_documented_and_every_number_has_a_range(kind):
     hints = typing.get_type_hints(kind)
     assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
     for field in dataclasses.fields(kind):
         text = field.metadata.get("help", "").replace("%%", "%")
-        assert text[:1].isupper() and text.endswith("."), f"{kind.__name__}.{field.name}: {text!r}"
-        parts = [part for hint in (hints[field.name], *typing.get_args(hints[field.name])) for part in (hint,)]
-        parts += [inner for part in parts for inner in typing.get_args(part)]
-        if {int, float} & set(parts):
+        assert len(text) > 5 and text.endswith("."), f"{kind.__name__}.{field.name}: {text!r}"
+        if {int, float} & types_in(hints[field.name]):
             assert field.name in RANGES or field.name in FREE, f"{kind.__name__}.{field.name} has no range"
 
 
@@ -201,7 +205,6 @@ def test_one_name_means_one_thing_everywhere():
     for kind in EVERY:
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            without_none = frozenset(typing.get_args(hints[field.name]) or [hints[field.name]]) - {type(None)}
-            kinds.setdefault(field.name, set()).add(without_none)
+            kinds.setdefault(field.name, set()).add(frozenset(types_in(hints[field.name])))
     assert {name: found for name, found in kinds.items() if len(found) > 1} == {}
     assert not (set(RANGES) | set(FREE)) - set(kinds)

@@ -16,27 +16,30 @@ NAMED = 10  # classes that a warning names
 
 
 def find_label_column(features: Features, name: str | None) -> str | None:
-    """Return the column of labels: the one of that name, or the only one of classes; nothing if there is none."""
-    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    return label_column(features, name) if name is not None or len(found) == 1 else None
+    """Return the column of labels: the one of that name, or the only one of classes; nothing if there is none.
 
-
-def label_column(features: Features, name: str | None) -> str:
-    """Return the column of labels, or raise `ValueError` with the columns there are."""
-    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    column = name or (found[0] if len(found) == 1 else None)
-    if column is None:
-        what = f"has {len(found)} columns of classes" if found else "does not say of which classes its images are"
-        raise ValueError(
-            f"The data set {what}: name the column of labels, label_column, or put images into a folder for each "
-            f"class; columns are {list(features)}."
-        )
-    feature = features.get(column)
+    Raises:
+        ValueError: No column of that name, or one that holds something else.
+    """
+    if name is None:
+        found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+        return found[0] if len(found) == 1 else None
+    feature = features.get(name)
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and re.fullmatch(LABELS, feature.dtype)):
         raise ValueError(
-            f"There is no column of labels {column!r}, whole numbers or names; columns are {dict(features)}."
+            f"There is no column of labels {name!r}, whole numbers or names; columns are {dict(features)}."
         )
-    return column
+    return name
+
+
+def no_label_column(features: Features) -> str:
+    """Return in words why there are no labels, and what to do."""
+    count = sum(isinstance(feature, ClassLabel) for feature in features.values())
+    what = f"has {count} columns of classes" if count else "does not say of which classes its images are"
+    return (
+        f"The data set {what}: name the column of labels, label_column, or put images into a folder for each class; "
+        f"columns are {list(features)}."
+    )
 
 
 class Classes:

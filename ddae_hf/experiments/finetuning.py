@@ -86,7 +86,9 @@ class FinetuningOptions(Options):
     )
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest that is whole.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint's folder, or `latest` for the newest that is whole."
+    )
     train_split: str = option("train", "Split to train on.")
     test_split: str = option("test", "Split to test on.")
     max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
@@ -251,9 +253,7 @@ def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -
         return None
     logger.info(f"{run} is complete: there is nothing left to do.")
     classifier = DDAEForImageClassification.from_pretrained(run)
-    return FinetuningResult(
-        **vars(report), classifier=classifier, processor=DDAEImageProcessor.from_pretrained(run)
-    )
+    return FinetuningResult(**vars(report), classifier=classifier, processor=DDAEImageProcessor.from_pretrained(run))
 
 
 # The data and the network

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
-from .classes import Classes, draw_images, label_column
+from .classes import Classes, draw_images, no_label_column
 from .pixels import HINT, Pixels, decode
 
 
@@ -41,8 +41,7 @@ class ImageSet:
         self.dataset: Any = dataset
         self.split, self.image_column = split, image_column
         self.streaming = isinstance(dataset, IterableDataset)
-        known = classes is not None and classes.column in columns_of(dataset)
-        self.label_column = classes.column if classes is not None and known else None
+        self.label_column = classes.column if classes is not None and classes.column in columns_of(dataset) else None
         self._classes = classes
         self._rows: np.ndarray | None = None  # of the split, where these are some of its images
         self._skipped = torch.zeros(1, dtype=torch.int64)
@@ -155,14 +154,14 @@ class ImageSet:
         Raises:
             ValueError: Images without labels, or some without; a stream whose column does not name the classes.
         """
+        columns = columns_of(self.dataset)
         if self._classes is None:
-            label_column(columns_of(self.dataset), None)
-        elif self.label_column is None:
+            raise ValueError(no_label_column(columns))
+        if self.label_column is None:
             raise ValueError(
-                f"The split {self.split!r} has no column {self._classes.column!r} of labels; it has "
-                f"{list(columns_of(self.dataset))}."
+                f"The split {self.split!r} has no column {self._classes.column!r} of labels; it has {list(columns)}."
             )
-        elif self.streaming and self.names is None:
+        if self.streaming and self.names is None:
             raise ValueError("A stream's column of labels must name its classes (ClassLabel): leave out streaming.")
         _ = self.labels  # which are checked when they are read
         return self

@@ -116,7 +116,7 @@ class _Card:
         given_name = dataset_name or (Path(dataset_id).name if dataset_id else None)
         self.given_dataset = {k: v for k, v in (("id", dataset_id), ("name", given_name)) if v is not None}
         self.base_model = base_model or self._fact("base_model")
-        self.license = license or self._fact("license")
+        self.license = license or self._fact("license") or self._license_before()
         links = [self.link(picture) for picture in self.pictures]
         if double := {link for link in links if links.count(link) > 1}:
             raise ValueError(f"Two folders of results have the same name ({', '.join(double)}): rename one of them.")
@@ -128,6 +128,11 @@ class _Card:
             own = [report for report in own if not report.options.get("from_scratch")]
         places = [place for report in own for place in (vars(report), report.options)]
         return next((place[name] for place in places if place.get(name)), None)
+
+    def _license_before(self) -> str | None:
+        """Return the licence that the folder's own card names: no report does."""
+        path = self.folder / "README.md"
+        return ModelCard.load(path).data.license if path.is_file() else None
 
     def dataset(self, report: Report) -> dict[str, Any]:
         return {**report.dataset, **self.given_dataset}
@@ -242,8 +247,10 @@ def _option_rows(options: Mapping[str, Any], prefix: str = "") -> list[list[str]
     rows = []
     for name, value in options.items():
         off = value is None or value is False or (isinstance(value, float) and value == 0)
-        without_effect = (name == "num_train_epochs" and options.get("max_train_steps")) or (
-            name == "label_dropout" and not options.get("class_conditional")
+        without_effect = (
+            (name == "num_train_epochs" and options.get("max_train_steps"))
+            or (name == "label_dropout" and not options.get("class_conditional"))
+            or (name == "low_resolution_share" and not options.get("low_resolution"))
         )
         if off or without_effect or (not prefix and name in AROUND):
             continue

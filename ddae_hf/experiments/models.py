@@ -13,6 +13,7 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEModel
 from ..noise import family_of
 from .devices import best_device, made_fast
+from .draws import separate_randomness
 
 # A checkpoint's folder or Hub id, in any layout, or an open model.
 Model = str | os.PathLike[str] | DDAEModel
@@ -37,7 +38,8 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
         given["vae"] = None
     if isinstance(model, (str, os.PathLike)):
         kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-        found = ready(DDAEModel.from_pretrained(model, **given, **kind, cache_dir=cache_dir).eval())
+        with separate_randomness():  # a DiT's positions are computed by a module that draws weights
+            found = ready(DDAEModel.from_pretrained(model, **given, **kind, cache_dir=cache_dir).eval())
     else:
         found = model.base_model.eval()
         different = [name for name, value in given.items() if getattr(found.config, name) != value]

@@ -88,25 +88,24 @@ class Pixels:
         return counts if counts.dtype == torch.uint8 else _scale(counts, self.processor)
 
 
-def decode(file: Any, feature: Image, where: str) -> PILImage.Image:
-    """Return the image of a file, given as its `path` and `bytes`.
+def decode(file: dict[str, Any] | None, feature: Image, where: str) -> PILImage.Image:
+    """Return the image of a file, given as its `path` and `bytes`, one of which may be None.
 
     Raises:
         DamagedImageError: None, or what Pillow cannot read; it says of which file, or `where` it came from.
     """
     try:
-        image = feature.decode_example(file)
-        if image is None:
+        if file is None:
             raise ValueError("there is none")
-        return image
+        return feature.decode_example(file)
     except Exception as error:  # Pillow raises several kinds, most of which do not say of which file
-        path = file.get("path") if isinstance(file, dict) else None
-        content = file.get("bytes") if isinstance(file, dict) else None
+        path, content = (file or {}).get("path"), (file or {}).get("bytes")
         if path and os.path.isfile(path):
             where = f"The image {path}"
-        elif path or content:
-            known = path or f"{len(content or b'')} bytes, SHA-256 {hashlib.sha256(content or b'').hexdigest()[:16]}"
-            where = f"{where} ({known})"
+        elif path:
+            where = f"{where} ({path})"
+        elif content:
+            where = f"{where} ({len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()[:16]})"
         reason = str(error).partition(" <_io")[0].rstrip(".")  # without the name of an object
         raise DamagedImageError(f"{where} cannot be read: {reason}.{HINT}") from error
 

@@ -90,10 +90,8 @@ class ProbeReport(Report, Probe):
         """Return what `linear_probe.py` of 0.2.0 wrote as a sweep would have written it."""
         content = super().upgraded(content)
         if "results" not in content:
-            content["images"] = {"train": content["images"]["fitted"] + content["images"]["held_out"]} | content[
-                "images"
-            ]
-            return content
+            images = content["images"]
+            return content | {"images": {"train": images["fitted"] + images["held_out"]} | images}
         options, results = content["options"], content.pop("results")
         few, noise_seed, train = options["labels_per_class"], str(options["noise_seed"]), content["num_train_images"]
         chosen_on = min(train, options["max_selection_samples"])
@@ -134,7 +132,7 @@ class ProbeReport(Report, Probe):
             pairs = probe.few_label_pairs.get(count) or [probe.best]
             words = [pair.words for pair in pairs]
             rows.append([name, max(words, key=words.count), f"{count} a class", spread(draws), ""])
-            own.append(self.few_label_test_accuracies[count])
+            own.append(self.few_label_test_accuracies.get(count, []))
         if self.baselines:
             others = [scores, *probe.few_label_test_accuracies.values()]
             for row, ours, theirs in zip(rows, own, others, strict=True):

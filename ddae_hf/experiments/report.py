@@ -233,7 +233,10 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = [field for field in dataclasses.fields(value) if "in_memory" not in field.metadata]
         found = {field.name: getattr(value, field.name) for field in fields}
-        return {name: _plain(item) for name, item in found.items() if item is not None and item not in ({}, [])}
+        unknown = [
+            name for name, item in found.items() if item is None or (isinstance(item, (dict, list)) and not item)
+        ]
+        return {name: _plain(item) for name, item in found.items() if name not in unknown}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -237,10 +237,9 @@ def check_sweep(
         raise ValueError(
             f"random_crop is {options.crop_padding}: it must be below the sides of the images, {dict(processor.size)}."
         )
-    if options.baselines and (numbers := math.prod(train.read([0]).shape)) > MOST_PIXELS:
-        raise ValueError(
-            f"baselines: images of {numbers:,} numbers are too large to be probed as they are: leave it out."
-        )
+    numbers = model.config.num_channels * math.prod(model.config.image_size)
+    if options.baselines and numbers > MOST_PIXELS:
+        raise ValueError(f"baselines: {numbers:,} numbers an image are too many to be probed as they are: leave it out.")
     fewest = min(NEIGHBOURS) if options.knn else 1
     if len(prober.fitted) < fewest or (options.alignment and len(prober.held_out) < 2):
         raise ValueError(

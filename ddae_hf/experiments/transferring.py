@@ -21,15 +21,17 @@ from ..checkpoints import load_vae
 from ..configuration_ddae import DDAEConfig
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
-from .arrays import size
+from .arrays import num_bytes, size
 from .encoding import LatentInputs, describe_splits, encode_views
 from .finetuning import FinetuningOptions, finetune
 from .images import ImageInputs, Images, labelled_splits
 from .latent_folder import LatentFolder
-from .models import Model, chosen_layers, open_model, open_processor
+from .models import Model, open_model, open_processor
 from .options import Table, option
+from .probing import Prober
 from .sweeping import SweepOptions, SweepResult, check_sweep, sweep_inputs
 
+FIRST = [0]  # the view that the pair is chosen on: the images as they are
 logger = logging.getLogger(__name__)
 
 
@@ -130,9 +132,9 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
                 f"{denoiser.config.sample_shape}: mend its preprocessor_config.json, or give the VAE that it was "
                 "trained with."
             )
-        inputs = LatentInputs(train, folder, "train"), LatentInputs(test, folder, "test")
-        check_sweep(denoiser, *inputs, processor, options)
-        logger.info(features_use(denoiser, options, len(train), len(test), folder))
+        inputs = [LatentInputs(train, folder, "train"), LatentInputs(test, folder, "test")]
+        prober = check_sweep(denoiser, *inputs, processor, options, selection_views=FIRST)
+        logger.info(features_use(prober, folder))
         encode_views(folder, vae, pixels, options.encode_batch_size)
         result = sweep_inputs(
             model,
@@ -142,7 +144,7 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
             options,
             dataset=images.facts(train, test),
             given=images.opened_with,
-            selection_views=[0],  # the images as they are
+            selection_views=FIRST,
             sample_posterior=options.sample_posterior,
         )
         if options.finetune is not None:
@@ -166,19 +168,18 @@ def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
     return bare, whole.vae
 
 
-def features_use(model: DDAEModel, options: TransferOptions, train: int, test: int, folder: LatentFolder) -> str:
-    """Return what features will take, and how often the denoiser will run, in words."""
-    if options.protocol != "logistic_regression":
+def features_use(prober: Prober, folder: LatentFolder) -> str:
+    """Return what features of latents will take, and how often the denoiser will run, in words."""
+    if prober.online:
         return "These probes keep no features: the denoiser runs on every image at each noise level and epoch."
-    widths = [4 * hidden_size(model.denoiser, layer) for layer in chosen_layers(model, options.layers)]
-    chosen = min(train, options.max_selection_samples or train)
-    choosing = chosen * len(options.sigmas)
-    probing = (train + test) * options.num_views * options.num_noise_seeds
-    free = shutil.disk_usage(folder.folder).free
+    options, sigmas = prober.options, len(prober.sigmas)
+    widths = [num_bytes((hidden_size(prober.model.denoiser, layer),), 1) for layer in prober.layers]
+    choosing = len(prober.chosen_on) * sigmas
+    probing = sum(map(len, prober.inputs.values())) * options.num_views * options.num_noise_seeds
     return (
-        f"Features take {size(choosing * sum(widths))} to choose on ({len(widths)} layers, {len(options.sigmas)} "
-        f"noise levels, {chosen:,} images) and at most {size(probing * max(widths))} of the best pair; {size(free)} "
-        f"are free beside the latents. The denoiser runs on {choosing:,} latents to choose, and on {probing:,} to "
-        f"probe the best pair with {options.num_noise_seeds} noise seeds: up to the deepest layer asked for, no "
-        "further."
+        f"Features take {size(choosing * sum(widths))} to choose on ({len(widths)} layers, {sigmas} noise levels, "
+        f"{len(prober.chosen_on):,} images) and at most {size(probing * max(widths))} of the best pair; "
+        f"{size(shutil.disk_usage(folder.folder).free)} are free beside the latents. The denoiser runs on "
+        f"{choosing:,} latents to choose, and on {probing:,} to probe the best pair with {options.num_noise_seeds} "
+        "noise seeds: up to the deepest layer asked for, no further."
     )

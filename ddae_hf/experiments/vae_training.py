@@ -221,7 +221,8 @@ def _loop(
     loader = image_batches(train, processor, sizes, options)
     steps = num_steps(options, len(train), sizes)
     optimizer = torch.optim.AdamW(vae.parameters(), sizes.rate(options), weight_decay=0.0, fused=True)
-    made_fast(vae, accelerator.device)    loop = Loop(
+    made_fast(vae, accelerator.device)
+    loop = Loop(
         accelerator,
         Autoencoder(vae),
         optimizer,

@@ -8,60 +8,40 @@ options, and environment variables for a Space, name others.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # the scripts' shared helpers, which in a Space lie beside this file
 
 import gradio as gr  # noqa: E402 (it reads the variable above)
 from pictures import CSS  # noqa: E402
-from views import NO_CLASS, OWN_SAMPLER, Demo  # noqa: E402
+from views import NO_CLASS, OWN_SAMPLER, RUN, Demo, DemoOptions  # noqa: E402
 
-from data import add_data_arguments  # noqa: E402
+from ddae_hf.commands.parsing import parse, sentences  # noqa: E402
+from ddae_hf.experiments.images import DataOptions  # noqa: E402
 from ddae_hf.networks import network_of  # noqa: E402
 from ddae_hf.noise import family_of, sigma_range  # noqa: E402
-from labelled import add_label_arguments  # noqa: E402
-
-RUN = HERE if (HERE / "checkpoint").is_dir() else Path("runs/quickstart")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> tuple[DataOptions, DemoOptions]:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_data_arguments(parser)
-    add_label_arguments(parser)
-
-    def add(name: str, default: Path, help: str) -> None:
-        variable = f"DDAE_{name.upper()}"
-        value = os.environ.get(variable, str(default))
-        parser.add_argument(f"--{name}", default=value, help=f"{help} Or ${variable}. Default: {default}")
-
-    add("checkpoint", RUN / "checkpoint", "Generator, folder or Hub id, in any layout.")
-    add("classifier", RUN / "classifier", "Classifier, folder or Hub id, as linear_probe.py or sweep.py save it.")
-    add("sweep", RUN / "sweep", "Folder that sweep.py wrote.")
-    add("features_dir", RUN / "features", "Folder where the features of the training images are kept.")
-    parser.add_argument("--batch_size", type=int, default=250, help="Of the pass that computes them.")
-    parser.add_argument("--host", help="Address to listen on; by default this machine's own alone.")
-    parser.add_argument("--port", type=int, help="Port; by default the first free one from 7860 on.")
-    args = parser.parse_args(argv)
-    if args.dataset_name is None and args.train_data_dir is None:
-        args.dataset_name = os.environ.get("DDAE_DATASET_NAME", str(RUN / "digits"))
-    if args.batch_size < 1:
-        parser.error(f"--batch_size is {args.batch_size}: it must be at least 1.")
-    for name in ("checkpoint", "classifier", "dataset_name"):
-        value = getattr(args, name)
+    data, options = parse([DataOptions, DemoOptions], __doc__, argv)
+    if data.dataset_name is None and data.train_data_dir is None:
+        data.dataset_name = os.environ.get("DDAE_DATASET_NAME", str(RUN / "digits"))
+    paths = {"checkpoint": options.checkpoint, "classifier": options.classifier, "dataset_name": data.dataset_name}
+    for name, value in paths.items():
         if value is not None and Path(value).parent == RUN and not Path(value).exists():
-            parser.error(f"There is no {value}: `make quickstart` makes it, or name another with --{name}.")
-    return args
+            raise SystemExit(f"There is no {value}: `make quickstart` makes it, or name another with --{name}.")
+    return data, options
+
+
+def open_demo(data: DataOptions, options: DemoOptions) -> Demo:
+    """Return what the page shows."""
+    return Demo(options, data.open(options.cache_dir))
 
 
 def image_field(demo: Demo) -> gr.Image:
@@ -69,9 +49,8 @@ def image_field(demo: Demo) -> gr.Image:
     field = gr.Image(type="filepath", format="png", label="Image", height=230, elem_classes="upload")
     # gradio would open the file itself, and show a trace where it holds no image.
     field.preprocess = lambda payload: payload and payload.path
-    labels = demo.data.labels["test"]
-    first = [int(np.flatnonzero(labels == k)[0]) for k in np.unique(labels)[:10]]
-    images = [demo.data.splits["test"][i][demo.data.images] for i in first]
+    labels = demo.test.labels
+    images = demo.test.pil([np.flatnonzero(labels == k)[0] for k in np.unique(labels)[:10]])
     gr.Examples([[image] for image in images], [field], label="Test images", examples_per_page=10)
     return field
 
@@ -145,31 +124,32 @@ def sweep_tab(demo: Demo) -> None:
     """Lay out the tab of layers and noise levels."""
     report = demo.sweep
     if report is None:
-        command = f"python examples/sweep.py --model_name_or_path {demo.args.checkpoint} "
-        command += f"--dataset_name {demo.args.dataset_name} --layers all --output_dir {demo.args.sweep}"
-        gr.Markdown(f"There is no sweep in `{demo.args.sweep}`. This makes one:\n\n```bash\n{command}\n```")
+        source = " ".join(f"--{name} {value}" for name, value in demo.images.opened_with.items())
+        command = f"python examples/sweep.py --model_name_or_path {demo.options.checkpoint} {source} --layers all "
+        command += f"--output_dir {demo.options.sweep}"
+        gr.Markdown(f"There is no sweep in `{demo.options.sweep}`. This makes one:\n\n```bash\n{command}\n```")
         return
-    best, images = report["best"], report["images"]
-    test = 100 * next(iter(report["test_accuracies"].values()))
+    best, images = report.best, report.images
+    test = 100 * next(iter(report.test_accuracies.values()))
     gr.Markdown(
         f"Accuracy (%) of a linear probe on {images['held_out']:,} held-out training images, for every layer and noise "
         "level; colours follow the logarithm of the error. Click a pair for its figures. The best, "
-        f"`{best['layer']}` at sigma {best['sigma']:g}, was fitted again on all training images and then tested on "
+        f"`{best.layer}` at sigma {best.sigma:g}, was fitted again on all training images and then tested on "
         f"{images['test']:,} others: **{test:.2f} %**."
     )
-    table, text = demo.pair_figures(best["layer"], best["sigma"])
+    table, text = demo.pair_figures(best.layer, best.sigma)
     told = "element.addEventListener('click', e => { const b = e.target.closest('[data-pair]');"
     told += " if (b) trigger('select', {pair: b.dataset.pair}); });"
     heat = gr.HTML(table, js_on_load=told)
     with gr.Row():
-        layers = list(dict.fromkeys(row["layer"] for row in report["pairs"]))
-        layer = gr.Dropdown(layers, value=best["layer"], label="Layer", min_width=260)
-        sigmas = sorted({row["sigma"] for row in report["pairs"]})
+        layers = list(dict.fromkeys(pair.layer for pair in report.pairs))
+        layer = gr.Dropdown(layers, value=best.layer, label="Layer", min_width=260)
+        sigmas = sorted({pair.sigma for pair in report.pairs})
         sigma = gr.Dropdown(
-            [(f"{s:g}", s) for s in sigmas], value=best["sigma"], label="Noise level sigma", min_width=260
+            [(f"{s:g}", s) for s in sigmas], value=best.sigma, label="Noise level sigma", min_width=260
         )
     shown = gr.Markdown(text, elem_id="pair")
-    options = {"show_progress": "hidden", "api_visibility": "private"}
+    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     heat.select(demo.clicked_pair, None, [layer, sigma, heat, shown], **options)
     gr.on([layer.input, sigma.input], demo.pair_figures, [layer, sigma], [heat, shown], **options)
 
@@ -220,13 +200,14 @@ def build(demo: Demo) -> gr.Blocks:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the app."""
-    args = parse_arguments(argv)
+    data, options = parse_arguments(argv)
+    with sentences():
+        demo = open_demo(data, options)
     # Fonts of the system: none is fetched.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page = build(Demo(args)).queue(max_size=32)
-    page.launch(
-        server_name=args.host,
-        server_port=args.port,
+    build(demo).queue(max_size=32).launch(
+        server_name=options.host,
+        server_port=options.port,
         theme=theme,
         css=CSS,
         run_history=False,

@@ -8,81 +8,67 @@ It runs as it is, with `python app.py`, and needs what its requirements.txt list
 
 from __future__ import annotations
 
-import argparse
-import ast
-import json
 import shutil
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
+from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.experiments.options import Options, option
+from ddae_hf.experiments.results import ProbeReport
+
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
-
-from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline  # noqa: E402
-from ddae_hf.experiments.arrays import write_json  # noqa: E402
-
 OWN = ("app.py", "views.py", "denoising.py", "pictures.py", "README.md", "requirements.txt")
 RUN = Path("runs/quickstart")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options; stop at those that cannot work."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--checkpoint", default=str(RUN / "checkpoint"), help="Generator, folder or Hub id, in any layout.")
-    add("--classifier", default=str(RUN / "classifier"), help="Classifier, folder or Hub id.")
-    add("--sweep", type=Path, default=RUN / "sweep", help="Folder that sweep.py wrote; left out if it is not there.")
-    add("--dataset_name", type=Path, default=RUN / "digits", help="Folder of a data set, with splits train and test.")
-    add("--output_dir", type=Path, default=Path("runs/space"), help="Folder to lay, new or empty.")
-    args = parser.parse_args(argv)
-    if not args.dataset_name.is_dir():
-        parser.error(
-            f"There is no folder {args.dataset_name}: `make quickstart` makes it, or give --dataset_name another."
-        )
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        parser.error(f"{args.output_dir} is not empty: give --output_dir a new folder.")
-    return args
+@dataclass(kw_only=True)
+class SpaceOptions(Options):
+    """What the Space shows."""
+
+    checkpoint: str = option(str(RUN / "checkpoint"), "Generator, folder or Hub id, in any layout.")
+    classifier: str = option(str(RUN / "classifier"), "Classifier, folder or Hub id.")
+    sweep: str = option(str(RUN / "sweep"), "Folder that sweep.py wrote; left out if it is not there.")
+    dataset_name: str = option(str(RUN / "digits"), "Folder of a data set, with splits train and test.")
+    output_dir: str = option("runs/space", "Folder to lay, new or empty.")
+
+    def check(self) -> None:
+        """Refuse a data set that is no folder, and a folder that has something in it."""
+        if not Path(self.dataset_name).is_dir():
+            raise ValueError(
+                f"There is no folder {self.dataset_name}: `make quickstart` makes it, or give dataset_name another."
+            )
+        folder = Path(self.output_dir)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty: give output_dir a new folder.")
 
 
-def helpers() -> list[Path]:
-    """Return the modules of the scripts that the app imports, and those that these import."""
-    found: list[Path] = []
-    left = [HERE / name for name in OWN if name.endswith(".py")]
-    while left:
-        for node in ast.walk(ast.parse(left.pop().read_text(encoding="utf-8"))):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            new = [path for name in names if (path := HERE.parent / f"{name}.py").is_file() and path not in found]
-            found = found + new
-            left = left + new
-    return found
+def lay(options: SpaceOptions) -> Path:
+    """Lay the folder, and return it."""
+    folder = Path(options.output_dir)
+    generator = DDAEPipeline.from_pretrained(options.checkpoint)
+    classifier = DDAEForImageClassification.from_pretrained(options.classifier)
+    processor = DDAEImageProcessor.from_pretrained(options.classifier)
+    generator.save_pretrained(folder / "checkpoint")
+    for part in (classifier, processor):
+        part.save_pretrained(folder / "classifier")
+    shutil.copytree(options.dataset_name, folder / "digits")
+    if (Path(options.sweep) / ProbeReport.file).exists():
+        report = ProbeReport.read(options.sweep)
+        report.checkpoint, report.options = None, {}  # paths of this machine
+        report.write(folder / "sweep")
+    package = HERE.parent.parent / "ddae_hf"
+    shutil.copytree(package, folder / "ddae_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in OWN:
+        shutil.copy(HERE / name, folder)
+    return folder
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    args = parse_arguments(argv)
-    folder = args.output_dir
-    try:
-        generator = DDAEPipeline.from_pretrained(args.checkpoint)
-        classifier = DDAEForImageClassification.from_pretrained(args.classifier)
-        processor = DDAEImageProcessor.from_pretrained(args.classifier)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
-    generator.save_pretrained(folder / "checkpoint")
-    for part in (classifier, processor):
-        part.save_pretrained(folder / "classifier")
-    shutil.copytree(args.dataset_name, folder / "digits")
-    if (figures := args.sweep / "eval_results.json").exists():
-        report = json.loads(figures.read_text(encoding="utf-8"))
-        for name in ("checkpoint", "options"):  # paths of this machine
-            report.pop(name, None)
-        write_json(folder / "sweep" / figures.name, report)
-    without = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(HERE.parent.parent / "ddae_hf", folder / "ddae_hf", ignore=without)
-    for path in [*(HERE / name for name in OWN), *helpers()]:
-        shutil.copy(path, folder)
+    [options] = parse([SpaceOptions], __doc__, argv)
+    with sentences():
+        folder = lay(options)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder} is a Space of {size / 1e6:.1f} MB; try it: cd {folder} && python app.py")
 

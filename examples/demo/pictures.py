@@ -6,12 +6,13 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ddae_hf.experiments.results import Pair
 
 CSS = """
 .html-container {padding: 0 !important;}
@@ -98,16 +99,16 @@ def _full_range(image: Tensor) -> Tensor:
     return 2 * (image - low) / (high - low).clamp(min=1e-12) - 1
 
 
-def heat_map(pairs: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> str:
+def heat_map(pairs: Sequence[Pair], chosen: Pair | None) -> str:
     """Return a sweep's validation accuracies as a table of buttons, layers by noise levels.
 
     Colours follow the logarithm of the error, as the best pairs lie close together. A button's `data-pair` is the
     number of its pair.
     """
-    layers = list(dict.fromkeys(pair["layer"] for pair in pairs))
-    sigmas = sorted({pair["sigma"] for pair in pairs})
-    number = {(pair["layer"], pair["sigma"]): i for i, pair in enumerate(pairs)}
-    accuracies = np.array([pair["validation_accuracy"] for pair in pairs])
+    layers = list(dict.fromkeys(pair.layer for pair in pairs))
+    sigmas = sorted({pair.sigma for pair in pairs})
+    number = {(pair.layer, pair.sigma): i for i, pair in enumerate(pairs)}
+    accuracies = np.array([pair.validation_accuracy for pair in pairs])
     quality = -np.log(np.maximum(1 - accuracies, 1e-3))
     share = (quality - quality.min()) / max(np.ptp(quality), 1e-12)
 

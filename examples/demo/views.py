@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,29 @@ from denoising import own_pipeline, stream, visible
 from pictures import feature_maps, figures, heat_map, notice, progress, to_pil
 from PIL import Image, ImageOps
 
-from data import images_hash
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.features import FeatureCache, batch_features
+from ddae_hf.experiments.images import ImageInputs, Images, labelled_splits, noise_view
+from ddae_hf.experiments.models import ready
+from ddae_hf.experiments.options import Options, option
 from ddae_hf.experiments.plots import image_grid
+from ddae_hf.experiments.results import ProbeReport
 from ddae_hf.networks import tap_of
-from labelled import LabelledImages, noise_view, ready
 
+HERE = Path(__file__).resolve().parent
+RUN = HERE if (HERE / "checkpoint").is_dir() else Path("runs/quickstart")
 MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 STRIP, CHANNELS, SECONDS_A_FRAME = 8, 6, 0.1
-OTHER_FIGURES = {"l2": "Regularisation l2", "alignment": "Alignment", "uniformity": "Uniformity"}
+FIGURES = {
+    "validation_accuracy": "Linear probe, held-out images",
+    "knn_20": "Nearest 20 images, held-out images",
+    "knn_200": "Nearest 200 images, held-out images",
+    "l2": "Regularisation l2",
+    "alignment": "Alignment",
+    "uniformity": "Uniformity",
+}
 OWN_SAMPLER, NO_CLASS = "the scheduler's", -1
 
 
@@ -48,33 +59,52 @@ def open_upload(path: str | None) -> Image.Image:
     )
 
 
-def read_sweep(folder: Path) -> dict[str, Any] | None:
-    """Return what a sweep found, or None where none was run."""
-    path = folder / "eval_results.json"
-    if not path.exists():
-        return None
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if not report.get("pairs"):
-        raise SystemExit(f"{path} is not a sweep's: give --sweep the folder that sweep.py wrote.")
-    return report
+def of_run(name: str, help: str) -> Any:
+    """Return the option of a path: of what lies in the run's folder, or what an environment variable names."""
+    variable = f"DDAE_{name.upper()}"
+    return field(
+        default_factory=lambda: os.environ.get(variable, str(RUN / name)),
+        metadata={"help": f"{help} Or ${variable}."},
+    )
+
+
+@dataclass(kw_only=True)
+class DemoOptions(Options):
+    """What the page shows."""
+
+    checkpoint: str = of_run("checkpoint", "Generator, folder or Hub id, in any layout.")
+    classifier: str = of_run("classifier", "Classifier, folder or Hub id, as linear_probe.py or sweep.py save it.")
+    sweep: str = of_run("sweep", "Folder that sweep.py wrote.")
+    features_dir: str = of_run("features", "Folder where the features of the training images are kept.")
+    train_split: str = option("train", "Split of the images that neighbours are found among.")
+    test_split: str = option("test", "Split of the images to click on.")
+    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
+    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
+    batch_size: int = option(250, "Of the pass that computes the features.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+    host: str | None = option(None, "Address to listen on; by default this machine's own alone.")
+    port: int | None = option(None, "Port; by default the first free one from 7860 on.")
 
 
 class Demo:
-    """What the page shows: the two views of a denoiser, the images, the sweep. Nothing in it changes between calls."""
+    """What the page shows: the two views of a denoiser, the images, the sweep. Nothing in it changes between calls.
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        try:
-            self.pipeline = DDAEPipeline.from_pretrained(args.checkpoint, cache_dir=args.cache_dir).to(best_device())
-            self.model = DDAEForImageClassification.from_pretrained(args.classifier, cache_dir=args.cache_dir)
-            self.processor = DDAEImageProcessor.from_pretrained(args.classifier, cache_dir=args.cache_dir)
-        except (ValueError, OSError) as error:
-            raise SystemExit(str(error)) from error
+    Raises:
+        ValueError: What cannot be opened, or images without labels.
+        OSError: No such checkpoint, or no space left for the features.
+    """
+
+    def __init__(self, options: DemoOptions, images: Images):
+        self.options, self.images = options, images
+        self.pipeline = DDAEPipeline.from_pretrained(options.checkpoint, cache_dir=options.cache_dir).to(best_device())
+        self.model = DDAEForImageClassification.from_pretrained(options.classifier, cache_dir=options.cache_dir)
+        self.processor = DDAEImageProcessor.from_pretrained(options.classifier, cache_dir=options.cache_dir)
         ready(self.model.eval())
         if self.pipeline.vae is not None:
             self.pipeline.vae.enable_slicing()
-        self.data = LabelledImages(args, self.processor)
-        self.sweep = read_sweep(Path(args.sweep))
+        self.train, self.test = labelled_splits(images, options)
+        there = (Path(options.sweep) / ProbeReport.file).exists()
+        self.sweep = ProbeReport.read(options.sweep) if there else None
         self.features = torch.from_numpy(self.training_features())
 
     @property
@@ -85,7 +115,7 @@ class Demo:
     @property
     def class_names(self) -> dict[int, str]:
         """The names of the generator's classes by label: its own, or those of the images' classes."""
-        own = self.pipeline.config["id2label"] or dict(enumerate(self.data.names))
+        own = self.pipeline.config["id2label"] or dict(enumerate(self.train.names or []))
         return {int(label): name for label, name in own.items()}
 
     @property
@@ -95,20 +125,17 @@ class Demo:
 
     def training_features(self) -> np.ndarray:
         """Return the features (N, C) of the training images, from disk if they were computed before."""
-        (layer, sigma), data, split = self.tap, self.data, self.data.splits["train"]
-        identity = {"images": images_hash(split, data.images), "preprocessing": self.processor.to_dict()}
-        cache = FeatureCache(self.args.features_dir, self.model.ddae, self.model.config.noise_seed)
-        try:
-            found = cache.features(
-                lambda start: data.batches("train", np.arange(start, len(split)), "Features of the training images"),
-                len(split),
-                [layer],
-                sigma,
-                view=noise_view("train", 0),
-                data=identity,
-            )
-        except OSError as error:  # no space for them
-            raise SystemExit(str(error)) from error
+        layer, sigma = self.tap
+        inputs, size = ImageInputs(self.train, self.processor), self.options.batch_size
+        cache = FeatureCache(self.options.features_dir, self.model.ddae, self.model.config.noise_seed)
+        found = cache.features(
+            lambda start: inputs.batches(size, start=start, title="Features of the training images"),
+            len(inputs),
+            [layer],
+            sigma,
+            view=noise_view(False, 0),
+            data=inputs.identity,
+        )
         return np.array(found[layer])
 
     def pixel_values(self, image: Image.Image) -> torch.Tensor:
@@ -185,36 +212,31 @@ class Demo:
             image = open_upload(path)
         except ValueError as error:
             return notice(str(error))
-        (layer, sigma), data = self.tap, self.data
-        seed, view = self.model.config.noise_seed, noise_view("test", 0)  # noise that no training image has
+        layer, sigma = self.tap
+        seed, view = self.model.config.noise_seed, noise_view(True, 0)  # noise that no training image has
         pixels = self.pixel_values(image)
         query = batch_features(self.model.ddae, pixels, [0], [layer], sigma, noise_seed=seed, view=view)[layer].cpu()
         # Centred as in `knn_predict`: features share an offset beside which all are alike.
         mean = self.features.mean(0)
         likeness = torch.cosine_similarity(query - mean, self.features - mean)
         nearest = likeness.topk(min(count, len(likeness)))
-        images = [data.splits["train"][i][data.images] for i in nearest.indices.tolist()]
-        names = [data.names[data.labels["train"][i]] for i in nearest.indices.tolist()]
+        images = self.train.pil(nearest.indices.tolist())
+        names = [self.train.names[label] for label in self.train.labels[nearest.indices.numpy()]]
         captions = [f"{name}, cosine {value:.2f}" for name, value in zip(names, nearest.values.tolist(), strict=True)]
         return figures([to_pil(pixels[0]), *images], ["Your image", *captions], 100)
 
     def pair_figures(self, layer: str, sigma: float) -> tuple[str, str]:
         """Return the sweep's table with a pair marked in it, and the pair's figures."""
-        found = [row for row in self.sweep["pairs"] if (row["layer"], row["sigma"]) == (layer, sigma)]
-        if not found:
-            return heat_map(self.sweep["pairs"], {}), "This pair was not swept."
+        pair = next((pair for pair in self.sweep.pairs if (pair.layer, pair.sigma) == (layer, sigma)), None)
+        if pair is None:
+            return heat_map(self.sweep.pairs, None), "This pair was not swept."
         lines = [f"**{layer}, sigma {sigma:g}**\n"]
-        for name, value in found[0].items():
-            if name == "validation_accuracy" or name.startswith("knn_"):
-                what = (
-                    "Linear probe" if name == "validation_accuracy" else f"Nearest {name.removeprefix('knn_')} images"
-                )
-                lines.append(f"- {what}, held-out images: {100 * value:.2f} %")
-            elif name in OTHER_FIGURES:
-                lines.append(f"- {OTHER_FIGURES[name]}: {value:.4g}")
-        return heat_map(self.sweep["pairs"], found[0]), "\n".join(lines)
+        for name, title in FIGURES.items():
+            if (value := getattr(pair, name)) is not None:
+                lines.append(f"- {title}: {100 * value:.2f} %" if "held-out" in title else f"- {title}: {value:.4g}")
+        return heat_map(self.sweep.pairs, pair), "\n".join(lines)
 
     def clicked_pair(self, event: gr.EventData) -> tuple[str, float, str, str]:
         """Return the pair whose button was clicked, and what `pair_figures` says of it."""
-        row = self.sweep["pairs"][int(event.pair)]
-        return row["layer"], row["sigma"], *self.pair_figures(row["layer"], row["sigma"])
+        pair = self.sweep.pairs[int(event.pair)]
+        return pair.layer, pair.sigma, *self.pair_figures(pair.layer, pair.sigma)

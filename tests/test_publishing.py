@@ -1,6 +1,5 @@
-"""The scripts push what they leave to a Hub, over HTTP, with the real client."""
+"""What experiments leave is pushed to a Hub, over HTTP, with the real client, by scripts and by hand."""
 
-import argparse
 import json
 import os
 import shlex
@@ -10,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 
-import pretrain
 import sweep
 from ddae_hf import DDAEPipeline
-from ddae_hf.experiments import publishing as hub
+from ddae_hf.experiments import publishing
+from ddae_hf.experiments.model_card import save_card
+from ddae_hf.experiments.publishing import HubOptions, prepare, publish
+from ddae_hf.experiments.results import Report
 
 from . import scripts
 from .conftest import make_unet
@@ -89,7 +91,7 @@ def test_every_script_pushes_its_result_and_not_what_only_training_needs(pushed,
     assert (root / "denoiser" / "checkpoint-2" / "state").is_dir() and (root / "tuned" / "checkpoint-1").is_dir()
 
 
-def test_cards_tell_the_repository_and_the_network_it_began_with(pushed, server):
+def test_cards_tell_the_repository_and_the_network_it_began_with(pushed, server, tmp_path):
     root, _ = pushed
     card = ModelCard(content(server, "denoiser", "README.md").decode())
     assert card.data.license == "mit" and 'from_pretrained("tester/denoiser")' in card.text
@@ -98,80 +100,87 @@ def test_cards_tell_the_repository_and_the_network_it_began_with(pushed, server)
     for name in ("probe", "sweep", "other-name"):
         card = ModelCard(content(server, name, "README.md").decode())
         assert card.data.base_model == "tester/denoiser" and f"tester/{name}" in card.text
-        report = json.loads(content(server, name, "eval_results.json"))
-        assert report["dataset"]["test_split"] == "test" and report["seconds"] and report["versions"]["torch"]
-        assert report["options"]["hub_model_id"] == f"tester/{name}"
-        f1 = report.get("test_f1", report.get("results", {}).get("DDAE", {}).get("test_f1"))
-        assert 0 < f1 <= 1 and f"{100 * f1:.2f}" in card.text
+        (tmp_path / "eval_results.json").write_bytes(content(server, name, "eval_results.json"))
+        report = Report.read(tmp_path / "eval_results.json")
+        assert report.dataset["test_split"] == "test" and report.seconds and report.versions["torch"]
+        assert 0 < report.test_f1 <= 1 and f"{100 * report.test_f1:.2f}" in card.text
 
 
-def local(server, monkeypatch, **options):
-    """Options, and this process's client set on the server."""
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "HfApi", lambda: hub_api(endpoint=server.url))
+@pytest.fixture
+def local(server, monkeypatch):
+    """This process's client, set on the server."""
+    monkeypatch.setattr(publishing.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(publishing.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(publishing, "HfApi", lambda: hub_api(endpoint=server.url))
     monkeypatch.setenv("HF_TOKEN", server.token)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    known = {"push_to_hub": True, "hub_model_id": None, "hub_private": False, "output_dir": "runs/name"}
-    return argparse.Namespace(**known | options)
 
 
-hub_api = hub.HfApi
+hub_api = publishing.HfApi
+
+
+def options(**given):
+    return HubOptions(push_to_hub=True, **given)
+
+
+def save_pipeline(folder):
+    DDAEPipeline.for_denoiser(make_unet(), DDPMScheduler()).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("script", ["pretrain", "linear_probe", "sweep", "finetune"])
-def test_what_cannot_be_pushed_is_refused_before_any_work(script, tmp_path):
+def test_what_cannot_be_pushed_is_refused_before_any_work(script, tmp_path, capsys):
     out = ["--output_dir", str(tmp_path / "out"), "--dataset_name", "x"]
     out += [] if script == "pretrain" else ["--model_name_or_path", "nowhere"]
     for options, message in (
-        (["--hub_model_id", "a/b"], "--hub_model_id is given without --push_to_hub"),
-        (["--hub_private"], "--hub_private is given without --push_to_hub"),
+        (["--hub_model_id", "a/b"], "hub_model_id is given without push_to_hub"),
+        (["--hub_private"], "hub_private is given without push_to_hub"),
         (["--push_to_hub"], "HF_HUB_OFFLINE is set"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit) as stopped:
             scripts.run(script, *out, *options)
+        assert message in f"{stopped.value.code} {capsys.readouterr().err}"
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_over_a_run_is_not_pushed(capsys):
-    with pytest.raises(SystemExit):
-        sweep.parse_arguments(["--checkpoints", "runs/x", "--push_to_hub"])
-    assert "pushes one classifier" in capsys.readouterr().err
+def test_a_sweep_over_a_run_is_not_pushed():
+    with pytest.raises(SystemExit, match="pushes one classifier"):
+        sweep.main(["--checkpoints", "runs/x", "--push_to_hub", "--dataset_name", "x"])
 
 
-def test_a_token_is_needed_and_must_be_good(server, monkeypatch, tmp_path):
-    args = local(server, monkeypatch)
+def test_a_token_is_needed_and_must_be_good(local, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(SystemExit, match="the repository name cannot be written to"):
-        hub.prepare(args)
+    with pytest.raises(ValueError, match="the repository name cannot be written to"):
+        prepare(options(), "runs/name")
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(SystemExit, match="needs a token that may write: log in with `hf auth login`"):
-        hub.prepare(args)
+    monkeypatch.setattr(publishing.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="needs a token that may write: log in with `hf auth login`"):
+        prepare(options(), "runs/name")
 
 
-def test_repositories_that_do_not_fit_are_refused(server, monkeypatch):
-    args = local(server, monkeypatch, hub_model_id="open")
-    hub.prepare(args)
-    assert args.hub_model_id == "tester/open" and not server.repositories["tester/open"].private
-    hub.prepare(args)  # it may be there already
-    with pytest.raises(SystemExit, match="tester/open is there already, and public"):
-        hub.prepare(local(server, monkeypatch, hub_model_id="open", hub_private=True))
-    with pytest.raises(SystemExit, match="the repository someone/else cannot be written to"):
-        hub.prepare(local(server, monkeypatch, hub_model_id="someone/else"))
-    with pytest.raises(SystemExit, match="the repository a b cannot be written to"):
-        hub.prepare(local(server, monkeypatch, hub_model_id="a b"))
+def test_repositories_that_do_not_fit_are_refused(local, server):
+    hub = options(hub_model_id="open")
+    assert prepare(hub, "runs/name") == hub.hub_model_id == "tester/open"
+    assert not server.repositories["tester/open"].private
+    assert prepare(hub, "runs/name") == "tester/open"  # it may be there already
+    assert prepare(options(), "runs/name") == "tester/name" and prepare(HubOptions(), "runs/name") is None
+    with pytest.raises(ValueError, match="tester/open is there already, and public"):
+        prepare(options(hub_model_id="open", hub_private=True), "runs/name")
+    with pytest.raises(ValueError, match="the repository someone/else cannot be written to"):
+        prepare(options(hub_model_id="someone/else"), "runs/name")
+    with pytest.raises(ValueError, match="the repository a b cannot be written to"):
+        prepare(options(hub_model_id="a b"), "runs/name")
 
 
-def test_a_push_that_fails_says_how_to_push_and_that_works(server, monkeypatch, tmp_path):
+def test_a_push_that_fails_says_how_to_push_and_that_works(local, server, tmp_path):
     folder = tmp_path / "a run"
-    DDAEPipeline.for_denoiser(make_unet(), pretrain.build_scheduler(pretrain.SCHEDULER)).save_pretrained(folder)
+    save_pipeline(folder)
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"state")
-    args = local(server, monkeypatch, hub_model_id="late")
-    hub.prepare(args)
+    hub = options(hub_model_id="late")
+    prepare(hub, folder)
     repository = server.repositories.pop("tester/late")
-    with pytest.raises(SystemExit) as failed:
-        hub.publish(args, folder, "Push")
+    with pytest.raises(ValueError) as failed:
+        publish(hub, folder, "Push")
     assert f"{folder} is complete, but it was not pushed" in str(failed.value)
     server.repositories["tester/late"] = repository
     command = shlex.split(str(failed.value).splitlines()[-1])
@@ -184,9 +193,22 @@ def test_a_push_that_fails_says_how_to_push_and_that_works(server, monkeypatch, 
     assert "README.md" in found and "unet/config.json" in found and not any("checkpoint" in path for path in found)
 
 
-def test_a_card_is_written_without_a_push_too(server, monkeypatch, tmp_path):
-    DDAEPipeline.for_denoiser(make_unet(), pretrain.build_scheduler(pretrain.SCHEDULER)).save_pretrained(tmp_path)
+def test_a_push_says_where_it_is(local, server, tmp_path, capsys):
+    save_pipeline(tmp_path)
+    hub = options(hub_model_id="said")
+    prepare(hub, tmp_path)
+    assert publish(hub, tmp_path, "Push").startswith(f"Pushed {tmp_path} to {server.url}/tester/said, commit ")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_card_is_written_without_a_push_too(local, server, tmp_path):
+    save_pipeline(tmp_path)
     before = len(server.requests)
-    hub.publish(local(server, monkeypatch, push_to_hub=False), tmp_path, "Nothing")
-    assert yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])["library_name"]
+    assert publish(HubOptions(license="mit"), tmp_path, "Nothing") is None
+    written = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
+    assert (written["library_name"], written["license"]) == ("diffusers", "mit")
+    save_card(tmp_path)  # keeps what nothing but the card says
+    assert yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1]) == written
     assert len(server.requests) == before
+    with pytest.raises(ValueError, match="is complete, but for its card: .* no checkpoint"):
+        publish(HubOptions(), tmp_path / "scheduler", "Nothing")

@@ -1,0 +1,424 @@
+"""Classifying noisy images: a small network on a frozen denoiser's features, against one trained on noisy images.
+
+    from ddae_hf.experiments import Images, classify_noisy
+    result = classify_noisy("runs/cifar10_ddpm_unet", Images.open("uoft-cs/cifar10"), output_dir="runs/noisy")
+    print(result.table())
+    result.curves().savefig("accuracy.png")
+
+Both are told the noise level and learn at levels drawn log-uniformly. The denoiser runs once over the training images
+for each view, a draw of level and noise; the multi-layer perceptron (MLP) then learns from these stored features. The
+other is a Wide ResNet (Zagoruyko and Komodakis 2016, arXiv 1605.07146) from random weights, with fresh noise in every
+step. It is shown what the denoiser is shown: of a checkpoint with a VAE the noisy latents, in whose unit noise levels
+are. Test images, each with noise of its own, serve for the final figures alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..augment import random_changes
+from ..hidden_states import hidden_size
+from ..modeling_ddae import DDAEModel
+from ..weights import fingerprint
+from .accelerating import accelerated
+from .arrays import fill, read_json, write_json
+from .batches import Batches
+from .draws import POSTERIOR, indexed_noise, separate_randomness
+from .features import FeatureCache, batch_features
+from .finetuning import Rows
+from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
+from .models import Model, check_taps, open_model, open_processor
+from .noisy_networks import NoiseConditionalMLP, WideResNet
+from .options import Options, option
+from .report import in_memory
+from .results import NoisyReport
+from .run_facts import base_model, machine
+from .run_folder import check_folder, checkpoint_to_resume, saved_checkpoints, saving
+from .stopping import largest, not_finite
+from .progress import STATE
+from .training import Loop
+
+MLP, WIDE_RESNET = "mlp", "wide_resnet"  # their folders
+FIRST_TRAIN_VIEW = 2  # views of noise; training and test images never share one
+# What stored features and the Wide ResNet both depend on; then either one alone.
+COMMON = ("sigma_min", "sigma_max", "random_flip", "random_crop", "seed")
+OF_FEATURES = ("layers", "null_class", "noise_seed", "batch_size")
+OF_WIDE_RESNET = ("wide_resnet", "wide_resnet_batch_size")
+
+
+@dataclass(kw_only=True)
+class NoisyOptions(Options):
+    """Options of `classify_noisy`."""
+
+    output_dir: str | None = option(None, "Folder of figures, weights and stored features; the same options resume.")
+    features_dir: str | None = option(None, "Folder of test images' features, by default one in output_dir.")
+    train_split: str = option("train", "Split to train on.")
+    test_split: str = option("test", "Split to test on.")
+    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
+    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+    layers: list[str] | None = option(None, "Layers whose features are put side by side; by default the model's one.")
+    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    sigma_min: float = option(0.02, "Lowest noise level to learn at.")
+    sigma_max: float = option(10.0, "Highest noise level to learn at.")
+    sigmas: list[float] | None = option(None, "Noise levels to test at; by default 8 from lowest to highest.")
+    random_flip: bool = option(False, "Mirror half of the training images.")
+    random_crop: int = option(0, "Shift them by up to this many pixels.", metavar="PADDING")
+    batch_size: int = option(250, "Images that networks which do not learn see at a time.")
+    num_views: int = option(8, "Draws of level and noise for every training image's features.")
+    hidden_size: int = option(512, "Width of the MLP's hidden layers.")
+    num_hidden_layers: int = option(2, "Their number.")
+    dropout: float = option(0.1, "In the MLP.")
+    num_train_epochs: int = option(10, "Passes of the MLP over all stored features.")
+    train_batch_size: int = option(256, "Features a step of the MLP.")
+    learning_rate: float = option(1e-3, "Of the MLP.")
+    weight_decay: float = option(0.01, "Of the MLP.")
+    wide_resnet: int = option(10, "Widening factor k of WRN-28-k; 0 leaves it out.")
+    wide_resnet_steps: int = option(39000, "Steps of the Wide ResNet.")
+    wide_resnet_batch_size: int = option(128, "Images a step of the Wide ResNet.")
+    wide_resnet_learning_rate: float = option(0.1, "Of the Wide ResNet.")
+    checkpointing_steps: int = option(500, "Save the Wide ResNet's training every N steps.")
+    noise_seed: int = option(0, "Seed of levels and noise of stored features and test images.")
+    seed: int = option(0, "Seed of everything else that is random in training.")
+
+    def check(self) -> None:
+        """Settle the levels to test at, and refuse what several options forbid together."""
+        low, high = self.sigma_min, self.sigma_max
+        if low >= high:
+            raise ValueError(f"sigma_min is {low:g} and sigma_max {high:g}: 0 < min < max must hold.")
+        self.sigmas = sorted(self.sigmas or np.geomspace(low, high, 8).tolist())
+        if self.sigmas[0] < low or self.sigmas[-1] > high:
+            raise ValueError(f"sigmas are {self.sigmas}: they must lie between sigma_min and sigma_max.")
+
+
+@dataclass(kw_only=True)
+class NoisyResult(NoisyReport):
+    """What `classify_noisy` found: the figures, and in memory the networks with what they are built from."""
+
+    networks: dict[str, tuple[nn.Module, dict[str, Any]]] = in_memory()
+
+    def curves(self) -> Figure:
+        """Return a picture of accuracies over noise levels, with their standard errors."""
+        figure = Figure(figsize=(7, 4.5))
+        axes = figure.subplots()
+        for (name, values), marker in zip(self.test_accuracies.items(), "os", strict=False):
+            shares = np.array(values)
+            errors = np.sqrt(shares * (1 - shares) / self.num_test_images)
+            sigmas = self.options["sigmas"]
+            axes.errorbar(sigmas, 100 * shares, 100 * errors, marker=marker, capsize=3, label=name)
+        axes.axhline(100 * self.chance, color="grey", linestyle="--", label="chance")
+        axes.set(xscale="log", xlabel=f"Noise level sigma (standard deviation of the noise on {self.noise_on})")
+        axes.set(ylabel="Test accuracy in %", ylim=(0, 100))
+        axes.set(title=f"Classifying noisy images, {self.num_test_images:,} test images")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the networks into `mlp` and `wide_resnet`, `accuracy.png`, and at last `eval_results.json`."""
+        for name, (network, config) in self.networks.items():
+            write_json(Path(folder, name, "config.json"), config)
+            save_model(network, str(Path(folder, name, "model.safetensors")))
+        self.curves().savefig(Path(folder, "accuracy.png"), dpi=120, bbox_inches="tight")
+        self.write(Path(folder))
+
+
+def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = None, **changes: Any) -> NoisyResult:
+    """Train both classifiers of noisy images, and test them at every level.
+
+    Args:
+        model: The checkpoint of the frozen denoiser, or an open model.
+        images: The data set, whose images have labels.
+        options: Options, by default those of `NoisyOptions`.
+        **changes: Fields of the options that are to be others.
+
+    Raises:
+        ValueError: Options that cannot work, a folder of other options, or a training that diverges.
+        OSError: No such checkpoint, or no room on the disk.
+        Interrupted: A signal came while the Wide ResNet learnt, of which there is a checkpoint.
+    """
+    options = NoisyOptions.of(options, changes)
+    given = DataOptions().to_dict() | images.opened_with
+    given["model_name_or_path"] = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    started = time.monotonic()
+    with separate_randomness(), contextlib.ExitStack() as stack:
+        folder = Path(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        check_folder(folder)
+        layer = options.layers[0] if options.layers else None
+        network = open_model(
+            model, cache_dir=options.cache_dir, layer=layer, null_class=options.null_class, num_noise_samples=1
+        )
+        options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
+        check_taps(network, options.layers, (options.sigma_min, options.sigma_max))
+        if options.random_crop >= min(network.config.image_size):
+            raise ValueError(
+                f"random_crop is {options.random_crop}: the images' sides are {network.config.image_size}."
+            )
+        processor = open_processor(model, options.cache_dir)
+        train, test = (ImageInputs(part, processor) for part in labelled_splits(images, options))
+        check_folders(folder, network, train, options)
+        study = Study(network, train, test, options, folder)
+        networks = {MLP: study.train_mlp()}
+        if options.wide_resnet:
+            networks[WIDE_RESNET] = study.train_wide_resnet()
+        titles = {MLP: "MLP on the denoiser", WIDE_RESNET: f"WRN-28-{options.wide_resnet}"}
+        result = NoisyResult(
+            options=given | options.to_dict(),
+            num_train_images=len(train),
+            num_test_images=len(test),
+            chance=1 / len(train.names),
+            noise_on="images in [-1, 1]" if network.vae is None else "scaled latents",
+            trained_parameters={
+                titles[name]: sum(p.numel() for p in n.parameters()) for name, (n, _) in networks.items()
+            },
+            test_accuracies={titles[name]: study.accuracies(name, n) for name, (n, _) in networks.items()},
+            seconds_this_run=round(time.monotonic() - started, 1),
+            dataset=images.facts(train.images, test.images),
+            networks=networks,
+            **base_model(given["model_name_or_path"]),
+            **machine(network.device.type),
+        )
+        if options.output_dir is not None:
+            with saving(folder):
+                result.save(folder)
+        return result
+
+
+def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyOptions) -> None:
+    """Note what the contents of each sub-folder depend on.
+
+    Raises:
+        ValueError: A sub-folder holds others, or a training of an older version that is not finished.
+    """
+    content = {"images": train.images.hash, "labels": train.labels.tolist()}
+    data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    shared = {"preprocessing": train.identity["preprocessing"], "data": data}
+    if model.vae is not None:  # which both networks see images by
+        shared |= {"vae": fingerprint(model.vae, dtype=None), "sample_posterior": model.config.sample_posterior}
+    source = {"scheduler": model.config.scheduler, "pooling": model.config.pooling}
+    source |= {"weights": fingerprint(model.denoiser, model.vae, dtype=None), "dtype": str(model.denoiser.dtype)}
+    folders = {"features": (OF_FEATURES, source | shared)}
+    if options.wide_resnet:
+        folders[WIDE_RESNET] = (OF_WIDE_RESNET, shared)
+    for name, (names, more) in folders.items():
+        path = folder / name / "options.json"
+        now = json.loads(json.dumps({name: getattr(options, name) for name in COMMON + names} | more))
+        old = read_json(path) if path.exists() else now
+        if different := sorted(name for name in now if now[name] != old.get(name)):
+            raise ValueError(
+                f"{path.parent} was made with other options ({', '.join(different)}): choose another output_dir."
+            )
+        write_json(path, now)
+    if (folder / WIDE_RESNET / "state.safetensors").exists() and not saved_checkpoints(folder / WIDE_RESNET):
+        raise ValueError(
+            f"{folder / WIDE_RESNET} holds a training of version 0.2.0, which this one does not resume: delete that "
+            "folder, or choose another output_dir."
+        )
+
+
+def log_uniform(options: NoisyOptions, count: int, seed: list[int]) -> Tensor:
+    """Draw noise levels (count,), float32."""
+    low, high = options.sigma_min, options.sigma_max
+    logs = np.random.default_rng(seed).uniform(np.log(low), np.log(high), count)
+    return torch.from_numpy(np.exp(logs).clip(low, high)).float()  # rounding must not leave the schedule
+
+
+def set_seed(*seed: int) -> None:
+    """Make what is random from here on depend on these numbers alone."""
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+
+
+@dataclass
+class Study:
+    """Trains and tests the classifiers of one denoiser.
+
+    Attributes:
+        model: The denoiser, on the device to use.
+        train: The training images.
+        test: The test images.
+        options: The options.
+        folder: Where features and checkpoints are kept.
+    """
+
+    model: DDAEModel
+    train: Inputs
+    test: Inputs
+    options: NoisyOptions
+    folder: Path
+
+    def stored_view(self, view: int) -> tuple[np.ndarray, Tensor]:
+        """Return the training images' features (N, C) in a draw, kept on disk, and their levels (N,)."""
+        options, count = self.options, len(self.train)
+        sigmas = log_uniform(options, count, [options.noise_seed, view])
+        size = sum(hidden_size(self.model.denoiser, layer) for layer in self.options.layers)
+
+        def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
+            set_seed(options.seed, view)
+            first = 0
+            title = f"features, view {view + 1} of {options.num_views}"
+            for images in self.train.batches(options.batch_size, title=title):
+                rows = range(first, first := first + len(images))
+                # Drawn in order: also of the images whose features are there.
+                images = random_changes(images, options.random_flip, options.random_crop)
+                if rows.start >= start:
+                    found = self.features(images, rows, sigmas[rows.start : rows.stop], FIRST_TRAIN_VIEW + view)
+                    yield {f"view-{view}": found}
+
+        return fill(self.folder / "features", {f"view-{view}": (size,)}, count, batches)[f"view-{view}"], sigmas
+
+    def features(self, images: Tensor, rows: range, sigma: Tensor, view: int) -> Tensor:
+        """Return the features of images at levels (B,), those of all layers side by side, (B, C)."""
+        level = sigma.to(self.model.device)
+        found = batch_features(
+            self.model, images, rows, self.options.layers, level, noise_seed=self.options.noise_seed, view=view
+        )
+        values = torch.cat([found[layer] for layer in self.options.layers], dim=1)
+        if not values.isfinite().all():
+            raise ValueError("Some features are no finite numbers: the network overflows, run it in float32.")
+        return values
+
+    def train_mlp(self) -> tuple[NoiseConditionalMLP, dict[str, Any]]:
+        """Return the MLP trained on stored features, which it standardises, and what it is built from."""
+        options = self.options
+        device = self.model.device
+        stored, sigmas = zip(*(self.stored_view(view) for view in range(options.num_views)), strict=True)
+        labels = torch.from_numpy(self.train.labels)
+        config = {"in_features": stored[0].shape[1], "num_labels": len(self.train.names)}
+        config |= {name: getattr(options, name) for name in ("hidden_size", "num_hidden_layers", "dropout")}
+        set_seed(options.seed)
+        mlp = NoiseConditionalMLP(**config).to(device).train()
+        moments = np.mean([[view.mean(0, np.float64), np.square(view, dtype=np.float64).mean(0)] for view in stored], 0)
+        mlp.mean.copy_(torch.from_numpy(moments[0]))
+        mlp.deviation.copy_(torch.from_numpy(np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-12))))
+        optimizer = torch.optim.AdamW(mlp.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        passes = [view for _ in range(options.num_train_epochs) for view in torch.randperm(len(stored)).tolist()]
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(passes))
+        for view in tqdm(passes, desc="MLP"):
+            for batch in torch.randperm(len(labels)).split(options.train_batch_size):
+                inputs = torch.from_numpy(stored[view][batch.numpy()]).to(device)
+                loss = F.cross_entropy(mlp(inputs, sigmas[view][batch].to(device)), labels[batch].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+        if not (loss.isfinite() and largest(mlp.state_dict().values()).isfinite()):
+            raise not_finite(len(passes), loss.item(), options.learning_rate, None)
+        return mlp.eval(), config | {"layers": self.options.layers}
+
+    def train_wide_resnet(self) -> tuple[WideResNet, dict[str, Any]]:
+        """Return the Wide ResNet trained on what the denoiser sees, from where an earlier run stopped."""
+        options, folder, count = self.options, self.folder / WIDE_RESNET, len(self.train)
+        size, steps = options.wide_resnet_batch_size, options.wide_resnet_steps
+        channels = self.model.config.sample_shape[0]
+        config = {"k": options.wide_resnet, "num_labels": len(self.train.names), "num_channels": channels}
+        set_seed(options.seed)
+        network = WideResNet(**config).to(self.model.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(
+            network.parameters(), options.wide_resnet_learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
+
+        def of_epoch(epoch: int) -> list[np.ndarray]:
+            order = np.random.default_rng([options.seed, epoch]).permutation(count)
+            return [order[first : first + size] for first in range(0, count, size)]
+
+        checkpoint = checkpoint_to_resume(folder, "latest", (*STATE, "model.safetensors"))
+        if checkpoint is not None:
+            load_model(network, checkpoint / "model.safetensors")
+        loader = DataLoader(
+            Rows(self.train, np.arange(count)), batch_sampler=Batches(of_epoch, size), collate_fn=lambda batch: batch
+        )
+        with accelerated(mixed_precision="no", place=False) as accelerator:
+            loop = Loop(
+                accelerator,
+                network,
+                optimizer,
+                loader,
+                total_steps=steps,
+                seed=options.seed,
+                schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+                    optimizer, lambda step: (1 + np.cos(np.pi * step / steps)) / 2
+                ),
+                output_dir=folder,
+                checkpointing_steps=options.checkpointing_steps,
+                checkpoints_total_limit=1,
+                save=lambda partial: save_model(network, str(partial / "model.safetensors")),
+                desc=f"WRN-28-{options.wide_resnet}",
+                option="wide_resnet_learning_rate",
+            )
+            loop.restore(checkpoint)
+            loop.run(lambda batch: self.noisy_loss(network, batch, loop.progress.batches))
+        return network.eval(), config
+
+    def noisy_batch(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor]:
+        """Return noisy images or latents (B, C, H, W) and their levels (B,), functions of torch's seed and the step."""
+        images = random_changes(batch["pixel_values"], self.options.random_flip, self.options.random_crop)
+        sigma = log_uniform(self.options, len(images), [self.options.seed, step])
+        noise = torch.randn(len(images), *self.model.config.sample_shape)
+        clean = self.model.encode(images.to(self.model.device), torch.randn_like(noise)).cpu()
+        return clean + sigma[:, None, None, None] * noise, sigma
+
+    def noisy_loss(self, network: WideResNet, batch: dict[str, Tensor], step: int) -> Tensor:
+        """Return the Wide ResNet's loss."""
+        noisy, sigma = self.noisy_batch(batch, step)
+        noisy = noisy.to(self.model.device).to(memory_format=torch.channels_last)
+        return F.cross_entropy(network(noisy, sigma.to(self.model.device)), batch["labels"].to(self.model.device))
+
+    @torch.no_grad()
+    def accuracies(self, name: str, network: nn.Module) -> list[float]:
+        """Return a classifier's accuracy at every level; the noise of a test image is the same for all of them."""
+        answers = self.of_features(network) if name == MLP else self.of_noisy(network)
+        right = np.zeros(len(self.options.sigmas), int)
+        for number, rows, logits in answers:
+            right[number] += (logits.argmax(-1).cpu().numpy() == self.test.labels[rows]).sum()
+        return (right / len(self.test)).tolist()
+
+    def of_features(self, mlp: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield the MLP's answers to test images: a level's number, rows, and logits (B, K)."""
+        options, count = self.options, len(self.test)
+        cache = FeatureCache(options.features_dir or self.folder / "features", self.model, options.noise_seed)
+        for number, sigma in enumerate(options.sigmas):
+
+            def images(start: int, sigma: float = sigma) -> Iterator[Tensor]:
+                yield from self.test.batches(options.batch_size, start=start, title=f"test, sigma {sigma:g}")
+
+            found = cache.features(
+                images, count, options.layers, sigma, view=noise_view(True, 0), data=self.test.identity
+            )
+            for start in range(0, count, options.batch_size):
+                rows = slice(start, start + options.batch_size)
+                values = np.concatenate([found[layer][rows] for layer in options.layers], axis=1)
+                features = torch.from_numpy(values).to(self.model.device)
+                yield number, rows, mlp(features, features.new_full((len(features),), sigma))
+
+    def of_noisy(self, network: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield the Wide ResNet's answers, likewise."""
+        config, seed, first = self.model.config, self.options.noise_seed, 0
+        for images in self.test.batches(self.options.batch_size, title="test"):
+            rows = slice(first, first := first + len(images))
+            indices, view = range(rows.start, rows.stop), noise_view(True, 0)
+            own = None
+            if config.sample_posterior:
+                own = indexed_noise(config.sample_shape, indices, seed, view, purpose=POSTERIOR)
+            clean = self.model.encode(images.to(self.model.device), own)
+            noise = indexed_noise(config.sample_shape, indices, seed, view).to(clean)
+            for number, sigma in enumerate(self.options.sigmas):
+                yield number, rows, network(clean + sigma * noise, clean.new_full((len(clean),), sigma))
