@@ -57,8 +57,9 @@ class ImageSet:
         column = self.image_column
         return self.dataset.select_columns([column]).cast_column(column, Image(decode=False))
 
-    @property
+    @cached_property
     def _feature(self) -> Image:
+        # Kept, for datasets copies all of its features whenever it is asked.
         return Image(mode=self.dataset.features[self.image_column].mode)
 
     @property
