@@ -231,8 +231,8 @@ class Pretraining:
         network, self.average, self.scheduler = self._networks(resume)
         side = network.config.sample_size
         logger.info(f"Training on {data.describe(side)}.")
-        loader = data.batches(network.config, sizes, options)
         steps = num_steps(options, data.count, sizes)
+        loader = data.batches(network.config, sizes, options)
         optimizer = torch.optim.AdamW(
             network.parameters(),
             sizes.rate(options),
