@@ -275,7 +275,7 @@ def summarise(seeds: dict[int, Any], prober: Prober, protocol: PaperProtocol) ->
     per_level, last = (shared.num_epochs * n for n in steps)
     image = torch.zeros(1, *prober.model.config.sample_shape, device=protocol.device)
     cost = gflop(partial(protocol.features, image, image, 0))
-    passed = len(shared.sigmas) * len(prober.rows) * shared.num_views * shared.num_noise_samples
+    passed = len(shared.sigmas) * len(prober.rows) * shared.num_views * prober.model.config.num_noise_samples
     each = []
     for seed, found in seeds.items():
         ours, step, plain = found["ours"], found["step_seconds"], found["plain"]
