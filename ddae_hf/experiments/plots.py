@@ -81,12 +81,13 @@ def curves(
     xlabel: str,
     ylabel: str,
     log: bool = False,
+    errors: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
-    """Return a picture of lines over a common axis, which has a tick at every point."""
+    """Return a picture of lines, with the errors of some of them, over a common axis, with a tick at every point."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):
-        axes.plot(x, y, style, label=label)
+        axes.errorbar(x, y, (errors or {}).get(label), fmt=style, capsize=3, label=label)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.minorticks_off()
