@@ -15,24 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from safetensors.torch import load_model
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import TrainerState, TrainingArguments
 
 from ..checkpoints import load_vae, plain_config
@@ -40,7 +35,6 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
-from . import run_folder
 from .classes import draw_fraction
 from .devices import best_device, made_fast
 from .draws import indexed_noise, separate_randomness
@@ -53,9 +47,19 @@ from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
 from .run_facts import base_model, machine
-from .run_folder import OPTIONS, saved_checkpoints, saving, step_of
+from .run_folder import (
+    OPTIONS,
+    check_same_run,
+    checkpoint_to_resume,
+    clear_rubbish,
+    read_options,
+    saved_checkpoints,
+    saving,
+    step_of,
+    write_options,
+)
 from .stopping import Interrupted
-from .trainer import AVERAGED, PROGRESS, WEIGHTS, FineTuner
+from .trainer import AVERAGED, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +188,8 @@ def _finetune(
     processor = DDAEImageProcessor.from_pretrained(path, cache_dir=options.cache_dir)
     train, test = open_inputs(path, images, options, processor)
     classifier = made_fast(build_classifier(path, options, train.names), best_device())
-    rows = Rows(train, draw_fraction(train.labels, options.label_fraction, options.seed))
+    chosen = draw_fraction(train.labels, options.label_fraction, options.seed)
+    rows = LabelledRows(train, chosen, train.folder.views("train") if isinstance(train, LatentInputs) else None)
     check_sizes(options, classifier.config, len(rows))
     keeps = given["output_dir"] is not None
     trainer = FineTuner(options, training_arguments(options, len(rows), keeps), classifier, rows)
@@ -225,11 +230,11 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     wanted = options.resume_from_checkpoint
     run = Path(options.output_dir) if wanted in (None, "latest") else Path(wanted).parent
     if wanted is not None and (run / OPTIONS).is_file():
-        trained = {"gradient_accumulation_steps": 1} | run_folder.read_options(run)  # which version 0.2.0 did not have
+        trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
-        run_folder.check_same_run(given, trained, (options.MAY_CHANGE | options.PLACES) - begins, run)
+        check_same_run(given, trained, (options.MAY_CHANGE | options.PLACES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
-    checkpoint = run_folder.checkpoint_to_resume(options.output_dir, wanted, needed)
+    checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
     if checkpoint is not None and not (run / OPTIONS).is_file():
         raise ValueError(f"{run} has no {OPTIONS}, which says how {checkpoint.name} was trained: it is not resumed.")
     return checkpoint
@@ -248,41 +253,6 @@ def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -
 
 
 # The data and the network
-
-
-class Rows(Dataset):
-    """Labelled inputs by whole batches, as Trainer's loader asks for them; of latents for training in all views.
-
-    Args:
-        inputs: The inputs.
-        rows: Which of them to train on; by default all are for tests.
-        noise: Gives rows noise of their own, (B, draws, C, H, W).
-    """
-
-    def __init__(
-        self, inputs: Inputs, rows: np.ndarray | None = None, noise: Callable[[np.ndarray], Tensor] | None = None
-    ):
-        self.inputs = inputs
-        self.noise = noise
-        self.rows = np.arange(len(inputs)) if rows is None else rows
-        self.views = inputs.folder.views("train") if rows is not None and isinstance(inputs, LatentInputs) else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return `pixel_values` (B, C, H, W) or (B, views, c, h, w), `labels` (B,) and `noise` (draws, B, C, H, W)."""
-        rows = self.rows[indices]
-        views = [self.inputs.read(rows, view) for view in range(self.views or 1)]
-        batch = {"pixel_values": torch.stack(views, dim=1) if self.views else views[0]}
-        batch["labels"] = torch.from_numpy(self.inputs.labels[rows])
-        return batch if self.noise is None else batch | {"noise": self.noise(rows).transpose(0, 1)}
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """How many images these are, and a SHA-256 of them and their labels."""
-        content = [self.inputs.images.hash, self.rows.tolist(), self.inputs.labels[self.rows].tolist()]
-        return {"num_images": len(self), "data": hashlib.sha256(repr(content).encode()).hexdigest()}
 
 
 def open_inputs(
@@ -332,7 +302,7 @@ def with_vae(
     latents = {"vae": plain_config(vae), "sample_posterior": folder.index["sample_posterior"]}
     whole = DDAEForImageClassification(DDAEConfig.from_dict(classifier.config.to_dict() | latents))
     whole.load_state_dict(classifier.state_dict() | {f"ddae.vae.{k}": v for k, v in vae.state_dict().items()})
-    return whole.to(classifier.device)
+    return whole.to(classifier.device).eval()
 
 
 def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> None:
@@ -383,9 +353,9 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     if resume is not None:
         trainer.restore(resume)
     if keeps and trainer.is_world_process_zero():
-        run_folder.clear_rubbish(output)
+        clear_rubbish(output)
         with saving(output):
-            run_folder.write_options(given, output)
+            write_options(given, output)
     if resume is not None and step_of(resume) == trainer.args.max_steps:  # Trainer would go one step too far
         trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
         load_model(trainer.model, resume / WEIGHTS)
@@ -417,7 +387,7 @@ def figures_of(trainer: FineTuner, test: Inputs) -> dict[str, float]:
     config = trainer.model.config
     shape = (config.num_noise_samples, *config.sample_shape)
     own = partial(indexed_noise, shape, seed=config.noise_seed, view=noise_view(True, 0))
-    figures = trainer.evaluate(Rows(test), metric_key_prefix="test")
-    figures |= trainer.evaluate(Rows(test, noise=own), metric_key_prefix="test_own_noise")
+    figures = trainer.evaluate(LabelledRows(test), metric_key_prefix="test")
+    figures |= trainer.evaluate(LabelledRows(test, noise=own), metric_key_prefix="test_own_noise")
     wanted = ("_loss", "_accuracy", "_f1", "_precision", "_recall")
     return {name: value for name, value in figures.items() if name.endswith(wanted)}

@@ -41,10 +41,9 @@ from ..modeling_ddae import DDAEModel
 from ..weights import fingerprint
 from .accelerating import accelerated
 from .arrays import fill, read_json, write_json
-from .batches import Batches
+from .batches import Batches, whole
 from .draws import POSTERIOR, indexed_noise, separate_randomness
 from .features import FeatureCache, batch_features
-from .finetuning import Rows
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
 from .models import Model, check_taps, open_model, open_processor
 from .noisy_networks import NoiseConditionalMLP, WideResNet
@@ -56,6 +55,7 @@ from .results import NoisyReport
 from .run_facts import base_model, machine
 from .run_folder import check_folder, checkpoint_to_resume, saved_checkpoints, saving, step_of
 from .stopping import largest, not_finite
+from .trainer import LabelledRows
 from .training import Loop
 
 MLP = "mlp"  # its folder
@@ -239,7 +239,7 @@ def log_uniform(options: NoisyOptions, count: int, seed: list[int]) -> Tensor:
     return torch.from_numpy(np.exp(logs).clip(*ends)).float()  # rounding must not leave the schedule
 
 
-def set_seed(*seed: int) -> None:
+def seed_by(*seed: int) -> None:
     """Make what is random from here on depend on these numbers alone."""
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
 
@@ -270,7 +270,7 @@ class Study:
         size = sum(hidden_size(self.model.denoiser, layer) for layer in self.options.layers)
 
         def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
-            set_seed(options.seed, view)
+            seed_by(options.seed, view)
             first = 0
             title = f"features, view {view + 1} of {options.num_views}"
             for images in self.train.batches(options.batch_size, title=title):
@@ -298,7 +298,7 @@ class Study:
         labels = torch.from_numpy(self.train.labels)
         config = {"in_features": stored[0].shape[1], "num_labels": len(self.train.names)}
         config |= {name: getattr(options, name) for name in ("hidden_size", "num_hidden_layers", "dropout")}
-        set_seed(options.seed)
+        seed_by(options.seed)
         mlp = NoiseConditionalMLP(**config).to(device).train()
         moments = np.mean([[view.mean(0, np.float64), np.square(view, dtype=np.float64).mean(0)] for view in stored], 0)
         mlp.mean.copy_(torch.from_numpy(moments[0]))
@@ -327,7 +327,7 @@ class Study:
         steps = options.wide_resnet_steps
         channels = self.model.config.sample_shape[0]
         config = {"k": options.wide_resnet, "num_labels": len(self.train.names), "num_channels": channels}
-        set_seed(options.seed)
+        seed_by(options.seed)
         network = WideResNet(**config).to(self.model.device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             network.parameters(), options.wide_resnet_learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -340,9 +340,7 @@ class Study:
         checkpoint = checkpoint_to_resume(folder, "latest", (*STATE, "model.safetensors"))
         if checkpoint is not None:
             load_model(network, checkpoint / "model.safetensors")
-        loader = DataLoader(
-            Rows(self.train, np.arange(count)), batch_sampler=Batches(of_epoch, size), collate_fn=lambda batch: batch
-        )
+        loader = DataLoader(LabelledRows(self.train), batch_sampler=Batches(of_epoch, size), collate_fn=whole)
         with accelerated(mixed_precision="no", place=False) as accelerator:
             loop = Loop(
                 accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
