@@ -40,7 +40,7 @@ def load_benchmark(name):
     return module
 
 
-benchmark = load_benchmark("pretrain")
+benchmark = load_benchmark("training_speed")
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.experiments import Images, SweepOptions, sweep, sweeping
+from ddae_hf.experiments import Images, SweepOptions, features, probing, sweep, sweeping
 from ddae_hf.experiments.features import FeatureCache
-from ddae_hf.experiments.image_set import ImageSet
 from ddae_hf.experiments.probing import classify
 from ddae_hf.experiments.results import ProbeReport
 from ddae_hf.hidden_states import decoder_layer_names, layer_names
@@ -173,7 +172,9 @@ def test_a_level_that_is_done_is_not_probed_again_unless_its_options_change(swep
     prober = sweeping.check_sweep(*given, folder / "features")
     monkeypatch.setattr(prober, "level", lambda sigma: probed.append(sigma) or [])
     kept = [dataclasses.asdict(pair) for pair in sweeping.sweep_levels(prober, folder / "levels")]
-    assert [{name: pair[name] for name in row} for pair, row in zip(kept, report["pairs"], strict=True)] == report["pairs"]
+    assert [{name: pair[name] for name in row} for pair, row in zip(kept, report["pairs"], strict=True)] == report[
+        "pairs"
+    ]
     assert not probed
     prober.sigmas = [2.0, 3.0]
     sweeping.sweep_levels(prober, folder / "levels")
@@ -300,7 +301,8 @@ def test_a_notebook_sweeps_a_path_or_an_object_and_leaves_nothing(checkpoint, di
         found.save(folder)
         (found.classifier if found is result else found.classifier).save_pretrained(folder / "whole")
         logits = [
-            DDAEForImageClassification.from_pretrained(where)(pixels).logits.detach() for where in (folder, folder / "whole")
+            DDAEForImageClassification.from_pretrained(where)(pixels).logits.detach()
+            for where in (folder, folder / "whole")
         ]
         assert torch.equal(*logits)
         assert torch.equal(logits[0], result.classifier(pixels).logits)
@@ -308,7 +310,12 @@ def test_a_notebook_sweeps_a_path_or_an_object_and_leaves_nothing(checkpoint, di
         assert len(np.load(folder / "test_predictions.npy")) == 60
         for name in ("heat_map.png", "accuracy_over_sigma.png", "confusion.png"):
             assert min(Image.open(folder / name).size) > 200
-        assert DDAEPipeline.from_pretrained(folder)(1, num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 1)
+        assert DDAEPipeline.from_pretrained(folder)(1, num_inference_steps=1, output_type="np").images.shape == (
+            1,
+            8,
+            8,
+            1,
+        )
 
 
 def test_a_damaged_image_ends_a_sweep_with_its_row(checkpoint, digits, tmp_path):
@@ -322,24 +329,26 @@ def test_a_damaged_image_ends_a_sweep_with_its_row(checkpoint, digits, tmp_path)
 
 
 def test_the_network_runs_once_over_the_training_images_of_a_single_pair(checkpoint, digits, monkeypatch):
-    seen = []
-    original = sweeping.Prober.cache
+    seen, original = [], features.batch_features
 
-    monkeypatch.setattr("ddae_hf.experiments.features.batch_features", counted(seen))
-    assert original is sweeping.Prober.cache
+    def counted(model, images, *arguments, **options):
+        seen.append(len(images))
+        return original(model, images, *arguments, **options)
+
+    monkeypatch.setattr(features, "batch_features", counted)
     few = {"max_train_samples": 100, "max_test_samples": 40, "sigmas": [0.1], "layers": ["mid_block"]}
     sweep(checkpoint, Images.open(str(digits)), **few, num_noise_seeds=1, max_selection_samples=50)
     assert sum(seen) == 100 + 40
 
 
-def counted(seen):
-    from ddae_hf.experiments.features import batch_features
-
-    def count(model, images, *arguments, **options):
-        seen.append(len(images))
-        return batch_features(model, images, *arguments, **options)
-
-    return count
+def test_alignment_is_measured_on_few_images_of_all_classes(checkpoint, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(probing, "ALIGNMENT_IMAGES", 15)
+    prober = sweeping.check_sweep(*opened(checkpoint, digits, alignment=True), tmp_path)
+    original, seen = prober.features, []
+    monkeypatch.setattr(prober, "features", lambda *a, **k: seen.append(k["rows"]) or original(*a, **k))
+    prober.level(0.1)
+    (some,) = [rows for rows in seen if rows is not None]
+    assert len(some) == 15 and len(set(prober.labels["train"][some])) == 10
 
 
 def test_baselines_are_chosen_and_fitted_as_the_network_is(checkpoint, digits):
@@ -352,8 +361,13 @@ def test_baselines_are_chosen_and_fitted_as_the_network_is(checkpoint, digits):
     # The checkpoint's weights are random too, but others.
     assert untrained.test_accuracies != result.test_accuracies or untrained.best != result.best
     train, test = (images[split].take(SMALL[f"max_{split}_samples"]) for split in ("train", "test"))
-    values = [np.stack([np.asarray(image, np.float64).ravel() for image in part.pil(range(len(part)))]) for part in (train, test)]
+    values = [
+        np.stack([np.asarray(image, np.float64).ravel() for image in part.pil(range(len(part)))])
+        for part in (train, test)
+    ]
     scaler = StandardScaler().fit(values[0])
-    model = LogisticRegression(C=1 / (pixels.best.l2 * len(train)), max_iter=5000).fit(scaler.transform(values[0]), train.labels)
+    model = LogisticRegression(C=1 / (pixels.best.l2 * len(train)), max_iter=5000).fit(
+        scaler.transform(values[0]), train.labels
+    )
     accuracy = model.score(scaler.transform(values[1]), test.labels)
     assert pixels.test_accuracies["0"] == pytest.approx(accuracy, abs=0.02)

@@ -302,7 +302,7 @@ def with_vae(
     latents = {"vae": plain_config(vae), "sample_posterior": folder.index["sample_posterior"]}
     whole = DDAEForImageClassification(DDAEConfig.from_dict(classifier.config.to_dict() | latents))
     whole.load_state_dict(classifier.state_dict() | {f"ddae.vae.{k}": v for k, v in vae.state_dict().items()})
-    return whole.to(classifier.device)
+    return whole.to(classifier.device).eval()
 
 
 def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> None:

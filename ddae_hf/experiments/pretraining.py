@@ -231,8 +231,8 @@ class Pretraining:
         network, self.average, self.scheduler = self._networks(resume)
         side = network.config.sample_size
         logger.info(f"Training on {data.describe(side)}.")
-        loader = data.batches(network.config, sizes, options)
         steps = num_steps(options, data.count, sizes)
+        loader = data.batches(network.config, sizes, options)
         optimizer = torch.optim.AdamW(
             network.parameters(),
             sizes.rate(options),
@@ -421,7 +421,7 @@ class Pretraining:
             seconds_this_run=round(progress.seconds - resumed.seconds, 1),
             images_per_second=progress.images_per_second(resumed),
             parameters=sum(p.numel() for p in self.average.parameters()),
-            dataset=self.data.facts,
+            dataset=self.data.facts(),
             latents=self.data.described or {},
             pipeline=self.pipeline(loop.averaged()),
             run=self,

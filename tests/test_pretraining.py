@@ -1,6 +1,6 @@
-"""The scripts as a user runs them, at tiny size, on real digits."""
+"""Pretraining as its users run it, at tiny size, on real digits."""
 
-import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -15,31 +15,30 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from datasets import Dataset
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-import finetune
-import linear_probe
-import noisy_classifier
-import pretrain
-import sweep
-import train_vae
-from data import load_training_images, parse_with_config, read_config, training_batches
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.commands.parsing import parse
+from ddae_hf.commands.parsing import parse, read_config
 from ddae_hf.diffusion import Diffusion
-from ddae_hf.experiments.images import DataOptions
+from ddae_hf.experiments import pretraining
+from ddae_hf.experiments.images import DataOptions, Images
+from ddae_hf.experiments.new_networks import DENOISER, check_networks, new_networks
+from ddae_hf.experiments.accelerating import accelerated
 from ddae_hf.experiments.plots import image_grid
-from ddae_hf.experiments.publishing import HubOptions
+from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain
+from ddae_hf.experiments.pretraining_data import TrainingData, training_data
+from ddae_hf.experiments.progress import Progress
+from ddae_hf.experiments.training_options import batch_sizes
 from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
-from training_run import Progress
 
 from . import scripts
-from .conftest import drawn
+from .quiet import quiet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32, 32], "layers_per_block": 1}
@@ -96,9 +95,9 @@ def test_an_interrupted_run_resumes_exactly(trained, digits, tmp_path):
 def test_resuming_another_or_a_finished_run_is_refused(trained, digits, tmp_path):
     (tmp_path / "checkpoint-5").symlink_to(trained / "checkpoint-5")
     resume = ["--resume_from_checkpoint", "latest", "--max_train_steps"]
-    with pytest.raises(SystemExit, match="trained with other options: block_out_channels"):
+    with pytest.raises(SystemExit, match="trained with other options: denoiser.block_out_channels was"):
         train(digits, tmp_path, *resume, "8", "--denoiser", json.dumps(TINY | {"block_out_channels": [32, 64]}))
-    with pytest.raises(SystemExit, match="trained with other options: augment, random_flip differ"):
+    with pytest.raises(SystemExit, match=r"other options: random_flip was True and is False; augment was 0.0 and is 0.1"):
         train(digits, tmp_path, *resume, "8", "--no-random_flip", "--augment", "0.1")
     with pytest.raises(SystemExit, match="checkpoint-5 is at step 5, beyond the 4 asked for"):
         train(digits, tmp_path, *resume, "4")
@@ -111,7 +110,7 @@ def test_a_fresh_run_does_not_mix_with_an_earlier_one(trained, digits):
 
 @pytest.mark.parametrize("denoiser", [TINY, TINY_DIT])
 def test_training_begins_on_images_of_low_resolution_and_resumes_exactly(digits, tmp_path, monkeypatch, denoiser):
-    whole, seen, loss_of, inputs_of = [], [], Diffusion.loss, pretrain.training_inputs
+    whole, seen, loss_of, inputs_of = [], [], Diffusion.loss, pretraining.training_inputs
 
     def inputs(*given):
         found = inputs_of(*given)
@@ -122,7 +121,7 @@ def test_training_begins_on_images_of_low_resolution_and_resumes_exactly(digits,
         seen.append(clean)
         return loss_of(diffusion, clean, **levels)
 
-    monkeypatch.setattr(pretrain, "training_inputs", inputs)
+    monkeypatch.setattr(pretraining, "training_inputs", inputs)
     monkeypatch.setattr(Diffusion, "loss", loss)
     options = ["--denoiser", json.dumps(denoiser), "--max_train_steps", "5", "--checkpointing_steps", "2"]
     options += ["--low_resolution", "4", "--low_resolution_share", "0.6"]
@@ -137,7 +136,7 @@ def test_training_begins_on_images_of_low_resolution_and_resumes_exactly(digits,
     part = "transformer" if denoiser is TINY_DIT else "unet"
     expected, resumed = weights(tmp_path / "whole", part), weights(tmp_path / "resumed", part)
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-    with pytest.raises(SystemExit, match="trained with other options: low_resolution differ"):
+    with pytest.raises(SystemExit, match="trained with other options: low_resolution was 4 and is None"):
         other = tmp_path / "other"
         other.mkdir()
         (other / "checkpoint-2").symlink_to(tmp_path / "whole" / "checkpoint-2")
@@ -166,12 +165,14 @@ def test_old_checkpoints_are_dropped(digits, tmp_path):
 
 
 def test_accumulated_batches_are_counted_as_one_step(digits, tmp_path):
-    """An epoch has three batches of 32: one step of two, and one of the one that is left."""
+    """Three whole batches of 32 are one step of two an epoch, which leaves the third out."""
     train(
         digits, tmp_path, "--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--checkpointing_steps", "2"
     )
     results = json.loads((tmp_path / "train_results.json").read_text())
-    assert results["steps"] == 2 and results["images_this_run"] == 96
+    assert results["steps"] == 2 and results["images_this_run"] == 128
+    progress = json.loads((tmp_path / "checkpoint-2" / "state" / "progress.json").read_text())
+    assert (progress["epoch"], progress["batch"], progress["batches"]) == (2, 0, 4)
 
 
 def test_a_run_can_start_from_a_checkpoint(trained, digits, tmp_path):
@@ -221,7 +222,7 @@ WATCHED = """
 import json, sys, time
 import datasets, torch
 from accelerate.state import PartialState
-import pretrain
+from ddae_hf.experiments import pretraining
 from tests import scripts
 
 def watched(args, batch, network):
@@ -236,8 +237,8 @@ def late(content, file, *args, **options):
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 save, torch.save = torch.save, late
-inputs, pretrain.training_inputs = pretrain.training_inputs, watched
-pretrain.Accelerator.end_training = lambda accelerator: None  # it would close the process group of the next run
+inputs, pretraining.training_inputs = pretraining.training_inputs, watched
+PartialState.destroy_process_group = lambda state: None  # the next run needs it
 for options in json.loads(sys.argv[1]):
     scripts.run("pretrain", *options)
 """
@@ -268,19 +269,20 @@ def test_two_processes_train_one_network_and_share_every_image(shards, tmp_path)
             assert len(images) == len(set(images)) == 32 * min(steps, 3)
 
 
-def stream_batches(shards, progress, count, *options):
+def stream_batches(shards, progress, count, **changes):
     """The hashes of a stream's next batches, and how far they lead."""
-    arguments = ["--dataset_name", str(shards), "--streaming", "--max_train_steps", "1", "--train_batch_size", "16"]
-    args = pretrain.parse_arguments([*arguments, "--class_conditional", *options])
-    dataset, num_classes = load_training_images(args)
-    accelerator = Accelerator(cpu=True)
-    denoiser = build_denoiser({"_class_name": "UNet2DModel", **TINY})
-    dataloader = accelerator.prepare(training_batches(args, dataset, denoiser, num_classes))
-    found = []
-    for batch in itertools.islice(pretrain.batches_from(accelerator, dataloader, progress), count):
-        images = zip(batch["pixel_values"], batch["labels"].tolist(), strict=True)
-        found.append([(hash(image.numpy().tobytes()), label) for image, label in images])
-        progress.count(16, accelerator.gradient_state.end_of_dataloader)
+    changes = {"train_batch_size": 16, "class_conditional": True, "max_train_steps": 1, "denoiser": TINY, **changes}
+    options = PretrainingOptions(**changes)
+    images = Images.open(shards, streaming=True)
+    sizes = batch_sizes(options, 1)
+    with accelerated(mixed_precision="no") as accelerator:
+        loop = Pretraining(options, accelerator, training_data(images, options), sizes, None).loop
+        loop.progress = progress
+        found = []
+        for batch in itertools.islice(loop.batches(), count):
+            rows = zip(batch["pixel_values"], batch["labels"].tolist(), strict=True)
+            found.append([(hash(image.numpy().tobytes()), label) for image, label in rows])
+            progress.count(16, accelerator.gradient_state.end_of_dataloader)
     return found
 
 
@@ -289,19 +291,16 @@ def test_a_stream_is_shuffled_anew_in_every_epoch_and_repeats_with_its_seed(shar
     dataset = Dataset.from_parquet(str(digits / "train.parquet")).select(range(100))
     pixels = DDAEImageProcessor(size={"height": 8, "width": 8}, num_channels=1)(dataset["image"][:])["pixel_values"]
     known = [(hash(np.asarray(p).tobytes()), label) for p, label in zip(pixels, dataset["label"][:], strict=True)]
-    batches = stream_batches(shards, Progress(), 12, "--shuffle_buffer", "20")
+    batches = stream_batches(shards, Progress(), 12, shuffle_buffer=20)
     epochs = [[image for batch in batches[i : i + 6] for image in batch] for i in (0, 6)]
     for epoch in epochs:
         assert len(set(epoch)) == 96 and set(epoch) <= set(known)
     assert epochs[0] != epochs[1] and sorted(epochs[0]) != epochs[0]
-    assert stream_batches(shards, Progress(), 12, "--shuffle_buffer", "20") == batches
-    assert stream_batches(shards, Progress(), 6, "--shuffle_buffer", "20", "--seed", "1") != batches[:6]
-    assert stream_batches(shards, Progress(1, 2, 8), 4, "--shuffle_buffer", "20") == batches[8:]
-    few = stream_batches(shards, Progress(), 2, "--max_train_samples", "32")
-    first = {
-        (hash(np.asarray(p).tobytes()), label) for p, label in zip(pixels[:32], dataset["label"][:32], strict=True)
-    }
-    assert {image for batch in few for image in batch} == first
+    assert stream_batches(shards, Progress(), 12, shuffle_buffer=20) == batches
+    assert stream_batches(shards, Progress(), 6, shuffle_buffer=20, seed=1) != batches[:6]
+    assert stream_batches(shards, Progress(epoch=1, batch=2, batches=8), 4, shuffle_buffer=20) == batches[8:]
+    few = stream_batches(shards, Progress(), 2, max_train_samples=32)
+    assert {image for batch in few for image in batch} == set(known[:32])
 
 
 def test_training_on_a_stream_resumes_exactly_and_adds_up(shards, tmp_path):
@@ -331,8 +330,8 @@ def test_training_on_a_stream_resumes_exactly_and_adds_up(shards, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--streaming needs --max_train_steps"),
-        (["--max_train_steps", "1", "--shuffle_buffer", "0"], "--shuffle_buffer is 0"),
+        ([], "A stream needs max_train_steps"),
+        (["--max_train_steps", "1", "--shuffle_buffer", "0"], "shuffle_buffer is 0"),
         (["--max_train_steps", "1", "--max_train_samples", "9", "--dataloader_num_workers", "2"], "take one"),
         (["--max_train_steps", "1", "--train_batch_size", "101"], "The stream has 100 images"),
         (["--max_train_steps", "1", "--train_batch_size", "60", "--dataloader_num_workers", "2"], "need 120"),
@@ -347,23 +346,6 @@ def test_what_a_stream_cannot_do_is_refused_before_it_trains(shards, tmp_path, c
         scripts.run("pretrain", *arguments, "--denoiser", json.dumps(TINY), *options)
     assert message in str(refusal.value) + capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_stream_must_name_its_classes_and_give_every_image_one(tmp_path):
-    from datasets import ClassLabel, Features, Value
-    from datasets import Image as ImageFeature
-
-    picture = Image.fromarray(np.zeros((8, 8), np.uint8))
-    for name, kind in {"numbers": Value("int64"), "names": ClassLabel(names=["a", "b"])}.items():
-        features = Features({"image": ImageFeature(), "label": kind})
-        Dataset.from_dict({"image": [picture] * 2, "label": [0, None]}, features).to_parquet(
-            tmp_path / f"{name}.parquet"
-        )
-    options = ["--streaming", "--class_conditional", "--label_column", "label", "--train_batch_size", "2"]
-    with pytest.raises(SystemExit, match="must name its classes"):
-        train_on(tmp_path / "numbers.parquet", tmp_path / "out", *options, "--max_train_steps", "1")
-    with pytest.raises(ValueError, match="An image has the label None: allowed are 0 to 1"):
-        train_on(tmp_path / "names.parquet", tmp_path / "out", *options, "--max_train_steps", "1")
 
 
 FRAMEWORKS = ["DDIMScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"]
@@ -434,40 +416,25 @@ PARAMETERS |= {"dit_b2": 138_205_452, "dit_b4": 138_260_784, "dit_l2": 487_009_2
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_networks_have_the_parameters_that_their_files_say(name):
     path = CONFIGS / "networks" / f"{name}.yaml"
-    options = {**pretrain.DENOISER, **read_config(path)["denoiser"]}
+    options = {**DENOISER, **read_config(path)["denoiser"]}
     with torch.device("meta"):
         denoiser = build_denoiser({**options, **network_of(options).label_options(0)})
     assert sum(p.numel() for p in denoiser.parameters()) == PARAMETERS[name]
     assert f"{PARAMETERS[name]:,} parameters" in path.read_text().replace("\n# ", " ")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+PRETRAINING = [p for p in sorted(CONFIGS.glob("*.yaml")) if "total_batch_size" in p.read_text() and "_vae" not in p.stem]
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
 def test_every_configuration_describes_a_network_that_can_be_trained(path):
-    evaluations = {"probe": linear_probe, "sweep": sweep, "finetune": finetune, "noisy": noisy_classifier}
-    if script := evaluations.get(path.stem.split("_")[-1]):
-        options = ["--config", str(path), "--model_name_or_path", "somewhere"]
-        parse([DataOptions, script.Arguments, HubOptions], None, options)
-        return
-    if path.stem.endswith("_vae"):
-        train_vae.new_vae(train_vae.parse_arguments(["--config", str(path), "--dataset_name", "somewhere"]))
-        return
-    args = pretrain.parse_arguments(["--config", str(path), "--dataset_name", "somewhere"])
-    denoiser, scheduler = pretrain.new_networks(args, 0)
-    pretrain.check_networks(args, denoiser, scheduler, 0)
+    _, options = parse([DataOptions, PretrainingOptions], None, ["--config", str(path)])
+    data = TrainingData(rows=None, facts={}, opened_with={}, count=None, hash=None)
+    denoiser, scheduler = new_networks(options, data)
+    check_networks(options, denoiser, scheduler, data)
     named = [word for word in path.stem.split("_") if word in ("ddpm", "edm", "flow")]
     assert not named or family(scheduler) == named[0]
-
-
-def test_a_configuration_takes_over_what_its_base_says(tmp_path):
-    (tmp_path / "a.yaml").write_text(
-        "seed: 1\nlearning_rate: 1e-3\nscheduler: {_class_name: A, x: 1}\ndenoiser: {u: 1}"
-    )
-    (tmp_path / "b.yaml").write_text("base: a.yaml\nseed: 2\ndenoiser: {v: 2}\nscheduler: {_class_name: A, y: 2}")
-    (tmp_path / "c.yaml").write_text("base: [b.yaml]\nscheduler: {_class_name: B, z: 3}\ndenoiser:\n  u: 5")
-    options = read_config(tmp_path / "c.yaml")
-    assert options["seed"] == 2 and options["learning_rate"] == "1e-3" and options["denoiser"] == {"u": 5, "v": 2}
-    assert read_config(tmp_path / "b.yaml")["scheduler"] == {"_class_name": "A", "x": 1, "y": 2}
-    assert options["scheduler"] == {"_class_name": "B", "z": 3}
+    assert options.total_batch_size and options.train_batch_size is None
 
 
 @pytest.mark.parametrize(
@@ -477,14 +444,14 @@ def test_a_configuration_takes_over_what_its_base_says(tmp_path):
         (["--train_split", "validation"], "has no split 'validation'; it has"),
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
         (["--train_data_dir", "nowhere", "--dataset_name", "x"], "Give one of"),
-        (["--resolution", "16"], "--resolution is 16, but"),
-        (["--low_resolution", "8"], "--low_resolution is 8: it must be at least 1 and below"),
-        (["--low_resolution", "5"], "--low_resolution 5 cannot work. sample_size is 5"),
-        (["--low_resolution", "4", "--low_resolution_share", "1.5"], "--low_resolution_share is 1.5"),
-        (["--denoiser", json.dumps(TINY | {"class_embed_type": "timestep"})], "train it with --class_conditional"),
+        (["--resolution", "16"], "resolution is 16, but"),
+        (["--low_resolution", "8"], "low_resolution is 8: it must be at least 1 and below"),
+        (["--low_resolution", "5"], "low_resolution 5 cannot work. sample_size is 5"),
+        (["--low_resolution", "4", "--low_resolution_share", "1.5"], "low_resolution_share is 1.5"),
+        (["--denoiser", json.dumps(TINY | {"class_embed_type": "timestep"})], "train it with class_conditional"),
         (["--denoiser", json.dumps(TINY | {"out_channels": 2})], "as many output as input channels"),
-        (["--augment", "0.1"], "leave out --random_flip"),
-        (["--augment", "0.1", "--no-random_flip", "--class_conditional"], "leave out --class_conditional"),
+        (["--augment", "0.1"], "leave out random_flip"),
+        (["--augment", "0.1", "--no-random_flip", "--class_conditional"], "leave out class_conditional"),
         (["--augment", "1.2", "--no-random_flip"], "must be between 0 and 1"),
         (["--augment", "0.1", "--no-random_flip", "--denoiser", json.dumps(TINY_DIT)], "a DiTTransformer2DModel came"),
         (["--class_conditional", "--label_column", "image"], "no column of labels 'image'"),
@@ -494,10 +461,10 @@ def test_a_configuration_takes_over_what_its_base_says(tmp_path):
         (["--num_inference_steps", "2000"], "2000"),
         (["--scheduler", '{"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": true}'], "`mu`"),
         (["--scheduler", '{"_class_name": "EDMEulerScheduler", "sigma_data": 0}'], "must be positive"),
-        (["--scheduler", '{"_class_name": "EDMEulerScheduler"}', "--log_sigma", "nan", "1"], "must be a number"),
+        (["--scheduler", '{"_class_name": "EDMEulerScheduler"}', "--log_sigma", "nan", "1"], "must be finite"),
         (["--scheduler", '{"_class_name": "EDMEulerScheduler"}', "--log_sigma", "0", "-1"], "the deviation positive"),
         (["--class_conditional", "--label_dropout", "0"], "must see both its classes and the null class"),
-        (["--denoiser", json.dumps(TINY | {"num_class_embeds": 4})], "leave it out, --class_conditional takes it"),
+        (["--denoiser", json.dumps(TINY | {"num_class_embeds": 4})], "leave it out, class_conditional takes it"),
         (["--log_sigma", "0", "inf"], "must be finite"),
         (["--scheduler", '{"_class_name": "ScoreSdeVeScheduler"}'], "is not supported"),
         (["--scheduler", '{"_class_name": "Nothing"}'], "must name a diffusers scheduler"),
@@ -505,8 +472,8 @@ def test_a_configuration_takes_over_what_its_base_says(tmp_path):
         (["--denoiser", json.dumps(TINY | {"block_out_chanels": [32]})], "no options ['block_out_chanels']"),
         (["--denoiser", json.dumps(TINY | {"sample_size": 9})], "must be a multiple of 2"),
         (["--report_to", "wandb"], "that tracker is not installed"),
-        (["--resume_from_checkpoint", "nowhere"], "there is no checkpoint with a training state"),
-        (["--init_from", "somewhere"], "leave out --denoiser"),
+        (["--resume_from_checkpoint", "nowhere"], "there is no such checkpoint"),
+        (["--init_from", "somewhere"], "leave out denoiser"),
         (["--train_batch_size", "0"], "must be at least 1"),
     ],
 )
@@ -530,53 +497,11 @@ def test_an_unreadable_or_empty_data_set_is_refused(tmp_path):
         train(tmp_path / "empty.parquet", tmp_path / "out")
 
 
-def test_options_of_a_file_give_way_to_the_command_line(tmp_path, capsys):
-    config = tmp_path / "config.yaml"
-    config.write_text("learning_rate: 1e-3\nlr_warmup_steps: 7\nrandom_flip: true\nema_decay:\n")
-    args = pretrain.parse_arguments(["--config", str(config), "--lr_warmup_steps", "9", "--no-random_flip"])
-    assert (args.learning_rate, args.lr_warmup_steps, args.random_flip, args.ema_decay) == (1e-3, 9, False, 0.9999)
-    config.write_text("mixed_precision: no")
-    assert pretrain.parse_arguments(["--config", str(config)]).mixed_precision == "no"
-    config.write_text("lr_scheduler: cosin")
-    with pytest.raises(SystemExit):
-        pretrain.parse_arguments(["--config", str(config)])
-    assert "invalid choice: 'cosin'" in capsys.readouterr().err
-    config.write_text("learning_speed: 1")
-    with pytest.raises(SystemExit):
-        pretrain.parse_arguments(["--config", str(config)])
-    assert "unknown options ['learning_speed']" in capsys.readouterr().err
-
-
 def test_grids_enlarge_without_smoothing():
     images = [Image.fromarray(np.full((8, 8), i * 60, np.uint8)) for i in range(3)]
     grid = np.asarray(image_grid(images, columns=2, min_side=16))
     assert grid.shape == (33, 33, 3) and (grid[:16, 17:] == 60).all() and (grid[17:, :16] == 120).all()
     assert math.prod(np.asarray(grid[17:, 17:] == 255).shape) and (grid[17:, 17:] == 255).all()
-
-
-def test_a_config_that_is_not_there_is_named():
-    with pytest.raises(SystemExit, match=r"nowhere\.yaml: there is no such file"):
-        parse_with_config(argparse.ArgumentParser(), ["--config", "nowhere.yaml"])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("augment: true", "augment is True: allowed is no true or false"),
-        ("class_conditional: 'false'", "class_conditional is 'false': allowed are true and false"),
-        ("log_sigma: 0.5", "log_sigma is 0.5: it takes 2 value(s)"),
-        ("log_sigma: [0, 1, 2]", "it takes 2 value(s)"),
-        ("seed: [1, 2]", "it takes 1 value(s)"),
-        ("base: missing.yaml", "missing.yaml: there is no such file (named as the base of"),
-        ("base: config.yaml", "names itself as its base"),
-        ("- 1", "must hold options, `name: value`, and holds a list"),
-    ],
-)
-def test_configurations_of_a_wrong_shape_are_refused(tmp_path, capsys, text, message):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(SystemExit) as refusal:
-        pretrain.parse_arguments(["--config", str(tmp_path / "config.yaml")])
-    assert message in str(refusal.value) + capsys.readouterr().err
 
 
 def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path):
@@ -603,3 +528,88 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
         train(tmp_path / "some.parquet", tmp_path / "other", *options, "--label_column", "label")
     with pytest.raises(SystemExit, match="Labels of the split .* are -1 to 0"):
         train(tmp_path / "numbered.parquet", tmp_path / "other", *options, "--label_column", "label")
+
+
+def small(folder=None, **changes):
+    return {"denoiser": TINY, "total_batch_size": 10, "lr_warmup_steps": 1, "sample_steps": 0, "output_dir": folder, **changes}
+
+
+@pytest.fixture(scope="module")
+def noise_images():
+    rng = np.random.default_rng(0)
+    return Images.open([Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(50)])
+
+
+def test_pretraining_in_a_notebook_leaves_the_process_as_it_was(noise_images, capsys, tmp_path):
+    """One precision after another, without a folder; what comes back samples, and can be saved."""
+    before = {**AcceleratorState._shared_state}, torch.backends.cudnn.allow_tf32
+    with quiet(capsys):
+        for precision in ("no", "bf16"):
+            result = pretrain(noise_images, max_train_steps=2, mixed_precision=precision, allow_tf32=True, **small())
+    assert ({**AcceleratorState._shared_state}, torch.backends.cudnn.allow_tf32) == before
+    assert len(result.pipeline(2, num_inference_steps=1).images) == 2 and "| steps | 2 |" in result.table()
+    result.save(tmp_path / "saved")
+    saved = DDAEPipeline.from_pretrained(tmp_path / "saved").denoiser.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in result.pipeline.denoiser.state_dict().items())
+
+
+def test_a_run_is_the_same_however_its_batches_are_shared_out(noise_images, tmp_path):
+    """Without dropout or noise of its own a step of ten images is one of twice five; and options serve again."""
+    one = pretrain(noise_images, max_train_steps=3, **small(str(tmp_path / "one"), checkpointing_steps=1))
+    config = tmp_path / "one" / "training_options.yaml"
+    _, options = parse([DataOptions, PretrainingOptions], None, ["--config", str(config)])
+    assert options.total_batch_size == 10 and options.denoiser == TINY
+    changes = {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 2, "learning_rate": 1e-5}
+    changes["resume_from_checkpoint"] = str(tmp_path / "one" / "checkpoint-2")
+    two = pretrain(noise_images, options, **changes)
+    assert two.images == one.images == 30 and two.images_this_run == 10
+    progress = Progress.read(tmp_path / "two" / "checkpoint-3")
+    assert (progress.batch, progress.batches, progress.batch_images) == (6, 6, 5)
+    given = yaml.safe_load((tmp_path / "two" / "training_options.yaml").read_text())
+    assert given["learning_rate"] == 1e-5 and given["total_batch_size"] == 10
+    state = torch.load(tmp_path / "two" / "checkpoint-3" / "state" / "optimizer.bin")
+    assert state["param_groups"][0]["lr"] == 1e-5
+
+
+def test_what_cannot_change_is_refused_by_name_when_a_run_is_resumed(noise_images, tmp_path):
+    pretrain(noise_images, max_train_steps=1, **small(str(tmp_path), checkpointing_steps=1))
+    again = small(str(tmp_path), resume_from_checkpoint="latest", max_train_steps=2)
+    changes = {"seed": 3, "log_sigma": [0.0, 1.0], "random_flip": True, "center_crop": False}
+    with pytest.raises(ValueError, match="random_flip was .*center_crop|center_crop was .*random_flip") as refusal:
+        pretrain(noise_images, **again, **changes)
+    assert all(f"{name} was" in str(refusal.value) for name in changes)
+    with pytest.raises(ValueError, match="trained on 10 images a step .* and here are 20: give total_batch_size 10"):
+        pretrain(noise_images, **{**again, "total_batch_size": 20})
+    rng = np.random.default_rng(1)
+    others = Images.open([Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(50)])
+    with pytest.raises(ValueError, match="was trained on other images, as many as these"):
+        pretrain(others, **again)
+    with pytest.raises(ValueError, match="scheduler.prediction_type was 'epsilon' and is 'v_prediction'"):
+        pretrain(noise_images, **again, scheduler={"prediction_type": "v_prediction"})
+
+
+def test_pictures_go_to_the_tracker(noise_images, tmp_path, monkeypatch):
+    class Tracker(GeneralTracker):
+        name = "mine"
+        requires_logging_directory = False
+        seen: dict = {}
+
+        def __init__(self):
+            super().__init__(_blank=True)
+
+        def log_images(self, values, step):
+            self.seen[step] = values["samples"].shape
+
+    started = pretraining.accelerated
+    monkeypatch.setattr(pretraining, "accelerated", lambda **given: tracked(started(**given), Tracker()))
+    options = {"sample_steps": 2, "num_samples": 4, "num_inference_steps": 1, "max_train_steps": 2}
+    pretrain(noise_images, **{**small(str(tmp_path)), **options})
+    assert Tracker.seen == {2: (1, 129, 129, 3)}
+
+
+@contextlib.contextmanager
+def tracked(context, tracker):
+    with context as accelerator:
+        accelerator.trackers = [tracker]
+        yield accelerator
+        accelerator.trackers = []
