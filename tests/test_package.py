@@ -105,7 +105,7 @@ SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed t
     np.random.seed numpy.random.seed set_seed accelerate.utils.set_seed transformers.set_seed""".split()
 # Functions that seed inside of their caller's `separate_randomness`, and where that stands.
 SEEDED_BY_CALLERS = {
-    "training.run": "accelerating",
+    "training.steps": "accelerating",
     "pretraining._networks": "accelerating",
     "trainer.compute_loss": "finetuning",
     "finetuning.build_classifier": "finetuning",

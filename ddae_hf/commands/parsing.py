@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -35,7 +35,7 @@ def parse(kinds: Sequence[type[Options]], description: str | None, argv: Sequenc
         description: What `--help` says of the command.
         argv: The words after the command's name; by default those of this process.
     """
-    parser: Any = HfArgumentParser(list(kinds), description=description, formatter_class=_Help, allow_abbrev=False)
+    parser: Any = HfArgumentParser(cast(Any, kinds), description=description, formatter_class=_Help, allow_abbrev=False)
     for action in [action for action in parser._actions if action.type is string_to_bool]:
         action.nargs = "?"  # also where the default is None
         action.const = True
