@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accelerate.state import PartialState
-
 from ddae_hf.commands.parsing import parse, sentences, show_log
+from ddae_hf.experiments.accelerating import this_process
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.options import option
@@ -38,9 +37,11 @@ class Arguments(PretrainingOptions):
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     data, options, hub = parse([DataOptions, Arguments, HubOptions], __doc__, argv)
-    first = PartialState().is_main_process
+    first = this_process().is_main_process
     show_log(first)
     with sentences():
+        if first:
+            prepare(hub, options.output_dir)
         if options.latents_dir is None:
             images = data.open(options.cache_dir, options.streaming)
         else:
@@ -48,13 +49,11 @@ def main(argv: list[str] | None = None) -> None:
             if given:
                 raise ValueError(f"{given[0]} does not go with latents_dir, which says what its latents are of.")
             images = LatentFolder(options.latents_dir)
-        if first:
-            prepare(hub, options.output_dir)
         result = pretrain(images, options)
         if first:
             print(result.table())
             print(publish(hub, options.output_dir, "Pretrain", (*PRIVATE, f"{options.logging_dir}/*")) or "")
-    PartialState().destroy_process_group()
+    this_process().destroy_process_group()
 
 
 if __name__ == "__main__":

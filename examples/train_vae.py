@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accelerate.state import PartialState
-
 from ddae_hf.commands.parsing import parse, sentences, show_log
+from ddae_hf.experiments.accelerating import this_process
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import option
 from ddae_hf.experiments.vae_training import VAEOptions, train_vae
@@ -29,13 +28,13 @@ class Arguments(VAEOptions):
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     data, options = parse([DataOptions, Arguments], __doc__, argv)
-    first = PartialState().is_main_process
+    first = this_process().is_main_process
     show_log(first)
     with sentences():
         result = train_vae(data.open(options.cache_dir), options)
         if first:
             print(result.table())
-    PartialState().destroy_process_group()
+    this_process().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import pretrain
 from ddae_hf import DDAEModel, DDAEPipeline
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.model_card import make_card

@@ -33,8 +33,8 @@ EXPERIMENTS = [
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report", "run_folder"],
     ["images", "latent_folder", "probe_results", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results", "training_options"],
-    ["batches", "model_card", "plots", "trainer"],
-    ["generation", "pretraining_data", "publishing", "training"],
+    ["batches", "model_card", "plots"],
+    ["generation", "pretraining_data", "publishing", "trainer", "training"],
     ["evaluation", "new_networks", "online_probes", "vae_training"],
     ["pretraining", "probing"],
     ["finetuning", "sweeping"],
@@ -105,9 +105,12 @@ SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed t
     np.random.seed numpy.random.seed set_seed accelerate.utils.set_seed transformers.set_seed""".split()
 # Functions that seed inside of their caller's `separate_randomness`, and where that stands.
 SEEDED_BY_CALLERS = {
-    "training.run": "accelerating",
+    "training.steps": "accelerating",
+    "vae_training.new_vae": "accelerating",
+    "pretraining._networks": "accelerating",
     "trainer.compute_loss": "finetuning",
     "finetuning.build_classifier": "finetuning",
+    "noisy_classification.seed_by": "noisy_classification",
 }
 
 

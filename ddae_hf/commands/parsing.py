@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -35,7 +35,7 @@ def parse(kinds: Sequence[type[Options]], description: str | None, argv: Sequenc
         description: What `--help` says of the command.
         argv: The words after the command's name; by default those of this process.
     """
-    parser: Any = HfArgumentParser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
+    parser: Any = HfArgumentParser(cast(Any, kinds), description=description, formatter_class=_Help, allow_abbrev=False)
     for action in [action for action in parser._actions if action.type is string_to_bool]:
         action.nargs = "?"  # also where the default is None
         action.const = True
@@ -94,9 +94,9 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     for layer in [*(read_config(path.parent / name, (*inside, path)) for name in bases), own]:
         for name, value in layer.items():
             old = options.get(name)
-            merged = isinstance(old, dict) and isinstance(value, dict)
-            if merged and value.get("_class_name", old.get("_class_name")) == old.get("_class_name"):
-                value = {**old, **value}
+            if isinstance(old, dict) and isinstance(value, dict):
+                known = old.get("_class_name")
+                value = {**old, **value} if value.get("_class_name", known) == known else value
             options[name] = value
     return options
 

@@ -10,13 +10,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 
 from .devices import has_bfloat16
 from .draws import separate_randomness
 
 logger = logging.getLogger(__name__)
+
+
+def this_process() -> PartialState:
+    """Return accelerate's state of this process among all, as an `Accelerator` sets it up."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @contextlib.contextmanager

@@ -201,7 +201,7 @@ class _Card:
         config, scheduler = self.config, self.checkpoint.scheduler
         probes = [report for report in self.reports if isinstance(report, ProbeReport)]
         best = max(probes, key=lambda report: len(report.pairs)).best if probes else None
-        own = self.checkpoint.holds_model or best is None
+        own = self.checkpoint.holds_model
         network = network_of(config.denoiser)
         complete = skeleton(config.denoiser).config
         count = network.num_labels(complete)
@@ -210,8 +210,8 @@ class _Card:
         sampler = next(iter(family.samplers), None) if family else None
         return {
             "family": family,
-            "layer": config.layer if own else best.layer,
-            "sigma": config.sigma if own else best.sigma,
+            "layer": config.layer if own or best is None else best.layer,
+            "sigma": config.sigma if own or best is None else best.sigma,
             "tap_is_measured": best is not None,
             "conditional": count > 0 and own_null != 0,
             "labels_needed": count > 0 and config.null_class is None and own_null is None,

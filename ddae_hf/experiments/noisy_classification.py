@@ -160,10 +160,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
     with separate_randomness(), contextlib.ExitStack() as stack:
         folder = Path(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         check_folder(folder)
-        layer = options.layers[0] if options.layers else None
-        network = open_model(
-            model, cache_dir=options.cache_dir, layer=layer, null_class=options.null_class, num_noise_samples=1
-        )
+        network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers, (options.sigma_min, options.sigma_max))
         if options.random_crop >= min(network.config.image_size):
@@ -345,7 +342,7 @@ class Study:
             loop = Loop(
                 accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
                 schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-                    optimizer, lambda step: (1 + np.cos(np.pi * step / steps)) / 2
+                    optimizer, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2
                 ),
                 output_dir=folder, checkpointing_steps=options.checkpointing_steps, checkpoints_total_limit=1,
                 save=lambda partial: save_model(network, str(partial / "model.safetensors")),

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
 from torch import Tensor
 
 from ..augment import NUM_LABELS, augment, embed_labels, random_flip, reduced
@@ -32,7 +31,7 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
 from ..networks import network_of
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import accelerated
+from .accelerating import accelerated, this_process
 from .arrays import write_json, written_whole
 from .batches import num_steps
 from .devices import fast_layout, made_fast
@@ -179,7 +178,7 @@ def pretrain(
     resume = None
     if where := options.output_dir or options.resume_from_checkpoint:
         resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, *WEIGHTS))
-    sizes = batch_sizes(options, PartialState().num_processes)
+    sizes = batch_sizes(options, this_process().num_processes)
     data = training_data(images, options)
     with accelerated(
         mixed_precision=options.mixed_precision,

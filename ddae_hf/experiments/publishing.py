@@ -96,7 +96,7 @@ def publish(
         return None
     try:
         commit = HfApi().upload_folder(
-            repo_id=hub.hub_model_id, folder_path=folder, ignore_patterns=list(ignore), commit_message=message
+            repo_id=hub.hub_model_id, folder_path=str(folder), ignore_patterns=list(ignore), commit_message=message
         )
     except Exception as error:  # the client raises a dozen kinds
         excluded = [word for pattern in ignore for word in ("--exclude", pattern)]

@@ -212,7 +212,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def _built(hint: Any, value: Any) -> Any:
     """Return what a file's value stands for: dataclasses, also inside of lists and dictionaries."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         fields = [field for field in dataclasses.fields(hint) if "in_memory" not in field.metadata]
         for field in fields:

@@ -201,7 +201,7 @@ def saving(output_dir: str | os.PathLike[str]) -> Iterator[None]:
             raise
         clear_rubbish(output_dir)
         kept = saved_checkpoints(output_dir)
-        last = f"{kept[-1]} is the last checkpoint: make room, and resume it" if kept else "make room, and start again"
+        last = f"{kept[-1]} is the last checkpoint: make room, and resume it" if kept else "Make room, and start again"
         raise OSError(f"{output_dir} could not be written to: {reason}. {last}.") from error
 
 
@@ -211,6 +211,6 @@ def _disk_error(error: BaseException | None) -> str | None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
         if re.search("No space left|StorageFull|file write failed|os error|PytorchStreamWriter", str(error)):
-            return f"{error} (is the disk full?)"
+            return str(error)
         error = error.__cause__ or error.__context__
     return None

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import accelerated
+from .accelerating import accelerated, this_process
 from .batches import image_batches, images_hash, num_steps
 from .devices import fast_layout, made_fast
 from .images import Images, ImageSet
@@ -163,7 +162,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
     resume = None
     if where := options.output_dir or options.resume_from_checkpoint:
         resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, WEIGHTS))
-    sizes = batch_sizes(options, PartialState().num_processes, options.default_batch)
+    sizes = batch_sizes(options, this_process().num_processes, options.default_batch)
     train, held_out = split_images(images, options, sizes)
     with accelerated(
         mixed_precision=options.mixed_precision,

@@ -1,6 +1,6 @@
 """What must never be lost of a run: its options, its place in the data, its checkpoints, its end."""
 
-import importlib.util
+import errno
 import json
 import os
 import shutil
@@ -12,24 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
-from datasets import Dataset
-from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback
 
-import finetune
-import noisy_classifier
-import pretrain
-import train_vae
-import training_run
 from ddae_hf import DDAEPipeline
-from ranges import RANGES
-from training_run import Progress
+from ddae_hf.experiments import pretraining, run_folder, vae_training
+from ddae_hf.experiments.accelerating import accelerated
+from ddae_hf.experiments.batches import Batches
+from ddae_hf.experiments.pretraining import Pretraining
+from ddae_hf.experiments.progress import PROGRESS, STATE, WEIGHTS, Progress
+from ddae_hf.experiments.run_folder import FILES, OPTIONS
+from ddae_hf.experiments.stopping import Interrupted
+from ddae_hf.experiments.training import Loop
 
 from . import scripts
-from .conftest import make_unet
 from .watch import watched
 
 ROOT = Path(__file__).parent.parent
@@ -55,19 +51,6 @@ def vae_options(digits, folder):
 
 
 @pytest.fixture(scope="module")
-def denoiser(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("denoiser")
-    DDAEPipeline.for_denoiser(make_unet(in_channels=1, out_channels=1), DDIMScheduler()).save_pretrained(folder)
-    return folder
-
-
-def finetune_options(digits, folder, denoiser):
-    options = ["--model_name_or_path", denoiser, "--dataset_name", digits, "--output_dir", folder]
-    options += ["--max_train_samples", 64, "--max_test_samples", 20, "--batch_size", 16, "--max_train_steps", 4]
-    return [*options, "--checkpointing_steps", 2, "--ema_decay", 0.9]
-
-
-@pytest.fixture(scope="module")
 def pretrained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     scripts.run("pretrain", *pretrain_options(digits, folder))
@@ -78,13 +61,6 @@ def pretrained(digits, tmp_path_factory):
 def vae(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     scripts.run("train_vae", *vae_options(digits, folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finetuned(digits, denoiser, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finetuned")
-    scripts.run("finetune", *finetune_options(digits, folder, denoiser))
     return folder
 
 
@@ -126,135 +102,37 @@ def assert_same(folder, other, results):
     assert second["images_per_second"] > 0
 
 
-# Options
-
-
-SCRIPTS = sorted(
-    path
-    for folder in ("examples", "examples/demo", "benchmarks", "model_cards")
-    for path in (ROOT / folder).glob("*.py")
-    if '__name__ == "__main__"' in path.read_text()
-)
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_no_script_takes_an_abbreviated_option(path, monkeypatch, capsys):
-    """Where abbreviations are allowed, `--hel` is `--help`, and ends with 0."""
-    if path.parent.name == "demo":
-        pytest.importorskip("gradio")
-    monkeypatch.setattr(sys, "argv", [str(path), "--hel"])
-    monkeypatch.setattr(sys, "path", [*sys.path, str(path.parent)])  # where two share a name, after the examples
-    spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    with pytest.raises(SystemExit) as refusal:
-        module.main()
-    assert refusal.value.code == 2 and "error: " in capsys.readouterr().err
-
-
-def test_a_configuration_whose_option_is_abbreviated_is_not_lost(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("seed: 7")
-    with pytest.raises(SystemExit):
-        pretrain.parse_arguments(["--conf", str(tmp_path / "config.yaml")])
-    assert "unrecognized arguments: --conf" in capsys.readouterr().err
-
-
-NEEDED = {pretrain: [], train_vae: [], finetune: ["--model_name_or_path", "x"]}
-NEEDED[noisy_classifier] = NEEDED[finetune]
-# The first are checked with the network or its schedule, the others when the split is read.
-CHECKED_LATER = {"log_sigma", "sigma", "sigmas", "max_train_samples", "max_test_samples"}
-
-
-def numeric_options(module, monkeypatch):
-    found = []
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "parse_with_config", lambda parser, argv: found.append(parser) or sys.exit())
-        with pytest.raises(SystemExit):
-            module.parse_arguments(NEEDED[module])
-    return {action.dest: action.type for action in found[0]._actions if action.type in (int, float)}
-
-
-@pytest.mark.parametrize("module", NEEDED, ids=lambda module: module.__name__)
-def test_every_number_that_training_takes_has_a_range(module, monkeypatch, capsys, tmp_path):
-    options = numeric_options(module, monkeypatch)
-    assert set(options) - set(RANGES) <= CHECKED_LATER and len(options) > 10
-    for name, kind in options.items():
-        if name in CHECKED_LATER:
-            continue
-        for value in ["-1"] + ["nan", "inf", "-inf"] * (kind is float):
-            with pytest.raises(SystemExit):
-                module.parse_arguments([*NEEDED[module], f"--{name}={value}"])
-            assert f"--{name} is {float(value) if kind is float else value}: it must be" in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text("learning_rate: .nan")
-    with pytest.raises(SystemExit):
-        module.parse_arguments([*NEEDED[module], "--config", str(tmp_path / "config.yaml")])
-    assert "--learning_rate is nan: it must be finite and positive" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("option", "allowed", "refused"),
-    [
-        ("checkpoints_total_limit", 1, 0),
-        ("learning_rate", 1e-30, 0),
-        ("adam_epsilon", 1e-30, 0),
-        ("max_grad_norm", 0, -1e-9),
-        ("adam_weight_decay", 0, -1e-9),
-        ("lr_warmup_steps", 0, -1),
-        ("sample_steps", 0, -1),
-        ("ema_decay", 0, 1),
-        ("adam_beta1", 0.999, 1),
-        ("adam_beta2", 0, 1.5),
-        ("label_dropout", 1, 1.01),
-        ("seed", 2**32 - 1, 2**32),
-    ],
-)
-def test_ranges_end_where_they_should(option, allowed, refused, capsys):
-    assert getattr(pretrain.parse_arguments([f"--{option}={allowed}"]), option) == allowed
-    with pytest.raises(SystemExit):
-        pretrain.parse_arguments([f"--{option}={refused}"])
-    assert f"--{option} is {refused}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["pretrain", "train_vae", "finetune"])
-def test_no_largest_norm_of_the_gradient_is_one_that_is_never_reached(name, digits, denoiser, tmp_path):
-    def run(folder, norm):
-        arguments = {"pretrain": pretrain_options, "train_vae": vae_options}.get(name)
-        options = arguments(digits, folder) if arguments else finetune_options(digits, folder, denoiser)
-        options += ["--max_train_steps", 2, "--max_grad_norm", norm]
-        scripts.run(name, *options, *(["--sample_steps", 0] if name == "pretrain" else []))
-        return tensors(folder)
-
-    free, high, low = run(tmp_path / "free", 0), run(tmp_path / "high", 1e9), run(tmp_path / "low", 1e-9)
-    assert all(torch.equal(free[key], high[key]) for key in free)
-    assert not all(torch.equal(free[key], low[key]) for key in free)
-
-
-# The place in the data
-
-
 class Stream(IterableDataset):
+    def __init__(self, count):
+        self.count = count
+
     def __iter__(self):
-        return iter(torch.zeros(4, 1))
+        return iter(torch.zeros(self.count, 1))
 
 
-@pytest.mark.parametrize(
-    ("data", "progress"), [([], Progress()), (torch.zeros(4, 1), Progress(2, 2, 6)), (Stream(), Progress(2, 2, 6))]
-)
-def test_an_epoch_that_yields_nothing_is_an_error(data, progress, in_time):
-    accelerator = Accelerator(cpu=True)
-    loader = accelerator.prepare(DataLoader(data, batch_size=2))
-    with pytest.raises(SystemExit, match=f"Epoch {progress.epoch + 1} has no batch after the {progress.batch} that"):
-        next(pretrain.batches_from(accelerator, loader, progress))
+LATER = Progress(epoch=2, batch=2, batches=6)
+
+
+@pytest.mark.parametrize(("stream", "progress"), [(False, Progress()), (False, LATER), (True, LATER)])
+def test_an_epoch_that_yields_nothing_is_an_error(stream, progress, in_time):
+    rows = torch.zeros(4 if progress.batch else 0, 1)
+    order = Batches(lambda epoch: torch.arange(len(rows)).split(2) if len(rows) else [], 2)
+    loader = DataLoader(Stream(len(rows)), batch_size=2) if stream else DataLoader(rows, batch_sampler=order)
+    module = torch.nn.Linear(1, 1)
+    with accelerated(mixed_precision="no") as accelerator:
+        loop = Loop(accelerator, module, torch.optim.SGD(module.parameters()), loader, total_steps=9, seed=0)
+        loop.progress = progress
+        with pytest.raises(ValueError, match=f"Epoch {progress.epoch + 1} has no batch after the {progress.batch} that"):
+            next(loop.batches())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train_batch_size", 100], r"batches of 25 images \(--train_batch_size 25, processes: 1\), and this .* 100"),
-        (["--train_batch_size", 50], "give --train_batch_size 25, or begin another run from its weights"),
-        (["--max_train_samples", 25], "was trained on 100 images, and here are 25. .* give the same images, or begin"),
-        (["--seed", 2], "other options: seed differ"),
+        (["--train_batch_size", 100], r"trained on 25 images a step \(total_batch_size\), and here are 100"),
+        (["--train_batch_size", 50], "give total_batch_size 25, or begin another run, in another output_dir"),
+        (["--max_train_samples", 25], "was trained on 100 images, and here are 25: give the same images, or begin"),
+        (["--seed", 2], "other options: seed was 1 and is 2"),
     ],
 )
 def test_a_run_is_not_resumed_where_its_place_in_the_data_would_be_lost(
@@ -266,12 +144,22 @@ def test_a_run_is_not_resumed_where_its_place_in_the_data_would_be_lost(
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
+def aged(checkpoint):
+    """Make a checkpoint one of version 0.1.0, which noted less."""
+    path = checkpoint / PROGRESS
+    new = ("num_images", "losses", "steps", "batch_images", "images_hash")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in new}))
+    (checkpoint / FILES).unlink()
+    options = yaml.safe_load((checkpoint / OPTIONS).read_text())
+    new = ("total_batch_size", "shuffle_buffer", "low_resolution", "low_resolution_share")
+    options = {k: v for k, v in options.items() if k not in new}
+    (checkpoint / OPTIONS).write_text(yaml.safe_dump(options))
+
+
 def test_an_old_checkpoint_of_more_images_does_not_hang(pretrained, digits, tmp_path, in_time):
     """Version 0.1.0 did not note how many images there were."""
     shutil.copytree(pretrained / "checkpoint-2", tmp_path / "checkpoint-2")
-    path = tmp_path / "checkpoint-2" / training_run.PROGRESS
-    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("num_images", "losses")}
-    path.write_text(json.dumps(old))
+    aged(tmp_path / "checkpoint-2")
     options = [*pretrain_options(digits, tmp_path), "--resume_from_checkpoint", "latest"]
     with pytest.raises(SystemExit, match="Epoch 1 has no batch after the 2 that are done"):
         scripts.run("pretrain", *options, "--max_train_samples", 50)
@@ -282,31 +170,10 @@ def test_an_old_checkpoint_of_more_images_does_not_hang(pretrained, digits, tmp_
 
 def test_an_autoencoder_is_resumed_on_the_same_batches(vae, digits, tmp_path, in_time):
     options = [*vae_options(digits, tmp_path), "--resume_from_checkpoint", vae / "checkpoint-6"]
-    with pytest.raises(SystemExit, match="batches of 25 images .* give --train_batch_size 25[.]"):
+    with pytest.raises(SystemExit, match="25 images a step .* give total_batch_size 25, or"):
         scripts.run("train_vae", *options, "--train_batch_size", 50)
     with pytest.raises(SystemExit, match="was trained on 100 images, and here are 60"):
         scripts.run("train_vae", *options, "--max_train_samples", 80)
-
-
-def test_finetuning_is_resumed_on_the_same_batches(digits, denoiser, tmp_path):
-    shutil.copytree(digits, tmp_path / "digits")
-    options = [*finetune_options(tmp_path / "digits", tmp_path / "out", denoiser), "--max_train_samples", 1437]
-    scripts.run("finetune", *options, "--max_train_steps", 2)
-    options += ["--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
-    (tmp_path / "out" / finetune.RESULTS).unlink()
-    (tmp_path / "out" / "checkpoint-best-3").mkdir()  # the user's own
-    Dataset.from_parquet(str(digits / "train.parquet")).select(range(64)).to_parquet(
-        tmp_path / "digits" / "train.parquet"
-    )
-    with pytest.raises(SystemExit, match="checkpoint-2 was trained on 1437 images, and here are 64: give the same"):
-        scripts.run("finetune", *options)
-    (tmp_path / "out" / "checkpoint-2" / "rng_state.pth").rename(tmp_path / "out" / "checkpoint-2" / "rng_state_0.pth")
-    (tmp_path / "out" / "checkpoint-2" / "rng_state_1.pth").touch()  # as two processes leave them
-    with pytest.raises(SystemExit, match=r"was trained by 2 process\(es\), and here are 1: start as many as then"):
-        scripts.run("finetune", *options)
-
-
-# Checkpoints
 
 
 def test_the_checkpoint_just_saved_is_kept_whatever_lies_beside_it(pretrained, digits, tmp_path):
@@ -320,22 +187,8 @@ def test_the_checkpoint_just_saved_is_kept_whatever_lies_beside_it(pretrained, d
     assert {f.name for f in tmp_path.glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4-best", "checkpoint-6"}
 
 
-def test_options_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    args = pretrain.parse_arguments(["--seed", "1"])
-    training_run.write_options(args, tmp_path)
-
-    def stopped(path, text, **options):
-        write(path, text[: len(text) // 2], **options)
-        raise KeyboardInterrupt
-
-    args.seed, write = 2, Path.write_text
-    monkeypatch.setattr(Path, "write_text", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        training_run.write_options(args, tmp_path)
-    assert yaml.safe_load((tmp_path / training_run.OPTIONS).read_text())["seed"] == 1
-
-
-# The end
+class Killed(BaseException):
+    """What ends a program at once."""
 
 
 def killed(patch, owner, name, when=lambda *args: True):
@@ -344,18 +197,18 @@ def killed(patch, owner, name, when=lambda *args: True):
 
     def stopping(*args, **options):
         if when(*args):
-            raise KeyboardInterrupt
+            raise Killed
         return original(*args, **options)
 
     patch.setattr(owner, name, stopping)
 
 
 KILLS = {
-    "a checkpoint": (training_run.Run, "save", lambda run, network, folder: folder.name == "partial-checkpoint"),
-    "sampling after a checkpoint": (training_run.Run, "sample", lambda run, step: step == 4),
-    "sampling after the last": (training_run.Run, "sample", lambda run, step: step == 6),
-    "the final save": (training_run.Run, "save", lambda run, network, folder: folder.name != "partial-checkpoint"),
-    "the results": (training_run, "base_model", lambda source: True),
+    "a checkpoint": (Pretraining, "write", lambda run, folder: folder.name == "partial-checkpoint"),
+    "sampling after a checkpoint": (Pretraining, "sample", lambda run, step: step == 4),
+    "sampling after the last": (Pretraining, "sample", lambda run, step: step == 6),
+    "the final save": (Pretraining, "write", lambda run, folder: folder.name != "partial-checkpoint"),
+    "the results": (pretraining, "base_model", lambda source: True),
 }
 
 
@@ -364,7 +217,7 @@ def test_resuming_does_what_is_not_done_yet(pretrained, digits, tmp_path, monkey
     options = pretrain_options(digits, tmp_path)
     with monkeypatch.context() as patch:
         killed(patch, *KILLS[kill])
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             scripts.run("pretrain", *options)
     assert not (tmp_path / "train_results.json").exists()
     assert (tmp_path / "partial-checkpoint").exists() == (kill == "a checkpoint")
@@ -388,8 +241,8 @@ def test_a_complete_run_is_left_as_it_is(pretrained, digits, caplog):
 def test_an_autoencoder_is_finished_where_its_end_was_interrupted(vae, digits, tmp_path, monkeypatch, caplog):
     options = vae_options(digits, tmp_path)
     with monkeypatch.context() as patch:
-        killed(patch, train_vae.AutoencoderKL, "save_pretrained")
-        with pytest.raises(KeyboardInterrupt):
+        killed(patch, vae_training.AutoencoderKL, "save_pretrained")
+        with pytest.raises(Killed):
             scripts.run("train_vae", *options)
     (tmp_path / "partial-checkpoint").mkdir()
     scripts.run("train_vae", *options, "--resume_from_checkpoint", "latest")
@@ -399,50 +252,29 @@ def test_an_autoencoder_is_finished_where_its_end_was_interrupted(vae, digits, t
     assert "is complete, after 6 steps" in caplog.text
 
 
-def test_a_finetuned_network_is_finished_where_its_end_was_interrupted(
-    finetuned, digits, denoiser, tmp_path, monkeypatch, capsys
-):
-    options = finetune_options(digits, tmp_path, denoiser)
-    with monkeypatch.context() as patch:
-        killed(patch, finetune, "write_json", lambda path, content: path.name == finetune.RESULTS)
-        with pytest.raises(KeyboardInterrupt):
-            scripts.run("finetune", *options)
-    (tmp_path / "checkpoint-3").mkdir()  # as of an interrupted save
-    scripts.run("finetune", *options, "--resume_from_checkpoint", "latest")
-    assert_same(finetuned, tmp_path, finetune.RESULTS)
-    scripts.run("finetune", *options, "--resume_from_checkpoint", "latest")
-    assert "is complete, its figures are in eval_results.json" in capsys.readouterr().out
-
-
-# Numbers that are not finite
-
-
-def spoilt(steps_of, weight_of, at):
+def spoilt(steps_of, at):
     """Steps of a training, after one of which a weight is no number."""
 
-    def steps(args, accelerator, training):
-        for step in steps_of(args, accelerator, training):
+    def steps(loop, loss):
+        for step in steps_of(loop, loss):
             if step == at:
                 with torch.no_grad():
-                    weight_of(training).view(-1)[0] = float("nan")
+                    next(loop.module.parameters()).view(-1)[0] = float("nan")
             yield step
 
     return steps
 
 
-TRAININGS = {
-    "pretrain": (pretrain, pretrain_options, lambda training: training.denoiser.conv_in.weight),
-    "train_vae": (train_vae, vae_options, lambda training: training.vae.encoder.conv_in.weight),
-}
+TRAININGS = {"pretrain": pretrain_options, "train_vae": vae_options}
 
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_nothing_is_saved_of_weights_that_are_not_finite(name, request, digits, tmp_path, monkeypatch):
-    module, arguments, weight_of = TRAININGS[name]
+    arguments = TRAININGS[name]
     whole = request.getfixturevalue("pretrained" if name == "pretrain" else "vae")
     options = arguments(digits, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "training_steps", spoilt(module.training_steps, weight_of, at=4))
+        patch.setattr(Loop, "steps", spoilt(Loop.steps, at=4))
         message = (
             "Some weights are no finite numbers, after a loss of .* at step 4, at a learning rate of .* none of it"
         )
@@ -456,7 +288,7 @@ def test_nothing_is_saved_of_weights_that_are_not_finite(name, request, digits, 
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_nothing_is_saved_of_a_training_that_diverges(name, digits, tmp_path):
-    _, arguments, _ = TRAININGS[name]
+    arguments = TRAININGS[name]
     with pytest.raises(SystemExit, match="at step 2, at a learning rate of .*; none of it is saved. There is no"):
         scripts.run(name, *arguments(digits, tmp_path), "--learning_rate", 1e30, "--lr_warmup_steps", 0)
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
@@ -484,57 +316,14 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(pretrained, digits, tmp_
     with torch.no_grad():
         pipeline.denoiser.conv_in.weight[0] = float("inf")
     pipeline.save_pretrained(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / FILES).unlink()
     with pytest.raises(SystemExit, match="checkpoint-2 holds weights that are no finite numbers: resume an earlier"):
         scripts.run("pretrain", *pretrain_options(digits, tmp_path), "--resume_from_checkpoint", "latest")
 
 
-def test_finetuning_saves_nothing_that_is_not_finite(finetuned, digits, denoiser, tmp_path, monkeypatch):
-    class Spoil(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 4:
-                with torch.no_grad():
-                    model.classifier.bias[0] = float("nan")
-
-    def spoiling(*args):
-        trainer = make_trainer(*args)
-        trainer.add_callback(Spoil())
-        return trainer
-
-    make_trainer, options = finetune.make_trainer, finetune_options(digits, tmp_path, denoiser)
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "make_trainer", spoiling)
-        with pytest.raises(SystemExit, match="no finite numbers, .* at step 4, .*checkpoint-2 is the last good"):
-            scripts.run("finetune", *options)
-    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert not (tmp_path / "model.safetensors").exists()
-    scripts.run("finetune", *options, "--resume_from_checkpoint", "latest")
-    assert_same(finetuned, tmp_path, finetune.RESULTS)
-
-
-def test_finetuning_that_diverges_saves_nothing(digits, denoiser, tmp_path):
-    options = [*finetune_options(digits, tmp_path, denoiser), "--lr_warmup_ratio", 0, "--learning_rate", 1e30]
-    with pytest.raises(SystemExit, match="at step 2, at a learning rate of .*; none of it is saved. There is no"):
-        scripts.run("finetune", *options)
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize("option", ["--learning_rate", "--wide_resnet_learning_rate"])
-def test_classifiers_of_noisy_images_that_diverge_are_not_saved(option, digits, denoiser, tmp_path):
-    options = ["--model_name_or_path", denoiser, "--dataset_name", digits, "--output_dir", tmp_path, "--num_views", 1]
-    options += ["--max_train_samples", 40, "--max_test_samples", 20, "--hidden_size", 8, "--num_train_epochs", 3]
-    options += ["--train_batch_size", 20, "--wide_resnet", 1, "--wide_resnet_steps", 4, "--wide_resnet_batch_size", 8]
-    with pytest.raises(SystemExit, match=f"none of it is saved. There is no checkpoint .* with a lower {option}, or"):
-        scripts.run("noisy_classifier", *options, option, 1e30)
-    failed = "mlp" if option == "--learning_rate" else "wide_resnet"
-    assert not list((tmp_path / failed).glob("*.safetensors")) and not (tmp_path / "eval_results.json").exists()
-
-
-# Several processes
-
-
 TWO = """
-import json, sys
-import pretrain
+import json, signal, sys
+from ddae_hf.experiments import pretraining
 from accelerate.state import PartialState
 from ddae_hf.diffusion import Diffusion
 from tests import scripts
@@ -543,12 +332,14 @@ from tests.watch import watched
 def failing(*args, **options):
     losses.append(loss_of(*args, **options))
     one = PartialState().process_index == 1
+    if one and len(losses) == 7:
+        signal.raise_signal(signal.SIGTERM)
     return losses[-1] * float("nan") if one and len(losses) == 6 else losses[-1]
 
 losses = []
-pretrain.training_inputs = watched(pretrain.training_inputs)
+pretraining.training_inputs = watched(pretraining.training_inputs)
 loss_of, Diffusion.loss = Diffusion.loss, failing
-pretrain.Accelerator.end_training = lambda accelerator: None  # it would close the process group of the next run
+PartialState.destroy_process_group = lambda state: None  # the next run needs it
 for options in json.loads(sys.argv[1]):
     try:
         scripts.run("pretrain", *options)
@@ -560,7 +351,8 @@ for options in json.loads(sys.argv[1]):
 def test_two_processes_go_on_where_one_stopped_and_stop_together(digits, tmp_path, monkeypatch):
     """Four images a batch on one, two on each of two: the same images in the same order, at the same rates.
 
-    Of the second run's second step, the loss is no number on one process alone, and both stop.
+    Of the second run's second step, the loss is no number on one process alone, and both stop. So they do in the third
+    run, of which one gets a signal.
     """
     options = ["--lr_scheduler", "linear", "--sample_steps", 0]
     alone = [*pretrain_options(digits, tmp_path / "alone"), *options, "--train_batch_size", 4]
@@ -568,12 +360,14 @@ def test_two_processes_go_on_where_one_stopped_and_stop_together(digits, tmp_pat
     both += ["--resume_from_checkpoint", tmp_path / "alone" / "checkpoint-2"]
     fails = [*pretrain_options(digits, tmp_path / "fails"), *options, "--checkpointing_steps", 1]
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "training_inputs", watched(pretrain.training_inputs))
+        patch.setattr(pretraining, "training_inputs", watched(pretraining.training_inputs))
         scripts.run("pretrain", *alone)
     (tmp_path / "two.py").write_text(TWO)
     config = ROOT / "examples" / "accelerate_configs" / "two_cpu_processes.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += [str(tmp_path / "two.py"), json.dumps([both, fails], default=str)]
+    stops = [*pretrain_options(digits, tmp_path / "stops"), "--sample_steps", 0, "--max_train_steps", 20]
+    stops += ["--checkpointing_steps", 100]
+    command += [str(tmp_path / "two.py"), json.dumps([both, fails, stops], default=str)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT / "examples", ROOT]))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
@@ -594,3 +388,124 @@ def test_two_processes_go_on_where_one_stopped_and_stop_together(digits, tmp_pat
     for process in (0, 1):
         assert f"Process {process}: The loss is nan at step 2" in done.stdout
     assert [f.name for f in (tmp_path / "fails").glob("*checkpoint*")] == ["checkpoint-1"]
+    assert done.stderr.count("Stopped by SIGTERM after step 10 of 20") == 2
+    assert [f.name for f in (tmp_path / "stops").glob("*checkpoint*")] == ["checkpoint-10"]
+
+
+# Signals, disks and damaged files
+
+
+def run_loop(folder, total=40, resume=None, after=None, save=None):
+    """Fit a line, one checkpoint every ten steps; `after` is called after every step."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(1, 1)
+    rows = torch.linspace(-1, 1, 12)[:, None]
+    order = Batches(lambda epoch: torch.randperm(12, generator=torch.Generator().manual_seed(epoch)).split(4), 4)
+    loader = DataLoader([{"x": row} for row in rows], batch_sampler=order)
+    with accelerated(mixed_precision="no") as accelerator:
+        loop = Loop(
+            accelerator, module, torch.optim.SGD(module.parameters(), lr=0.1), loader, total_steps=total, seed=0,
+            output_dir=folder, checkpointing_steps=10, keep_weights=True, save=save or (lambda folder: None),
+        )  # fmt: skip
+        loop.restore(None if resume is None else run_folder.checkpoint_to_resume(folder, resume, NEEDED))
+
+        def loss(batch):
+            if after is not None:
+                after(loop.progress.steps + 1)
+            return (loop.module(batch["x"]) - 2 * batch["x"] + torch.rand(())).square().mean()
+
+        loop.run(loss)
+        return loop
+
+
+NEEDED = (*STATE, WEIGHTS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends_as_it_would_have(tmp_path, number):
+    whole = run_loop(tmp_path / "whole")
+
+    def stop(step):
+        if step == 17:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="after step 17 of 40: .*checkpoint-17 is saved. .* latest") as stopped:
+        run_loop(tmp_path / "stopped", after=stop)
+    assert stopped.value.signal == number and signal.getsignal(number) is before
+    resumed = run_loop(tmp_path / "stopped", resume="latest")
+    assert torch.equal(resumed.raw().weight, whole.raw().weight)
+    assert resumed.progress.losses == whole.progress.losses and len(whole.progress.losses) == 40
+
+
+def test_without_a_folder_ctrl_c_just_stops():
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run_loop(None, after=lambda step: signal.raise_signal(signal.SIGINT))
+    assert not isinstance(stopped.value, Interrupted)
+
+
+def test_the_loss_is_of_the_last_hundred_batches_after_resuming_too(tmp_path):
+    whole = run_loop(tmp_path / "whole", total=140)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-130", tmp_path / "resumed" / "checkpoint-130")
+    resumed = run_loop(tmp_path / "resumed", total=140, resume="latest")
+    assert resumed.progress.losses == whole.progress.losses and len(resumed.progress.losses) == 100
+
+
+def test_latest_is_the_newest_checkpoint_that_is_whole(tmp_path, caplog):
+    whole = run_loop(tmp_path)
+    (tmp_path / "checkpoint-40" / "state" / "model.safetensors").write_bytes(b"cut")
+    (tmp_path / "checkpoint-30" / "state" / "optimizer.bin").unlink()
+    resumed = run_loop(tmp_path, resume="latest")
+    assert resumed.resumed.steps == 20 and torch.equal(resumed.raw().weight, whole.raw().weight)
+    assert "checkpoint-40 cannot be resumed: state/model.safetensors is not what was written" in caplog.text
+    assert "checkpoint-30 cannot be resumed: it has no state/optimizer.bin. Resuming from" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "progress.json"])
+def test_a_checkpoint_without_its_state_is_refused(tmp_path, name):
+    run_loop(tmp_path, total=10)
+    (tmp_path / "checkpoint-10" / FILES).unlink()  # as of earlier versions
+    (tmp_path / "checkpoint-10" / "state" / name).unlink()
+    for wanted in ("latest", tmp_path / "checkpoint-10"):
+        with pytest.raises(ValueError, match=f"checkpoint-10 cannot be resumed: it has no state/{name}"):
+            run_loop(tmp_path, resume=wanted)
+
+
+def test_an_old_checkpoint_that_cannot_be_read_is_one_sentence(tmp_path):
+    run_loop(tmp_path, total=10)
+    (tmp_path / "checkpoint-10" / FILES).unlink()
+    path = tmp_path / "checkpoint-10" / "state" / "optimizer.bin"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="checkpoint-10 cannot be resumed: .* Resume an earlier checkpoint"):
+        run_loop(tmp_path, resume="latest")
+
+
+def full(folder):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def full_inside_safetensors(folder):
+    raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("fails", [full, full_inside_safetensors])
+def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(tmp_path, fails):
+    saved = []
+
+    def save(folder):
+        saved.append(folder)
+        if len(saved) == 2:
+            fails(folder)
+
+    with pytest.raises(OSError, match="could not be written to: .*No space left.*checkpoint-10 is the last checkpoint"):
+        run_loop(tmp_path, save=save)
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-10"]
+    assert run_loop(tmp_path, resume="latest").progress.steps == 40
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_file_in_place_of_the_folder_is_refused_before_any_work(tmp_path, name, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        scripts.run(name, *TRAININGS[name]("nowhere", tmp_path / "file"))
+    assert f"{tmp_path / 'file'} is a file: give a folder" in capsys.readouterr().err

@@ -10,8 +10,10 @@ from datasets import load_dataset
 from diffusers import AutoencoderKL
 from PIL import Image
 
-import train_vae
 from ddae_hf import DDAEImageProcessor
+from ddae_hf.commands.parsing import parse
+from ddae_hf.experiments.images import DataOptions
+from ddae_hf.experiments.vae_training import Autoencoder, VAEOptions, new_vae, reconstruction_loss
 
 from . import scripts
 
@@ -83,7 +85,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(trained, digits, tmp_p
 
 
 def test_the_divergence_is_the_one_of_the_posterior_and_weighs_as_the_sum_over_an_image():
-    autoencoder = train_vae.Autoencoder(train_vae.new_vae(options())).eval()
+    autoencoder = Autoencoder(new_vae(options())).eval()
     images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     reconstruction, divergence = autoencoder(images)
     posterior = autoencoder.vae.encode(images).latent_dist
@@ -91,14 +93,13 @@ def test_the_divergence_is_the_one_of_the_posterior_and_weighs_as_the_sum_over_a
     expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0, 1)).sum((1, 2, 3))
     torch.testing.assert_close(divergence, expected)
     for loss, power in (("l1", 1), ("l2", 2)):
-        args = options("--loss", loss, "--kl_weight", "0.5")
-        found = train_vae.reconstruction_loss(args, images, reconstruction, divergence)
+        found = reconstruction_loss(options(loss=loss, kl_weight=0.5), images, reconstruction, divergence)
         sums = (reconstruction - images).abs().pow(power).sum((1, 2, 3)) + 0.5 * expected
         torch.testing.assert_close(found, sums.mean() / 64)
 
 
-def options(*more):
-    return train_vae.parse_arguments(["--vae", json.dumps(TINY), "--resolution", "8", *more])
+def options(**more):
+    return VAEOptions(vae=TINY, resolution=8, **more)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +108,12 @@ def options(*more):
         (["--resolution", "9"], "must be a multiple of 2"),
         (["--vae", json.dumps(TINY | {"norm_num_groups": 3})], "num_groups"),
         (["--vae", json.dumps(TINY | {"scaling_factor": 0.2})], "it is measured after the training"),
-        (["--vae", json.dumps(TINY | {"sample_size": 8})], "--resolution gives it"),
+        (["--vae", json.dumps(TINY | {"sample_size": 8})], "resolution gives it"),
         (["--vae", json.dumps(TINY | {"channels": 8})], "no options ['channels']"),
-        (["--vae", "3"], "must be options"),
-        (["--held_out", "1430"], "There are 1437 images: --held_out 1430 and a --train_batch_size of 32"),
+        (["--vae", "3"], "is no mapping"),
+        (["--held_out", "1430"], "There are 1437 images: held_out 1430 and a total_batch_size of 32"),
         (["--held_out", "0"], "must be at least 1"),
-        (["--kl_weight", "-1"], "--kl_weight is -1.0: it must be at least 0"),
+        (["--kl_weight", "-1"], "kl_weight is -1.0: it must be at least 0"),
         (["--train_split", "validation"], "has no split 'validation'"),
     ],
 )
@@ -125,7 +126,7 @@ def test_options_that_cannot_work_are_refused_before_training(digits, tmp_path, 
 
 def test_a_checkpoint_is_resumed_as_it_was_begun(trained, digits):
     resume = ("--max_train_steps", "41", "--resume_from_checkpoint", "latest")
-    with pytest.raises(SystemExit, match="other options: loss differ"):
+    with pytest.raises(SystemExit, match="other options: loss was 'l2' and is 'l1'"):
         train(digits, trained, *resume, "--loss", "l1")
     with pytest.raises(SystemExit, match="checkpoint-25 is at step 25, beyond the 24 asked for"):
         train(digits, trained, "--max_train_steps", "24", *resume[2:])
@@ -141,9 +142,9 @@ def test_a_loss_that_is_no_number_stops_the_training(digits, tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10_vae", "digits_vae"])
 def test_configurations_describe_autoencoders_that_can_be_trained(name):
-    args = train_vae.parse_arguments(["--config", str(CONFIGS / f"{name}.yaml"), "--dataset_name", "somewhere"])
-    vae = train_vae.new_vae(args)
-    images = torch.zeros(1, vae.config.in_channels, args.resolution, args.resolution)
+    _, given = parse([DataOptions, VAEOptions], None, ["--config", str(CONFIGS / f"{name}.yaml")])
+    vae = new_vae(given)
+    images = torch.zeros(1, vae.config.in_channels, given.resolution, given.resolution)
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
         assert vae.decode(latents).sample.shape == images.shape
