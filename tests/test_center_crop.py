@@ -88,6 +88,7 @@ def test_resuming_with_images_prepared_otherwise_is_refused(photographs, tmp_pat
     trained = yaml.safe_load(saved.read_text())
     assert trained.pop("center_crop") is True
     saved.write_text(yaml.safe_dump(trained))
+    (saved.parent / "files.json").unlink()
     with pytest.raises(SystemExit, match="trained with other options: center_crop was"):
         train(tmp_path / "old", *resume, steps=2)
     train(tmp_path / "old", *resume, "--no-center_crop", steps=2)
@@ -141,6 +142,7 @@ def test_latents_of_version_0_1_0_were_squashed(photographs, vae, tmp_path):
     trained = yaml.safe_load((checkpoint / "training_options.yaml").read_text())
     del trained["center_crop"]
     (checkpoint / "training_options.yaml").write_text(yaml.safe_dump(trained))
+    (checkpoint / "files.json").unlink()
     train(tmp_path / "squashed", *options, "--resume_from_checkpoint", "latest", steps=2)
 
 

@@ -28,7 +28,6 @@ from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments import pretraining
 from ddae_hf.experiments.images import DataOptions, Images
 from ddae_hf.experiments.new_networks import DENOISER, check_networks, new_networks
-from ddae_hf.experiments.accelerating import accelerated
 from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
@@ -275,7 +274,7 @@ def stream_batches(shards, progress, count, **changes):
     options = PretrainingOptions(**changes)
     images = Images.open(shards, streaming=True)
     sizes = batch_sizes(options, 1)
-    with accelerated(mixed_precision="no") as accelerator:
+    with options.accelerated(sizes) as accelerator:
         loop = Pretraining(options, accelerator, training_data(images, options), sizes, None).loop
         loop.progress = progress
         found = []
@@ -600,8 +599,9 @@ def test_pictures_go_to_the_tracker(noise_images, tmp_path, monkeypatch):
         def log_images(self, values, step):
             self.seen[step] = values["samples"].shape
 
-    started = pretraining.accelerated
-    monkeypatch.setattr(pretraining, "accelerated", lambda **given: tracked(started(**given), Tracker()))
+    started = PretrainingOptions.accelerated
+    changed = lambda options, sizes: tracked(started(options, sizes), Tracker())  # noqa: E731
+    monkeypatch.setattr(PretrainingOptions, "accelerated", changed)
     options = {"sample_steps": 2, "num_samples": 4, "num_inference_steps": 1, "max_train_steps": 2}
     pretrain(noise_images, **{**small(str(tmp_path)), **options})
     assert Tracker.seen == {2: (1, 129, 129, 3)}

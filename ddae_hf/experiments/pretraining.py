@@ -31,7 +31,7 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
 from ..networks import network_of
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import accelerated, this_process
+from .accelerating import this_process
 from .arrays import write_json, written_whole
 from .batches import num_steps
 from .devices import fast_layout, made_fast
@@ -180,15 +180,7 @@ def pretrain(
         resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, *WEIGHTS))
     sizes = batch_sizes(options, this_process().num_processes)
     data = training_data(images, options)
-    with accelerated(
-        mixed_precision=options.mixed_precision,
-        accumulation=sizes.accumulation,
-        allow_tf32=options.allow_tf32,
-        report_to=options.report_to,
-        output_dir=options.output_dir,
-        logging_dir=options.logging_dir,
-        tracked=options.to_dict(),
-    ) as accelerator:
+    with options.accelerated(sizes) as accelerator:
         run = Pretraining(options, accelerator, data, sizes, resume)
         steps = run.loop.total_steps
         if options.output_dir and is_finished(Path(options.output_dir, PretrainingReport.file), resume, steps):
@@ -260,6 +252,7 @@ class Pretraining:
         self.loop.restore(resume)
         self.loop.progress.num_images = data.count
         self.loop.progress.images_hash = data.hash
+        self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
     def _networks(self, resume: Path | None) -> tuple[Any, Any, Any]:
         """Return the denoiser in training, the one of averaged weights, and the scheduler."""
@@ -323,24 +316,24 @@ class Pretraining:
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
 
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch."""
+        options, loop = self.options, self.loop
+        batch["pixel_values"] = one_view(batch["pixel_values"])
+        clean, labels = training_inputs(options, batch, self.diffusion.own)
+        if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
+            clean = reduced(clean, options.low_resolution)
+        return self.diffusion.loss(clean, class_labels=labels, log_normal=options.log_sigma).mean()
+
     def train(self) -> None:
         """Train, and leave checkpoints and samples."""
         options, loop = self.options, self.loop
-        diffusion = Diffusion(loop.module, self.scheduler)
-
-        def loss(batch: dict[str, Tensor]) -> Tensor:
-            batch["pixel_values"] = one_view(batch["pixel_values"])
-            clean, labels = training_inputs(options, batch, diffusion.own)
-            if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
-                clean = reduced(clean, options.low_resolution)
-            return diffusion.loss(clean, class_labels=labels, log_normal=options.log_sigma).mean()
-
         sample = self.sample if options.output_dir else None
         step = loop.progress.steps
         if sample and step and options.sample_steps and step % options.sample_steps == 0:
             if not self.picture(step).is_file():  # interrupted before it was drawn
                 sample(step)
-        loop.run(loss, sample, options.sample_steps)
+        loop.run(self.loss, sample, options.sample_steps)
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""

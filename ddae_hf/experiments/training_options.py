@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
+from .accelerating import accelerated
 from .options import Options, option
 from .progress import Progress
 from .run_folder import check_folder, read_options
@@ -79,6 +82,18 @@ class TrainingOptions(Options):
             check_folder(self.output_dir)
         if self.output_dir is None and self.resume_from_checkpoint == "latest":
             raise ValueError("resume_from_checkpoint is latest, of output_dir: give that, or a checkpoint's folder.")
+
+    def accelerated(self, sizes: BatchSizes) -> AbstractContextManager[Accelerator]:
+        """Return what gives the run's `Accelerator`: see `accelerating.accelerated`."""
+        return accelerated(
+            mixed_precision=self.mixed_precision,
+            accumulation=sizes.accumulation,
+            allow_tf32=self.allow_tf32,
+            report_to=self.report_to,
+            output_dir=self.output_dir,
+            logging_dir=self.logging_dir,
+            tracked=self.to_dict(),
+        )
 
     def schedule(self, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
         """Return what makes the schedule of an optimiser's learning rate."""

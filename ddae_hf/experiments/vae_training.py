@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import accelerated, this_process
+from .accelerating import this_process
 from .batches import image_batches, images_hash, num_steps
 from .devices import fast_layout, made_fast
 from .images import Images, ImageSet
@@ -164,15 +164,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, WEIGHTS))
     sizes = batch_sizes(options, this_process().num_processes, options.default_batch)
     train, held_out = split_images(images, options, sizes)
-    with accelerated(
-        mixed_precision=options.mixed_precision,
-        accumulation=sizes.accumulation,
-        allow_tf32=options.allow_tf32,
-        report_to=options.report_to,
-        output_dir=options.output_dir,
-        logging_dir=options.logging_dir,
-        tracked=options.to_dict(),
-    ) as accelerator:
+    with options.accelerated(sizes) as accelerator:
         given = in_force(options, sizes, accelerator.mixed_precision, images.opened_with)
         vae = new_vae(options)
         loop = _loop(options, accelerator, vae, train, sizes, given, resume)
