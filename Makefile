@@ -82,9 +82,9 @@ cifar10-speedrun: $(VENV)/.installed  ## On one GPU: train from scratch for good
 benchmarks: $(VENV)/.installed  ## Speed, side by side (needs the checkpoint of cifar10-cpu): make benchmarks DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
 	$(BIN)/python benchmarks/levers.py --compile
-	$(BIN)/python benchmarks/features.py --compile --probe_checkpoint runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)"
-	$(BIN)/python benchmarks/sweep.py --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --max_train_samples 10000
-	$(BIN)/python benchmarks/pretrain.py --dataset_name "$(DDAE_CIFAR10_DIR)" --learning_rate 4e-4 --lr_warmup_steps 20
+	$(BIN)/python benchmarks/feature_speed.py --compile --probe_checkpoint runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)"
+	$(BIN)/python benchmarks/sweep_speed.py --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --max_train_samples 10000
+	$(BIN)/python benchmarks/training_speed.py --dataset_name "$(DDAE_CIFAR10_DIR)" --learning_rate 4e-4 --lr_warmup_steps 20
 	$(BIN)/python benchmarks/sample.py --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --num_images 2000
 	$(BIN)/python benchmarks/start.py --model_name_or_path runs/cifar10_cpu
 	$(BIN)/python benchmarks/quality_per_minute.py --dataset_name "$(DDAE_CIFAR10_DIR)"

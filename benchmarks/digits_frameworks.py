@@ -3,14 +3,13 @@
     python benchmarks/digits_frameworks.py --output_dir runs/digits_frameworks
 
 Runs the scripts of `examples/` with its configurations `digits*.yaml`, one after the other; a step that is done is not
-done again. Writes `results.json`, `table.md` and `samples.png`.
+done again. Writes `results.json`, `table.md` and `samples.png`. Few labels: mean ± standard deviation over draws.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from ddae_hf.experiments.plots import image_grid  # noqa: E402
+from ddae_hf.experiments.report import spread  # noqa: E402
+from ddae_hf.experiments.results import ProbeReport  # noqa: E402
 from quickstart import NUM_SAMPLES, recognised, run, write_digits  # noqa: E402
 
 FRAMEWORKS = {"ddpm": "DDPM", "edm": "EDM", "flow": "flow matching"}
@@ -33,42 +34,37 @@ SAMPLERS = {
 }
 
 
-def run_steps(framework: str, network: str, data: Path, folder: Path, steps: list[str]) -> None:
+def run_steps(framework: str, network: str, data: Path, folder: Path, steps: list[Any]) -> None:
     """Pretrain, generate and probe one pair, as far as that is not done."""
     name = f"digits_{framework}_{network}.yaml"
     config = EXAMPLES / "configs" / ("digits.yaml" if name == "digits_ddpm_unet.yaml" else name)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", str(os.cpu_count())]
-    launch += ["--config_file", str(EXAMPLES / "accelerate_configs" / "single.yaml")]
     if not (folder / "checkpoint" / "train_results.json").exists():
         options = ["--config", config, "--dataset_name", data, "--resume_from_checkpoint", "latest", *steps]
-        run(*launch, EXAMPLES / "pretrain.py", *options, "--output_dir", folder / "checkpoint")
+        run("pretrain.py", *options, "--output_dir", folder / "checkpoint", launch=True)
     model = ["--model_name_or_path", folder / "checkpoint"]
     if not (folder / "samples" / "grid.png").exists():
-        options = ["--num_images", str(NUM_SAMPLES), "--batch_size", str(NUM_SAMPLES), *SAMPLERS[framework]]
-        run(sys.executable, EXAMPLES / "generate.py", *model, *options, "--output_dir", folder / "samples")
+        options = ["--num_images", NUM_SAMPLES, "--batch_size", NUM_SAMPLES, *SAMPLERS[framework]]
+        run("generate.py", *model, *options, "--output_dir", folder / "samples")
     if not (folder / "classifier" / "eval_results.json").exists():
-        options = ["--dataset_name", data, "--layers", "decoder", "--sigmas", "0.05", "0.1", "0.2"]
-        options += ["--num_noise_samples", "4", "--labels_per_class", "10", "--output_dir", folder / "classifier"]
-        run(sys.executable, EXAMPLES / "linear_probe.py", *model, *options)
+        options = ["--dataset_name", data, "--layers", "decoder", "--sigmas", 0.05, 0.1, 0.2, "--few_labels", 10]
+        run("linear_probe.py", *model, *options, "--num_noise_samples", 4, "--output_dir", folder / "classifier")
 
 
 def figures(folder: Path, splits: Any) -> dict[str, Any]:
     """Return what was measured of one pair."""
     training = json.loads((folder / "checkpoint" / "train_results.json").read_text())
-    probe = json.loads((folder / "classifier" / "eval_results.json").read_text())["results"]["DDAE"]
+    probe = ProbeReport.read(folder / "classifier")
     samples = np.stack([np.asarray(Image.open(path)) for path in sample_files(folder)])
-    few = np.array(probe["few_label_test_accuracies"])
     return {
         "parameters": training["parameters"],
         "steps": training["steps"],
         "seconds": training["seconds"],
         "loss": training["loss_last_100_batches"],
         "recognised": recognised(splits, samples)["generated"],
-        "layer": probe["layer"],
-        "sigma": probe["sigma"],
-        "test_accuracy": probe["test_accuracy"],
-        "few_label_mean": few.mean(),
-        "few_label_standard_error": few.std(ddof=1) / len(few) ** 0.5,
+        "layer": probe.best.layer,
+        "sigma": probe.best.sigma,
+        "test_accuracy": next(iter(probe.test_accuracies.values())),
+        "few_label_test_accuracies": probe.few_label_test_accuracies["10"],
     }
 
 
@@ -94,7 +90,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             f"{r['recognised']}",
             f"`{r['layer']}`, {r['sigma']:.2g}",
             f"{100 * r['test_accuracy']:.2f}",
-            f"{100 * r['few_label_mean']:.2f} ± {100 * r['few_label_standard_error']:.2f}",
+            spread(r["few_label_test_accuracies"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -123,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.output_dir
     splits = write_digits(folder / "digits")
-    steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
+    steps = ["--max_train_steps", args.max_train_steps] if args.max_train_steps else []
     names = [f"{framework}_{network}" for framework in FRAMEWORKS for network in NETWORKS]
     for name in names:
         run_steps(*name.split("_"), folder / "digits", folder / name, steps)

@@ -4,7 +4,7 @@ r"""Accuracy of a linear probe after so many minutes of training from scratch: o
 
 Ours is `examples/pretrain.py` with `--config`, by default examples/configs/cifar10_minutes.yaml. The paper's is its
 DDPM on the same network: dropout 0.1, Adam, batches of 128, constant rate after a warm-up, averaged weights, in the
-plain loop of `benchmarks/pretrain.py`, float32; what it says in epochs is scaled to the steps that fit into the
+plain loop of `benchmarks/training_speed.py`, float32; what it says in epochs is scaled to the steps that fit into the
 minutes: a warm-up of 13 epochs of 2000, and an average over 10,000 of 194,000 steps. Its learning rate is the best of
 `--learning_rates` on held-out training images, with the first seed.
 

@@ -18,12 +18,12 @@ of the same run. Writes a JSON file with every figure, and a picture beside it.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import measure
 import scipy.stats
@@ -35,19 +35,21 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     UniPCMultistepScheduler,
 )
+from matplotlib.figure import Figure
 from torch import Tensor
 
-# Of examples/, which `measure` puts on the path.
-from data import add_data_arguments, image_column, load_splits, pick_split
 from ddae_hf import DDAEPipeline
+from ddae_hf.commands.parsing import parse, sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device, made_fast
 from ddae_hf.experiments.draws import SAMPLING, indexed_noise
+from ddae_hf.experiments.evaluation import GENERATED_VIEW, REFERENCE_VIEW, Compared
+from ddae_hf.experiments.extractors import Extractor, check_extractor, open_extractor
 from ddae_hf.experiments.generation_metrics import frechet_distance
-from ddae_hf.experiments.plots import plt
+from ddae_hf.experiments.images import DataOptions
+from ddae_hf.experiments.options import Options, option
 from ddae_hf.networks import network_of
 from ddae_hf.noise import change_scheduler, family, new_scheduler
-from evaluate_generation import EXTRACTORS, GENERATED_VIEW, REFERENCE_VIEW, Extractor, ImageSet, open_extractor
 
 # Frameworks' samplers, by the scheduler that takes the steps and the pipeline's `sampler`.
 SAMPLERS: dict[str, dict[str, tuple[Any, str | None]]] = {
@@ -63,70 +65,69 @@ SAMPLERS: dict[str, dict[str, tuple[Any, str | None]]] = {
 }
 SEARCH_CALLS, SEARCH_REPEATS = 2, 2  # every call takes as long as the others: a few find the best batch size
 GROUPS = 10  # of images, for the error of a ratio
+SPACINGS = ("leading", "trailing", "linspace")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options, or stop at those that cannot work."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclass(kw_only=True)
+class Arguments(Options):
+    """The options of the benchmark."""
+
+    model_name_or_path: str = option(help="Unconditional U-Net trained under DDPM, in any layout.")
+    edm_model_name_or_path: str | None = option(None, "Another one of the same images, trained with EDM.")
+    extractor: str | None = option(
+        None, "As examples/evaluate_generation.py takes it; by default ddae:MODEL_NAME_OR_PATH."
     )
-    add = parser.add_argument
-    add("--model_name_or_path", required=True, help="Unconditional U-Net trained under DDPM, in any layout.")
-    add("--edm_model_name_or_path", help="Another one of the same images, trained with EDM.")
-    add("--extractor", help="As examples/evaluate_generation.py takes it; by default ddae:MODEL_NAME_OR_PATH.")
-    add("--num_images", type=int, default=5000, help="Images of every sampler and number of calls.")
-    add("--calls", type=int, nargs="+", default=[5, 10, 20, 50], help="Calls of the network for an image.")
-    add(
-        "--timestep_spacings", nargs="+", choices=["leading", "trailing", "linspace"], default=["leading", "trailing"],
-        help="Of DDPM's samplers; precision is measured with the first.",
-    )  # fmt: skip
-    add("--speed_calls", type=int, default=10, help="Those of an image where speed is measured.")
-    add("--batch_sizes", type=int, nargs="+", default=[16, 32, 64, 128])
-    add("--repeats", type=int, default=5, help="Batches of each way that are timed.")
-    add("--device", choices=["cpu", "cuda"], default=best_device())
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("runs/benchmarks/sample.json"))
-    add_data_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.num_images < 2 * GROUPS:
-        parser.error(f"--num_images is {args.num_images}: it must be at least {2 * GROUPS}.")
-    for name in ("calls", "speed_calls", "batch_sizes", "repeats"):
-        given = getattr(args, name)
-        if min(given if isinstance(given, list) else [given]) < 1:
-            parser.error(f"--{name} is {given}: it must be at least 1.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no such device; give cpu.")
-    args.calls = sorted(set(args.calls))
-    args.extractor = args.extractor or f"ddae:{args.model_name_or_path}"
-    kind, _, path = args.extractor.partition(":")
-    if kind not in EXTRACTORS or not (path or kind == "inception"):
-        parser.error(f"--extractor {args.extractor}: allowed are ddae:PATH, transformers:PATH, inception[:FILE].")
-    args.extractor_layer = args.extractor_sigma = None  # its configuration's
-    return args
+    train_split: str = option("train", "Split of the images to compare with.")
+    max_train_samples: int | None = option(None, "Use N images of it, of all classes.")
+    num_images: int = option(5000, "Images of every sampler and number of calls.")
+    calls: list[int] = option([5, 10, 20, 50], "Calls of the network for an image.")
+    timestep_spacings: list[str] = option(
+        ["leading", "trailing"], "Of DDPM's samplers; precision is measured with the first."
+    )
+    speed_calls: int = option(10, "Those of an image where speed is measured.")
+    batch_sizes: list[int] = option([16, 32, 64, 128], "Batch sizes to try.")
+    repeats: int = option(5, "Batches of each way that are timed.")
+    device: Literal["cpu", "cuda"] = option(best_device(), "Where to compute.")
+    seed: int = option(0, "Seed of the noise.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+    output: str = option("runs/benchmarks/sample.json", "File of every figure.")
+
+    def check(self) -> None:
+        """Refuse what cannot work."""
+        if self.num_images < 2 * GROUPS:
+            raise ValueError(f"num_images is {self.num_images}: it must be at least {2 * GROUPS}.")
+        for name in ("calls", "speed_calls", "batch_sizes", "repeats"):
+            given = getattr(self, name)
+            if min(given if isinstance(given, list) else [given]) < 1:
+                raise ValueError(f"{name} is {given}: it must be at least 1.")
+        if wrong := [spacing for spacing in self.timestep_spacings if spacing not in SPACINGS]:
+            raise ValueError(f"timestep_spacings has {wrong[0]}: allowed are {', '.join(SPACINGS)}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda: torch finds no such device; give cpu.")
+        self.calls = sorted(set(self.calls))
+        self.extractor = self.extractor or f"ddae:{self.model_name_or_path}"
+        check_extractor(self.extractor)
 
 
-def open_pipeline(args: argparse.Namespace, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
-    """Return an unconditional U-Net's pipeline, or stop if it is none or of another framework."""
-    try:
-        pipeline = DDAEPipeline.from_pretrained(path, dtype=dtype, cache_dir=args.cache_dir)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+def open_pipeline(args: Arguments, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
+    """Return an unconditional U-Net's pipeline, or raise `ValueError` if it is none or of another framework."""
+    pipeline = DDAEPipeline.from_pretrained(path, dtype=dtype, cache_dir=args.cache_dir)
     if pipeline.unet is None or pipeline.vae is not None or network_of(pipeline.unet).is_conditional(pipeline.unet):
-        raise SystemExit(f"{path} is no unconditional UNet2DModel of pixels, which diffusers' DDIMPipeline needs.")
+        raise ValueError(f"{path} is no unconditional UNet2DModel of pixels, which diffusers' DDIMPipeline needs.")
     if (found := family(pipeline.scheduler)) != framework:
-        raise SystemExit(f"{path} was trained with {found}: give a checkpoint of {framework}.")
+        raise ValueError(f"{path} was trained with {found}: give a checkpoint of {framework}.")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(args.device)
 
 
-def open_ours(args: argparse.Namespace, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
+def open_ours(args: Arguments, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
     """Return a pipeline as the scripts sample with it."""
     pipeline = open_pipeline(args, path, framework, dtype)
     made_fast(pipeline.denoiser, args.device)
     return pipeline
 
 
-def open_ways(args: argparse.Namespace) -> dict[str, Any]:
+def open_ways(args: Arguments) -> dict[str, Any]:
     """Return the pipelines whose speed is compared, all with DDIM's steps."""
     pipelines: dict[str, Any] = {}
     stock = open_pipeline(args, args.model_name_or_path, "ddpm", torch.float32)
@@ -138,7 +139,7 @@ def open_ways(args: argparse.Namespace) -> dict[str, Any]:
     return pipelines
 
 
-def measure_speed(args: argparse.Namespace, pipelines: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
+def measure_speed(args: Arguments, pipelines: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
     """Return each way's best batch size, and its images a second there, taken in turn with the others."""
     report: dict[str, Any] = {}
     for name, pipeline in pipelines.items():
@@ -172,7 +173,7 @@ def sides(network: Any) -> tuple[int, int]:
 
 
 def sampled_features(
-    args: argparse.Namespace, pipeline: DDAEPipeline, extractor: Extractor, batch_size: int, steps: int, sampler: Any
+    args: Arguments, pipeline: DDAEPipeline, extractor: Extractor, batch_size: int, steps: int, sampler: Any
 ) -> Tensor:
     """Return features (N, C) of images that start from noise which depends on the seed and their numbers alone."""
     shape = (pipeline.denoiser.config.in_channels, *sides(pipeline.denoiser))
@@ -186,7 +187,7 @@ def sampled_features(
     return extractor.compute(batches(), GENERATED_VIEW)
 
 
-def variants(args: argparse.Namespace, trained: Any, framework: str) -> Iterator[tuple[str, Any, str | None]]:
+def variants(args: Arguments, trained: Any, framework: str) -> Iterator[tuple[str, Any, str | None]]:
     """Yield the samplers of a framework: their names, their schedulers and the pipeline's `sampler`."""
     for name, (kind, sampler) in SAMPLERS[framework].items():
         if "timestep_spacing" not in inspect.signature(kind).parameters:
@@ -203,7 +204,7 @@ def steps_for(calls: int, sampler: str | None) -> tuple[int, int]:
 
 
 def measure_quality(
-    args: argparse.Namespace,
+    args: Arguments,
     pipeline: DDAEPipeline,
     extractor: Extractor,
     reference: Tensor,
@@ -242,7 +243,7 @@ def ratio_with_error(reference: Tensor, base: Tensor, other: Tensor) -> tuple[fl
 
 
 def measure_precision(
-    args: argparse.Namespace,
+    args: Arguments,
     pipeline: DDAEPipeline,
     extractor: Extractor,
     reference: Tensor,
@@ -262,13 +263,6 @@ def measure_precision(
         "ratio_half_width": error,
         "halves_of_the_data": frechet_distance(reference[:middle], reference[middle:]),
     }
-
-
-def reference_images(args: argparse.Namespace) -> ImageSet:
-    """Return the real images that samples are compared with."""
-    dataset = pick_split(load_splits(args), args.train_split, args.max_train_samples, args.label_column)
-    column = image_column(dataset, args.image_column)
-    return ImageSet(f"real ({args.train_split})", dataset.select_columns(column), column, REFERENCE_VIEW)
 
 
 def speed_table(speed: dict[str, Any]) -> str:
@@ -297,7 +291,7 @@ def by_sampler(quality: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     return {name: [row for row in quality if row["sampler"] == name] for name in {r["sampler"]: 0 for r in quality}}
 
 
-def quality_table(args: argparse.Namespace, quality: list[dict[str, Any]]) -> str:
+def quality_table(args: Arguments, quality: list[dict[str, Any]]) -> str:
     """Return the distances as a Markdown table, with the calls where they are not the column's."""
 
     def cell(row: dict[str, Any]) -> str:
@@ -310,7 +304,8 @@ def quality_table(args: argparse.Namespace, quality: list[dict[str, Any]]) -> st
 
 def draw(path: Path, quality: list[dict[str, Any]]) -> None:
     """Draw the distance of every sampler over its calls."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
     for i, (name, rows) in enumerate(by_sampler(quality).items()):
         style = {"marker": "os^Dv*Xp<>h"[i % 11], "linestyle": "--" if name.startswith("EDM") else "-"}
         axes.plot([row["calls_taken"] for row in rows], [row["distance"] for row in rows], label=name, **style)
@@ -322,10 +317,9 @@ def draw(path: Path, quality: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def summary(args: argparse.Namespace, report: dict[str, Any]) -> str:
+def summary(args: Arguments, report: dict[str, Any]) -> str:
     """Return what was measured, in words and tables."""
     parts = [
         f"{measure.describe_limits(report['limits'])} Images/s at {args.speed_calls} calls of the network an image:\n",
@@ -342,27 +336,29 @@ def summary(args: argparse.Namespace, report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    args = parse_arguments(argv)
-    pipelines = open_ways(args)
-    most = pipelines["float32"].scheduler.config.num_train_timesteps
-    if max(*args.calls, args.speed_calls) > most:
-        raise SystemExit(f"{args.model_name_or_path} has {most} timesteps: --calls and --speed_calls allow no more.")
-    edm = args.edm_model_name_or_path and open_ours(args, args.edm_model_name_or_path, "edm", torch.float32)
-    images = reference_images(args)
-    extractor = open_extractor(args, images)
-    report: dict[str, Any] = {"options": {n: str(v) if isinstance(v, Path) else v for n, v in vars(args).items()}}
+    data, args = parse([DataOptions, Arguments], __doc__, argv)
+    with sentences():
+        pipelines = open_ways(args)
+        most = pipelines["float32"].scheduler.config.num_train_timesteps
+        if max(*args.calls, args.speed_calls) > most:
+            raise ValueError(f"{args.model_name_or_path} has {most} timesteps: calls and speed_calls allow no more.")
+        edm = args.edm_model_name_or_path and open_ours(args, args.edm_model_name_or_path, "edm", torch.float32)
+        real = data.open(args.cache_dir)[args.train_split].take(args.max_train_samples)
+        images = Compared(f"real ({args.train_split})", real, REFERENCE_VIEW)
+        extractor = open_extractor(args.extractor, cache_dir=args.cache_dir)
+    report: dict[str, Any] = {"options": {**data.to_dict(), **args.to_dict()}}
     report |= {"facts": measure.facts(args.device), "limits": measure.limits(args.device)}
     report["speed"] = speed = measure_speed(args, pipelines, report["limits"])
     reference = extractor.compute(images.batches(250), images.view)
-    report["reference"] = {"name": images.name, "num_images": len(images), "features": reference.shape[1]}
+    report["reference"] = {"name": images.name, "num_images": len(real), "features": reference.shape[1]}
     shared = (args, pipelines["float32"], extractor, reference, speed["float32"]["batch_size"])
     report["quality"], float32 = measure_quality(*shared)
     if edm:
         report["quality"] += measure_quality(args, edm, *shared[2:])[0]
     batch_size = speed["bfloat16"]["batch_size"]
     report["precision"] = measure_precision(args, pipelines["bfloat16"], extractor, reference, float32, batch_size)
-    write_json(args.output, report)
-    picture = args.output.with_suffix(".png")
+    write_json(Path(args.output), report)
+    picture = Path(args.output).with_suffix(".png")
     draw(picture, report["quality"])
     print(f"\n{summary(args, report)}\nEvery figure: {args.output}; picture: {picture}.")
 

@@ -14,8 +14,8 @@ shows them.
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,19 +26,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ddae_hf import DDAEBackbone, DDAEConfig, DDAEImageProcessor
 from ddae_hf.commands.parsing import parse, sentences
-from ddae_hf.experiments.draws import indexed_noise
+from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.draws import indexed_noise, separate_randomness
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.models import check_null_class, ready
 from ddae_hf.experiments.options import Options, option
+from ddae_hf.experiments.report import markdown
 
+ROTATION, SHIFT, BEND = 20.0, 3 / 32, 1.5 / 32  # of warps, at most: in degrees, and as parts of an image's side
 RADII = (1, 2, 4)  # pixels within which a point counts as found
 POINTS = 32  # at most so many in a row
 SHOWN = 2  # pairs in the picture
-METHODS = ("denoiser", "random weights", "5x5 patches", "pixel colours")
 
 
 @dataclass(kw_only=True)
@@ -47,40 +48,28 @@ class Arguments(Options):
 
     model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
     output_dir: str = option("runs/correspondence", "Folder of results.json and correspondence.png.")
-    out_features: list[str] | None = option(
-        None, "Layers; by default the encoder's at half size and the checkpoint's one."
-    )
+    out_features: list[str] | None = option(None, "Layers; by default the encoder's at half size and the checkpoint's.")
     sigma: float | None = option(None, "Noise level; by default the checkpoint's.")
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
     train_split: str = option("train", "Split of the images.")
     num_images: int = option(64, "Use N images of the split, of all classes.")
-    max_rotation: float = option(20.0, "Largest angle of a warp, in degrees.")
-    max_shift: float = option(3.0, "Largest shift along each axis, in pixels.")
-    max_bend: float = option(1.5, "Largest height of the waves along each axis, in pixels.")
     seed: int = option(0, "Seed of warps, noise and random weights.")
     cache_dir: str | None = option(None, "Where downloads are kept.")
-
-    def check(self) -> None:
-        """Refuse warps of a negative size."""
-        for name in ("max_rotation", "max_shift", "max_bend"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0.")
 
 
 class Warp:
     """A turn about the image's centre, a shift, and a wave along each axis: every step has an exact inverse.
 
-    Places are complex128: x + iy in pixels, from 0 at the centre of the first one. Training images are never warped:
-    their changes, in `ddae_hf.augment`, need no inverse.
+    Places are complex128: x + iy in pixels, from 0 at the centre of the first one.
     """
 
-    def __init__(self, size: tuple[int, int], args: Arguments, index: int):
+    def __init__(self, size: Sequence[int], seed: int, index: int):
         """Draw the warp of an image of (height, width): a function of the seed and the image's index."""
-        rng = np.random.default_rng([args.seed, index])
-        self.size, self.centre = size, complex(size[1] - 1, size[0] - 1) / 2
-        self.turn = np.exp(1j * math.radians(rng.uniform(-1, 1) * args.max_rotation)).item()
-        self.shift = complex(*rng.uniform(-1, 1, 2) * args.max_shift)
-        self.bend, self.phase = rng.uniform(-1, 1, 2) * args.max_bend, rng.uniform(0, 2 * math.pi, 2)
+        rng, side = np.random.default_rng([seed, index]), max(size)
+        self.size, self.centre = tuple(size), complex(size[1] - 1, size[0] - 1) / 2
+        self.turn = np.exp(1j * math.radians(rng.uniform(-1, 1) * ROTATION)).item()
+        self.shift = complex(*rng.uniform(-1, 1, 2) * (SHIFT * side))
+        self.bend, self.phase = rng.uniform(-1, 1, 2) * (BEND * side), rng.uniform(0, 2 * math.pi, 2)
 
     def _wave(self, axis: int, at: Tensor) -> Tensor:
         return self.bend[axis] * torch.sin(2 * math.pi * at / max(self.size) + self.phase[axis])
@@ -101,11 +90,10 @@ class Warp:
         """Return the warped image (C, H, W); what comes from outside repeats the border."""
         grid = torch.view_as_real(self.origins(pixels(self.size))) * 2 / (torch.tensor(self.size[::-1]) - 1) - 1
         grid = grid.reshape(1, *self.size, 2)
-        found = F.grid_sample(image[None].double(), grid, padding_mode="border", align_corners=True)
-        return found[0].to(image)
+        return F.grid_sample(image[None].double(), grid, padding_mode="border", align_corners=True)[0].to(image)
 
 
-def pixels(size: tuple[int, int], step: int = 1) -> Tensor:
+def pixels(size: Sequence[int], step: int = 1) -> Tensor:
     """Return the places of an image's pixels, row by row, or of every `step`-th of them."""
     y, x = torch.meshgrid(*(torch.arange(0, side, step).double() for side in size), indexing="ij")
     return torch.complex(x, y).flatten()
@@ -119,31 +107,23 @@ def dense_features(backbone: DDAEBackbone, images: Tensor, noise: Tensor) -> Ten
     return torch.cat([F.normalize(hidden, dim=1) for hidden in maps], dim=1).cpu()
 
 
-def patches(images: Tensor) -> Tensor:
-    """Return the colours of the 5x5 pixels around each, (B, 25 C, H, W)."""
-    return F.unfold(F.pad(images, [2] * 4, mode="replicate"), 5).unflatten(2, images.shape[-2:])
-
-
 def match(original: Tensor, warped: Tensor, points: Tensor) -> Tensor:
     """Return the places in the warped image whose features (C, H, W) are nearest to those of whole-numbered points.
 
     Nearest by distance, which for features of one length is the highest cosine.
     """
     wanted, there = original[:, points.imag.long(), points.real.long()], warped.flatten(1)
-    nearest = (wanted.T @ there - there.square().sum(0) / 2).argmax(1)
-    return pixels(tuple(warped.shape[-2:]))[nearest]
+    return pixels(warped.shape[-2:])[(wanted.T @ there - there.square().sum(0) / 2).argmax(1)]
 
 
-def open_backbones(args: Arguments) -> list[DDAEBackbone]:
-    """Return the network and the same with random weights."""
+def open_backbones(args: Arguments) -> dict[str, DDAEBackbone]:
+    """Return the network, and the same with random weights."""
     own = {name: value for name in ("sigma", "null_class") if (value := getattr(args, name)) is not None}
     config = DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir, **own)
-    names, reach, side = config.stage_names, args.max_shift + args.max_bend, min(config.image_size)
+    names = config.stage_names
     layers = args.out_features or [*[name for name in names if name.startswith("down_blocks.1.")][-1:], config.layer]
     if unknown := [layer for layer in layers if layer not in names]:
         raise ValueError(f"out_features: there is no layer {', '.join(unknown)}; there are {', '.join(names)}.")
-    if reach >= (side - 1) / 2:
-        raise ValueError(f"max_shift and max_bend are {reach:g} together: take less than {(side - 1) / 2:g}.")
     trained = DDAEBackbone.from_pretrained(
         args.model_name_or_path,
         sample_posterior=False,  # draws of latents would be the same for both images of a pair
@@ -152,37 +132,38 @@ def open_backbones(args: Arguments) -> list[DDAEBackbone]:
         **own,
     )
     check_null_class(trained.ddae)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
+    with separate_randomness(args.seed):
         untrained = DDAEBackbone(trained.config)
-    untrained.ddae.vae = trained.ddae.vae  # only the denoiser has random weights
-    return [ready(backbone.eval()) for backbone in (trained, untrained)]
+    untrained.ddae.vae = trained.ddae.vae
+    return {"denoiser": ready(trained.eval()), "random weights": ready(untrained.eval())}
 
 
 def look_up(
-    args: Arguments, images: Tensor, backbones: list[DDAEBackbone]
+    backbones: dict[str, DDAEBackbone], images: Tensor, seed: int
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, ...]]]:
     """Return the errors in pixels of every way to look points up, and the network's answers for the first pairs."""
-    size = (images.shape[2], images.shape[3])
+    size = images.shape[-2:]
     step = math.ceil(max(size) / POINTS)
     points = pixels(size, step)
-    errors: dict[str, list[Tensor]] = {name: [] for name in METHODS}
+    errors: dict[str, list[Tensor]] = {}
     shown: list[tuple[Tensor, ...]] = []
     for index, image in enumerate(tqdm(images, desc="Pairs")):
-        warp = Warp(size, args, index)
+        warp = Warp(size, seed, index)
         pair = torch.stack([image, warp(image)])
-        shape = backbones[0].config.sample_shape
-        noise = torch.cat([indexed_noise(shape, [index], args.seed, view) for view in (0, 1)])
+        shape = backbones["denoiser"].config.sample_shape
+        noise = torch.cat([indexed_noise(shape, [index], seed, view) for view in (0, 1)])
+        ways = {name: dense_features(backbone, pair, noise) for name, backbone in backbones.items()}
+        ways["5x5 patches"] = F.unfold(F.pad(pair, [2] * 4, mode="replicate"), 5).unflatten(2, size)
+        ways["pixel colours"] = pair
         places = warp.places(points)
         from_centre = torch.view_as_real(places - warp.centre).abs()
         inside = (from_centre <= (torch.tensor(size[::-1]) - 1) / 2).all(1)  # what left the picture is not looked for
-        ways = [*(dense_features(backbone, pair, noise) for backbone in backbones), patches(pair), pair]
-        for name, features in zip(METHODS, ways, strict=True):
-            found = match(*features, points[inside])
-            errors[name].append((found - places[inside]).abs())
-            if name == METHODS[0] and index < SHOWN:
-                some = (points[inside].real / step % 8 == 3) & (points[inside].imag / step % 8 == 3)
-                shown.append((*pair, points[inside][some], found[some], errors[name][-1][some]))
+        found = {name: match(*features, points[inside]) for name, features in ways.items()}
+        for name, answers in found.items():
+            errors.setdefault(name, []).append((answers - places[inside]).abs())
+        if index < SHOWN:
+            some = (points[inside].real / step % 8 == 3) & (points[inside].imag / step % 8 == 3)
+            shown.append((*pair, points[inside][some], found["denoiser"][some], errors["denoiser"][-1][some]))
     return {name: torch.cat(values) for name, values in errors.items()}, shown
 
 
@@ -196,12 +177,14 @@ def picture(shown: list[tuple[Tensor, ...]], errors: dict[str, Tensor], furthest
             axes.set_title(title if row == 0 else "")
             colours = (image.permute(1, 2, 0).expand(-1, -1, 3) / 2 + 0.5).clamp(0, 1).numpy()
             axes.imshow(colours, interpolation="nearest")
-        for start, end, distance in zip(points.tolist(), found.tolist(), error, strict=True):
+        for *ends, distance in zip(
+            *(torch.view_as_real(each).tolist() for each in (points, found)), error, strict=True
+        ):
             colour, marker = ("lime", "o") if distance <= RADII[1] else ("red", "X")
-            for axes, place in zip(panels, (start, end), strict=True):
-                axes.plot(place.real, place.imag, marker, color=colour, markersize=7, markeredgecolor="black")
-            ends = ((start.real, start.imag), (end.real, end.imag))
-            figure.add_artist(ConnectionPatch(*ends, "data", "data", axesA=panels[0], axesB=panels[1], color=colour))
+            for axes, end in zip(panels, ends, strict=True):
+                axes.plot(*end, marker, color=colour, markersize=7, markeredgecolor="black")
+            line = ConnectionPatch(*ends, "data", "data", axesA=panels[0], axesB=panels[1], color=colour, alpha=0.7)
+            figure.add_artist(line)
     axes, radii = figure.add_subplot(grid[:, 2]), np.linspace(0, furthest, 81)
     for (name, error), style in zip(errors.items(), ("-", "--", "-.", ":"), strict=True):
         part = [100 * (error <= radius).double().mean().item() for radius in radii]
@@ -216,25 +199,25 @@ def picture(shown: list[tuple[Tensor, ...]], errors: dict[str, Tensor], furthest
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     data, args = parse([DataOptions, Arguments], __doc__, argv)
-    logging.disable_progress_bar()
     with sentences():
         images = data.open(args.cache_dir)[args.train_split].take(args.num_images)
         backbones = open_backbones(args)
         processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
         pixel_values = processor(images.pil(range(len(images))), return_tensors="pt")["pixel_values"]
-    errors, shown = look_up(args, pixel_values, backbones)
-    rows, config, folder = {}, backbones[0].config, Path(args.output_dir)
-    print(f"{'%, error in pixels':20}" + "".join(f"{f'PCK@{radius}':>8}" for radius in RADII) + f"{'error':>8}")
+    errors, shown = look_up(backbones, pixel_values, args.seed)
+    results = {}
     for name, error in errors.items():
-        pck = {f"pck@{radius}": (error <= radius).double().mean().item() for radius in RADII}
-        rows[name] = {**pck, "mean_error": error.mean().item()}
-        print(f"{name:20}" + "".join(f"{100 * value:8.1f}" for value in pck.values()) + f"{error.mean():8.2f}")
-    about = {"layers": config.out_features, "sigma": config.sigma, "images": len(images), "points": len(error)}
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {"options": {**data.to_dict(), **args.to_dict()}, **about, "results": rows}
-    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        found = {f"pck@{radius}": (error <= radius).double().mean().item() for radius in RADII}
+        results[name] = {**found, "mean_error": error.mean().item()}
+    cells = [[f"{100 * r[f'pck@{radius}']:.1f}" for radius in RADII] for r in results.values()]
+    rows = [[name, *each, f"{r['mean_error']:.2f}"] for (name, r), each in zip(results.items(), cells, strict=True)]
+    print(markdown(["points found (%)", *(f"within {radius}" for radius in RADII), "mean error (pixels)"], rows))
+    config, folder, count = backbones["denoiser"].config, Path(args.output_dir), len(errors["denoiser"])
+    about = {"layers": config.out_features, "sigma": config.sigma, "images": len(images), "points": count}
+    options = {**data.to_dict(), **args.to_dict()}
+    write_json(folder / "results.json", {"options": options, **about, "results": results})
     picture(shown, errors, max(config.image_size) / 4).savefig(folder / "correspondence.png", dpi=90)
-    print(f"{len(error):,} points of {len(images)} images; look at {folder / 'correspondence.png'}.")
+    print(f"{count:,} points of {len(images)} images; look at {folder / 'correspondence.png'}.")
 
 
 if __name__ == "__main__":

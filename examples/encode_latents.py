@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.commands.parsing import parse, sentences, show_log
 from ddae_hf.experiments.encoding import EncodingOptions, encode
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import option
@@ -28,6 +28,7 @@ class Arguments(EncodingOptions):
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     data, options = parse([DataOptions, Arguments], __doc__, argv)
+    show_log()
     with sentences():
         folder = encode(options.vae, data.open(options.cache_dir), options)
         count = folder.index["splits"]["train"]["count"]

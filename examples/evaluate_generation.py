@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from transformers.utils import logging
 
-from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.commands.parsing import parse, sentences, show_log
 from ddae_hf.experiments.evaluation import EvaluationOptions, evaluate_generation, is_images_folder
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import option
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     data, args = parse([DataOptions, Arguments], __doc__, argv)
     logging.set_verbosity_error()  # what is missing from a checkpoint is looked at by the experiment
     logging.disable_progress_bar()
+    show_log()
     with sentences():
         images = data.open(args.cache_dir)
         result = evaluate_generation(args.model_name_or_path or args.images_dir, images, args)

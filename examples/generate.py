@@ -15,6 +15,7 @@ from pathlib import Path
 from ddae_hf.commands.parsing import parse, sentences
 from ddae_hf.experiments.generation import GenerationOptions, generate, open_processes
 from ddae_hf.experiments.options import option
+from ddae_hf.experiments.plots import image_grid
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         samples = generate(args.model_name_or_path, args)
         if open_processes().is_main_process:
             grid = Path(args.output_dir) / "grid.png"
-            samples.grid(args.grid_images).save(grid)
+            image_grid(samples[: args.grid_images]).save(grid)
             print(f"{len(samples)} images in {args.output_dir}, {samples.made} of them made now; look at {grid}.")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.commands.parsing import parse, sentences, show_log
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import option
 from ddae_hf.experiments.publishing import HubOptions, prepare, publish
@@ -33,6 +33,7 @@ class Arguments(TransferOptions):
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     data, options, hub = parse([DataOptions, Arguments, HubOptions], __doc__, argv)
+    show_log()
     with sentences():
         prepare(hub, options.output_dir)
         print(transfer(options.model_name_or_path, data.open(options.cache_dir), options).table())

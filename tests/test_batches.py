@@ -11,14 +11,14 @@ from PIL import Image
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.experiments.batches import image_batches
 from ddae_hf.experiments.devices import fast_layout
-from ddae_hf.experiments.images import Images
+from ddae_hf.experiments.images import DataOptions, Images
 from ddae_hf.experiments.pixels import DamagedImageError
-from ddae_hf.experiments.pretraining import PretrainingOptions, training_inputs
+from ddae_hf.experiments.pretraining import PretrainingOptions, pretrain, training_inputs
 from ddae_hf.experiments.progress import Progress
 from ddae_hf.experiments.training import Loop
 from ddae_hf.experiments.training_options import BatchSizes
 
-from .conftest import make_unet
+from .conftest import TINY, make_unet, put
 from .test_pixels import COUNT, SIDE, pictures
 
 SIZES = BatchSizes(total=4, per_device=4, accumulation=1, processes=1)
@@ -87,3 +87,23 @@ def test_an_image_that_cannot_be_read_is_named_among_others(tmp_path, workers):
     batches = image_batches(Images.open(tmp_path)["train"], processor, SIZES, options)
     with pytest.raises(DamagedImageError, match=r"^The image .*2\.jpg cannot be read: .*truncated.*skip_bad_images\.$"):
         next(iter(batches))
+
+
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (True, 0), (True, 1)])
+@pytest.mark.filterwarnings("ignore:1 of 8 images", "ignore:Left out of the stream")
+def test_damaged_images_are_left_out_of_a_training_and_counted_in_its_report(tmp_path, streaming, workers):
+    put(tmp_path, *(f"train/{i}.png" for i in range(8)))
+    (tmp_path / "train" / "5.png").write_text("<html>")
+    images = DataOptions(train_data_dir=tmp_path, skip_bad_images=True).open(streaming=streaming)
+    trained = pretrain(
+        images,
+        denoiser={name: list(value) if isinstance(value, tuple) else value for name, value in TINY.items()},
+        resolution=8,
+        train_batch_size=2,
+        max_train_steps=2,
+        sample_steps=0,
+        mixed_precision="no",
+        dataloader_num_workers=workers,
+    )
+    assert trained.steps == 2 and trained.dataset["skipped_images"] == 1
+    assert trained.dataset.get("num_images") == (None if streaming else 7)

@@ -32,7 +32,7 @@ def load(name):
 
 @pytest.fixture
 def small_limits(monkeypatch):
-    load("features")
+    load("feature_speed")
     import measure
 
     monkeypatch.setitem(measure.MATRIX_SIDE, "cpu", 64)
@@ -61,7 +61,7 @@ def test_interval_is_students(small_limits):
 
 def test_features(checkpoint, digits, small_limits, tmp_path, capsys):
     """Ours computes less, and in float32 the same."""
-    features, output = load("features"), tmp_path / "features.json"
+    features, output = load("feature_speed"), tmp_path / "features.json"
     options = ["--checkpoint", checkpoint, "--batch_sizes", "2", "4", "--repeats", "1", "--output", str(output)]
     features.main([*options, *data(checkpoint, digits, "--probe_checkpoint")])
     report = json.loads(output.read_text())
@@ -79,7 +79,7 @@ def test_features(checkpoint, digits, small_limits, tmp_path, capsys):
 
 
 def test_features_refuses_what_the_plain_way_cannot_do(digits, tmp_path):
-    features = load("features")
+    features = load("feature_speed")
     DDAEPipeline.for_denoiser(make_unet(**GREY), EDMEulerScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="whole timesteps"):
         features.PlainFeatures(str(tmp_path), ["mid_block"], "cpu")
@@ -89,7 +89,7 @@ def test_features_refuses_what_the_plain_way_cannot_do(digits, tmp_path):
 
 def test_changed_images():
     """A crop moves the whole image by at most the padding; without changes pixels are the processor's."""
-    sweep = load("sweep")
+    sweep = load("sweep_speed")
     pixels = np.zeros((1, 8, 8), np.uint8)
     pixels[0, 4, 4] = 255
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_changed_images():
 
 @pytest.mark.slow
 def test_sweep(checkpoint, digits, small_limits, tmp_path, monkeypatch, capsys):
-    sweep = load("sweep")
+    sweep = load("sweep_speed")
     monkeypatch.setattr(sweep, "PADDING", 0)  # half of an 8x8 image would be cut off
     options = data(checkpoint, digits, "--model_name_or_path") + ["--sigmas", "0.1", "1", "--plain_sigmas", "0.1"]
     options += ["--num_epochs", "20", "--online_batch_size", "32", "--learning_rate", "0.05", "--batch_norm"]

@@ -39,7 +39,7 @@ def load_benchmark(name):
     return module
 
 
-benchmark = load_benchmark("pretrain")
+benchmark = load_benchmark("training_speed")
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_ratio_of_distances_has_the_jackknife_s_error():
 )
 def test_sampling_refuses_what_cannot_work(option, message, capsys):
     with pytest.raises(SystemExit):
-        sample.parse_arguments(["--model_name_or_path", "x", *option])
+        sample.main(["--model_name_or_path", "x", *option])
     assert message in capsys.readouterr().err
 
 

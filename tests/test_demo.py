@@ -254,10 +254,9 @@ def test_a_click_on_the_map_shows_a_pairs_figures(page, run):
 
 def test_a_training_image_is_its_own_nearest_neighbour(page, run, tmp_path):
     page.open_tab("Neighbours")
-    images = views.LabelledImages(
-        app.parse_arguments(options_of(run)), DDAEImageProcessor.from_pretrained(run / "classifier")
-    )
-    image = images.splits["train"][7]["image"]
+    data, options = app.parse_arguments(options_of(run))
+    images = data.open()["train"].take(options.max_train_samples)
+    [image] = images.pil([7])
     image.resize((80, 80), Image.Resampling.NEAREST).save(tmp_path / "digit.png")
     page.upload(tmp_path / "digit.png")
     found = page.wait(lambda: page.pictures("#found"))
@@ -265,7 +264,7 @@ def test_a_training_image_is_its_own_nearest_neighbour(page, run, tmp_path):
     near = pictures_in("".join(found))
     assert np.array_equal(near[1], image)
     captions = [element.text for element in page.find("#found figcaption")][1:]
-    assert captions[0].startswith(images.names[images.labels["train"][7]] + ",")
+    assert captions[0].startswith(images.names[images.labels[7]] + ",")
     values = [float(text.rpartition(" ")[2]) for text in captions]
     assert values == sorted(values, reverse=True)
 
@@ -339,8 +338,7 @@ def conditional(run, tmp_path_factory):
     denoiser = make_unet(**GREY, num_class_embeds=11, norm_num_groups=8)
     denoiser.conv_out.weight.data *= 10  # a class's part in a random network's answer is small beside 8 bits
     DDAEPipeline.for_denoiser(denoiser, EDMEulerScheduler(), null_class=10).save_pretrained(folder)
-    args = app.parse_arguments([*options_of(run), f"--checkpoint={folder}", f"--sweep={folder}"])
-    return views.Demo(args)
+    return app.open_demo(*app.parse_arguments([*options_of(run), f"--checkpoint={folder}", f"--sweep={folder}"]))
 
 
 def test_only_what_a_checkpoint_takes_is_offered(run, conditional):
@@ -350,7 +348,7 @@ def test_only_what_a_checkpoint_takes_is_offered(run, conditional):
 
     special = {"Sampler", "Class", "Guidance"}
     assert special < offered(conditional)
-    assert special.isdisjoint(offered(views.Demo(app.parse_arguments(options_of(run)))))
+    assert special.isdisjoint(offered(app.open_demo(*app.parse_arguments(options_of(run)))))
 
 
 def test_samplers_classes_and_guidance_change_the_images_and_what_cannot_work_is_told(conditional):
@@ -384,6 +382,7 @@ def test_two_visitors_at_once_get_what_each_would_get_alone(conditional):
 def test_without_a_sweep_the_page_names_the_command(conditional):
     texts = " ".join(str(field["props"].get("value")) for field in app.build(conditional).config["components"])
     assert "There is no sweep" in texts and "examples/sweep.py --model_name_or_path" in texts
+    assert f"--dataset_name {conditional.images.opened_with['dataset_name']}" in texts
 
 
 def test_feature_maps_show_the_channels_that_vary_most():
@@ -400,32 +399,28 @@ def test_text_from_outside_is_no_markup():
 
 
 def test_options_that_cannot_work_are_refused(run, tmp_path, capsys):
-    for arguments, message in (
-        (["--checkpoint", str(app.RUN / "nothing"), *options_of(run)[1:]], "make quickstart"),
-        (["--batch_size", "0"], "must be at least 1"),
-    ):
-        with pytest.raises(SystemExit):
-            app.parse_arguments(arguments)
-        assert message in capsys.readouterr().err
-    for change, message in (
-        ({"dataset_name": tmp_path / "no"}, "There is no folder"),
-        ({"output_dir": run}, "not empty"),
-    ):
-        options = [*options_of(run, tmp_path / "space"), *(f"--{name}={value}" for name, value in change.items())]
-        with pytest.raises(SystemExit):
-            make_space.parse_arguments(options)
-        assert message in capsys.readouterr().err
+    def refuse(message, call, options):
+        with pytest.raises(SystemExit) as refusal:
+            call(options)
+        assert message in str(refusal.value) + capsys.readouterr().err
+
+    given = options_of(run)
+    refuse("make quickstart", app.parse_arguments, [*given, f"--checkpoint={app.RUN / 'nothing'}"])
+    refuse("batch_size is 0: it must be at least 1", app.parse_arguments, ["--batch_size", "0"])
+    space = options_of(run, tmp_path / "space")
+    refuse("There is no folder", make_space.main, [*space, f"--dataset_name={tmp_path / 'no'}"])
+    refuse("not empty", make_space.main, [*space, f"--output_dir={run}"])
     (tmp_path / "eval_results.json").write_text("{}")
-    with pytest.raises(SystemExit, match="not a sweep's"):
-        views.read_sweep(tmp_path)
+    with pytest.raises(ValueError, match="eval_results.json holds nothing: allowed are the results of"):
+        app.open_demo(*app.parse_arguments([*given, f"--sweep={tmp_path}"]))
 
 
 def test_variables_name_what_a_space_shows(monkeypatch, run):
     for name in ("CHECKPOINT", "CLASSIFIER", "DATASET_NAME"):
         monkeypatch.setenv(f"DDAE_{name}", f"someone/{name}")
-    args = app.parse_arguments([])
-    assert (args.checkpoint, args.classifier) == ("someone/CHECKPOINT", "someone/CLASSIFIER")
-    assert args.dataset_name == "someone/DATASET_NAME"
+    data, options = app.parse_arguments([])
+    assert (options.checkpoint, options.classifier) == ("someone/CHECKPOINT", "someone/CLASSIFIER")
+    assert data.dataset_name == "someone/DATASET_NAME"
 
 
 def test_a_space_asks_for_what_the_project_asks_for():

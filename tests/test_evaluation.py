@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import evaluate_generation as script
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments import evaluate_generation
-from ddae_hf.experiments.evaluation import EvaluationOptions, compare_samples
+from ddae_hf.experiments.evaluation import EvaluationOptions, compare_samples, find_images
 from ddae_hf.experiments.extractors import open_extractor
 from ddae_hf.experiments.features import extract_features
 from ddae_hf.experiments.generation_metrics import frechet_distance, precision_recall
@@ -29,7 +28,7 @@ from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.results import GenerationReport
 
 from . import scripts
-from .conftest import drawn
+from .conftest import drawn, put
 from .test_extractors import save_pipeline, save_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*their covariance is singular")
@@ -228,6 +227,14 @@ def test_images_of_any_folder_size_and_mode_are_measured(measure, vit, digits, t
     ):
         report = measure("--images_dir", str(folder), "--extractor", extractor)
         assert report["results"]["generated"]["num_images"] == 13
+
+
+def test_images_are_found_through_links_and_the_rest_is_said(tmp_path):
+    put(tmp_path, "store/1.png", "images/0.png", "images/grid.png", "images/sub/grid.png", "images/2.heic")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "store")
+    with pytest.warns(UserWarning, match=r"skipped 2 files: 1 \.?\w+(\.png)?, 1 "):
+        found = find_images(tmp_path / "images")
+    assert [str(path.relative_to(tmp_path / "images")) for path in found] == ["0.png", "linked/1.png", "sub/grid.png"]
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_a_dits_head(images, tmp_path):
 @pytest.mark.parametrize("way", ["opened", "stored"])
 def test_a_probe_in_half_precision_is_saved_beside_its_generator(generator, tmp_path, way):
     """It is not taken for one whose denoiser was fine-tuned, and written whole."""
-    from labelled import save_classifier
+    from ddae_hf.experiments.probing import save_classifier
 
     options = {"dtype": torch.float16} if way == "opened" else {}
     classifier_of(generator).half().save_pretrained(tmp_path / "stored")

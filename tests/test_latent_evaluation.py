@@ -12,25 +12,26 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import correspondence
-import finetune
-import linear_probe
-import noisy_classifier
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import load_vae, plain_config
 from ddae_hf.experiments.draws import POSTERIOR, indexed_noise
-from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.encoding import describe_splits, encode_views
+from ddae_hf.experiments.features import FeatureCache, extract_features
+from ddae_hf.experiments.finetuning import FinetuningOptions
 from ddae_hf.experiments.generation_metrics import frechet_distance
+from ddae_hf.experiments.images import ImageInputs, Images, labelled_splits
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.model_card import make_card
+from ddae_hf.experiments.noisy_classification import TEST_VIEW, NoisyOptions, Study
+from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet
+from ddae_hf.experiments.trainer import AVERAGED, FineTuner
 from ddae_hf.latents import decode, encode
 from ddae_hf.weights import fingerprint
-from labelled import LabelledImages
-from latents import describe_splits, encode_views
 
 from . import scripts
 from .conftest import drawn, make_unet, make_vae
 
-sys.path.append(str(Path(finetune.__file__).parent / "demo"))
+sys.path.append(str(Path(correspondence.__file__).parent / "demo"))
 
 TRAIN, TEST, LAYER = 40, 20, "transformer_blocks.2"
 COUNTS = ["--max_train_samples", str(TRAIN), "--max_test_samples", str(TEST)]
@@ -87,11 +88,11 @@ def test_generated_images_are_the_pipeline_s_of_classes_by_number_or_name(latent
     ).images
     for i, image in enumerate(expected):
         assert np.abs(np.asarray(Image.open(tmp_path / f"0000{i}.png"), int) - np.asarray(image, int)).max() <= 1
-    with pytest.raises(SystemExit, match="made with other options or weights"):
+    with pytest.raises(SystemExit, match="holds images made with .*weights"):
         run(other, "goldfish", "7")
     with pytest.raises(SystemExit, match="No class is named 'godlfish'.*goldfish"):
         run(latent_dit, "godlfish")
-    with pytest.raises(SystemExit, match="--class_label all: it takes no other class beside it"):
+    with pytest.raises(SystemExit, match="`all` takes no other class beside it"):
         run(latent_dit, "all", "7")
 
 
@@ -102,7 +103,7 @@ def test_generated_images_are_measured_by_features_of_latents(latent_dit, other,
     for path in (latent_dit, other):
         scripts.run("evaluate_generation", *arguments, "--extractor", f"ddae:{path}", "--extractor_layer", LAYER)
         found[path] = json.loads((tmp_path / "generation_results.json").read_text())
-    assert "| classes | all (images of the first 4 of 1,000), guidance 1 |" in capsys.readouterr().out
+    assert "of the classes all (images of the first 4 of 1,000), guidance 1" in capsys.readouterr().out
     report, model = found[latent_dit], DDAEModel.from_pretrained(latent_dit)
     assert report["generator"]["weights"] == fingerprint(model.denoiser, model.vae, dtype=None)
     assert report["extractor"]["weights"] != found[other]["extractor"]["weights"]
@@ -121,11 +122,13 @@ def test_generated_images_are_measured_by_features_of_latents(latent_dit, other,
 def test_a_probe_is_saved_with_generator_and_vae(latent_dit, vae, digits, tested, tmp_path, monkeypatch):
     seen = []
 
-    def watched(model, *args, **kwargs):
-        seen.append((fingerprint(model.denoiser), fingerprint(model.vae)))
-        return extract_features(model, *args, **kwargs)
+    features = FeatureCache.features
 
-    monkeypatch.setattr(linear_probe, "extract_features", watched)
+    def watched(self, *args, **kwargs):
+        seen.append((fingerprint(self.model.denoiser), fingerprint(self.model.vae)))
+        return features(self, *args, **kwargs)
+
+    monkeypatch.setattr(FeatureCache, "features", watched)
     scripts.run("linear_probe", *common(latent_dit, digits, tmp_path), *COUNTS, "--baselines", "--layers", LAYER)
     denoisers, vaes = map(set, zip(*seen, strict=True))
     assert len(denoisers) == 2 and vaes == {fingerprint(vae)}  # the untrained network sees the same latents
@@ -162,7 +165,7 @@ def test_fine_tuning_leaves_the_vae_as_it_is(latent_dit, vae, digits, tested, tm
         for part in ("pos_embed.proj", "transformer_blocks.2.attn1.to_q"):
             own = model.ddae.denoiser.get_parameter(f"{part}.weight")
             assert not torch.equal(own, start.denoiser.get_parameter(f"{part}.weight"))
-    averaged = load_file(tmp_path / "tuned" / "checkpoint-2" / finetune.AVERAGED)
+    averaged = load_file(tmp_path / "tuned" / "checkpoint-2" / AVERAGED)
     assert averaged and all(name.startswith(("ddae.denoiser.", "classifier.")) for name in averaged)
     model, (images, labels) = DDAEForImageClassification.from_pretrained(tmp_path / "tuned"), tested
     own = indexed_noise((4, 8, 8), range(TEST), 0, 1)
@@ -175,21 +178,22 @@ def test_fine_tuning_leaves_the_vae_as_it_is(latent_dit, vae, digits, tested, tm
 def latents(latent_dit, vae, digits, tmp_path_factory):
     """The latents of the images, two views of those of training, as `latent_transfer.py` writes them."""
     folder = tmp_path_factory.mktemp("latents")
-    args = finetune.parse_arguments([*common(latent_dit, digits, folder), *COUNTS])
-    data = LabelledImages(args, DDAEImageProcessor.from_pretrained(latent_dit))
-    changes = {"seed": 0, "flip": False, "crop_padding": 2}
-    splits = describe_splits(data, {"train": 2, "test": 1}, changes)
+    options = FinetuningOptions(max_train_samples=TRAIN, max_test_samples=TEST)
+    processor = DDAEImageProcessor.from_pretrained(latent_dit)
+    train, test = (ImageInputs(images, processor) for images in labelled_splits(Images.open(digits), options))
+    inputs, changes = {"train": train, "test": test}, {"seed": 0, "flip": False, "crop_padding": 2}
+    splits = describe_splits(inputs, {"train": 2, "test": 1}, changes)
     encoded = LatentFolder.create(folder, vae, (16, 16), splits, sample_posterior=True, seed=3)
-    encode_views(encoded, vae, data)
+    encode_views(encoded, vae, inputs, batch_size=16)
     return folder
 
 
 def test_fine_tuning_on_latents_saves_a_classifier_of_images(
     latent_dit, vae, digits, latents, tested, tmp_path, monkeypatch
 ):
-    seen, change = [], finetune.FineTuner.change
+    seen, change = [], FineTuner.change
     monkeypatch.setattr(
-        finetune.FineTuner, "change", lambda self, images, labels: seen.append(images) or change(self, images, labels)
+        FineTuner, "change", lambda self, images, labels: seen.append(images) or change(self, images, labels)
     )
     options = ["--latents_dir", str(latents), "--mixup", "0.3", "--max_train_steps", "4"]
     report = tune(latent_dit, digits, tmp_path, *options)
@@ -222,7 +226,7 @@ def test_latents_of_others_are_refused(latent_dit, other, digits, latents, tmp_p
         tune(latent_dit, digits, tmp_path, "--latents_dir", str(tmp_path))
     with pytest.raises(SystemExit):
         tune(latent_dit, digits, tmp_path, *options, "--random_crop", "1")
-    assert "--random_crop: images in --latents_dir were changed before they were encoded" in capsys.readouterr().err
+    assert "random_crop: images in latents_dir were changed before they were encoded" in capsys.readouterr().err
 
 
 def test_both_classifiers_of_noisy_images_see_noisy_latents(latent_dit, vae, digits, tested, tmp_path):
@@ -231,13 +235,13 @@ def test_both_classifiers_of_noisy_images_see_noisy_latents(latent_dit, vae, dig
     scripts.run("noisy_classifier", *common(latent_dit, digits, tmp_path), *COUNTS, *options, "1", "--layers", LAYER)
     report = json.loads((tmp_path / "eval_results.json").read_text())
     networks = []
-    for cls, name in ((noisy_classifier.NoiseConditionalMLP, "mlp"), (noisy_classifier.WideResNet, "wide_resnet")):
+    for cls, name in ((NoiseConditionalMLP, "mlp"), (WideResNet, "wide_resnet")):
         config = json.loads((tmp_path / name / "config.json").read_text())
         config.pop("layers", None)
         networks.append(cls(**config))
         networks[-1].load_state_dict(load_file(tmp_path / name / "model.safetensors"))
     (mlp, wide_resnet), (images, labels) = (network.eval() for network in networks), tested
-    noise = indexed_noise((4, 8, 8), range(TEST), 0, noisy_classifier.TEST_VIEW)
+    noise = indexed_noise((4, 8, 8), range(TEST), 0, TEST_VIEW)
     model = DDAEModel.from_pretrained(latent_dit, layer=LAYER)
     with torch.no_grad():
         for i, sigma in enumerate([0.1, 1.0]):
@@ -254,16 +258,14 @@ def test_both_classifiers_of_noisy_images_see_noisy_latents(latent_dit, vae, dig
 
 
 def test_the_rival_learns_from_latents_with_standard_normal_noise(latent_dit, vae, digits, tmp_path):
-    options = ["--wide_resnet_batch_size", str(TRAIN), "--sigma_min", "0.5"]
-    args = noisy_classifier.parse_arguments([*common(latent_dit, digits, tmp_path), *COUNTS, *options])
-    data = LabelledImages(args, DDAEImageProcessor.from_pretrained(latent_dit))
-    steps = noisy_classifier.training_steps(args, DDAEModel.from_pretrained(latent_dit), data, 0)
-    _, (noisy, sigma, labels) = next(steps)
-    order = np.random.default_rng([args.seed, 0]).permutation(TRAIN)
-    images, known = pixels_and_labels(latent_dit, digits, "train", TRAIN)
-    assert torch.equal(labels, known[order])
+    options = NoisyOptions(sigma_min=0.5, max_train_samples=TRAIN, max_test_samples=TEST)
+    processor = DDAEImageProcessor.from_pretrained(latent_dit)
+    train, test = (ImageInputs(images, processor) for images in labelled_splits(Images.open(digits), options))
+    study = Study(DDAEModel.from_pretrained(latent_dit).eval(), train, test, options, tmp_path)
+    images = train.read(range(TRAIN))
     with torch.no_grad():
-        noise = (noisy - encode(vae, images[order])) / sigma[:, None, None, None]
+        noisy, sigma = study.noisy_batch(images, 0)
+        noise = (noisy - encode(vae, images)) / sigma[:, None, None, None]
     assert noise.shape == (TRAIN, 4, 8, 8) and abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert abs(np.corrcoef(noise[0].flatten(), noise[1].flatten())[0, 1]) < 0.3
 

@@ -28,15 +28,17 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "classes", "devices", "draws", "generation_metrics", "image_folder", "lbfgs", "metrics", "run_facts"],
-    ["batches", "noisy_networks", "options", "pixels", "stopping"],
-    ["data_files", "features", "image_set", "logistic_regression", "models", "report", "run_folder"],
+    ["arrays", "classes", "devices", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
+    ["generation_metrics", "noisy_networks", "options"],
+    ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report", "run_folder"],
     ["images", "latent_folder", "probe_results", "progress"],
-    ["accelerating", "converting", "encoding", "extractors", "feature_export", "results"],
-    ["model_card", "online_probes", "plots", "probing", "trainer", "training", "training_options"],
-    ["finetuning", "generation", "noisy_classification", "pretraining", "publishing", "sweeping", "vae_training"],
-    ["evaluation", "transferring"],
-    ["training_curve"],
+    ["converting", "encoding", "extractors", "feature_export", "results", "training_options"],
+    ["batches", "model_card", "plots"],
+    ["generation", "pretraining_data", "publishing", "trainer", "training"],
+    ["evaluation", "new_networks", "online_probes", "vae_training"],
+    ["pretraining", "probing"],
+    ["finetuning", "sweeping"],
+    ["noisy_classification", "training_curve", "transferring"],
 ]
 COMMANDS = [["parsing"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
@@ -57,7 +59,8 @@ def imports(path):
     annotations = {inner for node in checked for inner in ast.walk(node)}
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node not in annotations:
-            yield ("." * node.level) + (node.module or "")
+            names = [node.module] if node.module else [alias.name if node.level == 1 else "" for alias in node.names]
+            yield from ("." * node.level + name for name in names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -104,7 +107,8 @@ SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed t
 SEEDED_BY_CALLERS = {
     "training.run": "accelerating",
     "trainer.compute_loss": "finetuning",
-    "finetuning.build_model": "finetuning",
+    "finetuning.build_classifier": "finetuning",
+    "noisy_classification.seed_by": "noisy_classification",
 }
 
 

@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, load_dataset
@@ -121,11 +122,11 @@ def in_memory(part: Any) -> Dataset | IterableDataset:
     images, labels = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
     if isinstance(images, (Dataset, IterableDataset)):
         raise ValueError("labels came beside a data set: name its column of labels, label_column.")
-    images = list(images)
+    images = list(images) if isinstance(images, Iterable) else [images]
     if wrong := [image for image in images if image is not None and not isinstance(image, PILImage.Image)]:
         raise ValueError(
-            f"A {type(wrong[0]).__name__} came among images: they must be PIL images; or give a path, a data set, or a "
-            "mapping of splits."
+            f"An object of type {type(wrong[0]).__name__} came among images: they must be PIL images; or give a path, "
+            "a data set, or a mapping of splits."
         )
     found = Dataset.from_dict({"image": images}, Features({"image": Image()}))
     if labels is None:

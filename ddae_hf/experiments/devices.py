@@ -1,12 +1,11 @@
-"""In which type, layout and memory a network computes, which decides how fast it is: the scripts' choices."""
+"""In which type, layout and memory a network computes, which decides how fast it is."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import platform
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -16,16 +15,6 @@ HELP = (
     "Type that the network computes in; by default its checkpoint's. bfloat16 is two to three times as fast as float32 "
     "on GPUs and on processors with bfloat16 arithmetic (AVX512-BF16, AMX), and slower on others."
 )
-
-
-def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--dtype`, for a network that is not trained."""
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=HELP)
-
-
-def chosen_dtype(args: argparse.Namespace) -> dict[str, Any]:
-    """Return `dtype` for `from_pretrained`, or nothing where it is not chosen."""
-    return {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
 
 
 def best_device() -> str:

@@ -154,55 +154,51 @@ def evaluate_generation(
         ValueError: Options that cannot work, an image that cannot be read, or a folder of images made otherwise.
         OSError: No such checkpoint, or no space left.
     """
-    options = EvaluationOptions.of(options, changes)
-    extractor = None
-    if open_processes().is_main_process:
-        extractor = open_extractor(
-            options.extractor,
-            layer=options.extractor_layer,
-            sigma=options.extractor_sigma,
-            cache_dir=options.cache_dir,
-        )
-    return compare_samples(model, images, options, extractor)
+    return compare_samples(model, images, EvaluationOptions.of(options, changes))
 
 
 def compare_samples(
-    model: Generator, images: Images, options: EvaluationOptions, extractor: Extractor | None
+    model: Generator, images: Images, options: EvaluationOptions, extractor: Extractor | None = None
 ) -> GenerationResult | None:
-    """Do what `evaluate_generation` does with an extractor that is open; processes that only sample need none."""
+    """Do what `evaluate_generation` does, with an extractor that is open already, if one came."""
     started = time.monotonic()
     processes = open_processes()
     given = None if isinstance(model, DDAEPipeline) else os.fspath(model)
     with contextlib.ExitStack() as stack:
-        if given is not None and is_images_folder(given):
-            paths, generator = find_images(Path(given)), {"images_dir": given}
-            compared = real_images(images, options, len(paths)) if extractor else {}
-        else:
+        compared: dict[str, Compared] = {}
+        folder_given = given is not None and is_images_folder(given)
+        pipeline = None if folder_given else open_pipeline(model, options)
+        paths = find_images(Path(str(given))) if folder_given else []
+        if processes.is_main_process:
+            compared = real_images(images, options, len(paths) if folder_given else options.num_images)
+            extractor = extractor or open_extractor(
+                options.extractor,
+                layer=options.extractor_layer,
+                sigma=options.extractor_sigma,
+                cache_dir=options.cache_dir,
+            )
+        generator: dict[str, Any] = {"images_dir": given}
+        if pipeline is not None:
             if options.output_dir is None and processes.num_processes > 1:
                 raise ValueError("output_dir is None: processes share images through a folder.")
             output = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-            pipeline = open_pipeline(model, options)
-            compared = real_images(images, options, options.num_images) if extractor else {}
             paths = sample(pipeline, options, processes, Path(output) / "images").paths
             generator = {"model_name_or_path": given, **_sampling(pipeline, options)}
-            del pipeline  # what features need the memory for
-        if extractor is None:
+            del pipeline  # whose memory the features need
+        if not processes.is_main_process or extractor is None:
             return None
         compared["generated"] = Compared("generated", image_files(paths), GENERATED_VIEW)
         features = {role: kept_features(extractor, each, options) for role, each in compared.items()}
         shown = {compared[role].name: compared[role].shown() for role in ("generated", "reference")}
-    reference = features.pop("reference")
+    reference, known = features.pop("reference"), images.opened_with
+    about = {"source": known.get("dataset_name") or known.get("train_data_dir"), "name": compared["reference"].name}
     facts = machine(best_device(), processes.num_processes)
     facts["versions"] |= _versions(extractor)
     return GenerationResult(
-        options={"model_name_or_path": given, **options.to_dict(), **images.opened_with},
+        options={"model_name_or_path": given, **options.to_dict(), **known},
         generator=generator,
         extractor={"name": extractor.name, "width": extractor.width, **extractor.identity},
-        reference={
-            "source": images.opened_with.get("dataset_name") or images.opened_with.get("train_data_dir"),
-            "name": compared["reference"].name,
-            "num_images": len(reference),
-        },
+        reference={**about, "num_images": len(reference)},
         dataset=images.facts(compared["reference"].images),
         results={
             compared[role].name: compare(reference, values)

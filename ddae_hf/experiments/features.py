@@ -121,7 +121,7 @@ class FeatureCache:
     Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
     it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
     it is one `.npy` file (N, C), float32, a layer, and `rows.json`, the number of rows computed so far and their
-    checksum, which is compared when features are read: see `ddae_hf.arrays`. Several processes may share a folder.
+    checksum, which is compared when features are read: see `arrays`. Several processes may share a folder.
 
     Args:
         folder: Where to keep the features.

@@ -15,24 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from safetensors.torch import load_model
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import TrainerState, TrainingArguments
 
 from ..checkpoints import load_vae, plain_config
@@ -64,7 +59,7 @@ from .run_folder import (
     write_options,
 )
 from .stopping import Interrupted
-from .trainer import AVERAGED, PROGRESS, WEIGHTS, FineTuner
+from .trainer import AVERAGED, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +188,8 @@ def _finetune(
     processor = DDAEImageProcessor.from_pretrained(path, cache_dir=options.cache_dir)
     train, test = open_inputs(path, images, options, processor)
     classifier = made_fast(build_classifier(path, options, train.names), best_device())
-    rows = Rows(train, draw_fraction(train.labels, options.label_fraction, options.seed))
+    chosen = draw_fraction(train.labels, options.label_fraction, options.seed)
+    rows = LabelledRows(train, chosen, train.folder.views("train") if isinstance(train, LatentInputs) else None)
     check_sizes(options, classifier.config, len(rows))
     keeps = given["output_dir"] is not None
     trainer = FineTuner(options, training_arguments(options, len(rows), keeps), classifier, rows)
@@ -259,40 +255,6 @@ def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -
 # The data and the network
 
 
-class Rows(Dataset):
-    """Labelled inputs by whole batches, as Trainer's loader asks for them; of latents for training in all views.
-
-    Args:
-        inputs: The inputs.
-        rows: Which of them to train on; by default all are for tests.
-        noise: Gives rows noise of their own, (B, draws, C, H, W).
-    """
-
-    def __init__(
-        self, inputs: Inputs, rows: np.ndarray | None = None, noise: Callable[[np.ndarray], Tensor] | None = None
-    ):
-        self.inputs, self.noise = inputs, noise
-        self.rows = np.arange(len(inputs)) if rows is None else rows
-        self.views = inputs.folder.views("train") if rows is not None and isinstance(inputs, LatentInputs) else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return `pixel_values` (B, C, H, W) or (B, views, c, h, w), `labels` (B,) and `noise` (draws, B, C, H, W)."""
-        rows = self.rows[indices]
-        views = [self.inputs.read(rows, view) for view in range(self.views or 1)]
-        batch = {"pixel_values": torch.stack(views, dim=1) if self.views else views[0]}
-        batch["labels"] = torch.from_numpy(self.inputs.labels[rows])
-        return batch if self.noise is None else batch | {"noise": self.noise(rows).transpose(0, 1)}
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """How many images these are, and a SHA-256 of them and their labels."""
-        content = [self.inputs.images.hash, self.rows.tolist(), self.inputs.labels[self.rows].tolist()]
-        return {"num_images": len(self), "data": hashlib.sha256(repr(content).encode()).hexdigest()}
-
-
 def open_inputs(
     path: str, images: Images, options: FinetuningOptions, processor: DDAEImageProcessor
 ) -> tuple[Inputs, Inputs]:
@@ -340,7 +302,7 @@ def with_vae(
     latents = {"vae": plain_config(vae), "sample_posterior": folder.index["sample_posterior"]}
     whole = DDAEForImageClassification(DDAEConfig.from_dict(classifier.config.to_dict() | latents))
     whole.load_state_dict(classifier.state_dict() | {f"ddae.vae.{k}": v for k, v in vae.state_dict().items()})
-    return whole.to(classifier.device)
+    return whole.to(classifier.device).eval()
 
 
 def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> None:
@@ -359,29 +321,19 @@ def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> N
 def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> TrainingArguments:
     """Return Trainer's arguments for so many images, with checkpoints if it `keeps` them."""
     arguments = TrainingArguments(
-        str(options.output_dir),
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        lr_scheduler_type="cosine",
-        warmup_steps=options.lr_warmup_ratio,
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        data_seed=options.seed,
-        fp16=options.mixed_precision == "fp16",
-        bf16=options.mixed_precision == "bf16",
-        torch_compile=options.torch_compile,
-        save_strategy="steps" if keeps else "no",
-        save_steps=options.checkpointing_steps,
-        logging_steps=50,
+        str(options.output_dir), per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.gradient_accumulation_steps,
+        lr_scheduler_type="cosine", warmup_steps=options.lr_warmup_ratio, max_grad_norm=options.max_grad_norm,
+        seed=options.seed, data_seed=options.seed, fp16=options.mixed_precision == "fp16",
+        bf16=options.mixed_precision == "bf16", torch_compile=options.torch_compile, logging_steps=50,
+        save_strategy="steps" if keeps else "no", save_steps=options.checkpointing_steps,
         report_to=options.report_to or "none",
         disable_tqdm=True,  # there is a bar that prints nothing
         logging_nan_inf_filter=False,  # it would hide them
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # they are frozen
-        dataloader_num_workers=options.dataloader_num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        dataloader_num_workers=options.dataloader_num_workers, dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
     if arguments.n_gpu > 1:  # Trainer would split batches along the draws of noise
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
     batches = math.ceil(math.ceil(count / options.batch_size) / arguments.world_size)
@@ -396,7 +348,8 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     Raises:
         Interrupted: A signal came, and a checkpoint was written.
     """
-    output, keeps = Path(trainer.args.output_dir), given["output_dir"] is not None
+    output = Path(trainer.args.output_dir)
+    keeps = given["output_dir"] is not None
     if resume is not None:
         trainer.restore(resume)
     if keeps and trainer.is_world_process_zero():
@@ -434,7 +387,7 @@ def figures_of(trainer: FineTuner, test: Inputs) -> dict[str, float]:
     config = trainer.model.config
     shape = (config.num_noise_samples, *config.sample_shape)
     own = partial(indexed_noise, shape, seed=config.noise_seed, view=noise_view(True, 0))
-    figures = trainer.evaluate(Rows(test), metric_key_prefix="test")
-    figures |= trainer.evaluate(Rows(test, noise=own), metric_key_prefix="test_own_noise")
+    figures = trainer.evaluate(LabelledRows(test), metric_key_prefix="test")
+    figures |= trainer.evaluate(LabelledRows(test, noise=own), metric_key_prefix="test_own_noise")
     wanted = ("_loss", "_accuracy", "_f1", "_precision", "_recall")
     return {name: value for name, value in figures.items() if name.endswith(wanted)}

@@ -5,11 +5,10 @@ Image number i comes from seed + i, whatever the batch size and the number of pr
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,10 +27,9 @@ from ..noise import change_scheduler, family
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
 from .arrays import read_json, write_text, written_whole
-from .devices import best_device, made_fast
+from .devices import HELP, best_device, made_fast
 from .features import evaluating
 from .options import Options, option
-from .plots import image_grid
 
 # A generator's folder or Hub id, in any layout, or an open pipeline.
 Generator = str | os.PathLike[str] | DDAEPipeline
@@ -53,11 +51,7 @@ class GenerationOptions(Options):
     class_label: list[str] | None = option(None, "Classes to generate in turn, by number or name, or `all`.")
     guidance_scale: float = option(1.0, "Strength of classifier-free guidance; at 1 there is none.")
     seed: int = option(0, "Image number i comes from the seed + i.")
-    dtype: Literal["float32", "bfloat16"] | None = option(
-        None,
-        "Type that the network computes in; by default its checkpoint's. bfloat16 is two to three times as fast as "
-        "float32 on GPUs and on processors with bfloat16 arithmetic (AVX512-BF16, AMX), and slower on others.",
-    )
+    dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
     cache_dir: str | None = option(None, "Where downloaded checkpoints and data are kept.")
     output_dir: str | None = option(None, "Folder of the images; by default they are kept in memory.")
 
@@ -74,36 +68,29 @@ class GenerationOptions(Options):
             raise ValueError(f"scheduler is {self.scheduler}: diffusers has no such scheduler.")
         if self.class_label == []:
             raise ValueError("class_label names no class: give some, or leave it out.")
-        if self.output_dir is not None:
-            folder = Path(self.output_dir).absolute()
-            nearest = next(path for path in (folder, *folder.parents) if path.exists())
-            if not nearest.is_dir():
-                raise ValueError(f"output_dir is {folder}, but {nearest} is a file: name another folder.")
+        if self.output_dir is not None and Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir is {self.output_dir}, which is a file: give a folder.")
 
 
 class Samples(Sequence[Image.Image]):
-    """Generated images in the order of their numbers; those of a folder are opened when they are asked for.
+    """Generated images by their numbers, `made` of them by this run; those in `paths` are opened when asked for."""
 
-    Attributes:
-        paths: Their files, none where they are in memory.
-        made: How many of them were made by this run.
-    """
+    def __init__(self, images: Sequence[Image.Image | Path], made: int):
+        self._images, self.made = list(images), made
 
-    def __init__(self, images: Sequence[Image.Image] = (), paths: Sequence[Path] = (), made: int | None = None):
-        self._images, self.paths = list(images), list(paths)
-        self.made = len(self) if made is None else made
+    @property
+    def paths(self) -> list[Path]:
+        """Their files, none where they are in memory."""
+        return [image for image in self._images if isinstance(image, Path)]
 
     def __len__(self) -> int:
-        return len(self.paths) or len(self._images)
+        return len(self._images)
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(len(self))[number]]
-        return Image.open(self.paths[number]) if self.paths else self._images[number]
-
-    def grid(self, count: int = 64) -> Image.Image:
-        """Return the first ones as one picture."""
-        return image_grid(self[:count])
+        image = self._images[number]
+        return Image.open(image) if isinstance(image, Path) else image
 
 
 def generate(model: Generator, options: GenerationOptions | None = None, **changes: Any) -> Samples:
@@ -126,13 +113,13 @@ def generate(model: Generator, options: GenerationOptions | None = None, **chang
     """
     options = GenerationOptions.of(options, changes)
     processes = open_processes()
-    if options.output_dir is None and processes.num_processes > 1:
-        raise ValueError(f"output_dir is None: {processes.num_processes} processes share images through a folder.")
     pipeline = open_pipeline(model, options)
-    if options.output_dir is None:
-        batches = tqdm(_batches(options), desc="Batches", leave=False)
-        return Samples([image for batch in batches for image in sample_batch(pipeline, options, batch)])
-    return sample(pipeline, options, processes, Path(options.output_dir))
+    if options.output_dir is not None:
+        return sample(pipeline, options, processes, Path(options.output_dir))
+    if processes.num_processes > 1:
+        raise ValueError(f"output_dir is None: {processes.num_processes} processes share images through a folder.")
+    batches = tqdm(_batches(options), desc="Batches", leave=False)
+    return Samples([image for batch in batches for image in sample_batch(pipeline, options, batch)], options.num_images)
 
 
 def open_processes() -> PartialState:
@@ -152,8 +139,7 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
         if wanted not in (None, model.denoiser.dtype):
             raise ValueError(f"dtype is {options.dtype}, but the pipeline is open in {model.denoiser.dtype}.")
         pipeline = copy.copy(model)
-        kind = type(model.scheduler)
-        pipeline.scheduler = kind.from_config(model.scheduler.config)  # it counts the steps
+        pipeline.scheduler = type(model.scheduler).from_config(model.scheduler.config)  # it counts the steps
     else:
         kinds = {} if wanted is None else {"dtype": wanted}
         pipeline = DDAEPipeline.from_pretrained(model, cache_dir=options.cache_dir, **kinds).to(best_device())
@@ -162,13 +148,13 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
         if pipeline.vae is not None:
             pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
     if options.scheduler:
-        chosen = change_scheduler(pipeline.scheduler, getattr(diffusers, options.scheduler))
-        trained = family(pipeline.scheduler)
-        if (other := family(chosen)) != trained:
+        trained = pipeline.scheduler
+        pipeline.scheduler = change_scheduler(trained, getattr(diffusers, options.scheduler))
+        if family(pipeline.scheduler) != family(trained):
             raise ValueError(
-                f"scheduler {options.scheduler} is of {other}, but the network was trained with {trained}."
+                f"scheduler {options.scheduler} is of {family(pipeline.scheduler)}, but the network was trained with "
+                f"{family(trained)}."
             )
-        pipeline.scheduler = chosen
     chosen_classes(pipeline, options)
     return pipeline
 
@@ -201,10 +187,8 @@ def chosen_classes(pipeline: DDAEPipeline, options: GenerationOptions) -> list[i
 def made_by(pipeline: DDAEPipeline, options: GenerationOptions) -> dict[str, Any]:
     """Return what images depend on, as JSON, but for the null class and the scheduler."""
     facts = {name: getattr(options, name) for name in IMAGE_OPTIONS}
-    labels = options.class_label
-    # As versions before lists of text wrote it, whose images go on.
-    numbers = [int(k) if k.lstrip("-").isdigit() else k for k in labels or []]
-    facts["class_label"] = numbers[0] if len(numbers) == 1 else numbers or None
+    classes = [int(k) if k.lstrip("-").isdigit() else k for k in options.class_label or []]
+    facts["class_label"] = classes[0] if len(classes) == 1 else classes or None  # as version 0.2.0 noted it
     return facts | {"weights": fingerprint(pipeline.denoiser, pipeline.vae, dtype=None)}
 
 
@@ -213,10 +197,6 @@ def sample(pipeline: DDAEPipeline, options: GenerationOptions, processes: Partia
 
     Batches have fixed members, and one that lacks an image is computed whole: arithmetic in a batch of another size may
     round differently, and so what is resumed is bit-equal to what was never interrupted.
-
-    Raises:
-        ValueError: A folder of other images, or options that this checkpoint does not take.
-        OSError: No space left for the images.
     """
     paths = [folder / f"{i:05d}.png" for i in range(options.num_images)]
     facts = made_by(pipeline, options)
@@ -228,29 +208,35 @@ def sample(pipeline: DDAEPipeline, options: GenerationOptions, processes: Partia
     with processes.split_between_processes(batches) as own:
         for batch in tqdm(own, desc="Batches", disable=not processes.is_main_process):
             images = sample_batch(pipeline, options, batch)
-            with _writing(folder):
+            path = folder / NOTE
+            try:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / NOTE, json.dumps(facts, indent=2) + "\n")  # every process does
-            for i, image in zip(batch, images, strict=True):
-                if not paths[i].exists():
-                    with _writing(paths[i]), written_whole(paths[i]) as partial:
-                        image.save(partial, format="PNG")
+                write_text(path, json.dumps(facts, indent=2) + "\n")  # every process does
+                for path, image in zip(paths[batch.start : batch.stop], images, strict=True):
+                    if not path.exists():
+                        with written_whole(path) as partial:
+                            image.save(partial, format="PNG")
+            except OSError as error:
+                reason = f"{path} cannot be written: {error.strerror or error}"
+                raise OSError(f"{reason}. What is there is whole, and the same options go on from it.") from error
     processes.wait_for_everyone()
-    return Samples(paths=paths, made=lacking)
+    return Samples(paths, lacking)
 
 
 def sample_batch(pipeline: DDAEPipeline, options: GenerationOptions, numbers: Sequence[int]) -> list[Image.Image]:
     """Return the images of these numbers."""
     classes = chosen_classes(pipeline, options)
     with evaluating(pipeline.denoiser):
-        return pipeline(
+        [images] = pipeline(
             len(numbers),
             class_labels=classes and [classes[i % len(classes)] for i in numbers],
             generator=[torch.Generator("cpu").manual_seed(options.seed + i) for i in numbers],
             num_inference_steps=options.num_inference_steps,
             sampler=options.sampler,
             guidance_scale=options.guidance_scale,
-        ).images
+            return_dict=False,
+        )
+    return images
 
 
 def _batches(options: GenerationOptions) -> list[range]:
@@ -261,27 +247,16 @@ def _batches(options: GenerationOptions) -> list[range]:
 
 def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) -> None:
     """Raise `ValueError` if a folder holds images that were made otherwise, or nobody knows how."""
-    if not (folder / NOTE).exists():
+    note = folder / NOTE
+    if not note.exists():
         if any(path.exists() for path in paths):
             raise ValueError(f"{folder} holds images without {NOTE}, which says how they were made: choose another.")
         return
-    found = read_json(folder / NOTE)
-    different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+    found = read_json(note)
+    different = [
+        name if name in ("weights", "scheduler") else f"{name} ({found.get(name)} there, {facts.get(name)} now)"
+        for name in {**found, **facts}
+        if found.get(name) != facts.get(name)
+    ]
     if different:
-        words = [
-            name if name in ("weights", "scheduler") else f"{name} ({found.get(name)} there, {facts.get(name)} now)"
-            for name in different
-        ]
-        raise ValueError(f"{folder} holds images made with another {', '.join(words)}: choose another output_dir.")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say which file an error of the disk is of, and that what there is stays."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be written: {error.strerror or error}. The images before it are whole, and the same "
-            "options go on from them."
-        ) from error
+        raise ValueError(f"{folder} holds images made with another {', '.join(different)}: choose another output_dir.")

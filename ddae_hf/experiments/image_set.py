@@ -57,18 +57,19 @@ class ImageSet:
         column = self.image_column
         return self.dataset.select_columns([column]).cast_column(column, Image(decode=False))
 
-    @property
+    @cached_property
     def _feature(self) -> Image:
+        # Kept, for datasets copies all of its features whenever it is asked.
         return Image(mode=self.dataset.features[self.image_column].mode)
 
     @property
-    def names(self) -> list[str] | None:
-        """The names of the classes, those of all splits; nothing where the split, or a stream, does not say them."""
+    def names(self) -> Any:
+        """The names of the classes of all splits, a list; None where the split, or a stream, does not say them."""
         return self._classes.names if self._classes is not None and self.label_column else None
 
     @cached_property
-    def labels(self) -> np.ndarray | None:
-        """The labels (N,), int64, each the place of a name; nothing for a split without labels, and for a stream.
+    def labels(self) -> Any:
+        """The labels, int64 (N,), each the place of a name; None for a split without labels, and for a stream.
 
         Raises:
             ValueError: Labels that are missing, or outside the classes.
@@ -177,7 +178,7 @@ class ImageSet:
         columns = {self.image_column: "image"}
         count = 0
         if labels:
-            count = len(self.labelled().names or ())
+            count = len(self.labelled().names)
             columns[str(self.label_column)] = "labels"
         # Renaming would decode what is not cast before.
         files = self.dataset.cast_column(self.image_column, Image(decode=False)).select_columns(list(columns))

@@ -190,10 +190,9 @@ def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
     if len(train) == len(test) and train.hash == test.hash:
         raise ValueError(f"The splits {train.split!r} and {test.split!r} are the same images: test on other images.")
     train, test = train.take(options.max_train_samples), test.take(options.max_test_samples)
-    labels = {"train": np.asarray(train.labels), "test": np.asarray(test.labels)}
-    if len(np.unique(labels["train"])) < 2:
+    if len(np.unique(train.labels)) < 2:
         raise ValueError("The training images are all of one class: a classifier needs at least two.")
-    warn_of_missing(train.names or (), labels)
+    warn_of_missing(train.names, {"train": train.labels, "test": test.labels})
     return train, test
 
 
@@ -210,13 +209,13 @@ class Inputs(abc.ABC):
         return len(self.images)
 
     @property
-    def labels(self) -> np.ndarray | None:
-        """The labels (N,), int64, if there are any."""
+    def labels(self) -> Any:
+        """The labels, an array (N,) of int64, or None; those who need them ask for `labelled` images."""
         return self.images.labels
 
     @property
-    def names(self) -> list[str] | None:
-        """The names of the classes, if there are any."""
+    def names(self) -> Any:
+        """The names of the classes, a list, or None."""
         return self.images.names
 
     @property

@@ -41,24 +41,27 @@ from ..modeling_ddae import DDAEModel
 from ..weights import fingerprint
 from .accelerating import accelerated
 from .arrays import fill, read_json, write_json
-from .batches import Batches
+from .batches import Batches, whole
 from .draws import POSTERIOR, indexed_noise, separate_randomness
 from .features import FeatureCache, batch_features
-from .finetuning import Rows
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
 from .models import Model, check_taps, open_model, open_processor
 from .noisy_networks import NoiseConditionalMLP, WideResNet
 from .options import Options, option
+from .plots import curves
+from .progress import STATE
 from .report import in_memory
 from .results import NoisyReport
 from .run_facts import base_model, machine
-from .run_folder import check_folder, checkpoint_to_resume, saved_checkpoints, saving
+from .run_folder import check_folder, checkpoint_to_resume, saved_checkpoints, saving, step_of
 from .stopping import largest, not_finite
-from .progress import STATE
+from .trainer import LabelledRows
 from .training import Loop
 
-MLP, WIDE_RESNET = "mlp", "wide_resnet"  # their folders
-FIRST_TRAIN_VIEW = 2  # views of noise; training and test images never share one
+MLP = "mlp"  # its folder
+WIDE_RESNET = "wide_resnet"  # likewise
+TEST_VIEW = noise_view(True, 0)  # of noise; training and test images never share one
+FIRST_TRAIN_VIEW = 2
 # What stored features and the Wide ResNet both depend on; then either one alone.
 COMMON = ("sigma_min", "sigma_max", "random_flip", "random_crop", "seed")
 OF_FEATURES = ("layers", "null_class", "noise_seed", "batch_size")
@@ -102,7 +105,8 @@ class NoisyOptions(Options):
 
     def check(self) -> None:
         """Settle the levels to test at, and refuse what several options forbid together."""
-        low, high = self.sigma_min, self.sigma_max
+        low = self.sigma_min
+        high = self.sigma_max
         if low >= high:
             raise ValueError(f"sigma_min is {low:g} and sigma_max {high:g}: 0 < min < max must hold.")
         self.sigmas = sorted(self.sigmas or np.geomspace(low, high, 8).tolist())
@@ -118,20 +122,13 @@ class NoisyResult(NoisyReport):
 
     def curves(self) -> Figure:
         """Return a picture of accuracies over noise levels, with their standard errors."""
-        figure = Figure(figsize=(7, 4.5))
-        axes = figure.subplots()
-        for (name, values), marker in zip(self.test_accuracies.items(), "os", strict=False):
-            shares = np.array(values)
-            errors = np.sqrt(shares * (1 - shares) / self.num_test_images)
-            sigmas = self.options["sigmas"]
-            axes.errorbar(sigmas, 100 * shares, 100 * errors, marker=marker, capsize=3, label=name)
-        axes.axhline(100 * self.chance, color="grey", linestyle="--", label="chance")
-        axes.set(xscale="log", xlabel=f"Noise level sigma (standard deviation of the noise on {self.noise_on})")
-        axes.set(ylabel="Test accuracy in %", ylim=(0, 100))
-        axes.set(title=f"Classifying noisy images, {self.num_test_images:,} test images")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        return figure
+        lines = {name: 100 * np.array(values) for name, values in self.test_accuracies.items()}
+        errors = {name: np.sqrt(y * (100 - y) / self.num_test_images) for name, y in lines.items()}
+        sigmas = self.options["sigmas"]
+        title = f"Classifying noisy images, {self.num_test_images:,} test images"
+        level = f"noise level sigma (standard deviation of the noise on {self.noise_on})"
+        lines["chance"] = np.full(len(sigmas), 100 * self.chance)
+        return curves(sigmas, lines, title=title, xlabel=level, ylabel="test accuracy (%)", log=True, errors=errors)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the networks into `mlp` and `wide_resnet`, `accuracy.png`, and at last `eval_results.json`."""
@@ -163,10 +160,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
     with separate_randomness(), contextlib.ExitStack() as stack:
         folder = Path(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         check_folder(folder)
-        layer = options.layers[0] if options.layers else None
-        network = open_model(
-            model, cache_dir=options.cache_dir, layer=layer, null_class=options.null_class, num_noise_samples=1
-        )
+        network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers, (options.sigma_min, options.sigma_max))
         if options.random_crop >= min(network.config.image_size):
@@ -237,12 +231,12 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
 
 def log_uniform(options: NoisyOptions, count: int, seed: list[int]) -> Tensor:
     """Draw noise levels (count,), float32."""
-    low, high = options.sigma_min, options.sigma_max
-    logs = np.random.default_rng(seed).uniform(np.log(low), np.log(high), count)
-    return torch.from_numpy(np.exp(logs).clip(low, high)).float()  # rounding must not leave the schedule
+    ends = (options.sigma_min, options.sigma_max)
+    logs = np.random.default_rng(seed).uniform(*np.log(ends), count)
+    return torch.from_numpy(np.exp(logs).clip(*ends)).float()  # rounding must not leave the schedule
 
 
-def set_seed(*seed: int) -> None:
+def seed_by(*seed: int) -> None:
     """Make what is random from here on depend on these numbers alone."""
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
 
@@ -267,12 +261,13 @@ class Study:
 
     def stored_view(self, view: int) -> tuple[np.ndarray, Tensor]:
         """Return the training images' features (N, C) in a draw, kept on disk, and their levels (N,)."""
-        options, count = self.options, len(self.train)
+        options = self.options
+        count = len(self.train)
         sigmas = log_uniform(options, count, [options.noise_seed, view])
         size = sum(hidden_size(self.model.denoiser, layer) for layer in self.options.layers)
 
         def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
-            set_seed(options.seed, view)
+            seed_by(options.seed, view)
             first = 0
             title = f"features, view {view + 1} of {options.num_views}"
             for images in self.train.batches(options.batch_size, title=title):
@@ -280,21 +275,17 @@ class Study:
                 # Drawn in order: also of the images whose features are there.
                 images = random_changes(images, options.random_flip, options.random_crop)
                 if rows.start >= start:
-                    found = self.features(images, rows, sigmas[rows.start : rows.stop], FIRST_TRAIN_VIEW + view)
-                    yield {f"view-{view}": found}
+                    level = sigmas[rows.start : rows.stop].to(self.model.device)
+                    number = FIRST_TRAIN_VIEW + view
+                    found = batch_features(
+                        self.model, images, rows, options.layers, level, noise_seed=options.noise_seed, view=number
+                    )
+                    values = torch.cat([found[layer] for layer in options.layers], dim=1)
+                    if not values.isfinite().all():
+                        raise ValueError("Some features are no finite numbers: the network overflows, use float32.")
+                    yield {f"view-{view}": values}
 
         return fill(self.folder / "features", {f"view-{view}": (size,)}, count, batches)[f"view-{view}"], sigmas
-
-    def features(self, images: Tensor, rows: range, sigma: Tensor, view: int) -> Tensor:
-        """Return the features of images at levels (B,), those of all layers side by side, (B, C)."""
-        level = sigma.to(self.model.device)
-        found = batch_features(
-            self.model, images, rows, self.options.layers, level, noise_seed=self.options.noise_seed, view=view
-        )
-        values = torch.cat([found[layer] for layer in self.options.layers], dim=1)
-        if not values.isfinite().all():
-            raise ValueError("Some features are no finite numbers: the network overflows, run it in float32.")
-        return values
 
     def train_mlp(self) -> tuple[NoiseConditionalMLP, dict[str, Any]]:
         """Return the MLP trained on stored features, which it standardises, and what it is built from."""
@@ -304,7 +295,7 @@ class Study:
         labels = torch.from_numpy(self.train.labels)
         config = {"in_features": stored[0].shape[1], "num_labels": len(self.train.names)}
         config |= {name: getattr(options, name) for name in ("hidden_size", "num_hidden_layers", "dropout")}
-        set_seed(options.seed)
+        seed_by(options.seed)
         mlp = NoiseConditionalMLP(**config).to(device).train()
         moments = np.mean([[view.mean(0, np.float64), np.square(view, dtype=np.float64).mean(0)] for view in stored], 0)
         mlp.mean.copy_(torch.from_numpy(moments[0]))
@@ -326,11 +317,14 @@ class Study:
 
     def train_wide_resnet(self) -> tuple[WideResNet, dict[str, Any]]:
         """Return the Wide ResNet trained on what the denoiser sees, from where an earlier run stopped."""
-        options, folder, count = self.options, self.folder / WIDE_RESNET, len(self.train)
-        size, steps = options.wide_resnet_batch_size, options.wide_resnet_steps
+        options = self.options
+        folder = self.folder / WIDE_RESNET
+        count = len(self.train)
+        size = options.wide_resnet_batch_size
+        steps = options.wide_resnet_steps
         channels = self.model.config.sample_shape[0]
         config = {"k": options.wide_resnet, "num_labels": len(self.train.names), "num_channels": channels}
-        set_seed(options.seed)
+        seed_by(options.seed)
         network = WideResNet(**config).to(self.model.device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             network.parameters(), options.wide_resnet_learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -343,44 +337,36 @@ class Study:
         checkpoint = checkpoint_to_resume(folder, "latest", (*STATE, "model.safetensors"))
         if checkpoint is not None:
             load_model(network, checkpoint / "model.safetensors")
-        loader = DataLoader(
-            Rows(self.train, np.arange(count)), batch_sampler=Batches(of_epoch, size), collate_fn=lambda batch: batch
-        )
+        loader = DataLoader(LabelledRows(self.train), batch_sampler=Batches(of_epoch, size), collate_fn=whole)
         with accelerated(mixed_precision="no", place=False) as accelerator:
             loop = Loop(
-                accelerator,
-                network,
-                optimizer,
-                loader,
-                total_steps=steps,
-                seed=options.seed,
+                accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
                 schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-                    optimizer, lambda step: (1 + np.cos(np.pi * step / steps)) / 2
+                    optimizer, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2
                 ),
-                output_dir=folder,
-                checkpointing_steps=options.checkpointing_steps,
-                checkpoints_total_limit=1,
+                output_dir=folder, checkpointing_steps=options.checkpointing_steps, checkpoints_total_limit=1,
                 save=lambda partial: save_model(network, str(partial / "model.safetensors")),
-                desc=f"WRN-28-{options.wide_resnet}",
-                option="wide_resnet_learning_rate",
-            )
+                desc=f"WRN-28-{options.wide_resnet}", option="wide_resnet_learning_rate",
+            )  # fmt: skip
             loop.restore(checkpoint)
             loop.run(lambda batch: self.noisy_loss(network, batch, loop.progress.batches))
+            if checkpoint is None or step_of(checkpoint) < steps:
+                loop.checkpoint()
         return network.eval(), config
 
-    def noisy_batch(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor]:
+    def noisy_batch(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Return noisy images or latents (B, C, H, W) and their levels (B,), functions of torch's seed and the step."""
-        images = random_changes(batch["pixel_values"], self.options.random_flip, self.options.random_crop)
+        images = random_changes(images, self.options.random_flip, self.options.random_crop)
         sigma = log_uniform(self.options, len(images), [self.options.seed, step])
         noise = torch.randn(len(images), *self.model.config.sample_shape)
         clean = self.model.encode(images.to(self.model.device), torch.randn_like(noise)).cpu()
         return clean + sigma[:, None, None, None] * noise, sigma
 
     def noisy_loss(self, network: WideResNet, batch: dict[str, Tensor], step: int) -> Tensor:
-        """Return the Wide ResNet's loss."""
-        noisy, sigma = self.noisy_batch(batch, step)
-        noisy = noisy.to(self.model.device).to(memory_format=torch.channels_last)
-        return F.cross_entropy(network(noisy, sigma.to(self.model.device)), batch["labels"].to(self.model.device))
+        """Return the Wide ResNet's loss in a step."""
+        noisy, sigma = (values.to(self.model.device) for values in self.noisy_batch(batch["pixel_values"], step))
+        logits = network(noisy.to(memory_format=torch.channels_last), sigma)
+        return F.cross_entropy(logits, batch["labels"].to(self.model.device))
 
     @torch.no_grad()
     def accuracies(self, name: str, network: nn.Module) -> list[float]:
@@ -393,16 +379,15 @@ class Study:
 
     def of_features(self, mlp: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield the MLP's answers to test images: a level's number, rows, and logits (B, K)."""
-        options, count = self.options, len(self.test)
+        options = self.options
+        count = len(self.test)
         cache = FeatureCache(options.features_dir or self.folder / "features", self.model, options.noise_seed)
         for number, sigma in enumerate(options.sigmas):
 
             def images(start: int, sigma: float = sigma) -> Iterator[Tensor]:
                 yield from self.test.batches(options.batch_size, start=start, title=f"test, sigma {sigma:g}")
 
-            found = cache.features(
-                images, count, options.layers, sigma, view=noise_view(True, 0), data=self.test.identity
-            )
+            found = cache.features(images, count, options.layers, sigma, view=TEST_VIEW, data=self.test.identity)
             for start in range(0, count, options.batch_size):
                 rows = slice(start, start + options.batch_size)
                 values = np.concatenate([found[layer][rows] for layer in options.layers], axis=1)
@@ -411,14 +396,16 @@ class Study:
 
     def of_noisy(self, network: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield the Wide ResNet's answers, likewise."""
-        config, seed, first = self.model.config, self.options.noise_seed, 0
+        config = self.model.config
+        seed = self.options.noise_seed
+        first = 0
         for images in self.test.batches(self.options.batch_size, title="test"):
             rows = slice(first, first := first + len(images))
-            indices, view = range(rows.start, rows.stop), noise_view(True, 0)
+            indices = range(rows.start, rows.stop)
             own = None
             if config.sample_posterior:
-                own = indexed_noise(config.sample_shape, indices, seed, view, purpose=POSTERIOR)
+                own = indexed_noise(config.sample_shape, indices, seed, TEST_VIEW, purpose=POSTERIOR)
             clean = self.model.encode(images.to(self.model.device), own)
-            noise = indexed_noise(config.sample_shape, indices, seed, view).to(clean)
+            noise = indexed_noise(config.sample_shape, indices, seed, TEST_VIEW).to(clean)
             for number, sigma in enumerate(self.options.sigmas):
                 yield number, rows, network(clean + sigma * noise, clean.new_full((len(clean),), sigma))

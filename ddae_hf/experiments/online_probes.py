@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, Dataset
 
 from ..hidden_states import hidden_size
-from ..modeling_ddae import DDAEModel
-from .draws import separate_randomness
+from .accelerating import accelerated
+from .batches import Batch, Batches, whole
 from .features import batch_features
-from .images import Inputs, noise_view
+from .images import noise_view
+from .training import Loop
 
 if TYPE_CHECKING:
-    from .sweeping import SweepOptions
+    from .probing import Prober
 
 
 class OnlineProbes(nn.Module):
@@ -56,75 +57,81 @@ class OnlineProbes(nn.Module):
         return weight, bias - weight @ norm.running_mean
 
 
-def train_online(
-    model: DDAEModel,
-    inputs: Inputs,
-    labels: np.ndarray,
-    num_classes: int,
-    layers: list[str],
-    options: SweepOptions,
-    *,
-    sigma: float,
-    rows: np.ndarray,
-    noise_seed: int,
-) -> OnlineProbes:
+def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarray, noise_seed: int) -> OnlineProbes:
     """Train probes as the paper does: fresh noise, flips and crops every epoch, Adam and a cosine schedule.
 
     Args:
-        model: The network.
-        inputs: The training images.
-        labels: Their classes (N,).
-        num_classes: Number of classes.
+        prober: Has the network, the training images, and the options of the protocol.
         layers: The layers, whose probes are trained together.
-        options: Those of the protocol.
         sigma: Noise level.
-        rows: Indices of the images to train on.
+        rows: Indices of the training images to train on.
         noise_seed: Seed of the noise.
 
     Raises:
-        ValueError: The loss is no number.
+        ValueError: The loss is no finite number.
     """
+    options, model = prober.options, prober.model
     widths = {layer: hidden_size(model.denoiser, layer) for layer in layers}
-    with separate_randomness(options.seed):
-        probes = OnlineProbes(widths, num_classes, batch_norm=options.protocol == "batch_norm").to(model.device)
+    labels = torch.from_numpy(prober.labels["train"])
     steps = math.ceil(len(rows) / options.online_batch_size)
-    optimizer = torch.optim.Adam(probes.parameters(), lr=options.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.num_epochs * steps)
-    progress = tqdm(total=options.num_epochs * steps, desc=f"sigma {sigma:g}, training", leave=False)
-    for epoch in range(1, options.num_epochs + 1):
-        order = np.random.default_rng([options.seed, epoch]).permutation(rows)
-        for indices in np.array_split(order, steps):
-            images, view = inputs.read(indices, epoch), noise_view(False, epoch)
-            features = batch_features(model, images, indices, layers, sigma, noise_seed=noise_seed, view=view)
-            truth = torch.from_numpy(labels[indices]).to(model.device)
-            loss = sum(F.cross_entropy(logits, truth) for logits in probes(features).values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.update()
-    progress.close()
-    if not loss.isfinite():
-        raise ValueError(f"The loss of the probes is {loss.item()} at sigma {sigma:g}: lower learning_rate.")
+
+    def of_epoch(epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([options.seed, epoch + 1]).permutation(rows)
+        return np.array_split(order, steps)
+
+    with accelerated(seed=options.seed, mixed_precision="no", place=False) as accelerator:
+        classes, batch_norm = prober.solving["num_classes"], options.protocol == "batch_norm"
+        probes = OnlineProbes(widths, classes, batch_norm).to(model.device)
+        order = Batches(of_epoch, options.online_batch_size)
+        loop = Loop(
+            accelerator,
+            probes,
+            torch.optim.Adam(probes.parameters(), lr=options.learning_rate),
+            DataLoader(_Rows(len(labels)), batch_sampler=order, collate_fn=whole),
+            total_steps=options.num_epochs * steps,
+            seed=options.seed,
+            schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),
+            desc=f"sigma {sigma:g}, training",
+        )
+
+        def loss(batch: Batch) -> Tensor:
+            epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are
+            images, view = prober.train.read(batch["rows"].numpy(), epoch), noise_view(False, epoch)
+            features = batch_features(
+                model, images, batch["rows"].numpy(), layers, sigma, noise_seed=noise_seed, view=view
+            )
+            truth = labels[batch["rows"]].to(model.device)
+            losses = (F.cross_entropy(logits, truth) for logits in loop.module(features).values())
+            return sum(losses, torch.zeros((), device=model.device))
+
+        loop.run(loss)
     return probes.eval()
+
+
+class _Rows(Dataset[Batch]):
+    """The numbers of so many rows, a whole batch at a time."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        return {"rows": torch.tensor(rows)}
 
 
 @torch.no_grad()
 def predict_online(
-    model: DDAEModel,
-    probes: OnlineProbes,
-    batches: Iterable[Tensor],
-    sigma: float,
-    rows: np.ndarray,
-    noise_seed: int,
-    view: int,
+    prober: Prober, probes: OnlineProbes, split: str, sigma: float, rows: np.ndarray, noise_seed: int
 ) -> dict[str, np.ndarray]:
-    """Return the classes (1, N) that probes give images, those at `rows` in batches, by layer name."""
+    """Return the classes (1, N) that probes give a split's images at `rows`, by layer name."""
     found: dict[str, list[np.ndarray]] = {layer: [] for layer in probes.layers}
-    start = 0
-    for images in batches:
+    inputs = prober.train if split == "train" else prober.test
+    start, view = 0, noise_view(split == "test", 0)
+    for images in inputs.batches(prober.options.batch_size, rows, title=f"sigma {sigma:g}, {split} images"):
         indices = rows[start : (start := start + len(images))]
-        features = batch_features(model, images, indices, probes.layers, sigma, noise_seed=noise_seed, view=view)
+        features = batch_features(prober.model, images, indices, probes.layers, sigma, noise_seed=noise_seed, view=view)
         for layer, logits in probes(features).items():
             found[layer].append(logits.argmax(1).cpu().numpy())
     return {layer: np.concatenate(parts)[None] for layer, parts in found.items()}

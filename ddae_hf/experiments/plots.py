@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,32 +12,38 @@ from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
 
 from ..image_processing_ddae import as_rgb
-from .results import Pair
+from .results import Pair, Point
 
 
-def heat_map_of_pairs(pairs: Sequence[Pair], best: Pair) -> Figure:
+def heat_map(pairs: Sequence[Pair], best: Pair) -> Figure:
     """Return a picture of validation accuracy over layers and noise levels, the best pair framed."""
-    layers = list(dict.fromkeys(pair.layer for pair in pairs))
-    sigmas = list(dict.fromkeys(pair.sigma for pair in pairs))
     accuracy = _accuracies(pairs)
-    return heat_map(
-        [[accuracy[layer, sigma] for sigma in sigmas] for layer in layers],
-        layers,
-        [f"{sigma:g}" for sigma in sigmas],
-        title="Linear probe: accuracy on held-out images (%)",
-        xlabel="noise level sigma",
-        ylabel="layer",
-        framed=(layers.index(best.layer), sigmas.index(best.sigma)),
-    )
+    layers, sigmas = (list(dict.fromkeys(names)) for names in zip(*accuracy, strict=True))
+    table = np.array([[accuracy[layer, sigma] for sigma in sigmas] for layer in layers])
+    size = (max(6.0, 2.8 + 0.72 * len(sigmas)), max(2.4, 1.4 + 0.36 * len(layers)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(sigmas)), [f"{sigma:g}" for sigma in sigmas])
+    axes.set_yticks(range(len(layers)), layers)
+    middle = (table.min() + table.max()) / 2
+    for (i, j), value in np.ndenumerate(table):
+        colour = "black" if value > middle else "white"
+        axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9, color=colour)
+    corner = (sigmas.index(best.sigma) - 0.5, layers.index(best.layer) - 0.5)
+    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="crimson", linewidth=2.5))
+    axes.set(xlabel="noise level sigma", ylabel="layer")
+    figure.suptitle("Linear probe: accuracy on held-out images (%)")
+    figure.colorbar(image, ax=axes, pad=0.02)
+    return figure
 
 
 def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair) -> Figure:
     """Return a picture of validation accuracy over noise levels, of the best layer of each and of the best pair's."""
     accuracy = _accuracies(pairs)
-    sigmas = sorted({pair.sigma for pair in pairs})
-    layers = {pair.layer for pair in pairs}
+    sigmas = sorted({sigma for _, sigma in accuracy})
     lines = {
-        "best layer of each level": [max(accuracy[layer, sigma] for layer in layers) for sigma in sigmas],
+        "best layer of each level": [max(accuracy[key] for key in accuracy if key[1] == sigma) for sigma in sigmas],
         best.layer: [accuracy[best.layer, sigma] for sigma in sigmas],
     }
     label = "accuracy on held-out images (%)"
@@ -44,7 +51,7 @@ def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair) -> Figure:
 
 
 def _accuracies(pairs: Sequence[Pair]) -> dict[tuple[str, float], float]:
-    return {(pair.layer, pair.sigma): 100 * pair.validation_accuracy for pair in pairs}
+    return {(pair.layer, pair.sigma): 100 * (pair.validation_accuracy or 0.0) for pair in pairs}
 
 
 def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Figure:
@@ -66,36 +73,6 @@ def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[s
     return figure
 
 
-def heat_map(
-    values: Sequence[Sequence[float]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    framed: tuple[int, int],
-) -> Figure:
-    """Return a picture of a table as colours with its figures, one cell of it framed."""
-    table = np.asarray(values)
-    size = (max(6.0, 2.8 + 0.72 * len(columns)), max(2.4, 1.4 + 0.36 * len(rows)))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(table, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    middle = (table.min() + table.max()) / 2
-    for (i, j), value in np.ndenumerate(table):
-        colour = "black" if value > middle else "white"
-        axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9, color=colour)
-    corner = (framed[1] - 0.5, framed[0] - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="crimson", linewidth=2.5))
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    figure.suptitle(title)
-    figure.colorbar(image, ax=axes, pad=0.02)
-    return figure
-
-
 def curves(
     x: Sequence[float],
     lines: Mapping[str, Sequence[float]],
@@ -104,12 +81,13 @@ def curves(
     xlabel: str,
     ylabel: str,
     log: bool = False,
+    errors: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
-    """Return a picture of lines over a common axis, which has a tick at every point."""
+    """Return a picture of lines, with the errors of some of them, over a common axis, with a tick at every point."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):
-        axes.plot(x, y, style, label=label)
+        axes.errorbar(x, y, (errors or {}).get(label), fmt=style, capsize=3, label=label)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.minorticks_off()
@@ -118,26 +96,25 @@ def curves(
     return figure
 
 
-def stacked_curves(
-    x: Sequence[float],
-    panels: Mapping[str, Sequence[float]],
-    marked: Mapping[str, int],
-    *,
-    title: str,
-    xlabel: str,
-) -> Figure:
-    """Return a picture of one curve a panel over a common axis, with one point of each marked."""
+def curves_of_points(points: Sequence[Point]) -> Figure:
+    """Return a picture of accuracy, loss and sample quality over training steps, the best of each marked."""
+    panels: dict[str, list[Any]] = {"test accuracy (%)": [100 * point.test_accuracy for point in points]}
+    panels["loss on test images"] = [point.test_loss for point in points]
+    panels["Frechet distance"] = [point.frechet_distance for point in points if point.frechet_distance is not None]
+    panels = {label: values for label, values in panels.items() if values}
     figure = Figure(figsize=(6, 0.8 + 2 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
-    for (label, y), axis in zip(panels.items(), axes[:, 0], strict=True):
-        best = marked[label]
-        axis.plot(x, y, "o-")
-        axis.plot(x[best], y[best], "*", markersize=15, color="crimson", label=f"best: {y[best]:.4g} at {x[best]:g}")
+    steps = [point.step for point in points]
+    for (label, y), axis in zip(panels.items(), figure.subplots(len(panels), sharex=True), strict=True):
+        best = y.index((max if label == "test accuracy (%)" else min)(y))
+        axis.plot(steps, y, "o-")
+        axis.plot(
+            steps[best], y[best], "*", markersize=15, color="crimson", label=f"best: {y[best]:.4g} at {steps[best]}"
+        )
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[-1, 0].set_xlabel(xlabel)
-    figure.suptitle(title)
+    axis.set_xlabel("training step")
+    figure.suptitle("Best probe, loss and samples while training")
     return figure
 
 

@@ -413,7 +413,7 @@ class Pretraining:
             seconds_this_run=round(progress.seconds - resumed.seconds, 1),
             images_per_second=progress.images_per_second(resumed),
             parameters=sum(p.numel() for p in self.average.parameters()),
-            dataset=self.data.facts,
+            dataset=self.data.facts(),
             latents=self.data.described or {},
             pipeline=self.pipeline(loop.averaged()),
             run=self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class TrainingData:
 
     Attributes:
         rows: The images or, of latents, a data set of `pixel_values`, all views, and `labels` where classes are used.
-        facts: What reports say of it.
+        facts: Returns what reports say of it; of a stream, with how many images were left out so far.
         opened_with: The options that open it again.
         count: Number of images; of a stream nobody knows it.
         hash: What the images or latents are known by.
@@ -47,7 +47,7 @@ class TrainingData:
     """
 
     rows: Any
-    facts: dict[str, Any]
+    facts: Callable[[], dict[str, Any]]
     opened_with: dict[str, Any]
     count: int | None
     hash: str | None
@@ -117,7 +117,7 @@ def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
         warn_of_missing(names, {chosen.split: chosen.labels})
     return TrainingData(
         rows=chosen,
-        facts=images.facts(chosen),
+        facts=lambda: images.facts(chosen),
         opened_with={**images.opened_with, **({"streaming": True} if chosen.streaming else {})},
         count=None if chosen.streaming else len(chosen),
         hash=images_hash(chosen),
@@ -159,7 +159,7 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
     center_crop = known["preprocessing"].get("do_center_crop", False)  # version 0.1.0 squashed
     return TrainingData(
         rows=rows,
-        facts={**folder.index["dataset"], "num_images": len(rows)},
+        facts=lambda: {**folder.index["dataset"], "num_images": len(rows)},
         opened_with={"latents_dir": str(folder.folder)},
         count=len(rows),
         hash=known["images"],

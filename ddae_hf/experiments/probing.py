@@ -6,11 +6,11 @@ Its features come from `Inputs`, images or latents, and are kept on disk: the ne
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from .images import ImageInputs, ImageSet, Inputs, noise_view
 from .logistic_regression import alignment, fit_logistic_regression, knn_predict, uniformity
 from .metrics import F1
 from .models import Model, ready
-from .online_probes import OnlineProbes, predict_online, train_online
+from .online_probes import predict_online, train_online
 from .results import Pair, Probe
 
 if TYPE_CHECKING:
@@ -51,63 +51,41 @@ class Fitted:
     predicted: np.ndarray
 
 
+@dataclass(eq=False)
 class Prober:
     """Linear probes of one network: its features of training and test images, and figures of them.
 
-    Args:
+    Attributes:
         model: The network, on the device to use.
         train: The training images.
         test: The test images.
         options: The options of the sweep.
-        layers: The layers to choose from.
+        layers: The layers to choose from; `PIXELS` alone is what the network is fed, whatever the noise level.
         sigmas: The noise levels to choose from.
         folder: Where features are kept.
         selection_views: The views of the training images that are chosen on; by default all of the options'.
-
-    Attributes:
         rows: Indices of the training images that are chosen with, sorted: those `fitted` and those `held_out`.
         chosen_on: Indices of the images whose features are read to choose: of a single pair all, which are fitted on
             afterwards anyway.
     """
 
-    def __init__(
-        self,
-        model: DDAEModel,
-        train: Inputs,
-        test: Inputs,
-        options: SweepOptions,
-        layers: list[str],
-        sigmas: list[float],
-        folder: str | os.PathLike[str],
-        selection_views: Sequence[int] | None = None,
-    ):
-        self.model = model
-        self.inputs = {"train": train, "test": test}
-        self.labels = {split: inputs.labels for split, inputs in self.inputs.items()}
-        self.options = options
-        self.layers = layers
-        self.sigmas = sigmas
-        self.folder = Path(folder)
-        self.views = range(options.num_views)
-        self.selection_views = self.views if selection_views is None else selection_views
-        self.device = model.device
-        self.classes = {"num_classes": len(train.names), "device": self.device}
-        order = np.random.default_rng(options.seed).permutation(len(train))[: options.max_selection_samples]
-        held_out = max(1, round(options.validation_fraction * len(order)))
-        self.held_out = np.sort(order[:held_out])
-        self.fitted = np.sort(order[held_out:])
-        self.rows = np.sort(order)
-        self.chosen_on = np.arange(len(train)) if len(layers) * len(sigmas) == 1 else self.rows
-        self.caches: dict[int, FeatureCache] = {}
+    model: DDAEModel
+    train: Inputs
+    test: Inputs
+    options: SweepOptions
+    layers: list[str]
+    sigmas: list[float]
+    folder: str | os.PathLike[str] = ""
+    selection_views: Sequence[int] | None = None
 
-    @property
-    def online(self) -> bool:
-        """Whether probes are trained by gradient descent, with a forward pass for every batch."""
-        return self.options.protocol != "logistic_regression"
-
-    def cache(self, noise_seed: int) -> FeatureCache:
-        """Return the features on disk of a noise seed."""
-        return self.caches.setdefault(noise_seed, FeatureCache(self.folder, self.model, noise_seed))
+    def __post_init__(self) -> None:
+        self.labels: dict[str, Any] = {"train": self.train.labels, "test": self.test.labels}
+        self.solving: dict[str, Any] = {"num_classes": len(self.train.names or ()), "device": self.model.device}
+        order = np.random.default_rng(self.options.seed).permutation(len(self.train))
+        order = order[: self.options.max_selection_samples]
+        count = max(1, round(self.options.validation_fraction * len(order)))
+        self.held_out, self.fitted, self.rows = (np.sort(part) for part in (order[:count], order[count:], order))
+        self.chosen_on = np.arange(len(self.train)) if len(self.layers) * len(self.sigmas) == 1 else self.rows
 
     def features(
         self,
@@ -116,26 +94,29 @@ class Prober:
         sigma: float,
         noise_seed: int,
         *,
-        views: Iterable[int] | None = None,
+        views: Sequence[int] | None = None,
         rows: np.ndarray | None = None,
     ) -> dict[str, list[np.ndarray]]:
         """Return the features of a split's images, or of those at `rows`: for each layer an array (N, C) a view."""
-        options, inputs = self.options, self.inputs[split]
-        indices = np.arange(len(inputs)) if rows is None else rows
+        options, inputs = self.options, self.train if split == "train" else self.test
+        count = len(inputs) if rows is None else len(rows)
         part = {} if rows is None else {"rows": hashlib.sha256(rows.tobytes()).hexdigest()}
         found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
-        for view in self.views if views is None else views:
+        for view in range(options.num_views) if views is None else views:
+            title = f"sigma {sigma:g}, {split} images, view {view}"
+            if layers == [PIXELS]:
+                read = inputs.batches(options.batch_size, rows, view=view, title=title)
+                found[PIXELS].append(torch.cat([batch.flatten(1) for batch in read]).numpy())
+                continue
 
-            def images(start: int, view: int = view) -> Iterable[Tensor]:
-                title = f"sigma {sigma:g}, {split} images, view {view}"
-                yield from inputs.batches(options.batch_size, indices, view=view, start=start, title=title)
+            def images(start: int, view: int = view, title: str = title) -> Iterable[Tensor]:
+                return inputs.batches(options.batch_size, rows, view=view, start=start, title=title)
 
             changes = {"flip": options.flips, "crop": options.crop_padding, "seed": options.seed} if view else {}
-            data = {**inputs.identity, **part, **changes}
-            number = noise_view(split == "test", view)
-            new = self.cache(noise_seed).features(images, len(indices), layers, sigma, view=number, data=data)
-            for layer in layers:
-                found[layer].append(new[layer])
+            cache = FeatureCache(self.folder, self.model, noise_seed)
+            known, number = {**inputs.identity, **part, **changes}, noise_view(split == "test", view)
+            for layer, values in cache.features(images, count, layers, sigma, view=number, data=known).items():
+                found[layer].append(values)
         return found
 
     def selection_features(self, sigma: float, views: Sequence[int] | None = None) -> dict[str, list[np.ndarray]]:
@@ -151,13 +132,13 @@ class Prober:
     def level(self, sigma: float) -> list[Pair]:
         """Probe every layer at one noise level, and return the figures of each on held-out training images."""
         options, truth = self.options, self.labels["train"][self.held_out]
-        if self.online:
-            probes = self.train_online(self.layers, sigma, self.fitted, options.noise_seed)
-            predicted = self.predict_online(probes, "train", sigma, self.held_out, options.noise_seed)
+        if options.online:
+            probes = train_online(self, self.layers, sigma, self.fitted, options.noise_seed)
+            predicted = predict_online(self, probes, "train", sigma, self.held_out, options.noise_seed)
         else:
             features, labels = self.selection_features(sigma), self.labels["train"][self.chosen_on]
             fitted = self.positions(self.fitted)
-            solved = fit_logistic_regression(features, labels, options.l2, indices=fitted, **self.classes)
+            solved = fit_logistic_regression(features, labels, options.l2, indices=fitted, **self.solving)
             at = self.positions(self.held_out)
             predicted = {layer: solved[layer].predict(features[layer], at) for layer in self.layers}
         pairs = []
@@ -165,7 +146,7 @@ class Prober:
             scores = [float((classes == truth).mean()) for classes in predicted[layer]]
             best = int(np.argmax(scores))
             pair = Pair(layer=layer, sigma=sigma, validation_accuracy=scores[best])
-            if not self.online:
+            if not options.online:
                 pair.l2 = options.l2[best]
                 pair.by_l2 = dict(zip(map(str, options.l2), scores, strict=True))
             pairs.append(pair)
@@ -187,7 +168,7 @@ class Prober:
             (view,) = views[pair.layer]
             if options.knn:
                 truth = labels[self.fitted]
-                predicted = knn_predict(view[fitted], truth, view[tested], counts, device=self.device)
+                predicted = knn_predict(view[fitted], truth, view[tested], counts, device=self.model.device)
                 for count, classes in predicted.items():
                     setattr(pair, f"knn_{count}", float((classes == labels[self.held_out]).mean()))
             if options.alignment:
@@ -199,29 +180,15 @@ class Prober:
     def fit(self, best: Pair, noise_seed: int) -> Fitted:
         """Fit the chosen pair on all training images, and classify the test images."""
         layer, sigma = best.layer, best.sigma
-        if self.online:
-            every = {split: np.arange(len(labels)) for split, labels in self.labels.items()}
-            online = self.train_online([layer], sigma, every["train"], noise_seed)
-            predicted = self.predict_online(online, "test", sigma, every["test"], noise_seed)[layer]
+        if self.options.online:
+            online = train_online(self, [layer], sigma, np.arange(len(self.train)), noise_seed)
+            predicted = predict_online(self, online, "test", sigma, np.arange(len(self.test)), noise_seed)[layer]
             return Fitted(*online.linear(layer), predicted[0])
         train = self.features("train", [layer], sigma, noise_seed)
-        probes = fit_logistic_regression(train, self.labels["train"], [best.l2], **self.classes)[layer]
+        strength: Any = best.l2
+        probes = fit_logistic_regression(train, self.labels["train"], [strength], **self.solving)[layer]
         predicted = probes.predict(self.features("test", [layer], sigma, noise_seed)[layer])
         return Fitted(probes.weight[0], probes.bias[0], predicted[0])
-
-    def train_online(self, layers: list[str], sigma: float, rows: np.ndarray, noise_seed: int) -> OnlineProbes:
-        """Train probes on the training images at `rows`: see `online_probes.train_online`."""
-        train, labels = self.inputs["train"], self.labels["train"]
-        where = {"sigma": sigma, "rows": rows, "noise_seed": noise_seed}
-        return train_online(self.model, train, labels, self.classes["num_classes"], layers, self.options, **where)
-
-    def predict_online(
-        self, probes: OnlineProbes, split: str, sigma: float, rows: np.ndarray, noise_seed: int
-    ) -> dict[str, np.ndarray]:
-        """Return the classes (1, N) that probes give a split's images at `rows`, by layer name."""
-        read = self.inputs[split].batches(self.options.batch_size, rows, title=f"sigma {sigma:g}, {split} images")
-        view = noise_view(split == "test", 0)
-        return predict_online(self.model, probes, read, sigma, rows, noise_seed, view)
 
     def few_labels(self, best: Pair) -> dict[str, list[float]]:
         """Return test accuracies with few labels a class, by their number, one for every draw of them.
@@ -239,7 +206,7 @@ class Prober:
             for draw in range(options.num_draws):
                 few = draw_labels(labels, per_class, options.seed + draw)
                 # With so few labels none is spared for choosing: scikit-learn's C = 1, its default (of two classes 2).
-                probes = fit_logistic_regression(train, labels, [1 / len(few)], indices=few, **self.classes)[layer]
+                probes = fit_logistic_regression(train, labels, [1 / len(few)], indices=few, **self.solving)[layer]
                 scores.append(float((probes.predict(test)[0] == self.labels["test"]).mean()))
             figures[str(per_class)] = scores
         return figures
@@ -260,47 +227,20 @@ class Prober:
 
     def untrained(self) -> Prober:
         """Return the probes of the same network with random weights; its VAE stays: only the denoiser is untrained."""
+        config: Any = self.model.config
         with separate_randomness(self.options.seed):
-            model = DDAEModel(self.model.config).eval().to(dtype=self.model.dtype)
+            model = DDAEModel(config).eval().to(dtype=self.model.dtype)
         model.vae = self.model.vae
-        return self.of(Prober, made_fast(model, self.device).to(self.device), self.layers, self.sigmas)
+        return dataclasses.replace(self, model=made_fast(model, self.model.device).to(self.model.device))
 
     def pixels(self) -> Prober:
         """Return the probes of what the network is fed, raw pixels or latents, without a network."""
-        return self.of(PixelProber, self.model, [PIXELS], [0.0])
-
-    def of(self, kind: type[Prober], model: DDAEModel, layers: list[str], sigmas: list[float]) -> Prober:
-        """Return probes of the same images."""
-        inputs = self.inputs
-        return kind(
-            model, inputs["train"], inputs["test"], self.options, layers, sigmas, self.folder, self.selection_views
-        )
-
-
-class PixelProber(Prober):
-    """A probe of what a network is fed, as its only layer, `PIXELS`; noise levels play no part."""
-
-    def features(
-        self,
-        split: str,
-        layers: list[str],
-        sigma: float,
-        noise_seed: int,
-        *,
-        views: Iterable[int] | None = None,
-        rows: np.ndarray | None = None,
-    ) -> dict[str, list[np.ndarray]]:
-        """Return the images of a split, or those at `rows`, an array (N, C H W) a view."""
-        inputs, found = self.inputs[split], []
-        for view in self.views if views is None else views:
-            read = inputs.batches(self.options.batch_size, rows, view=view, title=f"{split} images, view {view}")
-            found.append(torch.cat([batch.flatten(1) for batch in read]).numpy())
-        return {PIXELS: found}
+        return dataclasses.replace(self, layers=[PIXELS], sigmas=[0.0])
 
 
 def best_of(pairs: Iterable[Pair]) -> Pair:
     """Return the pair that tells most held-out images right, of several the first."""
-    return max(pairs, key=lambda pair: pair.validation_accuracy)
+    return max(pairs, key=lambda pair: pair.validation_accuracy or 0.0)
 
 
 def make_classifier(
@@ -309,7 +249,7 @@ def make_classifier(
     weight: Tensor,
     bias: Tensor,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str = "auto",
     cache_dir: str | None = None,
     **config: Any,
 ) -> DDAEForImageClassification:
@@ -331,34 +271,25 @@ def make_classifier(
         raise ValueError("The classifier's weights are no finite numbers: it is not saved. Regularise it more.")
     config |= {"feature_norm": "none", "id2label": dict(enumerate(names))}
     config["label2id"] = {name: i for i, name in enumerate(names)}
+    base: Any
     if isinstance(model, (str, os.PathLike)):
-        kind = {} if dtype is None else {"dtype": dtype}
-        base = DDAEModel.from_pretrained(model, cache_dir=cache_dir, **kind, **config)
+        base = DDAEModel.from_pretrained(model, dtype=dtype, cache_dir=cache_dir, **config)
         described = base.config
     else:
-        base = model.base_model
+        base = model.base_model  # of a classifier
         described = DDAEConfig.from_dict(base.config.to_dict(), **config)
     state = {f"ddae.{name}": value.clone() for name, value in base.state_dict().items()}
-    state |= {"classifier.weight": weight.to(base.device, base.dtype), "classifier.bias": bias.to(base.device, base.dtype)}
+    for name, value in {"classifier.weight": weight, "classifier.bias": bias}.items():
+        state[name] = value.to(base.device, base.dtype, copy=True)
     made = DDAEForImageClassification.from_pretrained(None, config=described, state_dict=state, dtype=base.dtype)
     return made.to(base.device).eval()
 
 
 def save_classifier(
-    folder: str | os.PathLike[str],
-    model: Model,
-    processor: DDAEImageProcessor,
-    names: Sequence[str],
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    cache_dir: str | None = None,
-    **config: Any,
+    folder: str | os.PathLike[str], model: Model, processor: DDAEImageProcessor, *head: Any, **config: Any
 ) -> None:
-    """Make a classifier as `make_classifier` does, and write it as `write_classifier` does."""
-    classifier = make_classifier(model, names, weight, bias, dtype=dtype, cache_dir=cache_dir, **config)
-    write_classifier(folder, classifier, model, processor, cache_dir)
+    """Make a classifier, `head` and `config` being the other arguments of `make_classifier`, and write it."""
+    write_classifier(folder, make_classifier(model, *head, **config), model, processor, config.get("cache_dir"))
 
 
 def write_classifier(
@@ -374,7 +305,9 @@ def write_classifier(
     weights; of a denoiser that was fine-tuned, and generates no more, the whole classifier.
     """
     base = classifier.ddae
-    if classifier.config.features_only is None and still_generates(base.denoiser, vars(classifier.config)):
+    if classifier.config.features_only is not None or not still_generates(base.denoiser, vars(classifier.config)):
+        classifier.save_pretrained(folder)
+    else:
         if isinstance(model, (str, os.PathLike)):
             pipeline = DDAEPipeline.from_pretrained(model, cache_dir=cache_dir)
         else:
@@ -382,8 +315,6 @@ def write_classifier(
             pipeline = DDAEPipeline.for_denoiser(base.denoiser, base.scheduler, classifier.config.null_class, **parts)
         pipeline.save_pretrained(folder)
         classifier.save_head(folder)
-    else:
-        classifier.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
@@ -394,11 +325,10 @@ def classify(
     processor: DDAEImageProcessor,
     *,
     batch_size: int = 250,
-    dtype: str | None = None,
 ) -> np.ndarray:
-    """Return the classes (N,) that a classifier gives images; one of a path is opened in `dtype`, by default its own."""
+    """Return the classes (N,) that a classifier, open or saved in a folder, gives images."""
+    network: Any = model
     if isinstance(model, (str, os.PathLike)):
-        kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-        model = ready(DDAEForImageClassification.from_pretrained(model, **kind).eval())
+        network = ready(DDAEForImageClassification.from_pretrained(model).eval())
     read = ImageInputs(images, processor).batches(batch_size, title="classifier")
-    return np.concatenate([model(batch.to(model.device)).logits.argmax(-1).cpu().numpy() for batch in read])
+    return np.concatenate([network(batch.to(network.device)).logits.argmax(-1).cpu().numpy() for batch in read])

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -30,13 +31,14 @@ from .arrays import read_json, write_json
 from .classes import draw_labels
 from .devices import HELP
 from .draws import separate_randomness
+from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, labelled_splits
 from .models import Model, check_null_class, check_taps, chosen_layers, open_model, open_processor, ready
 from .options import Options, option
-from .plots import accuracy_over_sigma, confusion_table, heat_map_of_pairs
-from .probing import NEIGHBOURS, Fitted, Prober, best_of, classify, make_classifier, write_classifier
+from .plots import accuracy_over_sigma, confusion_table, heat_map
+from .probing import NEIGHBOURS, Prober, best_of, classify, make_classifier, write_classifier
 from .report import in_memory
-from .results import Pair, Probe, ProbeReport
+from .results import Pair, ProbeReport
 from .run_facts import base_model, machine
 
 MOST_PIXELS = 2**14  # whose correlations are 2 GiB
@@ -44,12 +46,7 @@ MOST_PIXELS = 2**14  # whose correlations are 2 GiB
 
 @dataclass(kw_only=True)
 class SweepOptions(Options):
-    """Options of `sweep`.
-
-    Protocols: `logistic_regression` is fitted with all images at once, on standardised features that are computed once;
-    `paper` is a linear layer trained with Adam for 15 epochs of fresh noise, flips and crops (4 pixels); `batch_norm`
-    is the same behind a batch norm without parameters.
-    """
+    """Options of `sweep`."""
 
     encoded: ClassVar[bool] = False  # whether views are made beforehand, for every protocol
 
@@ -64,16 +61,14 @@ class SweepOptions(Options):
     l2: list[float] = option([1e-5, 1e-4, 1e-3, 1e-2], "Strengths of regularisation.")
     protocol: Literal["logistic_regression", "paper", "batch_norm"] = option(
         "logistic_regression",
-        "Kind of probe: logistic regression on features that are computed once, or a linear layer that Adam trains on "
-        "fresh noise, flips and crops as in the paper, or the same behind a batch norm.",
+        "Kind of probe: full-batch logistic regression on standardised features that are computed once; a linear layer "
+        "trained with Adam on fresh noise, flips and crops, as in the paper; the same behind a batch norm.",
     )
     num_epochs: int = option(15, "Epochs of the protocols that train online.")
     learning_rate: float = option(1e-3, "Their learning rate.")
     online_batch_size: int = option(128, "Their batch size.")
     validation_fraction: float = option(0.2, "Share of the training images that is chosen on.")
-    max_selection_samples: int | None = option(
-        None, "Choose layer and noise level on this many training images; by default on all."
-    )
+    max_selection_samples: int | None = option(None, "Training images used for choosing; by default all.")
     num_views: int = option(1, "Views of each image, each with its own noise: trained on, averaged over in tests.")
     random_flip: bool | None = option(None, "Mirror half of the images, in views after the first.")
     random_crop: int | None = option(None, "Crop them at random out of so much padding.", metavar="PADDING")
@@ -83,9 +78,7 @@ class SweepOptions(Options):
     few_labels: list[int] = option([], "Also probe with so many labels a class, such as 1 5 10 100.", nargs="*")
     num_draws: int = option(5, "Draws of those labels.")
     baselines: bool = option(False, "Also probe raw pixels, and the same network untrained.")
-    num_noise_samples: int | None = option(
-        None, "Draws of noise that every view's features are averaged over; by default the checkpoint's, mostly 1."
-    )
+    num_noise_samples: int | None = option(None, "Draws of noise that every view's features are averaged over.")
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
     batch_size: int = option(250, "Images at a time.")
     dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
@@ -136,7 +129,6 @@ class SweepResult(ProbeReport):
     Attributes:
         classifier: The best pair's classifier, in evaluation mode.
         processor: What prepares its images.
-        names: The names of the classes.
         source: The path or the model that it was made of.
         labels: The test images' classes (N,).
         predicted: What the probe of the first noise seed made of them, (N,).
@@ -144,14 +136,13 @@ class SweepResult(ProbeReport):
 
     classifier: DDAEForImageClassification = in_memory()
     processor: DDAEImageProcessor = in_memory()
-    names: list[str] = in_memory()
     source: Model = in_memory()
-    labels: np.ndarray = in_memory()
+    labels: Any = in_memory()
     predicted: np.ndarray = in_memory()
 
     def heat_map(self) -> Figure:
         """Return a picture of the accuracy on held-out images over layers and noise levels."""
-        return heat_map_of_pairs(self.pairs, self.best)
+        return heat_map(self.pairs, self.best)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the classifier, in a folder that `DDAEForImageClassification.from_pretrained` opens, and all figures.
@@ -167,8 +158,10 @@ class SweepResult(ProbeReport):
         self.write(path)
         self.heat_map().savefig(path / "heat_map.png", dpi=120)
         accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
-        confusion = confusion_table(self.labels, self.predicted, self.names)
-        confusion.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
+        names = list((self.classifier.config.id2label or {}).values())
+        confusion_table(self.labels, self.predicted, names).savefig(
+            path / "confusion.png", dpi=100, bbox_inches="tight"
+        )
         np.save(path / "test_predictions.npy", self.predicted)
         np.save(path / "test_labels.npy", self.labels)
 
@@ -191,9 +184,16 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
     train, test = labelled_splits(images, options)
     opened = open_for(model, options)
     processor = open_processor(model, options.cache_dir)
-    facts = {"dataset": images.facts(train, test), "given": images.opened_with}
-    inputs = [changed_inputs(each, processor, options) for each in (train, test)]
-    return sweep_inputs(model, opened, *inputs, processor, options, **facts)
+    return sweep_inputs(
+        model,
+        opened,
+        changed_inputs(train, processor, options),
+        changed_inputs(test, processor, options),
+        processor,
+        options,
+        dataset=images.facts(train, test),
+        given=images.opened_with,
+    )
 
 
 def open_for(model: Model, options: SweepOptions) -> DDAEModel:
@@ -230,16 +230,16 @@ def check_sweep(
     layers = chosen_layers(model, options.layers)
     sigmas = list(dict.fromkeys(options.sigmas or [model.config.sigma]))
     check_taps(model, layers, sigmas)
+    prober = Prober(model, train, test, options, layers, sigmas, folder, selection_views)
     for per_class in options.few_labels:
-        draw_labels(train.labels, per_class, options.seed)
+        draw_labels(prober.labels["train"], per_class, options.seed)
     if options.crop_padding >= min(dict(processor.size).values()):
         raise ValueError(
             f"random_crop is {options.crop_padding}: it must be below the sides of the images, {dict(processor.size)}."
         )
     numbers = model.config.num_channels * math.prod(model.config.image_size)
     if options.baselines and numbers > MOST_PIXELS:
-        raise ValueError(f"baselines: images of {numbers:,} numbers are too large to be probed as they are: leave it out.")
-    prober = Prober(model, train, test, options, layers, sigmas, folder, selection_views)
+        raise ValueError(f"baselines: {numbers:,} numbers an image are too many to be probed as they are: leave it out.")
     fewest = min(NEIGHBOURS) if options.knn else 1
     if len(prober.fitted) < fewest or (options.alignment and len(prober.held_out) < 2):
         raise ValueError(
@@ -278,10 +278,12 @@ def sweep_inputs(
         **config: What the classifier's configuration says beside the pair, such as `sample_posterior`.
     """
     started = time.monotonic()
+    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+    device = model.device.type
+    kept = None if options.output_dir is None else Path(options.output_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(separate_randomness())
-        kept = None if options.output_dir is None else Path(options.output_dir)
-        folder = options.features_dir or (kept and kept / "features")
+        folder = options.features_dir or (kept and str(kept / "features"))
         folder = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="ddae_features_"))
         prober = check_sweep(model, train, test, processor, options, folder, selection_views)
         pairs = sweep_levels(prober, kept and kept / "levels")
@@ -292,104 +294,66 @@ def sweep_inputs(
         found = prober.tested(best, fitted)
         baselines = {}
         if options.baselines:
-            images = isinstance(train, ImageInputs)
-            baselines["raw pixels" if images else "raw latents"] = prober.pixels().baseline()
-            baselines["untrained network"] = prober.untrained().baseline()
-        if isinstance(source, (str, os.PathLike)):
-            model.to("cpu")  # the whole classifier takes its place
-        first = fitted[options.noise_seed]
+            fed = "raw pixels" if isinstance(train, ImageInputs) else "raw latents"
+            baselines = {fed: prober.pixels().baseline(), "untrained network": prober.untrained().baseline()}
+        if path is not None:
+            model.cpu()  # the whole classifier takes its place
+        config |= {"layer": best.layer, "sigma": best.sigma, "noise_seed": options.noise_seed}
         config |= {"num_noise_samples": model.config.num_noise_samples, "null_class": model.config.null_class}
-        classifier, accuracy = _classifier(source, test, processor, best, first, options, config)
-        result = SweepResult(
-            **_fields(found),
-            checkpoint=os.fspath(source) if isinstance(source, (str, os.PathLike)) else None,
-            options=_described(options, model, given or {}),
-            images={
-                "fitted": len(prober.fitted),
-                "held_out": len(prober.held_out),
-                "train": len(train),
-                "test": len(test),
-            },
-            pairs=pairs,
-            baselines=baselines,
-            saved_classifier_test_accuracy=accuracy,
-            seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-            dataset=dict(dataset),
-            **base_model(source if isinstance(source, str) else None),
-            **machine(prober.device.type),
-            classifier=classifier,
-            processor=processor,
-            names=train.names,
-            source=source,
-            labels=test.labels,
-            predicted=first.predicted,
+        first = fitted[options.noise_seed]
+        make = partial(make_classifier, source, train.names or [], first.weight, first.bias, **config)
+        classifier = make(cache_dir=options.cache_dir)
+        # As its users load it, but in the type that was asked for.
+        user = (
+            classifier
+            if options.dtype is None
+            else make(cache_dir=options.cache_dir, dtype=getattr(torch, options.dtype))
         )
+        classes = classify(user if path is None else ready(user), test.images, processor, batch_size=options.batch_size)
+    settled = {"random_flip": options.flips, "random_crop": options.crop_padding}
+    settled["num_noise_samples"] = model.config.num_noise_samples
+    result = SweepResult(
+        **vars(found),
+        checkpoint=path,
+        options={**(given or {}), **options.to_dict(), **settled},
+        images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
+        pairs=pairs,
+        baselines=baselines,
+        saved_classifier_test_accuracy=float((classes == test.labels).mean()),
+        seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
+        dataset=dict(dataset),
+        base_model=base_model(path).get("base_model"),
+        **machine(device),
+        classifier=classifier,
+        processor=processor,
+        source=source,
+        labels=test.labels,
+        predicted=first.predicted,
+    )
     if kept is not None:
         result.save_figures(kept)
         result.save(kept / "classifier")
     return result
 
 
-def _fields(found: Probe) -> dict[str, Any]:
-    """Return a dataclass's fields as they are, without copies."""
-    return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-
-
-def _described(options: SweepOptions, model: DDAEModel, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options by name, with what was settled by others."""
-    settled = {"random_flip": options.flips, "random_crop": options.crop_padding}
-    settled |= {"num_noise_samples": model.config.num_noise_samples}
-    return {**given, **options.to_dict(), **settled}
-
-
-def _classifier(
-    source: Model,
-    test: Inputs,
-    processor: DDAEImageProcessor,
-    best: Pair,
-    fitted: Fitted,
-    options: SweepOptions,
-    config: Mapping[str, Any],
-) -> tuple[DDAEForImageClassification, float]:
-    """Return the best pair's classifier, and its accuracy, with its fixed noise, on the test images."""
-
-    def make(dtype: torch.dtype | None = None) -> DDAEForImageClassification:
-        where = {"layer": best.layer, "sigma": best.sigma, "noise_seed": options.noise_seed, **config}
-        kept = {"dtype": dtype, "cache_dir": options.cache_dir}
-        return make_classifier(source, test.names, fitted.weight, fitted.bias, **kept, **where)
-
-    classifier = make()
-    measured = classifier if options.dtype is None else make(getattr(torch, options.dtype))
-    if isinstance(source, (str, os.PathLike)):
-        measured = ready(measured)
-    predicted = classify(measured, test.images, processor, batch_size=options.batch_size)
-    return classifier, float((predicted == test.labels).mean())
-
-
 def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
-    """Probe every noise level, and keep each one's figures, so that an interrupted sweep goes on with the next.
-
-    Args:
-        prober: The probes.
-        folder: Where figures are kept; with None nowhere.
-    """
+    """Probe every noise level, and keep each one's figures in a folder, if any: an interrupted sweep goes on there."""
     options = prober.options
     own = ("num_epochs", "learning_rate", "online_batch_size") if options.online else ("l2", "num_views")
     names = ("protocol", "validation_fraction", "knn", "alignment", "seed", "max_selection_samples", *own)
-    known = {"features": prober.cache(options.noise_seed).identity, "data": prober.inputs["train"].identity}
-    known |= {"layers": prober.layers, "random_flip": options.flips, "random_crop": options.crop_padding}
-    known |= {name: getattr(options, name) for name in names} | {"chosen_on": len(prober.chosen_on)}
+    known: dict[str, Any] = {"features": FeatureCache(folder or "", prober.model, options.noise_seed).identity}
+    known |= {"data": prober.train.identity, "layers": prober.layers, "chosen_on": len(prober.chosen_on)}
+    known |= {"random_flip": options.flips, "random_crop": options.crop_padding}
+    known |= {name: getattr(options, name) for name in names}
     known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     pairs: list[Pair] = []
     for sigma in tqdm(prober.sigmas, desc="Noise levels"):
         path = None if folder is None else folder / f"sigma-{sigma}.json"
         level = read_json(path) if path is not None and path.exists() else {}
-        if level.get("key") == key:
-            pairs += [Pair(**row) for row in level["rows"]]
-            continue
-        found = prober.level(sigma)
-        if path is not None:
-            write_json(path, {"key": key, "rows": [dataclasses.asdict(pair) for pair in found]})
-        pairs += found
+        if level.get("key") != key:
+            level = {"key": key, "rows": [dataclasses.asdict(pair) for pair in prober.level(sigma)]}
+            if path is not None:
+                write_json(path, level)
+        pairs += [Pair(**row) for row in level["rows"]]
     return pairs

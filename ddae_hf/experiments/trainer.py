@@ -1,13 +1,15 @@
 """transformers' `Trainer` as fine-tuning needs it: learning rates by layer, changed images, checkpoints that are whole.
 
-A checkpoint has, beside Trainer's files, `averaged.safetensors` with `ema_decay`, `progress.json` (images and seconds of
-all runs, and of which data) and at last `files.json`, by which `run_folder` knows it as whole.
+A checkpoint has, beside Trainer's files, `averaged.safetensors` with `ema_decay`, `progress.json` (images, seconds, and
+of which data) and at last `files.json`, by which `run_folder` knows it as whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -27,8 +30,10 @@ from ..augment import mixup, random_changes
 from ..hidden_states import parameters_behind
 from ..modeling_ddae import DDAEForImageClassification
 from .arrays import read_json, write_json
+from .batches import whole
 from .devices import fast_layout
 from .encoding import one_view
+from .images import Inputs
 from .metrics import classification_metrics
 from .run_folder import discard, note_files, saved_checkpoints, saving, step_of
 from .stopping import NotFinite, Stopping, check_weights, look, not_finite
@@ -36,7 +41,9 @@ from .stopping import NotFinite, Stopping, check_weights, look, not_finite
 if TYPE_CHECKING:
     from .finetuning import FinetuningOptions
 
-WEIGHTS, AVERAGED, PROGRESS = "model.safetensors", "averaged.safetensors", "progress.json"
+WEIGHTS = "model.safetensors"
+AVERAGED = "averaged.safetensors"
+PROGRESS = "progress.json"
 NUM_LOSSES = 100  # batches whose losses are looked at before a checkpoint is written
 KEPT = 2  # checkpoints
 
@@ -73,11 +80,52 @@ def parameter_groups(
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # what the logits depend on
-            depth, decayed = depths[name], parameter.ndim > 1
+            depth = depths[name]
+            decayed = parameter.ndim > 1
             group = {"params": [], "lr": learning_rate * layer_decay ** (top - depth)}
             group = groups.setdefault((depth, decayed), group | {"weight_decay": weight_decay * decayed})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+class LabelledRows(Dataset):
+    """Labelled inputs by whole batches, as a loader asks for them.
+
+    Args:
+        inputs: The inputs.
+        rows: Which of them; by default all.
+        views: Views of each that a batch has, (B, views, C, H, W); by default the first alone, (B, C, H, W).
+        noise: Gives rows noise of their own, (B, draws, C, H, W).
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        rows: np.ndarray | None = None,
+        views: int | None = None,
+        noise: Callable[[np.ndarray], Tensor] | None = None,
+    ):
+        self.inputs = inputs
+        self.noise = noise
+        self.rows = np.arange(len(inputs)) if rows is None else rows
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return `pixel_values` (B, C, H, W) or (B, views, c, h, w), `labels` (B,) and `noise` (draws, B, C, H, W)."""
+        rows = self.rows[indices]
+        views = [self.inputs.read(rows, view) for view in range(self.views or 1)]
+        batch = {"pixel_values": torch.stack(views, dim=1) if self.views else views[0]}
+        batch["labels"] = torch.from_numpy(self.inputs.labels[rows])
+        return batch if self.noise is None else batch | {"noise": self.noise(rows).transpose(0, 1)}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """How many images these are, and a SHA-256 of them and their labels."""
+        content = [self.inputs.images.hash, self.rows.tolist(), self.inputs.labels[self.rows].tolist()]
+        return {"num_images": len(self), "data": hashlib.sha256(repr(content).encode()).hexdigest()}
 
 
 class Progress(ProgressCallback):
@@ -136,7 +184,7 @@ class FineTuner(Trainer):
         self, options: FinetuningOptions, arguments: TrainingArguments, model: DDAEForImageClassification, dataset: Any
     ):
         try:
-            super().__init__(model, arguments, lambda batch: batch, dataset, compute_metrics=_metrics)
+            super().__init__(model, arguments, whole, dataset, compute_metrics=_metrics)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"report_to is {options.report_to}, which cannot be used: {error}") from error
         for callback in self.callback_handler.callbacks:
@@ -151,7 +199,8 @@ class FineTuner(Trainer):
         self.average = None
         if options.ema_decay is not None:
             self.average = EMAModel(self.learning.values(), decay=options.ema_decay, foreach=True)
-        self.options, self.stopping = options, Stopping()
+        self.options = options
+        self.stopping = Stopping()
         self.losses: deque[Tensor] = deque(maxlen=NUM_LOSSES)
         self.batch = 0  # of this step
         self.images_seen = 0  # in this run
@@ -204,10 +253,11 @@ class FineTuner(Trainer):
             for name, value in zip(self.learning, self.average.shadow_params, strict=True):
                 value.copy_(saved[name])
             self.average.optimization_step = step_of(checkpoint)
-        processes, now = len(list(checkpoint.glob("rng_state*.pth"))), self.args.world_size
-        if processes != now:
+        processes = len(list(checkpoint.glob("rng_state*.pth")))
+        if processes != self.args.world_size:
             raise ValueError(
-                f"{checkpoint} was trained by {processes} process(es), and here are {now}: start as many as then."
+                f"{checkpoint} was trained by {processes} process(es), and here are {self.args.world_size}: start as "
+                "many as then."
             )
         # Versions before 0.3.0 noted the number of images alone, or nothing.
         if any(self.before.get(name, value) != value for name, value in self.train_dataset.identity.items()):
@@ -229,15 +279,15 @@ class FineTuner(Trainer):
         losses, finite = look(self.accelerator, self.losses, [*self.model.state_dict().values(), *averages])
         if not finite:
             raise self.not_finite(fmean(losses))
-        folder, main = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.is_world_process_zero()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with saving(folder.parent):
             try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process has written its random state
-                if main:
+                if self.is_world_process_zero():
                     self._complete(folder, averages)
             except BaseException:
-                if main and folder.exists():
+                if self.is_world_process_zero() and folder.exists():
                     discard(folder)
                 raise
 

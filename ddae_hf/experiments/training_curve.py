@@ -6,13 +6,11 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from ..configuration_ddae import DDAEConfig
@@ -22,7 +20,7 @@ from .extractors import open_extractor
 from .images import Images, Inputs, labelled_splits
 from .models import open_model, open_processor
 from .options import option
-from .plots import stacked_curves
+from .plots import curves_of_points
 from .results import CurveReport, Point
 from .sweeping import SweepOptions, changed_inputs, open_for, sweep_inputs
 
@@ -64,32 +62,52 @@ def sweep_run(
         DDAEConfig.from_pretrained(checkpoint)  # refused now, and not after hours
     train, test = labelled_splits(images, options)
     processor = open_processor(next(iter(checkpoints.values())), options.cache_dir)
-    inputs = [changed_inputs(each, processor, options) for each in (train, test)]
+    train_inputs, test_inputs = (changed_inputs(each, processor, options) for each in (train, test))
     kept = None if options.output_dir is None else Path(options.output_dir)
-    features = options.features_dir or (kept and str(kept / "features"))
-    quality = None if options.quality_extractor is None else quality_options(options, features)
-    extractor = quality and open_extractor(quality.extractor, cache_dir=options.cache_dir)
-    facts = {"dataset": images.facts(train, test), "given": images.opened_with}
+    features = options.features_dir or (None if kept is None else str(kept / "features"))
+    quality = extractor = None
+    if options.quality_extractor is not None:
+        quality = EvaluationOptions(
+            extractor=options.quality_extractor,
+            num_images=options.num_quality_images,
+            num_inference_steps=options.num_inference_steps,
+            sampler=options.sampler,
+            seed=options.seed,
+            reference_split=options.train_split,
+            features_dir=features,
+            cache_dir=options.cache_dir,
+        )
+        extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir)
+    dataset = images.facts(train, test)
     points = []
     for step, checkpoint in tqdm(checkpoints.items(), desc="Checkpoints"):
-        folder = kept and str(kept / f"checkpoint-{step}")
+        folder = None if kept is None else str(kept / f"checkpoint-{step}")
         own = dataclasses.replace(options, output_dir=folder, features_dir=features)
-        found = sweep_inputs(str(checkpoint), open_for(checkpoint, own), *inputs, processor, own, **facts)
+        found = sweep_inputs(
+            str(checkpoint),
+            open_for(checkpoint, own),
+            train_inputs,
+            test_inputs,
+            processor,
+            own,
+            dataset=dataset,
+            given=images.opened_with,
+        )
         accuracy = next(iter(found.test_accuracies.values()))
         point = Point(step=step, test_accuracy=accuracy, **dataclasses.asdict(found.best))
-        point.test_loss = test_loss(checkpoint, inputs[1], options)
+        point.test_loss = test_loss(checkpoint, test_inputs, options)
         if quality is not None:
-            where = dataclasses.replace(quality, output_dir=folder and f"{folder}/generation")
-            made = compare_samples(str(checkpoint), images, where, extractor)
+            where = dataclasses.replace(quality, output_dir=None if folder is None else f"{folder}/generation")
+            made: Any = compare_samples(str(checkpoint), images, where, extractor)
             point.frechet_distance = made.results["generated"]["frechet_distance"]
             if folder is not None:
                 made.save(f"{folder}/generation")
         points.append(point)
         logger.info("Step %s:\n%s", step, found.table())
-    report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=facts["dataset"], points=points)
+    report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
     if kept is not None:
         report.write(kept)
-        draw(points).savefig(kept / "training_curve.png", dpi=120)
+        curves_of_points(points).savefig(kept / "training_curve.png", dpi=120)
     return report
 
 
@@ -109,20 +127,6 @@ def training_checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def quality_options(options: CurveOptions, features_dir: str | None) -> EvaluationOptions:
-    """Return the options by which each checkpoint's samples are measured."""
-    return EvaluationOptions(
-        extractor=options.quality_extractor,
-        num_images=options.num_quality_images,
-        num_inference_steps=options.num_inference_steps,
-        sampler=options.sampler,
-        seed=options.seed,
-        reference_split=options.train_split,
-        features_dir=features_dir,
-        cache_dir=options.cache_dir,
-    )
-
-
 @torch.no_grad()
 def test_loss(checkpoint: Path, test: Inputs, options: CurveOptions) -> float:
     """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
@@ -130,26 +134,11 @@ def test_loss(checkpoint: Path, test: Inputs, options: CurveOptions) -> float:
     diffusion = model.diffusion
     generator = torch.Generator().manual_seed(options.seed)
     losses = []
-    some = draw_images(test.labels, LOSS_IMAGES)
+    labels: Any = test.labels
+    some = draw_images(labels, LOSS_IMAGES)
     for images in test.batches(options.batch_size, some, title="loss on test images"):
         clean = model.encode(images.to(model.device))
         sigma = diffusion.family.draw(len(images), None, generator).to(model.device)
         noise = torch.randn(clean.shape, generator=generator).to(model.device)
         losses.append(diffusion.loss(clean, sigma=sigma, noise=noise).cpu())
     return torch.cat(losses).mean().item()
-
-
-def draw(points: Sequence[Point]) -> Figure:
-    """Return a picture of accuracy, loss and sample quality over training steps, the best of each marked."""
-    panels = {"test accuracy (%)": [100 * point.test_accuracy for point in points]}
-    panels["loss on test images"] = [point.test_loss for point in points]
-    if points[0].frechet_distance is not None:
-        panels["Frechet distance"] = [point.frechet_distance for point in points]
-    best = {name: (max if name == "test accuracy (%)" else min)(values) for name, values in panels.items()}
-    return stacked_curves(
-        [point.step for point in points],
-        panels,
-        {name: values.index(best[name]) for name, values in panels.items()},
-        title="Best probe, loss and samples while training",
-        xlabel="training step",
-    )

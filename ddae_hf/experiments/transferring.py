@@ -156,7 +156,7 @@ def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
     """Return a denoiser of latents as a model that takes them in place of images, and their VAE."""
     named: Any = {"num_noise_samples": options.num_noise_samples, "null_class": options.null_class}
     if isinstance(model, (str, os.PathLike)):
-        vae = load_vae(model, cache_dir=options.cache_dir)
+        vae = load_vae(model, cache_dir=options.cache_dir).requires_grad_(False)  # as that of an open model
         return open_model(model, dtype=options.dtype, cache_dir=options.cache_dir, vae=False, **named), vae
     whole = open_model(model, dtype=options.dtype, **named)
     if whole.vae is None:

@@ -145,9 +145,7 @@ def sweep_tab(demo: Demo) -> None:
         layers = list(dict.fromkeys(pair.layer for pair in report.pairs))
         layer = gr.Dropdown(layers, value=best.layer, label="Layer", min_width=260)
         sigmas = sorted({pair.sigma for pair in report.pairs})
-        sigma = gr.Dropdown(
-            [(f"{s:g}", s) for s in sigmas], value=best.sigma, label="Noise level sigma", min_width=260
-        )
+        sigma = gr.Dropdown([(f"{s:g}", s) for s in sigmas], value=best.sigma, label="Noise level sigma", min_width=260)
     shown = gr.Markdown(text, elem_id="pair")
     options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     heat.select(demo.clicked_pair, None, [layer, sigma, heat, shown], **options)

@@ -1,6 +1,6 @@
 r"""The paper's way of finding the best layer and noise level against `examples/sweep.py`: time and best accuracy.
 
-    python benchmarks/sweep.py --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
+    python benchmarks/sweep_speed.py --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
         --plain_sigmas 0.02 --output_dir runs/benchmarks/sweep
 
 Ours is the command as its user gives it, in bfloat16 unless `--dtype` says otherwise, timed from start to end. The

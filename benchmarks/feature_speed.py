@@ -1,7 +1,7 @@
 r"""Images a second of pooled features: the plain way against ours, and against what the machine can do.
 
-    python benchmarks/features.py --compile
-    python benchmarks/features.py --probe_checkpoint runs/cifar10_cpu --probe_layer up_blocks.0.resnets.1 \
+    python benchmarks/feature_speed.py --compile
+    python benchmarks/feature_speed.py --probe_checkpoint runs/cifar10_cpu --probe_layer up_blocks.0.resnets.1 \
         --probe_sigma 0.02 --dataset_name uoft-cs/cifar10 --max_train_samples 20000
 
 Networks, with random weights: the paper's U-Net of 35.7 M parameters up to `up_blocks.1.resnets.2`, and DiT-XL/2 up to

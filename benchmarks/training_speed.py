@@ -1,7 +1,7 @@
 r"""Pretraining: images a second of the plain loop and of ours, and their losses over the same number of images.
 
-    python benchmarks/pretrain.py --dataset_name uoft-cs/cifar10 --width 64 --batch_size 128 --curve_images 25600
-    python benchmarks/pretrain.py --dataset_name uoft-cs/cifar10 --width 128 --batch_size 512 --device cuda
+    python benchmarks/training_speed.py --dataset_name uoft-cs/cifar10 --width 64 --batch_size 128 --curve_images 25600
+    python benchmarks/training_speed.py --dataset_name uoft-cs/cifar10 --width 128 --batch_size 512 --device cuda
 
 The plain loop is that of diffusers' example of unconditional training: float32, contiguous, images that Pillow opens
 and mirrors in worker processes, averaged weights updated every step. Ours is `examples/pretrain.py`, loader and

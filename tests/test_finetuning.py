@@ -1,0 +1,657 @@
+"""Fine-tuning: its rules one by one, and its runs, at tiny size, on real digits."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from datasets import Dataset
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from sklearn.metrics import f1_score
+from transformers import TrainerCallback
+
+from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.experiments import Images, finetune, finetuning, trainer
+from ddae_hf.experiments.classes import draw_fraction
+from ddae_hf.experiments.draws import indexed_noise
+from ddae_hf.experiments.options import RANGES
+from ddae_hf.experiments.run_folder import FILES, OPTIONS
+from ddae_hf.experiments.stopping import Interrupted, NotFinite
+from ddae_hf.experiments.trainer import AVERAGED, PROGRESS, parameter_groups
+
+from . import scripts
+from .conftest import drawn, make_dit, make_unet
+from .quiet import quiet
+
+RESULTS = "eval_results.json"
+GREY = {"in_channels": 1, "out_channels": 1}
+PAIRS = {
+    "ddpm": (make_unet, {**GREY, "dropout": 0.1}, DDIMScheduler),
+    "edm": (make_unet, GREY, EDMEulerScheduler),
+    "flow": (make_dit, {"in_channels": 1, "num_embeds_ada_norm": 0}, FlowMatchEulerDiscreteScheduler),
+}
+OPTIONS_OF_ALL = {
+    "max_train_samples": 100, "max_test_samples": 70, "batch_size": 32, "learning_rate": 1e-3, "random_flip": True,
+    "random_crop": 1, "label_smoothing": 0.1, "mixup": 0.4, "layer_decay": 0.8, "ema_decay": 0.9,
+}  # fmt: skip
+SIX = {"max_train_steps": 6, "checkpointing_steps": 3}
+LATEST = {"resume_from_checkpoint": "latest"}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("denoisers")
+    for name, (make, options, scheduler) in PAIRS.items():
+        DDAEPipeline.for_denoiser(make(**options), scheduler()).save_pretrained(root / name)
+    return root
+
+
+def run(checkpoint, digits, folder, **options):
+    images = Images.open(digits)
+    return finetune(checkpoint, images, **{**OPTIONS_OF_ALL, "output_dir": folder, **options})
+
+
+@pytest.fixture(scope="module")
+def finetuned(checkpoints, digits, tmp_path_factory):
+    """Six steps of four an epoch, with a checkpoint inside the first."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    return folder, run(checkpoints / "ddpm", digits, folder, **SIX)
+
+
+def started(finetuned, folder, *steps):
+    """A run that stopped after the first of these steps, of which later ones are left too."""
+    folder.mkdir(exist_ok=True)
+    for step in steps:
+        shutil.copytree(finetuned[0] / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    (folder / OPTIONS).write_text((finetuned[0] / OPTIONS).read_text())
+    return folder
+
+
+def assert_same(folder, other, *files):
+    for file in files or ("model.safetensors", "checkpoint-6/model.safetensors", f"checkpoint-6/{AVERAGED}"):
+        expected, found = load_file(folder / file), load_file(other / file)
+        assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def make_model(name, checkpoints, **options):
+    torch.manual_seed(0)
+    return DDAEForImageClassification.from_pretrained(checkpoints / name, num_labels=10, **options)
+
+
+def answers(folder, digits, count):
+    """True classes, and those that a saved folder gives with its fixed noise and with every image's own."""
+    model, processor = DDAEForImageClassification.from_pretrained(folder), DDAEImageProcessor.from_pretrained(folder)
+    test = drawn(digits, "test", count)
+    labels, pixels = torch.tensor(test["label"][:]), processor(test["image"][:], return_tensors="pt")["pixel_values"]
+    own = indexed_noise(tuple(pixels.shape[1:]), range(count), model.config.noise_seed, 1)
+    with torch.no_grad():
+        return labels, [model(pixels, noise=n).logits.argmax(-1) for n in (None, own)]
+
+
+def accuracies(folder, digits, count):
+    labels, given = answers(folder, digits, count)
+    return [(classes == labels).float().mean().item() for classes in given]
+
+
+@pytest.mark.parametrize("name", ["edm", "flow"])
+def test_every_framework_and_network_is_finetuned_and_opens_again(checkpoints, digits, tmp_path, name):
+    layer = {"edm": "mid_block", "flow": "transformer_blocks.1"}[name]
+    result = run(checkpoints / name, digits, tmp_path, layer=layer, sigma=0.1, max_train_steps=2, noise_seed=3)
+    assert (result.layer, result.sigma, result.steps) == (layer, 0.1, 2)
+    model = DDAEForImageClassification.from_pretrained(tmp_path)
+    assert (model.config.layer, model.config.sigma, model.config.noise_seed) == (layer, 0.1, 3)
+    assert model.config.id2label[3] == "3"
+    assert accuracies(tmp_path, digits, 70) == pytest.approx([result.test_accuracy, result.test_own_noise_accuracy])
+
+
+def test_the_reported_accuracy_is_that_of_the_saved_folder_on_every_test_image(finetuned, digits):
+    folder, result = finetuned
+    fixed, own = accuracies(folder, digits, 70)
+    assert result.num_test_images == 70 and result.num_train_labels == 100
+    assert result.test_accuracy == pytest.approx(fixed) and result.test_own_noise_accuracy == pytest.approx(own)
+    assert result.images_per_second > 0 and result.options["mixup"] == 0.4
+    labels, given = answers(folder, digits, 70)
+    f1 = [f1_score(labels, classes, average="macro", zero_division=0) for classes in given]
+    assert [result.test_f1, result.test_own_noise_f1] == pytest.approx(f1) and 0 < f1[0] != fixed
+    assert result.dataset["num_images"] == 100 and result.processes == 1
+    assert json.loads((folder / RESULTS).read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert "| the model's fixed noise |" in result.table()
+
+
+def test_it_prints_nothing_and_leaves_the_global_generators_alone(checkpoints, digits, tmp_path, capsys):
+    with quiet(capsys):
+        run(checkpoints / "flow", digits, tmp_path, max_train_steps=1)
+
+
+def test_an_open_model_gives_what_its_checkpoint_gives_and_stays_as_it_is(checkpoints, digits, tmp_path):
+    """Without a folder nothing is left but the result."""
+    options = {"output_dir": None, "max_train_steps": 2, "lr_warmup_ratio": 0.0}
+    from_path = run(checkpoints / "flow", digits, None, **options)
+    model = DDAEModel.from_pretrained(checkpoints / "flow")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = run(model, digits, None, **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected, found = from_path.classifier.state_dict(), result.classifier.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert not torch.equal(found["ddae.denoiser.pos_embed.proj.weight"], before["denoiser.pos_embed.proj.weight"])
+    result.save(tmp_path)
+    assert_same(tmp_path, tmp_path, "model.safetensors")
+    assert accuracies(tmp_path, digits, 70)[0] == pytest.approx(result.test_accuracy)
+
+
+# Resuming
+
+
+def test_an_interrupted_run_resumes_exactly(finetuned, checkpoints, digits, tmp_path):
+    folder, result = finetuned
+    (tmp_path / "checkpoint-3").symlink_to(folder / "checkpoint-3")
+    (tmp_path / OPTIONS).write_text((folder / OPTIONS).read_text())
+    # A checkpoint that was interrupted while it was written, before its averages, is passed over.
+    (tmp_path / "checkpoint-5").mkdir()
+    again = run(checkpoints / "ddpm", digits, tmp_path, **SIX, **LATEST)
+    assert_same(folder, tmp_path)
+    assert (again.test_accuracy, again.test_loss) == (result.test_accuracy, result.test_loss)
+    assert again.images == result.images == 100 + 64
+    before = json.loads((folder / "checkpoint-3" / PROGRESS).read_text())
+    assert before["images"] == 96 and before["seconds"] > 0
+    total = before["seconds"] + again.train_seconds_this_run
+    assert again.train_seconds == pytest.approx(total, abs=0.11) and again.seconds > again.seconds_this_run
+
+
+@pytest.mark.parametrize("missing", [("files.json",), ("files.json", "num_images")])
+def test_a_run_of_older_versions_resumes_exactly(finetuned, checkpoints, digits, tmp_path, missing):
+    """Version 0.2.0 noted no files, and 0.1.0 not even how many images there were."""
+    run_folder = started(finetuned, tmp_path / "old", 3)
+    checkpoint = run_folder / "checkpoint-3"
+    (checkpoint / FILES).unlink()
+    progress = json.loads((checkpoint / PROGRESS).read_text())
+    known = {"images", "seconds"} | {"num_images"} - set(missing)
+    (checkpoint / PROGRESS).write_text(json.dumps({name: progress[name] for name in known}))
+    options = yaml.safe_load((run_folder / OPTIONS).read_text())
+    new = ("gradient_accumulation_steps", "dataloader_num_workers", "torch_compile", "report_to", "logging_dir")
+    old = {name: value for name, value in options.items() if name not in (*new, "skip_bad_images")}
+    (run_folder / OPTIONS).write_text(yaml.safe_dump(old | {"push_to_hub": False, "config": None}))
+    run(checkpoints / "ddpm", digits, run_folder, **SIX, **LATEST)
+    assert_same(finetuned[0], run_folder)
+
+
+def test_a_finished_run_resumes_to_the_same_figures(finetuned, checkpoints, digits, tmp_path):
+    folder, result = finetuned
+    again = run(checkpoints / "ddpm", digits, tmp_path, **SIX, resume_from_checkpoint=folder / "checkpoint-6")
+    assert again.test_loss == result.test_loss and again.images == result.images
+    before = json.loads((folder / "checkpoint-6" / PROGRESS).read_text())
+    assert again.images_per_second == pytest.approx(result.images / before["seconds"], abs=0.1)
+
+
+def test_a_complete_run_is_left_as_it_is(finetuned, checkpoints, digits, caplog, monkeypatch):
+    folder, result = finetuned
+    monkeypatch.setattr(finetuning, "_finetune", None)
+    with caplog.at_level("INFO"):
+        again = run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST)
+    assert "is complete: there is nothing left to do" in caplog.text
+    assert again.to_dict() == json.loads(json.dumps(result.to_dict()))
+    assert torch.equal(again.classifier.classifier.weight, result.classifier.classifier.weight.cpu())
+
+
+def test_a_run_whose_end_was_interrupted_is_tested(finetuned, checkpoints, digits, tmp_path):
+    folder = started(finetuned, tmp_path / "out", 3, 6)
+    again = run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST)
+    assert again.test_loss == finetuned[1].test_loss and (folder / RESULTS).is_file()
+    more = run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, max_test_samples=50)
+    assert more.num_test_images == 50 and more.steps == 6
+
+
+def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, digits, tmp_path):
+    folder, _ = finetuned
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        run(checkpoints / "ddpm", digits, folder, **SIX)
+    changes = {"random_flip": False, "seed": 2, "batch_size": 16, "mixed_precision": "bf16", "label_fraction": 0.5}
+    changes |= {"mixup": 0.0, "gradient_accumulation_steps": 2, "layer": "mid_block", "max_train_samples": 50}
+    for name, value in changes.items():
+        with pytest.raises(ValueError, match=f"other options: {name} was .* and is {value!r}. Resuming cannot change"):
+            run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
+    with pytest.raises(ValueError, match="other options: model_name_or_path was"):
+        run(checkpoints / "edm", digits, folder, **SIX, **LATEST)
+    with pytest.raises(ValueError, match="checkpoint-6 is past the 5 steps that are asked for"):
+        run(checkpoints / "ddpm", digits, folder, **LATEST, max_train_steps=5)
+    with pytest.raises(ValueError, match="there is no such checkpoint|cannot be resumed: it has no"):
+        run(checkpoints / "ddpm", digits, tmp_path, **SIX, resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(ValueError, match="output_dir is not given: without it there is nothing to resume"):
+        run(checkpoints / "ddpm", digits, None, **LATEST)
+
+
+def test_averages_cannot_begin_in_the_middle(checkpoints, digits, tmp_path):
+    options = {"max_train_steps": 2, "checkpointing_steps": 1}
+    run(checkpoints / "flow", digits, tmp_path, ema_decay=None, **options)
+    with pytest.raises(ValueError, match="other options: ema_decay was None and is 0.9"):
+        run(checkpoints / "flow", digits, tmp_path, **LATEST, **options)
+
+
+def test_a_run_is_resumed_with_what_may_change(finetuned, checkpoints, digits, tmp_path):
+    """Rates, decays, steps and the time of checkpoints are those asked for now, not those kept with the run."""
+    folder = started(finetuned, tmp_path / "out", 3)
+    changes = {"learning_rate": 1e-5, "layer_decay": 0.5, "weight_decay": 0.3, "ema_decay": 0.5, "lr_warmup_ratio": 0.0}
+    run(checkpoints / "ddpm", digits, folder, **LATEST, **changes, max_train_steps=5, checkpointing_steps=1)
+    assert {f.name for f in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+    groups = torch.load(folder / "checkpoint-4" / "optimizer.pt")["param_groups"]
+    model = make_model("ddpm", checkpoints)
+    expected = parameter_groups(model, 1e-5, 0.5, 0.3)
+    factor = (1 + math.cos(math.pi * 4 / 5)) / 2
+    assert [g["lr"] for g in groups] == pytest.approx([g["lr"] * factor for g in expected])
+    assert [g["weight_decay"] for g in groups] == [g["weight_decay"] for g in expected]
+    state = json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())
+    assert (state["max_steps"], state["save_steps"]) == (5, 1)
+    averages = [load_file(folder / f"checkpoint-{step}" / AVERAGED)["classifier.weight"] for step in (4, 5)]
+    weight = load_file(folder / "checkpoint-5" / "model.safetensors")["classifier.weight"]
+    decay = min(0.5, 5 / 14)
+    torch.testing.assert_close(averages[1], decay * averages[0] + (1 - decay) * weight, rtol=1e-5, atol=1e-7)
+    assert yaml.safe_load((folder / OPTIONS).read_text())["learning_rate"] == 1e-5
+
+
+def test_the_newest_checkpoint_that_is_whole_is_resumed(finetuned, checkpoints, digits, tmp_path, caplog):
+    folder = started(finetuned, tmp_path / "out", 3, 6)
+    broken = folder / "checkpoint-6" / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:-1000])
+    run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST)
+    assert "checkpoint-6 cannot be resumed: optimizer.pt is not what was written" in caplog.text
+    assert_same(finetuned[0], folder)
+    run(checkpoints / "ddpm", digits, folder, **SIX, resume_from_checkpoint=str(folder / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", AVERAGED])
+def test_a_checkpoint_without_a_part_of_its_state_is_refused(finetuned, checkpoints, digits, tmp_path, name):
+    folder = started(finetuned, tmp_path / "out", 3)
+    (folder / "checkpoint-3" / name).unlink()
+    with pytest.raises(ValueError, match="checkpoint-3 cannot be resumed: it has no"):
+        run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST)
+
+
+def test_a_run_without_its_options_is_refused(finetuned, checkpoints, digits, tmp_path):
+    folder = started(finetuned, tmp_path / "out", 3)
+    (folder / OPTIONS).unlink()
+    with pytest.raises(ValueError, match=f"has no {OPTIONS}, which says how checkpoint-3 was trained"):
+        run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST)
+
+
+def test_a_run_is_resumed_on_the_same_images(finetuned, checkpoints, digits, tmp_path):
+    """Even where they are fewer, or others, under the same name."""
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy)
+    run(checkpoints / "ddpm", copy, tmp_path / "out", max_train_samples=None, max_train_steps=2)
+    (tmp_path / "out" / RESULTS).unlink()
+    (tmp_path / "out" / "checkpoint-best-3").mkdir()  # the user's own
+    options = {"max_train_samples": None, "max_train_steps": 2, **LATEST}
+    train = Dataset.from_parquet(str(digits / "train.parquet"))
+    for rows in (range(64), [*range(1, len(train)), 0]):
+        train.select(rows).to_parquet(copy / "train.parquet")
+        with pytest.raises(ValueError, match=f"was trained on 1437 images, and here are {len(rows)}, or others"):
+            run(checkpoints / "ddpm", copy, tmp_path / "out", **options)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    (checkpoint / FILES).unlink()
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state_1.pth").touch()  # as two processes leave them
+    with pytest.raises(ValueError, match=r"was trained by 2 process\(es\), and here are 1: start as many as then"):
+        run(checkpoints / "ddpm", copy, tmp_path / "out", **options)
+
+
+# Signals, disks, numbers that are not finite
+
+
+class At(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.action(model)
+
+
+def with_callback(patch, callback):
+    """Let every trainer have a callback before its own."""
+
+    class Watched(trainer.FineTuner):
+        def add_callback(self, given):
+            if isinstance(given, trainer.Progress):
+                super().add_callback(callback)
+            super().add_callback(given)
+
+    patch.setattr(finetuning, "FineTuner", Watched)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
+    finetuned, checkpoints, digits, tmp_path, monkeypatch, number
+):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        with_callback(patch, At(2, lambda model: os.kill(os.getpid(), number)))
+        with pytest.raises(Interrupted, match=f"{number.name} came: .*checkpoint-2 is saved. .* goes on") as stopped:
+            run(checkpoints / "ddpm", digits, tmp_path, **SIX)
+    assert stopped.value.signal == number and signal.getsignal(number) == before
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"] and not (tmp_path / RESULTS).exists()
+    run(checkpoints / "ddpm", digits, tmp_path, **SIX, **LATEST)
+    assert_same(finetuned[0], tmp_path)
+
+
+@pytest.mark.parametrize("where", ["optimizer.pt", AVERAGED, PROGRESS])
+def test_a_full_disk_is_one_sentence_and_leaves_earlier_checkpoints(
+    finetuned, checkpoints, digits, tmp_path, monkeypatch, where
+):
+    with monkeypatch.context() as patch:
+
+        def full(write):
+            def writes(content, path, *args, **kwargs):
+                path, content = (content, path) if where == PROGRESS else (path, content)
+                if "checkpoint-6" in str(path) and str(path).endswith(where):
+                    Path(path).write_bytes(b"half")
+                    raise OSError(28, "No space left on device")
+                return write(*((path, content) if where == PROGRESS else (content, path)), *args, **kwargs)
+
+            return writes
+
+        module, name = {"optimizer.pt": (torch, "save"), AVERAGED: (trainer, "save_file")}.get(
+            where, (trainer, "write_json")
+        )
+        patch.setattr(module, name, full(getattr(module, name)))
+        with pytest.raises(
+            OSError, match="could not be written to: No space left.*checkpoint-3 is the last checkpoint"
+        ):
+            run(checkpoints / "ddpm", digits, tmp_path, **SIX)
+    assert [f.name for f in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]
+    run(checkpoints / "ddpm", digits, tmp_path, **SIX, **LATEST)
+    assert_same(finetuned[0], tmp_path)
+
+
+def test_nothing_is_saved_that_is_not_finite(finetuned, checkpoints, digits, tmp_path, monkeypatch):
+    def spoil(model):
+        with torch.no_grad():
+            model.classifier.bias[0] = float("nan")
+
+    with monkeypatch.context() as patch:
+        with_callback(patch, At(6, spoil))
+        with pytest.raises(NotFinite, match="no finite numbers, .* at step 6, .*checkpoint-3 is the last good"):
+            run(checkpoints / "ddpm", digits, tmp_path, **SIX)
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "model.safetensors").exists()
+    run(checkpoints / "ddpm", digits, tmp_path, **SIX, **LATEST)
+    assert_same(finetuned[0], tmp_path)
+
+
+def test_a_training_that_diverges_saves_nothing(checkpoints, digits, tmp_path):
+    with pytest.raises(NotFinite, match="at step 2, at a learning rate of .*; none of it is saved. There is no"):
+        run(
+            checkpoints / "ddpm", digits, tmp_path, max_train_steps=4, checkpointing_steps=2, lr_warmup_ratio=0.0,
+            learning_rate=1e30,
+        )  # fmt: skip
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_no_largest_norm_of_the_gradient_is_one_that_is_never_reached(checkpoints, digits):
+    def weights(norm):
+        options = {"max_train_steps": 2, "max_grad_norm": norm, "lr_warmup_ratio": 0.0}
+        return run(checkpoints / "flow", digits, None, **options).classifier.state_dict()
+
+    free, high, low = weights(0), weights(1e9), weights(1e-9)
+    assert all(torch.equal(free[key], high[key]) for key in free)
+    assert not all(torch.equal(free[key], low[key]) for key in free)
+
+
+# How it trains
+
+
+def test_batches_that_are_accumulated_make_the_step_of_a_large_one(checkpoints, digits):
+    options = {"max_train_steps": 2, "mixup": 0.0, "random_flip": False, "random_crop": 0, "lr_warmup_ratio": 0.0}
+    options |= {"sigma": 0.0021, "ema_decay": None, "max_train_samples": 64}
+    images = []
+    found = []
+    for size, count in ((32, 1), (16, 2)):
+        result = run(checkpoints / "edm", digits, None, **options, batch_size=size, gradient_accumulation_steps=count)
+        images.append(result.images)
+        found.append(result.classifier.classifier.bias.detach())
+    assert images == [64, 64] and not torch.equal(found[0], torch.zeros(10))
+    torch.testing.assert_close(*found, rtol=0.2, atol=2e-4)  # their noise is not the same
+
+
+def test_every_batch_of_a_step_has_noise_of_its_own(checkpoints, digits, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(trainer.torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    options = {"max_train_steps": 2, "batch_size": 16, "gradient_accumulation_steps": 2}
+    run(checkpoints / "flow", digits, None, **options)
+    of_steps = [np.random.SeedSequence([0, step, 0, part]) for step in (0, 1) for part in (0, 1)]
+    expected = [int(sequence.generate_state(1, np.uint64)[0]) for sequence in of_steps]
+    assert [number for number in seeds if number in expected] == expected and len(set(expected)) == 4
+
+
+def test_workers_read_the_same_images(finetuned, checkpoints, digits, tmp_path):
+    run(checkpoints / "ddpm", digits, tmp_path, **SIX, dataloader_num_workers=2)
+    assert_same(finetuned[0], tmp_path)
+
+
+def test_a_tracker_is_told_of_the_loss(checkpoints, digits, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(checkpoints / "flow", digits, tmp_path, max_train_steps=2, report_to="tensorboard", logging_dir="curves")
+    assert list((tmp_path / "curves").glob("events.*"))
+    with pytest.raises(ValueError, match="report_to is nothing, which cannot be used"):
+        run(checkpoints / "flow", digits, tmp_path / "other", max_train_steps=2, report_to="nothing")
+
+
+def test_the_network_is_compiled_if_asked_for(checkpoints, digits, tmp_path, monkeypatch):
+    """By Trainer, here with the backend that compiles nothing."""
+    compiled = []
+    compile_ = torch.compile
+
+    def eager(model, **given):
+        compiled.append(model)
+        return compile_(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
+    plain = run(checkpoints / "flow", digits, tmp_path / "plain", max_train_steps=2)
+    result = run(checkpoints / "flow", digits, tmp_path / "compiled", max_train_steps=2, torch_compile=True)
+    assert compiled and result.test_loss == pytest.approx(plain.test_loss, rel=1e-3)
+    assert accuracies(tmp_path / "compiled", digits, 70)[0] == pytest.approx(result.test_accuracy)
+
+
+def test_averaged_weights_follow_the_rule(checkpoints, digits, tmp_path, monkeypatch):
+    """The decay at step n, from 1, is min(decay, n / (9 + n)); the first step takes the weights as they are."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model.classifier.weight.detach().double().clone())
+
+    with_callback(monkeypatch, Watch())
+    run(checkpoints / "flow", digits, tmp_path, max_train_steps=4, ema_decay=0.15)
+    average = seen[0]
+    for n, weight in enumerate(seen[1:], start=1):
+        decay = min(0.15, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * weight
+    saved = load_file(tmp_path / "model.safetensors")["classifier.weight"].double()
+    torch.testing.assert_close(saved, average, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(saved, seen[-1])
+
+
+def test_a_run_from_scratch_starts_from_the_same_network_without_its_weights(checkpoints, digits, tmp_path):
+    start = load_file(checkpoints / "ddpm" / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = {}
+    for name in ("pretrained", "scratch"):
+        # One step at a learning rate of 0, with which the warm-up begins.
+        run(checkpoints / "ddpm", digits, tmp_path / name, max_train_steps=1, from_scratch=name == "scratch")
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    assert weights["pretrained"].keys() == weights["scratch"].keys()
+    for key in ("conv_in.weight", "mid_block.resnets.0.conv1.weight"):
+        assert torch.equal(weights["pretrained"]["ddae.denoiser." + key], start[key])
+        assert not torch.equal(weights["scratch"]["ddae.denoiser." + key], start[key])
+    config = json.loads((tmp_path / "scratch" / "config.json").read_text())
+    assert config["layer"] == DDAEForImageClassification.from_pretrained(tmp_path / "pretrained").config.layer
+    assert config.get("generator_fingerprint") is None
+
+
+def test_learning_rates_fall_from_the_classifier_to_the_input(checkpoints):
+    """Taps up to this one: down 0, down 1 (with attention), mid, up 0 (attention 0, 1)."""
+    model = make_model("ddpm", checkpoints, layer="up_blocks.0.attentions.1")
+    groups = parameter_groups(model, 0.1, 0.5, 0.03)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    expected = {  # layers between a parameter and the logits
+        "classifier": 0,
+        "ddae.denoiser.up_blocks.0.attentions.1.": 1,
+        "ddae.denoiser.up_blocks.0.resnets.1.": 1,
+        "ddae.denoiser.up_blocks.0.attentions.0.": 2,
+        "ddae.denoiser.up_blocks.0.resnets.0.": 2,
+        "ddae.denoiser.mid_block.": 3,
+        "ddae.denoiser.down_blocks.1.": 4,
+        "ddae.denoiser.down_blocks.0.downsamplers.": 4,
+        "ddae.denoiser.down_blocks.0.resnets.": 5,
+        "ddae.denoiser.conv_in.": 6,
+        "ddae.denoiser.time_embedding.": 6,
+    }
+    counted = 0
+    for prefix, distance in expected.items():
+        of_prefix = [name for name in found if name.startswith(prefix)]
+        counted += len(of_prefix)
+        assert of_prefix and all(math.isclose(found[name][0], 0.1 * 0.5**distance) for name in of_prefix), prefix
+    assert counted == len(found)
+    assert found["classifier.weight"][1] == 0.03 and found["classifier.bias"][1] == 0
+    assert found["ddae.denoiser.mid_block.resnets.0.norm1.weight"][1] == 0
+
+
+@pytest.mark.parametrize(("name", "layer"), [("ddpm", "up_blocks.0.attentions.0"), ("flow", "transformer_blocks.2")])
+def test_what_learns_is_what_gets_a_gradient(checkpoints, name, layer):
+    model = make_model(name, checkpoints, layer=layer)
+    groups = parameter_groups(model, 1.0, 0.9, 0.0)
+    model.train()(torch.rand(4, 1, 8, 8), labels=torch.arange(4)).loss.backward()
+    learning = [p for g in groups for p in g["params"]]
+    assert all(p.grad is not None for p in learning) and len(set(learning)) == len(learning)
+    others = set(model.parameters()) - set(learning)
+    assert others and not any(p.requires_grad for p in others)
+    if name == "flow":
+        rates = {p: g["lr"] for g in groups for p in g["params"]}
+        for k in range(3):
+            block = model.ddae.denoiser.transformer_blocks[k]
+            of_block = [rates[p] for p in block.parameters() if p in rates]
+            assert of_block and of_block == pytest.approx([0.9 ** (3 - k)] * len(of_block))
+        assert rates[model.ddae.denoiser.pos_embed.proj.weight] == pytest.approx(0.9**4)
+
+
+@pytest.fixture
+def tuner(checkpoints, tmp_path):
+    options = finetuning.FinetuningOptions(output_dir=tmp_path, batch_size=8, label_smoothing=0.1, mixup=0.5)
+    arguments = finetuning.training_arguments(options, 3, keeps=False)
+    return trainer.FineTuner(options, arguments, make_model("ddpm", checkpoints), Dataset.from_dict({"labels": [0, 1]}))
+
+
+def test_images_and_targets_are_mixed_and_smoothed_alike(tuner):
+    """An image of one value tells its class, so the mixed image tells the share of each class."""
+    labels = torch.arange(8)
+    values = 10.0 ** -labels.float()  # every pair and share gives another value
+    torch.manual_seed(1)
+    changed = tuner.change(values[:, None, None, None].expand(8, 1, 8, 8), labels)
+    images, targets = changed["pixel_values"], changed["labels"]
+    assert targets.shape == (8, 10)
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    hard = (targets - 0.1 / 10) / 0.9
+    torch.testing.assert_close(images.mean((1, 2, 3)), hard[:, :8] @ values, rtol=1e-4, atol=1e-6)
+    assert ((hard > 1e-4).sum(1) <= 2).all() and (hard.max(1).values < 0.999).any()
+
+
+def test_smoothing_alone_is_torchs(tuner, monkeypatch):
+    monkeypatch.setattr(tuner.options, "mixup", 0.0)
+    labels, logits = torch.tensor([3, 1, 9]), torch.randn(3, 10)
+    targets = tuner.change(torch.zeros(3, 1, 8, 8), labels)["labels"]
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(-(targets * logits.log_softmax(-1)).sum(-1).mean(), expected)
+
+
+def test_a_fraction_of_labels_is_one_of_every_class():
+    labels = np.repeat(np.arange(4), [100, 50, 10, 3])
+    tenth, fifth = draw_fraction(labels, 0.1, 0), draw_fraction(labels, 0.2, 0)
+    assert np.bincount(labels[tenth]).tolist() == [10, 5, 1, 1] and len(np.unique(tenth)) == 17
+    assert np.bincount(labels[fifth]).tolist() == [20, 10, 2, 1] and set(tenth) < set(fifth)
+    assert np.array_equal(tenth, draw_fraction(labels, 0.1, 0))
+    assert not np.array_equal(tenth, draw_fraction(labels, 0.1, 1))
+    assert np.array_equal(draw_fraction(labels, 1.0, 5), np.arange(163))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_fraction": 0}, "label_fraction is 0.0: it must be above 0 and at most 1"),
+        ({"label_fraction": 1.5}, "it must be above 0 and at most 1"),
+        ({"layer_decay": 0}, "layer_decay is 0.0"),
+        ({"label_smoothing": 1}, "it must be at least 0 and below 1"),
+        ({"ema_decay": 1}, "ema_decay is 1.0"),
+        ({"ema_decay": 1.5}, "ema_decay is 1.5"),
+        ({"mixup": -1}, "mixup is -1.0: it must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"lr_warmup_ratio": -0.1}, "lr_warmup_ratio is -0.1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0: it must be at least 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1: it must be at least 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"learning_rat": 1.0}, "here is no option 'learning_rat': the nearest are learning_rate"),
+        ({"batch_size": 1}, "mixup mixes the images of a batch"),
+        ({"max_train_steps": 0}, "it must be at least 1"),
+        ({"random_crop": 8}, "random_crop is 8: the images' sides are"),
+        ({"layer": "up_blocks.8.resnets.0"}, "There is no layer 'up_blocks.8.resnets.0'"),
+        ({"sigma": 1e9}, "outside the schedule"),
+        ({"sigma": -1.0}, "sigma -1.0 is outside the schedule"),
+        ({"null_class": 3}, "it takes no labels"),
+        ({"max_train_samples": 1}, "are all of one class"),
+        ({"test_split": "train"}, "test on other images"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(checkpoints, digits, tmp_path, options, message):
+    with pytest.raises(ValueError) as refusal:
+        run(checkpoints / "ddpm", digits, tmp_path / "out", **options)
+    assert message in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_not_there_and_a_folder_that_is_a_file_are_refused(checkpoints, digits, tmp_path):
+    with pytest.raises(OSError, match="is not a folder"):
+        run("nowhere/at/all", digits, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        run("nowhere/at/all", digits, tmp_path / "file")
+
+
+def test_half_precision_without_a_gpu_is_refused(checkpoints, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        run(checkpoints / "ddpm", digits, tmp_path, mixed_precision="fp16")
+
+
+def test_what_batch_statistics_cannot_do_is_refused(checkpoints, digits, tmp_path):
+    make_model("ddpm", checkpoints, feature_norm="batch_norm").save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="100 images leave a batch of one"):
+        run(tmp_path / "start", digits, tmp_path / "out", batch_size=33)
+    with pytest.raises(ValueError, match="leave out ema_decay"):
+        run(tmp_path / "start", digits, tmp_path / "out")
+
+
+def test_every_number_has_a_range():
+    """But for the level, which is checked with the network."""
+    hints = finetuning.FinetuningOptions.__annotations__
+    numbers = {name for name, hint in hints.items() if "int" in hint or "float" in hint}
+    assert numbers - set(RANGES) == {"sigma"} and len(numbers) > 15
+
+
+def test_the_script_is_a_caller(checkpoints, digits, tmp_path, capsys):
+    config = Path(scripts.__file__).parent.parent / "examples" / "configs" / "cifar10_cpu_finetune.yaml"
+    options = ["--model_name_or_path", checkpoints / "ddpm", "--dataset_name", digits, "--output_dir", tmp_path]
+    options += ["--max_train_samples", 40, "--max_test_samples", 20, "--max_train_steps", 1, "--random_crop", 1]
+    scripts.run("finetune", "--config", config, *options, "--layer", "mid_block", "--no-random_flip")
+    kept = yaml.safe_load((tmp_path / OPTIONS).read_text())
+    assert kept["layer_decay"] == 0.9 and kept["random_flip"] is False and kept["dataset_name"] == str(digits)
+    assert "The classifier is in" in capsys.readouterr().out and (tmp_path / "README.md").is_file()
+    with pytest.raises(SystemExit, match="holds checkpoints of an earlier run"):
+        scripts.run("finetune", "--config", config, *options)
