@@ -15,7 +15,6 @@ itself. The machine's limits are measured before and after each network, and the
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from measure import (
@@ -44,15 +42,16 @@ from measure import (
 from plain_features import PlainFeatures
 from torch import Tensor
 
-# Of examples/, which `measure` puts on the path.
-from data import add_data_arguments, read_config
 from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline, layer_names
+from ddae_hf.commands.parsing import parse, read_config, sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.images import DataOptions, ImageInputs, labelled_splits, noise_view
 from ddae_hf.experiments.logistic_regression import fit_logistic_regression
+from ddae_hf.experiments.models import ready
+from ddae_hf.experiments.options import Options, option
 from ddae_hf.networks import build_denoiser
-from labelled import LabelledImages, add_label_arguments, noise_view, ready
 
 TITLES = {"unet": "The paper's U-Net", "dit": "DiT-XL/2"}
 DIT_XL_2 = {
@@ -86,52 +85,48 @@ class Way:
         return torch.cat([self.features(*part) for part in parts])
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(kw_only=True)
+class Arguments(Options):
+    """The options, beside those of the data."""
+
+    networks: list[str] = option(list(TITLES), f"With random weights: {', '.join(TITLES)}.")
+    checkpoint: str | None = option(None, "A generative checkpoint in their place: folder or Hub id.")
+    dit_blocks: int = option(DIT_BLOCKS[best_device()], "Blocks of the DiT.")
+    batch_sizes: list[int] = option(BATCH_SIZES[best_device()], "Batch sizes tried for every way.")
+    num_images: int | None = option(None, "Images of one time measured, a multiple of every batch size.")
+    repeats: int = option(5, "Times measured, of every way in turn.")
+    compile: bool = option(False, "Also ours in bfloat16 under torch.compile.")
+    seed: int = option(0, "Seed of random weights and images.")
+    output: str = option("runs/benchmarks/features.json", "JSON of every figure.")
+    probe_checkpoint: str | None = option(None, "Trained checkpoint whose features are probed in both types.")
+    probe_layer: str | None = option(None, "Its layer; by default the middle of the decoder.")
+    probe_sigma: float | None = option(None, "Its noise level; by default 0.05.")
+    l2: float = option(1e-4, "Strength of regularisation.")
+    batch_size: int = option(250, "Its images at a time.")
+    train_split: str = option("train", "Split to train on.")
+    test_split: str = option("test", "Split to test on.")
+    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
+    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+
+    def check(self) -> None:
+        """Refuse options that cannot work."""
+        if unknown := set(self.networks) - set(TITLES):
+            raise ValueError(f"networks has {sorted(unknown)}: allowed are {', '.join(TITLES)}.")
+        for name in ("dit_blocks", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        self.num_images = self.num_images or PASSES[best_device()] * max(self.batch_sizes)
+        if wrong := [size for size in self.batch_sizes if size < 1 or self.num_images % size]:
+            raise ValueError(f"batch_sizes has {wrong}: {self.num_images} images must be a multiple of each.")
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[DataOptions, Arguments]:
     """Return the options."""
-    device = best_device()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--networks", nargs="+", choices=list(TITLES), default=list(TITLES), help="With random weights.")
-    which.add_argument("--checkpoint", help="A generative checkpoint in their place: folder or Hub id.")
-    add = parser.add_argument
-    add("--dit_blocks", type=int, default=DIT_BLOCKS[device], help=f"Blocks of the DiT; here {DIT_BLOCKS[device]}.")
-    add("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES[device], help="Batch sizes tried for every way.")
-    add("--num_images", type=int, help="Images of one time measured, a multiple of every batch size.")
-    add("--repeats", type=int, default=5, help="Times measured, of every way in turn.")
-    add("--compile", action="store_true", help="Also ours in bfloat16 under torch.compile.")
-    add("--seed", type=int, default=0, help="Seed of random weights and images.")
-    add("--output", type=Path, default=Path("runs/benchmarks/features.json"), help="JSON of every figure.")
-    add_data_arguments(parser)
-    add_label_arguments(parser)
-    group = parser.add_argument_group("probe")
-    group.add_argument("--probe_checkpoint", help="Trained checkpoint whose features are probed in both types.")
-    group.add_argument("--probe_layer", help="Its layer; by default the middle of the decoder.")
-    group.add_argument("--probe_sigma", type=float, help="Its noise level; by default 0.05.")
-    group.add_argument("--l2", type=float, default=1e-4, help="Strength of regularisation.")
-    group.add_argument("--batch_size", type=int, default=250, help="Its images at a time.")
-    args = parser.parse_args(argv)
-    args.num_images = args.num_images or PASSES[device] * max(args.batch_sizes)
-    check_arguments(parser, args)
-    return args
+    return tuple(parse([DataOptions, Arguments], __doc__, argv))
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Stop at options that cannot work."""
-    for name in ("dit_blocks", "num_images", "repeats", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be at least 1.")
-    if wrong := [size for size in args.batch_sizes if size < 1 or args.num_images % size]:
-        parser.error(f"--batch_sizes has {wrong}: {args.num_images} images must be a multiple of each.")
-    if args.l2 <= 0:
-        parser.error(f"--l2 is {args.l2}: it must be positive.")
-    data = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name) is not None]
-    if bool(args.probe_checkpoint) != (len(data) == 1):
-        parser.error("--probe_checkpoint goes with one of --dataset_name and --train_data_dir, whose images it probes.")
-
-
-def make_checkpoint(network: str, args: argparse.Namespace, folder: str) -> str:
+def make_checkpoint(network: str, args: Arguments, folder: str) -> str:
     """Write a network with random weights as a generative checkpoint, and return its folder."""
     config = DIT_XL_2 | {"num_layers": args.dit_blocks}
     if network == "unet":
@@ -225,7 +220,7 @@ def difference(features: Tensor, reference: Tensor) -> dict[str, float]:
     }
 
 
-def measure_network(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure_network(checkpoint: str, args: Arguments) -> dict[str, Any]:
     """Return the figures of one network: every way's, by name, and the machine's limits meanwhile."""
     device = best_device()
     before = limits(device, args.repeats)
@@ -258,7 +253,7 @@ def measure_network(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]
     return described | {"limits": found, "limits_before": before, "limits_after": after, "ways": rows}
 
 
-def probe(args: argparse.Namespace) -> dict[str, Any]:
+def probe(args: Arguments, images: DataOptions) -> dict[str, Any]:
     """Fit a linear probe on the features of the same images and noise in both types, and return the figures."""
     options = {"layer": args.probe_layer, "sigma": args.probe_sigma}
     options = {name: value for name, value in options.items() if value is not None}
@@ -272,20 +267,22 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(str(error)) from error
     config = models["float32"].config
     layer, sigma = str(config.layer), float(config.sigma)
-    data = LabelledImages(args, processor)
-    labels, right, test, report = data.labels, {}, {}, {"layer": layer, "sigma": sigma, "l2": args.l2}
+    splits = labelled_splits(images.open(args.cache_dir), args)
+    data = {split: ImageInputs(part, processor) for split, part in zip((TRAIN, TEST), splits, strict=True)}
+    labels = {split: inputs.labels for split, inputs in data.items()}
+    right, test, report = {}, {}, {"layer": layer, "sigma": sigma, "l2": args.l2}
     count = sum(len(split) for split in labels.values())
-    for split in (TRAIN, TEST):  # images that fit into memory are decoded when first read
-        for _ in data.batches(split, np.arange(len(labels[split])), f"decoding {split} images"):
+    for split, inputs in data.items():  # images that fit into memory are decoded when first read
+        for _ in inputs.batches(args.batch_size, title=f"decoding {split} images"):
             pass
     for dtype, model in models.items():
         started, features = time.perf_counter(), {}
         for split in (TRAIN, TEST):
-            batches = data.batches(split, np.arange(len(labels[split])), f"{dtype}, {split} images")
-            found = extract_features(model, batches, [layer], sigma, view=noise_view(split, 0))
+            batches = data[split].batches(args.batch_size, title=f"{dtype}, {split} images")
+            found = extract_features(model, batches, [layer], sigma, view=noise_view(split == TEST, 0))
             features[split] = found[layer].numpy()
         speed = count / (time.perf_counter() - started)
-        fit = {"num_classes": len(data.names), "device": best_device()}
+        fit = {"num_classes": len(data[TRAIN].names), "device": best_device()}
         fitted = fit_logistic_regression({layer: [features[TRAIN]]}, labels[TRAIN], [args.l2], **fit)
         right[dtype] = fitted[layer].predict([features[TEST]])[0] == labels[TEST]
         test[dtype] = torch.from_numpy(features[TEST])
@@ -350,16 +347,20 @@ def report(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    args = parse_arguments(argv)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    data, args = parse_arguments(argv)
+    given = data.dataset_name is not None or data.train_data_dir is not None
+    if (args.probe_checkpoint is not None) != given:
+        raise SystemExit("probe_checkpoint goes with one of dataset_name and train_data_dir, whose images it probes.")
+    options = {**data.to_dict(), **args.to_dict()}
     results: dict[str, Any] = {"options": options, "device": best_device(), **facts(best_device()), "networks": {}}
     # First, as it may refuse what the options name.
-    results["probe"] = probe(args) if args.probe_checkpoint else None
+    with sentences():
+        results["probe"] = probe(args, data) if args.probe_checkpoint else None
     with tempfile.TemporaryDirectory() as folder:
         for name in [Path(args.checkpoint).name] if args.checkpoint else args.networks:
             checkpoint = args.checkpoint or make_checkpoint(name, args, folder)
             results["networks"][name] = measure_network(checkpoint, args)
-            write_json(args.output, results)
+            write_json(Path(args.output), results)
     print(report(results))
     print(f"Every figure is in {args.output}.")
 

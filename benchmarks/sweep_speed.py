@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,24 +51,30 @@ from plain_features import PlainFeatures
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ddae_hf import DDAEImageProcessor
-
-# Of examples/, which `measure` puts on the path.
+from ddae_hf.commands.parsing import parse, sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device
+from ddae_hf.experiments.images import DataOptions, Images, Inputs, labelled_splits
+from ddae_hf.experiments.models import open_processor
+from ddae_hf.experiments.options import option
+from ddae_hf.experiments.probing import Prober
+from ddae_hf.experiments.sweeping import SweepOptions, changed_inputs, check_sweep, open_for
 from ddae_hf.hidden_states import hidden_size
-from labelled import LabelledImages
-from sweep import Sweep, open_sweep
-from sweep_options import parse_arguments as parse_sweep
 
 # Options of the sweep that are this benchmark's to set, with their defaults.
-OWN = {"protocol": "logistic_regression", "noise_seed": 0, "num_noise_seeds": 3, "checkpoints": None}
-OWN |= {"push_to_hub": False}
+OWN = {"protocol": "logistic_regression", "noise_seed": 0, "num_noise_seeds": 3, "features_dir": None}
 PADDING = 4
 WARM_UP = 2  # steps that are not timed
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str], argparse.Namespace]:
+@dataclass(kw_only=True)
+class Shared(SweepOptions):
+    """What both ways are told."""
+
+    model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str], DataOptions, Shared]:
     """Return the options, those for our sweep as they came, and what the sweep makes of these."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -85,15 +92,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
             parser.error(f"--{name} is {getattr(args, name)}: it must be at least {least}.")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds are {args.seeds}: they must be different, and not negative.")
-    options = ["--dtype", "bfloat16", *options]
-    shared = parse_sweep([*options, "--output_dir", str(args.output_dir)])
-    own = OWN | {"features_dir": str(args.output_dir / "features")}
-    if taken := [name for name, default in own.items() if getattr(shared, name) != default]:
+    options = ["--dtype", "bfloat16", "--layers", "decoder", *options]
+    data, shared = parse([DataOptions, Shared], __doc__, options)
+    if taken := [name for name, default in OWN.items() if getattr(shared, name) != default]:
         parser.error(f"{', '.join(taken)}: this benchmark sets that itself, leave it out.")
-    return args, options, shared
+    return args, options, data, shared
 
 
-def check_steps(args: argparse.Namespace, shared: argparse.Namespace, fitted: int) -> None:
+def check_steps(args: argparse.Namespace, shared: Shared, fitted: int) -> None:
     """Stop if a level has too few training steps to time."""
     steps = shared.num_epochs * math.ceil(fitted / shared.online_batch_size)
     if args.plain_steps + WARM_UP > steps:
@@ -120,9 +126,9 @@ class ChangedImages(Dataset):
         return values.permute(2, 0, 1) if values.ndim == 3 else values[None], int(self.labels[index])
 
 
-def decoded(data: LabelledImages, split: str) -> np.ndarray:
-    """Return a split's pixels, uint8 (N, H, W, C) or (N, H, W), in memory as torchvision's CIFAR-10 has them."""
-    batches = data.batches(split, np.arange(len(data.labels[split])), f"decoding {split} images")
+def decoded(inputs: Inputs, split: str) -> np.ndarray:
+    """Return images' pixels, uint8 (N, H, W, C) or (N, H, W), in memory as torchvision's CIFAR-10 has them."""
+    batches = inputs.batches(250, title=f"decoding {split} images")
     pixels = torch.cat([((batch + 1) * 127.5).round().to(torch.uint8) for batch in batches])
     return pixels.permute(0, 2, 3, 1).squeeze(3).numpy()
 
@@ -130,13 +136,13 @@ def decoded(data: LabelledImages, split: str) -> np.ndarray:
 class PaperProtocol:
     """Linear layers on features of fresh noise, one a tap, trained together at one noise level."""
 
-    def __init__(self, args: argparse.Namespace, shared: argparse.Namespace, data: LabelledImages, layers: list[str]):
-        self.args, self.shared, self.layers, self.device = args, shared, layers, best_device()
+    def __init__(self, args: argparse.Namespace, shared: Shared, prober: Prober):
+        self.args, self.shared, self.layers, self.device = args, shared, prober.layers, best_device()
         self.features = PlainFeatures(
-            shared.model_name_or_path, layers, self.device, shared.null_class, shared.cache_dir
+            shared.model_name_or_path, self.layers, self.device, shared.null_class, shared.cache_dir
         )
-        self.pixels = {split: decoded(data, split) for split in data.splits}
-        self.labels, self.num_classes = data.labels, len(data.names)
+        self.pixels = {"train": decoded(prober.train, "train"), "test": decoded(prober.test, "test")}
+        self.labels, self.num_classes = prober.labels, len(prober.train.names)
 
     def batches(self, split: str, rows: np.ndarray, training: bool) -> DataLoader:
         """Return the batches of the images at `rows`."""
@@ -204,17 +210,17 @@ def time_steps(protocol: PaperProtocol, rows: np.ndarray, sigma: float, seed: in
     return seconds
 
 
-def run_whole(protocol: PaperProtocol, sweep: Sweep, seed: int) -> dict[str, Any]:
+def run_whole(protocol: PaperProtocol, prober: Prober, seed: int) -> dict[str, Any]:
     """Run the paper's protocol at some levels, and return its figures and the test images' classes."""
     torch.manual_seed(seed)
-    labels, pairs, seconds = sweep.data.labels, [], []
+    labels, pairs, seconds = prober.labels, [], []
     for sigma in protocol.args.plain_sigmas:
         started = time.perf_counter()
-        (heads,) = collections.deque(protocol.train(sweep.fitted, sigma), maxlen=1)
+        (heads,) = collections.deque(protocol.train(prober.fitted, sigma), maxlen=1)
         synchronise(protocol.device)
         seconds.append(time.perf_counter() - started)
-        for layer, classes in protocol.predict(heads, "train", sweep.held_out, sigma).items():
-            accuracy = float((classes == labels["train"][sweep.held_out]).mean())
+        for layer, classes in protocol.predict(heads, "train", prober.held_out, sigma).items():
+            accuracy = float((classes == labels["train"][prober.held_out]).mean())
             pairs.append({"layer": layer, "sigma": sigma, "validation_accuracy": accuracy})
     best = max(pairs, key=lambda pair: pair["validation_accuracy"])
     every = {split: np.arange(len(values)) for split, values in labels.items()}
@@ -249,27 +255,27 @@ def run_ours(folder: Path, options: list[str], seed: int) -> dict[str, Any]:
     }
 
 
-def run_seed(args: argparse.Namespace, options: list[str], sweep: Sweep, protocol: PaperProtocol, seed: int) -> Any:
+def run_seed(args: argparse.Namespace, options: list[str], prober: Prober, protocol: PaperProtocol, seed: int) -> Any:
     """Run both with a seed, or return what they gave before."""
     path = args.output_dir / f"seed-{seed}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     found = {"limits": limits(protocol.device)}
     found |= {"ours": run_ours(args.output_dir / f"ours-{seed}", options, seed)}
-    found |= {"step_seconds": time_steps(protocol, sweep.fitted, sweep.args.sigmas[0], seed)}
-    found |= {"plain": run_whole(protocol, sweep, seed) if args.plain_sigmas else None}
+    found |= {"step_seconds": time_steps(protocol, prober.fitted, prober.options.sigmas[0], seed)}
+    found |= {"plain": run_whole(protocol, prober, seed) if args.plain_sigmas else None}
     write_json(path, found)
     return found
 
 
-def summarise(seeds: dict[int, Any], sweep: Sweep, protocol: PaperProtocol) -> dict[str, Any]:
+def summarise(seeds: dict[int, Any], prober: Prober, protocol: PaperProtocol) -> dict[str, Any]:
     """Return the figures of all seeds together."""
-    shared, labels = sweep.args, sweep.data.labels["test"]
-    steps = [math.ceil(n / shared.online_batch_size) for n in (len(sweep.fitted), len(sweep.data.labels["train"]))]
+    shared, labels = prober.options, prober.labels["test"]
+    steps = [math.ceil(n / shared.online_batch_size) for n in (len(prober.fitted), len(prober.labels["train"]))]
     per_level, last = (shared.num_epochs * n for n in steps)
-    image = torch.zeros(1, *sweep.model.config.sample_shape, device=protocol.device)
+    image = torch.zeros(1, *prober.model.config.sample_shape, device=protocol.device)
     cost = gflop(partial(protocol.features, image, image, 0))
-    passed = len(shared.sigmas) * len(sweep.rows) * shared.num_views * shared.num_noise_samples
+    passed = len(shared.sigmas) * len(prober.rows) * shared.num_views * prober.model.config.num_noise_samples
     each = []
     for seed, found in seeds.items():
         ours, step, plain = found["ours"], found["step_seconds"], found["plain"]
@@ -290,7 +296,7 @@ def summarise(seeds: dict[int, Any], sweep: Sweep, protocol: PaperProtocol) -> d
         "steps_per_level": per_level,
         "steps_of_the_last_fit": last,
         "timesteps": {str(sigma): protocol.features.nearest_timestep(sigma) for sigma in shared.sigmas},
-        "images": {"fitted": len(sweep.fitted), "held_out": len(sweep.held_out), "test": len(labels)},
+        "images": {"fitted": len(prober.fitted), "held_out": len(prober.held_out), "test": len(labels)},
         "seeds": each,
         "gain": interval(gains) if gains else None,
     }
@@ -331,12 +337,12 @@ def accuracy_table(found: dict[str, Any], seeds: dict[int, Any]) -> str:
     return table(columns, rows)
 
 
-def report(args: argparse.Namespace, sweep: Sweep, results: dict[str, Any], seeds: dict[int, Any]) -> str:
+def report(args: argparse.Namespace, prober: Prober, results: dict[str, Any], seeds: dict[int, Any]) -> str:
     """Return what was found, as text."""
-    found, shared = results["summary"], sweep.args
+    found, shared = results["summary"], prober.options
     levels, images = len(shared.sigmas), found["images"]
     parts = [
-        f"{len(sweep.layers)} layers x {levels} noise levels, {images['fitted']:,} images fitted and "
+        f"{len(prober.layers)} layers x {levels} noise levels, {images['fitted']:,} images fitted and "
         f"{images['held_out']:,} chosen on; {results['device']}, {results['threads']} thread(s).\n",
         time_table(found, results["limits"], shared.dtype),
         f"The paper's: {args.plain_steps} training steps timed a seed, times {found['steps_per_level']:,} a level "
@@ -371,31 +377,33 @@ def begin(args: argparse.Namespace, options: list[str]) -> None:
     write_json(path, known)
 
 
+def open_prober(shared: Shared, images: Images) -> Prober:
+    """Return what our sweep would probe, or raise `ValueError` where it cannot."""
+    processor = open_processor(shared.model_name_or_path, shared.cache_dir)
+    inputs = [changed_inputs(part, processor, shared) for part in labelled_splits(images, shared)]
+    prober = check_sweep(open_for(shared.model_name_or_path, shared), *inputs, processor, shared)
+    if prober.model.config.vae is not None:
+        raise ValueError(f"{shared.model_name_or_path} works on latents: this benchmark is for denoisers of pixels.")
+    return prober
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    args, options, shared = parse_arguments(argv)
-    try:
-        processor = DDAEImageProcessor.from_pretrained(shared.model_name_or_path, cache_dir=shared.cache_dir)
-        data = LabelledImages(shared, processor)
-        sweep = open_sweep(shared, shared.model_name_or_path, data)
-        if sweep.model.config.vae is not None:
-            raise SystemExit(
-                f"{shared.model_name_or_path} works on latents: this benchmark is for denoisers of pixels."
-            )
-        protocol = PaperProtocol(args, shared, data, sweep.layers)
+    args, options, data, shared = parse_arguments(argv)
+    with sentences():
+        prober = open_prober(shared, data.open(shared.cache_dir))
+        protocol = PaperProtocol(args, shared, prober)
         for sigma in args.plain_sigmas:  # refused now, where they are none of the schedule's
             protocol.features.nearest_timestep(sigma)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
-    check_steps(args, shared, len(sweep.fitted))
+    check_steps(args, shared, len(prober.fitted))
     begin(args, options)
-    seeds = {seed: run_seed(args, options, sweep, protocol, seed) for seed in args.seeds}
+    seeds = {seed: run_seed(args, options, prober, protocol, seed) for seed in args.seeds}
     device = best_device()
     found = highest(*(seed["limits"] for seed in seeds.values()))
     results = {"options": {**vars(args), "output_dir": str(args.output_dir), "sweep": options}, "device": device}
-    results |= {**facts(device), "limits": found, "summary": summarise(seeds, sweep, protocol)}
+    results |= {**facts(device), "limits": found, "summary": summarise(seeds, prober, protocol)}
     write_json(args.output_dir / "results.json", results)
-    print(report(args, sweep, results, seeds))
+    print(report(args, prober, results, seeds))
     print(f"Every figure is in {args.output_dir}.")
 
 

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     first = this_process().is_main_process
     show_log(first)
     with sentences():
+        if first:
+            prepare(hub, options.output_dir)
         if options.latents_dir is None:
             images = data.open(options.cache_dir, options.streaming)
         else:
@@ -47,8 +49,6 @@ def main(argv: list[str] | None = None) -> None:
             if given:
                 raise ValueError(f"{given[0]} does not go with latents_dir, which says what its latents are of.")
             images = LatentFolder(options.latents_dir)
-        if first:
-            prepare(hub, options.output_dir)
         result = pretrain(images, options)
         if first:
             print(result.table())

@@ -106,6 +106,7 @@ SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed t
 # Functions that seed inside of their caller's `separate_randomness`, and where that stands.
 SEEDED_BY_CALLERS = {
     "training.run": "accelerating",
+    "pretraining._networks": "accelerating",
     "trainer.compute_loss": "finetuning",
     "finetuning.build_classifier": "finetuning",
     "noisy_classification.seed_by": "noisy_classification",

@@ -1,6 +1,7 @@
 """The sweep as a user runs it, at tiny size, on real digits."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -15,9 +16,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.commands.parsing import parse
 from ddae_hf.experiments import Images, SweepOptions, features, probing, sweep, sweeping
 from ddae_hf.experiments.features import FeatureCache
+from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.probing import classify
+from ddae_hf.experiments.publishing import HubOptions
 from ddae_hf.experiments.results import ProbeReport
 from ddae_hf.hidden_states import decoder_layer_names, layer_names
 
@@ -371,3 +375,10 @@ def test_baselines_are_chosen_and_fitted_as_the_network_is(checkpoint, digits):
     )
     accuracy = model.score(scaler.transform(values[1]), test.labels)
     assert pixels.test_accuracies["0"] == pytest.approx(accuracy, abs=0.02)
+
+
+def test_the_configuration_says_what_the_script_takes():
+    path = Path(__file__).parent.parent / "examples" / "configs" / "cifar10_cpu_sweep.yaml"
+    options = ["--config", str(path), "--model_name_or_path", "somewhere"]
+    _, found, _ = parse([DataOptions, importlib.import_module("sweep").Arguments, HubOptions], None, options)
+    assert found.layers == ["decoder"] and found.knn and found.few_labels == [1, 5, 10, 100]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..hidden_states import hidden_size
 from .accelerating import accelerated
-from .batches import Batch, Batches, whole
+from .batches import Batch, Batches
 from .features import batch_features
 from .images import noise_view
 from .training import Loop
@@ -87,7 +87,7 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
             accelerator,
             probes,
             torch.optim.Adam(probes.parameters(), lr=options.learning_rate),
-            DataLoader(_Rows(len(labels)), batch_sampler=order, collate_fn=whole),
+            DataLoader(_Rows(len(labels)), batch_sampler=order, collate_fn=lambda batch: batch),
             total_steps=options.num_epochs * steps,
             seed=options.seed,
             schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),

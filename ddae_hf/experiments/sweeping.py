@@ -239,7 +239,9 @@ def check_sweep(
         )
     numbers = model.config.num_channels * math.prod(model.config.image_size)
     if options.baselines and numbers > MOST_PIXELS:
-        raise ValueError(f"baselines: {numbers:,} numbers an image are too many to be probed as they are: leave it out.")
+        raise ValueError(
+            f"baselines: {numbers:,} numbers an image are too many to be probed as they are: leave it out."
+        )
     fewest = min(NEIGHBOURS) if options.knn else 1
     if len(prober.fitted) < fewest or (options.alignment and len(prober.held_out) < 2):
         raise ValueError(
