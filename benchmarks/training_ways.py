@@ -231,7 +231,9 @@ def plain_batches(images: ImageSet, args: pretrain.Arguments, config: Any, worke
 
 def prepare(mode: str, side: int, mirror: bool, rows: dict[str, list[Any]]) -> dict[str, list[Tensor]]:
     """Return images as tensors (C, H, W) in [-1, 1], half of them mirrored if asked for."""
-    images = [image.convert(mode).resize((side, side), Image.Resampling.BILINEAR) for image in next(iter(rows.values()))]
+    images = [
+        image.convert(mode).resize((side, side), Image.Resampling.BILINEAR) for image in next(iter(rows.values()))
+    ]
     images = [ImageOps.mirror(image) if mirror and torch.rand(()) < 0.5 else image for image in images]
     arrays = [np.array(image, dtype=np.float32).reshape(side, side, -1) for image in images]
     return {"pixels": [torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1 for array in arrays]}

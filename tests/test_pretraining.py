@@ -96,7 +96,9 @@ def test_resuming_another_or_a_finished_run_is_refused(trained, digits, tmp_path
     resume = ["--resume_from_checkpoint", "latest", "--max_train_steps"]
     with pytest.raises(SystemExit, match="trained with other options: denoiser.block_out_channels was"):
         train(digits, tmp_path, *resume, "8", "--denoiser", json.dumps(TINY | {"block_out_channels": [32, 64]}))
-    with pytest.raises(SystemExit, match=r"other options: random_flip was True and is False; augment was 0.0 and is 0.1"):
+    with pytest.raises(
+        SystemExit, match=r"other options: random_flip was True and is False; augment was 0.0 and is 0.1"
+    ):
         train(digits, tmp_path, *resume, "8", "--no-random_flip", "--augment", "0.1")
     with pytest.raises(SystemExit, match="checkpoint-5 is at step 5, beyond the 4 asked for"):
         train(digits, tmp_path, *resume, "4")
@@ -422,7 +424,9 @@ def test_networks_have_the_parameters_that_their_files_say(name):
     assert f"{PARAMETERS[name]:,} parameters" in path.read_text().replace("\n# ", " ")
 
 
-PRETRAINING = [p for p in sorted(CONFIGS.glob("*.yaml")) if "total_batch_size" in p.read_text() and "_vae" not in p.stem]
+PRETRAINING = [
+    p for p in sorted(CONFIGS.glob("*.yaml")) if "total_batch_size" in p.read_text() and "_vae" not in p.stem
+]
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
@@ -530,7 +534,14 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
 
 
 def small(folder=None, **changes):
-    return {"denoiser": TINY, "total_batch_size": 10, "lr_warmup_steps": 1, "sample_steps": 0, "output_dir": folder, **changes}
+    return {
+        "denoiser": TINY,
+        "total_batch_size": 10,
+        "lr_warmup_steps": 1,
+        "sample_steps": 0,
+        "output_dir": folder,
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ the VAE of the latents that they were trained on.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..augment import NUM_LABELS, augment, embed_labels, random_flip, reduced
-from ..checkpoints import build_scheduler, read_checkpoint
+from ..augment import augment, embed_labels, random_flip, reduced
 from ..diffusion import Diffusion
 from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
@@ -38,7 +36,14 @@ from .devices import fast_layout, made_fast
 from .encoding import one_view
 from .images import Images
 from .latent_folder import LatentFolder
-from .new_networks import SCHEDULER, check_networks, new_networks, refuse_label_options, trained_on
+from .new_networks import (
+    check_networks,
+    networks_to_train,
+    new_networks,
+    prepare_training,
+    refuse_label_options,
+    trained_on,
+)
 from .options import Table, option
 from .pixels import scaled
 from .plots import image_grid
@@ -219,7 +224,11 @@ class Pretraining:
         known = Progress(num_images=data.count, images_hash=data.hash)
         if resume is not None:
             check_data(Progress.read(resume), trained_with(resume), sizes, known, resume)
-        network, self.average, self.scheduler = self._networks(resume)
+        network, self.average, self.scheduler = networks_to_train(options, data, resume)
+        if resume is not None:
+            self._check_same_run(resume, network, self.scheduler)
+        check_networks(options, network, self.scheduler, data)
+        prepare_training(options, network, self.average)
         side = network.config.sample_size
         logger.info(f"Training on {data.describe(side)}.")
         steps = num_steps(options, data.count, sizes)
@@ -253,40 +262,6 @@ class Pretraining:
         self.loop.progress.num_images = data.count
         self.loop.progress.images_hash = data.hash
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
-
-    def _networks(self, resume: Path | None) -> tuple[Any, Any, Any]:
-        """Return the denoiser in training, the one of averaged weights, and the scheduler."""
-        options, data = self.options, self.data
-        if resume is not None:
-            source = read_checkpoint(resume)
-            network = read_checkpoint(resume / "raw").load_denoiser(torch.float32)
-            average = source.load_denoiser(torch.float32)
-            scheduler = build_scheduler(source.scheduler)
-            self._check_same_run(resume, network, scheduler)
-            data.check_vae_of(source)
-        elif options.init_from:
-            source = read_checkpoint(options.init_from, cache_dir=options.cache_dir)
-            data.check_vae_of(source)
-            network = source.load_denoiser(torch.float32)
-            scheduler = build_scheduler(source.scheduler or SCHEDULER)
-            average = copy.deepcopy(network)
-            null_class = source.config.get("null_class", data.num_classes)
-            if data.num_classes and null_class != data.num_classes:
-                raise ValueError(
-                    f"The null class of {options.init_from} is {null_class}: it must be the last, {data.num_classes}."
-                )
-        else:
-            torch.manual_seed(options.seed)
-            network, scheduler = new_networks(options, data)
-            average = copy.deepcopy(network)
-        check_networks(options, network, scheduler, data)
-        known = network_of(network)
-        known.stop_own_dropping(network)
-        if options.augment:
-            known.accept_vectors(network, NUM_LABELS)
-        if options.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        return network, average.requires_grad_(False).eval(), scheduler
 
     def _check_same_run(self, resume: Path, network: Any, scheduler: Any) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
@@ -354,9 +329,7 @@ class Pretraining:
         self.pipeline(self.loop.raw()).save_pretrained(folder / "raw")
         vae = None if self.data.vae is None else self.data.vae.config
         for place in (folder, folder / "raw"):
-            processor = DDAEImageProcessor.for_denoiser(
-                self.average.config, vae, do_center_crop=self.data.center_crop
-            )
+            processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
             processor.save_pretrained(place)
         write_options(self.given, folder)
 

@@ -26,9 +26,10 @@ Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "co
 # What may be another when a run is resumed; it holds from then on.
 MAY_CHANGE = frozenset(
     """output_dir cache_dir dataset_name dataset_config_name train_data_dir latents_dir image_column label_column
-    skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs
-    max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm mixed_precision allow_tf32
-    dataloader_num_workers checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to logging_dir""".split()
+    skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps
+    num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm
+    mixed_precision allow_tf32 dataloader_num_workers checkpointing_steps checkpoints_total_limit
+    resume_from_checkpoint report_to logging_dir""".split()
 )
 
 
@@ -126,7 +127,7 @@ def batch_sizes(options: Any, processes: int, default: int = 128) -> BatchSizes:
     """Return how many images a step has, and how they are shared out among devices and forward passes.
 
     Args:
-        options: Has `total_batch_size`, `train_batch_size` and `gradient_accumulation_steps`, each of which may be None.
+        options: Has `total_batch_size`, `train_batch_size` and `gradient_accumulation_steps`, None where not given.
         processes: Number of devices.
         default: Images of a step where neither size is given.
 
