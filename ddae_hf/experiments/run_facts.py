@@ -35,6 +35,6 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def base_model(checkpoint: Any) -> dict[str, str]:
+def base_model(checkpoint: Any) -> dict[str, Any]:
     """Return the Hub repository that a run began with, as `base_model`; nothing of a folder, an object, or of None."""
     return {"base_model": checkpoint} if isinstance(checkpoint, str) and not os.path.exists(checkpoint) else {}
