@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import load_model
@@ -176,7 +176,7 @@ def finetune(
         if resume is not None and (finished := finished_run(options, given, resume.parent)):
             return finished
         if path != given["model_name_or_path"]:
-            model.save_pretrained(path)
+            cast(Any, model).save_pretrained(path)
         folder = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         return _finetune(path, images, dataclasses.replace(options, output_dir=folder), given, resume)
 
@@ -193,7 +193,7 @@ def _finetune(
     check_sizes(options, classifier.config, len(rows))
     keeps = given["output_dir"] is not None
     trainer = FineTuner(options, training_arguments(options, len(rows), keeps), classifier, rows)
-    found = train_further(trainer, given, resume) | figures_of(trainer, test)
+    found: dict[str, Any] = train_further(trainer, given, resume) | figures_of(trainer, test)
     if isinstance(train, LatentInputs):
         classifier = with_vae(path, options, classifier, train.folder)
         right = classify(classifier, test.images, processor) == test.labels
@@ -215,8 +215,8 @@ def _finetune(
         **machine(trainer.args.device.type, trainer.args.world_size),
     )
     if keeps and trainer.is_world_process_zero():
-        with saving(options.output_dir):
-            result.save(options.output_dir)
+        with saving(trainer.args.output_dir):
+            result.save(trainer.args.output_dir)
     return result
 
 
@@ -300,12 +300,12 @@ def with_vae(
     """Return a classifier of latents with the VAE that they were made by, so that it takes images."""
     vae = load_vae(path, cache_dir=options.cache_dir)
     latents = {"vae": plain_config(vae), "sample_posterior": folder.index["sample_posterior"]}
-    whole = DDAEForImageClassification(DDAEConfig.from_dict(classifier.config.to_dict() | latents))
+    whole: Any = DDAEForImageClassification(DDAEConfig.from_dict(classifier.config.to_dict() | latents))
     whole.load_state_dict(classifier.state_dict() | {f"ddae.vae.{k}": v for k, v in vae.state_dict().items()})
     return whole.to(classifier.device).eval()
 
 
-def check_sizes(options: FinetuningOptions, config: DDAEConfig, count: int) -> None:
+def check_sizes(options: FinetuningOptions, config: Any, count: int) -> None:
     """Raise `ValueError` at options that do not go with the images' size or number."""
     if options.random_crop >= min(config.image_size):
         raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {config.image_size}.")

@@ -171,7 +171,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
         train, test = (ImageInputs(part, processor) for part in labelled_splits(images, options))
         check_folders(folder, network, train, options)
         study = Study(network, train, test, options, folder)
-        networks = {MLP: study.train_mlp()}
+        networks: dict[str, tuple[nn.Module, dict[str, Any]]] = {MLP: study.train_mlp()}
         if options.wide_resnet:
             networks[WIDE_RESNET] = study.train_wide_resnet()
         titles = {MLP: "MLP on the denoiser", WIDE_RESNET: f"WRN-28-{options.wide_resnet}"}

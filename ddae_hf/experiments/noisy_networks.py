@@ -1,4 +1,4 @@
-"""The classifiers that `noisy_classifier.py` trains; both are told the noise level."""
+"""The classifiers that `classify_noisy` trains; both are told the noise level."""
 
 from __future__ import annotations
 

@@ -78,6 +78,7 @@ def parameter_groups(
     depths = parameter_depths(model)
     top = max(depths.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    group: dict[str, Any]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # what the logits depend on
             depth = depths[name]
@@ -88,7 +89,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-class LabelledRows(Dataset):
+class LabelledRows(Dataset[Any]):
     """Labelled inputs by whole batches, as a loader asks for them.
 
     Args:
@@ -180,6 +181,12 @@ class FineTuner(Trainer):
         dataset: Training images, which give whole batches, and have an `identity`.
     """
 
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    train_dataset: Any
+    args: Any
+
     def __init__(
         self, options: FinetuningOptions, arguments: TrainingArguments, model: DDAEForImageClassification, dataset: Any
     ):
@@ -189,7 +196,7 @@ class FineTuner(Trainer):
             raise ValueError(f"report_to is {options.report_to}, which cannot be used: {error}") from error
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = str(Path(arguments.output_dir) / options.logging_dir)
+                callback.logging_dir = str(Path(str(arguments.output_dir)) / options.logging_dir)
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(self))
         groups = parameter_groups(model, options.learning_rate, options.layer_decay, options.weight_decay)
@@ -214,7 +221,7 @@ class FineTuner(Trainer):
         state = [self.options.seed, self.state.global_step, self.args.process_index, self.batch]
         torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1, np.uint64)[0]))
         inputs = inputs | self.change(one_view(inputs["pixel_values"]), inputs["labels"])
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         self.batch += 1
         self.images_seen += len(inputs["labels"]) * self.args.world_size
         self.losses.append(loss.detach())
