@@ -27,17 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import measure
 import numpy as np
 import yaml
-from training_ways import WAYS, Plain, Process
+from training_ways import WAYS, Plain, Process, read_options
 
-import pretrain
-from data import read_config
+from ddae_hf.commands.parsing import parse, read_config
 from ddae_hf.experiments.arrays import write_json
-from ddae_hf.experiments.plots import plt
-from sweep_options import parse_arguments as parse_sweep
-from training_run import PROGRESS
+from ddae_hf.experiments.images import DataOptions
+from ddae_hf.experiments.progress import PROGRESS
+from ddae_hf.experiments.sweeping import SweepOptions
 
 CONFIG = measure.EXAMPLES / "configs" / "cifar10_minutes.yaml"
 QUARTERS = 4
@@ -47,7 +47,7 @@ WARM_UP, CHUNK, TIMED_SHARE = 5, 5, 0.05  # to find out how many steps fit, some
 PAPER_WARM_UP, PAPER_REACH = 13 / 2000, 10_000 / 194_000
 PAPER = {
     "scheduler": {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02},
-    "train_batch_size": 128,
+    "total_batch_size": 128,
     "random_flip": True,
     "lr_scheduler": "constant_with_warmup",
 }
@@ -75,8 +75,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         parser.error(f"--learning_rates are {args.learning_rates}: they must be positive.")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds are {args.seeds}: they must be different, and not negative.")
-    sweep = parse_sweep([*sweep_options(args), *rest, "--model_name_or_path", ".", "--output_dir", "."])
-    if sweep.features_dir != "features":
+    _, sweep = parse([DataOptions, SweepOptions], None, [*sweep_options(args), *rest])
+    if sweep.features_dir is not None:
         parser.error("--features_dir: this benchmark sets that itself, leave it out.")
     return args, rest
 
@@ -112,7 +112,7 @@ def step_seconds(args: argparse.Namespace) -> dict[str, float]:
     path = args.output_dir / STEP_SECONDS
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    ours = pretrain.parse_arguments([*recipe_options(args, False, args.output_dir), "--output_dir", "."])
+    _, ours = read_options([*recipe_options(args, False, args.output_dir), "--output_dir", "."])
     low = ours.low_resolution_share if ours.low_resolution else 0.0
     kinds = [("plain", "plain", 1.0, 0), ("ours", "configured", low, 1), ("ours", "configured", 1 - low, 0)]
     found = {"plain": 0.0, "ours": 0.0}
@@ -163,7 +163,7 @@ class Run:
         decay = 1 - 1 / max(2, PAPER_REACH * steps)
         options += ["--learning_rate", str(self.rate), "--ema_decay", str(decay), "--lr_warmup_steps"]
         options += [str(round(PAPER_WARM_UP * steps))]
-        Plain(pretrain.parse_arguments(options), "cpu", args.workers).train(folder)
+        Plain(*read_options(options), "cpu", args.workers).train(folder)
 
     def probe(self, args: argparse.Namespace, rest: list[str], quarters: range) -> dict[str, Any]:
         """Probe the ends of some quarters of the training, and return accuracies and the minutes they took."""

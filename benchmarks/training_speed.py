@@ -22,17 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import measure
 import torch
 import yaml
-from training_ways import WAYS, Process
+from training_ways import IMAGES, WAYS, Process, read_options
 
-# Of examples/, which `measure` puts on the path; so this is its `pretrain`.
-import pretrain
 from ddae_hf.checkpoints import build_scheduler
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device
-from ddae_hf.experiments.plots import plt
+from ddae_hf.experiments.new_networks import SCHEDULER, new_networks
 from ddae_hf.networks import network_of
 from ddae_hf.noise import family
 
@@ -51,7 +50,15 @@ LACKING = (
     "resume_from_checkpoint",
 )
 # What the benchmark says itself.
-FIXED = ("train_batch_size", "max_train_steps", "output_dir", "sample_steps", "mixed_precision", "allow_tf32")
+FIXED = (
+    "train_batch_size",
+    "total_batch_size",
+    "max_train_steps",
+    "output_dir",
+    "sample_steps",
+    "mixed_precision",
+    "allow_tf32",
+)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -104,12 +111,12 @@ def shared_options(args: argparse.Namespace, rest: list[str], folder: Path) -> l
         config.write_text(yaml.safe_dump(described), encoding="utf-8")
     argv = ["--config", str(config), *rest, "--train_batch_size", str(args.batch_size), "--sample_steps", "0"]
     argv += ["--max_train_steps", str(args.chunks * args.steps), "--output_dir", str(folder)]
-    options = pretrain.parse_arguments(argv)
+    _, options = read_options(argv)
     if found := [f"--{name}" for name in LACKING if getattr(options, name)]:
         raise SystemExit(f"{', '.join(found)}: the plain loop cannot do that; leave it out.")
-    if options.gradient_accumulation_steps != 1:
+    if options.gradient_accumulation_steps not in (None, 1):
         raise SystemExit("--gradient_accumulation_steps: the plain loop makes a step of every batch; leave it out.")
-    scheduler = build_scheduler({**pretrain.SCHEDULER, **options.scheduler})
+    scheduler = build_scheduler({**SCHEDULER, **options.scheduler})
     if family(scheduler) != "ddpm":
         raise SystemExit(f"The plain loop trains under DDPM, not under a {type(scheduler).__name__}: choose another.")
     return argv
@@ -118,7 +125,7 @@ def shared_options(args: argparse.Namespace, rest: list[str], folder: Path) -> l
 def describe_network(argv: list[str]) -> dict[str, float]:
     """Return how large the network is, and what an image of training costs: a forward, and twice that backwards."""
     try:
-        network, _ = pretrain.new_networks(pretrain.parse_arguments(argv), num_classes=0)
+        network, _ = new_networks(read_options(argv)[1], IMAGES)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     config = network.config

@@ -6,7 +6,6 @@ training; they share no state of accelerate's and no allocator.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import logging
@@ -32,10 +31,18 @@ from tqdm.auto import tqdm
 
 # Of examples/, which `measure` puts on the path.
 import pretrain
-from data import load_training_images
 from ddae_hf import DDAEPipeline
+from ddae_hf.commands.parsing import parse
 from ddae_hf.experiments.arrays import write_json
-from training_run import PROGRESS
+from ddae_hf.experiments.images import DataOptions, ImageSet
+from ddae_hf.experiments.new_networks import new_networks
+from ddae_hf.experiments.pretraining import Pretraining
+from ddae_hf.experiments.pretraining_data import TrainingData, training_data
+from ddae_hf.experiments.progress import PROGRESS
+from ddae_hf.experiments.training_options import batch_sizes
+
+# What networks are built for that images without classes train.
+IMAGES = TrainingData(rows=None, facts={}, opened_with={}, count=None, hash=None)
 
 
 @dataclass
@@ -103,8 +110,8 @@ def serve(connection: Connection, way: Way, argv: list[str], device: str, worker
     os.environ.update(way.environment, **({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}))
     multiprocessing.set_start_method(None, force=True)  # loaders start their workers as they do everywhere
     logging.disable(logging.INFO)
-    args = pretrain.parse_arguments([*argv, *way.options])
-    losses = Plain(args, device, workers).losses() if way.plain else our_losses(args)
+    data, options = read_options([*argv, *way.options])
+    losses = Plain(data, options, device, workers).losses() if way.plain else our_losses(data, options)
     found: list[Tensor] = []
 
     def train(count: int) -> None:
@@ -119,12 +126,19 @@ def serve(connection: Connection, way: Way, argv: list[str], device: str, worker
         connection.send((seconds, torch.stack(found).tolist()))
 
 
-def our_losses(args: argparse.Namespace) -> Iterator[Tensor]:
+def read_options(argv: list[str]) -> tuple[DataOptions, pretrain.Arguments]:
+    """Return the options of `examples/pretrain.py`."""
+    return parse([DataOptions, pretrain.Arguments], None, argv)
+
+
+def our_losses(data: DataOptions, options: pretrain.Arguments) -> Iterator[Tensor]:
     """Train as `examples/pretrain.py` does, and yield the loss of every step."""
-    accelerator = pretrain.make_accelerator(args)
-    training = pretrain.set_up(args, accelerator)
-    for _ in pretrain.training_steps(args, accelerator, training):
-        yield training.losses[-1]
+    sizes = batch_sizes(options, 1)
+    images = training_data(data.open(options.cache_dir), options)
+    with options.accelerated(sizes) as accelerator:
+        run = Pretraining(options, accelerator, images, sizes, None)
+        for _ in run.loop.steps(run.loss):
+            yield run.loop.losses[-1]
 
 
 class Plain:
@@ -133,15 +147,16 @@ class Plain:
     Everything is float32, contiguous, and as torch and diffusers have it by default.
 
     Args:
+        data: Where images come from.
         args: Options of `examples/pretrain.py`.
         device: `cpu` or `cuda`.
         workers: Processes that load the images.
     """
 
-    def __init__(self, args: argparse.Namespace, device: str, workers: int):
-        self.args, self.device, self.workers = args, device, workers
+    def __init__(self, data: DataOptions, args: pretrain.Arguments, device: str, workers: int):
+        self.data, self.args, self.device, self.workers = data, args, device, workers
         torch.manual_seed(args.seed)
-        self.network, self.scheduler = pretrain.new_networks(args, num_classes=0)
+        self.network, self.scheduler = new_networks(args, IMAGES)
         self.network.to(device).train()
         self.ema = EMAModel(self.network.parameters(), decay=args.ema_decay)
 
@@ -153,7 +168,7 @@ class Plain:
         optimizer = torch.optim.AdamW(network.parameters(), args.learning_rate, **adam)
         schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
         lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
-        for clean in plain_batches(args, network.config, self.workers):
+        for clean in plain_batches(training_images(self.data, args), args, network.config, self.workers):
             clean = clean.to(self.device)
             noise = torch.randn_like(clean)
             timesteps = torch.randint(0, len(scheduler.alphas_cumprod), (len(clean),), device=self.device)
@@ -177,7 +192,7 @@ class Plain:
                 self.save(folder / f"checkpoint-{step}")
                 write_json(folder / f"checkpoint-{step}" / PROGRESS, {"seconds": seconds})
         self.save(folder)
-        images = args.max_train_steps * args.train_batch_size
+        images = args.max_train_steps * batch_sizes(args, 1).total
         loss = torch.stack(losses[-100:]).mean().item()
         results = {"steps": args.max_train_steps, "images": images, "seconds": seconds, "loss_last_100_batches": loss}
         write_json(folder / "train_results.json", results)
@@ -198,20 +213,27 @@ def plain_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor
     return {"epsilon": noise, "sample": clean}[kind]
 
 
-def plain_batches(args: argparse.Namespace, config: Any, workers: int) -> Iterator[Tensor]:
+def training_images(data: DataOptions, args: pretrain.Arguments) -> ImageSet:
+    """Return the images to train on."""
+    return data.open(args.cache_dir)[args.train_split].take(args.max_train_samples)
+
+
+def plain_batches(images: ImageSet, args: pretrain.Arguments, config: Any, workers: int) -> Iterator[Tensor]:
     """Yield shuffled batches without end, whose images Pillow opens and changes every time."""
-    dataset, _ = load_training_images(args)
+    dataset = images.dataset.select_columns([images.image_column])
     mode = {1: "L", 3: "RGB"}[config.in_channels]
     dataset = dataset.with_transform(partial(prepare, mode, config.sample_size, args.random_flip))
     options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "drop_last": True}
-    loader = DataLoader(dataset, args.train_batch_size, shuffle=True, **options)
+    loader = DataLoader(dataset, batch_sizes(args, 1).total, shuffle=True, **options)
     while True:
         yield from (batch["pixels"] for batch in loader)
 
 
 def prepare(mode: str, side: int, mirror: bool, rows: dict[str, list[Any]]) -> dict[str, list[Tensor]]:
     """Return images as tensors (C, H, W) in [-1, 1], half of them mirrored if asked for."""
-    images = [image.convert(mode).resize((side, side), Image.Resampling.BILINEAR) for image in rows["image"]]
+    images = [
+        image.convert(mode).resize((side, side), Image.Resampling.BILINEAR) for image in next(iter(rows.values()))
+    ]
     images = [ImageOps.mirror(image) if mirror and torch.rand(()) < 0.5 else image for image in images]
     arrays = [np.array(image, dtype=np.float32).reshape(side, side, -1) for image in images]
     return {"pixels": [torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1 for array in arrays]}

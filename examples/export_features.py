@@ -3,10 +3,8 @@ r"""Write the features of a data set's images to parquet or npy files, for use e
     python examples/export_features.py --model_name_or_path runs/cifar10_ddpm_unet --train_data_dir photos \
         --layers up_blocks.1.resnets.2 --sigma 0.05 --output_dir runs/photos
 
-`features.parquet` has one row an image, in the data set's order: `index`, `label` where there are labels, and one
-column of lists of float32 a layer, named like it. `--format npy` writes `LAYER.npy` (N, C), and `label.npy`. Both come
-with `features.json`, which says what they are of. Features are computed into `--features_dir` first: an interrupted run
-goes on, and what a sweep has left there is used.
+`ddae_hf.experiments.feature_export` says what the files hold. An interrupted run goes on, and features that a sweep has
+left in `--features_dir` are used.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
 
-import pretrain
 from ddae_hf import DDAEPipeline
 from ddae_hf.experiments.generation_metrics import frechet_distance
 
@@ -162,12 +161,12 @@ def test_pretraining_is_measured(digits, tmp_path, small_limits, capsys):
 
 def test_the_plain_loop_sees_every_image_once_an_epoch_and_mirrors_half(digits):
     options = ["--dataset_name", str(digits), "--train_batch_size", "100", "--max_train_samples", "400"]
-    args = pretrain.parse_arguments([*options, "--random_flip", "--denoiser", NETWORK])
+    data, args = training_ways.read_options([*options, "--random_flip", "--denoiser", NETWORK])
     config = Namespace(in_channels=1, sample_size=8)
+    found = training_ways.training_images(data, args)
     torch.manual_seed(0)
-    images = torch.cat(list(islice(training_ways.plain_batches(args, config, workers=0), 4)))
-    real = training_ways.load_training_images(args)[0]["image"][:]
-    pixels = training_ways.prepare("L", 8, False, {"image": real})["pixels"]
+    images = torch.cat(list(islice(training_ways.plain_batches(found, args, config, workers=0), 4)))
+    pixels = training_ways.prepare("L", 8, False, {"image": found.pil(range(400))})["pixels"]
     seen = sorted(min(image.flatten().tolist(), image.flip(-1).flatten().tolist()) for image in images)
     assert seen == sorted(min(p.flatten().tolist(), p.flip(-1).flatten().tolist()) for p in pixels)
     unmirrored = {tuple(image.flatten().tolist()) for image in pixels}
@@ -213,7 +212,7 @@ def test_pretraining_refuses_what_the_plain_loop_has_not(option, message, tmp_pa
         (["--seeds", "1", "1"], "must be different"),
         (["--sigma_s", "0.1"], "unrecognized arguments: --sigma_s"),
         (["--features_dir", "elsewhere"], "leave it out"),
-        (["--l2", "-1"], "every strength must be positive"),
+        (["--l2", "-1"], "it must be positive"),
     ],
 )
 def test_recipes_are_not_trained_for_what_cannot_be_probed(option, message, capsys):

@@ -21,6 +21,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import ddae_hf
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEModel, DDAEPipeline
+from ddae_hf.experiments.model_card import make_card
+from ddae_hf.experiments.results import ProbeReport
 
 from . import write_checkpoints as writer
 
@@ -106,6 +108,18 @@ def test_cards_that_a_version_wrote_load(saved, version):
     ]
     (entry,) = parse_eval_result_entries(yaml.safe_load((root / "probe/.eval_results/linear_probe.yaml").read_text()))
     assert (entry.dataset_id, entry.value) == ("tester/pets", 0.8125)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_results_that_a_version_wrote_are_shown_by_the_present_card(saved, version):
+    """With the figures of then; the table's layout and the protocol's words are of now."""
+    folder, figures = saved / version / "probe", writer.PROBE["results"]["DDAE"]
+    report = ProbeReport.read(folder)
+    assert (report.best.layer, report.best.sigma) == (figures["layer"], figures["sigma"])
+    assert report.test_accuracies == {"0": figures["test_accuracy"]} and report.test_f1 == figures["test_f1"]
+    card = make_card(folder, repo_id="tester/probe", license="mit", base_model="tester/base")
+    assert card.data.to_dict() == ModelCard.load(folder / "README.md").data.to_dict()
+    assert "| DDAE | `mid_block`, sigma 0.3 | all 64 | 87.50 | 75.00 |" in card.text and "has 81.25 %" in card.text
 
 
 # What each root's folders answer where `ddae_hf` cannot be imported. Each has a process of its own, since diffusers

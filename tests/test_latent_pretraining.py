@@ -12,10 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddae_hf import DDAEModel, DDAEPipeline
+from ddae_hf.experiments.encoding import latent_dataset, one_view
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.model_card import make_card
+from ddae_hf.experiments.pretraining import PretrainingOptions
+from ddae_hf.experiments.pretraining_data import training_data
+from ddae_hf.experiments.training_options import batch_sizes
 from ddae_hf.weights import fingerprint
-from latents import latent_dataset, one_view
 
 from . import scripts
 from .conftest import make_dit, make_vae
@@ -91,8 +94,8 @@ def test_results_and_card_say_what_was_trained_on(trained, digits):
     assert results["latents"] == described
     assert results["dataset"] == {"name": digits.name, "train_split": "train", "num_images": COUNT}
     assert results["parameters"] == sum(tensor.numel() for tensor in weights(trained).values())
-    options = ["--config", str(trained / "training_options.yaml"), "--seed", "2"]
-    assert pretrain.parse_arguments(options).latents_dir is not None  # they can be given again
+    with pytest.raises(SystemExit, match="holds checkpoints of an earlier run"):  # the options can be given again
+        scripts.run("pretrain", "--config", trained / "training_options.yaml")
     card = str(make_card(trained))
     assert "for images of 16 x 16 pixels and 3 channels" in card
     assert f"with labels as its condition only, on {digits.name}, split `train`, {COUNT} images, for 5 steps" in card
@@ -111,11 +114,11 @@ def test_resuming_on_other_latents_is_refused(trained, latents, tmp_path):
     (tmp_path / "checkpoint-3").symlink_to(trained / "checkpoint-3")
     resume = ["--resume_from_checkpoint", "latest"]
     with pytest.raises(
-        SystemExit, match="trained with other options: class_conditional, label_dropout, num_embeds_ada_norm differ"
+        SystemExit, match="other options: class_conditional was True and is False; .*denoiser.num_embeds_ada_norm was"
     ):
         train(latents, tmp_path, *resume)
     single = copied(latents, tmp_path / "single", lambda index: index["splits"]["train"].update(views=1))
-    with pytest.raises(SystemExit, match="trained with other options: latents differ"):
+    with pytest.raises(SystemExit, match="trained with other options: latents was .*'views': 2"):
         train(single, tmp_path, *CONDITIONAL, *resume)
     other = copied(latents, tmp_path / "other", lambda index: encoded_by_another_vae(index, tmp_path / "vae"))
     with pytest.raises(SystemExit, match="checkpoint-3 cannot be trained on these latents.*by another VAE"):
@@ -140,13 +143,13 @@ def encoded_by_another_vae(index, folder):
 def test_each_step_sees_the_latents_of_one_view_of_an_image(latents):
     """Both views come, about equally often, and with the label of their image."""
     folder = LatentFolder(latents)
-    dataset = latent_dataset(folder, "train", folder.labels("train"), folder.views("train"))
-    args = pretrain.parse_arguments(["--latents_dir", str(latents), "--train_batch_size", "40", "--class_conditional"])
+    options = PretrainingOptions(train_batch_size=40, class_conditional=True)
+    data = training_data(folder, options)
     views = [torch.from_numpy(np.array(folder.latents("train", k))).float() for k in (0, 1)]
     torch.manual_seed(0)
     drawn = []
     for _ in range(5):
-        (batch,) = pretrain.training_batches(args, dataset, make_dit(in_channels=4), 10)
+        (batch,) = data.batches(make_dit(in_channels=4).config, batch_sizes(options, 1), options)
         seen = one_view(batch["pixel_values"])
         for latent, label in zip(seen, batch["labels"], strict=True):
             (found,) = [(i, k) for i in range(COUNT) for k in (0, 1) if torch.equal(latent, views[k][i])]
@@ -186,23 +189,23 @@ def test_a_run_can_start_from_a_denoiser_of_the_same_latents(trained, latents, t
 
 def test_images_do_not_go_on_with_a_denoiser_of_latents(trained, digits, tmp_path):
     options = ["--dataset_name", str(digits), "--init_from", str(trained), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="works on latents: give a folder of them, --latents_dir"):
+    with pytest.raises(SystemExit, match="works on latents: give a folder of them .latents_dir."):
         scripts.run("pretrain", *options, "--mixed_precision", "no")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dataset_name", "x"], "--dataset_name does not go with --latents_dir"),
-        (["--train_data_dir", "x"], "--train_data_dir does not go with --latents_dir"),
-        (["--resolution", "16"], "--resolution does not go with --latents_dir"),
+        (["--dataset_name", "x"], "dataset_name does not go with latents_dir"),
+        (["--train_data_dir", "x"], "train_data_dir does not go with latents_dir"),
+        (["--resolution", "16"], "resolution does not go with latents"),
         (["--low_resolution", "4"], "means of latents are no latents"),
-        (["--streaming"], "--streaming does not go with --latents_dir"),
+        (["--streaming"], "streaming does not go with latents_dir"),
         (
             ["--random_flip"],
-            "latents are not changed; encode_latents.py --mirror makes",
+            "latents are not changed; `encode` with mirror makes",
         ),
-        (["--augment", "0.1"], "--augment does not go with --latents_dir"),
+        (["--augment", "0.1"], "augment does not go with latents"),
         (["--train_split", "test"], "has no split 'test': it has ['train']"),
         (["--max_train_samples", "0"], "must be at least 1"),
         (["--latents_dir", "nowhere"], "nowhere holds no latents"),
@@ -222,7 +225,7 @@ def test_what_cannot_be_trained_on_latents_is_refused_first(latents, tmp_path, c
 
 def test_the_vae_of_the_latents_is_looked_for_where_it_was_and_must_be_theirs(latents, tmp_path):
     moved = copied(latents, tmp_path / "moved", lambda index: index.update(vae_source=str(tmp_path / "gone")))
-    with pytest.raises(SystemExit, match="gone.*If the VAE of the latents is elsewhere now, say where with --vae"):
+    with pytest.raises(SystemExit, match="gone.*If the VAE of the latents is elsewhere now, say where .vae."):
         train(moved, tmp_path / "out")
     make_vae(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="made by another VAE"):

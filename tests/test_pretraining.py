@@ -28,7 +28,6 @@ from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments import pretraining
 from ddae_hf.experiments.images import DataOptions, Images
 from ddae_hf.experiments.new_networks import DENOISER, check_networks, new_networks
-from ddae_hf.experiments.accelerating import accelerated
 from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
@@ -97,7 +96,9 @@ def test_resuming_another_or_a_finished_run_is_refused(trained, digits, tmp_path
     resume = ["--resume_from_checkpoint", "latest", "--max_train_steps"]
     with pytest.raises(SystemExit, match="trained with other options: denoiser.block_out_channels was"):
         train(digits, tmp_path, *resume, "8", "--denoiser", json.dumps(TINY | {"block_out_channels": [32, 64]}))
-    with pytest.raises(SystemExit, match=r"other options: random_flip was True and is False; augment was 0.0 and is 0.1"):
+    with pytest.raises(
+        SystemExit, match=r"other options: random_flip was True and is False; augment was 0.0 and is 0.1"
+    ):
         train(digits, tmp_path, *resume, "8", "--no-random_flip", "--augment", "0.1")
     with pytest.raises(SystemExit, match="checkpoint-5 is at step 5, beyond the 4 asked for"):
         train(digits, tmp_path, *resume, "4")
@@ -275,7 +276,7 @@ def stream_batches(shards, progress, count, **changes):
     options = PretrainingOptions(**changes)
     images = Images.open(shards, streaming=True)
     sizes = batch_sizes(options, 1)
-    with accelerated(mixed_precision="no") as accelerator:
+    with options.accelerated(sizes) as accelerator:
         loop = Pretraining(options, accelerator, training_data(images, options), sizes, None).loop
         loop.progress = progress
         found = []
@@ -423,7 +424,9 @@ def test_networks_have_the_parameters_that_their_files_say(name):
     assert f"{PARAMETERS[name]:,} parameters" in path.read_text().replace("\n# ", " ")
 
 
-PRETRAINING = [p for p in sorted(CONFIGS.glob("*.yaml")) if "total_batch_size" in p.read_text() and "_vae" not in p.stem]
+PRETRAINING = [
+    p for p in sorted(CONFIGS.glob("*.yaml")) if "total_batch_size" in p.read_text() and "_vae" not in p.stem
+]
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
@@ -531,7 +534,14 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
 
 
 def small(folder=None, **changes):
-    return {"denoiser": TINY, "total_batch_size": 10, "lr_warmup_steps": 1, "sample_steps": 0, "output_dir": folder, **changes}
+    return {
+        "denoiser": TINY,
+        "total_batch_size": 10,
+        "lr_warmup_steps": 1,
+        "sample_steps": 0,
+        "output_dir": folder,
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -600,8 +610,9 @@ def test_pictures_go_to_the_tracker(noise_images, tmp_path, monkeypatch):
         def log_images(self, values, step):
             self.seen[step] = values["samples"].shape
 
-    started = pretraining.accelerated
-    monkeypatch.setattr(pretraining, "accelerated", lambda **given: tracked(started(**given), Tracker()))
+    started = PretrainingOptions.accelerated
+    changed = lambda options, sizes: tracked(started(options, sizes), Tracker())  # noqa: E731
+    monkeypatch.setattr(PretrainingOptions, "accelerated", changed)
     options = {"sample_steps": 2, "num_samples": 4, "num_inference_steps": 1, "max_train_steps": 2}
     pretrain(noise_images, **{**small(str(tmp_path)), **options})
     assert Tracker.seen == {2: (1, 129, 129, 3)}

@@ -122,7 +122,9 @@ def test_an_epoch_that_yields_nothing_is_an_error(stream, progress, in_time):
     with accelerated(mixed_precision="no") as accelerator:
         loop = Loop(accelerator, module, torch.optim.SGD(module.parameters()), loader, total_steps=9, seed=0)
         loop.progress = progress
-        with pytest.raises(ValueError, match=f"Epoch {progress.epoch + 1} has no batch after the {progress.batch} that"):
+        with pytest.raises(
+            ValueError, match=f"Epoch {progress.epoch + 1} has no batch after the {progress.batch} that"
+        ):
             next(loop.batches())
 
 

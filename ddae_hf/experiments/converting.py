@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +18,20 @@ from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
 from .options import Options, option
 
-logger = logging.getLogger(__name__)
+Folder = str | os.PathLike[str]
 
 
 @dataclass(kw_only=True)
 class ConversionOptions(Options):
     """What a checkpoint's file does not say."""
 
-    vae: str | None = option(
-        None,
-        "Of an official DiT: folder or Hub id of its AutoencoderKL, or of a pipeline that has it; kept beside it.",
-    )
-    num_heads: int | None = option(
-        None, "Of an official DiT: attention heads; needed if the width is none of the published networks'."
-    )
-    num_classes: int | None = option(
-        None, "Of an official DiT: classes, by default what the training run noted, or 1000."
-    )
+    vae: str | None = option(None, "Of a DiT: folder or Hub id of its AutoencoderKL, or of a pipeline that has it.")
+    num_heads: int | None = option(None, "Of a DiT: attention heads; needed if its width is no published network's.")
+    num_classes: int | None = option(None, "Of a DiT: classes, by default what its training noted, or 1000.")
     framework: Literal["ddpm", "edm"] | None = option(
         None, "Of a U-Net of the DDAE paper's authors: what it was trained under; required, as the file is silent."
     )
-    sample_size: int | None = option(
-        None, "Of a U-Net of the DDAE paper's authors: side of its images in pixels, by default 32."
-    )
+    sample_size: int | None = option(None, "Of such a U-Net: side of its images in pixels, by default 32.")
 
 
 @dataclass
@@ -68,10 +58,7 @@ class Converted:
 
 
 def convert(
-    checkpoint: str | os.PathLike[str],
-    output_dir: str | os.PathLike[str],
-    options: ConversionOptions | None = None,
-    **changes: Any,
+    checkpoint: Folder, output_dir: Folder, options: ConversionOptions | None = None, **changes: Any
 ) -> Converted:
     """Convert a published checkpoint; what its file holds is seen from its content, and nothing that it names is run.
 
@@ -93,13 +80,9 @@ def convert(
         raise ValueError(f"{folder} is not an empty folder: choose another output_dir.")
     vae = None if options.vae is None else load_vae(options.vae)
     found = conversion.convert(
-        checkpoint,
-        num_heads=options.num_heads,
-        num_classes=options.num_classes,
-        framework=options.framework,
-        sample_size=options.sample_size,
-    )
-    logger.info("%s holds %s.", checkpoint, found.source)
+        checkpoint, num_heads=options.num_heads, num_classes=options.num_classes,
+        framework=options.framework, sample_size=options.sample_size,
+    )  # fmt: skip
     features_only = found.config.get("features_only")
     if features_only and vae is not None:
         raise ValueError("vae came, but this network works on pixels: leave it out.")
@@ -108,7 +91,7 @@ def convert(
 
 
 def _write_generator(found: conversion.Conversion, vae: Any, folder: Path) -> str:
-    """Write a network that samples, as a pipeline; return which class opens it."""
+    """Write a network that samples, as a pipeline, and return which class opens it."""
     pipeline: Any = DDAEPipeline.for_denoiser(found.denoiser, found.scheduler, vae=vae)
     if vae is not None:
         pipeline = DiTPipeline(pipeline.transformer, vae, pipeline.scheduler)

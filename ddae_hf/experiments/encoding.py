@@ -27,8 +27,8 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import downsampling
 from .arrays import num_bytes, size
 from .devices import best_device, made_fast
-from .draws import augment_view, indexed_noise
-from .images import ImageInputs, Images, ImageSet, Inputs, noise_view
+from .draws import augment_view
+from .images import ImageInputs, Images, ImageSet, Inputs
 from .latent_folder import DTYPE, LatentFolder
 from .options import Options, option
 
@@ -52,15 +52,13 @@ class EncodingOptions(Options):
     cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
-def encode(
-    vae: str | os.PathLike[str] | Any, images: Images, options: EncodingOptions | None = None, **changes: Any
-) -> LatentFolder:
+def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder:
     """Encode a split's images by a VAE once, with their labels beside them where they have any.
 
     An interrupted run goes on where it stopped, and latents that are there are not computed again.
 
     Args:
-        vae: Folder or Hub id of an `AutoencoderKL`, or of a checkpoint that has one; or the object itself.
+        vae: An `AutoencoderKL`; or a folder or Hub id of one, or of a checkpoint that has one.
         images: The data set.
         options: Options, by default those of `EncodingOptions`.
         **changes: Fields of the options that are to be others.
@@ -79,43 +77,31 @@ def encode(
     side = options.resolution or vae.config.sample_size
     if side % (factor := downsampling(vae.config)):
         raise ValueError(f"resolution is {side}: it must be a multiple of {factor}, the pixels a latent stands for.")
-    processor = DDAEImageProcessor(
-        size={"height": side, "width": side}, num_channels=vae.config.in_channels, do_center_crop=options.center_crop
-    )
+    sides = {"height": side, "width": side}
+    processor = DDAEImageProcessor(size=sides, num_channels=vae.config.in_channels, do_center_crop=options.center_crop)
     train = images[options.train_split].take(options.max_train_samples)
     inputs = {"train": ImageInputs(train, processor)}
     folder = LatentFolder.create(
-        options.output_dir,
-        vae,
-        (side, side),
-        describe_splits(inputs, {"train": 1 + options.mirror}, {"mirror": options.mirror}),
-        sample_posterior=options.sample_posterior,
-        seed=options.seed,
-        names=train.names,
-        vae_source=source or vae.config.get("_name_or_path"),
-        dataset=images.facts(train),
-    )
+        options.output_dir, vae, (side, side),
+        describe_splits(inputs, 1 + options.mirror, {"mirror": options.mirror}),
+        sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
+        vae_source=source or vae.config.get("_name_or_path"), dataset=images.facts(train),
+    )  # fmt: skip
     encode_views(folder, vae, inputs, options.batch_size)
     return folder
 
 
 def describe_splits(
-    inputs: Mapping[str, ImageInputs], views: Mapping[str, int], changes: dict[str, Any]
+    inputs: Mapping[str, ImageInputs], views: int | Mapping[str, int], changes: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Return what a `LatentFolder` is told of splits, with so many views each, whose later ones are changed so."""
+    """Return what a `LatentFolder` is told of splits, with so many views, whose later ones are changed so."""
     splits = {}
-    for name, count in views.items():
-        known = inputs[name].identity
-        preprocessing = known["preprocessing"]
-        if not preprocessing["do_center_crop"]:
-            del preprocessing["do_center_crop"]  # as version 0.1.0 described its latents, so that they can be continued
-        splits[name] = {
-            "count": len(inputs[name]),
-            "views": count,
-            "images": known["images"],
-            "preprocessing": preprocessing,
-            "changes": changes,
-        }
+    for name, known in inputs.items():
+        described = known.identity
+        if not described["preprocessing"]["do_center_crop"]:
+            del described["preprocessing"]["do_center_crop"]  # as version 0.1.0 described latents that are continued
+        count = views if isinstance(views, int) else views[name]
+        splits[name] = {**described, "count": len(known), "views": count, "changes": changes}
     return splits
 
 
@@ -140,20 +126,22 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
     device, dtype, started = vae.device, vae.dtype, time.monotonic()
     made_fast(vae, best_device()).to(best_device()).float()
     try:
-        for split, known in folder.index["splits"].items():
-            for view in range(known["views"]):
-                folder.encode(vae, split, view, partial(_batches, inputs[split], split, known, view, batch_size))
+        for split, described in folder.index["splits"].items():
+            for view in range(described["views"]):
+                title = f"Encoding {split} images, view {view}"
+                folder.encode(
+                    vae, split, view, partial(_batches, inputs[split], described["changes"], view, batch_size, title)
+                )
     finally:
         vae.to(device).type(dtype)
     logger.info("Encoded in %.0f s.", time.monotonic() - started)
 
 
 def _batches(
-    inputs: ImageInputs, split: str, known: dict[str, Any], view: int, batch_size: int, start: int
+    inputs: ImageInputs, changes: dict[str, Any], view: int, batch_size: int, title: str, start: int
 ) -> Iterator[Tensor]:
-    """Yield a view of a split's images from `start` on, of which a `LatentFolder` knows the count and the changes."""
-    changes = known["changes"]
-    for pixels in inputs.batches(batch_size, start=start, title=f"Encoding {split} images, view {view}"):
+    """Yield a view of images from `start` on, changed as a `LatentFolder` says."""
+    for pixels in inputs.batches(batch_size, start=start, title=title):
         rows = range(start, start := start + len(pixels))
         if view and changes.get("mirror"):
             pixels = mirror(pixels)
@@ -167,15 +155,13 @@ def state_use(folder: LatentFolder, vae: Any, batch_size: int) -> str:
     splits = folder.index["splits"]
     count = sum(known["count"] * known["views"] for known in splits.values())
     of = ", ".join(f"{known['count']:,} {name} images x {known['views']} views" for name, known in splits.items())
-    factor = downsampling(vae.config)
-    batch = num_bytes((vae.config.in_channels, *(factor * side for side in folder.shape[1:])), batch_size)
     weights = sum(p.numel() * p.element_size() for p in vae.parameters())
     return (
         f"Latents of {of}: {count:,} of {'x'.join(map(str, folder.shape))}, "
         f"{size(num_bytes(folder.shape, count, DTYPE))} on disk in {folder.folder}, {size(folder.missing_bytes())} of "
         f"them still to be computed. Memory stays bounded: while encoding the VAE ({size(weights)}) and what it needs "
-        f"for {batch_size} images at a time ({size(batch)} as pixels), afterwards the denoiser; latents are read from "
-        "the disk. Decoded images are kept where all fit into a quarter of the free memory."
+        f"for {batch_size} images at a time, afterwards the denoiser; latents are read from the disk. Decoded images "
+        "are kept where all fit into a quarter of the free memory."
     )
 
 
@@ -216,16 +202,12 @@ def _read(latents: np.ndarray, rows: Rows) -> Tensor:
 
 
 def latent_dataset(
-    folder: LatentFolder,
-    split: str,
-    labels: np.ndarray | None = None,
-    views: int | None = None,
-    noise: tuple[int, int] | None = None,
+    folder: LatentFolder, split: str, labels: np.ndarray | None = None, views: int | None = None
 ) -> Dataset:
     """Return a split's latents as a data set of `pixel_values` and, where they came, `labels`.
 
     With `views`, `pixel_values` are the first so many views of an image, (views, c, h, w): training draws one of them,
-    see `one_view`. Without, they are the first, (c, h, w). With `noise` (draws, seed) rows have noise of their own.
+    see `one_view`. Without, they are the first, (c, h, w).
     """
     count = min(len(folder.latents(split, view)) for view in range(views or 1))
     columns = {"index": np.arange(count)} | ({} if labels is None else {"labels": labels})
@@ -234,12 +216,7 @@ def latent_dataset(
         # Opened here: datasets pickles what a transform holds, which would read every latent into memory.
         found = [_read(folder.latents(split, view), batch["index"]) for view in range(views or 1)]
         row = {"pixel_values": torch.stack(found, dim=1) if views else found[0]}
-        if labels is not None:
-            row["labels"] = torch.tensor(batch["labels"])
-        if noise is not None:
-            view = noise_view(split == "test", 0)
-            row["noise"] = indexed_noise((noise[0], *folder.shape), batch["index"], noise[1], view)
-        return row
+        return row if labels is None else row | {"labels": torch.tensor(batch["labels"])}
 
     return Dataset.from_dict(columns).with_transform(rows)
 

@@ -8,7 +8,6 @@ column of lists of float32 a layer, named like it. As `npy` they are `LAYER.npy`
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .arrays import check_space, write_json, written_whole
+from .devices import HELP
 from .features import FeatureCache
 from .images import ImageInputs, Images
 from .models import Model, check_taps, chosen_layers, open_model, open_processor
@@ -45,28 +44,18 @@ class ExportOptions(Options):
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
     noise_seed: int = option(0, "Seed of the noise.")
     batch_size: int = option(250, "Images that the network is given at a time.")
-    dtype: Literal["float32", "bfloat16"] | None = option(
-        None, "Type that the network computes in; by default its checkpoint's."
-    )
+    dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
     cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
 @dataclass
 class ExportedFeatures:
-    """Features that were written to files.
+    """Features that were written to files."""
 
-    Attributes:
-        folder: Where the files are.
-        features: Arrays (N, C), float32, mapped from disk, by layer name.
-        labels: Labels (N,), or None where there are none.
-        names: The classes' names.
-        sigma: Noise level.
-    """
-
-    folder: Path
-    features: dict[str, np.ndarray]
-    labels: np.ndarray | None
-    names: list[str] | None
+    folder: Path  # of the files
+    features: dict[str, np.ndarray]  # (N, C), float32, mapped from disk, by layer name
+    labels: np.ndarray | None  # (N,)
+    names: list[str] | None  # of the classes
     sigma: float
 
     def __str__(self) -> str:
@@ -97,12 +86,9 @@ def export_features(
     chosen = images[options.train_split].take(options.max_train_samples)
     labels = chosen.labels  # looked at before any long work
     network = open_model(
-        model,
-        dtype=options.dtype,
-        cache_dir=options.cache_dir,
-        num_noise_samples=options.num_noise_samples,
-        null_class=options.null_class,
-    )
+        model, dtype=options.dtype, cache_dir=options.cache_dir,
+        num_noise_samples=options.num_noise_samples, null_class=options.null_class,
+    )  # fmt: skip
     layers = chosen_layers(network, options.layers)
     sigma = network.config.sigma if options.sigma is None else options.sigma
     check_taps(network, layers, [sigma])
@@ -128,27 +114,17 @@ def export_features(
 
 
 def _write_parquet(path: Path, features: Mapping[str, np.ndarray], labels: np.ndarray | None) -> None:
-    """Write one row an image, in pieces."""
-    fields = [("index", pa.int64())] + ([("label", pa.int64())] if labels is not None else [])
-    fields += [(layer, pa.list_(pa.float32(), values.shape[1])) for layer, values in features.items()]
-    count = len(next(iter(features.values())))
-    with written_whole(path) as partial, pq.ParquetWriter(partial, pa.schema(fields)) as writer:
-        for start in tqdm(range(0, count, ROW_GROUP), desc="Writing"):
-            rows = slice(start, min(start + ROW_GROUP, count))
-            columns: dict[str, Any] = {"index": np.arange(count)[rows]}
-            if labels is not None:
-                columns["label"] = labels[rows]
-            for layer, values in features.items():
-                flat = pa.array(np.ascontiguousarray(values[rows]).reshape(-1))
-                columns[layer] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-            writer.write_table(pa.table(columns, schema=pa.schema(fields)))
-
-
-def _write_npy(folder: Path, features: Mapping[str, Any], labels: np.ndarray | None) -> None:
-    """Write one array a layer, and the labels."""
+    """Write one row an image; features stay on the disk until their rows are written."""
+    columns: dict[str, Any] = {"index": np.arange(len(next(iter(features.values()))))}
+    columns |= {} if labels is None else {"label": labels}
     for layer, values in features.items():
-        with written_whole(folder / f"{layer}.npy") as partial:
-            shutil.copyfile(values.filename, partial)
-    if labels is not None:
-        with written_whole(folder / "label.npy") as partial, partial.open("wb") as file:
-            np.save(file, labels)
+        columns[layer] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    with written_whole(path) as partial:
+        pq.write_table(pa.table(columns), partial, row_group_size=ROW_GROUP)
+
+
+def _write_npy(folder: Path, features: Mapping[str, np.ndarray], labels: np.ndarray | None) -> None:
+    """Write one array a layer, and the labels."""
+    for name, values in {**features, **({} if labels is None else {"label": labels})}.items():
+        with written_whole(folder / f"{name}.npy") as partial, partial.open("wb") as file:
+            np.save(file, values)

@@ -227,14 +227,16 @@ def sample_batch(pipeline: DDAEPipeline, options: GenerationOptions, numbers: Se
     """Return the images of these numbers."""
     classes = chosen_classes(pipeline, options)
     with evaluating(pipeline.denoiser):
-        return pipeline(
+        [images] = pipeline(
             len(numbers),
             class_labels=classes and [classes[i % len(classes)] for i in numbers],
             generator=[torch.Generator("cpu").manual_seed(options.seed + i) for i in numbers],
             num_inference_steps=options.num_inference_steps,
             sampler=options.sampler,
             guidance_scale=options.guidance_scale,
-        ).images
+            return_dict=False,
+        )
+    return images
 
 
 def _batches(options: GenerationOptions) -> list[range]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
-from ..checkpoints import build_scheduler, plain_config
+import torch
+
+from ..augment import NUM_LABELS
+from ..checkpoints import build_scheduler, plain_config, read_checkpoint
 from ..configuration_ddae import DDAEConfig
 from ..networks import NETWORKS, build_denoiser, network_of
 from ..noise import family_of
@@ -46,6 +50,49 @@ def new_networks(options: Any, data: TrainingData) -> tuple[Any, Any]:
     return denoiser, scheduler
 
 
+def networks_to_train(options: Any, data: TrainingData, resume: Path | None) -> tuple[Any, Any, Any]:
+    """Return the denoiser in training, the one of averaged weights, and the scheduler.
+
+    Args:
+        options: `PretrainingOptions`.
+        data: What they are trained on.
+        resume: The checkpoint to go on from.
+
+    Raises:
+        ValueError: A checkpoint whose denoiser works on something else.
+    """
+    if resume is not None:
+        source = read_checkpoint(resume)
+        data.check_vae_of(source)
+        network = read_checkpoint(resume / "raw").load_denoiser(torch.float32)
+        return network, source.load_denoiser(torch.float32), build_scheduler(source.scheduler or SCHEDULER)
+    if options.init_from:
+        source = read_checkpoint(options.init_from, cache_dir=options.cache_dir)
+        data.check_vae_of(source)
+        network = source.load_denoiser(torch.float32)
+        scheduler = build_scheduler(source.scheduler or SCHEDULER)
+        null_class = source.config.get("null_class", data.num_classes)
+        if data.num_classes and null_class != data.num_classes:
+            raise ValueError(
+                f"The null class of {options.init_from} is {null_class}: it must be the last, {data.num_classes}."
+            )
+    else:
+        torch.manual_seed(options.seed)
+        network, scheduler = new_networks(options, data)
+    return network, copy.deepcopy(network), scheduler
+
+
+def prepare_training(options: Any, denoiser: Any, average: Any) -> None:
+    """Make a denoiser ready to be trained, and its average to be sampled from."""
+    network = network_of(denoiser)
+    network.stop_own_dropping(denoiser)
+    if options.augment:
+        network.accept_vectors(denoiser, NUM_LABELS)
+    if options.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    average.requires_grad_(False).eval()
+
+
 def trained_on(denoiser: Any, scheduler: Any) -> dict[str, Any]:
     """Return what tells a network and a scheduler from others, by names such as `denoiser.num_layers`."""
     parts = {"denoiser": denoiser, "scheduler": scheduler}
@@ -75,7 +122,7 @@ def check_networks(options: Any, denoiser: Any, scheduler: Any, data: TrainingDa
         raise ValueError("Only networks with as many output as input channels can be trained.")
     # These refuse what cannot work.
     family_of(scheduler).check_sampler(options.sampler)
-    described = {"denoiser": plain_config(denoiser), "scheduler": plain_config(scheduler)}
+    described: dict[str, Any] = {"denoiser": plain_config(denoiser), "scheduler": plain_config(scheduler)}
     if data.latents is not None:
         described["vae"] = data.latents.index["vae"]
     DDAEConfig(**described, timestep=0, null_class=null_class)
@@ -84,9 +131,7 @@ def check_networks(options: Any, denoiser: Any, scheduler: Any, data: TrainingDa
     family_of(scheduler).draw(1, log_normal=options.log_sigma)
     copy.deepcopy(scheduler).set_timesteps(options.num_inference_steps)
     if options.resolution not in (None, config.sample_size):
-        raise ValueError(
-            f"resolution is {options.resolution}, but the network's sample_size is {config.sample_size}."
-        )
+        raise ValueError(f"resolution is {options.resolution}, but the network's sample_size is {config.sample_size}.")
 
 
 def check_low_resolution(side: int, described: dict[str, Any], null_class: int | None) -> None:

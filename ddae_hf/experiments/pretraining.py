@@ -12,7 +12,6 @@ the VAE of the latents that they were trained on.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -24,21 +23,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..augment import NUM_LABELS, augment, embed_labels, random_flip, reduced
-from ..checkpoints import build_scheduler, read_checkpoint
+from ..augment import augment, embed_labels, random_flip, reduced
 from ..diffusion import Diffusion
 from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
 from ..networks import network_of
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import accelerated, this_process
+from .accelerating import this_process
 from .arrays import write_json, written_whole
 from .batches import num_steps
 from .devices import fast_layout, made_fast
 from .encoding import one_view
 from .images import Images
 from .latent_folder import LatentFolder
-from .new_networks import SCHEDULER, check_networks, new_networks, refuse_label_options, trained_on
+from .new_networks import (
+    check_networks,
+    networks_to_train,
+    new_networks,
+    prepare_training,
+    refuse_label_options,
+    trained_on,
+)
 from .options import Table, option
 from .pixels import scaled
 from .plots import image_grid
@@ -180,15 +185,7 @@ def pretrain(
         resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, *WEIGHTS))
     sizes = batch_sizes(options, this_process().num_processes)
     data = training_data(images, options)
-    with accelerated(
-        mixed_precision=options.mixed_precision,
-        accumulation=sizes.accumulation,
-        allow_tf32=options.allow_tf32,
-        report_to=options.report_to,
-        output_dir=options.output_dir,
-        logging_dir=options.logging_dir,
-        tracked=options.to_dict(),
-    ) as accelerator:
+    with options.accelerated(sizes) as accelerator:
         run = Pretraining(options, accelerator, data, sizes, resume)
         steps = run.loop.total_steps
         if options.output_dir and is_finished(Path(options.output_dir, PretrainingReport.file), resume, steps):
@@ -227,7 +224,11 @@ class Pretraining:
         known = Progress(num_images=data.count, images_hash=data.hash)
         if resume is not None:
             check_data(Progress.read(resume), trained_with(resume), sizes, known, resume)
-        network, self.average, self.scheduler = self._networks(resume)
+        network, self.average, self.scheduler = networks_to_train(options, data, resume)
+        if resume is not None:
+            self._check_same_run(resume, network, self.scheduler)
+        check_networks(options, network, self.scheduler, data)
+        prepare_training(options, network, self.average)
         side = network.config.sample_size
         logger.info(f"Training on {data.describe(side)}.")
         steps = num_steps(options, data.count, sizes)
@@ -260,40 +261,7 @@ class Pretraining:
         self.loop.restore(resume)
         self.loop.progress.num_images = data.count
         self.loop.progress.images_hash = data.hash
-
-    def _networks(self, resume: Path | None) -> tuple[Any, Any, Any]:
-        """Return the denoiser in training, the one of averaged weights, and the scheduler."""
-        options, data = self.options, self.data
-        if resume is not None:
-            source = read_checkpoint(resume)
-            network = read_checkpoint(resume / "raw").load_denoiser(torch.float32)
-            average = source.load_denoiser(torch.float32)
-            scheduler = build_scheduler(source.scheduler)
-            self._check_same_run(resume, network, scheduler)
-            data.check_vae_of(source)
-        elif options.init_from:
-            source = read_checkpoint(options.init_from, cache_dir=options.cache_dir)
-            data.check_vae_of(source)
-            network = source.load_denoiser(torch.float32)
-            scheduler = build_scheduler(source.scheduler or SCHEDULER)
-            average = copy.deepcopy(network)
-            null_class = source.config.get("null_class", data.num_classes)
-            if data.num_classes and null_class != data.num_classes:
-                raise ValueError(
-                    f"The null class of {options.init_from} is {null_class}: it must be the last, {data.num_classes}."
-                )
-        else:
-            torch.manual_seed(options.seed)
-            network, scheduler = new_networks(options, data)
-            average = copy.deepcopy(network)
-        check_networks(options, network, scheduler, data)
-        known = network_of(network)
-        known.stop_own_dropping(network)
-        if options.augment:
-            known.accept_vectors(network, NUM_LABELS)
-        if options.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        return network, average.requires_grad_(False).eval(), scheduler
+        self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
     def _check_same_run(self, resume: Path, network: Any, scheduler: Any) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
@@ -323,24 +291,24 @@ class Pretraining:
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
 
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch."""
+        options, loop = self.options, self.loop
+        batch["pixel_values"] = one_view(batch["pixel_values"])
+        clean, labels = training_inputs(options, batch, self.diffusion.own)
+        if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
+            clean = reduced(clean, options.low_resolution)
+        return self.diffusion.loss(clean, class_labels=labels, log_normal=options.log_sigma).mean()
+
     def train(self) -> None:
         """Train, and leave checkpoints and samples."""
         options, loop = self.options, self.loop
-        diffusion = Diffusion(loop.module, self.scheduler)
-
-        def loss(batch: dict[str, Tensor]) -> Tensor:
-            batch["pixel_values"] = one_view(batch["pixel_values"])
-            clean, labels = training_inputs(options, batch, diffusion.own)
-            if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
-                clean = reduced(clean, options.low_resolution)
-            return diffusion.loss(clean, class_labels=labels, log_normal=options.log_sigma).mean()
-
         sample = self.sample if options.output_dir else None
         step = loop.progress.steps
         if sample and step and options.sample_steps and step % options.sample_steps == 0:
             if not self.picture(step).is_file():  # interrupted before it was drawn
                 sample(step)
-        loop.run(loss, sample, options.sample_steps)
+        loop.run(self.loss, sample, options.sample_steps)
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""
@@ -361,9 +329,7 @@ class Pretraining:
         self.pipeline(self.loop.raw()).save_pretrained(folder / "raw")
         vae = None if self.data.vae is None else self.data.vae.config
         for place in (folder, folder / "raw"):
-            processor = DDAEImageProcessor.for_denoiser(
-                self.average.config, vae, do_center_crop=self.data.center_crop
-            )
+            processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
             processor.save_pretrained(place)
         write_options(self.given, folder)
 

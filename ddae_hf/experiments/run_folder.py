@@ -111,7 +111,7 @@ def checkpoint_to_resume(
         if reason := what_is_wrong(Path(wanted), needed):
             raise ValueError(f"{wanted} cannot be resumed: {reason}. Resume another checkpoint, or `latest`.")
         return Path(wanted)
-    reasons = []
+    reasons: list[str] = []
     for checkpoint in reversed(found):
         reason = what_is_wrong(checkpoint, needed)
         if reason is None:

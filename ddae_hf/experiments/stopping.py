@@ -73,9 +73,7 @@ def largest(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.get_total_norm([w for w in weights if w.is_floating_point()], math.inf).float()
 
 
-def look(
-    accelerator: Any, losses: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]
-) -> tuple[list[float], bool]:
+def look(accelerator: Any, losses: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]) -> tuple[list[float], bool]:
     """Return the last losses, as means over all processes, and whether these and all weights are finite.
 
     Every process must ask, and all get the same answer: none waits for one that has stopped.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
+from .accelerating import accelerated
 from .options import Options, option
 from .progress import Progress
 from .run_folder import check_folder, read_options
@@ -23,9 +26,10 @@ Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "co
 # What may be another when a run is resumed; it holds from then on.
 MAY_CHANGE = frozenset(
     """output_dir cache_dir dataset_name dataset_config_name train_data_dir latents_dir image_column label_column
-    skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs
-    max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm mixed_precision allow_tf32
-    dataloader_num_workers checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to logging_dir""".split()
+    skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps
+    num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm
+    mixed_precision allow_tf32 dataloader_num_workers checkpointing_steps checkpoints_total_limit
+    resume_from_checkpoint report_to logging_dir""".split()
 )
 
 
@@ -80,6 +84,18 @@ class TrainingOptions(Options):
         if self.output_dir is None and self.resume_from_checkpoint == "latest":
             raise ValueError("resume_from_checkpoint is latest, of output_dir: give that, or a checkpoint's folder.")
 
+    def accelerated(self, sizes: BatchSizes) -> AbstractContextManager[Accelerator]:
+        """Return what gives the run's `Accelerator`: see `accelerating.accelerated`."""
+        return accelerated(
+            mixed_precision=self.mixed_precision,
+            accumulation=sizes.accumulation,
+            allow_tf32=self.allow_tf32,
+            report_to=self.report_to,
+            output_dir=self.output_dir,
+            logging_dir=self.logging_dir,
+            tracked=self.to_dict(),
+        )
+
     def schedule(self, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
         """Return what makes the schedule of an optimiser's learning rate."""
         return lambda optimizer: get_scheduler(
@@ -111,7 +127,7 @@ def batch_sizes(options: Any, processes: int, default: int = 128) -> BatchSizes:
     """Return how many images a step has, and how they are shared out among devices and forward passes.
 
     Args:
-        options: Has `total_batch_size`, `train_batch_size` and `gradient_accumulation_steps`, each of which may be None.
+        options: Has `total_batch_size`, `train_batch_size` and `gradient_accumulation_steps`, None where not given.
         processes: Number of devices.
         default: Images of a step where neither size is given.
 

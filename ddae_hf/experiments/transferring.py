@@ -67,20 +67,11 @@ class TransferOptions(SweepOptions):
     def finetuning(self, layer: str, sigma: float, latents_dir: str) -> FinetuningOptions:
         """Return the options of the fine-tuning that goes on from a pair, those of `finetune` last."""
         shared = FinetuningOptions(
-            layer=layer,
-            sigma=sigma,
-            latents_dir=latents_dir,
-            output_dir=str(Path(self.output_dir or "") / "finetuned"),
-            resume_from_checkpoint="latest",
-            train_split=self.train_split,
-            test_split=self.test_split,
-            max_train_samples=self.max_train_samples,
-            max_test_samples=self.max_test_samples,
-            null_class=self.null_class,
-            seed=self.seed,
-            noise_seed=self.noise_seed,
-            cache_dir=self.cache_dir,
-        )
+            output_dir=f"{self.output_dir}/finetuned", layer=layer, sigma=sigma, latents_dir=latents_dir,
+            resume_from_checkpoint="latest", train_split=self.train_split, test_split=self.test_split,
+            max_train_samples=self.max_train_samples, max_test_samples=self.max_test_samples,
+            null_class=self.null_class, seed=self.seed, noise_seed=self.noise_seed, cache_dir=self.cache_dir,
+        )  # fmt: skip
         return FinetuningOptions.of(shared, self.finetune or {})
 
 
@@ -117,36 +108,25 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
             kept = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
             where = str(Path(kept) / "latents")
         folder = LatentFolder.create(
-            where,
-            vae,
-            sides,
-            describe_splits(pixels, dict.fromkeys(pixels, options.num_views), views),
-            sample_posterior=options.sample_posterior,
-            seed=options.seed,
-            names=train.names,
+            where, vae, sides, describe_splits(pixels, options.num_views, views),
+            sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
             vae_source=os.fspath(model) if isinstance(model, (str, os.PathLike)) else None,
-        )
+        )  # fmt: skip
         if folder.shape != denoiser.config.sample_shape:
             raise ValueError(
                 f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes "
                 f"{denoiser.config.sample_shape}: mend its preprocessor_config.json, or give the VAE that it was "
                 "trained with."
             )
-        inputs = [LatentInputs(train, folder, "train"), LatentInputs(test, folder, "test")]
-        prober = check_sweep(denoiser, *inputs, processor, options, selection_views=FIRST)
+        learnt = LatentInputs(train, folder, "train")
+        tested = LatentInputs(test, folder, "test")
+        prober = check_sweep(denoiser, learnt, tested, processor, options, selection_views=FIRST)
         logger.info(features_use(prober, folder))
         encode_views(folder, vae, pixels, options.encode_batch_size)
         result = sweep_inputs(
-            model,
-            denoiser,
-            *inputs,
-            processor,
-            options,
-            dataset=images.facts(train, test),
-            given=images.opened_with,
-            selection_views=FIRST,
-            sample_posterior=options.sample_posterior,
-        )
+            model, denoiser, learnt, tested, processor, options, dataset=images.facts(train, test),
+            given=images.opened_with, selection_views=FIRST, sample_posterior=options.sample_posterior,
+        )  # fmt: skip
         if options.finetune is not None:
             finetune(model, images, options.finetuning(result.best.layer, result.best.sigma, where))
     return result

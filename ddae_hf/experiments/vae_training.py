@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import accelerated, this_process
+from .accelerating import this_process
 from .batches import image_batches, images_hash, num_steps
 from .devices import fast_layout, made_fast
 from .images import Images, ImageSet
@@ -86,7 +86,7 @@ class VAEOptions(TrainingOptions):
         if derived := sorted(set(self.vae) & set(DERIVED)):
             raise ValueError(f"vae has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
         if unknown := sorted(set(self.vae) - set(inspect.signature(AutoencoderKL).parameters)):
-            raise ValueError(f"vae: AutoencoderKL has no options {unknown}.")
+            raise ValueError(f"vae: Any has no options {unknown}.")
         widths = self.vae.get("block_out_channels", [64])
         if not (isinstance(widths, (list, tuple)) and widths):
             raise ValueError(f"vae has block_out_channels {widths!r}: it must be a list, such as [16, 32, 64].")
@@ -107,7 +107,7 @@ class VAEResult(VAEReport):
         reconstructions: Held-out images and what comes back of them, side by side.
     """
 
-    vae: AutoencoderKL = in_memory()
+    vae: Any = in_memory()
     reconstructions: Any = in_memory()
 
     def save(self, folder: str | Path) -> None:
@@ -129,7 +129,7 @@ class VAEResult(VAEReport):
 class Autoencoder(nn.Module):
     """Gives in one forward pass, which accelerate can distribute, what the loss needs."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: Any):
         super().__init__()
         self.vae = vae
 
@@ -164,15 +164,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, WEIGHTS))
     sizes = batch_sizes(options, this_process().num_processes, options.default_batch)
     train, held_out = split_images(images, options, sizes)
-    with accelerated(
-        mixed_precision=options.mixed_precision,
-        accumulation=sizes.accumulation,
-        allow_tf32=options.allow_tf32,
-        report_to=options.report_to,
-        output_dir=options.output_dir,
-        logging_dir=options.logging_dir,
-        tracked=options.to_dict(),
-    ) as accelerator:
+    with options.accelerated(sizes) as accelerator:
         given = in_force(options, sizes, accelerator.mixed_precision, images.opened_with)
         vae = new_vae(options)
         loop = _loop(options, accelerator, vae, train, sizes, given, resume)
@@ -180,9 +172,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
             finished = VAEResult.read(options.output_dir)
             finished.vae = AutoencoderKL.from_pretrained(options.output_dir)
             return finished
-        logger.info(
-            f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out."
-        )
+        logger.info(f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out.")
 
         def loss(batch: dict[str, Tensor]) -> Tensor:
             clean = clean_images(batch["pixel_values"], vae, options.random_flip)
@@ -202,7 +192,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
 def _loop(
     options: VAEOptions,
     accelerator: Accelerator,
-    vae: AutoencoderKL,
+    vae: Any,
     train: ImageSet,
     sizes: BatchSizes,
     given: dict[str, Any],
@@ -242,7 +232,7 @@ def _loop(
     return loop
 
 
-def new_vae(options: VAEOptions) -> AutoencoderKL:
+def new_vae(options: VAEOptions) -> Any:
     """Return the autoencoder, randomly initialised, that the options describe.
 
     Raises:
@@ -251,7 +241,7 @@ def new_vae(options: VAEOptions) -> AutoencoderKL:
     levels = len(options.vae.get("block_out_channels", [64]))
     torch.manual_seed(options.seed)
     try:
-        vae = AutoencoderKL(
+        vae: Any = AutoencoderKL(
             **options.vae,
             down_block_types=["DownEncoderBlock2D"] * levels,
             up_block_types=["UpDecoderBlock2D"] * levels,
@@ -279,7 +269,7 @@ def split_images(images: Images, options: VAEOptions, sizes: BatchSizes) -> tupl
     return chosen.select(order[options.held_out :]), chosen.select(order[: options.held_out])
 
 
-def clean_images(pixels: Tensor, vae: AutoencoderKL, flip: bool) -> Tensor:
+def clean_images(pixels: Tensor, vae: Any, flip: bool) -> Tensor:
     """Return pixels as floats, half of the images mirrored if asked for."""
     pixels = pixels.to(memory_format=fast_layout(pixels.device))
     clean = scaled(pixels, DDAEImageProcessor.for_denoiser(vae.config))
@@ -294,7 +284,7 @@ def reconstruction_loss(options: VAEOptions, clean: Tensor, reconstruction: Tens
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, images: ImageSet, options: VAEOptions) -> tuple[dict[str, float], list[Tensor]]:
+def measure(vae: Any, images: ImageSet, options: VAEOptions) -> tuple[dict[str, float], list[Tensor]]:
     """Return what the autoencoder does to images, in float32, and some pairs (2, C, H, W) of image and reconstruction.
 
     Reconstructions are of the posterior's mean, clipped to [-1, 1]; their peak signal-to-noise ratio is averaged over
@@ -302,7 +292,8 @@ def measure(vae: AutoencoderKL, images: ImageSet, options: VAEOptions) -> tuple[
     """
     processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=options.center_crop is not False)
     generator = torch.Generator().manual_seed(options.seed)
-    ratios, divergences, latents, pairs = [], [], [], []
+    ratios, divergences, latents = [], [], []
+    pairs: list[Tensor] = []
     for start in range(0, len(images), 100):
         batch = images.pil(range(start, min(start + 100, len(images))))
         clean = processor(batch, return_tensors="pt")["pixel_values"].to(vae.device)
@@ -324,7 +315,7 @@ def measure(vae: AutoencoderKL, images: ImageSet, options: VAEOptions) -> tuple[
 
 
 def _measured(
-    options: VAEOptions, accelerator: Accelerator, loop: Loop, vae: AutoencoderKL, train: ImageSet, held_out: ImageSet
+    options: VAEOptions, accelerator: Accelerator, loop: Loop, vae: Any, train: ImageSet, held_out: ImageSet
 ) -> VAEResult:
     """Return what was measured, after the autoencoder has got its scaling factor."""
     some, _ = measure(vae, train.select(range(min(NUM_SCALED, len(train)))), options)
