@@ -11,11 +11,12 @@ import torch
 from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline
 from ddae_hf.experiments.devices import fast_layout, keep_freed_memory
 from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.results import ProbeReport
 from ddae_hf.hidden_states import decoder_layer_names
 
 from . import scripts
 from .conftest import make_unet
-from .test_sweep import run, save_checkpoint
+from .test_sweeping import run, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,9 @@ def test_the_probe_and_its_untrained_network_compute_in_the_type_that_is_chosen(
     accuracies = {}
     for dtype in ("float32", "bfloat16"):
         scripts.run("linear_probe", *options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype))
-        results = json.loads((tmp_path / dtype / "eval_results.json").read_text())["results"]
-        accuracies[dtype] = {name: result["test_accuracy"] for name, result in results.items()}
+        report = ProbeReport.read(tmp_path / dtype)
+        accuracies[dtype] = {name: probe.test_accuracies["0"] for name, probe in report.baselines.items()}
+        accuracies[dtype]["DDAE"] = report.test_accuracies["0"]
     assert accuracies["float32"]["raw pixels"] == accuracies["bfloat16"]["raw pixels"]
     for name, accuracy in accuracies["float32"].items():
         assert abs(accuracy - accuracies["bfloat16"][name]) <= 0.1
@@ -77,7 +79,7 @@ def test_samples_are_those_of_float32_within_rounding_and_do_not_share_a_folder(
         images[dtype] = pipeline(4, generator=generator, num_inference_steps=5, output_type="np").images
     difference = np.abs(images["float32"] - images["bfloat16"])
     assert 0 < difference.mean() < 0.05
-    with pytest.raises(SystemExit, match="other options or weights"):
+    with pytest.raises(SystemExit, match="made with another weights"):
         scripts.run("generate", *options, "--dtype", "float32", "--output_dir", str(tmp_path / "bfloat16"))
 
 

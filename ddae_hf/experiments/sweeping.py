@@ -36,9 +36,9 @@ from .images import ImageInputs, Images, Inputs, labelled_splits
 from .models import Model, check_null_class, check_taps, chosen_layers, open_model, open_processor, ready
 from .options import Options, option
 from .plots import accuracy_over_sigma, confusion_table, heat_map
-from .probing import NEIGHBOURS, Prober, best_of, classify, make_classifier, write_classifier
+from .probing import NEIGHBOURS, Fitted, Prober, best_of, classify, make_classifier, write_classifier
 from .report import in_memory
-from .results import Pair, ProbeReport
+from .results import Pair, Probe, ProbeReport
 from .run_facts import base_model, machine
 
 MOST_PIXELS = 2**14  # whose correlations are 2 GiB
@@ -294,24 +294,13 @@ def sweep_inputs(
         seeds = range(options.noise_seed, options.noise_seed + options.num_noise_seeds)
         fitted = {seed: prober.fit(best, seed) for seed in seeds}
         found = prober.tested(best, fitted)
-        baselines = {}
-        if options.baselines:
-            fed = "raw pixels" if isinstance(train, ImageInputs) else "raw latents"
-            baselines = {fed: prober.pixels().baseline(), "untrained network": prober.untrained().baseline()}
+        baselines = _baselines(prober)
         if path is not None:
             model.cpu()  # the whole classifier takes its place
         config |= {"layer": best.layer, "sigma": best.sigma, "noise_seed": options.noise_seed}
         config |= {"num_noise_samples": model.config.num_noise_samples, "null_class": model.config.null_class}
         first = fitted[options.noise_seed]
-        make = partial(make_classifier, source, train.names or [], first.weight, first.bias, **config)
-        classifier = make(cache_dir=options.cache_dir)
-        # As its users load it, but in the type that was asked for.
-        user = (
-            classifier
-            if options.dtype is None
-            else make(cache_dir=options.cache_dir, dtype=getattr(torch, options.dtype))
-        )
-        classes = classify(user if path is None else ready(user), test.images, processor, batch_size=options.batch_size)
+        classifier, accuracy = _classifier(source, prober, processor, first, config)
     settled = {"random_flip": options.flips, "random_crop": options.crop_padding}
     settled["num_noise_samples"] = model.config.num_noise_samples
     result = SweepResult(
@@ -321,7 +310,7 @@ def sweep_inputs(
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
         pairs=pairs,
         baselines=baselines,
-        saved_classifier_test_accuracy=float((classes == test.labels).mean()),
+        saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
         dataset=dict(dataset),
         base_model=base_model(path).get("base_model"),
@@ -336,6 +325,29 @@ def sweep_inputs(
         result.save_figures(kept)
         result.save(kept / "classifier")
     return result
+
+
+def _baselines(prober: Prober) -> dict[str, Probe]:
+    """Return what a network is compared with, if asked for: what it is fed, and its like with random weights."""
+    if not prober.options.baselines:
+        return {}
+    fed = "raw pixels" if isinstance(prober.train, ImageInputs) else "raw latents"
+    return {fed: prober.pixels().baseline(), "untrained network": prober.untrained().baseline()}
+
+
+def _classifier(
+    source: Model, prober: Prober, processor: DDAEImageProcessor, fitted: Fitted, config: Mapping[str, Any]
+) -> tuple[DDAEForImageClassification, float]:
+    """Return the classifier, and its accuracy on the test images as its users load it, but in the type asked for."""
+    options = prober.options
+    names = prober.train.names or []
+    make = partial(make_classifier, source, names, fitted.weight, fitted.bias, cache_dir=options.cache_dir, **config)
+    classifier = make()
+    user = classifier if options.dtype is None else make(dtype=getattr(torch, options.dtype))
+    if isinstance(source, (str, os.PathLike)):
+        user = ready(user)
+    predicted = classify(user, prober.test.images, processor, batch_size=options.batch_size)
+    return classifier, float((predicted == prober.labels["test"]).mean())
 
 
 def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:

@@ -150,12 +150,12 @@ def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
 
 def features_use(prober: Prober, folder: LatentFolder) -> str:
     """Return what features of latents will take, and how often the denoiser will run, in words."""
-    if prober.online:
+    if prober.options.online:
         return "These probes keep no features: the denoiser runs on every image at each noise level and epoch."
     options, sigmas = prober.options, len(prober.sigmas)
     widths = [num_bytes((hidden_size(prober.model.denoiser, layer),), 1) for layer in prober.layers]
     choosing = len(prober.chosen_on) * sigmas
-    probing = sum(map(len, prober.inputs.values())) * options.num_views * options.num_noise_seeds
+    probing = (len(prober.train) + len(prober.test)) * options.num_views * options.num_noise_seeds
     return (
         f"Features take {size(choosing * sum(widths))} to choose on ({len(widths)} layers, {sigmas} noise levels, "
         f"{len(prober.chosen_on):,} images) and at most {size(probing * max(widths))} of the best pair; "
