@@ -30,10 +30,10 @@ from ddae_hf import (
 )
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
 from ddae_hf.conversion import DIT_HEADS, convert, convert_dit, convert_unet
+from ddae_hf.experiments.probing import save_classifier
 from ddae_hf.hidden_states import collect_hidden_states
 from ddae_hf.networks import network_of
 from ddae_hf.pickles import read_weights
-from ddae_hf.experiments.probing import save_classifier
 
 from . import scripts
 from .conftest import make_vae, together
