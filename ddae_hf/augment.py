@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .families import drawn_by
+
 NUM_LABELS = 9
 _SCALE = 2**0.2  # factor of one standard deviation of scaling and stretching
 _SHIFT = 1 / 8  # one standard deviation of shifting, in image sizes
@@ -145,10 +147,10 @@ def augment(
         raise ValueError(f"Images of {images.shape[-2]}x{images.shape[-1]} pixels came: augmentation needs squares.")
 
     def uniform() -> Tensor:
-        return torch.rand(len(images), generator=generator, device=images.device)
+        return torch.rand(len(images), device=images.device, **drawn_by(generator))
 
     def normal() -> Tensor:
-        return torch.randn(len(images), generator=generator, device=images.device)
+        return torch.randn(len(images), device=images.device, **drawn_by(generator))
 
     def sometimes(values: Tensor, chance: float = probability) -> Tensor:
         return torch.where(uniform() < chance, values, 0.0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .cut import uncompiled, unwrapped
+from .families import drawn_by
 from .hidden_states import run_with_hidden_states
 from .networks import network_of
 from .noise import family_of
@@ -206,7 +207,7 @@ class Diffusion:
         if sigma is None:
             sigma = self.family.draw(len(clean), clean.device, generator, log_normal)
         if noise is None:
-            noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
+            noise = torch.randn(clean.shape, device=clean.device, dtype=torch.float32, **drawn_by(generator))
         noisy, timestep = self.family.noisy(clean, noise, sigma)
         conditions = self.conditions(class_labels, len(clean), clean.device)
         fed, told = self._fed(noisy, timestep)

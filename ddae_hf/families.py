@@ -42,6 +42,11 @@ def readable(values: Tensor) -> bool:
     return values.device.type == "cpu" and not is_recorded()
 
 
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """Return what torch's random functions are told: graphs of batches of any size take no `generator=None`."""
+    return {} if generator is None else {"generator": generator}
+
+
 class Family(ABC):
     """A family of schedulers: what it knows of noise levels, of the network's input and target, and of sampling.
 
@@ -262,7 +267,8 @@ class Family(ABC):
                 f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation "
                 "positive."
             )
-        return self.trainable(torch.exp(mean + deviation * torch.randn(batch_size, device=device, generator=generator)))
+        normal = torch.randn(batch_size, device=device, **drawn_by(generator))
+        return self.trainable(torch.exp(mean + deviation * normal))
 
     @property
     def samplers(self) -> tuple[str, ...]:

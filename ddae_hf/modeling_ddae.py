@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from .checkpoints import build_scheduler
 from .configuration_ddae import DDAEConfig
 from .diffusion import Diffusion
+from .families import drawn_by
 from .heads import write_head
 from .hidden_states import layer_names, learning_parameters, pool_hidden_states
 from .labels import checked_names, cross_entropy
@@ -73,9 +74,8 @@ class DDAEModel(DDAEPreTrainedModel):
 
         With `config.sample_posterior` there is one draw more, the VAE's.
         """
-        generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
-        noise = torch.randn(self.fixed_noise.shape, generator=generator, device="cpu", dtype=torch.float32)
-        return noise.to(self.fixed_noise)
+        seeded, shape = torch.Generator("cpu").manual_seed(self.config.noise_seed), self.fixed_noise.shape
+        return torch.randn(shape, generator=seeded, device="cpu", dtype=torch.float32).to(self.fixed_noise)
 
     def _apply(self, *args: Any, **kwargs: Any) -> DDAEModel:
         """Move or cast the model; its fixed noise stays in float32, as in one that is opened in the other type."""
@@ -93,8 +93,8 @@ class DDAEModel(DDAEPreTrainedModel):
     def restrict_gradients(self, layers: Iterable[str] = ()) -> None:
         """Ask for no gradients of what the hidden states of `layers` do not depend on.
 
-        Without `layers` it is only the VAE, and what the denoiser's class has fixed, such as Fourier frequencies.
-        Loading makes new parameters, which ask for gradients, so `from_pretrained` calls this again.
+        Without `layers` it is only the VAE, and what the denoiser's class has fixed. Loading makes new parameters that
+        ask for gradients: `from_pretrained` calls this again.
         """
         if self.vae is not None:
             freeze(self.vae)
@@ -163,7 +163,7 @@ class DDAEModel(DDAEPreTrainedModel):
         """Return noise (draws, B, C, H, W): from the generator, fresh in training, or fixed (draws, C, H, W)."""
         if generator is not None or self.training:
             source = device if generator is None else generator.device
-            return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
+            return torch.randn(shape, device=source, dtype=torch.float32, **drawn_by(generator)).to(device)
         return fixed[:, None].to(device).expand(shape)
 
     def _noise_draws(self, clean: Tensor, noise: Tensor | None, generator: Any) -> Tensor:

@@ -34,7 +34,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from .families import FAMILIES, Family, is_recorded, register, rounded
+from .families import FAMILIES, Family, drawn_by, is_recorded, register, rounded
 
 
 def _other_levels(scheduler: Any) -> list[str]:
@@ -154,7 +154,7 @@ class _VariancePreserving(Family):
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
         """Draw timesteps uniformly over the schedule (Ho et al. 2020)."""
-        timesteps = torch.randint(len(self.scheduler.alphas_cumprod), shape, device=device, generator=generator)
+        timesteps = torch.randint(len(self.scheduler.alphas_cumprod), shape, device=device, **drawn_by(generator))
         return self.sigmas(timesteps.device)[timesteps]
 
     def trainable(self, sigma: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class _FlowMatching(Family):
         return -one, one
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        s = torch.rand(shape, device=device, generator=generator)
+        s = torch.rand(shape, device=device, **drawn_by(generator))
         return s / (1 - s)
 
     def first_sample(self, noise: Tensor) -> Tensor:

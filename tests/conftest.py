@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -132,6 +133,14 @@ def latent_dit(tmp_path_factory):
     index["id2label"] = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus"}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """A shell that starts a job in the background has it ignore Ctrl-C: tests of it must not depend on that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -288,3 +288,19 @@ def test_a_distributed_network_is_not_trained_by_passes_that_end_early(images, s
         assert torch.equal(found, plain.hidden_states(images, noise, 0.1, ["mid_block"])["mid_block"])
     fed = images, torch.full((5,), 20.0), ["mid_block"], {}
     assert torch.equal(wrapped.predict_with_hidden_states(*fed)[0], plain.predict_with_hidden_states(*fed)[0])
+
+
+class Echo(Stub):
+    """Answers with what it is fed."""
+
+    def forward(self, sample, timestep):
+        return UNet2DOutput(sample=sample)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS[-3:])
+def test_losses_compile_for_batches_of_any_size(scheduler, images):
+    """The last batch of an epoch is smaller: the graph is recorded again, for any size."""
+    pair = Diffusion(Echo(), scheduler)
+    loss = torch.compile(lambda clean: pair.loss(clean), backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    assert [len(loss(images[:count])) for count in (4, 3, 5)] == [4, 3, 5]
