@@ -74,8 +74,8 @@ class DDAEModel(DDAEPreTrainedModel):
 
         With `config.sample_posterior` there is one draw more, the VAE's.
         """
-        seeded = torch.Generator("cpu").manual_seed(self.config.noise_seed)
-        return torch.randn(self.fixed_noise.shape, generator=seeded, dtype=torch.float32).to(self.fixed_noise)
+        own = torch.Generator("cpu").manual_seed(self.config.noise_seed)
+        return torch.randn(self.fixed_noise.shape, generator=own, device="cpu", dtype=torch.float32).to(self.fixed_noise)
 
     def _apply(self, *args: Any, **kwargs: Any) -> DDAEModel:
         """Move or cast the model; its fixed noise stays in float32, as in one that is opened in the other type."""
