@@ -70,12 +70,10 @@ class DDAEModel(DDAEPreTrainedModel):
         self.post_init()
 
     def draw_fixed_noise(self) -> Tensor:
-        """Return the noise of evaluation, (num_noise_samples, C, H, W): a function of `config.noise_seed`.
-
-        With `config.sample_posterior` there is one draw more, the VAE's.
-        """
-        own = torch.Generator("cpu").manual_seed(self.config.noise_seed)
-        return torch.randn(self.fixed_noise.shape, generator=own, device="cpu", dtype=torch.float32).to(self.fixed_noise)
+        """Return the noise of evaluation (draws, C, H, W), of `config.noise_seed`; the last may be the VAE's draw."""
+        generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
+        noise = torch.randn(self.fixed_noise.shape, generator=generator, device="cpu", dtype=torch.float32)
+        return noise.to(self.fixed_noise)
 
     def _apply(self, *args: Any, **kwargs: Any) -> DDAEModel:
         """Move or cast the model; its fixed noise stays in float32, as in one that is opened in the other type."""
@@ -93,8 +91,8 @@ class DDAEModel(DDAEPreTrainedModel):
     def restrict_gradients(self, layers: Iterable[str] = ()) -> None:
         """Ask for no gradients of what the hidden states of `layers` do not depend on.
 
-        Without `layers` it is only the VAE, and what the denoiser's class has fixed. Loading makes new parameters that
-        ask for gradients: `from_pretrained` calls this again.
+        Without `layers` it is only the VAE, and what the denoiser's class has fixed. Loading makes new parameters, so
+        `from_pretrained` calls this again.
         """
         if self.vae is not None:
             freeze(self.vae)
