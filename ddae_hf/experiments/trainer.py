@@ -132,10 +132,8 @@ class Progress(ProgressCallback):
         state.compute_steps(args, state.max_steps)
         schedule = self.trainer.lr_scheduler
         schedule.base_lrs = [rate for rate, _ in self.trainer.given]
-        schedule._last_lr = [
-            rate * factor(schedule.last_epoch)
-            for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        ]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
         groups = self.trainer.optimizer.param_groups
         for group, rate, (_, weight_decay) in zip(groups, schedule._last_lr, self.trainer.given, strict=True):
             group.update(lr=rate, weight_decay=weight_decay)
