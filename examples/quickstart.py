@@ -80,12 +80,9 @@ def recognised(splits: dict[str, tuple[np.ndarray, np.ndarray]], samples: np.nda
     }
     counts = {name: int((judge.predict_proba(x)[:, :10].max(axis=1) > 0.9).sum()) for name, x in groups.items()}
     accuracy = 100 * judge.score(test_images, test_labels)
-    print(
-        f"\nOf {NUM_SAMPLES} images, a support vector machine on real digits' pixels ({accuracy:.1f} % accurate on test"
-    )
-    print("images) names with confidence over 0.9:")
-    for name, count in counts.items():
-        print(f"  {name}: {count}")
+    print(f"\nA support vector machine on real digits' pixels is right for {accuracy:.1f} % of test images.")
+    print(f"Of {NUM_SAMPLES} images it names with confidence over 0.9:")
+    print("\n".join(f"  {name}: {count}" for name, count in counts.items()))
     return counts
 
 
