@@ -286,7 +286,7 @@ def test_points_are_looked_up_by_maps_of_latents(latent_dit, vae, digits, tmp_pa
         monkeypatch.setattr(correspondence, name, 0.0)
     options = ["--num_images", "2", "--sigma", "0.02"]
     scripts.run("correspondence", *common(latent_dit, digits, tmp_path), *options)
-    trained, untrained = (backbone.ddae for backbone in opened[0])
+    trained, untrained = (backbone.ddae for backbone in opened[0].values())
     assert fingerprint(trained.denoiser) != fingerprint(untrained.denoiser)
     assert fingerprint(trained.vae) == fingerprint(untrained.vae) == fingerprint(vae)
     results = json.loads((tmp_path / "results.json").read_text())["results"]
