@@ -1,15 +1,14 @@
-r"""Find the points of an image again in a warped copy of it, by feature maps of a denoiser that was never taught to.
+r"""Find the points of an image again in a warped copy of it, by `DDAEBackbone`'s maps, which were never taught to.
 
     python examples/correspondence.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
         --train_split test --num_images 64 --sigma 0.02 --output_dir runs/correspondence
 
 Every image is turned, shifted and bent by a map whose inverse is exact; for each point, the most similar pixel of the
-warped copy is compared with the true place. `DDAEBackbone`'s maps are brought to the image's size and to length 1,
-each by itself, and put side by side: similarity is the mean cosine over layers. Two images of a pair get different
-noise, as noise shared by both would stay in place while the image moves. The same points are looked up by the same
-network with random weights (a VAE keeps its own), and by clean colours: of single pixels, and of patches, which a warp
-as gentle as this one hardly changes and which are hard to beat. `results.json` holds the figures, `correspondence.png`
-shows them.
+warped copy is compared with the true place. Maps are brought to the image's size and to length 1, each by itself, and
+put side by side. The two images of a pair get different noise, as noise shared by both would stay in place while the
+image moves. The same points are looked up by the same network with random weights (a VAE keeps its own), and by clean
+colours: of single pixels, and of patches, which a gentle warp hardly changes and which are hard to beat. Figures go to
+`results.json`, a picture to `correspondence.png`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.patches import ConnectionPatch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,7 +38,6 @@ from ddae_hf.experiments.report import markdown
 ROTATION, SHIFT, BEND = 20.0, 3 / 32, 1.5 / 32  # of warps, at most: in degrees, and as parts of an image's side
 RADII = (1, 2, 4)  # pixels within which a point counts as found
 POINTS = 32  # at most so many in a row
-SHOWN = 2  # pairs in the picture
 
 
 @dataclass(kw_only=True)
@@ -58,18 +56,16 @@ class Arguments(Options):
 
 
 class Warp:
-    """A turn about the image's centre, a shift, and a wave along each axis: every step has an exact inverse.
-
-    Places are complex128: x + iy in pixels, from 0 at the centre of the first one.
-    """
+    """A turn, a shift and a wave along each axis; places are complex, x + iy in pixels from 0 at the first's centre."""
 
     def __init__(self, size: Sequence[int], seed: int, index: int):
-        """Draw the warp of an image of (height, width): a function of the seed and the image's index."""
-        rng, side = np.random.default_rng([seed, index]), max(size)
-        self.size, self.centre = tuple(size), complex(size[1] - 1, size[0] - 1) / 2
+        rng = np.random.default_rng([seed, index])
+        self.size = tuple(size)
+        self.centre = complex(size[1] - 1, size[0] - 1) / 2
         self.turn = np.exp(1j * math.radians(rng.uniform(-1, 1) * ROTATION)).item()
-        self.shift = complex(*rng.uniform(-1, 1, 2) * (SHIFT * side))
-        self.bend, self.phase = rng.uniform(-1, 1, 2) * (BEND * side), rng.uniform(0, 2 * math.pi, 2)
+        self.shift = complex(*rng.uniform(-1, 1, 2) * (SHIFT * max(size)))
+        self.bend = rng.uniform(-1, 1, 2) * (BEND * max(size))
+        self.phase = rng.uniform(0, 2 * math.pi, 2)
 
     def _wave(self, axis: int, at: Tensor) -> Tensor:
         return self.bend[axis] * torch.sin(2 * math.pi * at / max(self.size) + self.phase[axis])
@@ -108,29 +104,24 @@ def dense_features(backbone: DDAEBackbone, images: Tensor, noise: Tensor) -> Ten
 
 
 def match(original: Tensor, warped: Tensor, points: Tensor) -> Tensor:
-    """Return the places in the warped image whose features (C, H, W) are nearest to those of whole-numbered points.
-
-    Nearest by distance, which for features of one length is the highest cosine.
-    """
-    wanted, there = original[:, points.imag.long(), points.real.long()], warped.flatten(1)
+    """Return the places in the warped image whose features (C, H, W) are nearest to those of whole-numbered points."""
+    wanted = original[:, points.imag.long(), points.real.long()]
+    there = warped.flatten(1)
     return pixels(warped.shape[-2:])[(wanted.T @ there - there.square().sum(0) / 2).argmax(1)]
 
 
 def open_backbones(args: Arguments) -> dict[str, DDAEBackbone]:
     """Return the network, and the same with random weights."""
-    own = {name: value for name in ("sigma", "null_class") if (value := getattr(args, name)) is not None}
-    config = DDAEConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir, **own)
+    given = {"sigma": args.sigma, "null_class": args.null_class, "cache_dir": args.cache_dir}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = DDAEConfig.from_pretrained(args.model_name_or_path, **given)
     names = config.stage_names
     layers = args.out_features or [*[name for name in names if name.startswith("down_blocks.1.")][-1:], config.layer]
     if unknown := [layer for layer in layers if layer not in names]:
         raise ValueError(f"out_features: there is no layer {', '.join(unknown)}; there are {', '.join(names)}.")
-    trained = DDAEBackbone.from_pretrained(
-        args.model_name_or_path,
-        sample_posterior=False,  # draws of latents would be the same for both images of a pair
-        out_features=sorted(set(layers), key=names.index),
-        cache_dir=args.cache_dir,
-        **own,
-    )
+    given["out_features"] = sorted(set(layers), key=names.index)
+    given["sample_posterior"] = False  # draws of latents would be the same for both images of a pair
+    trained = DDAEBackbone.from_pretrained(args.model_name_or_path, **given)
     check_null_class(trained.ddae)
     with separate_randomness(args.seed):
         untrained = DDAEBackbone(trained.config)
@@ -138,62 +129,29 @@ def open_backbones(args: Arguments) -> dict[str, DDAEBackbone]:
     return {"denoiser": ready(trained.eval()), "random weights": ready(untrained.eval())}
 
 
-def look_up(
-    backbones: dict[str, DDAEBackbone], images: Tensor, seed: int
-) -> tuple[dict[str, Tensor], list[tuple[Tensor, ...]]]:
-    """Return the errors in pixels of every way to look points up, and the network's answers for the first pairs."""
-    size = images.shape[-2:]
-    step = math.ceil(max(size) / POINTS)
-    points = pixels(size, step)
-    errors: dict[str, list[Tensor]] = {}
-    shown: list[tuple[Tensor, ...]] = []
-    for index, image in enumerate(tqdm(images, desc="Pairs")):
-        warp = Warp(size, seed, index)
-        pair = torch.stack([image, warp(image)])
-        shape = backbones["denoiser"].config.sample_shape
-        noise = torch.cat([indexed_noise(shape, [index], seed, view) for view in (0, 1)])
-        ways = {name: dense_features(backbone, pair, noise) for name, backbone in backbones.items()}
-        ways["5x5 patches"] = F.unfold(F.pad(pair, [2] * 4, mode="replicate"), 5).unflatten(2, size)
-        ways["pixel colours"] = pair
-        places = warp.places(points)
-        from_centre = torch.view_as_real(places - warp.centre).abs()
-        inside = (from_centre <= (torch.tensor(size[::-1]) - 1) / 2).all(1)  # what left the picture is not looked for
-        found = {name: match(*features, points[inside]) for name, features in ways.items()}
-        for name, answers in found.items():
-            errors.setdefault(name, []).append((answers - places[inside]).abs())
-        if index < SHOWN:
-            some = (points[inside].real / step % 8 == 3) & (points[inside].imag / step % 8 == 3)
-            shown.append((*pair, points[inside][some], found["denoiser"][some], errors["denoiser"][-1][some]))
-    return {name: torch.cat(values) for name, values in errors.items()}, shown
+def look_up(backbones: dict[str, DDAEBackbone], image: Tensor, warp: Warp, noise: Tensor) -> dict[str, Tensor]:
+    """Return points of an image, their true places in its warped copy, and the places that every way finds."""
+    pair = torch.stack([image, warp(image)])
+    ways = {name: dense_features(backbone, pair, noise) for name, backbone in backbones.items()}
+    ways["5x5 patches"] = F.unfold(F.pad(pair, [2] * 4, mode="replicate"), 5).unflatten(2, warp.size)
+    ways["pixel colours"] = pair
+    points = pixels(warp.size, math.ceil(max(warp.size) / POINTS))
+    from_centre = torch.view_as_real(warp.places(points) - warp.centre).abs()
+    points = points[(from_centre <= (torch.tensor(warp.size[::-1]) - 1) / 2).all(1)]  # others have left the picture
+    return {"points": points, "places": warp.places(points)} | {k: match(*v, points) for k, v in ways.items()}
 
 
-def picture(shown: list[tuple[Tensor, ...]], errors: dict[str, Tensor], furthest: float) -> Figure:
-    """Return pairs of images with some points and what the network found for them, and the part found over distance."""
-    figure = Figure(figsize=(10.5, 2.75 * max(len(shown), 2)), layout="constrained")
-    grid = figure.add_gridspec(len(shown), 3, width_ratios=(1, 1, 1.6))
-    for row, (*pair, points, found, error) in enumerate(shown):
-        panels = [figure.add_subplot(grid[row, column], xticks=[], yticks=[]) for column in (0, 1)]
-        for axes, title, image in zip(panels, ("original", "warped"), pair, strict=True):
-            axes.set_title(title if row == 0 else "")
-            colours = (image.permute(1, 2, 0).expand(-1, -1, 3) / 2 + 0.5).clamp(0, 1).numpy()
-            axes.imshow(colours, interpolation="nearest")
-        for *ends, distance in zip(
-            *(torch.view_as_real(each).tolist() for each in (points, found)), error, strict=True
-        ):
-            colour, marker = ("lime", "o") if distance <= RADII[1] else ("red", "X")
-            for axes, end in zip(panels, ends, strict=True):
-                axes.plot(*end, marker, color=colour, markersize=7, markeredgecolor="black")
-            line = ConnectionPatch(*ends, "data", "data", axesA=panels[0], axesB=panels[1], color=colour, alpha=0.7)
-            figure.add_artist(line)
-    axes, radii = figure.add_subplot(grid[:, 2]), np.linspace(0, furthest, 81)
-    for (name, error), style in zip(errors.items(), ("-", "--", "-.", ":"), strict=True):
-        part = [100 * (error <= radius).double().mean().item() for radius in radii]
-        axes.plot(radii, part, style, label=name, linewidth=2)
-    axes.set(xlabel="distance from the true place (pixels)", ylabel="points found within it (%)", ylim=(0, 100))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.suptitle(f"Points looked up in a warped copy: found within {RADII[1]} pixels (green), further off (red)")
-    return figure
+def draw_pair(axes: Any, pair: Tensor, found: dict[str, Tensor]) -> None:
+    """Show an image beside its warped copy, with lines from some points to where the network finds them."""
+    colours = torch.cat(list(pair), dim=2).permute(1, 2, 0).expand(-1, -1, 3) / 2 + 0.5
+    axes.imshow(colours.clamp(0, 1).numpy(), interpolation="nearest")
+    axes.set_axis_off()
+    near = (found["denoiser"] - found["places"]).abs() <= RADII[1]
+    step = math.ceil(max(pair.shape[-2:]) / POINTS) * 8
+    for start, end, good in zip(found["points"].tolist(), found["denoiser"].tolist(), near.tolist(), strict=True):
+        if start.real % step == step // 2 and start.imag % step == step // 2:
+            ends = ([start.real, end.real + pair.shape[-1]], [start.imag, end.imag])
+            axes.plot(*ends, "o-" if good else "X-", color="lime" if good else "red", markeredgecolor="black")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,20 +162,36 @@ def main(argv: list[str] | None = None) -> None:
         backbones = open_backbones(args)
         processor = DDAEImageProcessor.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir)
         pixel_values = processor(images.pil(range(len(images))), return_tensors="pt")["pixel_values"]
-    errors, shown = look_up(backbones, pixel_values, args.seed)
+    config = backbones["denoiser"].config
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    panels = figure.subplots(1, 3)
+    errors: dict[str, list[Tensor]] = {}
+    for index, image in enumerate(tqdm(pixel_values, desc="Pairs")):
+        warp = Warp(image.shape[-2:], args.seed, index)
+        noise = torch.cat([indexed_noise(config.sample_shape, [index], args.seed, view) for view in (0, 1)])
+        found = look_up(backbones, image, warp, noise)
+        for name in list(found)[2:]:
+            errors.setdefault(name, []).append((found[name] - found["places"]).abs())
+        if index < 2:
+            draw_pair(panels[index], torch.stack([image, warp(image)]), found)
     results = {}
-    for name, error in errors.items():
-        found = {f"pck@{radius}": (error <= radius).double().mean().item() for radius in RADII}
-        results[name] = {**found, "mean_error": error.mean().item()}
-    cells = [[f"{100 * r[f'pck@{radius}']:.1f}" for radius in RADII] for r in results.values()]
-    rows = [[name, *each, f"{r['mean_error']:.2f}"] for (name, r), each in zip(results.items(), cells, strict=True)]
+    radii = np.linspace(0, max(config.image_size) / 4, 81)
+    for name, parts in errors.items():
+        error = torch.cat(parts)
+        results[name] = {f"pck@{radius}": (error <= radius).double().mean().item() for radius in RADII}
+        results[name]["mean_error"] = error.mean().item()
+        panels[2].plot(radii, [100 * (error <= radius).double().mean().item() for radius in radii], label=name)
+    panels[2].set(xlabel="distance from the true place (pixels)", ylabel="points found within it (%)")
+    panels[2].legend()
+    rows = [
+        [name, *(f"{100 * r[f'pck@{n}']:.1f}" for n in RADII), f"{r['mean_error']:.2f}"] for name, r in results.items()
+    ]
     print(markdown(["points found (%)", *(f"within {radius}" for radius in RADII), "mean error (pixels)"], rows))
-    config, folder, count = backbones["denoiser"].config, Path(args.output_dir), len(errors["denoiser"])
-    about = {"layers": config.out_features, "sigma": config.sigma, "images": len(images), "points": count}
-    options = {**data.to_dict(), **args.to_dict()}
-    write_json(folder / "results.json", {"options": options, **about, "results": results})
-    picture(shown, errors, max(config.image_size) / 4).savefig(folder / "correspondence.png", dpi=90)
-    print(f"{count:,} points of {len(images)} images; look at {folder / 'correspondence.png'}.")
+    about = {"layers": config.out_features, "sigma": config.sigma, "images": len(images), "points": len(error)}
+    folder = Path(args.output_dir)
+    write_json(folder / "results.json", {"options": data.to_dict() | args.to_dict(), **about, "results": results})
+    figure.savefig(folder / "correspondence.png", dpi=90)
+    print(f"{len(error):,} points of {len(images)} images; look at {folder / 'correspondence.png'}.")
 
 
 if __name__ == "__main__":

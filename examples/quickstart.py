@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -80,23 +80,10 @@ def recognised(splits: dict[str, tuple[np.ndarray, np.ndarray]], samples: np.nda
     }
     counts = {name: int((judge.predict_proba(x)[:, :10].max(axis=1) > 0.9).sum()) for name, x in groups.items()}
     accuracy = 100 * judge.score(test_images, test_labels)
-    print(
-        f"\nOf {NUM_SAMPLES} images, a classifier of real digits (a support vector machine on pixels, {accuracy:.1f} % "
-        "accurate on\ntest images) names with confidence over 0.9:"
-    )
-    for name, count in counts.items():
-        print(f"  {name}: {count}")
+    print(f"\nA support vector machine on real digits' pixels is right for {accuracy:.1f} % of test images.")
+    print(f"Of {NUM_SAMPLES} images it names with confidence over 0.9:")
+    print("\n".join(f"  {name}: {count}" for name, count in counts.items()))
     return counts
-
-
-def save_comparison(path: Path, samples: list[Image.Image], real: np.ndarray) -> None:
-    """Write generated images (left) beside real ones (right)."""
-    left = image_grid(samples[:64], columns=8, min_side=48)
-    right = image_grid([Image.fromarray(image) for image in real[:64]], columns=8, min_side=48)
-    picture = Image.new("RGB", (left.width + right.width + 24, left.height), "white")
-    picture.paste(left, (0, 0))
-    picture.paste(right, (left.width + 24, 0))
-    picture.save(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,11 +108,14 @@ def main(argv: list[str] | None = None) -> None:
     probe = ["--sigmas", 0.1, 0.2, "--num_noise_samples", 4, "--few_labels", 10, "--baselines"]
     run("linear_probe.py", *model, "--dataset_name", data, *probe, "--output_dir", classifier)
     samples = [Image.open(folder / "samples" / f"{i:05d}.png") for i in range(NUM_SAMPLES)]
-    save_comparison(folder / "samples_beside_real.png", samples, splits["test"][0])
+    real = [Image.fromarray(image) for image in splits["test"][0]]
+    grids = [image_grid(images[:64], columns=8, min_side=48) for images in (samples, real)]
+    grids = [ImageOps.expand(grid, 12, "white") for grid in grids]
+    image_grid(grids, columns=2).save(folder / "samples_beside_real.png")
     counts = recognised(splits, np.stack([np.asarray(image) for image in samples]))
     (folder / "recognised.json").write_text(json.dumps(counts, indent=2) + "\n")
     image = folder / "test_image.png"
-    Image.fromarray(splits["test"][0][0]).save(image)
+    real[0].save(image)
     print(f"\nGenerated images beside real ones: {folder / 'samples_beside_real.png'}")
     print(f"The checkpoint, a generator:        {checkpoint}")
     print(f"The same network as a classifier:   {classifier}")

@@ -409,17 +409,24 @@ def test_no_largest_norm_of_the_gradient_is_one_that_is_never_reached(checkpoint
 # How it trains
 
 
-def test_batches_that_are_accumulated_make_the_step_of_a_large_one(checkpoints, digits):
-    options = {"max_train_steps": 2, "mixup": 0.0, "random_flip": False, "random_crop": 0, "lr_warmup_ratio": 0.0}
+def test_batches_that_are_accumulated_have_the_gradient_of_a_large_one(checkpoints, digits, monkeypatch):
+    """But for their noise, which is not the same, and so is next to none here."""
+    options = {"max_train_steps": 1, "mixup": 0.0, "random_flip": False, "random_crop": 0, "max_grad_norm": 0.0}
     options |= {"sigma": 0.0021, "ema_decay": None, "max_train_samples": 64}
-    images = []
     found = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    with_callback(monkeypatch, Watch())
     for size, count in ((32, 1), (16, 2)):
         result = run(checkpoints / "edm", digits, None, **options, batch_size=size, gradient_accumulation_steps=count)
-        images.append(result.images)
-        found.append(result.classifier.classifier.bias.detach())
-    assert images == [64, 64] and not torch.equal(found[0], torch.zeros(10))
-    torch.testing.assert_close(*found, rtol=0.2, atol=2e-4)  # their noise is not the same
+        assert result.images == 32
+    large, accumulated = found
+    assert large.keys() == accumulated.keys() and len(large) > 10
+    for name in ("classifier.weight", "classifier.bias", "ddae.denoiser.conv_in.weight"):
+        assert large[name].norm() > 0 and (large[name] - accumulated[name]).norm() < 0.1 * large[name].norm(), name
 
 
 def test_every_batch_of_a_step_has_noise_of_its_own(checkpoints, digits, monkeypatch):

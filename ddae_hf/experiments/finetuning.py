@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_model
@@ -71,19 +71,16 @@ class FinetuningOptions(Options):
     """Options of `finetune`."""
 
     # What a resumed run may change, and is applied from then on; and what says only where things are.
-    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+    MAY_CHANGE: ClassVar[set[str]] = set(
         """learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm num_train_epochs max_train_steps
         ema_decay noise_seed test_split max_test_samples torch_compile""".split()
     )
-    PLACES: ClassVar[frozenset[str]] = frozenset(
-        """output_dir resume_from_checkpoint checkpointing_steps cache_dir dataloader_num_workers report_to
-        logging_dir""".split()
-    )
+    PLACES: ClassVar[set[str]] = set(
+        "output_dir resume_from_checkpoint checkpointing_steps cache_dir dataloader_num_workers report_to".split()
+    ) | {"logging_dir"}
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
-    resume_from_checkpoint: str | None = option(
-        None, "A checkpoint's folder, or `latest` for the newest that is whole."
-    )
+    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
     train_split: str = option("train", "Split to train on.")
     test_split: str = option("test", "Split to test on.")
     max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
@@ -172,11 +169,10 @@ def finetune(
         else:  # is opened as all others are
             given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
             path = stack.enter_context(tempfile.TemporaryDirectory())
+            model.save_pretrained(path)
         resume = to_resume(options, given)
         if resume is not None and (finished := finished_run(options, given, resume.parent)):
             return finished
-        if path != given["model_name_or_path"]:
-            cast(Any, model).save_pretrained(path)
         folder = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         return _finetune(path, images, dataclasses.replace(options, output_dir=folder), given, resume)
 
@@ -220,9 +216,6 @@ def _finetune(
     return result
 
 
-# What a run is resumed from
-
-
 def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     """Return the checkpoint to resume, or None for a fresh start; `given` are all options, the data's among them."""
     if options.output_dir is None:
@@ -252,9 +245,6 @@ def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -
     return FinetuningResult(**vars(report), classifier=classifier, processor=DDAEImageProcessor.from_pretrained(run))
 
 
-# The data and the network
-
-
 def open_inputs(
     path: str, images: Images, options: FinetuningOptions, processor: DDAEImageProcessor
 ) -> tuple[Inputs, Inputs]:
@@ -275,21 +265,20 @@ def open_inputs(
 
 def build_classifier(path: str, options: FinetuningOptions, names: list[str]) -> DDAEForImageClassification:
     """Return the classifier, on the pretrained denoiser or on one of random weights; of latents without its VAE."""
-    given = {name: getattr(options, name) for name in ("layer", "sigma", "null_class", "noise_seed")}
+    given = {name: getattr(options, name) for name in ("layer", "sigma", "null_class", "noise_seed", "cache_dir")}
     config = {name: value for name, value in given.items() if value is not None}
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     config |= {} if options.latents_dir is None else {"vae": None, "sample_posterior": False}
-    where = {"cache_dir": options.cache_dir}
     torch.manual_seed(options.seed)
     if options.from_scratch:
-        whole = DDAEConfig.from_pretrained(path, **config, **where)
+        whole = DDAEConfig.from_pretrained(path, **config)
         whole.generator_fingerprint = None
         classifier = DDAEForImageClassification(whole)
         if whole.vae is not None:  # without which there are no latents to learn on
-            classifier.ddae.vae.load_state_dict(load_vae(path, **where).state_dict())
+            classifier.ddae.vae.load_state_dict(load_vae(path, cache_dir=options.cache_dir).state_dict())
     else:
         config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-        classifier = DDAEForImageClassification.from_pretrained(path, **config, **where)
+        classifier = DDAEForImageClassification.from_pretrained(path, **config)
     check_null_class(classifier.ddae)
     return classifier
 
@@ -313,9 +302,6 @@ def check_sizes(options: FinetuningOptions, config: Any, count: int) -> None:
         raise ValueError(f"{count} images leave a batch of one, which has no variance: change batch_size.")
     if config.feature_norm == "batch_norm" and options.ema_decay is not None:
         raise ValueError("The checkpoint has a batch norm, whose statistics are not averaged: leave out ema_decay.")
-
-
-# The training
 
 
 def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> TrainingArguments:
@@ -343,11 +329,7 @@ def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> T
 
 
 def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None) -> dict[str, Any]:
-    """Train, leave the last weights or their averages in the model, and return how long it took.
-
-    Raises:
-        Interrupted: A signal came, and a checkpoint was written.
-    """
+    """Train, leave the last weights or their averages in the model, and return how long it took."""
     output = Path(trainer.args.output_dir)
     keeps = given["output_dir"] is not None
     if resume is not None:
@@ -368,17 +350,17 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
             "resume_from_checkpoint latest goes on from it.",
             number,
         )
-    total = trainer.total()
     if trainer.average is not None:
         trainer.average.copy_to(trainer.learning.values())
+    total = trainer.total()
     seconds = total["seconds"] - trainer.before["seconds"]
-    timed = (trainer.images_seen, seconds) if trainer.images_seen else (total["images"], trainer.before["seconds"])
+    speed = trainer.images_seen / seconds if trainer.images_seen else total["images"] / trainer.before["seconds"]
     return {
         "steps": trainer.state.global_step,
         "images": total["images"],
         "train_seconds": round(total["seconds"], 1),
         "train_seconds_this_run": round(seconds, 1),
-        "images_per_second": round(timed[0] / timed[1], 1),
+        "images_per_second": round(speed, 1),
     }
 
 

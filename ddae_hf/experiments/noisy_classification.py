@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,10 +62,8 @@ MLP = "mlp"  # its folder
 WIDE_RESNET = "wide_resnet"  # likewise
 TEST_VIEW = noise_view(True, 0)  # of noise; training and test images never share one
 FIRST_TRAIN_VIEW = 2
-# What stored features and the Wide ResNet both depend on; then either one alone.
-COMMON = ("sigma_min", "sigma_max", "random_flip", "random_crop", "seed")
-OF_FEATURES = ("layers", "null_class", "noise_seed", "batch_size")
-OF_WIDE_RESNET = ("wide_resnet", "wide_resnet_batch_size")
+# What stored features and the Wide ResNet both depend on.
+COMMON = ["sigma_min", "sigma_max", "random_flip", "random_crop", "seed"]
 
 
 @dataclass(kw_only=True)
@@ -122,7 +120,7 @@ class NoisyResult(NoisyReport):
 
     def curves(self) -> Figure:
         """Return a picture of accuracies over noise levels, with their standard errors."""
-        lines = {name: 100 * np.array(values) for name, values in self.test_accuracies.items()}
+        lines: dict[str, Any] = {name: 100 * np.array(values) for name, values in self.test_accuracies.items()}
         errors = {name: np.sqrt(y * (100 - y) / self.num_test_images) for name, y in lines.items()}
         sigmas = self.options["sigmas"]
         title = f"Classifying noisy images, {self.num_test_images:,} test images"
@@ -162,11 +160,9 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
         check_folder(folder)
         network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
-        check_taps(network, options.layers, (options.sigma_min, options.sigma_max))
-        if options.random_crop >= min(network.config.image_size):
-            raise ValueError(
-                f"random_crop is {options.random_crop}: the images' sides are {network.config.image_size}."
-            )
+        check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))
+        if options.random_crop >= min(sides := network.config.image_size):
+            raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {sides}.")
         processor = open_processor(model, options.cache_dir)
         train, test = (ImageInputs(part, processor) for part in labelled_splits(images, options))
         check_folders(folder, network, train, options)
@@ -175,16 +171,15 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
         if options.wide_resnet:
             networks[WIDE_RESNET] = study.train_wide_resnet()
         titles = {MLP: "MLP on the denoiser", WIDE_RESNET: f"WRN-28-{options.wide_resnet}"}
+        trained = [(titles[name], name, trained) for name, (trained, _) in networks.items()]
         result = NoisyResult(
             options=given | options.to_dict(),
             num_train_images=len(train),
             num_test_images=len(test),
             chance=1 / len(train.names),
             noise_on="images in [-1, 1]" if network.vae is None else "scaled latents",
-            trained_parameters={
-                titles[name]: sum(p.numel() for p in n.parameters()) for name, (n, _) in networks.items()
-            },
-            test_accuracies={titles[name]: study.accuracies(name, n) for name, (n, _) in networks.items()},
+            trained_parameters={title: sum(p.numel() for p in found.parameters()) for title, _, found in trained},
+            test_accuracies={title: study.accuracies(name, found) for title, name, found in trained},
             seconds_this_run=round(time.monotonic() - started, 1),
             dataset=images.facts(train.images, test.images),
             networks=networks,
@@ -198,11 +193,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
 
 
 def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyOptions) -> None:
-    """Note what the contents of each sub-folder depend on.
-
-    Raises:
-        ValueError: A sub-folder holds others, or a training of an older version that is not finished.
-    """
+    """Note what the contents of each sub-folder depend on, or raise `ValueError` if one holds others."""
     content = {"images": train.images.hash, "labels": train.labels.tolist()}
     data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     shared = {"preprocessing": train.identity["preprocessing"], "data": data}
@@ -210,30 +201,27 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
         shared |= {"vae": fingerprint(model.vae, dtype=None), "sample_posterior": model.config.sample_posterior}
     source = {"scheduler": model.config.scheduler, "pooling": model.config.pooling}
     source |= {"weights": fingerprint(model.denoiser, model.vae, dtype=None), "dtype": str(model.denoiser.dtype)}
-    folders = {"features": (OF_FEATURES, source | shared)}
+    folders = {"features": (["layers", "null_class", "noise_seed", "batch_size"], source | shared)}
     if options.wide_resnet:
-        folders[WIDE_RESNET] = (OF_WIDE_RESNET, shared)
+        folders[WIDE_RESNET] = (["wide_resnet", "wide_resnet_batch_size"], shared)
     for name, (names, more) in folders.items():
         path = folder / name / "options.json"
         now = json.loads(json.dumps({name: getattr(options, name) for name in COMMON + names} | more))
         old = read_json(path) if path.exists() else now
         if different := sorted(name for name in now if now[name] != old.get(name)):
-            raise ValueError(
-                f"{path.parent} was made with other options ({', '.join(different)}): choose another output_dir."
-            )
+            made = f"{path.parent} was made with other options ({', '.join(different)})"
+            raise ValueError(f"{made}: choose another output_dir.")
         write_json(path, now)
     if (folder / WIDE_RESNET / "state.safetensors").exists() and not saved_checkpoints(folder / WIDE_RESNET):
-        raise ValueError(
-            f"{folder / WIDE_RESNET} holds a training of version 0.2.0, which this one does not resume: delete that "
-            "folder, or choose another output_dir."
-        )
+        made = f"{folder / WIDE_RESNET} holds a training of version 0.2.0, which this one does not resume"
+        raise ValueError(f"{made}: delete that folder, or choose another output_dir.")
 
 
 def log_uniform(options: NoisyOptions, count: int, seed: list[int]) -> Tensor:
     """Draw noise levels (count,), float32."""
-    ends = (options.sigma_min, options.sigma_max)
-    logs = np.random.default_rng(seed).uniform(*np.log(ends), count)
-    return torch.from_numpy(np.exp(logs).clip(*ends)).float()  # rounding must not leave the schedule
+    low, high = np.log((options.sigma_min, options.sigma_max))
+    sigmas = np.exp(np.random.default_rng(seed).uniform(low, high, count))
+    return torch.from_numpy(sigmas.clip(options.sigma_min, options.sigma_max)).float()  # inside of the schedule
 
 
 def seed_by(*seed: int) -> None:
@@ -243,28 +231,23 @@ def seed_by(*seed: int) -> None:
 
 @dataclass
 class Study:
-    """Trains and tests the classifiers of one denoiser.
-
-    Attributes:
-        model: The denoiser, on the device to use.
-        train: The training images.
-        test: The test images.
-        options: The options.
-        folder: Where features and checkpoints are kept.
-    """
+    """Trains and tests the classifiers of one denoiser."""
 
     model: DDAEModel
     train: Inputs
     test: Inputs
     options: NoisyOptions
-    folder: Path
+    folder: Path  # of features and checkpoints
+
+    def __post_init__(self) -> None:
+        self.layers = self.options.layers or []
+        self.sigmas = self.options.sigmas or []
 
     def stored_view(self, view: int) -> tuple[np.ndarray, Tensor]:
         """Return the training images' features (N, C) in a draw, kept on disk, and their levels (N,)."""
         options = self.options
-        count = len(self.train)
-        sigmas = log_uniform(options, count, [options.noise_seed, view])
-        size = sum(hidden_size(self.model.denoiser, layer) for layer in self.options.layers)
+        sigmas = log_uniform(options, len(self.train), [options.noise_seed, view])
+        size = sum(hidden_size(self.model.denoiser, layer) for layer in self.layers)
 
         def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
             seed_by(options.seed, view)
@@ -277,15 +260,15 @@ class Study:
                 if rows.start >= start:
                     level = sigmas[rows.start : rows.stop].to(self.model.device)
                     number = FIRST_TRAIN_VIEW + view
-                    found = batch_features(
-                        self.model, images, rows, options.layers, level, noise_seed=options.noise_seed, view=number
-                    )
-                    values = torch.cat([found[layer] for layer in options.layers], dim=1)
+                    seed = options.noise_seed
+                    found = batch_features(self.model, images, rows, self.layers, level, noise_seed=seed, view=number)
+                    values = torch.cat([found[layer] for layer in self.layers], dim=1)
                     if not values.isfinite().all():
                         raise ValueError("Some features are no finite numbers: the network overflows, use float32.")
-                    yield {f"view-{view}": values}
+                    yield {name: values}
 
-        return fill(self.folder / "features", {f"view-{view}": (size,)}, count, batches)[f"view-{view}"], sigmas
+        name = f"view-{view}"
+        return fill(self.folder / "features", {name: (size,)}, len(self.train), batches)[name], sigmas
 
     def train_mlp(self) -> tuple[NoiseConditionalMLP, dict[str, Any]]:
         """Return the MLP trained on stored features, which it standardises, and what it is built from."""
@@ -296,7 +279,7 @@ class Study:
         config = {"in_features": stored[0].shape[1], "num_labels": len(self.train.names)}
         config |= {name: getattr(options, name) for name in ("hidden_size", "num_hidden_layers", "dropout")}
         seed_by(options.seed)
-        mlp = NoiseConditionalMLP(**config).to(device).train()
+        mlp: Any = NoiseConditionalMLP(**config).to(device).train()
         moments = np.mean([[view.mean(0, np.float64), np.square(view, dtype=np.float64).mean(0)] for view in stored], 0)
         mlp.mean.copy_(torch.from_numpy(moments[0]))
         mlp.deviation.copy_(torch.from_numpy(np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-12))))
@@ -313,31 +296,40 @@ class Study:
             schedule.step()
         if not (loss.isfinite() and largest(mlp.state_dict().values()).isfinite()):
             raise not_finite(len(passes), loss.item(), options.learning_rate, None)
-        return mlp.eval(), config | {"layers": self.options.layers}
+        return mlp.eval(), config | {"layers": self.layers}
 
     def train_wide_resnet(self) -> tuple[WideResNet, dict[str, Any]]:
         """Return the Wide ResNet trained on what the denoiser sees, from where an earlier run stopped."""
         options = self.options
         folder = self.folder / WIDE_RESNET
-        count = len(self.train)
         size = options.wide_resnet_batch_size
         steps = options.wide_resnet_steps
         channels = self.model.config.sample_shape[0]
         config = {"k": options.wide_resnet, "num_labels": len(self.train.names), "num_channels": channels}
         seed_by(options.seed)
-        network = WideResNet(**config).to(self.model.device, memory_format=torch.channels_last)
+        network: Any = WideResNet(**config).to(self.model.device)
+        network.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             network.parameters(), options.wide_resnet_learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
 
         def of_epoch(epoch: int) -> list[np.ndarray]:
-            order = np.random.default_rng([options.seed, epoch]).permutation(count)
-            return [order[first : first + size] for first in range(0, count, size)]
+            order = np.random.default_rng([options.seed, epoch]).permutation(len(self.train))
+            return [order[first : first + size] for first in range(0, len(order), size)]
+
+        def loss(batch: dict[str, Tensor]) -> Tensor:
+            noisy, sigma = self.noisy_batch(batch["pixel_values"], loop.progress.batches)
+            logits = network(
+                noisy.to(self.model.device, memory_format=torch.channels_last), sigma.to(self.model.device)
+            )
+            return F.cross_entropy(logits, batch["labels"].to(self.model.device))
 
         checkpoint = checkpoint_to_resume(folder, "latest", (*STATE, "model.safetensors"))
         if checkpoint is not None:
             load_model(network, checkpoint / "model.safetensors")
-        loader = DataLoader(LabelledRows(self.train), batch_sampler=Batches(of_epoch, size), collate_fn=whole)
+        loader = DataLoader(
+            LabelledRows(self.train), batch_sampler=Batches(of_epoch, size), collate_fn=cast(Any, whole)
+        )
         with accelerated(mixed_precision="no", place=False) as accelerator:
             loop = Loop(
                 accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
@@ -349,7 +341,7 @@ class Study:
                 desc=f"WRN-28-{options.wide_resnet}", option="wide_resnet_learning_rate",
             )  # fmt: skip
             loop.restore(checkpoint)
-            loop.run(lambda batch: self.noisy_loss(network, batch, loop.progress.batches))
+            loop.run(loss)
             if checkpoint is None or step_of(checkpoint) < steps:
                 loop.checkpoint()
         return network.eval(), config
@@ -362,35 +354,30 @@ class Study:
         clean = self.model.encode(images.to(self.model.device), torch.randn_like(noise)).cpu()
         return clean + sigma[:, None, None, None] * noise, sigma
 
-    def noisy_loss(self, network: WideResNet, batch: dict[str, Tensor], step: int) -> Tensor:
-        """Return the Wide ResNet's loss in a step."""
-        noisy, sigma = (values.to(self.model.device) for values in self.noisy_batch(batch["pixel_values"], step))
-        logits = network(noisy.to(memory_format=torch.channels_last), sigma)
-        return F.cross_entropy(logits, batch["labels"].to(self.model.device))
-
     @torch.no_grad()
     def accuracies(self, name: str, network: nn.Module) -> list[float]:
         """Return a classifier's accuracy at every level; the noise of a test image is the same for all of them."""
         answers = self.of_features(network) if name == MLP else self.of_noisy(network)
-        right = np.zeros(len(self.options.sigmas), int)
+        right = [0] * len(self.sigmas)
         for number, rows, logits in answers:
-            right[number] += (logits.argmax(-1).cpu().numpy() == self.test.labels[rows]).sum()
-        return (right / len(self.test)).tolist()
+            right[number] += int((logits.argmax(-1).cpu().numpy() == self.test.labels[rows]).sum())
+        return [count / len(self.test) for count in right]
 
     def of_features(self, mlp: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield the MLP's answers to test images: a level's number, rows, and logits (B, K)."""
-        options = self.options
+        size = self.options.batch_size
         count = len(self.test)
-        cache = FeatureCache(options.features_dir or self.folder / "features", self.model, options.noise_seed)
-        for number, sigma in enumerate(options.sigmas):
+        where = self.options.features_dir or self.folder / "features"
+        cache = FeatureCache(where, self.model, self.options.noise_seed)
 
-            def images(start: int, sigma: float = sigma) -> Iterator[Tensor]:
-                yield from self.test.batches(options.batch_size, start=start, title=f"test, sigma {sigma:g}")
+        def images(start: int) -> Iterator[Tensor]:
+            return self.test.batches(size, start=start, title="test")
 
-            found = cache.features(images, count, options.layers, sigma, view=TEST_VIEW, data=self.test.identity)
-            for start in range(0, count, options.batch_size):
-                rows = slice(start, start + options.batch_size)
-                values = np.concatenate([found[layer][rows] for layer in options.layers], axis=1)
+        for number, sigma in enumerate(self.sigmas):
+            found = cache.features(images, count, self.layers, sigma, view=TEST_VIEW, data=self.test.identity)
+            for start in range(0, count, size):
+                rows = slice(start, start + size)
+                values = np.concatenate([found[layer][rows] for layer in self.layers], axis=1)
                 features = torch.from_numpy(values).to(self.model.device)
                 yield number, rows, mlp(features, features.new_full((len(features),), sigma))
 
@@ -407,5 +394,5 @@ class Study:
                 own = indexed_noise(config.sample_shape, indices, seed, TEST_VIEW, purpose=POSTERIOR)
             clean = self.model.encode(images.to(self.model.device), own)
             noise = indexed_noise(config.sample_shape, indices, seed, TEST_VIEW).to(clean)
-            for number, sigma in enumerate(self.options.sigmas):
+            for number, sigma in enumerate(self.sigmas):
                 yield number, rows, network(clean + sigma * noise, clean.new_full((len(clean),), sigma))

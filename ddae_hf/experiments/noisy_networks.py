@@ -19,6 +19,9 @@ def embed_sigma(sigma: Tensor) -> Tensor:
 class NoiseConditionalMLP(nn.Module):
     """A multi-layer perceptron on features (B, C) of noisy images, told their noise levels in every hidden layer."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, in_features: int, num_labels: int, hidden_size: int, num_hidden_layers: int, dropout: float):
         super().__init__()
         self.register_buffer("mean", torch.zeros(in_features))
@@ -27,11 +30,13 @@ class NoiseConditionalMLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
         self.shifts = nn.ModuleList(nn.Linear(EMBEDDING, hidden_size) for _ in self.layers)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in self.layers)
-        self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(hidden_size, num_labels)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(hidden_size, num_labels)
 
     def forward(self, features: Tensor, sigma: Tensor) -> Tensor:
         """Return logits (B, num_labels) of features (B, C) at levels (B,)."""
-        hidden, embedding = (features - self.mean) / self.deviation, embed_sigma(sigma)
+        hidden = (features - self.mean) / self.deviation
+        embedding = embed_sigma(sigma)
         for layer, shift, norm in zip(self.layers, self.shifts, self.norms, strict=True):
             hidden = self.dropout(F.silu(norm(layer(hidden) + shift(embedding))))
         return self.classifier(hidden)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
 PROGRESS = "progress.json"
-NUM_LOSSES = 100  # batches whose losses are looked at before a checkpoint is written
-KEPT = 2  # checkpoints
 
 
 def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
@@ -78,25 +76,19 @@ def parameter_groups(
     depths = parameter_depths(model)
     top = max(depths.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    group: dict[str, Any]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # what the logits depend on
-            depth = depths[name]
-            decayed = parameter.ndim > 1
-            group = {"params": [], "lr": learning_rate * layer_decay ** (top - depth)}
-            group = groups.setdefault((depth, decayed), group | {"weight_decay": weight_decay * decayed})
+            kind = depths[name], parameter.ndim > 1
+            rate = learning_rate * layer_decay ** (top - kind[0])
+            group = groups.setdefault(kind, {"params": [], "lr": rate, "weight_decay": weight_decay * kind[1]})
             group["params"].append(parameter)
     return list(groups.values())
 
 
 class LabelledRows(Dataset[Any]):
-    """Labelled inputs by whole batches, as a loader asks for them.
+    """Labelled inputs by whole batches, as a loader asks for them; by default all, and of each the first view alone.
 
-    Args:
-        inputs: The inputs.
-        rows: Which of them; by default all.
-        views: Views of each that a batch has, (B, views, C, H, W); by default the first alone, (B, C, H, W).
-        noise: Gives rows noise of their own, (B, draws, C, H, W).
+    `noise` gives rows noise of their own, (B, draws, C, H, W).
     """
 
     def __init__(
@@ -106,10 +98,8 @@ class LabelledRows(Dataset[Any]):
         views: int | None = None,
         noise: Callable[[np.ndarray], Tensor] | None = None,
     ):
-        self.inputs = inputs
-        self.noise = noise
+        self.inputs, self.views, self.noise = inputs, views, noise
         self.rows = np.arange(len(inputs)) if rows is None else rows
-        self.views = views
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -148,13 +138,10 @@ class Progress(ProgressCallback):
         for group, rate, (_, weight_decay) in zip(groups, schedule._last_lr, self.trainer.given, strict=True):
             group.update(lr=rate, weight_decay=weight_decay)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the batches of a step anew."""
-        self.trainer.batch = 0
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the weights; save and stop if a signal came."""
         super().on_step_end(args, state, control, **kwargs)
+        self.trainer.batch = 0
         if self.trainer.average is not None:
             self.trainer.average.step(self.trainer.learning.values())
         if self.trainer.signal():
@@ -170,15 +157,9 @@ class Progress(ProgressCallback):
 
 
 class FineTuner(Trainer):
-    """Trainer of a classifier.
+    """Trainer of a classifier, on `LabelledRows`.
 
     What is random in a step depends on (seed, step, process, batch) alone, so that a resumed run repeats it.
-
-    Args:
-        options: The options of `finetune`.
-        arguments: Trainer's, which follow from them.
-        model: The classifier.
-        dataset: Training images, which give whole batches, and have an `identity`.
     """
 
     model: Any
@@ -191,7 +172,7 @@ class FineTuner(Trainer):
         self, options: FinetuningOptions, arguments: TrainingArguments, model: DDAEForImageClassification, dataset: Any
     ):
         try:
-            super().__init__(model, arguments, whole, dataset, compute_metrics=_metrics)
+            super().__init__(model, arguments, cast(Any, whole), dataset, compute_metrics=_metrics)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"report_to is {options.report_to}, which cannot be used: {error}") from error
         for callback in self.callback_handler.callbacks:
@@ -208,7 +189,7 @@ class FineTuner(Trainer):
             self.average = EMAModel(self.learning.values(), decay=options.ema_decay, foreach=True)
         self.options = options
         self.stopping = Stopping()
-        self.losses: deque[Tensor] = deque(maxlen=NUM_LOSSES)
+        self.losses: deque[Tensor] = deque(maxlen=100)  # of batches, looked at before a checkpoint is written
         self.batch = 0  # of this step
         self.images_seen = 0  # in this run
         self.before: dict[str, Any] = {"images": 0, "seconds": 0.0}  # what the run had come to that is resumed
@@ -246,11 +227,9 @@ class FineTuner(Trainer):
         return int(self.accelerator.gather(asked).max()) or None
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over what Trainer does not know of, progress and averages.
+        """Take over progress and averages, of which Trainer does not know; raise `ValueError` where it is another run.
 
-        Raises:
-            ValueError: Weights that are not finite, or other processes or images, with which Trainer would go on at
-                another place.
+        With other processes or images Trainer would go on at another place.
         """
         self.before = read_json(checkpoint / PROGRESS)
         check_weights(checkpoint, load_file(checkpoint / WEIGHTS).values())
@@ -262,9 +241,9 @@ class FineTuner(Trainer):
             self.average.optimization_step = step_of(checkpoint)
         processes = len(list(checkpoint.glob("rng_state*.pth")))
         if processes != self.args.world_size:
+            now = self.args.world_size
             raise ValueError(
-                f"{checkpoint} was trained by {processes} process(es), and here are {self.args.world_size}: start as "
-                "many as then."
+                f"{checkpoint} was trained by {processes} process(es), and here are {now}: start as many as then."
             )
         # Versions before 0.3.0 noted the number of images alone, or nothing.
         if any(self.before.get(name, value) != value for name, value in self.train_dataset.identity.items()):
@@ -292,20 +271,17 @@ class FineTuner(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process has written its random state
                 if self.is_world_process_zero():
-                    self._complete(folder, averages)
+                    if averages:
+                        tensors = [value.contiguous() for value in averages]
+                        save_file(dict(zip(self.learning, tensors, strict=True)), folder / AVERAGED)
+                    write_json(folder / PROGRESS, self.total() | self.train_dataset.identity)
+                    note_files(folder)
+                    for old in [other for other in saved_checkpoints(folder.parent) if other != folder][:-1]:
+                        discard(old)
             except BaseException:
                 if self.is_world_process_zero() and folder.exists():
                     discard(folder)
                 raise
-
-    def _complete(self, folder: Path, averages: list[Tensor]) -> None:
-        if averages:
-            tensors = [value.contiguous() for value in averages]
-            save_file(dict(zip(self.learning, tensors, strict=True)), folder / AVERAGED)
-        write_json(folder / PROGRESS, self.total() | self.train_dataset.identity)
-        note_files(folder)
-        for old in [other for other in saved_checkpoints(folder.parent) if other != folder][: 1 - KEPT]:
-            discard(old)
 
     def not_finite(self, loss: float) -> NotFinite:
         """Return what stops a training that has failed; the learning rate is the classifier's, the largest."""
