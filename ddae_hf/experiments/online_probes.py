@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..hidden_states import hidden_size
 from .accelerating import accelerated
-from .batches import Batch, Batches
+from .batches import Batches
 from .features import batch_features
 from .images import noise_view
 from .training import Loop
@@ -58,21 +58,15 @@ class OnlineProbes(nn.Module):
 
 
 def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarray, noise_seed: int) -> OnlineProbes:
-    """Train probes as the paper does: fresh noise, flips and crops every epoch, Adam and a cosine schedule.
+    """Train the probes of some layers on some training images as the paper does.
 
-    Args:
-        prober: Has the network, the training images, and the options of the protocol.
-        layers: The layers, whose probes are trained together.
-        sigma: Noise level.
-        rows: Indices of the training images to train on.
-        noise_seed: Seed of the noise.
+    Every epoch has fresh noise, flips and crops; the optimiser is Adam, on a cosine schedule.
 
     Raises:
         ValueError: The loss is no finite number.
     """
-    options, model = prober.options, prober.model
+    options, model, labels = prober.options, prober.model, torch.from_numpy(prober.labels["train"])
     widths = {layer: hidden_size(model.denoiser, layer) for layer in layers}
-    labels = torch.from_numpy(prober.labels["train"])
     steps = math.ceil(len(rows) / options.online_batch_size)
 
     def of_epoch(epoch: int) -> list[np.ndarray]:
@@ -80,45 +74,30 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
         return np.array_split(order, steps)
 
     with accelerated(seed=options.seed, mixed_precision="no", place=False) as accelerator:
-        classes, batch_norm = prober.solving["num_classes"], options.protocol == "batch_norm"
-        probes = OnlineProbes(widths, classes, batch_norm).to(model.device)
+        probes = OnlineProbes(widths, len(prober.train.names or ()), options.protocol == "batch_norm").to(model.device)
+        numbers: Any = range(len(labels))  # of the images, which `loss` reads
         order = Batches(of_epoch, options.online_batch_size)
         loop = Loop(
             accelerator,
             probes,
             torch.optim.Adam(probes.parameters(), lr=options.learning_rate),
-            DataLoader(_Rows(len(labels)), batch_sampler=order, collate_fn=lambda batch: batch),
+            DataLoader(numbers, batch_sampler=order, collate_fn=torch.tensor),
             total_steps=options.num_epochs * steps,
             seed=options.seed,
             schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),
             desc=f"sigma {sigma:g}, training",
         )
 
-        def loss(batch: Batch) -> Tensor:
+        def loss(some: Tensor) -> Tensor:
             epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are
-            images, view = prober.train.read(batch["rows"].numpy(), epoch), noise_view(False, epoch)
-            features = batch_features(
-                model, images, batch["rows"].numpy(), layers, sigma, noise_seed=noise_seed, view=view
-            )
-            truth = labels[batch["rows"]].to(model.device)
+            images, view = prober.train.read(some.numpy(), epoch), noise_view(False, epoch)
+            features = batch_features(model, images, some.numpy(), layers, sigma, noise_seed=noise_seed, view=view)
+            truth = labels[some].to(model.device)
             losses = (F.cross_entropy(logits, truth) for logits in loop.module(features).values())
             return sum(losses, torch.zeros((), device=model.device))
 
         loop.run(loss)
     return probes.eval()
-
-
-class _Rows(Dataset[Batch]):
-    """The numbers of so many rows, a whole batch at a time."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitems__(self, rows: list[int]) -> Batch:
-        return {"rows": torch.tensor(rows)}
 
 
 @torch.no_grad()

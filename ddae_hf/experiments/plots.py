@@ -42,12 +42,10 @@ def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair) -> Figure:
     """Return a picture of validation accuracy over noise levels, of the best layer of each and of the best pair's."""
     accuracy = _accuracies(pairs)
     sigmas = sorted({sigma for _, sigma in accuracy})
-    lines = {
-        "best layer of each level": [max(accuracy[key] for key in accuracy if key[1] == sigma) for sigma in sigmas],
-        best.layer: [accuracy[best.layer, sigma] for sigma in sigmas],
-    }
+    highest = [max(accuracy[key] for key in accuracy if key[1] == sigma) for sigma in sigmas]
+    lines = {"best layer of each level": highest, best.layer: [accuracy[best.layer, sigma] for sigma in sigmas]}
     label = "accuracy on held-out images (%)"
-    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label, log=True)
+    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label)
 
 
 def _accuracies(pairs: Sequence[Pair]) -> dict[tuple[str, float], float]:
@@ -74,21 +72,15 @@ def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[s
 
 
 def curves(
-    x: Sequence[float],
-    lines: Mapping[str, Sequence[float]],
-    *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
+    x: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, xlabel: str, ylabel: str,
     errors: Mapping[str, Sequence[float]] | None = None,
-) -> Figure:
-    """Return a picture of lines, with the errors of some of them, over a common axis, with a tick at every point."""
+) -> Figure:  # fmt: skip
+    """Return a picture of lines, with the errors of some of them, over noise levels, with a tick at each."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):
         axes.errorbar(x, y, (errors or {}).get(label), fmt=style, capsize=3, label=label)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log")
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
