@@ -31,7 +31,7 @@ EXPERIMENTS = [
     ["arrays", "classes", "devices", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
     ["generation_metrics", "noisy_networks", "options"],
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report", "run_folder"],
-    ["images", "latent_folder", "probe_results", "progress"],
+    ["images", "latent_folder", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results", "training_options"],
     ["batches", "model_card", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],

@@ -46,7 +46,8 @@ def test_a_classifier_has_the_networks_features_and_the_probes_weights(generator
     for parameter in classifier.parameters():
         parameter += 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    save_classifier(tmp_path / "saved", source, DDAEImageProcessor.from_pretrained(generator), NAMES, *head, **TAP)
+    classifier = make_classifier(source, NAMES, *head, **TAP)
+    save_classifier(tmp_path / "saved", classifier, source, DDAEImageProcessor.from_pretrained(generator))
     opened = DDAEForImageClassification.from_pretrained(tmp_path / "saved")
     assert torch.equal(opened(images).logits, expected)
     assert opened.config.weights == "head"  # of the generator that lies beside it
@@ -58,19 +59,18 @@ def test_a_classifier_has_the_networks_features_and_the_probes_weights(generator
 def test_the_classifier_of_a_changed_network_is_saved_whole(generator, head, images, tmp_path):
     model = DDAEModel.from_pretrained(generator)
     model.denoiser.conv_in.weight += 0.1
-    save_classifier(tmp_path / "saved", model, DDAEImageProcessor.from_pretrained(generator), NAMES, *head, **TAP)
+    classifier = make_classifier(model, NAMES, *head, **TAP)
+    save_classifier(tmp_path / "saved", classifier, model, DDAEImageProcessor.from_pretrained(generator))
     opened = DDAEForImageClassification.from_pretrained(tmp_path / "saved")
     assert opened.config.weights == "whole"
-    assert torch.equal(opened(images).logits, make_classifier(model, NAMES, *head, **TAP)(images).logits)
+    assert torch.equal(opened(images).logits, classifier(images).logits)
 
 
-def test_weights_that_are_no_numbers_are_refused(generator, head, tmp_path):
+def test_weights_that_are_no_numbers_are_refused(generator, head):
     weight, bias = head
     weight[0, 0] = float("nan")
-    processor = DDAEImageProcessor.from_pretrained(generator)
     with pytest.raises(ValueError, match="no finite numbers: it is not saved. Regularise it more"):
-        save_classifier(tmp_path / "saved", generator, processor, NAMES, weight, bias, **TAP)
-    assert not (tmp_path / "saved").exists()
+        make_classifier(generator, NAMES, weight, bias, **TAP)
 
 
 def test_classifying_is_what_the_model_says(generator, digits):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..hidden_states import hidden_size
 from .accelerating import accelerated
-from .batches import Batches
+from .batches import Batch, Batches
 from .features import batch_features
 from .images import noise_view
 from .training import Loop
@@ -81,17 +81,18 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
             accelerator,
             probes,
             torch.optim.Adam(probes.parameters(), lr=options.learning_rate),
-            DataLoader(numbers, batch_sampler=order, collate_fn=torch.tensor),
+            DataLoader(numbers, batch_sampler=order, collate_fn=lambda some: {"rows": torch.tensor(some)}),
             total_steps=options.num_epochs * steps,
             seed=options.seed,
             schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),
             desc=f"sigma {sigma:g}, training",
         )
 
-        def loss(some: Tensor) -> Tensor:
+        def loss(batch: Batch) -> Tensor:
             epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are
-            images, view = prober.train.read(some.numpy(), epoch), noise_view(False, epoch)
-            features = batch_features(model, images, some.numpy(), layers, sigma, noise_seed=noise_seed, view=view)
+            some = batch["rows"].numpy()
+            images, view = prober.train.read(some, epoch), noise_view(False, epoch)
+            features = batch_features(model, images, some, layers, sigma, noise_seed=noise_seed, view=view)
             truth = labels[some].to(model.device)
             losses = (F.cross_entropy(logits, truth) for logits in loop.module(features).values())
             return sum(losses, torch.zeros((), device=model.device))

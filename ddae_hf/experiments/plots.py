@@ -90,19 +90,18 @@ def curves(
 
 def curves_of_points(points: Sequence[Point]) -> Figure:
     """Return a picture of accuracy, loss and sample quality over training steps, the best of each marked."""
+    steps = [point.step for point in points]
     panels: dict[str, list[Any]] = {"test accuracy (%)": [100 * point.test_accuracy for point in points]}
     panels["loss on test images"] = [point.test_loss for point in points]
-    panels["Frechet distance"] = [point.frechet_distance for point in points if point.frechet_distance is not None]
-    panels = {label: values for label, values in panels.items() if values}
+    if points[0].frechet_distance is not None:
+        panels["Frechet distance"] = [point.frechet_distance for point in points]
     figure = Figure(figsize=(6, 0.8 + 2 * len(panels)), layout="constrained")
-    steps = [point.step for point in points]
-    for (label, y), axis in zip(panels.items(), figure.subplots(len(panels), sharex=True), strict=True):
-        best = y.index((max if label == "test accuracy (%)" else min)(y))
+    for (title, y), axis in zip(panels.items(), figure.subplots(len(panels), sharex=True), strict=True):
+        best = y.index((max if title == "test accuracy (%)" else min)(y))
         axis.plot(steps, y, "o-")
-        axis.plot(
-            steps[best], y[best], "*", markersize=15, color="crimson", label=f"best: {y[best]:.4g} at {steps[best]}"
-        )
-        axis.set_ylabel(label)
+        label = f"best: {y[best]:.4g} at {steps[best]}"
+        axis.plot(steps[best], y[best], "*", markersize=15, color="crimson", label=label)
+        axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.legend()
     axis.set_xlabel("training step")

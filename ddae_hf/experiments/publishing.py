@@ -81,8 +81,7 @@ def publish(
         folder: What is published.
         message: Of the commit.
         ignore: Patterns of files that stay here.
-        generator: The checkpoint that the network is of; if it is a folder with the report of its pretraining, the card
-            has that too.
+        generator: The checkpoint that the network is of, the report of whose pretraining the card shows too.
 
     Raises:
         ValueError: A folder without a checkpoint, or a push that failed; the error says how to push by hand.

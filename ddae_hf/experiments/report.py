@@ -213,8 +213,8 @@ def _built(hint: Any, value: Any) -> Any:
 def _plain(value: Any) -> Any:
     """Return dataclasses as dictionaries, without what is not known and what lives in memory alone."""
     if dataclasses.is_dataclass(value):
-        found = {name: getattr(value, name) for name in _in_file(value)}
-        return {name: _plain(item) for name, item in found.items() if item is not None and item not in ({}, [])}
+        found = {name: _plain(getattr(value, name)) for name in _in_file(value)}
+        return {name: item for name, item in found.items() if item not in (None, {}, [])}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
