@@ -35,7 +35,7 @@ EXPERIMENTS = [
     ["converting", "encoding", "extractors", "feature_export", "results", "training_options"],
     ["batches", "model_card", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],
-    ["evaluation", "new_networks", "online_probes", "vae_training"],
+    ["evaluation", "new_networks", "vae_training"],
     ["pretraining", "probing"],
     ["finetuning", "sweeping"],
     ["noisy_classification", "training_curve", "transferring"],

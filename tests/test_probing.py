@@ -1,4 +1,4 @@
-"""Classifiers made of probes: what they say, how they are saved, and that they leave their network alone."""
+"""Probes that learn by gradient descent, and classifiers made of probes: what they say, and how they are saved."""
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ from sklearn.preprocessing import StandardScaler
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments import Images
 from ddae_hf.experiments.logistic_regression import fit_logistic_regression
-from ddae_hf.experiments.probing import classify, make_classifier, save_classifier
+from ddae_hf.experiments.probing import OnlineProbes, classify, make_classifier, save_classifier
 
 from .conftest import make_unet
 from .quiet import quiet
+from .test_logistic_regression import make_features
 
 NAMES = ["cat", "dog", "cow"]
 TAP = {"layer": "mid_block", "sigma": 0.2, "noise_seed": 3}
@@ -97,3 +98,23 @@ def test_the_weights_of_a_probe_are_scikit_learns_on_raw_features():
         logits = torch.from_numpy(features).double() @ probe.weight[0].T + probe.bias[0]
         expected = model.predict_proba(scaler.transform(features))
         np.testing.assert_allclose(torch.softmax(logits, -1).numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_online_probes_learn_apart_and_give_their_weights(batch_norm):
+    torch.manual_seed(0)
+    features, labels = make_features()
+    features = torch.from_numpy(features / features.std(0))
+    inputs, y = {"a.0": features, "b": features[:, :5]}, torch.from_numpy(labels)
+    probes = OnlineProbes({"a.0": 12, "b": 5}, 4, batch_norm)
+    optimizer = torch.optim.Adam(probes.parameters(), lr=0.05)
+    for _ in range(300):
+        loss = sum(torch.nn.functional.cross_entropy(logits, y) for logits in probes(inputs).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    logits = probes.eval()(inputs)
+    for layer, values in inputs.items():
+        weight, bias = probes.linear(layer)
+        torch.testing.assert_close(values @ weight.T + bias, logits[layer], rtol=1e-3, atol=1e-3)
+    assert (logits["a.0"].argmax(1) == y).float().mean() > (logits["b"].argmax(1) == y).float().mean() > 0.3

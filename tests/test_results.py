@@ -230,7 +230,10 @@ def test_folders_are_read_in_order_and_copies_once(tmp_path):
         ("[]", "holds a list"),
         ("{", "cannot be read"),
         ('{"pairs": []}', "missing 2 required .*: 'best' and 'test_accuracies'"),
-        ('{"pairs": [], "images": {"train": 1, "fitted": 1, "held_out": 1}}', "cannot be understood: .*missing 2 required"),
+        (
+            '{"pairs": [], "images": {"train": 1, "fitted": 1, "held_out": 1}}',
+            "cannot be understood: .*missing 2 required",
+        ),
         ('{"pairs": 3, "images": {"train": 1, "fitted": 1, "held_out": 1}, "best": {}}', "cannot be understood"),
         ('{"results": {}, "options": {}}', "cannot be understood: 'num_train_images'"),
     ],

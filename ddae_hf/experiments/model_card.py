@@ -154,21 +154,18 @@ class _Card:
         if self.is_classifier and section.saved is not None:
             own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
             figures.insert(0, Figure("accuracy", "Test accuracy, with the model's fixed noise", section.saved, own))
+        task = "unconditional-image-generation" if generated else "image-classification"
+        # What agrees in task, type, configuration and split is taken for one data set.
+        config = known.get("config") or (None if "id" in known else known.get("name"))
         return [
             EvalResult(
-                task_type="unconditional-image-generation" if generated else "image-classification",
-                dataset_type=known.get("id", "local"),  # the Hub asks for a word here
-                dataset_name=known.get("name", "local"),
-                # What agrees in task, type, configuration and split is taken for one data set.
-                dataset_config=known.get("config") or (None if "id" in known else known.get("name")),
-                dataset_split=known.get("train_split" if generated else "test_split"),
-                metric_type=figure.metric,
-                metric_name=figure.name,
-                metric_value=figure.value,
-                metric_args=figure.conditions,
+                task_type=task, dataset_type=known.get("id", "local"),  # the Hub asks for a word here
+                dataset_name=known.get("name", "local"), dataset_config=config,
+                dataset_split=known.get("train_split" if generated else "test_split"), metric_type=figure.metric,
+                metric_name=figure.name, metric_value=figure.value, metric_args=figure.conditions,
             )
             for figure in figures
-        ]
+        ]  # fmt: skip
 
     def eval_result_entries(self, kind: str) -> list[EvalResultEntry]:
         """Return the main accuracy of every report of a kind, on data that the Hub has."""
@@ -187,17 +184,12 @@ class _Card:
         task = "image-classification" if self.is_classifier else "image-feature-extraction"
         ids = {known["id"] for report in self.all_reports if "id" in (known := self.dataset(report))}
         return ModelCardData(
-            library_name="transformers" if of_transformers else "diffusers",
-            pipeline_tag=task if of_transformers else "unconditional-image-generation",
-            tags=TAGS,
-            license=self.license,
-            base_model=self.base_model,
-            base_model_relation="finetune" if self.base_model else None,
-            datasets=sorted(ids) or None,
+            library_name="transformers" if of_transformers else "diffusers", tags=TAGS, license=self.license,
+            pipeline_tag=task if of_transformers else "unconditional-image-generation", base_model=self.base_model,
+            base_model_relation="finetune" if self.base_model else None, datasets=sorted(ids) or None,
             metrics=list(dict.fromkeys(figure.metric_type for figure in figures)) or None,
-            model_name=self.name if figures else None,
-            eval_results=figures or None,
-        )
+            model_name=self.name if figures else None, eval_results=figures or None,
+        )  # fmt: skip
 
     def description(self) -> dict[str, Any]:
         """Return what the checkpoint is, and how it is used."""
@@ -220,15 +212,11 @@ class _Card:
         }
 
     def render(self) -> ModelCard:
+        template, environment = TEMPLATE.read_text(encoding="utf-8"), _environment_rows(self.all_reports)
         card = ModelCard.from_template(
-            self.metadata(),
-            template_str=TEMPLATE.read_text(encoding="utf-8"),
-            card=self,
-            **self.description(),
-            environment=_environment_rows(self.all_reports),
-            option_rows=_option_rows,
-            table=markdown,
-        )
+            self.metadata(), template_str=template, card=self, **self.description(), environment=environment,
+            option_rows=_option_rows, table=markdown,
+        )  # fmt: skip
         return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n")
 
 
@@ -266,14 +254,9 @@ def _environment_rows(reports: Iterable[Report]) -> list[list[str]]:
         seconds = report.seconds_this_run if report.seconds is None else report.seconds
         seconds = seconds.get("in_all") if isinstance(seconds, Mapping) else seconds
         last = "" if report.seconds is not None else " (its last run)"
-        found = {
-            "hardware": report.hardware,
-            "processes": report.processes,
-            "threads": report.threads,
-            "time": None if seconds is None else f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}",
-            "images/s": report.images_per_second,
-            "versions": report.versions,
-        }
+        time = None if seconds is None else f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}"
+        found = {"hardware": report.hardware, "processes": report.processes, "threads": report.threads, "time": time}
+        found |= {"images/s": report.images_per_second, "versions": report.versions}
         title = report.section().title.lower()
         rows += [[title, name, words] for name, value in found.items() if (words := _words(value))]
     return rows

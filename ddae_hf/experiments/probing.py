@@ -1,13 +1,15 @@
 """A probe: what a linear layer tells from a network's features of images, and the classifier that it makes.
 
 A probe is fitted on a part of the training images, chosen on the rest of them, fitted again on all, and tested once.
-Its features come from `Inputs`, images or latents, and are kept on disk: the network runs once for a noise level.
+Its features come from `Inputs`, images or latents, and are kept on disk: the network runs once for a noise level. But
+the paper's probes, `OnlineProbes`, are trained by gradient descent with a forward pass of the network for every batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,24 +17,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..checkpoints import still_generates
 from ..configuration_ddae import DDAEConfig
+from ..hidden_states import hidden_size
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..pipeline_ddae import DDAEPipeline
+from .accelerating import accelerated
+from .batches import Batch, Batches
 from .classes import draw_images, draw_labels
 from .devices import made_fast
 from .draws import separate_randomness
-from .features import FeatureCache
+from .features import FeatureCache, batch_features
 from .images import ImageInputs, ImageSet, Inputs, noise_view
 from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_regression, knn_predict, uniformity
 from .metrics import F1
 from .models import Model
-from .online_probes import predict_online, train_online
 from .results import Pair, Probe
+from .training import Loop
 
 if TYPE_CHECKING:
     from .sweeping import SweepOptions
@@ -44,14 +52,41 @@ ALIGNMENT_IMAGES = 2000
 Fitted = tuple[Tensor, Tensor, np.ndarray]
 
 
+class OnlineProbes(nn.Module):
+    """Linear classifiers on layers of some widths, trained together while a network computes their features.
+
+    With `batch_norm` features pass a batch norm without parameters first, as in He et al. 2022 (arXiv 2111.06377) and
+    l-DAE (arXiv 2401.14404).
+    """
+
+    def __init__(self, widths: dict[str, int], num_classes: int, batch_norm: bool = False):
+        super().__init__()
+        self.layers = list(widths)
+        norms = (nn.BatchNorm1d(width, affine=False) if batch_norm else nn.Identity() for width in widths.values())
+        self.norms = nn.ModuleList(norms)
+        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for width in widths.values())
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return logits (B, K) of features (B, C), by layer name."""
+        parts = zip(self.layers, self.norms, self.heads, strict=True)
+        return {layer: head(norm(features[layer])) for layer, norm, head in parts}
+
+    def linear(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return a layer's classifier in evaluation, weights (K, C) and biases (K,), its batch norm folded in."""
+        head: Any = self.heads[self.layers.index(layer)]
+        norm: Any = self.norms[self.layers.index(layer)]
+        weight, bias = head.weight.detach(), head.bias.detach()
+        if isinstance(norm, nn.Identity):
+            return weight, bias
+        weight = weight * (norm.running_var + norm.eps).rsqrt()
+        return weight, bias - weight @ norm.running_mean
+
+
 @dataclass(eq=False)
 class Prober:
     """Linear probes of one network: its features of training and test images, and figures of them.
 
     Attributes:
-        model: The network, on the device to use.
-        train: The training images; `test` the others.
-        options: The options of the sweep.
         layers: The layers to choose from; `PIXELS` alone is what the network is fed, whatever the noise level.
         sigmas: The noise levels to choose from.
         folder: Where features are kept.
@@ -95,9 +130,9 @@ class Prober:
             if layers == [PIXELS]:
                 found[PIXELS].append(torch.cat([batch.flatten(1) for batch in images(0)]).numpy())
                 continue
-            changes = {"flip": options.flips, "crop": options.crop_padding, "seed": options.seed} if view else {}
             cache, count = FeatureCache(self.folder, self.model, noise_seed), len(inputs if rows is None else rows)
-            known, number = {**inputs.identity, **part, **changes}, noise_view(split == "test", view)
+            known = {**inputs.identity, **part, **(options.changes if view else {})}
+            number = noise_view(split == "test", view)
             for layer, values in cache.features(images, count, layers, sigma, view=number, data=known).items():
                 found[layer].append(values)
         return found
@@ -180,10 +215,7 @@ class Prober:
         return probes.weight[0], probes.bias[0], predicted[0]
 
     def few_labels(self, best: Pair) -> dict[str, list[float]]:
-        """Return test accuracies with few labels a class, by their number, one for every draw of them.
-
-        The pair is the one that was chosen with all labels of the selection images.
-        """
+        """Return the pair's test accuracies with few labels a class, by their number, one for every draw of them."""
         options, labels, layer = self.options, self.labels["train"], best.layer
         if not options.few_labels:
             return {}
@@ -210,10 +242,7 @@ class Prober:
         return Probe(best=best, test_accuracies=accuracies, test_f1=f1, few_label_test_accuracies=few), fitted[first]
 
     def baselines(self) -> dict[str, Probe]:
-        """Return what a network is compared with: what it is fed, and its like with random weights.
-
-        Of a network of latents the VAE stays; only the denoiser is untrained.
-        """
+        """Return what a network is compared with: what it is fed, and its like with random weights but for a VAE."""
         config: Any = self.model.config
         with separate_randomness(self.options.seed):
             untrained = DDAEModel(config).eval().to(dtype=self.model.dtype)
@@ -226,29 +255,73 @@ class Prober:
         return {name: each.tested(levels[name], 1)[0] for name, each in probers.items()}
 
 
+def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarray, noise_seed: int) -> OnlineProbes:
+    """Train the probes of some layers on some training images as the paper does, or raise `ValueError` at a NaN loss.
+
+    Every epoch has fresh noise, flips and crops; the optimiser is Adam, on a cosine schedule.
+    """
+    options, model, labels = prober.options, prober.model, torch.from_numpy(prober.labels["train"])
+    widths = {layer: hidden_size(model.denoiser, layer) for layer in layers}
+    steps = math.ceil(len(rows) / options.online_batch_size)
+
+    def of_epoch(epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([options.seed, epoch + 1]).permutation(rows)
+        return np.array_split(order, steps)
+
+    with accelerated(seed=options.seed, mixed_precision="no", place=False) as accelerator:
+        probes = OnlineProbes(widths, len(prober.train.names or ()), options.protocol == "batch_norm").to(model.device)
+        numbers: Any = range(len(labels))  # of the images, which `loss` reads
+        order = Batches(of_epoch, options.online_batch_size)
+        loader = DataLoader(numbers, batch_sampler=order, collate_fn=lambda some: {"rows": torch.tensor(some)})
+        loop = Loop(
+            accelerator, probes, torch.optim.Adam(probes.parameters(), lr=options.learning_rate), loader,
+            total_steps=options.num_epochs * steps, seed=options.seed, desc=f"sigma {sigma:g}, training",
+            schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),
+        )  # fmt: skip
+
+        def loss(batch: Batch) -> Tensor:
+            epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are
+            some = batch["rows"].numpy()
+            images, view = prober.train.read(some, epoch), noise_view(False, epoch)
+            features = batch_features(model, images, some, layers, sigma, noise_seed=noise_seed, view=view)
+            truth = labels[some].to(model.device)
+            losses = (F.cross_entropy(logits, truth) for logits in loop.module(features).values())
+            return sum(losses, torch.zeros((), device=model.device))
+
+        loop.run(loss)
+    return probes.eval()
+
+
+@torch.no_grad()
+def predict_online(
+    prober: Prober, probes: OnlineProbes, split: str, sigma: float, rows: np.ndarray, noise_seed: int
+) -> dict[str, np.ndarray]:
+    """Return the classes (1, N) that probes give a split's images at `rows`, by layer name."""
+    found: dict[str, list[np.ndarray]] = {layer: [] for layer in probes.layers}
+    inputs = prober.train if split == "train" else prober.test
+    start, view = 0, noise_view(split == "test", 0)
+    for images in inputs.batches(prober.options.batch_size, rows, title=f"sigma {sigma:g}, {split} images"):
+        indices = rows[start : (start := start + len(images))]
+        features = batch_features(prober.model, images, indices, probes.layers, sigma, noise_seed=noise_seed, view=view)
+        for layer, logits in probes(features).items():
+            found[layer].append(logits.argmax(1).cpu().numpy())
+    return {layer: np.concatenate(parts)[None] for layer, parts in found.items()}
+
+
 def make_classifier(
-    model: Model,
-    names: Sequence[str],
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    dtype: torch.dtype | str = "auto",
-    cache_dir: str | None = None,
-    **config: Any,
-) -> DDAEForImageClassification:
+    model: Model, names: Sequence[str], weight: Tensor, bias: Tensor, *,
+    dtype: torch.dtype | str = "auto", cache_dir: str | None = None, **config: Any,
+) -> DDAEForImageClassification:  # fmt: skip
     """Return a network with a linear classifier, in evaluation mode, on the CPU if the network is of a path.
 
     Args:
-        model: The network: a checkpoint of any layout, or an open model, whose weights are copied.
+        model: The network: a checkpoint of any layout, opened in `dtype`, or an open model, whose weights are copied.
         names: The names of K classes.
-        weight: (K, C), for features as they are.
+        weight: (K, C), for features as they are; a `ValueError` if some are no finite numbers.
         bias: (K,).
-        dtype: The type to open a checkpoint in, by default its own.
+        dtype: By default the checkpoint's own.
         cache_dir: Where downloads are kept.
         **config: What its configuration says, such as `layer`, `sigma` and `noise_seed`.
-
-    Raises:
-        ValueError: Weights that are no finite numbers.
     """
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise ValueError("The classifier's weights are no finite numbers: it is not saved. Regularise it more.")
@@ -269,12 +342,9 @@ def make_classifier(
 
 
 def save_classifier(
-    folder: str | os.PathLike[str],
-    classifier: DDAEForImageClassification,
-    model: Model,
-    processor: DDAEImageProcessor,
-    cache_dir: str | None = None,
-) -> None:
+    folder: str | os.PathLike[str], classifier: DDAEForImageClassification, model: Model,
+    processor: DDAEImageProcessor, cache_dir: str | None = None,
+) -> None:  # fmt: skip
     """Write a classifier that `make_classifier` made of a model, as one folder.
 
     It holds the generator as a pipeline, with its VAE where it has one, and beside it the classifier without their

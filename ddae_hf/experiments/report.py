@@ -125,8 +125,7 @@ class Report:
         known = {name: self.options.get(name) for name in ("train_split", "test_split")}
         known |= {"config": self.options.get("dataset_config_name"), **self.dataset}
         source = known.get("id") or self.options.get("dataset_name") or self.options.get("train_data_dir")
-        if not known.get("name") and source:
-            known["name"] = Path(source).name
+        known["name"] = known.get("name") or (source and Path(source).name)
         self.dataset = {name: value for name, value in known.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,8 +153,8 @@ class Report:
 
     def pictures_there(self) -> dict[Path, str]:
         """Return the pictures beside the file, and what they show."""
-        there = {} if self.folder is None else {self.folder / name: text for name, text in self.pictures.items()}
-        return {path: text for path, text in there.items() if path.is_file()}
+        places = ((Path(self.folder or "", name), text) for name, text in self.pictures.items() if self.folder)
+        return {path: text for path, text in places if path.is_file()}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -103,6 +103,11 @@ class SweepOptions(Options):
         """Out of how much padding they are cropped."""
         return 4 * self.online if self.random_crop is None else self.random_crop
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the features of views after the first depend on."""
+        return {"flip": self.flips, "crop": self.crop_padding, "seed": self.seed}
+
     def check(self) -> None:
         """Refuse what does not go together."""
         if not self.layers or not self.l2:
@@ -115,8 +120,7 @@ class SweepOptions(Options):
         for name, given in {"few_labels": self.few_labels, "baselines": self.baselines, "num_views": views}.items():
             if self.online and given:
                 raise ValueError(f"{name} is of logistic regression, not of the protocol {self.protocol}.")
-        for name in ("output_dir", "features_dir"):
-            folder = getattr(self, name)
+        for name, folder in {"output_dir": self.output_dir, "features_dir": self.features_dir}.items():
             if folder is not None and Path(folder).is_file():
                 raise ValueError(f"{name} is {folder}, which is a file: give a folder.")
 
@@ -142,17 +146,13 @@ class SweepResult(ProbeReport):
         return heat_map(self.pairs, self.best)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the classifier, in a folder that `DDAEForImageClassification.from_pretrained` opens, and all figures.
-
-        Beside the classifier lie its generator, if it still generates, and its processor.
-        """
+        """Write the classifier, so that `from_pretrained` opens the folder, and all figures: see `save_classifier`."""
         save_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
         self.save_figures(folder)
 
     def save_figures(self, folder: str | os.PathLike[str]) -> None:
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
-        path = Path(folder)
-        self.write(path)
+        path = self.write(folder).parent
         self.heat_map().savefig(path / "heat_map.png", dpi=120)
         accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
         names = list((self.classifier.config.id2label or {}).values())
@@ -180,9 +180,9 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
     train, test = labelled_splits(images, options)
     opened = open_for(model, options)
     processor = open_processor(model, options.cache_dir)
-    inputs = [changed_inputs(each, processor, options) for each in (train, test)]
+    learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
     known = images.facts(train, test)
-    return sweep_inputs(model, opened, *inputs, processor, options, dataset=known, given=images.opened_with)
+    return sweep_inputs(model, opened, learnt, tested, processor, options, dataset=known, given=images.opened_with)
 
 
 def open_for(model: Model, options: SweepOptions) -> DDAEModel:
@@ -202,10 +202,9 @@ def check_sweep(
     model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
     folder: str | os.PathLike[str] = "", selection_views: Sequence[int] | None = None,
 ) -> Prober:  # fmt: skip
-    """Return the probes of a sweep, which keeps its features in `folder`, or refuse what cannot be probed.
+    """Return the probes of a sweep, which keeps its features in `folder`, or raise `ValueError`.
 
-    Raises:
-        ValueError: An unknown layer, a level outside the schedule, or too few images, for what is asked.
+    That is of an unknown layer, a level outside the schedule, or too few images for what is asked.
     """
     layers = chosen_layers(model, options.layers)
     sigmas = list(dict.fromkeys(options.sigmas or [model.config.sigma]))
@@ -267,8 +266,8 @@ def sweep_inputs(
         config |= {"layer": found.best.layer, "sigma": found.best.sigma, "noise_seed": options.noise_seed}
         config |= {name: getattr(model.config, name) for name in ("num_noise_samples", "null_class")}
         classifier, accuracy = _classifier(source, prober, processor, fitted, config)
-    settled = {"random_flip": options.flips, "random_crop": options.crop_padding}
-    settled["num_noise_samples"] = model.config.num_noise_samples
+    draws = model.config.num_noise_samples
+    settled = {"random_flip": options.flips, "random_crop": options.crop_padding, "num_noise_samples": draws}
     result = SweepResult(
         **vars(found), **machine(device), checkpoint=path, options={**given, **options.to_dict(), **settled},
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
@@ -301,11 +300,10 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     """Probe every noise level, and keep each one's figures in a folder, if any: an interrupted sweep goes on there."""
     options = prober.options
     own = ("num_epochs", "learning_rate", "online_batch_size") if options.online else ("l2", "num_views")
-    names = ("protocol", "validation_fraction", "knn", "alignment", "seed", "max_selection_samples", *own)
-    known: dict[str, Any] = {"features": FeatureCache(folder or "", prober.model, options.noise_seed).identity}
+    names = ("protocol", "validation_fraction", "knn", "alignment", "changes", "max_selection_samples", *own)
+    known: dict[str, Any] = {name: getattr(options, name) for name in names}
     known |= {"data": prober.train.identity, "layers": prober.layers, "chosen_on": len(prober.chosen_on)}
-    known |= {"random_flip": options.flips, "random_crop": options.crop_padding}
-    known |= {name: getattr(options, name) for name in names}
+    known["features"] = FeatureCache(folder or "", prober.model, options.noise_seed).identity
     known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     pairs: list[Pair] = []

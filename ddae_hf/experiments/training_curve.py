@@ -62,7 +62,7 @@ def sweep_run(
         DDAEConfig.from_pretrained(checkpoint)  # refused now, and not after hours
     train, test = labelled_splits(images, options)
     processor = open_processor(next(iter(checkpoints.values())), options.cache_dir)
-    inputs = [changed_inputs(each, processor, options) for each in (train, test)]
+    learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
     kept = None if options.output_dir is None else Path(options.output_dir)
     features = options.features_dir or (None if kept is None else str(kept / "features"))
     quality = extractor = None
@@ -78,11 +78,12 @@ def sweep_run(
     for step, checkpoint in tqdm(checkpoints.items(), desc="Checkpoints"):
         folder = None if kept is None else str(kept / f"checkpoint-{step}")
         own = dataclasses.replace(options, output_dir=folder, features_dir=features)
-        opened, given = open_for(checkpoint, own), images.opened_with
-        found = sweep_inputs(str(checkpoint), opened, *inputs, processor, own, dataset=dataset, given=given)
-        accuracy = next(iter(found.test_accuracies.values()))
-        point = Point(step=step, test_accuracy=accuracy, **dataclasses.asdict(found.best))
-        point.test_loss = test_loss(checkpoint, inputs[1], options)
+        found = sweep_inputs(
+            str(checkpoint), open_for(checkpoint, own), learnt, tested, processor, own,
+            dataset=dataset, given=images.opened_with,
+        )  # fmt: skip
+        accuracy, loss = found.test_accuracies[str(options.noise_seed)], test_loss(checkpoint, tested, options)
+        point = Point(step=step, test_accuracy=accuracy, test_loss=loss, **dataclasses.asdict(found.best))
         if quality is not None:
             where = dataclasses.replace(quality, output_dir=None if folder is None else f"{folder}/generation")
             made: Any = compare_samples(str(checkpoint), images, where, extractor)
