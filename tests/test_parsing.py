@@ -103,7 +103,8 @@ def test_a_file_gives_way_to_the_command_line(config):
 
 def test_the_options_that_a_run_left_are_a_configuration(config):
     """Those of 0.2.0 name the configuration that it took, whose options they hold."""
-    assert some("--config", config("config: gone.yaml\nbatch_size: 7")).batch_size == 7
+    path = config("config: gone.yaml\nbatch_size: 7", "training_options.yaml")
+    assert some("--config", path).batch_size == 7
 
 
 def test_a_configuration_takes_over_what_its_base_says(config):
@@ -141,6 +142,7 @@ def test_a_configuration_takes_over_what_its_base_says(config):
         ("name: 1e5", "name is 100000.0: put text in quotes"),
         ("name: {a: 1}", "name is {'a': 1}"),
         ("name: wrong", "name is 'wrong': give another."),
+        ("config: other.yaml", "there is no option 'config'"),
         ("labels_per_class: 10", "there is no option 'labels_per_class' any more: give few_labels."),
         ("[1, 2]", "must hold options, `name: value`, and holds a list"),
         ("just text", "and holds a str"),

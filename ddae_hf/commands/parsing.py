@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..experiments.options import Options, Table, read_yaml, unknown
+from ..experiments.run_folder import OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _take_defaults(parser: Any, path: Path) -> None:
     """Make a file's options the defaults, each converted by the parser's own type."""
     options = read_config(path)
-    options.pop("config", None)  # which options that a run of 0.2.0 left beside its checkpoints hold
+    if path.name == OPTIONS:
+        options.pop("config", None)  # which a run of 0.2.0 noted, with all that this file had said
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
     for name, value in options.items():
         if name not in actions:

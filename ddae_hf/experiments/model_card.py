@@ -87,17 +87,10 @@ class _Card:
     """A checkpoint and the results that its card shows."""
 
     def __init__(
-        self,
-        folder: Path,
-        repo_id: str | None,
-        *,
-        results: Iterable[str | os.PathLike[str]] = (),
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        dataset_id: str | None = None,
-        base_model: str | None = None,
-        license: str | None = None,
-    ):
+        self, folder: Path, repo_id: str | None, *, results: Iterable[str | os.PathLike[str]] = (),
+        model_name: str | None = None, dataset_name: str | None = None, dataset_id: str | None = None,
+        base_model: str | None = None, license: str | None = None,
+    ):  # fmt: skip
         folders: dict[Path, Path] = {}
         for path in (folder, *map(Path, results)):
             folders.setdefault(path.resolve(), path)

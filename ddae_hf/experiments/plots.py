@@ -44,8 +44,8 @@ def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair) -> Figure:
     sigmas = sorted({sigma for _, sigma in accuracy})
     highest = [max(accuracy[key] for key in accuracy if key[1] == sigma) for sigma in sigmas]
     lines = {"best layer of each level": highest, best.layer: [accuracy[best.layer, sigma] for sigma in sigmas]}
-    label = "accuracy on held-out images (%)"
-    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label)
+    y = "accuracy on held-out images (%)"
+    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=y)
 
 
 def _accuracies(pairs: Sequence[Pair]) -> dict[tuple[str, float], float]:

@@ -273,8 +273,8 @@ def sweep_inputs(
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
         pairs=pairs, baselines=baselines, saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-        dataset=dataset, base_model=base_model(path).get("base_model"), classifier=classifier, processor=processor,
-        source=source, labels=test.labels, predicted=fitted[2],
+        dataset=dataset, **base_model(path), classifier=classifier, processor=processor, source=source,
+        labels=test.labels, predicted=fitted[2],
     )  # fmt: skip
     if kept is not None:
         result.save_figures(kept)
