@@ -152,7 +152,7 @@ class SweepResult(ProbeReport):
 
     def save_figures(self, folder: str | os.PathLike[str]) -> None:
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
-        path = self.write(folder).parent
+        path = self.write(Path(folder)).parent
         self.heat_map().savefig(path / "heat_map.png", dpi=120)
         accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
         names = list((self.classifier.config.id2label or {}).values())
