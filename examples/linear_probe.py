@@ -10,7 +10,6 @@ are given, the pair is chosen on a part of the training images, never on test im
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,12 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, options, hub = parse([DataOptions, Arguments, HubOptions], __doc__, argv)
     with sentences():
         prepare(hub, options.output_dir)
-        images = data.open(options.cache_dir)
-        result = sweep(options.model_name_or_path, images, dataclasses.replace(options, output_dir=None))
+        model = options.model_name_or_path
+        result = sweep(model, data.open(options.cache_dir), options, output_dir=None)
         result.save(options.output_dir)
         print(result.table())
-        generator = options.model_name_or_path
-        said = publish(hub, options.output_dir, "Add a linear classifier", generator=generator)
+        said = publish(hub, options.output_dir, "Add a linear classifier", generator=model)
     print(said or f"The classifier, pictures and every figure are in {options.output_dir}.")
 
 

@@ -3,10 +3,8 @@ r"""Find a denoiser's best layer and noise level: probe every pair of them, and 
     python examples/sweep.py --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
         --layers decoder --sigmas 0.02 0.05 0.1 0.2 --output_dir runs/cifar10_sweep
 
-One pass over the images a noise level serves all layers. Features are kept in `--features_dir`: another run, another
-kind of probe or an interrupted run starts from what is there. Layer, noise level and regularisation are chosen on a
-part of the training images; test images are looked at once, with the chosen pair. With `--checkpoints RUN`, every
-checkpoint of a training run is swept.
+Features are kept in `--features_dir`: another run, another kind of probe or an interrupted run starts from what is
+there. With `--checkpoints RUN`, every checkpoint of a training run is swept.
 """
 
 from __future__ import annotations
@@ -44,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.checkpoints and hub.push_to_hub:
             raise ValueError("push_to_hub pushes one classifier: sweep one checkpoint, with model_name_or_path.")
         prepare(hub, options.output_dir)
-        images = data.open(options.cache_dir)
+        images, model = data.open(options.cache_dir), options.model_name_or_path
         if options.checkpoints:
             print(sweep_run(options.checkpoints, images, options).table())
         else:
-            print(sweep(options.model_name_or_path, images, options).table())
+            print(sweep(model, images, options).table())
             classifier = f"{options.output_dir}/classifier"
-            said = publish(hub, classifier, "Add the classifier of a sweep", generator=options.model_name_or_path)
+            said = publish(hub, classifier, "Add the classifier of a sweep", generator=model)
             print(said or f"The classifier is in {classifier}.")
     print(f"Pictures and every figure are in {options.output_dir}.")
 

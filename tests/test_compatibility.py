@@ -61,7 +61,8 @@ def expected_of(root, name):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        # Processors add up in orders of their own: on others than wrote the archives, logits differed by 1.4e-5.
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("name", writer.FOLDERS)

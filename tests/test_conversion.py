@@ -30,7 +30,7 @@ from ddae_hf import (
 )
 from ddae_hf.configuration_ddae import DEFAULT_DENOISER
 from ddae_hf.conversion import DIT_HEADS, convert, convert_dit, convert_unet
-from ddae_hf.experiments.probing import save_classifier
+from ddae_hf.experiments.probing import make_classifier, save_classifier
 from ddae_hf.hidden_states import collect_hidden_states
 from ddae_hf.networks import network_of
 from ddae_hf.pickles import read_weights
@@ -630,7 +630,8 @@ def test_a_probe_of_features_alone_is_saved_whole(unet_file, tmp_path):
     processor = DDAEImageProcessor.from_pretrained(tmp_path / "net")
     width = DDAEModel.from_pretrained(tmp_path / "net", **options).config.hidden_size
     weight, bias = torch.randn(2, width), torch.randn(2)
-    save_classifier(tmp_path / "probe", str(tmp_path / "net"), processor, ["a", "b"], weight, bias, **options)
+    classifier = make_classifier(str(tmp_path / "net"), ["a", "b"], weight, bias, **options)
+    save_classifier(tmp_path / "probe", classifier, str(tmp_path / "net"), processor)
     model = DDAEForImageClassification.from_pretrained(tmp_path / "probe")
     assert torch.equal(model.classifier.weight, weight) and model.config.layer == "mid_block"
 

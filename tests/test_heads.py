@@ -277,16 +277,15 @@ def test_a_dits_head(images, tmp_path):
 @pytest.mark.parametrize("way", ["opened", "stored"])
 def test_a_probe_in_half_precision_is_saved_beside_its_generator(generator, tmp_path, way):
     """It is not taken for one whose denoiser was fine-tuned, and written whole."""
-    from ddae_hf.experiments.probing import save_classifier
+    from ddae_hf.experiments.probing import make_classifier, save_classifier
 
     options = {"dtype": torch.float16} if way == "opened" else {}
     classifier_of(generator).half().save_pretrained(tmp_path / "stored")
     checkpoint = generator if way == "opened" else tmp_path / "stored"
     weight, bias = torch.randn(2, 64), torch.zeros(2)
     processor = DDAEImageProcessor.from_pretrained(generator)
-    save_classifier(
-        tmp_path / "probe", checkpoint, processor, ["cat", "dog"], weight, bias, layer="mid_block", **options
-    )
+    made = make_classifier(checkpoint, ["cat", "dog"], weight, bias, layer="mid_block", **options)
+    save_classifier(tmp_path / "probe", made, checkpoint, processor)
     opened = DDAEForImageClassification.from_pretrained(tmp_path / "probe")
     assert opened.config.weights == "head" and opened.dtype == torch.float16
     assert torch.equal(opened.classifier.weight, weight.half())

@@ -76,6 +76,17 @@ def test_features_far_from_zero_are_classified_as_they_were_fitted():
     assert (probe.predict([features]) == near.predict([make_features()[0]])).mean() > 0.97
 
 
+def test_features_may_be_centred_alone():
+    features, labels = make_features()
+    features = features / features.std(0) * np.linspace(0.5, 2, features.shape[1], dtype=np.float32)
+    (probe,) = fit_logistic_regression({"a": [features]}, labels, [1e-2], standardise=False).values()
+    x = features - features.mean(0, dtype=np.float64)
+    model = LogisticRegression(C=1 / (1e-2 * len(labels)), max_iter=5000, tol=1e-9).fit(x, labels)
+    expected = log_loss(labels, model.predict_proba(x)) + 0.5 * 1e-2 * (model.coef_**2).sum()
+    assert probe.loss.item() == pytest.approx(expected, abs=1e-5)
+    np.testing.assert_allclose(probe.weight[0].numpy(), model.coef_, atol=2e-2 * abs(model.coef_).max())
+
+
 def test_too_few_iterations_are_told():
     features, labels = make_features()
     with pytest.warns(UserWarning, match="3 of 3 probes did not reach their optimum in 2 iterations"):

@@ -101,6 +101,12 @@ def test_a_file_gives_way_to_the_command_line(config):
     assert some("--config", config("batch_size: null")).batch_size == 250
 
 
+def test_the_options_that_a_run_left_are_a_configuration(config):
+    """Those of 0.2.0 name the configuration that it took, whose options they hold."""
+    path = config("config: gone.yaml\nbatch_size: 7", "training_options.yaml")
+    assert some("--config", path).batch_size == 7
+
+
 def test_a_configuration_takes_over_what_its_base_says(config):
     config("seed: 1\nsteps: 3\ndenoiser: {_class_name: A, v: 1, w: 1}\nscheduler: {_class_name: A, x: 1}", "a")
     config("base: a\nseed: 2\ndenoiser: {v: 2}\nscheduler: {_class_name: A, y: 2}", "b")
@@ -137,6 +143,7 @@ def test_a_configuration_takes_over_what_its_base_says(config):
         ("name: {a: 1}", "name is {'a': 1}"),
         ("name: wrong", "name is 'wrong': give another."),
         ("config: other.yaml", "there is no option 'config'"),
+        ("labels_per_class: 10", "there is no option 'labels_per_class' any more: give few_labels."),
         ("[1, 2]", "must hold options, `name: value`, and holds a list"),
         ("just text", "and holds a str"),
         ("a: [1", "cannot be read"),
@@ -156,8 +163,8 @@ def test_a_wrong_file_ends_the_program_with_a_sentence(config, capsys, text, mes
         (["--batch_size", "0"], "batch_size is 0: it must be at least 1."),
         (["--learning_rate", "nan"], "learning_rate is nan"),
         (["--batch_size", "1.5"], "invalid int value: '1.5'"),
-        (["--conf", "x.yaml"], "unrecognized arguments: --conf x.yaml"),
-        (["--batch", "3"], "unrecognized arguments: --batch 3"),
+        (["--conf", "x.yaml"], "there is no option 'conf': the nearest are config"),
+        (["--batch", "3"], "there is no option 'batch': the nearest are batch_size"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file."),
         (["--config"], "expected one argument"),
         (["--mixed_precision", "fp8"], "invalid choice"),
@@ -165,6 +172,9 @@ def test_a_wrong_file_ends_the_program_with_a_sentence(config, capsys, text, mes
         (["--denoiser", "[1]"], "is no mapping: give options, such as"),
         (["--denoiser", "{a: 1, a: 2}"], "'a' comes twice"),
         (["--name", "wrong"], "name is 'wrong': give another."),
+        (["--labels-per-class", "10"], "there is no option 'labels_per_class' any more: give few_labels."),
+        (["--regularisation=0.1"], "there is no option 'regularisation' any more: give l2"),
+        (["3"], "there is no option '3'"),
     ],
 )
 def test_wrong_words_end_the_program_with_a_sentence(capsys, words, message):

@@ -1,4 +1,4 @@
-"""Classifiers made of probes: what they say, how they are saved, and that they leave their network alone."""
+"""Probes that learn by gradient descent, and classifiers made of probes: what they say, and how they are saved."""
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ from sklearn.preprocessing import StandardScaler
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments import Images
 from ddae_hf.experiments.logistic_regression import fit_logistic_regression
-from ddae_hf.experiments.probing import classify, make_classifier, save_classifier
+from ddae_hf.experiments.probing import OnlineProbes, classify, make_classifier, save_classifier
 
 from .conftest import make_unet
 from .quiet import quiet
+from .test_logistic_regression import make_features
 
 NAMES = ["cat", "dog", "cow"]
 TAP = {"layer": "mid_block", "sigma": 0.2, "noise_seed": 3}
@@ -46,7 +47,8 @@ def test_a_classifier_has_the_networks_features_and_the_probes_weights(generator
     for parameter in classifier.parameters():
         parameter += 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    save_classifier(tmp_path / "saved", source, DDAEImageProcessor.from_pretrained(generator), NAMES, *head, **TAP)
+    classifier = make_classifier(source, NAMES, *head, **TAP)
+    save_classifier(tmp_path / "saved", classifier, source, DDAEImageProcessor.from_pretrained(generator))
     opened = DDAEForImageClassification.from_pretrained(tmp_path / "saved")
     assert torch.equal(opened(images).logits, expected)
     assert opened.config.weights == "head"  # of the generator that lies beside it
@@ -58,19 +60,18 @@ def test_a_classifier_has_the_networks_features_and_the_probes_weights(generator
 def test_the_classifier_of_a_changed_network_is_saved_whole(generator, head, images, tmp_path):
     model = DDAEModel.from_pretrained(generator)
     model.denoiser.conv_in.weight += 0.1
-    save_classifier(tmp_path / "saved", model, DDAEImageProcessor.from_pretrained(generator), NAMES, *head, **TAP)
+    classifier = make_classifier(model, NAMES, *head, **TAP)
+    save_classifier(tmp_path / "saved", classifier, model, DDAEImageProcessor.from_pretrained(generator))
     opened = DDAEForImageClassification.from_pretrained(tmp_path / "saved")
     assert opened.config.weights == "whole"
-    assert torch.equal(opened(images).logits, make_classifier(model, NAMES, *head, **TAP)(images).logits)
+    assert torch.equal(opened(images).logits, classifier(images).logits)
 
 
-def test_weights_that_are_no_numbers_are_refused(generator, head, tmp_path):
+def test_weights_that_are_no_numbers_are_refused(generator, head):
     weight, bias = head
     weight[0, 0] = float("nan")
-    processor = DDAEImageProcessor.from_pretrained(generator)
     with pytest.raises(ValueError, match="no finite numbers: it is not saved. Regularise it more"):
-        save_classifier(tmp_path / "saved", generator, processor, NAMES, weight, bias, **TAP)
-    assert not (tmp_path / "saved").exists()
+        make_classifier(generator, NAMES, weight, bias, **TAP)
 
 
 def test_classifying_is_what_the_model_says(generator, digits):
@@ -97,3 +98,23 @@ def test_the_weights_of_a_probe_are_scikit_learns_on_raw_features():
         logits = torch.from_numpy(features).double() @ probe.weight[0].T + probe.bias[0]
         expected = model.predict_proba(scaler.transform(features))
         np.testing.assert_allclose(torch.softmax(logits, -1).numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_online_probes_learn_apart_and_give_their_weights(batch_norm):
+    torch.manual_seed(0)
+    features, labels = make_features()
+    features = torch.from_numpy(features / features.std(0))
+    inputs, y = {"a.0": features, "b": features[:, :5]}, torch.from_numpy(labels)
+    probes = OnlineProbes({"a.0": 12, "b": 5}, 4, batch_norm)
+    optimizer = torch.optim.Adam(probes.parameters(), lr=0.05)
+    for _ in range(300):
+        loss = sum(torch.nn.functional.cross_entropy(logits, y) for logits in probes(inputs).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    logits = probes.eval()(inputs)
+    for layer, values in inputs.items():
+        weight, bias = probes.linear(layer)
+        torch.testing.assert_close(values @ weight.T + bias, logits[layer], rtol=1e-3, atol=1e-3)
+    assert (logits["a.0"].argmax(1) == y).float().mean() > (logits["b"].argmax(1) == y).float().mean() > 0.3

@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
+from ddae_hf.experiments.model_card import read_reports
 from ddae_hf.experiments.report import in_memory, markdown, percent, spread
 from ddae_hf.experiments.results import (
     CurveReport,
@@ -21,7 +22,6 @@ from ddae_hf.experiments.results import (
     ProbeReport,
     Report,
     VAEReport,
-    read_reports,
 )
 from ddae_hf.experiments.run_facts import base_model, machine
 
@@ -45,7 +45,6 @@ REPORTS = [
         test_accuracies={"3": 0.5, "4": 0.75},
         test_f1=0.625,
         few_label_test_accuracies={"5": [0.2, 0.3]},
-        few_label_pairs={"5": [PAIRS[1], PAIRS[1]]},
         baselines={"raw pixels": PIXELS},
         saved_classifier_test_accuracy=0.875,
         seconds={"levels": 1.0, "in_all": 2.0},
@@ -125,17 +124,15 @@ def test_a_probe_tells_what_was_chosen_how():
     table = report.table()
     assert "best of 2 pairs of layer and noise level was chosen on 10 held-out training images (seed 0)" in table
     assert "in 2 views, the first as it is, the others mirrored at random" in table and "over 2 draws of noise" in table
-    assert "chosen with the few labels alone" in table and "`up\\|down`, sigma 0.5 | 5 a class" in table
+    assert "chosen with all labels" in table and "`mid_block`, sigma 0.25 | 5 a class" in table
     assert "The saved classifier, with its fixed noise: 87.50 %." in table
     gain = spread([0.2 - 0.1, 0.3 - 0.4])  # draw by draw
     assert f"| raw pixels |  | 5 a class | {spread([0.1, 0.4])} |  | {gain} |" in table
-    with_all = dataclasses.replace(report, few_label_pairs={})
-    assert "chosen with all labels" in with_all.table() and "`mid_block`, sigma 0.25 | 5 a class" in with_all.table()
     one = dataclasses.replace(report, pairs=[FIRST], few_label_test_accuracies={}, test_accuracies={"3": 0.5})
     assert "its regularisation was chosen on 10 of them" in one.table() and "±" not in one.section().protocol
     online = dataclasses.replace(one, options={"protocol": "batch_norm", "seed": 0})
     assert "(batch norm)" in online.table() and "regularisation" not in online.table()
-    figures = {figure.metric: (figure.value, figure.conditions["noise_seed"]) for figure in report.figures()}
+    figures = {figure.metric: (figure.value, figure.conditions["noise_seed"]) for figure in report.section().figures}
     assert figures == {"accuracy": (0.5, 3), "f1": (0.625, 3)}
 
 
@@ -182,8 +179,7 @@ def test_an_old_probe_is_read_as_a_probe(tmp_path):
         },
         "saved_classifier_test_accuracy": 0.75,
         "seconds": 3.5,
-        "device": "cpu",
-        "torch": "2.13.0",
+        "hardware": {"cpu": "some"},
     }
     (tmp_path / "eval_results.json").write_text(json.dumps(old))
     report = ProbeReport.read(tmp_path)
@@ -191,11 +187,7 @@ def test_an_old_probe_is_read_as_a_probe(tmp_path):
     assert [(pair.layer, pair.validation_accuracy) for pair in report.pairs] == [("a", 0.5), ("b", 0.375)]
     assert (report.best.layer, report.test_accuracies, report.test_f1) == ("a", {"3": 0.625}, 0.5)
     assert report.few_label_test_accuracies == {"7": [0.1, 0.2]} and report.baselines["raw pixels"].test_f1 == 0.125
-    assert (report.dataset, report.hardware, report.versions) == (
-        {"name": "digits", "train_split": "train"},
-        "cpu",
-        {"torch": "2.13.0"},
-    )
+    assert report.dataset == {"name": "digits", "train_split": "train"} and report.hardware == {"cpu": "some"}
     report.write(tmp_path)
     assert ProbeReport.read(tmp_path) == report
 
@@ -211,7 +203,7 @@ def test_a_sweep_of_the_first_version_is_read(tmp_path):
     old |= {"few_label_test_accuracies": {}, "saved_classifier_test_accuracy": 0.5, "seconds": {"in_all": 3.0}}
     (tmp_path / "eval_results.json").write_text(json.dumps(old))
     report = Report.read(tmp_path / "eval_results.json")
-    assert report.images["train"] == 10 and report.best.l2 == 0.001 and len(report.figures()) == 1
+    assert report.images["train"] == 10 and report.best.l2 == 0.001 and len(report.section().figures) == 1
 
 
 def test_folders_are_read_in_order_and_copies_once(tmp_path):
@@ -237,10 +229,13 @@ def test_folders_are_read_in_order_and_copies_once(tmp_path):
         ("{}", "holds nothing"),
         ("[]", "holds a list"),
         ("{", "cannot be read"),
-        ('{"pairs": []}', "lacks 'images'"),
-        ('{"pairs": [], "images": {"train": 1, "fitted": 1, "held_out": 1}}', "lacks 'best'"),
-        ('{"pairs": 3, "images": {"train": 1, "fitted": 1, "held_out": 1}, "best": {}}', "lacks"),
-        ('{"results": {}, "options": {}}', "lacks 'labels_per_class'"),
+        ('{"pairs": []}', "missing 2 required .*: 'best' and 'test_accuracies'"),
+        (
+            '{"pairs": [], "images": {"train": 1, "fitted": 1, "held_out": 1}}',
+            "cannot be understood: .*missing 2 required",
+        ),
+        ('{"pairs": 3, "images": {"train": 1, "fitted": 1, "held_out": 1}, "best": {}}', "cannot be understood"),
+        ('{"results": {}, "options": {}}', "cannot be understood: 'num_train_images'"),
     ],
 )
 def test_a_file_that_is_no_report_is_refused(content, message, tmp_path):

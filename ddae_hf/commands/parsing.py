@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..experiments.options import Options, Table, read_yaml, unknown
+from ..experiments.run_folder import OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -36,26 +37,28 @@ def parse(kinds: Sequence[type[Options]], description: str | None, argv: Sequenc
         argv: The words after the command's name; by default those of this process.
     """
     parser: Any = HfArgumentParser(cast(Any, kinds), description=description, formatter_class=_Help, allow_abbrev=False)
-    for action in [action for action in parser._actions if action.type is string_to_bool]:
-        action.nargs = "?"  # also where the default is None
-        action.const = True
-        for negation in {f"--no-{action.dest}", f"--no-{action.dest.replace('_', '-')}"}:
-            if negation not in parser._option_string_actions:
-                parser.add_argument(
-                    negation, dest=action.dest, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-                )
-    config = "YAML file of options; it names only what differs from `base` and the defaults."
-    parser.add_argument("--config", help=config)
-    for action in parser._actions:
-        if action.type is Table:
+    known = list(parser._option_string_actions)
+    for action in list(parser._actions):
+        if action.type is string_to_bool:
+            action.nargs, action.const = "?", True  # also where the default is None
+            for no in {f"--no-{action.dest}", f"--no-{action.dest.replace('_', '-')}"} - {*known}:
+                hidden = argparse.SUPPRESS
+                parser.add_argument(no, dest=action.dest, action="store_false", default=hidden, help=hidden)
+        elif action.type is Table:
             action.type = _table
+    parser.add_argument(
+        "--config", help="YAML file of options: what differs from those of its `base` and the defaults."
+    )
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
     try:
         if path is not None:
             _take_defaults(parser, Path(path))
-        given = vars(parser.parse_args(argv))
+        found, others = parser.parse_known_args(argv)
+        given = vars(found)
+        if others:
+            raise ValueError(unknown(others[0].removeprefix("--").partition("=")[0].replace("-", "_"), given))
         return [kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)}) for kind in kinds]
     except ValueError as error:
         parser.error(str(error))
@@ -104,6 +107,8 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _take_defaults(parser: Any, path: Path) -> None:
     """Make a file's options the defaults, each converted by the parser's own type."""
     options = read_config(path)
+    if path.name == OPTIONS:
+        options.pop("config", None)  # which a run of 0.2.0 noted, with all that this file had said
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
     for name, value in options.items():
         if name not in actions:

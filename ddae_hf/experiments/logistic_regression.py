@@ -79,6 +79,7 @@ def fit_logistic_regression(
     tolerance: float = 1e-7,
     max_iterations: int = 500,
     device: torch.device | str = "cpu",
+    standardise: bool = True,
 ) -> dict[str, LinearProbes]:
     """Fit multinomial logistic regression on each layer's features, with each of L strengths of regularisation.
 
@@ -91,6 +92,7 @@ def fit_logistic_regression(
         tolerance: Where to stop: estimated distance of a problem's loss from its optimum.
         max_iterations: Where to stop in any case.
         device: Where to compute.
+        standardise: Whether to divide features by their standard deviations; without, they are centred alone.
 
     Returns:
         The probes by layer name.
@@ -108,7 +110,9 @@ def fit_logistic_regression(
         together = max(1, _MEMORY_BYTES // (4 * len(l2) * classes * (width + 1) * (2 * HISTORY + 8)))
         for first in range(0, len(names), together):
             group = names[first : first + together]
-            problem = _Problem([features[n] for n in group], labels, rows, l2, classes, torch.device(device))
+            problem = _Problem(
+                [features[n] for n in group], labels, rows, l2, classes, torch.device(device), standardise
+            )
             fitted.update(zip(group, problem.solve(tolerance, max_iterations), strict=True))
     return {name: fitted[name] for name in features}
 
@@ -150,8 +154,9 @@ class _Problem:
         l2: Sequence[float],
         classes: int,
         device: torch.device,
+        standardise: bool,
     ):
-        self.features, self.device, self.classes = features, device, classes
+        self.features, self.device, self.classes, self.standardise = features, device, classes, standardise
         self.rows, self.labels = np.sort(rows), torch.as_tensor(labels)
         self.probes, self.width = len(features), features[0][0].shape[1]
         self.l2 = torch.tensor(l2, dtype=torch.float32, device=device)
@@ -171,7 +176,7 @@ class _Problem:
                 yield _stack(view, part).to(self.device), self.labels[part].to(self.device)
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the features' means (P, C), standard deviations and correlations (P, C, C), float64."""
+        """Return the features' means (P, C), what they are divided by, and the correlations (P, C, C), float64."""
         shape = (self.probes, self.width)
         total = torch.zeros(shape, dtype=torch.float64, device=self.device)
         for x, _ in self.chunks():
@@ -186,7 +191,7 @@ class _Problem:
         covariance = products / self.count
         std = covariance.diagonal(dim1=1, dim2=2).sqrt()
         # What does not vary has no say, as in scikit-learn's StandardScaler.
-        std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+        std = torch.where((std > 1e-6 * mean.abs()) & self.standardise, std, 1.0)
         return mean, std, covariance / (std[:, :, None] * std[:, None, :])
 
     def weights(self, variables: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ as `macro`, the plain mean over them, unless `average` says otherwise, and what 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import evaluate
 import numpy as np
@@ -17,6 +18,9 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 class ClassMetric(evaluate.Metric):
     """A figure of predicted against true classes; metrics of one process keep them in memory."""
 
+    figure: ClassVar[Callable[..., Any]]
+    defaults: ClassVar[dict[str, Any]] = {"average": "macro", "zero_division": 0}
+
     def __init__(self, *args: Any, num_process: int = 1, **options: Any):
         super().__init__(*args, num_process=num_process, **{"keep_in_memory": num_process == 1, **options})
 
@@ -24,43 +28,35 @@ class ClassMetric(evaluate.Metric):
         features = Features({"predictions": Value("int64"), "references": Value("int64")})
         return evaluate.MetricInfo(description=str(self.__doc__), citation="", features=features)
 
-    def named(self, value: Any) -> dict[str, Any]:
-        """Return a figure, or one of each class, (K,), by the metric's name."""
+    def _compute(self, predictions: list[int], references: list[int], **options: Any) -> dict[str, Any]:
+        """Return the figure by the metric's name; with `average=None` one of each class, (K,)."""
+        value = type(self).figure(references, predictions, **{**self.defaults, **options})
         return {self.name: float(value) if np.ndim(value) == 0 else value}
 
 
 class Accuracy(ClassMetric):
     """The part of predictions that are right, or with `normalize=False` their number."""
 
-    def _compute(self, predictions: list[int], references: list[int], **options: Any) -> dict[str, Any]:
-        return self.named(accuracy_score(references, predictions, **options))
+    figure = accuracy_score
+    defaults: ClassVar[dict[str, Any]] = {}
 
 
 class F1(ClassMetric):
     """The harmonic mean of precision and recall."""
 
-    def _compute(
-        self, predictions: list[int], references: list[int], average: str | None = "macro", **options: Any
-    ) -> dict[str, Any]:
-        return self.named(f1_score(references, predictions, average=average, **{"zero_division": 0, **options}))
+    figure = f1_score
 
 
 class Precision(ClassMetric):
     """The part of the images given a class that are of it."""
 
-    def _compute(
-        self, predictions: list[int], references: list[int], average: str | None = "macro", **options: Any
-    ) -> dict[str, Any]:
-        return self.named(precision_score(references, predictions, average=average, **{"zero_division": 0, **options}))
+    figure = precision_score
 
 
 class Recall(ClassMetric):
     """The part of a class's images that are given it."""
 
-    def _compute(
-        self, predictions: list[int], references: list[int], average: str | None = "macro", **options: Any
-    ) -> dict[str, Any]:
-        return self.named(recall_score(references, predictions, average=average, **{"zero_division": 0, **options}))
+    figure = recall_score
 
 
 def classification_metrics() -> evaluate.CombinedEvaluations:

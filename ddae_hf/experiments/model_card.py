@@ -22,8 +22,8 @@ from ..checkpoints import build_scheduler, read_checkpoint
 from ..configuration_ddae import DDAEConfig
 from ..networks import network_of, skeleton
 from ..noise import family_of
-from .report import Report, markdown
-from .results import ProbeReport, read_reports
+from .report import Figure, Report, markdown
+from .results import PretrainingReport, ProbeReport
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
@@ -47,17 +47,10 @@ def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
 
 
 def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> Path:
-    """Write a checkpoint's card, `README.md`, and its accuracies on the Hub's data sets, `.eval_results/*.yaml`.
+    """Write a checkpoint's card, `README.md`, and return its path: see `make_card`.
 
-    Those of an earlier card are replaced. Pictures of other folders are copied into `images`.
-
-    Args:
-        folder: The checkpoint, in any layout.
-        repo_id: See `make_card`.
-        **options: See `make_card`.
-
-    Returns:
-        The path of the card.
+    Its accuracies on the Hub's data sets are in `.eval_results/*.yaml`. Those of an earlier card are replaced. Pictures
+    of other folders are copied into `images`.
     """
     card = _Card(Path(folder), repo_id, **options)
     rendered = card.render()
@@ -76,47 +69,55 @@ def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
     return card.folder / "README.md"
 
 
+def read_reports(folders: Iterable[Path]) -> tuple[PretrainingReport | None, list[Report]]:
+    """Return the pretraining, of the first folder that has it, and every evaluation and fine-tuning."""
+    training: PretrainingReport | None = None
+    reports: list[Report] = []
+    names = dict.fromkeys(kind.file for kind in Report.kinds)
+    for path in (folder / name for folder in folders for name in names if (folder / name).is_file()):
+        report = Report.read(path)
+        if isinstance(report, PretrainingReport):
+            training = training or report
+        elif report not in reports:  # a copy beside another checkpoint is no second run
+            reports.append(report)
+    return training, reports
+
+
 class _Card:
     """A checkpoint and the results that its card shows."""
 
     def __init__(
-        self,
-        folder: Path,
-        repo_id: str | None,
-        *,
-        results: Iterable[str | os.PathLike[str]] = (),
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        dataset_id: str | None = None,
-        base_model: str | None = None,
-        license: str | None = None,
-    ):
+        self, folder: Path, repo_id: str | None, *, results: Iterable[str | os.PathLike[str]] = (),
+        model_name: str | None = None, dataset_name: str | None = None, dataset_id: str | None = None,
+        base_model: str | None = None, license: str | None = None,
+    ):  # fmt: skip
         folders: dict[Path, Path] = {}
         for path in (folder, *map(Path, results)):
             folders.setdefault(path.resolve(), path)
             if not path.is_dir():
                 raise ValueError(f"{path} is no folder: give a checkpoint's folder, and folders of results.")
-        for given in (repo_id, dataset_id, base_model):
-            if given is not None:
-                validate_repo_id(given)
+        for repository in filter(None, (repo_id, dataset_id, base_model)):
+            validate_repo_id(repository)
         self.folder, self.path = folder, repo_id or folder.as_posix()
         self.checkpoint = read_checkpoint(folder)
         self.is_classifier = "DDAEForImageClassification" in (self.checkpoint.config.get("architectures") or ())
         self.config = DDAEConfig.from_dict(self.checkpoint.config)
         self.training, self.reports = read_reports(folders.values())
-        pretraining: list[Report] = [self.training] if self.training else []
-        self.all_reports = pretraining + self.reports
+        self.all_reports = [*([self.training] if self.training else []), *self.reports]
         self.kinds = {report.kind for report in self.reports}
         # The grid of samples of the end of pretraining.
-        grids = (path for report in pretraining for path in Path(report.folder or "").glob("samples/step-*.png"))
-        self.samples = max(grids, default=None)
+        samples = self.training and Path(self.training.folder or "", "samples")
+        self.samples = max(samples.glob("step-*.png"), default=None) if samples else None
         self.pictures = [self.samples] if self.samples else []
         self.pictures += [picture for report in self.reports for picture in report.pictures_there()]
         self.name = model_name or (repo_id or folder.resolve().name).split("/")[-1]
-        given_name = dataset_name or (Path(dataset_id).name if dataset_id else None)
-        self.given_dataset = {k: v for k, v in (("id", dataset_id), ("name", given_name)) if v is not None}
+        given = {"id": dataset_id, "name": dataset_name or (dataset_id and Path(dataset_id).name)}
+        self.given_dataset = {name: value for name, value in given.items() if value is not None}
         self.base_model = base_model or self._fact("base_model")
-        self.license = license or self._fact("license") or self._license_before()
+        before = folder / "README.md"  # which alone may name the licence
+        self.license = license or self._fact("license")
+        if self.license is None and before.is_file():
+            self.license = ModelCard.load(before).data.license
         links = [self.link(picture) for picture in self.pictures]
         if double := {link for link in links if links.count(link) > 1}:
             raise ValueError(f"Two folders of results have the same name ({', '.join(double)}): rename one of them.")
@@ -126,13 +127,8 @@ class _Card:
         own = [report for report in self.all_reports if report.folder == self.folder]
         if name == "base_model":  # which gave the network's shape alone to one that began with random weights
             own = [report for report in own if not report.options.get("from_scratch")]
-        places = [place for report in own for place in (vars(report), report.options)]
+        places = (place for report in own for place in (vars(report), report.options))
         return next((place[name] for place in places if place.get(name)), None)
-
-    def _license_before(self) -> str | None:
-        """Return the licence that the folder's own card names: no report does."""
-        path = self.folder / "README.md"
-        return ModelCard.load(path).data.license if path.is_file() else None
 
     def dataset(self, report: Report) -> dict[str, Any]:
         return {**report.dataset, **self.given_dataset}
@@ -147,25 +143,22 @@ class _Card:
     def figures(self, report: Report) -> list[EvalResult]:
         """Return a report's main figures as the Hub knows them; of a classifier first its own accuracy."""
         known, generated, section = self.dataset(report), report.kind == "generation", report.section()
-        figures = [(f.metric, f.name, f.value, f.conditions) for f in section.figures]
+        figures = list(section.figures)
         if self.is_classifier and section.saved is not None:
             own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
-            figures.insert(0, ("accuracy", "Test accuracy, with the model's fixed noise", section.saved, own))
+            figures.insert(0, Figure("accuracy", "Test accuracy, with the model's fixed noise", section.saved, own))
+        task = "unconditional-image-generation" if generated else "image-classification"
+        # What agrees in task, type, configuration and split is taken for one data set.
+        config = known.get("config") or (None if "id" in known else known.get("name"))
         return [
             EvalResult(
-                task_type="unconditional-image-generation" if generated else "image-classification",
-                dataset_type=known.get("id", "local"),  # the Hub asks for a word here
-                dataset_name=known.get("name", "local"),
-                # What agrees in task, type, configuration and split is taken for one data set.
-                dataset_config=known.get("config") or (None if "id" in known else known.get("name")),
-                dataset_split=known.get("train_split" if generated else "test_split"),
-                metric_type=metric,
-                metric_name=name,
-                metric_value=value,
-                metric_args=conditions,
+                task_type=task, dataset_type=known.get("id", "local"),  # the Hub asks for a word here
+                dataset_name=known.get("name", "local"), dataset_config=config,
+                dataset_split=known.get("train_split" if generated else "test_split"), metric_type=figure.metric,
+                metric_name=figure.name, metric_value=figure.value, metric_args=figure.conditions,
             )
-            for metric, name, value, conditions in figures
-        ]
+            for figure in figures
+        ]  # fmt: skip
 
     def eval_result_entries(self, kind: str) -> list[EvalResultEntry]:
         """Return the main accuracy of every report of a kind, on data that the Hub has."""
@@ -184,28 +177,20 @@ class _Card:
         task = "image-classification" if self.is_classifier else "image-feature-extraction"
         ids = {known["id"] for report in self.all_reports if "id" in (known := self.dataset(report))}
         return ModelCardData(
-            library_name="transformers" if of_transformers else "diffusers",
-            pipeline_tag=task if of_transformers else "unconditional-image-generation",
-            tags=TAGS,
-            license=self.license,
-            base_model=self.base_model,
-            base_model_relation="finetune" if self.base_model else None,
-            datasets=sorted(ids) or None,
+            library_name="transformers" if of_transformers else "diffusers", tags=TAGS, license=self.license,
+            pipeline_tag=task if of_transformers else "unconditional-image-generation", base_model=self.base_model,
+            base_model_relation="finetune" if self.base_model else None, datasets=sorted(ids) or None,
             metrics=list(dict.fromkeys(figure.metric_type for figure in figures)) or None,
-            model_name=self.name if figures else None,
-            eval_results=figures or None,
-        )
+            model_name=self.name if figures else None, eval_results=figures or None,
+        )  # fmt: skip
 
     def description(self) -> dict[str, Any]:
         """Return what the checkpoint is, and how it is used."""
-        config, scheduler = self.config, self.checkpoint.scheduler
+        config, scheduler, own = self.config, self.checkpoint.scheduler, self.checkpoint.holds_model
         probes = [report for report in self.reports if isinstance(report, ProbeReport)]
         best = max(probes, key=lambda report: len(report.pairs)).best if probes else None
-        own = self.checkpoint.holds_model
-        network = network_of(config.denoiser)
-        complete = skeleton(config.denoiser).config
-        count = network.num_labels(complete)
-        own_null = network.default_null_class(complete)
+        network, complete = network_of(config.denoiser), skeleton(config.denoiser).config
+        count, own_null = network.num_labels(complete), network.default_null_class(complete)
         family = family_of(build_scheduler(scheduler)) if scheduler else None
         sampler = next(iter(family.samplers), None) if family else None
         return {
@@ -220,39 +205,33 @@ class _Card:
         }
 
     def render(self) -> ModelCard:
+        template, environment = TEMPLATE.read_text(encoding="utf-8"), _environment_rows(self.all_reports)
         card = ModelCard.from_template(
-            self.metadata(),
-            template_str=TEMPLATE.read_text(encoding="utf-8"),
-            card=self,
-            **self.description(),
-            environment=_environment_rows(self.all_reports),
-            option_rows=_option_rows,
-            table=markdown,
-        )
+            self.metadata(), template_str=template, card=self, **self.description(), environment=environment,
+            option_rows=_option_rows, table=markdown,
+        )  # fmt: skip
         return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n")
 
 
 # Options that say where things are and how a run is watched, not how a network is trained.
-AROUND = frozenset(
-    """base cache_dir checkpointing_steps checkpoints_total_limit config dataloader_num_workers dataset_config_name
+AROUND = """base cache_dir checkpointing_steps checkpoints_total_limit config dataloader_num_workers dataset_config_name
     dataset_name dataset_revision gradient_checkpointing hub_model_id hub_private image_column init_from label_column
     latents_dir license logging_dir model_name_or_path num_inference_steps num_samples output_dir
     push_to_hub report_to resume_from_checkpoint sample_steps sampler shuffle_buffer skip_bad_images streaming
     test_split torch_compile train_data_dir train_split vae""".split()
-)
 
 
 def _option_rows(options: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
     """Return the options that a training depends on, without those that are off; nested ones by dotted names."""
     rows = []
+    without_effect = {
+        "num_train_epochs": bool(options.get("max_train_steps")),
+        "label_dropout": not options.get("class_conditional"),
+        "low_resolution_share": not options.get("low_resolution"),
+    }
     for name, value in options.items():
         off = value is None or value is False or (isinstance(value, float) and value == 0)
-        without_effect = (
-            (name == "num_train_epochs" and options.get("max_train_steps"))
-            or (name == "label_dropout" and not options.get("class_conditional"))
-            or (name == "low_resolution_share" and not options.get("low_resolution"))
-        )
-        if off or without_effect or (not prefix and name in AROUND):
+        if off or without_effect.get(name) or (not prefix and name in AROUND):
             continue
         if isinstance(value, Mapping):
             rows += _option_rows(value, f"{prefix}{name}.")
@@ -268,14 +247,9 @@ def _environment_rows(reports: Iterable[Report]) -> list[list[str]]:
         seconds = report.seconds_this_run if report.seconds is None else report.seconds
         seconds = seconds.get("in_all") if isinstance(seconds, Mapping) else seconds
         last = "" if report.seconds is not None else " (its last run)"
-        found = {
-            "hardware": report.hardware,
-            "processes": report.processes,
-            "threads": report.threads,
-            "time": None if seconds is None else f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}",
-            "images/s": report.images_per_second,
-            "versions": report.versions,
-        }
+        time = None if seconds is None else f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}"
+        found = {"hardware": report.hardware, "processes": report.processes, "threads": report.threads, "time": time}
+        found |= {"images/s": report.images_per_second, "versions": report.versions}
         title = report.section().title.lower()
         rows += [[title, name, words] for name, value in found.items() if (words := _words(value))]
     return rows

@@ -36,17 +36,17 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
     given = {name: value for name, value in config.items() if value is not None}
     if given.get("vae") is False:
         given["vae"] = None
+    kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     if isinstance(model, (str, os.PathLike)):
-        kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
         with separate_randomness():  # a DiT's positions are computed by a module that draws weights
             found = ready(DDAEModel.from_pretrained(model, **given, **kind, cache_dir=cache_dir).eval())
     else:
         found = model.base_model.eval()
-        different = [name for name, value in given.items() if getattr(found.config, name) != value]
-        if different or (dtype is not None and found.dtype != getattr(torch, dtype)):
+        there = {**vars(found.config), "dtype": found.dtype}
+        if different := [name for name, value in (given | kind).items() if there[name] != value]:
             raise ValueError(
-                f"The model is open already, and {(different or ['dtype'])[0]} is another there: open it with what is "
-                "wanted, or give its path."
+                f"The model is open already, and {different[0]} is another there: open it with what is wanted, or give "
+                "its path."
             )
     check_null_class(found)
     return found
@@ -56,8 +56,8 @@ def open_processor(model: Model, cache_dir: str | None = None) -> DDAEImageProce
     """Return the image processor of a checkpoint or, of an open model, the one that its network asks for."""
     if isinstance(model, (str, os.PathLike)):
         return DDAEImageProcessor.from_pretrained(model, cache_dir=cache_dir)
-    config = model.base_model.config
-    return DDAEImageProcessor.for_denoiser(model.base_model.denoiser.config, config.vae)
+    base: Any = model.base_model  # of a classifier
+    return DDAEImageProcessor.for_denoiser(base.denoiser.config, base.config.vae)
 
 
 def ready(model: Any) -> Any:

@@ -126,7 +126,7 @@ class NoisyResult(NoisyReport):
         title = f"Classifying noisy images, {self.num_test_images:,} test images"
         level = f"noise level sigma (standard deviation of the noise on {self.noise_on})"
         lines["chance"] = np.full(len(sigmas), 100 * self.chance)
-        return curves(sigmas, lines, title=title, xlabel=level, ylabel="test accuracy (%)", log=True, errors=errors)
+        return curves(sigmas, lines, title=title, xlabel=level, ylabel="test accuracy (%)", errors=errors)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the networks into `mlp` and `wide_resnet`, `accuracy.png`, and at last `eval_results.json`."""

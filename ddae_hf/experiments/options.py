@@ -53,15 +53,13 @@ NAMES = {
     DECAY: "adam_beta1 adam_beta2 ema_decay dropout label_smoothing lr_warmup_ratio",
     SEED: "seed noise_seed",
 }
+# What to give in place of options of earlier versions.
+RENAMED = {"labels_per_class": "few_labels", "regularisation": "l2, 1 / (C N) for each C, with N training images"}
 RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
 
 
 class Table(dict[str, Any]):
-    """A mapping of options, such as a network's, which a command line gives as YAML.
-
-    Raises:
-        ValueError: Something that is no mapping.
-    """
+    """A mapping of options, such as a network's, which a command line gives as YAML; a `ValueError` of all else."""
 
     def __init__(self, value: Mapping[str, Any] | str = ""):
         given = read_yaml(value) if isinstance(value, str) else value
@@ -75,18 +73,17 @@ class _SafeLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not allowed", problem_mark=self.peek_event().start_mark
-            )
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a name must be one word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
+            word = isinstance(key, yaml.ScalarNode)
+            if not word or key.value in seen:
+                problem = f"{key.value!r} comes twice" if word else "a name must be one word"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -98,11 +95,7 @@ _SafeLoader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """Return what YAML says, an empty mapping where it says nothing.
-
-    Raises:
-        ValueError: Text that is no YAML, or has repeated keys or aliases.
-    """
+    """Return what YAML says, `{}` where it says nothing, or raise `ValueError`, as of repeated keys and aliases."""
     try:
         content = yaml.load(text, _SafeLoader)  # noqa: S506 (derived from SafeLoader)
     except yaml.YAMLError as error:
@@ -126,11 +119,7 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> A
 
 @dataclass
 class Options:
-    """What the dataclasses of options have in common: types, ranges, and changed copies.
-
-    Raises:
-        ValueError: A value of another type or outside its range, or what `check` refuses.
-    """
+    """What the dataclasses of options have in common: types, ranges, both checked at construction, and copies."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -151,9 +140,8 @@ class Options:
             ValueError: A change of something that is no option, with the nearest names; or of another type or range.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in changes:
-            if name not in names:
-                raise ValueError(unknown(name, names))
+        if wrong := [name for name in changes if name not in names]:
+            raise ValueError(unknown(wrong[0], names))
         if options is not None and not isinstance(options, cls):
             raise ValueError(f"options are {type(options).__name__}: give {cls.__name__}, or its fields by name.")
         return cls(**changes) if options is None else dataclasses.replace(options, **changes)
@@ -164,8 +152,10 @@ class Options:
 
 
 def unknown(name: Any, names: Iterable[str]) -> str:
-    """Return that there is no such option, and which are like it."""
+    """Return that there is no such option, and which are like it, or what it is called now."""
     names = sorted(names)
+    if name in RENAMED:
+        return f"there is no option {name!r} any more: give {RENAMED[name]}."
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     which = f"the nearest are {', '.join(near)}" if near else f"allowed are {', '.join(names)}"
     return f"there is no option {name!r}: {which}."
@@ -196,14 +186,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return hint(value)
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if hint in (int, float) and number:
-        if hint is int and isinstance(value, (float, np.floating)) and not float(value).is_integer():
-            raise ValueError(f"{name} is {value!r}: it must be a whole number.")
-        try:
-            return hint(value)
-        except OverflowError:
-            raise ValueError(f"{name} has {len(str(value))} digits: it must be finite.") from None
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if hint is float and number and isinstance(value, int) and abs(value) >= 2**1024:
+        raise ValueError(f"{name} has {len(str(value))} digits: it must be finite.")
+    if number and (hint is float or (hint is int and value % 1 == 0)):
+        return hint(value)
     if hint in (str, bool) and isinstance(value, hint):
         return value
     words = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}

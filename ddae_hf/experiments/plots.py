@@ -42,12 +42,10 @@ def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair) -> Figure:
     """Return a picture of validation accuracy over noise levels, of the best layer of each and of the best pair's."""
     accuracy = _accuracies(pairs)
     sigmas = sorted({sigma for _, sigma in accuracy})
-    lines = {
-        "best layer of each level": [max(accuracy[key] for key in accuracy if key[1] == sigma) for sigma in sigmas],
-        best.layer: [accuracy[best.layer, sigma] for sigma in sigmas],
-    }
-    label = "accuracy on held-out images (%)"
-    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=label, log=True)
+    highest = [max(accuracy[key] for key in accuracy if key[1] == sigma) for sigma in sigmas]
+    lines = {"best layer of each level": highest, best.layer: [accuracy[best.layer, sigma] for sigma in sigmas]}
+    y = "accuracy on held-out images (%)"
+    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=y)
 
 
 def _accuracies(pairs: Sequence[Pair]) -> dict[tuple[str, float], float]:
@@ -74,21 +72,15 @@ def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[s
 
 
 def curves(
-    x: Sequence[float],
-    lines: Mapping[str, Sequence[float]],
-    *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
+    x: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, xlabel: str, ylabel: str,
     errors: Mapping[str, Sequence[float]] | None = None,
-) -> Figure:
-    """Return a picture of lines, with the errors of some of them, over a common axis, with a tick at every point."""
+) -> Figure:  # fmt: skip
+    """Return a picture of lines, with the errors of some of them, over noise levels, with a tick at each."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):
         axes.errorbar(x, y, (errors or {}).get(label), fmt=style, capsize=3, label=label)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log")
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -98,19 +90,18 @@ def curves(
 
 def curves_of_points(points: Sequence[Point]) -> Figure:
     """Return a picture of accuracy, loss and sample quality over training steps, the best of each marked."""
+    steps = [point.step for point in points]
     panels: dict[str, list[Any]] = {"test accuracy (%)": [100 * point.test_accuracy for point in points]}
     panels["loss on test images"] = [point.test_loss for point in points]
-    panels["Frechet distance"] = [point.frechet_distance for point in points if point.frechet_distance is not None]
-    panels = {label: values for label, values in panels.items() if values}
+    if points[0].frechet_distance is not None:
+        panels["Frechet distance"] = [point.frechet_distance for point in points]
     figure = Figure(figsize=(6, 0.8 + 2 * len(panels)), layout="constrained")
-    steps = [point.step for point in points]
-    for (label, y), axis in zip(panels.items(), figure.subplots(len(panels), sharex=True), strict=True):
-        best = y.index((max if label == "test accuracy (%)" else min)(y))
+    for (title, y), axis in zip(panels.items(), figure.subplots(len(panels), sharex=True), strict=True):
+        best = y.index((max if title == "test accuracy (%)" else min)(y))
         axis.plot(steps, y, "o-")
-        axis.plot(
-            steps[best], y[best], "*", markersize=15, color="crimson", label=f"best: {y[best]:.4g} at {steps[best]}"
-        )
-        axis.set_ylabel(label)
+        label = f"best: {y[best]:.4g} at {steps[best]}"
+        axis.plot(steps[best], y[best], "*", markersize=15, color="crimson", label=label)
+        axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.legend()
     axis.set_xlabel("training step")

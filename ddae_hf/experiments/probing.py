@@ -1,38 +1,46 @@
 """A probe: what a linear layer tells from a network's features of images, and the classifier that it makes.
 
 A probe is fitted on a part of the training images, chosen on the rest of them, fitted again on all, and tested once.
-Its features come from `Inputs`, images or latents, and are kept on disk: the network runs once for a noise level.
+Its features come from `Inputs`, images or latents, and are kept on disk: the network runs once for a noise level. But
+the paper's probes, `OnlineProbes`, are trained by gradient descent with a forward pass of the network for every batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..checkpoints import still_generates
 from ..configuration_ddae import DDAEConfig
+from ..hidden_states import hidden_size
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..pipeline_ddae import DDAEPipeline
+from .accelerating import accelerated
+from .batches import Batch, Batches
 from .classes import draw_images, draw_labels
 from .devices import made_fast
 from .draws import separate_randomness
-from .features import FeatureCache
+from .features import FeatureCache, batch_features
 from .images import ImageInputs, ImageSet, Inputs, noise_view
-from .logistic_regression import alignment, fit_logistic_regression, knn_predict, uniformity
+from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_regression, knn_predict, uniformity
 from .metrics import F1
-from .models import Model, ready
-from .online_probes import predict_online, train_online
+from .models import Model
 from .results import Pair, Probe
+from .training import Loop
 
 if TYPE_CHECKING:
     from .sweeping import SweepOptions
@@ -40,15 +48,38 @@ if TYPE_CHECKING:
 PIXELS = "pixels"  # the layer of what is no network's feature
 NEIGHBOURS = (20, 200)
 ALIGNMENT_IMAGES = 2000
+# A linear classifier, weights (K, C) and biases (K,) for features as they are, and the test images' classes (N,).
+Fitted = tuple[Tensor, Tensor, np.ndarray]
 
 
-@dataclass
-class Fitted:
-    """A linear classifier, weights (K, C) and biases (K,) for features as they are, and the test images' classes."""
+class OnlineProbes(nn.Module):
+    """Linear classifiers on layers of some widths, trained together while a network computes their features.
 
-    weight: Tensor
-    bias: Tensor
-    predicted: np.ndarray
+    With `batch_norm` features pass a batch norm without parameters first, as in He et al. 2022 (arXiv 2111.06377) and
+    l-DAE (arXiv 2401.14404).
+    """
+
+    def __init__(self, widths: dict[str, int], num_classes: int, batch_norm: bool = False):
+        super().__init__()
+        self.layers = list(widths)
+        norms = (nn.BatchNorm1d(width, affine=False) if batch_norm else nn.Identity() for width in widths.values())
+        self.norms = nn.ModuleList(norms)
+        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for width in widths.values())
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return logits (B, K) of features (B, C), by layer name."""
+        parts = zip(self.layers, self.norms, self.heads, strict=True)
+        return {layer: head(norm(features[layer])) for layer, norm, head in parts}
+
+    def linear(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return a layer's classifier in evaluation, weights (K, C) and biases (K,), its batch norm folded in."""
+        head: Any = self.heads[self.layers.index(layer)]
+        norm: Any = self.norms[self.layers.index(layer)]
+        weight, bias = head.weight.detach(), head.bias.detach()
+        if isinstance(norm, nn.Identity):
+            return weight, bias
+        weight = weight * (norm.running_var + norm.eps).rsqrt()
+        return weight, bias - weight @ norm.running_mean
 
 
 @dataclass(eq=False)
@@ -56,10 +87,6 @@ class Prober:
     """Linear probes of one network: its features of training and test images, and figures of them.
 
     Attributes:
-        model: The network, on the device to use.
-        train: The training images.
-        test: The test images.
-        options: The options of the sweep.
         layers: The layers to choose from; `PIXELS` alone is what the network is fed, whatever the noise level.
         sigmas: The noise levels to choose from.
         folder: Where features are kept.
@@ -80,7 +107,6 @@ class Prober:
 
     def __post_init__(self) -> None:
         self.labels: dict[str, Any] = {"train": self.train.labels, "test": self.test.labels}
-        self.solving: dict[str, Any] = {"num_classes": len(self.train.names or ()), "device": self.model.device}
         order = np.random.default_rng(self.options.seed).permutation(len(self.train))
         order = order[: self.options.max_selection_samples]
         count = max(1, round(self.options.validation_fraction * len(order)))
@@ -88,33 +114,25 @@ class Prober:
         self.chosen_on = np.arange(len(self.train)) if len(self.layers) * len(self.sigmas) == 1 else self.rows
 
     def features(
-        self,
-        split: str,
-        layers: list[str],
-        sigma: float,
-        noise_seed: int,
-        *,
-        views: Sequence[int] | None = None,
-        rows: np.ndarray | None = None,
-    ) -> dict[str, list[np.ndarray]]:
+        self, split: str, layers: list[str], sigma: float, noise_seed: int, *,
+        views: Sequence[int] | None = None, rows: np.ndarray | None = None,
+    ) -> dict[str, list[np.ndarray]]:  # fmt: skip
         """Return the features of a split's images, or of those at `rows`: for each layer an array (N, C) a view."""
         options, inputs = self.options, self.train if split == "train" else self.test
-        count = len(inputs) if rows is None else len(rows)
         part = {} if rows is None else {"rows": hashlib.sha256(rows.tobytes()).hexdigest()}
         found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
         for view in range(options.num_views) if views is None else views:
-            title = f"sigma {sigma:g}, {split} images, view {view}"
-            if layers == [PIXELS]:
-                read = inputs.batches(options.batch_size, rows, view=view, title=title)
-                found[PIXELS].append(torch.cat([batch.flatten(1) for batch in read]).numpy())
-                continue
 
-            def images(start: int, view: int = view, title: str = title) -> Iterable[Tensor]:
+            def images(start: int, view: int = view) -> Iterable[Tensor]:
+                title = f"sigma {sigma:g}, {split} images, view {view}"
                 return inputs.batches(options.batch_size, rows, view=view, start=start, title=title)
 
-            changes = {"flip": options.flips, "crop": options.crop_padding, "seed": options.seed} if view else {}
-            cache = FeatureCache(self.folder, self.model, noise_seed)
-            known, number = {**inputs.identity, **part, **changes}, noise_view(split == "test", view)
+            if layers == [PIXELS]:
+                found[PIXELS].append(torch.cat([batch.flatten(1) for batch in images(0)]).numpy())
+                continue
+            cache, count = FeatureCache(self.folder, self.model, noise_seed), len(inputs if rows is None else rows)
+            known = {**inputs.identity, **part, **(options.changes if view else {})}
+            number = noise_view(split == "test", view)
             for layer, values in cache.features(images, count, layers, sigma, view=number, data=known).items():
                 found[layer].append(values)
         return found
@@ -129,6 +147,15 @@ class Prober:
         """Return where images, given by their indices, are among those that are chosen on."""
         return np.searchsorted(self.chosen_on, indices)
 
+    def solve(
+        self, features: Mapping[str, Views], labels: np.ndarray, l2: Sequence[float], indices: np.ndarray | None = None
+    ) -> dict[str, LinearProbes]:
+        """Fit every layer: see `fit_logistic_regression`. Pixels, which have one scale already, are only centred."""
+        return fit_logistic_regression(
+            features, labels, l2, num_classes=len(self.train.names or ()), indices=indices,
+            device=self.model.device, standardise=self.layers != [PIXELS],
+        )  # fmt: skip
+
     def level(self, sigma: float) -> list[Pair]:
         """Probe every layer at one noise level, and return the figures of each on held-out training images."""
         options, truth = self.options, self.labels["train"][self.held_out]
@@ -137,8 +164,7 @@ class Prober:
             predicted = predict_online(self, probes, "train", sigma, self.held_out, options.noise_seed)
         else:
             features, labels = self.selection_features(sigma), self.labels["train"][self.chosen_on]
-            fitted = self.positions(self.fitted)
-            solved = fit_logistic_regression(features, labels, options.l2, indices=fitted, **self.solving)
+            solved = self.solve(features, labels, options.l2, self.positions(self.fitted))
             at = self.positions(self.held_out)
             predicted = {layer: solved[layer].predict(features[layer], at) for layer in self.layers}
         pairs = []
@@ -147,8 +173,7 @@ class Prober:
             best = int(np.argmax(scores))
             pair = Pair(layer=layer, sigma=sigma, validation_accuracy=scores[best])
             if not options.online:
-                pair.l2 = options.l2[best]
-                pair.by_l2 = dict(zip(map(str, options.l2), scores, strict=True))
+                pair.l2, pair.by_l2 = options.l2[best], dict(zip(map(str, options.l2), scores, strict=True))
             pairs.append(pair)
         if options.knn or options.alignment:
             self.add_other_figures(pairs, sigma)
@@ -165,16 +190,15 @@ class Prober:
             drawn = self.held_out[some]
             others = self.features("train", self.layers, sigma, options.noise_seed, views=[1], rows=drawn)
         for pair in tqdm(pairs, desc=f"sigma {sigma:g}, other figures", leave=False):
-            (view,) = views[pair.layer]
+            view = views[pair.layer][0]
             if options.knn:
                 truth = labels[self.fitted]
                 predicted = knn_predict(view[fitted], truth, view[tested], counts, device=self.model.device)
                 for count, classes in predicted.items():
                     setattr(pair, f"knn_{count}", float((classes == labels[self.held_out]).mean()))
             if options.alignment:
-                (other,) = others[pair.layer]
                 first = view[tested[some]]
-                pair.alignment = alignment(first, other)
+                pair.alignment = alignment(first, others[pair.layer][0])
                 pair.uniformity = uniformity(first)
 
     def fit(self, best: Pair, noise_seed: int) -> Fitted:
@@ -183,89 +207,121 @@ class Prober:
         if self.options.online:
             online = train_online(self, [layer], sigma, np.arange(len(self.train)), noise_seed)
             predicted = predict_online(self, online, "test", sigma, np.arange(len(self.test)), noise_seed)[layer]
-            return Fitted(*online.linear(layer), predicted[0])
+            return *online.linear(layer), predicted[0]
         train = self.features("train", [layer], sigma, noise_seed)
         strength: Any = best.l2
-        probes = fit_logistic_regression(train, self.labels["train"], [strength], **self.solving)[layer]
+        probes = self.solve(train, self.labels["train"], [strength])[layer]
         predicted = probes.predict(self.features("test", [layer], sigma, noise_seed)[layer])
-        return Fitted(probes.weight[0], probes.bias[0], predicted[0])
+        return probes.weight[0], probes.bias[0], predicted[0]
 
     def few_labels(self, best: Pair) -> dict[str, list[float]]:
-        """Return test accuracies with few labels a class, by their number, one for every draw of them.
-
-        The pair is the one that was chosen with all labels of the selection images.
-        """
+        """Return the pair's test accuracies with few labels a class, by their number, one for every draw of them."""
         options, labels, layer = self.options, self.labels["train"], best.layer
-        figures: dict[str, list[float]] = {}
         if not options.few_labels:
-            return figures
+            return {}
         train = self.features("train", [layer], best.sigma, options.noise_seed)
         test = self.features("test", [layer], best.sigma, options.noise_seed)[layer]
+        figures: dict[str, list[float]] = {}
         for per_class in options.few_labels:
-            scores = []
+            scores = figures[str(per_class)] = []
             for draw in range(options.num_draws):
                 few = draw_labels(labels, per_class, options.seed + draw)
                 # With so few labels none is spared for choosing: scikit-learn's C = 1, its default (of two classes 2).
-                probes = fit_logistic_regression(train, labels, [1 / len(few)], indices=few, **self.solving)[layer]
+                probes = self.solve(train, labels, [1 / len(few)], few)[layer]
                 scores.append(float((probes.predict(test)[0] == self.labels["test"]).mean()))
-            figures[str(per_class)] = scores
         return figures
 
-    def tested(self, best: Pair, fitted: dict[int, Fitted]) -> Probe:
-        """Return the test figures of the chosen pair, of what was fitted with each noise seed."""
-        truth = self.labels["test"]
-        accuracies = {str(seed): float((each.predicted == truth).mean()) for seed, each in fitted.items()}
-        first = next(iter(fitted.values()))
-        f1 = F1().compute(predictions=first.predicted, references=truth)["f1"]
+    def tested(self, pairs: Sequence[Pair], num_noise_seeds: int) -> tuple[Probe, Fitted]:
+        """Choose, fit with each noise seed, and test; return the figures, and what was fitted with the first seed."""
+        truth, first = self.labels["test"], self.options.noise_seed
+        best = max(pairs, key=lambda pair: pair.validation_accuracy or 0.0)  # of several the first
+        fitted = {seed: self.fit(best, seed) for seed in range(first, first + num_noise_seeds)}
+        accuracies = {str(seed): float((predicted == truth).mean()) for seed, (_, _, predicted) in fitted.items()}
+        f1 = F1().compute(predictions=fitted[first][2], references=truth)["f1"]
         few = self.few_labels(best)
-        return Probe(best=best, test_accuracies=accuracies, test_f1=f1, few_label_test_accuracies=few)
+        return Probe(best=best, test_accuracies=accuracies, test_f1=f1, few_label_test_accuracies=few), fitted[first]
 
-    def baseline(self) -> Probe:
-        """Choose, fit with the first noise seed, and test: what a network is compared with."""
-        best = best_of([pair for sigma in self.sigmas for pair in self.level(sigma)])
-        return self.tested(best, {self.options.noise_seed: self.fit(best, self.options.noise_seed)})
-
-    def untrained(self) -> Prober:
-        """Return the probes of the same network with random weights; its VAE stays: only the denoiser is untrained."""
+    def baselines(self) -> dict[str, Probe]:
+        """Return what a network is compared with: what it is fed, and its like with random weights but for a VAE."""
         config: Any = self.model.config
         with separate_randomness(self.options.seed):
-            model = DDAEModel(config).eval().to(dtype=self.model.dtype)
-        model.vae = self.model.vae
-        return dataclasses.replace(self, model=made_fast(model, self.model.device).to(self.model.device))
+            untrained = DDAEModel(config).eval().to(dtype=self.model.dtype)
+        untrained.vae = self.model.vae
+        untrained = made_fast(untrained, self.model.device).to(self.model.device)
+        fed = "raw pixels" if isinstance(self.train, ImageInputs) else "raw latents"
+        probers = {fed: dataclasses.replace(self, layers=[PIXELS], sigmas=[0.0])}
+        probers["untrained network"] = dataclasses.replace(self, model=untrained)
+        levels = {name: [pair for sigma in each.sigmas for pair in each.level(sigma)] for name, each in probers.items()}
+        return {name: each.tested(levels[name], 1)[0] for name, each in probers.items()}
 
-    def pixels(self) -> Prober:
-        """Return the probes of what the network is fed, raw pixels or latents, without a network."""
-        return dataclasses.replace(self, layers=[PIXELS], sigmas=[0.0])
+
+def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarray, noise_seed: int) -> OnlineProbes:
+    """Train the probes of some layers on some training images as the paper does, or raise `ValueError` at a NaN loss.
+
+    Every epoch has fresh noise, flips and crops; the optimiser is Adam, on a cosine schedule.
+    """
+    options, model, labels = prober.options, prober.model, torch.from_numpy(prober.labels["train"])
+    widths = {layer: hidden_size(model.denoiser, layer) for layer in layers}
+    steps = math.ceil(len(rows) / options.online_batch_size)
+
+    def of_epoch(epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([options.seed, epoch + 1]).permutation(rows)
+        return np.array_split(order, steps)
+
+    with accelerated(seed=options.seed, mixed_precision="no", place=False) as accelerator:
+        probes = OnlineProbes(widths, len(prober.train.names or ()), options.protocol == "batch_norm").to(model.device)
+        numbers: Any = range(len(labels))  # of the images, which `loss` reads
+        order = Batches(of_epoch, options.online_batch_size)
+        loader = DataLoader(numbers, batch_sampler=order, collate_fn=lambda some: {"rows": torch.tensor(some)})
+        loop = Loop(
+            accelerator, probes, torch.optim.Adam(probes.parameters(), lr=options.learning_rate), loader,
+            total_steps=options.num_epochs * steps, seed=options.seed, desc=f"sigma {sigma:g}, training",
+            schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),
+        )  # fmt: skip
+
+        def loss(batch: Batch) -> Tensor:
+            epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are
+            some = batch["rows"].numpy()
+            images, view = prober.train.read(some, epoch), noise_view(False, epoch)
+            features = batch_features(model, images, some, layers, sigma, noise_seed=noise_seed, view=view)
+            truth = labels[some].to(model.device)
+            losses = (F.cross_entropy(logits, truth) for logits in loop.module(features).values())
+            return sum(losses, torch.zeros((), device=model.device))
+
+        loop.run(loss)
+    return probes.eval()
 
 
-def best_of(pairs: Iterable[Pair]) -> Pair:
-    """Return the pair that tells most held-out images right, of several the first."""
-    return max(pairs, key=lambda pair: pair.validation_accuracy or 0.0)
+@torch.no_grad()
+def predict_online(
+    prober: Prober, probes: OnlineProbes, split: str, sigma: float, rows: np.ndarray, noise_seed: int
+) -> dict[str, np.ndarray]:
+    """Return the classes (1, N) that probes give a split's images at `rows`, by layer name."""
+    found: dict[str, list[np.ndarray]] = {layer: [] for layer in probes.layers}
+    inputs = prober.train if split == "train" else prober.test
+    start, view = 0, noise_view(split == "test", 0)
+    for images in inputs.batches(prober.options.batch_size, rows, title=f"sigma {sigma:g}, {split} images"):
+        indices = rows[start : (start := start + len(images))]
+        features = batch_features(prober.model, images, indices, probes.layers, sigma, noise_seed=noise_seed, view=view)
+        for layer, logits in probes(features).items():
+            found[layer].append(logits.argmax(1).cpu().numpy())
+    return {layer: np.concatenate(parts)[None] for layer, parts in found.items()}
 
 
 def make_classifier(
-    model: Model,
-    names: Sequence[str],
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    dtype: torch.dtype | str = "auto",
-    cache_dir: str | None = None,
-    **config: Any,
-) -> DDAEForImageClassification:
+    model: Model, names: Sequence[str], weight: Tensor, bias: Tensor, *,
+    dtype: torch.dtype | str = "auto", cache_dir: str | None = None, **config: Any,
+) -> DDAEForImageClassification:  # fmt: skip
     """Return a network with a linear classifier, in evaluation mode, on the CPU if the network is of a path.
 
     Args:
-        model: The network: a checkpoint of any layout, or an open model, whose weights are copied.
+        model: The network: a checkpoint of any layout, opened in `dtype`, or an open model, whose weights are copied.
         names: The names of K classes.
-        weight: (K, C), for features as they are.
+        weight: (K, C), for features as they are; a `ValueError` if some are no finite numbers.
         bias: (K,).
-        dtype: The type to open a checkpoint in, by default its own.
+        dtype: By default the checkpoint's own.
         cache_dir: Where downloads are kept.
         **config: What its configuration says, such as `layer`, `sigma` and `noise_seed`.
-
-    Raises:
-        ValueError: Weights that are no finite numbers.
     """
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise ValueError("The classifier's weights are no finite numbers: it is not saved. Regularise it more.")
@@ -286,19 +342,9 @@ def make_classifier(
 
 
 def save_classifier(
-    folder: str | os.PathLike[str], model: Model, processor: DDAEImageProcessor, *head: Any, **config: Any
-) -> None:
-    """Make a classifier, `head` and `config` being the other arguments of `make_classifier`, and write it."""
-    write_classifier(folder, make_classifier(model, *head, **config), model, processor, config.get("cache_dir"))
-
-
-def write_classifier(
-    folder: str | os.PathLike[str],
-    classifier: DDAEForImageClassification,
-    model: Model,
-    processor: DDAEImageProcessor,
-    cache_dir: str | None = None,
-) -> None:
+    folder: str | os.PathLike[str], classifier: DDAEForImageClassification, model: Model,
+    processor: DDAEImageProcessor, cache_dir: str | None = None,
+) -> None:  # fmt: skip
     """Write a classifier that `make_classifier` made of a model, as one folder.
 
     It holds the generator as a pipeline, with its VAE where it has one, and beside it the classifier without their
@@ -320,15 +366,9 @@ def write_classifier(
 
 @torch.no_grad()
 def classify(
-    model: DDAEForImageClassification | str | os.PathLike[str],
-    images: ImageSet,
-    processor: DDAEImageProcessor,
-    *,
-    batch_size: int = 250,
+    classifier: DDAEForImageClassification, images: ImageSet, processor: DDAEImageProcessor, batch_size: int = 250
 ) -> np.ndarray:
-    """Return the classes (N,) that a classifier, open or saved in a folder, gives images."""
-    network: Any = model
-    if isinstance(model, (str, os.PathLike)):
-        network = ready(DDAEForImageClassification.from_pretrained(model).eval())
+    """Return the classes (N,) that a classifier gives images."""
     read = ImageInputs(images, processor).batches(batch_size, title="classifier")
-    return np.concatenate([network(batch.to(network.device)).logits.argmax(-1).cpu().numpy() for batch in read])
+    answers: Any = (classifier(batch.to(classifier.device)) for batch in read)
+    return np.concatenate([answer.logits.argmax(-1).cpu().numpy() for answer in answers])

@@ -47,10 +47,8 @@ def prepare(hub: HubOptions, output_dir: str | os.PathLike[str]) -> str | None:
     if constants.HF_HUB_OFFLINE:
         raise ValueError("push_to_hub needs the Hub, and HF_HUB_OFFLINE is set: unset one of them.")
     if get_token() is None:
-        raise ValueError(
-            "push_to_hub needs a token that may write: log in with `hf auth login`, or set HF_TOKEN to one of "
-            f"{constants.ENDPOINT}/settings/tokens."
-        )
+        how = f"log in with `hf auth login`, or set HF_TOKEN to one of {constants.ENDPOINT}/settings/tokens."
+        raise ValueError(f"push_to_hub needs a token that may write: {how}")
     name = hub.hub_model_id or Path(output_dir).resolve().name
     api = HfApi()
     try:
@@ -59,21 +57,16 @@ def prepare(hub: HubOptions, output_dir: str | os.PathLike[str]) -> str | None:
     except Exception as error:  # the client raises a dozen kinds
         raise ValueError(f"push_to_hub: the repository {name} cannot be written to: {error}") from error
     if hub.hub_private and not private:
-        raise ValueError(
-            f"hub_private: {repository} is there already, and public. Make it private on the Hub, or give another "
-            "hub_model_id."
-        )
+        how = "Make it private on the Hub, or give another hub_model_id."
+        raise ValueError(f"hub_private: {repository} is there already, and public. {how}")
     hub.hub_model_id = repository
     return repository
 
 
 def publish(
-    hub: HubOptions,
-    folder: str | os.PathLike[str],
-    message: str,
-    ignore: Sequence[str] = PRIVATE,
+    hub: HubOptions, folder: str | os.PathLike[str], message: str, ignore: Sequence[str] = PRIVATE,
     generator: str | os.PathLike[str] | None = None,
-) -> str | None:
+) -> str | None:  # fmt: skip
     """Write a complete folder's card, push both if asked to, and return a sentence of where they are on the Hub.
 
     Args:
@@ -81,8 +74,7 @@ def publish(
         folder: What is published.
         message: Of the commit.
         ignore: Patterns of files that stay here.
-        generator: The checkpoint that the network is of; if it is a folder with the report of its pretraining, the card
-            has that too.
+        generator: The checkpoint that the network is of, the report of whose pretraining the card shows too.
 
     Raises:
         ValueError: A folder without a checkpoint, or a push that failed; the error says how to push by hand.
@@ -101,6 +93,6 @@ def publish(
     except Exception as error:  # the client raises a dozen kinds
         excluded = [word for pattern in ignore for word in ("--exclude", pattern)]
         command = shlex.join(["hf", "upload", hub.hub_model_id, str(folder), ".", *excluded])
-        how = f"Nothing is lost; to push it:\n\n    {command}"
-        raise ValueError(f"{folder} is complete, but it was not pushed: {error}\n{how}") from error
+        text = f"{folder} is complete, but it was not pushed: {error}\nNothing is lost; to push it:\n\n    {command}"
+        raise ValueError(text) from error
     return f"Pushed {folder} to {commit.repo_url}, commit {commit.oid[:8]}."

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -20,36 +20,34 @@ from .arrays import write_json
 from .options import read_yaml
 
 
-@dataclass
-class Figure:
-    """A number for the Hub's lists of results."""
+class Figure(NamedTuple):
+    """A number for the Hub's lists of results, `metric` being its id there."""
 
-    metric: str  # its id on the Hub
+    metric: str
     name: str
     value: float
     conditions: dict[str, Any]
 
 
-@dataclass
-class Section:
-    """A report's figures: how they were measured, all of them as a table, and the main ones."""
+class Section(NamedTuple):
+    """A report's figures: how they were measured, all of them as a table, the main ones, the saved classifier's."""
 
     title: str
     protocol: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    figures: list[Figure] = dataclasses.field(default_factory=list)
+    figures: Sequence[Figure] = ()
     saved: float | None = None  # accuracy of the classifier that was saved, as its users load it
 
 
-def in_memory(default: Any = None) -> Any:
+def in_memory() -> Any:
     """Return a field of a report that its file does not hold, such as a model."""
-    return dataclasses.field(default=default, repr=False, compare=False, metadata={"in_memory": True})
+    return dataclasses.field(default=None, repr=False, compare=False, metadata={"in_memory": True})
 
 
-def many(kind: type = dict) -> Any:
-    """Return a field that is an empty dictionary or list by default, and then not in the file."""
-    return dataclasses.field(default_factory=kind)
+def many() -> Any:
+    """Return a field that is an empty dictionary by default, and then not in the file."""
+    return dataclasses.field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -100,21 +98,19 @@ class Report:
         path = Path(path)
         kinds = [kind for kind in reversed(Report.kinds) if issubclass(kind, cls) or issubclass(cls, kind)]
         if path.is_dir():
-            there = [path / kind.file for kind in kinds if (path / kind.file).is_file()]
-            path = there[0] if there else path / kinds[0].file
+            path /= next((kind.file for kind in kinds if (path / kind.file).is_file()), kinds[0].file)
         content = read_mapping(path)
-        of_file = [kind for kind in kinds if kind.file == path.name] or kinds
-        found = next((kind for kind in of_file if any(key in content for key in kind.telling)), None)
+        kinds = [kind for kind in kinds if kind.file == path.name] or kinds
+        found = next((kind for kind in kinds if any(key in content for key in kind.telling)), None)
         if found is None:
             raise ValueError(
                 f"{path} holds {', '.join(content) or 'nothing'}: allowed are the results of "
-                f"{', '.join(dict.fromkeys(kind.kind.replace('_', ' ') for kind in of_file))}. Remove it, or name "
-                "another folder."
+                f"{', '.join(kind.kind.replace('_', ' ') for kind in kinds)}. Remove it, or name another folder."
             )
         try:
             report = _built(cls if issubclass(cls, found) else found, found.upgraded(content))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} lacks {error}: run what wrote it again.") from error
+            raise ValueError(f"{path} cannot be understood: {error}. Run what wrote it again.") from error
         report.folder = path.parent
         report.complete()
         return report
@@ -122,23 +118,14 @@ class Report:
     @classmethod
     def upgraded(cls, content: dict[str, Any]) -> dict[str, Any]:
         """Return a file's content as this version would have written it."""
-        content = dict(content)
-        if "device" in content:
-            content.setdefault("hardware", content["device"])
-        if "torch" in content:
-            content.setdefault("versions", {"torch": content["torch"]})
         return content
 
     def complete(self) -> None:
-        """Add what older versions left in other places: the data's name and splits, among the options.
-
-        A path on some machine is known by its last part alone.
-        """
+        """Add what lies in other places: the data's name, of a path its last part alone, and its splits."""
         known = {name: self.options.get(name) for name in ("train_split", "test_split")}
         known |= {"config": self.options.get("dataset_config_name"), **self.dataset}
         source = known.get("id") or self.options.get("dataset_name") or self.options.get("train_data_dir")
-        if not known.get("name") and source:
-            known["name"] = Path(source).name
+        known["name"] = known.get("name") or (source and Path(source).name)
         self.dataset = {name: value for name, value in known.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,19 +134,14 @@ class Report:
 
     def write(self, folder: str | Path) -> Path:
         """Write the report, complete or not at all, and return its path."""
-        path = Path(folder) / self.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.to_dict())
-        self.folder = path.parent
-        return path
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / self.file, self.to_dict())
+        return self.folder / self.file
 
     def section(self) -> Section:
         """Return the figures, as tables and cards show them."""
         raise NotImplementedError
-
-    def figures(self) -> list[Figure]:
-        """Return the main figures."""
-        return self.section().figures
 
     def table(self) -> str:
         """Return what was measured, and the figures as a Markdown table."""
@@ -171,8 +153,8 @@ class Report:
 
     def pictures_there(self) -> dict[Path, str]:
         """Return the pictures beside the file, and what they show."""
-        there = {} if self.folder is None else {self.folder / name: text for name, text in self.pictures.items()}
-        return {path: text for path, text in there.items() if path.is_file()}
+        places = ((Path(self.folder or "", name), text) for name, text in self.pictures.items() if self.folder)
+        return {path: text for path, text in places if path.is_file()}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -210,16 +192,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def _in_file(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if "in_memory" not in field.metadata]
+
+
 def _built(hint: Any, value: Any) -> Any:
     """Return what a file's value stands for: dataclasses, also inside of lists and dictionaries."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        fields = [field for field in dataclasses.fields(hint) if "in_memory" not in field.metadata]
-        for field in fields:
-            missing = field.default is field.default_factory is dataclasses.MISSING
-            if missing and field.name not in value:
-                raise KeyError(field.name)
-        return hint(**{f.name: _built(hints[f.name], value[f.name]) for f in fields if f.name in value})
+    if dataclasses.is_dataclass(hint):
+        hints, kind = typing.get_type_hints(hint), typing.cast(Any, hint)
+        return kind(**{name: _built(hints[name], value[name]) for name in _in_file(hint) if name in value})
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is list:
         return [_built(parts[0], item) for item in value]
@@ -231,12 +212,8 @@ def _built(hint: Any, value: Any) -> Any:
 def _plain(value: Any) -> Any:
     """Return dataclasses as dictionaries, without what is not known and what lives in memory alone."""
     if dataclasses.is_dataclass(value):
-        fields = [field for field in dataclasses.fields(value) if "in_memory" not in field.metadata]
-        found = {field.name: getattr(value, field.name) for field in fields}
-        unknown = [
-            name for name, item in found.items() if item is None or (isinstance(item, (dict, list)) and not item)
-        ]
-        return {name: _plain(item) for name, item in found.items() if name not in unknown}
+        found = {name: _plain(getattr(value, name)) for name in _in_file(value)}
+        return {name: item for name, item in found.items() if item not in (None, {}, [])}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

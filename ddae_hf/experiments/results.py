@@ -1,42 +1,20 @@
 """Results: what every experiment found, as a dataclass that is written as JSON, printed as a table and put on a card.
 
-| report | file | of |
-|---|---|---|
-| `PretrainingReport` | `train_results.json` | pretraining a denoiser |
-| `VAEReport` | `train_results.json` | training a VAE |
-| `ProbeReport` | `eval_results.json` | linear probes: one, or a sweep over layers and noise levels |
-| `CurveReport` | `training_curve.json` | probes, loss and samples over a training run |
-| `FineTuningReport` | `eval_results.json` | fine-tuning |
-| `NoisyReport` | `eval_results.json` | classifying noisy images |
-| `GenerationReport` | `generation_results.json` | generated images against real ones |
-
-Files of versions 0.1.0 and 0.2.0 are read into the same classes.
+Files of version 0.2.0 are read into the same classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .probe_results import CurveReport, Pair, Point, Probe, ProbeReport
-from .report import Figure, Report, Section, many, number, percent, read_mapping
+import numpy as np
 
-__all__ = [
-    "CurveReport",
-    "FineTuningReport",
-    "GenerationReport",
-    "NoisyReport",
-    "Pair",
-    "Point",
-    "PretrainingReport",
-    "Probe",
-    "ProbeReport",
-    "Report",
-    "VAEReport",
-    "read_reports",
-]
+from .report import Figure, Report, Section, many, number, percent, read_mapping, spread
+
+METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
 
 
 @dataclass(kw_only=True)
@@ -55,10 +33,9 @@ class PretrainingReport(Report):
     latents: dict[str, Any] = many()
 
     def complete(self) -> None:
-        """Read the options."""
-        path = Path(self.folder or "") / "training_options.yaml"
-        if not self.options and path.is_file():
-            self.options = read_mapping(path)
+        """Read the options too."""
+        path = Path(self.folder or "", "training_options.yaml")
+        self.options = read_mapping(path) if path.is_file() else self.options
         super().complete()
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,8 +44,12 @@ class PretrainingReport(Report):
 
     def section(self) -> Section:
         """Return how long it took and what loss it ended at."""
-        names = ("steps", "images", "loss_last_100_batches", "parameters", "seconds", "images_per_second")
-        return Section("Pretraining", "A denoiser was trained.", ["fact", "value"], _facts(self, names))
+        facts = self._facts("steps", "images", "loss_last_100_batches", "parameters", "seconds", "images_per_second")
+        return Section("Pretraining", "A denoiser was trained.", ["fact", "value"], facts)
+
+    def _facts(self, *names: str) -> list[list[str]]:
+        values = ((name, getattr(self, name)) for name in names)
+        return [[name.replace("_", " "), number(value)] for name, value in values if value is not None]
 
 
 @dataclass(kw_only=True)
@@ -88,9 +69,186 @@ class VAEReport(PretrainingReport):
 
     def section(self) -> Section:
         """Return what it does to held-out images."""
-        names = ("steps", "images", "loss_last_100_batches", "scaling_factor", "parameters", "seconds")
         rows = [[f"held out: {name}", number(value)] for name, value in self.held_out.items()]
-        return Section("VAE", "An autoencoder was trained.", ["fact", "value"], rows + _facts(self, names))
+        rows += self._facts("steps", "images", "loss_last_100_batches", "scaling_factor", "parameters", "seconds")
+        return Section("VAE", "An autoencoder was trained.", ["fact", "value"], rows)
+
+
+@dataclass(kw_only=True)
+class Pair:
+    """A layer at a noise level, and the figures of its probe on held-out training images.
+
+    Attributes:
+        layer: The layer, or `pixels`.
+        validation_accuracy: With the best strength of regularisation.
+        l2: That strength; None of probes that are trained online.
+        by_l2: Accuracy by strength.
+        knn_20: Accuracy by the nearest 20 images; `knn_200` likewise.
+        alignment: See `logistic_regression.alignment`; `uniformity` likewise.
+    """
+
+    layer: str
+    sigma: float
+    validation_accuracy: float | None = None
+    l2: float | None = None
+    by_l2: dict[str, float] = many()
+    knn_20: float | None = None
+    knn_200: float | None = None
+    alignment: float | None = None
+    uniformity: float | None = None
+
+    @property
+    def words(self) -> str:
+        """Layer and level, for tables."""
+        return "" if self.layer == "pixels" else f"`{self.layer}`, sigma {self.sigma:.3g}"
+
+
+@dataclass(kw_only=True)
+class Probe:
+    """How the probe of the best pair did in tests.
+
+    Attributes:
+        best: The pair that was chosen, on held-out training images.
+        test_accuracies: By noise seed, fitted on all training images.
+        test_f1: Macro F1, with the first noise seed.
+        few_label_test_accuracies: By labels a class, one accuracy a draw of them.
+    """
+
+    best: Pair
+    test_accuracies: dict[str, float]
+    test_f1: float | None = None
+    few_label_test_accuracies: dict[str, list[float]] = many()
+
+
+@dataclass(kw_only=True)
+class ProbeReport(Report, Probe):
+    """Linear probes of a frozen network, and of what it is compared with.
+
+    Attributes:
+        images: Numbers of images: `fitted` and `held_out` in choosing, `train` (both, and what was not chosen on) and
+            `test`.
+        pairs: Every layer at every level.
+        baselines: The same of `raw pixels` and of the `untrained network`.
+    """
+
+    kind = "linear_probe"
+    telling = ("pairs", "results")
+    pictures = {
+        "heat_map.png": "Accuracy on held-out training images, of every layer at every noise level",
+        "confusion.png": "Confusion table of the test images",
+    }
+
+    checkpoint: str | None = None
+    images: dict[str, int]
+    pairs: list[Pair]
+    baselines: dict[str, Probe] = many()
+    saved_classifier_test_accuracy: float | None = None
+
+    @classmethod
+    def upgraded(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Return what `linear_probe.py` of 0.2.0 wrote as a sweep would have written it."""
+        images = content.get("images", {})
+        if "results" not in content:  # a sweep of 0.1.0 did not say how many images it trained on
+            return content | {"images": {"train": images.get("fitted", 0) + images.get("held_out", 0)} | images}
+        options, found = content["options"], {}
+        train, few = content["num_train_images"], options["labels_per_class"]
+        for name, result in content["results"].items():
+            found[name] = {"best": result, "test_accuracies": {str(options["noise_seed"]): result["test_accuracy"]}}
+            found[name]["test_f1"] = result.get("test_f1")
+            found[name]["few_label_test_accuracies"] = {str(few): result["few_label_test_accuracies"]} if few else {}
+        tried = content["results"]["DDAE"].get("tried", [content["results"]["DDAE"]])
+        tried = sorted(tried, key=lambda pair: pair.get("validation_accuracy", 0))
+        chosen_on = min(train, options["max_selection_samples"])
+        held_out = max(1, chosen_on // 5)
+        test = content["num_test_images"]
+        images = {"fitted": chosen_on - held_out, "held_out": held_out, "train": train, "test": test}
+        pairs = list({(pair["layer"], pair["sigma"]): pair for pair in tried}.values())
+        return {**content, **found.pop("DDAE"), "pairs": pairs, "images": images, "baselines": found}
+
+    def section(self) -> Section:
+        """Return the best pair's test figures, beside the baselines'."""
+        rows = [row for name, probe in {"DDAE": self, **self.baselines}.items() for row in self._rows(name, probe)]
+        head = ["features", "tap", "labels", "test accuracy", "macro F1", *["gain of DDAE"] * bool(self.baselines)]
+        seed, value = next(iter(self.test_accuracies.items()))
+        where = {"layer": self.best.layer, "sigma": self.best.sigma, "noise_seed": int(seed)}
+        figures = [Figure("accuracy", "Test accuracy of a linear probe", value, where)]
+        if self.test_f1 is not None:
+            figures.append(Figure("f1", "Macro F1 of a linear probe", self.test_f1, where))
+        return Section("Linear probe", self._protocol(), head, rows, figures, self.saved_classifier_test_accuracy)
+
+    def _rows(self, name: str, probe: Probe) -> list[list[str]]:
+        f1 = "" if probe.test_f1 is None else percent(probe.test_f1)
+        ours, theirs = [*self.test_accuracies.values()], [*probe.test_accuracies.values()]
+        found = [([name, probe.best.words, f"all {self.images['train']:,}", spread(theirs), f1], ours, theirs)]
+        for count, theirs in probe.few_label_test_accuracies.items():
+            row = [name, probe.best.words, f"{count} a class", spread(theirs), ""]
+            found.append((row, self.few_label_test_accuracies.get(count, []), theirs))
+        for row, ours, theirs in found if self.baselines else ():
+            paired = probe is not self and len(ours) == len(theirs)
+            row.append(spread(np.subtract(ours, theirs).tolist()) if paired else "")
+        return [row for row, _, _ in found]
+
+    def _protocol(self) -> str:
+        options, images = self.options, self.images
+        probe = options.get("protocol", "logistic_regression").replace("_", " ")
+        text = f"Test accuracy in %, {images['test']:,} test images, of linear probes ({probe}) on the frozen network. "
+        if len(self.pairs) > 1:
+            text += (
+                f"The best of {len(self.pairs)} pairs of layer and noise level was chosen on {images['held_out']:,} "
+                f"held-out training images (seed {options['seed']}) after fitting on {images['fitted']:,}, and fitted "
+                f"again on all {images['train']:,}."
+            )
+        else:
+            chosen = f"; its regularisation was chosen on {images['held_out']:,} of them that were held out (seed "
+            chosen = f"{chosen}{options['seed']})" if probe == "logistic regression" else ""
+            text += f"It was fitted on {images['train']:,} training images{chosen}."
+        if options.get("latents_dir"):
+            text += " Images were given by their latents, encoded beforehand."
+        if options.get("num_views", 1) > 1:
+            changes = ["mirrored"] * options["random_flip"] + ["cropped"] * (options["random_crop"] > 0)
+            others = f", the others {' and '.join(changes)} at random" if changes else ""
+            text += f" Each image came in {options['num_views']} views, the first as it is{others}; those of test "
+            text += "images are averaged over."
+        if options.get("num_noise_samples", 1) > 1:
+            text += f" Features are averaged over {options['num_noise_samples']} draws of noise an image."
+        draws = max(map(len, self.few_label_test_accuracies.values()), default=0)
+        counts = {"noise seeds": len(self.test_accuracies), "draws of few labels": draws}
+        if spreads := [f"{count} {name}" for name, count in counts.items() if count > 1]:
+            text += f" Mean ± standard deviation over {', or '.join(spreads)}."
+        if draws and len(self.pairs) > 1:
+            text += " Where labels are few, layer and noise level were chosen with all labels."
+        return text
+
+
+@dataclass(kw_only=True)
+class Point(Pair):
+    """A checkpoint of a training run: its best pair, and what else was measured of it."""
+
+    step: int
+    test_accuracy: float
+    test_loss: float | None = None
+    frechet_distance: float | None = None
+
+
+@dataclass(kw_only=True)
+class CurveReport(Report):
+    """Probes, loss and samples over the checkpoints of a training run."""
+
+    kind = "training_curve"
+    file = "training_curve.json"
+    telling = ("points",)
+    pictures = {"training_curve.png": "Accuracy, loss and samples over a training run"}
+
+    points: list[Point]
+
+    def section(self) -> Section:
+        """Return every checkpoint's figures."""
+        rows = [
+            [f"{p.step:,}", p.words, percent(p.test_accuracy), number(p.test_loss), number(p.frechet_distance)]
+            for p in self.points
+        ]
+        head = ["step", "tap", "test accuracy", "loss on test images", "Frechet distance"]
+        return Section("While training", "Of every checkpoint, the best pair's probe: test accuracy in %.", head, rows)
 
 
 @dataclass(kw_only=True)
@@ -98,10 +256,7 @@ class FineTuningReport(Report):
     """A denoiser and a linear classifier that were trained as one network.
 
     Attributes:
-        layer: Where the network is read.
-        sigma: At which noise level.
         num_train_labels: Number of labelled images that it learnt from.
-        num_test_images: Number of images that it was tested on.
         test_accuracy: With the model's fixed noise; as are loss, macro F1, precision and recall.
         test_own_noise_accuracy: With noise of each image's own, likewise.
         saved_classifier_test_accuracy: On pixels, where it learnt from latents.
@@ -141,23 +296,15 @@ class FineTuningReport(Report):
         )
         if self.options.get("latents_dir"):
             protocol += " It learnt from latents that were encoded before, which are also what these figures are of."
-        values = {f"{key}_{n}": getattr(self, f"{key}_{n}") for key in ("test", "test_own_noise") for n in METRICS}
-        names = [name for name in METRICS if values[f"test_{name}"] is not None]
-        rows = [
-            [noise, *("" if (v := values[f"{key}_{name}"]) is None else percent(v) for name in names)]
-            for noise, key in (("the model's fixed noise", "test"), ("each image's own", "test_own_noise"))
-        ]
+        names = [name for name in METRICS if getattr(self, f"test_{name}") is not None]
+        rows = []
+        for noise, key in (("the model's fixed noise", "test"), ("each image's own", "test_own_noise")):
+            values = [getattr(self, f"{key}_{name}") for name in names]
+            rows.append([noise, *("" if value is None else percent(value) for value in values)])
         where = {"layer": self.layer, "sigma": self.sigma, "num_train_labels": self.num_train_labels}
-        titles = [name.replace("f1", "macro F1") for name in names]
-        figures = [
-            Figure(name, f"Test {title}", values[f"test_{name}"], where)
-            for name, title in zip(names, titles, strict=True)
-        ]
-        saved = self.saved_classifier_test_accuracy
-        return Section("Fine-tuning", protocol, ["noise", *titles], rows, figures, saved)
-
-
-METRICS = ("accuracy", "f1", "precision", "recall")  # of a classifier
+        figures = [Figure(name, f"Test {METRICS[name]}", getattr(self, f"test_{name}"), where) for name in names]
+        head = ["noise", *(METRICS[name] for name in names)]
+        return Section("Fine-tuning", protocol, head, rows, figures, self.saved_classifier_test_accuracy)
 
 
 @dataclass(kw_only=True)
@@ -189,10 +336,8 @@ class NoisyReport(Report):
             [f"{sigma:.3g}", *(percent(values[i]) for values in self.test_accuracies.values())]
             for i, sigma in enumerate(self.options["sigmas"])
         ]
-        protocol = (
-            f"Test accuracy in %, {self.num_test_images:,} test images under noise of level sigma on {self.noise_on}."
-        )
-        return Section("Noisy images", protocol, ["sigma", *self.test_accuracies], rows)
+        protocol = f"Test accuracy in %, {self.num_test_images:,} test images under noise of level sigma on "
+        return Section("Noisy images", f"{protocol}{self.noise_on}.", ["sigma", *self.test_accuracies], rows)
 
 
 @dataclass(kw_only=True)
@@ -230,14 +375,14 @@ class GenerationReport(Report):
             where["sampler"] = generator["sampler"] or generator["scheduler"]
             where |= {"num_inference_steps": generator["num_inference_steps"], "seed": generator["seed"]}
         metric = "fid" if self.features.startswith("inception") else "frechet_distance"
-        figures = [
-            Figure(metric, "Frechet distance", found["frechet_distance"], where | {"num_images": found["num_images"]})
-            for name, found in self.results.items()
-            if name == "generated"
-        ]
+        figures = []
+        if made := self.results.get("generated"):
+            where["num_images"] = made["num_images"]
+            figures = [Figure(metric, "Frechet distance", made["frechet_distance"], where)]
         hidden = ("kernel_distance_std_over_subsets", "kernel_distance_subset_size")
         names = dict.fromkeys(name for found in self.results.values() for name in found if name not in hidden)
-        head = ["images", *(GENERATION_HEADS.get(name, name.replace("_", " ")) for name in names)]
+        heads = {"num_images": "number", "kernel_distance": "kernel distance x 1000"}
+        head = ["images", *(heads.get(name, name.replace("_", " ").replace("frechet", "Frechet")) for name in names)]
         rows = [[which, *(self._cell(found, name) for name in names)] for which, found in self.results.items()]
         return Section("Generated images", self._protocol(), head, rows, figures)
 
@@ -248,10 +393,10 @@ class GenerationReport(Report):
         return f"{found[name]:.3f}" if name in ("precision", "recall") else number(found.get(name))
 
     def _protocol(self) -> str:
-        generator, extractor, reference = self.generator, self.extractor, self.reference
+        generator, extractor = self.generator, self.extractor
         tap = f"`{extractor['layer']}` at sigma {extractor['sigma']:.3g}, " if "layer" in extractor else ""
         text = (
-            f"Against {reference['num_images']:,} real images ({reference['name']}), on the features of "
+            f"Against {self.reference['num_images']:,} real images ({self.reference['name']}), on the features of "
             f"`{self.features}` ({tap}{extractor['width']} numbers an image{_weights(extractor)}). Figures compare "
             "only on the same features, for as many images and against the same reference."
         )
@@ -270,37 +415,5 @@ class GenerationReport(Report):
         return text
 
 
-GENERATION_HEADS = {
-    "num_images": "number",
-    "frechet_distance": "Frechet distance",
-    "kernel_distance": "kernel distance x 1000",
-}
-
-
-def read_reports(folders: Iterable[Path]) -> tuple[PretrainingReport | None, list[Report]]:
-    """Return the pretraining, of the first folder that has it, and every evaluation and fine-tuning.
-
-    Raises:
-        ValueError: A file that cannot be read, or that none of this project's experiments wrote.
-    """
-    training: PretrainingReport | None = None
-    reports: list[Report] = []
-    for folder in folders:
-        if training is None and (folder / PretrainingReport.file).is_file():
-            training = PretrainingReport.read(folder / PretrainingReport.file)
-        for name in dict.fromkeys(kind.file for kind in Report.kinds if not issubclass(kind, PretrainingReport)):
-            if (folder / name).is_file():
-                report = Report.read(folder / name)
-                if report not in reports:  # a copy beside another checkpoint is no second run
-                    reports.append(report)
-    return training, reports
-
-
-def _facts(report: Report, names: Iterable[str]) -> list[list[str]]:
-    values = ((name, getattr(report, name)) for name in names)
-    return [[name.replace("_", " "), number(value)] for name, value in values if value is not None]
-
-
 def _weights(made_by: Mapping[str, Any]) -> str:
-    """Return which weights made images or features, in words."""
     return f", weights `{made_by['weights'][:16]}`" if "weights" in made_by else ""

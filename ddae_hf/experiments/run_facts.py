@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -20,10 +21,8 @@ def machine(device: str, processes: int = 1) -> dict[str, Any]:
         hardware = {"gpu": torch.cuda.get_device_name(), **hardware}
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # used from its folder, not installed
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # used from its folder, without being installed
-            continue
     return {"hardware": hardware, "processes": processes, "threads": torch.get_num_threads(), "versions": versions}
 
 

@@ -33,12 +33,12 @@ from .devices import HELP
 from .draws import separate_randomness
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, labelled_splits
-from .models import Model, check_null_class, check_taps, chosen_layers, open_model, open_processor, ready
+from .models import Model, check_taps, chosen_layers, open_model, open_processor, ready
 from .options import Options, option
 from .plots import accuracy_over_sigma, confusion_table, heat_map
-from .probing import NEIGHBOURS, Fitted, Prober, best_of, classify, make_classifier, write_classifier
+from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
-from .results import Pair, Probe, ProbeReport
+from .results import Pair, ProbeReport
 from .run_facts import base_model, machine
 
 MOST_PIXELS = 2**14  # whose correlations are 2 GiB
@@ -103,6 +103,11 @@ class SweepOptions(Options):
         """Out of how much padding they are cropped."""
         return 4 * self.online if self.random_crop is None else self.random_crop
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the features of views after the first depend on."""
+        return {"flip": self.flips, "crop": self.crop_padding, "seed": self.seed}
+
     def check(self) -> None:
         """Refuse what does not go together."""
         if not self.layers or not self.l2:
@@ -111,25 +116,21 @@ class SweepOptions(Options):
             raise ValueError(f"max_selection_samples is {self.max_selection_samples}: it must be at least 2.")
         if not self.online and self.num_views == 1 and (self.flips or self.crop_padding):
             raise ValueError("random_flip and random_crop change the views after the first: give num_views 2 or more.")
-        others = {"few_labels": bool(self.few_labels), "baselines": self.baselines}
-        others["num_views"] = self.num_views > 1 and not self.encoded
-        for name, given in others.items():
+        views = self.num_views > 1 and not self.encoded
+        for name, given in {"few_labels": self.few_labels, "baselines": self.baselines, "num_views": views}.items():
             if self.online and given:
                 raise ValueError(f"{name} is of logistic regression, not of the protocol {self.protocol}.")
-        for name in ("output_dir", "features_dir"):
-            folder = getattr(self, name)
+        for name, folder in {"output_dir": self.output_dir, "features_dir": self.features_dir}.items():
             if folder is not None and Path(folder).is_file():
                 raise ValueError(f"{name} is {folder}, which is a file: give a folder.")
 
 
 @dataclass(kw_only=True)
 class SweepResult(ProbeReport):
-    """What a sweep found, with the classifier of the best pair.
+    """What a sweep found, with the classifier of the best pair, in evaluation mode.
 
     Attributes:
-        classifier: The best pair's classifier, in evaluation mode.
-        processor: What prepares its images.
-        source: The path or the model that it was made of.
+        classifier: Made of `source`, a path or a model; `processor` prepares its images.
         labels: The test images' classes (N,).
         predicted: What the probe of the first noise seed made of them, (N,).
     """
@@ -145,23 +146,18 @@ class SweepResult(ProbeReport):
         return heat_map(self.pairs, self.best)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the classifier, in a folder that `DDAEForImageClassification.from_pretrained` opens, and all figures.
-
-        Beside the classifier lie its generator, if it still generates, and its processor.
-        """
-        write_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
+        """Write the classifier, so that `from_pretrained` opens the folder, and all figures: see `save_classifier`."""
+        save_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
         self.save_figures(folder)
 
     def save_figures(self, folder: str | os.PathLike[str]) -> None:
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
-        path = Path(folder)
-        self.write(path)
+        path = self.write(Path(folder)).parent
         self.heat_map().savefig(path / "heat_map.png", dpi=120)
         accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
         names = list((self.classifier.config.id2label or {}).values())
-        confusion_table(self.labels, self.predicted, names).savefig(
-            path / "confusion.png", dpi=100, bbox_inches="tight"
-        )
+        table = confusion_table(self.labels, self.predicted, names)
+        table.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
         np.save(path / "test_predictions.npy", self.predicted)
         np.save(path / "test_labels.npy", self.labels)
 
@@ -172,8 +168,8 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
     Args:
         model: The model, or its checkpoint's folder or Hub id, in any layout.
         images: The labelled images.
-        options: Options, by default those of `SweepOptions`. With `output_dir`, everything is kept there, and an
-            interrupted sweep goes on; without, features lie in a temporary folder.
+        options: With `output_dir`, everything is kept there, and an interrupted sweep goes on; without, features lie in
+            a temporary folder.
         **changes: Fields of the options that are to be others.
 
     Raises:
@@ -184,27 +180,17 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
     train, test = labelled_splits(images, options)
     opened = open_for(model, options)
     processor = open_processor(model, options.cache_dir)
-    return sweep_inputs(
-        model,
-        opened,
-        changed_inputs(train, processor, options),
-        changed_inputs(test, processor, options),
-        processor,
-        options,
-        dataset=images.facts(train, test),
-        given=images.opened_with,
-    )
+    learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
+    known = images.facts(train, test)
+    return sweep_inputs(model, opened, learnt, tested, processor, options, dataset=known, given=images.opened_with)
 
 
 def open_for(model: Model, options: SweepOptions) -> DDAEModel:
     """Return the model that a sweep reads."""
     return open_model(
-        model,
-        dtype=options.dtype,
-        cache_dir=options.cache_dir,
-        null_class=options.null_class,
-        num_noise_samples=options.num_noise_samples,
-    )
+        model, dtype=options.dtype, cache_dir=options.cache_dir,
+        null_class=options.null_class, num_noise_samples=options.num_noise_samples,
+    )  # fmt: skip
 
 
 def changed_inputs(images: Any, processor: DDAEImageProcessor, options: SweepOptions) -> ImageInputs:
@@ -213,30 +199,22 @@ def changed_inputs(images: Any, processor: DDAEImageProcessor, options: SweepOpt
 
 
 def check_sweep(
-    model: DDAEModel,
-    train: Inputs,
-    test: Inputs,
-    processor: DDAEImageProcessor,
-    options: SweepOptions,
-    folder: str | os.PathLike[str] = "",
-    selection_views: Sequence[int] | None = None,
-) -> Prober:
-    """Return the probes of a sweep, which keeps its features in `folder`, or refuse what cannot be probed.
+    model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
+    folder: str | os.PathLike[str] = "", selection_views: Sequence[int] | None = None,
+) -> Prober:  # fmt: skip
+    """Return the probes of a sweep, which keeps its features in `folder`, or raise `ValueError`.
 
-    Raises:
-        ValueError: An unknown layer, a level outside the schedule, or too few images, for what is asked.
+    That is of an unknown layer, a level outside the schedule, or too few images for what is asked.
     """
-    check_null_class(model)
     layers = chosen_layers(model, options.layers)
     sigmas = list(dict.fromkeys(options.sigmas or [model.config.sigma]))
     check_taps(model, layers, sigmas)
     prober = Prober(model, train, test, options, layers, sigmas, folder, selection_views)
     for per_class in options.few_labels:
         draw_labels(prober.labels["train"], per_class, options.seed)
-    if options.crop_padding >= min(dict(processor.size).values()):
-        raise ValueError(
-            f"random_crop is {options.crop_padding}: it must be below the sides of the images, {dict(processor.size)}."
-        )
+    sides = dict(processor.size)
+    if options.crop_padding >= min(sides.values()):
+        raise ValueError(f"random_crop is {options.crop_padding}: it must be below the sides of the images, {sides}.")
     numbers = model.config.num_channels * math.prod(model.config.image_size)
     if options.baselines and numbers > MOST_PIXELS:
         raise ValueError(
@@ -253,18 +231,9 @@ def check_sweep(
 
 
 def sweep_inputs(
-    source: Model,
-    model: DDAEModel,
-    train: Inputs,
-    test: Inputs,
-    processor: DDAEImageProcessor,
-    options: SweepOptions,
-    *,
-    dataset: Mapping[str, Any],
-    given: Mapping[str, Any] | None = None,
-    selection_views: Sequence[int] | None = None,
-    **config: Any,
-) -> SweepResult:
+    source: Model, model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
+    *, dataset: dict[str, Any], given: Mapping[str, Any], selection_views: Sequence[int] | None = None, **config: Any,
+) -> SweepResult:  # fmt: skip
     """Sweep over images or latents: see `sweep`.
 
     Args:
@@ -281,7 +250,6 @@ def sweep_inputs(
     """
     started = time.monotonic()
     path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-    device = model.device.type
     kept = None if options.output_dir is None else Path(options.output_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(separate_randomness())
@@ -290,63 +258,41 @@ def sweep_inputs(
         prober = check_sweep(model, train, test, processor, options, folder, selection_views)
         pairs = sweep_levels(prober, kept and kept / "levels")
         levels_done = time.monotonic()
-        best = best_of(pairs)
-        seeds = range(options.noise_seed, options.noise_seed + options.num_noise_seeds)
-        fitted = {seed: prober.fit(best, seed) for seed in seeds}
-        found = prober.tested(best, fitted)
-        baselines = _baselines(prober)
+        found, fitted = prober.tested(pairs, options.num_noise_seeds)
+        baselines = prober.baselines() if options.baselines else {}
+        device = model.device.type
         if path is not None:
             model.cpu()  # the whole classifier takes its place
-        config |= {"layer": best.layer, "sigma": best.sigma, "noise_seed": options.noise_seed}
-        config |= {"num_noise_samples": model.config.num_noise_samples, "null_class": model.config.null_class}
-        first = fitted[options.noise_seed]
-        classifier, accuracy = _classifier(source, prober, processor, first, config)
-    settled = {"random_flip": options.flips, "random_crop": options.crop_padding}
-    settled["num_noise_samples"] = model.config.num_noise_samples
+        config |= {"layer": found.best.layer, "sigma": found.best.sigma, "noise_seed": options.noise_seed}
+        config |= {name: getattr(model.config, name) for name in ("num_noise_samples", "null_class")}
+        classifier, accuracy = _classifier(source, prober, processor, fitted, config)
+    draws = model.config.num_noise_samples
+    settled = {"random_flip": options.flips, "random_crop": options.crop_padding, "num_noise_samples": draws}
     result = SweepResult(
-        **vars(found),
-        checkpoint=path,
-        options={**(given or {}), **options.to_dict(), **settled},
+        **vars(found), **machine(device), checkpoint=path, options={**given, **options.to_dict(), **settled},
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
-        pairs=pairs,
-        baselines=baselines,
-        saved_classifier_test_accuracy=accuracy,
+        pairs=pairs, baselines=baselines, saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-        dataset=dict(dataset),
-        base_model=base_model(path).get("base_model"),
-        **machine(device),
-        classifier=classifier,
-        processor=processor,
-        source=source,
-        labels=test.labels,
-        predicted=first.predicted,
-    )
+        dataset=dataset, **base_model(path), classifier=classifier, processor=processor, source=source,
+        labels=test.labels, predicted=fitted[2],
+    )  # fmt: skip
     if kept is not None:
         result.save_figures(kept)
         result.save(kept / "classifier")
     return result
 
 
-def _baselines(prober: Prober) -> dict[str, Probe]:
-    """Return what a network is compared with, if asked for: what it is fed, and its like with random weights."""
-    if not prober.options.baselines:
-        return {}
-    fed = "raw pixels" if isinstance(prober.train, ImageInputs) else "raw latents"
-    return {fed: prober.pixels().baseline(), "untrained network": prober.untrained().baseline()}
-
-
 def _classifier(
     source: Model, prober: Prober, processor: DDAEImageProcessor, fitted: Fitted, config: Mapping[str, Any]
 ) -> tuple[DDAEForImageClassification, float]:
     """Return the classifier, and its accuracy on the test images as its users load it, but in the type asked for."""
-    options = prober.options
-    names = prober.train.names or []
-    make = partial(make_classifier, source, names, fitted.weight, fitted.bias, cache_dir=options.cache_dir, **config)
+    options, names = prober.options, prober.train.names or []
+    make = partial(make_classifier, source, names, *fitted[:2], cache_dir=options.cache_dir, **config)
     classifier = make()
     user = classifier if options.dtype is None else make(dtype=getattr(torch, options.dtype))
     if isinstance(source, (str, os.PathLike)):
         user = ready(user)
-    predicted = classify(user, prober.test.images, processor, batch_size=options.batch_size)
+    predicted = classify(user, prober.test.images, processor, options.batch_size)
     return classifier, float((predicted == prober.labels["test"]).mean())
 
 
@@ -354,11 +300,10 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     """Probe every noise level, and keep each one's figures in a folder, if any: an interrupted sweep goes on there."""
     options = prober.options
     own = ("num_epochs", "learning_rate", "online_batch_size") if options.online else ("l2", "num_views")
-    names = ("protocol", "validation_fraction", "knn", "alignment", "seed", "max_selection_samples", *own)
-    known: dict[str, Any] = {"features": FeatureCache(folder or "", prober.model, options.noise_seed).identity}
+    names = ("protocol", "validation_fraction", "knn", "alignment", "changes", "max_selection_samples", *own)
+    known: dict[str, Any] = {name: getattr(options, name) for name in names}
     known |= {"data": prober.train.identity, "layers": prober.layers, "chosen_on": len(prober.chosen_on)}
-    known |= {"random_flip": options.flips, "random_crop": options.crop_padding}
-    known |= {name: getattr(options, name) for name in names}
+    known["features"] = FeatureCache(folder or "", prober.model, options.noise_seed).identity
     known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     pairs: list[Pair] = []

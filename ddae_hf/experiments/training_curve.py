@@ -48,8 +48,8 @@ def sweep_run(
     Args:
         run: The run's folder, with a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself.
         images: The labelled images.
-        options: Options, by default those of `CurveOptions`. With `output_dir`, each checkpoint's results are in a
-            folder of its name there, `training_curve.json` and `training_curve.png` beside them.
+        options: With `output_dir`, each checkpoint's results are in a folder of its name there, `training_curve.json`
+            and `training_curve.png` beside them.
         **changes: Fields of the options that are to be others.
 
     Raises:
@@ -62,21 +62,16 @@ def sweep_run(
         DDAEConfig.from_pretrained(checkpoint)  # refused now, and not after hours
     train, test = labelled_splits(images, options)
     processor = open_processor(next(iter(checkpoints.values())), options.cache_dir)
-    train_inputs, test_inputs = (changed_inputs(each, processor, options) for each in (train, test))
+    learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
     kept = None if options.output_dir is None else Path(options.output_dir)
     features = options.features_dir or (None if kept is None else str(kept / "features"))
     quality = extractor = None
     if options.quality_extractor is not None:
         quality = EvaluationOptions(
-            extractor=options.quality_extractor,
-            num_images=options.num_quality_images,
-            num_inference_steps=options.num_inference_steps,
-            sampler=options.sampler,
-            seed=options.seed,
-            reference_split=options.train_split,
-            features_dir=features,
-            cache_dir=options.cache_dir,
-        )
+            extractor=options.quality_extractor, num_images=options.num_quality_images,
+            num_inference_steps=options.num_inference_steps, sampler=options.sampler, seed=options.seed,
+            reference_split=options.train_split, features_dir=features, cache_dir=options.cache_dir,
+        )  # fmt: skip
         extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir)
     dataset = images.facts(train, test)
     points = []
@@ -84,18 +79,11 @@ def sweep_run(
         folder = None if kept is None else str(kept / f"checkpoint-{step}")
         own = dataclasses.replace(options, output_dir=folder, features_dir=features)
         found = sweep_inputs(
-            str(checkpoint),
-            open_for(checkpoint, own),
-            train_inputs,
-            test_inputs,
-            processor,
-            own,
-            dataset=dataset,
-            given=images.opened_with,
-        )
-        accuracy = next(iter(found.test_accuracies.values()))
-        point = Point(step=step, test_accuracy=accuracy, **dataclasses.asdict(found.best))
-        point.test_loss = test_loss(checkpoint, test_inputs, options)
+            str(checkpoint), open_for(checkpoint, own), learnt, tested, processor, own,
+            dataset=dataset, given=images.opened_with,
+        )  # fmt: skip
+        accuracy, loss = found.test_accuracies[str(options.noise_seed)], test_loss(checkpoint, tested, options)
+        point = Point(step=step, test_accuracy=accuracy, test_loss=loss, **dataclasses.asdict(found.best))
         if quality is not None:
             where = dataclasses.replace(quality, output_dir=None if folder is None else f"{folder}/generation")
             made: Any = compare_samples(str(checkpoint), images, where, extractor)
@@ -112,11 +100,7 @@ def sweep_run(
 
 
 def training_checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
-    """Return a training run's checkpoints by step, the final one included.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Return a training run's checkpoints by step, the final one included, or raise `ValueError` if it has none."""
     folder = Path(run)
     found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     results = folder / "train_results.json"
@@ -131,14 +115,12 @@ def training_checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
 def test_loss(checkpoint: Path, test: Inputs, options: CurveOptions) -> float:
     """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
     model = open_model(checkpoint, dtype="float32", null_class=options.null_class)
-    diffusion = model.diffusion
     generator = torch.Generator().manual_seed(options.seed)
     losses = []
-    labels: Any = test.labels
-    some = draw_images(labels, LOSS_IMAGES)
+    some = draw_images(test.labels, LOSS_IMAGES)
     for images in test.batches(options.batch_size, some, title="loss on test images"):
         clean = model.encode(images.to(model.device))
-        sigma = diffusion.family.draw(len(images), None, generator).to(model.device)
+        sigma = model.diffusion.family.draw(len(images), None, generator).to(model.device)
         noise = torch.randn(clean.shape, generator=generator).to(model.device)
-        losses.append(diffusion.loss(clean, sigma=sigma, noise=noise).cpu())
+        losses.append(model.diffusion.loss(clean, sigma=sigma, noise=noise).cpu())
     return torch.cat(losses).mean().item()
