@@ -112,7 +112,7 @@ def test_other_images_in_the_folder_are_refused_by_what_differs(checkpoint, cond
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)  # the same weights under another schedule
     DDPMScheduler(beta_end=0.01).save_pretrained(other / "scheduler")
-    with pytest.raises(ValueError, match="made with another scheduler: choose"):
+    with pytest.raises(ValueError, match="made otherwise. What differs: scheduler. Choose"):
         generate(other, options)
     with pytest.raises(ValueError, match=r"another class_label \(None there, 2 now\), weights, null_class \(No"):
         generate(conditional, options, class_label=2)

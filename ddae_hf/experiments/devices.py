@@ -49,7 +49,7 @@ def made_fast(network: T, device: str | torch.device) -> T:
     """Return a network in `fast_layout`, where on a processor freed memory is kept; it stays where it is."""
     if torch.device(device).type == "cpu":
         keep_freed_memory()
-    return network.to(memory_format=fast_layout(device))
+    return network.to(memory_format=fast_layout(device))  # type: ignore[call-overload]
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -49,9 +49,7 @@ def extract_features(
     noise_seed: int = 0,
     view: int = 0,
 ) -> dict[str, Tensor]:
-    """Compute the features of a data set, with `model.config.num_noise_samples` draws of noise for each image.
-
-    Images that share one draw would be told apart at noise levels where fresh noise hides them.
+    """Compute the features (N, C) of a data set, float32 on the CPU, by layer name: see `batch_features`.
 
     Args:
         model: The model, on the device to use.
@@ -60,9 +58,6 @@ def extract_features(
         sigma: Noise level.
         noise_seed: Seed of the noise.
         view: Number of the draw; data sets that must not share noise take different ones.
-
-    Returns:
-        Features (N, C), float32 on the CPU, by layer name.
 
     Raises:
         ValueError: A noise level outside the schedule, or no images.
@@ -89,10 +84,10 @@ def batch_features(
     noise_seed: int = 0,
     view: int = 0,
 ) -> dict[str, Tensor]:
-    """Compute the features of some images of a data set: see `extract_features`.
+    """Compute features of some images of a data set, with `model.config.num_noise_samples` draws of noise for each.
 
-    They are those of evaluation mode, in the type of the model's weights, whatever mode the model is in and whether or
-    not the caller computes under autocast.
+    Images that share one draw would be told apart at noise levels where fresh noise hides them. Features are those of
+    evaluation mode, in the type of the model's weights, whatever the caller's mode and autocast.
 
     Args:
         model: The model.
@@ -120,8 +115,7 @@ class FeatureCache:
 
     Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
     it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
-    it is one `.npy` file (N, C), float32, a layer, and `rows.json`, the number of rows computed so far and their
-    checksum, which is compared when features are read: see `arrays`. Several processes may share a folder.
+    it is one array (N, C), float32, a layer: see `arrays`. Several processes may share a folder.
 
     Args:
         folder: Where to keep the features.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
 from .classes import Classes, draw_images, no_label_column
-from .pixels import HINT, Pixels, decode
+from .pixels import HINT, Pixels, Rows, decode
 
 
 class ImageSet:
@@ -31,14 +30,8 @@ class ImageSet:
         label_column: The column of labels, if there is one.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset | IterableDataset,
-        split: str = "train",
-        image_column: str = "image",
-        classes: Classes | None = None,
-    ):
-        self.dataset: Any = dataset
+    def __init__(self, dataset: Any, split: str = "train", image_column: str = "image", classes: Classes | None = None):
+        self.dataset = dataset
         self.split, self.image_column = split, image_column
         self.streaming = isinstance(dataset, IterableDataset)
         self.label_column = classes.column if classes is not None and classes.column in columns_of(dataset) else None
@@ -85,10 +78,9 @@ class ImageSet:
         files = self._not_a_stream("hash")._files
         for start in range(0, len(files), 1000):
             for row, image in enumerate(files[start : start + 1000][self.image_column], start):
-                file = image or {"bytes": None, "path": None}
-                if file["bytes"] is None and file["path"] is None:
+                if image is None or image["bytes"] is image["path"] is None:
                     self.pil([row])  # which refuses it by its name
-                content = file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
+                content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
                 digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
@@ -114,7 +106,7 @@ class ImageSet:
             return self
         return self.select(draw_images(self.dataset[self.label_column][:] if self.label_column else len(self), count))
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
+    def select(self, indices: Rows) -> ImageSet:
         """Return the images at `indices`, in that order."""
         rows = np.asarray(indices, np.int64)
         some = self._with(self._not_a_stream("images by their number").dataset.select(rows))
@@ -131,7 +123,7 @@ class ImageSet:
             raise ValueError(f"A stream has no {what}: leave out streaming.")
         return self
 
-    def pil(self, rows: Sequence[int] | np.ndarray) -> list[PILImage.Image]:
+    def pil(self, rows: Rows) -> list[PILImage.Image]:
         """Return the images at these rows.
 
         Raises:
@@ -150,18 +142,13 @@ class ImageSet:
         return Pixels(self, processor, keep)
 
     def labelled(self) -> ImageSet:
-        """Return these images, of which each has a class.
-
-        Raises:
-            ValueError: Images without labels, or some without; a stream whose column does not name the classes.
-        """
+        """Return these images, or raise `ValueError` if not each has a class, or a stream does not name the classes."""
         columns = columns_of(self.dataset)
         if self._classes is None:
             raise ValueError(no_label_column(columns))
         if self.label_column is None:
-            raise ValueError(
-                f"The split {self.split!r} has no column {self._classes.column!r} of labels; it has {list(columns)}."
-            )
+            what = f"The split {self.split!r} has no column {self._classes.column!r} of labels"
+            raise ValueError(f"{what}; it has {list(columns)}.")
         if self.streaming and self.names is None:
             raise ValueError("A stream's column of labels must name its classes (ClassLabel): leave out streaming.")
         _ = self.labels  # which are checked when they are read

@@ -24,7 +24,7 @@ from .data_files import in_memory, read_source
 from .draws import augment_view
 from .image_set import ImageSet, columns_of, image_column
 from .options import Options, option
-from .pixels import scaled
+from .pixels import Rows, scaled
 
 
 @dataclass(kw_only=True)
@@ -42,10 +42,10 @@ class DataOptions(Options):
         """Return the images that the options name: see `Images.open`."""
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError("Give one of dataset_name and train_data_dir.")
-        if self.dataset_name is not None:
-            splits = read_source(self.dataset_name, self.dataset_config_name, streaming, cache_dir)
-        else:
-            splits = read_source(self.train_data_dir, None, streaming, cache_dir, tables=False)
+        source: Any = self.train_data_dir if self.dataset_name is None else self.dataset_name
+        splits = read_source(
+            source, self.dataset_config_name, streaming, cache_dir, tables=self.dataset_name is not None
+        )
         given = {name: value for name, value in self.to_dict().items() if value not in (None, False)}
         return Images(splits, self.image_column, self.label_column, self.skip_bad_images, given)
 
@@ -111,12 +111,9 @@ class Images:
             if labels is not None:
                 raise ValueError("labels are those of a list of images: name the column of a data set, label_column.")
             options = DataOptions(
-                dataset_name=os.fspath(source),
-                dataset_config_name=config_name,
-                image_column=image_column,
-                label_column=label_column,
-                skip_bad_images=skip_bad_images,
-            )
+                dataset_name=os.fspath(source), dataset_config_name=config_name, image_column=image_column,
+                label_column=label_column, skip_bad_images=skip_bad_images,
+            )  # fmt: skip
             return options.open(cache_dir, streaming)
         if streaming or config_name is not None:
             raise ValueError("streaming and config_name are for data that is not in memory yet: leave them out.")
@@ -147,21 +144,15 @@ class Images:
             self._sets[split] = opened.readable() if self._skip else opened
         return self._sets[split]
 
-    def _name_in_memory(self) -> str | None:
-        """Return the name of a data set of the Hub that came open; of files, datasets says only what wrote them."""
-        info = next(iter(self._datasets.values())).info
-        return info.dataset_name if info.dataset_name != info.builder_name else None
-
     def facts(self, train: ImageSet, test: ImageSet | None = None) -> dict[str, Any]:
-        """Return what result files say of the data.
-
-        Its name, its id and configuration if it is of the Hub, its splits, how many images were trained on and how
-        many had to be left out.
-        """
+        """Return what result files say of the data: its name, its splits, how many images were used and left out."""
         source = self.opened_with.get("dataset_name") or self.opened_with.get("train_data_dir")
         of_hub = "dataset_name" in self.opened_with and not os.path.exists(str(source))
+        info = next(iter(self._datasets.values())).info
+        # Of files that came open, datasets says only what wrote them.
+        known = info.dataset_name if info.dataset_name != info.builder_name else None
         facts = {
-            "name": Path(source).resolve().name if source else self._name_in_memory(),
+            "name": Path(source).resolve().name if source else known,
             "id": source if of_hub else None,
             "config": self.opened_with.get("dataset_config_name"),
             "train_split": train.split,
@@ -173,11 +164,7 @@ class Images:
 
 
 def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
-    """Return the images to train on and those to test on, with their labels.
-
-    Args:
-        images: The data set.
-        options: Has `train_split`, `test_split`, `max_train_samples` and `max_test_samples`.
+    """Return the images to train on and those to test on, with their labels, as options of an experiment name them.
 
     Raises:
         ValueError: The same images in both, images without labels, training images of a single class.
@@ -197,11 +184,7 @@ def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
 
 
 class Inputs(abc.ABC):
-    """What a network reads of images: their pixels, or latents of them.
-
-    Attributes:
-        images: The images.
-    """
+    """What a network reads of images: their pixels, or latents of them."""
 
     images: ImageSet
 
@@ -224,9 +207,7 @@ class Inputs(abc.ABC):
         """What tells these inputs from others, as JSON."""
 
     @abc.abstractmethod
-    def read(
-        self, rows: Sequence[int] | np.ndarray, view: int = 0, numbers: Sequence[int] | np.ndarray | None = None
-    ) -> Tensor:
+    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         """Return the inputs (B, C, H, W) at some rows, float32.
 
         Args:
@@ -236,13 +217,7 @@ class Inputs(abc.ABC):
         """
 
     def batches(
-        self,
-        batch_size: int,
-        rows: Sequence[int] | np.ndarray | None = None,
-        *,
-        view: int = 0,
-        start: int = 0,
-        title: str = "Images",
+        self, batch_size: int, rows: Rows | None = None, *, view: int = 0, start: int = 0, title: str = "Images"
     ) -> Iterator[Tensor]:
         """Yield inputs (B, C, H, W) with a progress bar: of `rows`, by default all, from the place `start` on.
 
@@ -257,14 +232,7 @@ class Inputs(abc.ABC):
 class ImageInputs(Inputs):
     """Images by their pixels, in [-1, 1], which are kept in memory where they fit.
 
-    Later views are mirrored and cropped: see `augment_view`.
-
-    Args:
-        images: The images.
-        processor: Prepares them.
-        flip: Whether later views are mirrored, half of them.
-        crop_padding: Pixels of black around them before they are cropped.
-        seed: Seed of these changes.
+    With `flip`, half of those of later views are mirrored; with `crop_padding`, they are cropped: see `augment_view`.
     """
 
     def __init__(
@@ -284,9 +252,7 @@ class ImageInputs(Inputs):
         """The images' hash, and how they are prepared."""
         return {"images": self.images.hash, "preprocessing": self.processor.to_dict()}
 
-    def read(
-        self, rows: Sequence[int] | np.ndarray, view: int = 0, numbers: Sequence[int] | np.ndarray | None = None
-    ) -> Tensor:
+    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         """Return pixels (B, C, H, W): see `Inputs.read`."""
         pixels = scaled(self.pixels.read(rows), self.processor)
         if view == 0:

@@ -56,8 +56,8 @@ def open_processor(model: Model, cache_dir: str | None = None) -> DDAEImageProce
     """Return the image processor of a checkpoint or, of an open model, the one that its network asks for."""
     if isinstance(model, (str, os.PathLike)):
         return DDAEImageProcessor.from_pretrained(model, cache_dir=cache_dir)
-    config = model.base_model.config
-    return DDAEImageProcessor.for_denoiser(model.base_model.denoiser.config, config.vae)
+    base: Any = model.base_model
+    return DDAEImageProcessor.for_denoiser(base.denoiser.config, base.config.vae)
 
 
 def ready(model: Any) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 
 from ..image_processing_ddae import DDAEImageProcessor
 
+Rows = Sequence[int] | np.ndarray  # places of images
 SHARE = 4  # of the memory that is left, one part in so many may be filled
 HINT = " Replace it, or leave such images out with skip_bad_images."
 ELSEWHERE = 4 * 2**30  # bytes that are taken to be left where the system is not Linux, which tells
@@ -30,28 +31,17 @@ class DamagedImageError(ValueError):
         super().__init__(words.rpartition(f"{DamagedImageError.__name__}: ")[2].strip())
 
 
-class Readable(Protocol):
-    """Images by their places."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def pil(self, rows: Sequence[int]) -> list[PILImage.Image]:
-        """Return those at these places."""
-
-
 class Pixels:
-    """The pixels of images, as integers from 0 to 255 that `scaled` makes floats of.
+    """The pixels of an `ImageSet`, as integers from 0 to 255 that `scaled` makes floats of.
 
     An image is decoded when it is first asked for and, with `keep`, only then, if all of them fit into memory. Where
     some have more than 8 bits, none are kept, and batches with such images are floats.
     """
 
-    def __init__(self, images: Readable, processor: DDAEImageProcessor, keep: bool = True):
+    def __init__(self, images: Any, processor: DDAEImageProcessor, keep: bool = True):
         if processor.do_normalize and not processor.do_rescale:
-            raise ValueError(
-                "The image processor has do_rescale=False: images of files count from 0 to 255, leave it out."
-            )
+            reason = "images of files count from 0 to 255, leave it out"
+            raise ValueError(f"The image processor has do_rescale=False: {reason}.")
         self.images, self.processor = images, processor
         self.keep = keep
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of all images, and which of them are there
@@ -59,7 +49,7 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+    def read(self, indices: Rows) -> torch.Tensor:
         """Return pixels (B, C, H, W) of the images at `indices`, in that order: uint8, or floats in [-1, 1]."""
         rows, kept = torch.as_tensor(indices), self.kept
         missing = rows if kept is None else rows[~kept[1][rows]]
@@ -125,16 +115,11 @@ def _scale(pixels: torch.Tensor, processor: DDAEImageProcessor) -> torch.Tensor:
     if processor.do_rescale:
         pixels.mul_(processor.rescale_factor)
     if processor.do_normalize:
-        mean, std = (_factor(value, pixels.device) for value in (processor.image_mean, processor.image_std))
-        pixels.sub_(mean).div_(std)
+        for change, value in ((pixels.sub_, processor.image_mean), (pixels.div_, processor.image_std)):
+            # A number waits for no copy to the device.
+            one = isinstance(value, (int, float))
+            change(float(value) if one else torch.tensor(value, device=pixels.device).float().reshape(-1, 1, 1))
     return pixels
-
-
-def _factor(value: float | Sequence[float], device: torch.device) -> float | torch.Tensor:
-    # A number waits for no copy to the device.
-    if isinstance(value, (int, float)):
-        return float(value)
-    return torch.tensor(value, dtype=torch.float32, device=device).reshape(-1, 1, 1)
 
 
 def fits(count: int) -> bool:
