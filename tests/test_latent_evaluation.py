@@ -282,7 +282,9 @@ def test_exported_features_are_those_of_the_library(latent_dit, digits, tmp_path
 def test_points_are_looked_up_by_maps_of_latents(latent_dit, vae, digits, tmp_path, monkeypatch):
     opened, open_backbones = [], correspondence.open_backbones
     monkeypatch.setattr(correspondence, "open_backbones", lambda args: opened.append(open_backbones(args)) or opened[0])
-    options = ["--num_images", "2", "--max_shift", "0", "--max_bend", "0", "--max_rotation", "0", "--sigma", "0.02"]
+    for name in ("ROTATION", "SHIFT", "BEND"):
+        monkeypatch.setattr(correspondence, name, 0)
+    options = ["--num_images", "2", "--sigma", "0.02"]
     scripts.run("correspondence", *common(latent_dit, digits, tmp_path), *options)
     trained, untrained = (backbone.ddae for backbone in opened[0])
     assert fingerprint(trained.denoiser) != fingerprint(untrained.denoiser)

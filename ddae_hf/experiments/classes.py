@@ -77,11 +77,7 @@ class Classes:
         return None if self.values is None else [str(value) for value in self.values]
 
     def labels(self, dataset: Dataset, split: str) -> np.ndarray:
-        """Return the labels (N,), int64, of images of one of the splits, from 0 to the number of classes - 1.
-
-        Raises:
-            ValueError: Labels that are missing, or stand for none of the classes.
-        """
+        """Return the labels (N,) of images of a split, int64; those that stand for no class raise `ValueError`."""
         found = dataset[self.column][:]
         if None in found:
             raise ValueError(f"Some images have no label in the column {self.column!r} of {split!r}: leave them out.")

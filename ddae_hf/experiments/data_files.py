@@ -56,11 +56,11 @@ def split_files(folder: str, paths: list[str]) -> dict[str, list[str]]:
         found.setdefault(split_of(folder, path), []).append(path)
     unnamed = found.pop(None, [])
     if found and unnamed:
-        raise ValueError(
-            f"The data set {folder} can be read in two ways: {some(unnamed)} {'is' if len(unnamed) == 1 else 'are'} of "
-            f"no split, beside {some([path for paths in found.values() for path in paths])}. Name all of them after "
-            "their split, such as train.parquet or train-00000-of-00001.parquet, or none."
+        some_named = some([path for paths in found.values() for path in paths])
+        what = (
+            f"The data set {folder} can be read in two ways: beside {some_named}, no split is named by {some(unnamed)}"
         )
+        raise ValueError(f"{what}. Name all after their split, such as train-00000-of-00001.parquet, or none.")
     root = os.path.abspath(folder)
     named = found or {"train": unnamed}
     return {str(name): [glob.escape(os.path.join(root, path)) for path in files] for name, files in named.items()}
@@ -81,11 +81,9 @@ def split_of(folder: str, path: str) -> str | None:
         return named.pop()
     words = {word.lower() for part in (*folders, stem) for word in re.split(r"[-._ 0-9]+", part)}
     if named or words & LIKE_SPLITS:
-        raise ValueError(
-            f"The data set {folder} can be read in two ways: the split of {path} cannot be told from its name. Files "
-            "of a split are named train.parquet or train-00000-of-00001.parquet, or lie in a folder train/; likewise "
-            "test and validation. Rename it, or give the path of one file."
-        )
+        what = f"The data set {folder} can be read in two ways: the split of {path} cannot be told from its name"
+        names = "Name it like train.parquet or train-00000-of-00001.parquet, or put it into a folder train/"
+        raise ValueError(f"{what}. {names} (likewise test and validation), or give the path of one file.")
     return None
 
 

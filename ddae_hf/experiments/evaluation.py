@@ -149,11 +149,10 @@ def compare_samples(
     given = None if isinstance(model, DDAEPipeline) else os.fspath(model)
     with contextlib.ExitStack() as stack:
         compared: dict[str, Compared] = {}
-        folder_given = given is not None and is_images_folder(given)
-        pipeline = None if folder_given else open_pipeline(model, options)
-        paths = find_images(Path(str(given))) if folder_given else []
+        paths = find_images(Path(given)) if given is not None and is_images_folder(given) else None
+        pipeline = open_pipeline(model, options) if paths is None else None
         if processes.is_main_process:
-            compared = real_images(images, options, len(paths) if folder_given else options.num_images)
+            compared = real_images(images, options, options.num_images if paths is None else len(paths))
             extractor = extractor or open_extractor(
                 options.extractor, layer=options.extractor_layer, sigma=options.extractor_sigma,
                 cache_dir=options.cache_dir,
@@ -166,7 +165,7 @@ def compare_samples(
             paths = sample(pipeline, options, processes, Path(output) / "images").paths
             generator = {"model_name_or_path": given, **_sampling(pipeline, options)}
             del pipeline  # whose memory the features need
-        if not processes.is_main_process or extractor is None:
+        if not processes.is_main_process or extractor is None or paths is None:
             return None
         files = Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Image())
         compared["generated"] = Compared("generated", ImageSet(files), GENERATED_VIEW)
@@ -196,13 +195,10 @@ def compare_samples(
 
 def real_images(images: Images, options: EvaluationOptions, count: int) -> dict[str, Compared]:
     """Return the reference, and the baseline if asked for: at most `count` images, as distances depend on it."""
-    split = options.reference_split
-    found = {
-        "reference": Compared(f"real ({split})", images[split].take(options.max_reference_samples), REFERENCE_VIEW)
-    }
-    if (split := options.baseline_split) is not None:
-        found["baseline"] = Compared(f"real ({split})", images[split].take(count), BASELINE_VIEW)
-    return found
+    wanted = [("reference", options.reference_split, options.max_reference_samples, REFERENCE_VIEW)]
+    if options.baseline_split is not None:
+        wanted.append(("baseline", options.baseline_split, count, BASELINE_VIEW))
+    return {role: Compared(f"real ({split})", images[split].take(most), view) for role, split, most, view in wanted}
 
 
 def is_images_folder(path: str | os.PathLike[str]) -> bool:

@@ -23,6 +23,8 @@ from .images import ImageInputs, Images
 from .models import Model, check_taps, chosen_layers, open_model, open_processor
 from .options import Options, option
 
+ROW_GROUP = 10_000
+
 
 @dataclass(kw_only=True)
 class ExportOptions(Options):
@@ -116,4 +118,4 @@ def _write_parquet(path: Path, columns: dict[str, Any], features: dict[str, np.n
     for layer, values in features.items():
         columns[layer] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     with written_whole(path) as partial:
-        pq.write_table(pa.table(columns), partial, row_group_size=10_000)
+        pq.write_table(pa.table(columns), partial, row_group_size=ROW_GROUP)

@@ -51,16 +51,8 @@ def extract_features(
 ) -> dict[str, Tensor]:
     """Compute the features (N, C) of a data set, float32 on the CPU, by layer name: see `batch_features`.
 
-    Args:
-        model: The model, on the device to use.
-        batches: `pixel_values` (B, C, H, W), in the data set's order; batches of any sizes.
-        layers: Names of layers.
-        sigma: Noise level.
-        noise_seed: Seed of the noise.
-        view: Number of the draw; data sets that must not share noise take different ones.
-
-    Raises:
-        ValueError: A noise level outside the schedule, or no images.
+    `batches` are `pixel_values` (B, C, H, W) in the data set's order, of any sizes. A noise level outside the schedule
+    and a data set without images are refused.
     """
     family_of(model.scheduler).check_sigma(sigma)
     parts: list[dict[str, Tensor]] = []
@@ -96,7 +88,7 @@ def batch_features(
         layers: Names of layers.
         sigma: Noise level, scalar or (B,).
         noise_seed: Seed of the noise.
-        view: Number of the draw.
+        view: Number of the draw; data sets that must not share noise take different ones.
 
     Returns:
         Features (B, C), float32 on the model's device, by layer name.

@@ -183,8 +183,7 @@ def made_by(pipeline: DDAEPipeline, options: GenerationOptions) -> dict[str, Any
 def sample(pipeline: DDAEPipeline, options: GenerationOptions, processes: PartialState, folder: Path) -> Samples:
     """Write the images that a folder lacks, with a note of what they depend on, and return all.
 
-    Batches have fixed members, and one that lacks an image is computed whole: arithmetic in a batch of another size may
-    round differently, and so what is resumed is bit-equal to what was never interrupted.
+    Batches have fixed members, and one that lacks an image is computed whole: another size may round differently.
     """
     paths = [folder / f"{i:05d}.png" for i in range(options.num_images)]
     facts = made_by(pipeline, options)

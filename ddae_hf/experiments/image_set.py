@@ -21,14 +21,7 @@ from .pixels import HINT, Pixels, Rows, decode
 
 
 class ImageSet:
-    """Images of a split, in order.
-
-    Attributes:
-        dataset: The data set, with a column `image_column`.
-        split: Name of the split.
-        streaming: Whether they are a stream, which has no length, no hash, and labels only row by row.
-        label_column: The column of labels, if there is one.
-    """
+    """Images of a split, in order; a stream (`streaming`) has no length, no hash, and labels only row by row."""
 
     def __init__(self, dataset: Any, split: str = "train", image_column: str = "image", classes: Classes | None = None):
         self.dataset = dataset
@@ -62,11 +55,7 @@ class ImageSet:
 
     @cached_property
     def labels(self) -> Any:
-        """The labels, int64 (N,), each the place of a name; None for a split without labels, and for a stream.
-
-        Raises:
-            ValueError: Labels that are missing, or outside the classes.
-        """
+        """The labels, int64 (N,), each the place of a name; None for a split without labels, and for a stream."""
         if self._classes is None or self.label_column is None or self.streaming:
             return None
         return self._classes.labels(self.dataset, self.split)
@@ -90,10 +79,7 @@ class ImageSet:
         return int(self._skipped)
 
     def take(self, count: int | None) -> ImageSet:
-        """Return so many of the images, of all classes in their shares and always the same; all of them for None.
-
-        See `draw_images`. Of a stream, which knows no classes, the first are taken, with a warning.
-        """
+        """Return so many of the images, or all: see `draw_images`; of a stream, which knows no classes, the first."""
         if count is not None and count < 1:
             raise ValueError(f"{count} images of the split {self.split!r} are asked for: it must be at least 1.")
         if count is None:
@@ -124,11 +110,7 @@ class ImageSet:
         return self
 
     def pil(self, rows: Rows) -> list[PILImage.Image]:
-        """Return the images at these rows.
-
-        Raises:
-            DamagedImageError: One that cannot be read, a `ValueError` that gives its path or row.
-        """
+        """Return the images at these rows, or raise `ValueError` with the path or the row of one that is damaged."""
         chosen = [int(row) for row in rows]
         files = self._not_a_stream("images by their number")._files[chosen][self.image_column]
         numbers = chosen if self._rows is None else self._rows[chosen]

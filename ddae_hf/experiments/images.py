@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset
+from datasets import Features
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -51,7 +51,7 @@ class DataOptions(Options):
 
 
 class Images:
-    """The images of a data set, by split.
+    """The images of a data set, by split: see `open`.
 
     Attributes:
         splits: Names of the splits.
@@ -59,15 +59,10 @@ class Images:
     """
 
     def __init__(
-        self,
-        splits: Mapping[str, Dataset | IterableDataset],
-        image_column: str | None = None,
-        label_column: str | None = None,
-        skip_bad_images: bool = False,
-        opened_with: dict[str, Any] | None = None,
-    ):
-        self.splits = list(splits)
-        self.opened_with = opened_with or {}
+        self, splits: Mapping[str, Any], image_column: str | None, label_column: str | None, skip_bad_images: bool,
+        opened_with: dict[str, Any],
+    ):  # fmt: skip
+        self.splits, self.opened_with = list(splits), opened_with
         self._datasets, self._image_column, self._skip = dict(splits), image_column, skip_bad_images
         self._sets: dict[str, ImageSet] = {}
         features = Features()
@@ -125,14 +120,10 @@ class Images:
         splits = {str(name): in_memory(part) for name, part in parts.items()}
         if any(isinstance(part, tuple) for part in parts.values()):
             label_column = "label"
-        return cls(splits, image_column, label_column, skip_bad_images)
+        return cls(splits, image_column, label_column, skip_bad_images, {})
 
     def __getitem__(self, split: str) -> ImageSet:
-        """Return the images of a split, the first of which is decoded.
-
-        Raises:
-            ValueError: No such split, an empty one, no column of images, or an image that cannot be read.
-        """
+        """Return the images of a split, or raise `ValueError` if there are none, or the first cannot be read."""
         if split not in self._datasets:
             raise ValueError(f"The data set has no split {split!r}; it has {sorted(self._datasets)}.")
         if split not in self._sets:
@@ -166,8 +157,7 @@ class Images:
 def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
     """Return the images to train on and those to test on, with their labels, as options of an experiment name them.
 
-    Raises:
-        ValueError: The same images in both, images without labels, training images of a single class.
+    The same images in both, images without labels, and training images of a single class are refused.
     """
     if options.train_split == options.test_split:
         raise ValueError(f"test_split is {options.test_split!r}, as train_split: test on other images.")

@@ -35,10 +35,8 @@ DTYPE = "float16"
 class LatentFolder:
     """Latents of the splits of a data set, in one or more views of every image.
 
-    Args:
-        folder: Where the latents are, or are to be.
-
     Attributes:
+        folder: Where the latents are.
         index: What `latents.json` says: `vae` (its config), `vae_fingerprint`, `shape` (c, h, w), `sample_posterior`,
             `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
 
@@ -154,10 +152,8 @@ class LatentFolder:
                 with evaluating(vae):
                     latents = encode(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
                 if not latents.isfinite().all():
-                    raise ValueError(
-                        f"Latents of the {split} images {indices[0]} to {indices[-1]} are no finite numbers in "
-                        f"{DTYPE}: the VAE overflows. Run it in float32, and look at its scaling_factor."
-                    )
+                    what = f"Latents of the {split} images {indices[0]} to {indices[-1]} are not finite in {DTYPE}"
+                    raise ValueError(f"{what}: the VAE overflows. Run it in float32, and look at its scaling_factor.")
                 yield {name: latents}
 
         fill(self.folder, {name: self.shape}, count, batches, DTYPE)
@@ -173,10 +169,8 @@ class LatentFolder:
             raise ValueError(f"{self.folder} has {views} views of the split {split!r}: view {view} is not among them.")
         done = rows_done(self.folder).get(f"{split}-{view}", 0)
         if done < count:
-            raise ValueError(
-                f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}: finish encoding "
-                "them with the command that began it."
-            )
+            what = f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}"
+            raise ValueError(f"{what}: finish encoding them with the command that began it.")
         return open_array(self.folder, f"{split}-{view}", (count, *self.shape), DTYPE)
 
     def write_labels(self, split: str, labels: np.ndarray) -> None:

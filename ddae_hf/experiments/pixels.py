@@ -79,10 +79,9 @@ class Pixels:
 
 
 def decode(file: dict[str, Any] | None, feature: Image, where: str) -> PILImage.Image:
-    """Return the image of a file, given as its `path` and `bytes`, one of which may be None.
+    """Return the image of a file, given as its `path` and `bytes`, or raise an error that says which it is.
 
-    Raises:
-        DamagedImageError: None, or what Pillow cannot read; it says of which file, or `where` it came from.
+    `where` is what is said of images that are no files of their own.
     """
     try:
         if file is None:
