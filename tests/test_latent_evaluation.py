@@ -180,8 +180,9 @@ def latents(latent_dit, vae, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     options = FinetuningOptions(max_train_samples=TRAIN, max_test_samples=TEST)
     processor = DDAEImageProcessor.from_pretrained(latent_dit)
-    train, test = (ImageInputs(images, processor) for images in labelled_splits(Images.open(digits), options))
-    inputs, changes = {"train": train, "test": test}, {"seed": 0, "flip": False, "crop_padding": 2}
+    changes = {"seed": 0, "flip": False, "crop_padding": 2}
+    both = zip(("train", "test"), labelled_splits(Images.open(digits), options), strict=True)
+    inputs = {name: ImageInputs(images, processor, **changes) for name, images in both}
     splits = describe_splits(inputs, 2, changes)
     encoded = LatentFolder.create(folder, vae, (16, 16), splits, sample_posterior=True, seed=3)
     encode_views(encoded, vae, inputs, batch_size=16)
@@ -286,7 +287,7 @@ def test_points_are_looked_up_by_maps_of_latents(latent_dit, vae, digits, tmp_pa
         monkeypatch.setattr(correspondence, name, 0)
     options = ["--num_images", "2", "--sigma", "0.02"]
     scripts.run("correspondence", *common(latent_dit, digits, tmp_path), *options)
-    trained, untrained = (backbone.ddae for backbone in opened[0])
+    trained, untrained = (backbone.ddae for backbone in opened[0].values())
     assert fingerprint(trained.denoiser) != fingerprint(untrained.denoiser)
     assert fingerprint(trained.vae) == fingerprint(untrained.vae) == fingerprint(vae)
     results = json.loads((tmp_path / "results.json").read_text())["results"]

@@ -255,5 +255,5 @@ def test_arrays_without_a_description_and_latents_that_overflow_are_not_kept(tmp
         (tmp_path / "latents.json").unlink()
     loud = make_vae(scaling_factor=1e9)
     folder = LatentFolder.create(tmp_path, loud, (16, 16), splits)
-    with pytest.raises(ValueError, match="images 0 to 3 are no finite numbers in float16: the VAE overflows"):
+    with pytest.raises(ValueError, match="images 0 to 3 are not finite in float16: the VAE overflows"):
         folder.encode(loud, "train", 0, lambda start: [images[start:]])

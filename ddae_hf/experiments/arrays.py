@@ -86,16 +86,11 @@ def open_array(folder: Path, name: str, shape: Shape, dtype: str) -> np.ndarray:
     """
     path = folder / f"{name}.npy"
     rows = _read_rows(folder).get(name, Rows())
-    if rows.count != shape[0]:
+    if rows.count < shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
-    state = _state(path, rows)
-    with path.open("rb") as file:
-        start = _read_header(path, file, shape, dtype)
-        if path.stat().st_size != start + num_bytes(shape[1:], shape[0], dtype):
-            raise damaged(path, f"it has {path.stat().st_size} bytes, which are not those of {shape[0]} rows")
-        if state not in _verified:
-            _check_rows(path, file, shape, dtype, rows)
-            _verified.add(state)
+    start = _checked(path, shape, dtype, rows)
+    if (there := path.stat().st_size) != start + num_bytes(shape[1:], shape[0], dtype):
+        raise damaged(path, f"it has {there} bytes, which are not those of {shape[0]} rows")
     return np.memmap(path, dtype, "r", start, shape)
 
 
@@ -259,9 +254,7 @@ def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None)
     path = _unfinished(folder, name)
     whole = folder / f"{name}.npy"
     if rows is not None and path.exists():
-        with path.open("rb") as file:
-            start = _read_header(path, file, shape, dtype)
-            _check_rows(path, file, shape, dtype, rows)
+        start = _checked(path, shape, dtype, rows)
         # What was written after the last note of it is written again.
         os.truncate(path, start + num_bytes(shape[1:], rows.count, dtype))
         return rows
@@ -288,29 +281,34 @@ def _append(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows, start
     return Rows(rows.count + len(new), zlib.crc32(new.data, rows.crc32))
 
 
-def _read_header(path: Path, file: BinaryIO, shape: Shape, dtype: str) -> int:
-    """Read an array's header, and return where its rows begin."""
-    try:
-        version = np.lib.format.read_magic(file)
-        found = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
-    except Exception as error:  # a broken header raises what it likes
-        raise damaged(path, "it is no array") from error
-    if found != (shape, False, np.dtype(dtype)):
-        raise damaged(path, f"it is another array than the {dtype} {shape} that is wanted")
-    return file.tell()
-
-
-def _check_rows(path: Path, file: BinaryIO, shape: Shape, dtype: str, rows: Rows) -> None:
-    """Read the rows that are done, and raise `ValueError` if their CRC-32 is not the one that is known."""
+def _checked(path: Path, shape: Shape, dtype: str, rows: Rows) -> int:
+    """Return where an array's rows begin, or raise `ValueError` if those that are done are not what was written."""
     if rows.count > shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
+    state = _state(path, rows)
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
+        except Exception as error:  # a broken header raises what it likes
+            raise damaged(path, "it is no array") from error
+        if header != (shape, False, np.dtype(dtype)):
+            raise damaged(path, f"it is another array than the {dtype} {shape} that is wanted")
+        start = file.tell()
+        if state not in _verified:
+            _check_rows(path, file, num_bytes(shape[1:], rows.count, dtype), rows)
+    _verified.add(state)
+    return start
+
+
+def _check_rows(path: Path, file: BinaryIO, left: int, rows: Rows) -> None:
+    """Read so many bytes, and raise `ValueError` if their CRC-32 is not the one that is known."""
     found = 0
-    left = num_bytes(shape[1:], rows.count, dtype)
     while left:
         data = file.read(min(left, _CHUNK_BYTES))
         if not data:
             raise damaged(path, f"it ends before row {rows.count}")
         found = zlib.crc32(data, found)
         left -= len(data)
-    if rows.crc32 != found:
+    if found != rows.crc32:
         raise damaged(path, "its checksum is not that of the rows that were written")

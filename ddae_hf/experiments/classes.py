@@ -28,14 +28,6 @@ def find_label_column(features: Features, name: str | None) -> str | None:
     return name
 
 
-def no_label_column(features: Features) -> str:
-    """Return in words why there are no labels, and what to do."""
-    count = sum(isinstance(feature, ClassLabel) for feature in features.values())
-    what = f"has {count} columns of classes" if count else "does not say of which classes its images are"
-    hint = "name the column of labels, label_column, or put images into a folder for each class"
-    return f"The data set {what}: {hint}; columns are {list(features)}."
-
-
 class Classes:
     """The classes of a data set: those that it names or, of numbers or words, the different ones of all splits.
 

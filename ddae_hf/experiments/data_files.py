@@ -56,10 +56,8 @@ def split_files(folder: str, paths: list[str]) -> dict[str, list[str]]:
         found.setdefault(split_of(folder, path), []).append(path)
     unnamed = found.pop(None, [])
     if found and unnamed:
-        some_named = some([path for paths in found.values() for path in paths])
-        what = (
-            f"The data set {folder} can be read in two ways: beside {some_named}, no split is named by {some(unnamed)}"
-        )
+        beside = some([path for paths in found.values() for path in paths])
+        what = f"The data set {folder} can be read in two ways: beside {beside}, no split is named by {some(unnamed)}"
         raise ValueError(f"{what}. Name all after their split, such as train-00000-of-00001.parquet, or none.")
     root = os.path.abspath(folder)
     named = found or {"train": unnamed}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,6 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import downsampling
 from .arrays import num_bytes, size
 from .devices import best_device, made_fast
-from .draws import augment_view
 from .images import ImageInputs, Images, ImageSet, Inputs
 from .latent_folder import DTYPE, LatentFolder
 from .options import Options, option
@@ -79,7 +78,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     sides = {"height": side, "width": side}
     processor = DDAEImageProcessor(size=sides, num_channels=vae.config.in_channels, do_center_crop=options.center_crop)
     train = images[options.train_split].take(options.max_train_samples)
-    inputs = {"train": ImageInputs(train, processor)}
+    inputs = {"train": _Mirrored(train, processor)}
     folder = LatentFolder.create(
         options.output_dir, vae, (side, side),
         describe_splits(inputs, 1 + options.mirror, {"mirror": options.mirror}),
@@ -106,8 +105,7 @@ def describe_splits(
 def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInputs], batch_size: int) -> None:
     """Compute the latents that a folder lacks, in float32 on the best device there is, and keep the labels.
 
-    The folder is one that `LatentFolder.create` made for these images. The VAE is afterwards as it was. Views after the
-    first are changed as the folder's description says: mirrored, or as `augment_view` does.
+    The folder is one that `LatentFolder.create` made for these images. The VAE is afterwards as it was.
     """
     for split, known in inputs.items():
         if known.labels is not None:
@@ -122,24 +120,19 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
         for split, described in folder.index["splits"].items():
             for view in range(described["views"]):
                 title = f"Encoding {split} images, view {view}"
-                views = partial(_batches, inputs[split], described["changes"], view, batch_size, title)
+                views = partial(inputs[split].batches, batch_size, None, view=view, title=title)
                 folder.encode(vae, split, view, views)
     finally:
         vae.to(device).type(dtype)
     logger.info("Encoded in %.0f s.", time.monotonic() - started)
 
 
-def _batches(
-    inputs: ImageInputs, changes: dict[str, Any], view: int, batch_size: int, title: str, start: int
-) -> Iterator[Tensor]:
-    """Yield a view of images from `start` on, changed as a `LatentFolder` says."""
-    for pixels in inputs.batches(batch_size, start=start, title=title):
-        rows = range(start, start := start + len(pixels))
-        if view and changes.get("mirror"):
-            pixels = mirror(pixels)
-        elif view:
-            pixels = augment_view(pixels, rows, changes["seed"], view, changes["flip"], changes["crop_padding"])
-        yield pixels
+class _Mirrored(ImageInputs):
+    """Images, of which the second view is the mirror image."""
+
+    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
+        pixels = super().read(rows)
+        return mirror(pixels) if view else pixels
 
 
 def state_use(folder: LatentFolder, vae: Any, batch_size: int) -> str:

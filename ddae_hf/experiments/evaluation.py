@@ -43,7 +43,7 @@ from .run_facts import machine
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+KID_SUBSET_SIZE = 1000
 SHOWN = 36  # images of each set in the picture
 CHECKPOINT_FILES = ("model_index.json", "config.json")
 logger = logging.getLogger(__name__)
@@ -163,7 +163,10 @@ def compare_samples(
                 raise ValueError("output_dir is None: processes share images through a folder.")
             output = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
             paths = sample(pipeline, options, processes, Path(output) / "images").paths
-            generator = {"model_name_or_path": given, **_sampling(pipeline, options)}
+            generator = {"model_name_or_path": given, **made_by(pipeline, options)}
+            generator["scheduler"] = type(pipeline.scheduler).__name__
+            if (classes := chosen_classes(pipeline, options)) is not None:
+                generator["num_classes"] = [min(options.num_images, len(classes)), len(classes)]
             del pipeline  # whose memory the features need
         if not processes.is_main_process or extractor is None or paths is None:
             return None
@@ -241,7 +244,7 @@ def kept_features(extractor: Extractor, compared: Compared, options: EvaluationO
 def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
     """Return all figures of one set against the reference, from features (N, C) and (M, C)."""
     size = min(KID_SUBSET_SIZE, len(reference), len(features))
-    kernel, spread = kernel_distance(reference, features, subsets=KID_SUBSETS, subset_size=size)
+    kernel, spread = kernel_distance(reference, features, subset_size=size)
     whole = size == len(reference) == len(features)  # then every subset is the same
     device = best_device()
     precision, recall = precision_recall(reference.to(device), features.to(device))
@@ -254,12 +257,3 @@ def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
         "precision": precision,
         "recall": recall,
     }
-
-
-def _sampling(pipeline: Any, options: EvaluationOptions) -> dict[str, Any]:
-    """Return what the generated images were made by."""
-    made = made_by(pipeline, options)
-    classes = chosen_classes(pipeline, options)
-    if classes is not None:
-        made["num_classes"] = [min(options.num_images, len(classes)), len(classes)]
-    return made | {"scheduler": type(pipeline.scheduler).__name__}

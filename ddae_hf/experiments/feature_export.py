@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ def export_features(
     folder = Path(options.output_dir)
     cache = FeatureCache(options.features_dir or folder / "cache", network, options.noise_seed)
     features = cache.features(
-        lambda start: inputs.batches(options.batch_size, start=start, title="Features"),
+        partial(inputs.batches, options.batch_size, None, title="Features"),
         len(inputs), layers, sigma, view=options.view, data=inputs.identity,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def export_features(
         _write_parquet(folder / "features.parquet", {"index": np.arange(len(inputs)), **labelled}, features)
     else:
         for name, values in {**features, **labelled}.items():
-            with written_whole(folder / f"{name}.npy") as partial, partial.open("wb") as file:
+            with written_whole(folder / f"{name}.npy") as new, new.open("wb") as file:
                 np.save(file, values)
     said = {"model_name_or_path": os.fspath(model) if isinstance(model, (str, os.PathLike)) else None}
     said |= {**images.opened_with, **options.to_dict()}
@@ -117,5 +118,5 @@ def _write_parquet(path: Path, columns: dict[str, Any], features: dict[str, np.n
     """Write one row an image; features stay on the disk until their rows are written."""
     for layer, values in features.items():
         columns[layer] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-    with written_whole(path) as partial:
-        pq.write_table(pa.table(columns), partial, row_group_size=ROW_GROUP)
+    with written_whole(path) as new:
+        pq.write_table(pa.table(columns), new, row_group_size=ROW_GROUP)

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
-from .classes import Classes, draw_images, no_label_column
+from .classes import Classes, draw_images
 from .pixels import HINT, Pixels, Rows, decode
 
 
@@ -127,7 +127,10 @@ class ImageSet:
         """Return these images, or raise `ValueError` if not each has a class, or a stream does not name the classes."""
         columns = columns_of(self.dataset)
         if self._classes is None:
-            raise ValueError(no_label_column(columns))
+            count = sum(isinstance(feature, ClassLabel) for feature in columns.values())
+            what = f"has {count} columns of classes" if count else "does not say of which classes its images are"
+            hint = "name the column of labels, label_column, or put images into a folder for each class"
+            raise ValueError(f"The data set {what}: {hint}; columns are {list(columns)}.")
         if self.label_column is None:
             what = f"The split {self.split!r} has no column {self._classes.column!r} of labels"
             raise ValueError(f"{what}; it has {list(columns)}.")
@@ -158,11 +161,9 @@ class ImageSet:
 
     def check_first(self) -> None:
         """Raise `ValueError` if there is no image, or the first cannot be read."""
-        rows = self.stream() if self.streaming else range(len(self))
-        if next(iter(rows), None) is None:
+        first = next(iter(self.stream()), None) if self.streaming else len(self) and self.pil([0])
+        if not first:
             raise ValueError(f"The split {self.split!r} is empty.")
-        if not self.streaming:
-            self.pil([0])
 
     def readable(self) -> ImageSet:
         """Return those images that can be read, with a warning of how many cannot; of a stream, of each as it comes."""
@@ -180,11 +181,10 @@ class ImageSet:
                 reasons[row] = str(error).removesuffix(HINT)
         if not reasons:
             return self
-        first = next(iter(reasons.values()))
         what = f"{len(reasons)} of {len(self)} images of the split {self.split!r}"
         if len(reasons) == len(self):
-            raise ValueError(f"{what} cannot be read: {first}")
-        warnings.warn(f"{what} are left out: {first}", stacklevel=3)
+            raise ValueError(f"{what} cannot be read: {reasons[0]}")
+        warnings.warn(f"{what} are left out: {next(iter(reasons.values()))}", stacklevel=3)
         self._skipped += len(reasons)
         return self.select(np.setdiff1d(np.arange(len(self)), list(reasons)))
 

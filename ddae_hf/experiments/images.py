@@ -88,16 +88,16 @@ class Images:
 
         Args:
             source: A Hub id; a folder of tables or, without any, of images; a parquet file; a `Dataset` or a list of
-                PIL images, which are the split `train`; a `DatasetDict`, or a mapping from the names of splits to
-                data sets, lists of images, or pairs (images, labels). Data sets may be streams (`IterableDataset`).
+                PIL images, which are the split `train`; or a mapping from the names of splits to data sets, lists of
+                images, or pairs (images, labels). Data sets may be streams.
             labels: Classes of a list of images, numbers or names.
             config_name: Configuration of a Hub data set.
             image_column: Column of images, by default the only one that holds images.
             label_column: Column of labels, whole numbers or names, by default the only one of classes.
             streaming: Whether to read a Hub id, a folder or a file while it is gone through, without downloading it.
             cache_dir: Where downloads are kept.
-            skip_bad_images: Whether to leave out images that cannot be read, with a warning that counts them. Every
-                image of a split is decoded when it is first asked for; those of a stream as it is read.
+            skip_bad_images: Whether to leave out images that cannot be read, with a warning that counts them. All of
+                a split are decoded for it when the split is first asked for; those of a stream as it is read.
 
         Raises:
             ValueError: A source that cannot be read, or that can be read in two ways; no such column.
@@ -207,7 +207,7 @@ class Inputs(abc.ABC):
         """
 
     def batches(
-        self, batch_size: int, rows: Rows | None = None, *, view: int = 0, start: int = 0, title: str = "Images"
+        self, batch_size: int, rows: Rows | None = None, start: int = 0, *, view: int = 0, title: str = "Images"
     ) -> Iterator[Tensor]:
         """Yield inputs (B, C, H, W) with a progress bar: of `rows`, by default all, from the place `start` on.
 

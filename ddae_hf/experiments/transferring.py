@@ -97,8 +97,8 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
     processor = open_processor(model, options.cache_dir)
     denoiser, vae = _open(model, options)
     sides = processor.size["height"], processor.size["width"]
-    pixels = {"train": ImageInputs(train, processor), "test": ImageInputs(test, processor)}
-    changes = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
+    changes: Any = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
+    pixels = {"train": ImageInputs(train, processor, **changes), "test": ImageInputs(test, processor, **changes)}
     with contextlib.ExitStack() as stack:
         where = options.latents_dir
         if where is None:
@@ -151,8 +151,9 @@ def features_use(prober: Prober, folder: LatentFolder) -> str:
     widths = [num_bytes((hidden_size(prober.model.denoiser, layer),), 1) for layer in prober.layers]
     choosing = len(prober.chosen_on) * len(prober.sigmas)
     probing = (len(prober.train) + len(prober.test)) * options.num_views * options.num_noise_seeds
+    free = size(shutil.disk_usage(folder.folder).free)
     return (
-        f"The denoiser runs on {choosing:,} latents to choose, whose features take {size(choosing * sum(widths))}, and "
-        f"on {probing:,} to probe the best pair, at most {size(probing * max(widths))}; "
-        f"{size(shutil.disk_usage(folder.folder).free)} are free beside the latents."
+        f"To choose among {len(widths)} layers and {len(prober.sigmas)} noise levels, the denoiser runs on "
+        f"{choosing:,} latents, whose features take {size(choosing * sum(widths))}; to probe the best pair, on "
+        f"{probing:,}, whose features take at most {size(probing * max(widths))}. {free} are free beside the latents."
     )
