@@ -149,15 +149,9 @@ def state_use(folder: LatentFolder, vae: Any, batch_size: int) -> str:
 
 
 class LatentInputs(Inputs):
-    """Images by their latents, which stand in for their pixels; numbers of views beyond the last begin again.
+    """Images by their latents in a folder, computed or not; numbers of views beyond the last begin again.
 
-    Args:
-        images: The images.
-        folder: Their latents, which need not be computed yet.
-        split: Name of the split in the folder.
-
-    Raises:
-        ValueError: The folder has no latents of these images.
+    A folder that is not of these images is refused.
     """
 
     def __init__(self, images: ImageSet, folder: LatentFolder, split: str):
@@ -185,7 +179,7 @@ def _read(folder: LatentFolder, split: str, view: int, rows: Rows) -> Tensor:
 def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None, views: int) -> Dataset:
     """Return a split's latents as a data set of `pixel_values` and, where they came, `labels`.
 
-    `pixel_values` are the first so many views of an image, (views, c, h, w): training draws one, see `one_view`.
+    `pixel_values` are the first so many views of an image, (views, c, h, w): see `one_view`.
     """
     count = min(len(folder.latents(split, view)) for view in range(views))
     columns = {"index": np.arange(count)} | ({} if labels is None else {"labels": labels})

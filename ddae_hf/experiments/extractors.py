@@ -32,25 +32,19 @@ from .devices import best_device, made_fast
 from .features import evaluating, extract_features
 from .models import open_model, open_processor
 
+# Of images in batches and the number of the draw of noise; returns features (N, C).
 Compute = Callable[[Iterable[list[Image.Image]], int], torch.Tensor]
 COLOURS = "RGB of 8 bits, as `as_rgb` gives them"  # features of images that were clipped to 8 bits are not reused
 
 
 @dataclass
 class Extractor:
-    """A network whose features are compared.
+    """A network whose features are compared."""
 
-    Attributes:
-        identity: What features depend on beside the images, as JSON.
-        compute: Function of images in batches and the number of the draw of noise that returns features (N, C).
-        name: What it was asked for by.
-        width: The features' width C.
-    """
-
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # what features depend on beside the images, as JSON
     compute: Compute
-    name: str
-    width: int
+    name: str  # what it was asked for by
+    width: int  # of the features, C
 
 
 def check_extractor(name: str, layer: str | None = None, sigma: float | None = None) -> None:
@@ -67,11 +61,7 @@ def open_extractor(
 ) -> Extractor:
     """Return an extractor on the best device there is, tried on an image, or raise `ValueError`.
 
-    Args:
-        name: `ddae:PATH`, `transformers:PATH`, `inception` or `inception:FILE`.
-        layer: Layer of a DDAE extractor, by default its configuration's.
-        sigma: Noise level of a DDAE extractor, by default its configuration's.
-        cache_dir: Where downloads are kept.
+    `layer` and `sigma` are for a DDAE extractor, by default those of its configuration.
     """
     check_extractor(name, layer, sigma)
     kind, _, path = name.partition(":")

@@ -109,11 +109,7 @@ class FeatureCache:
     it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
     it is one array (N, C), float32, a layer: see `arrays`. Several processes may share a folder.
 
-    Args:
-        folder: Where to keep the features.
-        model: The model whose features they are, on the device to use. It may change: whenever features are asked for,
-            its weights are hashed.
-        noise_seed: Seed of the noise.
+    The model is on the device to use. It may change: whenever features are asked for, its weights are hashed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: DDAEModel, noise_seed: int = 0):
@@ -148,8 +144,7 @@ class FeatureCache:
             Features (N, C) by layer name, read-only, mapped from disk.
 
         Raises:
-            ValueError: An unknown layer, a noise level outside the schedule, another number of images than `count`, or
-                a damaged file.
+            ValueError: An unknown layer or noise level, another number of images than `count`, or a damaged file.
             OSError: Not enough space on disk.
         """
         check_layers(self.model.denoiser, layers)

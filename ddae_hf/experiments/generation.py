@@ -240,11 +240,8 @@ def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) ->
             raise ValueError(f"{folder} holds images without {NOTE}, which says how they were made: choose another.")
         return
     found = read_json(note)
-    different = [
-        name if name in ("weights", "scheduler") else f"{name} ({found.get(name)} there, {facts.get(name)} now)"
-        for name in {**found, **facts}
-        if found.get(name) != facts.get(name)
-    ]
-    if different:
+    names = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+    values = {name: f" ({found.get(name)} there, {facts.get(name)} now)" for name in names}
+    if different := [n if n in ("weights", "scheduler") else n + values[n] for n in names]:
         what = f"The images in {folder} were made otherwise. What differs: {', '.join(different)}"
         raise ValueError(f"{what}. Choose another output_dir.")

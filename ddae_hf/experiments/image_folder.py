@@ -110,12 +110,9 @@ def read_image_folder(folder: str, streaming: bool = False) -> DatasetDict | Ite
         warnings.warn(f"{folder}: {found.what_was_skipped()}.", stacklevel=2)
     splits = find_splits(folder, found.files)
     known = join_metadata(folder, found.metadata, splits)
-    if "label" not in known:
-        classes = find_classes(folder, found.folders, splits)
-    else:
-        classes = {}
-        if any(any(split.folders) for split in splits.values()):
-            warnings.warn(f"{folder}: labels are those of its metadata, not the names of its folders.", stacklevel=2)
+    classes = {} if "label" in known else find_classes(folder, found.folders, splits)
+    if "label" in known and any(any(split.folders) for split in splits.values()):
+        warnings.warn(f"{folder}: labels are those of its metadata, not the names of its folders.", stacklevel=2)
     names = sorted({label for labels in classes.values() for label in labels})
     numbers = {name: i for i, name in enumerate(names)}
     datasets = {}
@@ -139,11 +136,10 @@ def find_splits(folder: str, images: list[str]) -> dict[str, Split]:
     others = [f"{name}/" for name in sorted(first) if f"{name}/" not in splits]
     others += [path for path in images if "/" not in path]
     if others:
-        raise ValueError(
-            f"The data set {folder} can be read in two ways: it has images in {some(splits)}, which name splits, and "
-            f"beside them {some(others)}. Splits are the folders train/, test/ and validation/: rename others that are "
-            "meant as such, and move away what belongs to none. If all are classes, put them into one folder train/."
-        )
+        what = f"it has images in {some(splits)}, which name splits, and beside them {some(others)}"
+        hint = "Rename what is meant as a split, train/, test/ or validation/, and move away what belongs to none"
+        all_classes = "If all are classes, put them into one folder train/."
+        raise ValueError(f"The data set {folder} can be read in two ways: {what}. {hint}. {all_classes}")
     return {name[:-1]: Split(name, [path for path in images if path.startswith(name)]) for name in splits}
 
 
@@ -204,9 +200,8 @@ def read_table(path: str) -> list[dict[str, Any]]:
     try:
         return pq.read_table(path).to_pylist() if parquet else read_text_table(path)
     except (ValueError, csv.Error) as error:  # of another encoding, or no such file at all
-        raise ValueError(
-            f"{path} cannot be read as {'parquet' if parquet else 'a table in UTF-8'}: {error}."
-        ) from error
+        kind = "parquet" if parquet else "a table in UTF-8"
+        raise ValueError(f"{path} cannot be read as {kind}: {error}.") from error
 
 
 def read_text_table(path: str) -> list[dict[str, Any]]:

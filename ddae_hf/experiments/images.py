@@ -183,12 +183,12 @@ class Inputs(abc.ABC):
 
     @property
     def labels(self) -> Any:
-        """The labels, an array (N,) of int64, or None; those who need them ask for `labelled` images."""
+        """The labels of the images: see `ImageSet`."""
         return self.images.labels
 
     @property
     def names(self) -> Any:
-        """The names of the classes, a list, or None."""
+        """The names of the classes."""
         return self.images.names
 
     @property
@@ -198,12 +198,10 @@ class Inputs(abc.ABC):
 
     @abc.abstractmethod
     def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
-        """Return the inputs (B, C, H, W) at some rows, float32.
+        """Return the inputs (B, C, H, W) at B rows, float32.
 
-        Args:
-            rows: Their places, B integers.
-            view: Number of the view. The first is the image as it is; what later ones are is up to the inputs.
-            numbers: Seed what is random about later views, image by image; by default the rows do.
+        View 0 is the image as it is; what later ones are is up to the inputs. What is random about them is seeded by
+        `numbers`, one an image, by default the rows.
         """
 
     def batches(

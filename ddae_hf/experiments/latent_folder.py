@@ -64,15 +64,9 @@ class LatentFolder:
     ) -> LatentFolder:
         """Open a folder for latents that are described so, or create it; they are not computed yet.
 
-        Args:
-            folder: The folder.
-            vae: The `AutoencoderKL`.
-            image_size: Height and width of the images.
-            splits: By name, `count` (number of images) and `views` (number of views), and what tells the images and
-                their views from others, as JSON.
-            sample_posterior: Whether latents are draws in place of means; each (seed, image, view) has its own.
-            seed: Seed of those draws.
-            **notes: What readers may want to know, as JSON.
+        `splits` have by name `count` (number of images), `views` (number of views), and what tells the images and their
+        views from others, as JSON. With `sample_posterior` latents are draws in place of means; each (seed, image,
+        view) has its own. `notes` are what readers may want to know, as JSON.
 
         Raises:
             ValueError: The folder holds latents of another description.
@@ -130,11 +124,8 @@ class LatentFolder:
     def encode(self, vae: Any, split: str, view: int, images: Callable[[int], Iterable[Tensor]]) -> None:
         """Compute a view's latents, from the image at which an interrupted run stopped.
 
-        Args:
-            vae: The `AutoencoderKL` that the folder was created for, on the device to use; its mode plays no part.
-            split: Name of the split.
-            view: Number of the view.
-            images: Called with an index, gives `pixel_values` in batches from that image on.
+        The VAE is the one that the folder was created for, on the device to use; its mode plays no part. `images`,
+        called with an index, gives `pixel_values` in batches from that image on.
 
         Raises:
             ValueError: Another number of images than announced, latents that are not finite, or a damaged file.

@@ -52,12 +52,7 @@ class LinearProbes:
     converged: Tensor
 
     def predict(self, views: Views, indices: np.ndarray | None = None) -> np.ndarray:
-        """Return predicted classes (L, N), from logits averaged over the views.
-
-        Args:
-            views: The layer's features, (N, C) each.
-            indices: The images to classify; by default all.
-        """
+        """Return predicted classes (L, N) of the images at `indices`, from logits averaged over views (N, C) each."""
         rows = np.arange(len(views[0])) if indices is None else indices
         predicted = np.empty((len(self.weight), len(rows)), dtype=np.int64)
         size = _chunk_size(len(views), self.weight.shape[2], self.bias.numel())

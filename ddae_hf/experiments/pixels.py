@@ -22,10 +22,7 @@ ELSEWHERE = 4 * 2**30  # bytes that are taken to be left where the system is not
 
 
 class DamagedImageError(ValueError):
-    """An image that cannot be read.
-
-    A loader's worker sends an error as the text of its traceback, of which this one keeps what it had said.
-    """
+    """An image that cannot be read: what was said of it, alone, where a loader's worker sends a traceback as text."""
 
     def __init__(self, words: str):
         super().__init__(words.rpartition(f"{DamagedImageError.__name__}: ")[2].strip())
@@ -34,16 +31,15 @@ class DamagedImageError(ValueError):
 class Pixels:
     """The pixels of an `ImageSet`, as integers from 0 to 255 that `scaled` makes floats of.
 
-    An image is decoded when it is first asked for and, with `keep`, only then, if all of them fit into memory. Where
-    some have more than 8 bits, none are kept, and batches with such images are floats.
+    With `keep`, an image is decoded once, if all fit into memory. Where some have more than 8 bits, none are kept, and
+    batches with such images are floats.
     """
 
     def __init__(self, images: Any, processor: DDAEImageProcessor, keep: bool = True):
         if processor.do_normalize and not processor.do_rescale:
             reason = "images of files count from 0 to 255, leave it out"
             raise ValueError(f"The image processor has do_rescale=False: {reason}.")
-        self.images, self.processor = images, processor
-        self.keep = keep
+        self.images, self.processor, self.keep = images, processor, keep
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of all images, and which of them are there
 
     def __len__(self) -> int:
