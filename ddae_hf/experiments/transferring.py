@@ -97,15 +97,15 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
     processor = open_processor(model, options.cache_dir)
     denoiser, vae = _open(model, options)
     sides = processor.size["height"], processor.size["width"]
-    changes: Any = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
-    pixels = {"train": ImageInputs(train, processor, **changes), "test": ImageInputs(test, processor, **changes)}
+    views: Any = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
+    pixels = {"train": ImageInputs(train, processor, **views), "test": ImageInputs(test, processor, **views)}
     with contextlib.ExitStack() as stack:
         where = options.latents_dir
         if where is None:
             kept = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
             where = str(Path(kept) / "latents")
         folder = LatentFolder.create(
-            where, vae, sides, describe_splits(pixels, options.num_views, changes if options.num_views > 1 else {}),
+            where, vae, sides, describe_splits(pixels, options.num_views, views if options.num_views > 1 else {}),
             sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
             vae_source=os.fspath(model) if isinstance(model, (str, os.PathLike)) else None,
         )  # fmt: skip
