@@ -129,8 +129,8 @@ def test_sampling_refuses_what_cannot_work(option, message, capsys):
 
 
 def test_sampling_refuses_checkpoints_of_another_framework(checkpoints):
-    args = sample.parse_arguments(["--model_name_or_path", "x", "--device", "cpu"])
-    with pytest.raises(SystemExit, match="was trained with edm"):
+    args = sample.Arguments(model_name_or_path="x", device="cpu")
+    with pytest.raises(ValueError, match="was trained with edm"):
         sample.open_pipeline(args, str(checkpoints / "edm"), "ddpm", torch.float32)
 
 

@@ -46,7 +46,7 @@ FILES = {
     "Train.parquet Test.parquet": "the split of Test.parquet cannot be told",
     "test tube/0.parquet": "the split of test tube/0.parquet cannot be told",
     "train/test.parquet": "the split of train/test.parquet cannot be told",
-    "contest.parquet test.parquet": "contest.parquet is of no split, beside test.parquet",
+    "contest.parquet test.parquet": "beside test.parquet, no split is named by contest.parquet",
 }
 
 

@@ -139,7 +139,7 @@ def test_the_options_that_opened_images_open_them_again_and_say_what_they_are(tm
 
 
 def test_images_of_the_hub_are_known_by_their_id(tmp_path):
-    images = Images(data_sets(), opened_with={"dataset_name": "someone/birds", "dataset_config_name": "small"})
+    images = Images(data_sets(), None, None, False, {"dataset_name": "someone/birds", "dataset_config_name": "small"})
     facts = images.facts(images["train"])
     assert (facts["name"], facts["id"], facts["config"]) == ("birds", "someone/birds", "small")
 

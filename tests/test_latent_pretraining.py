@@ -169,7 +169,7 @@ def test_only_the_first_images_are_trained_on_where_that_is_asked(latents, tmp_p
 def test_a_data_set_of_latents_stays_on_the_disk(latents):
     """datasets pickles transforms, which would read what they hold."""
     folder = LatentFolder(latents)
-    transform = latent_dataset(folder, "train", views=2).format["format_kwargs"]["transform"]
+    transform = latent_dataset(folder, "train", None, 2).format["format_kwargs"]["transform"]
     assert len(dill.dumps(transform, recurse=True)) < folder.latents("train").nbytes
 
 

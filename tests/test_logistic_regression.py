@@ -186,7 +186,7 @@ def test_nearest_neighbours_of_many_images_are_found_in_pieces(monkeypatch):
     rng = np.random.default_rng(0)
     train = rng.normal(size=(9000, 8)).astype(np.float32)
     labels = rng.integers(0, 50, 9000)
-    found = knn_predict(train, labels, train[::3] * 1.0001, [1], num_classes=50)[1]
+    found = knn_predict(train, labels, train[::3] * 1.0001, [1])[1]
     assert (found == labels[::3]).mean() > 0.99
 
 

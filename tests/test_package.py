@@ -28,8 +28,8 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "classes", "devices", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
-    ["generation_metrics", "noisy_networks", "options"],
+    ["arrays", "devices", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
+    ["classes", "generation_metrics", "noisy_networks", "options"],
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report", "run_folder"],
     ["images", "latent_folder", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results", "training_options"],

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.experiments import Images
+from ddae_hf.experiments import Images, logistic_regression
 from ddae_hf.experiments.logistic_regression import fit_logistic_regression
 from ddae_hf.experiments.probing import OnlineProbes, classify, make_classifier, save_classifier
 
@@ -86,7 +86,8 @@ def test_classifying_is_what_the_model_says(generator, digits):
     assert np.array_equal(classify(classifier, test, processor, batch_size=7), expected)
 
 
-def test_the_weights_of_a_probe_are_scikit_learns_on_raw_features():
+def test_the_weights_of_a_probe_are_scikit_learns_on_raw_features(monkeypatch):
+    monkeypatch.setattr(logistic_regression, "_TOLERANCE", 1e-10)
     rng = np.random.default_rng(0)
     features = rng.normal(3, [1, 10, 0.1], (200, 3)).astype(np.float32)
     for classes in (2, 4):
@@ -94,7 +95,7 @@ def test_the_weights_of_a_probe_are_scikit_learns_on_raw_features():
         scaler = StandardScaler().fit(features)
         model = LogisticRegression(tol=1e-10, max_iter=5000).fit(scaler.transform(features), labels)
         strength = (2 if classes == 2 else 1) / 200
-        probe = fit_logistic_regression({"layer": [features]}, labels, [strength], tolerance=1e-10)["layer"]
+        probe = fit_logistic_regression({"layer": [features]}, labels, [strength])["layer"]
         logits = torch.from_numpy(features).double() @ probe.weight[0].T + probe.bias[0]
         expected = model.predict_proba(scaler.transform(features))
         np.testing.assert_allclose(torch.softmax(logits, -1).numpy(), expected, atol=1e-3)

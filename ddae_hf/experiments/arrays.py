@@ -41,15 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Rows:
-    """How many rows of an array are done, and the CRC-32 of their bytes, in order; version 0.1.0 kept none."""
+    """How many rows of an array are done, and the CRC-32 of their bytes, in order."""
 
     count: int = 0
-    crc32: int | None = 0
+    crc32: int = 0
 
 
-def fill(
-    folder: Path, shapes: Shapes, count: int, batches: Batches, dtype: str = "float32", *, keep_unchecked: bool = False
-) -> dict[str, np.ndarray]:
+def fill(folder: Path, shapes: Shapes, count: int, batches: Batches, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Return arrays, computing the rows that they lack.
 
     One process at a time fills a folder. Another one waits for it, and then computes what is still missing.
@@ -61,8 +59,6 @@ def fill(
         batches: Called with a row's number and the names of arrays that are not complete, gives their rows from that
             one on, in batches of any sizes: tensors (B, ...) of `dtype` by name.
         dtype: The arrays' type.
-        keep_unchecked: Whether arrays of version 0.1.0, which have no checksum, are kept. Otherwise they are computed
-            again.
 
     Returns:
         Arrays (N, ...) by name, read-only, mapped from disk.
@@ -72,10 +68,10 @@ def fill(
         OSError: Not enough space on disk.
     """
     whole = {name: (count, *shape) for name, shape in shapes.items()}
-    if _missing(folder, whole, keep_unchecked):
+    if _missing(folder, whole):
         with locked(folder):
-            if missing := _missing(folder, whole, keep_unchecked):
-                _compute(folder, {name: whole[name] for name in missing}, batches, dtype, keep_unchecked)
+            if missing := _missing(folder, whole):
+                _compute(folder, {name: whole[name] for name in missing}, batches, dtype)
     return {name: open_array(folder, name, shape, dtype) for name, shape in whole.items()}
 
 
@@ -83,25 +79,18 @@ def open_array(folder: Path, name: str, shape: Shape, dtype: str) -> np.ndarray:
     """Return a whole array, read-only, mapped from disk.
 
     Its rows are compared with their checksum when this process opens the file for the first time, or anew after a
-    change. One of version 0.1.0 has no checksum: what can be told of it is checked, and a warning is logged.
+    change.
 
     Raises:
         ValueError: The file is not the array that was written.
     """
     path = folder / f"{name}.npy"
-    rows = _read_rows(folder).get(name, Rows(shape[0], None))
-    if rows.count != shape[0]:
+    rows = _read_rows(folder).get(name, Rows())
+    if rows.count < shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
-    state = _state(path, rows)
-    with path.open("rb") as file:
-        start = _read_header(path, file, shape, dtype)
-        if path.stat().st_size != start + num_bytes(shape[1:], shape[0], dtype):
-            raise damaged(path, f"it has {path.stat().st_size} bytes, which are not those of {shape[0]} rows")
-        if state not in _verified:
-            _check_rows(path, file, shape, dtype, rows)
-            if rows.crc32 is None:
-                logger.warning("%s has no checksum, as version 0.1.0 left it: it is used as it is.", path)
-            _verified.add(state)
+    start = _checked(path, shape, dtype, rows)
+    if (there := path.stat().st_size) != start + num_bytes(shape[1:], shape[0], dtype):
+        raise damaged(path, f"it has {there} bytes, which are not those of {shape[0]} rows")
     return np.memmap(path, dtype, "r", start, shape)
 
 
@@ -130,9 +119,8 @@ def check_space(folder: Path, needed: int) -> None:
     """Raise `OSError` if a folder's disk has less than so many bytes left."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(
-            f"{size(needed)} are needed in {folder}, where {size(free)} are free: give another folder, or keep less."
-        )
+        what = f"{size(needed)} are needed in {folder}, where {size(free)} are free"
+        raise OSError(f"{what}: give another folder, or keep less.")
 
 
 def size(count: int) -> str:
@@ -142,10 +130,7 @@ def size(count: int) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a new file's name, beside `path`, to write to: it takes the place of `path`, or goes if writing fails.
-
-    No two calls have the same name, and so processes that write one file at once do not meet.
-    """
+    """Give a new file's name, of this call alone, to write to: it takes the place of `path`, or goes if that fails."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         yield partial
@@ -176,18 +161,12 @@ def read_json(path: Path) -> Any:
 
 def damaged(path: Path, reason: str) -> ValueError:
     """Return the error to raise where a file of ours is not what was written."""
-    return ValueError(
-        f"{path} is damaged ({reason}). Delete this file, or delete this folder, {path.parent}: what is missing is "
-        "made again."
-    )
+    what = f"{path} is damaged ({reason}). Delete this file, or delete this folder, {path.parent}"
+    return ValueError(f"{what}: what is missing is made again.")
 
 
 def described_folder(parent: Path, identity: Mapping[str, Any]) -> Path:
-    """Return the folder of what is described so, made if it is missing: named by a hash of its `identity.json`.
-
-    Raises:
-        ValueError: The folder says something else of itself.
-    """
+    """Return the folder of what is described so, made if it is missing: named by a hash of its `identity.json`."""
     text = json.dumps(identity, indent=2, sort_keys=True)
     folder = parent / hashlib.sha256(text.encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,12 +196,12 @@ def _unfinished(folder: Path, name: str) -> Path:
 
 
 def _read_rows(folder: Path) -> dict[str, Rows]:
-    """Return how much of each array is done; those without a file are not among them."""
+    """Return how much of each array is done; those without a file, or a checksum (version 0.1.0), are not there."""
     path = folder / "rows.json"
     known = read_json(path) if path.exists() else {}
     try:
-        rows = {name: Rows(it, None) if isinstance(it, int) else Rows(**it) for name, it in known.items()}
-        sound = all(it.count >= 0 and (it.crc32 is None or 0 <= it.crc32 < 2**32) for it in rows.values())
+        rows = {name: Rows(**it) for name, it in known.items() if not isinstance(it, int)}
+        sound = all(it.count >= 0 and 0 <= it.crc32 < 2**32 for it in rows.values())
     except (AttributeError, TypeError):
         sound = False
     if not sound:
@@ -241,24 +220,18 @@ def _state(path: Path, rows: Rows) -> tuple[Any, ...]:
     return str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, rows.count, rows.crc32
 
 
-def _missing(folder: Path, shapes: Shapes, keep_unchecked: bool) -> list[str]:
-    rows = _read_rows(folder)
-    return [
-        name
-        for name, shape in shapes.items()
-        if rows.get(name, Rows()).count < shape[0]
-        or not (folder / f"{name}.npy").exists()
-        or (rows[name].crc32 is None and not keep_unchecked)
-    ]
+def _missing(folder: Path, shapes: Shapes) -> list[str]:
+    done = rows_done(folder)
+    return [n for n, shape in shapes.items() if done.get(n, 0) < shape[0] or not (folder / f"{n}.npy").exists()]
 
 
-def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str, keep_unchecked: bool) -> None:
+def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str) -> None:
     """Fill arrays from the row where the least advanced one stopped."""
     rows = _read_rows(folder)
     count = next(iter(shapes.values()))[0]
     needed = (num_bytes(shape[1:], count - rows.get(name, Rows()).count, dtype) for name, shape in shapes.items())
     check_space(folder, sum(needed))
-    kept = {name: _begin(folder, name, shape, dtype, rows.get(name), keep_unchecked) for name, shape in shapes.items()}
+    kept = {name: _begin(folder, name, shape, dtype, rows.get(name)) for name, shape in shapes.items()}
     done = min(it.count for it in kept.values())
     for batch in batches(done, list(shapes)) if done < count else ():
         end = done + len(next(iter(batch.values())))
@@ -276,20 +249,15 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str, keep_un
         _verified.add(_state(whole, it))  # this process has written its rows, or looked at them
 
 
-def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None, keep_unchecked: bool) -> Rows:
+def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None) -> Rows:
     """Return the rows that an unfinished array goes on from, looked at anew; make its file if it is missing."""
     path = _unfinished(folder, name)
     whole = folder / f"{name}.npy"
-    if rows is not None and rows.crc32 is None and keep_unchecked and not path.exists():
-        logger.warning("%s has no checksum, as version 0.1.0 left it: it is used as it is, and completed.", whole)
-        whole.replace(path)  # that version filled arrays in their final place
-    if rows is not None and path.exists() and (rows.crc32 is not None or keep_unchecked):
-        with path.open("rb") as file:
-            start = _read_header(path, file, shape, dtype)
-            checked = Rows(rows.count, _check_rows(path, file, shape, dtype, rows))
+    if rows is not None and path.exists():
+        start = _checked(path, shape, dtype, rows)
         # What was written after the last note of it is written again.
         os.truncate(path, start + num_bytes(shape[1:], rows.count, dtype))
-        return checked
+        return rows
     if whole.exists():
         logger.warning("%s has no checksum, as version 0.1.0 left it: it is computed again.", whole)
         whole.unlink()
@@ -302,54 +270,45 @@ def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None,
 def _append(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows, start: int, values: np.ndarray) -> Rows:
     """Append the rows from number `start` on to an unfinished array, but those that are there; return what it has."""
     if values.shape[1:] != shape[1:] or values.dtype != dtype:
-        raise ValueError(
-            f"Rows of {name} came with shape {values.shape[1:]} and type {values.dtype}: announced were {shape[1:]} "
-            f"and {dtype}."
-        )
+        came = f"Rows of {name} came with shape {values.shape[1:]} and type {values.dtype}"
+        raise ValueError(f"{came}: announced were {shape[1:]} and {dtype}.")
     new = np.ascontiguousarray(values[max(0, rows.count - start) :])
     with _unfinished(folder, name).open("r+b") as file:
         file.seek(0, os.SEEK_END)
         file.write(new.data)
         file.flush()
         os.fsync(file.fileno())  # before it is noted as done
-    return Rows(rows.count + len(new), zlib.crc32(new.data, rows.crc32 or 0))
+    return Rows(rows.count + len(new), zlib.crc32(new.data, rows.crc32))
 
 
-def _read_header(path: Path, file: BinaryIO, shape: Shape, dtype: str) -> int:
-    """Read an array's header, and return where its rows begin."""
-    try:
-        version = np.lib.format.read_magic(file)
-        found = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
-    except Exception as error:  # a broken header raises what it likes
-        raise damaged(path, "it is no array") from error
-    if found != (shape, False, np.dtype(dtype)):
-        raise damaged(path, f"it is another array than the {dtype} {shape} that is wanted")
-    return file.tell()
-
-
-def _check_rows(path: Path, file: BinaryIO, shape: Shape, dtype: str, rows: Rows) -> int:
-    """Read the rows that are done, and return their CRC-32, or raise `ValueError` if it is not the one that is known.
-
-    Where none is known, rows of zeros, which two processes left that filled an array at once, and numbers that are not
-    finite are refused.
-    """
+def _checked(path: Path, shape: Shape, dtype: str, rows: Rows) -> int:
+    """Return where an array's rows begin, or raise `ValueError` if those that are done are not what was written."""
     if rows.count > shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
-    width = num_bytes(shape[1:], 1, dtype)
-    floats = np.issubdtype(dtype, np.floating)
+    state = _state(path, rows)
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
+        except Exception as error:  # a broken header raises what it likes
+            raise damaged(path, "it is no array") from error
+        if header != (shape, False, np.dtype(dtype)):
+            raise damaged(path, f"it is another array than the {dtype} {shape} that is wanted")
+        start = file.tell()
+        if state not in _verified:
+            _check_rows(path, file, num_bytes(shape[1:], rows.count, dtype), rows)
+    _verified.add(state)
+    return start
+
+
+def _check_rows(path: Path, file: BinaryIO, left: int, rows: Rows) -> None:
+    """Read so many bytes, and raise `ValueError` if their CRC-32 is not the one that is known."""
     found = 0
-    left = rows.count
     while left:
-        wanted = min(left, max(1, _CHUNK_BYTES // width)) * width
-        data = file.read(wanted)
-        if len(data) < wanted:
+        data = file.read(min(left, _CHUNK_BYTES))
+        if not data:
             raise damaged(path, f"it ends before row {rows.count}")
-        if rows.crc32 is None and floats:
-            values = np.frombuffer(data, dtype).reshape(wanted // width, -1)
-            if not np.isfinite(values).all() or not values.any(axis=1).all():
-                raise damaged(path, "it has rows of zeros, or numbers that are not finite")
         found = zlib.crc32(data, found)
-        left = left - wanted // width
-    if rows.crc32 not in (None, found):
+        left -= len(data)
+    if found != rows.crc32:
         raise damaged(path, "its checksum is not that of the rows that were written")
-    return found

@@ -11,35 +11,21 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
+from .image_folder import some
+
 LABELS = r"u?int\d+|(large_)?string"  # types of columns that may say classes
-NAMED = 10  # classes that a warning names
 
 
 def find_label_column(features: Features, name: str | None) -> str | None:
-    """Return the column of labels: the one of that name, or the only one of classes; nothing if there is none.
-
-    Raises:
-        ValueError: No column of that name, or one that holds something else.
-    """
+    """Return the column of labels: the one of that name, or the only one of classes; nothing if there is none."""
     if name is None:
         found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
         return found[0] if len(found) == 1 else None
     feature = features.get(name)
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and re.fullmatch(LABELS, feature.dtype)):
-        raise ValueError(
-            f"There is no column of labels {name!r}, whole numbers or names; columns are {dict(features)}."
-        )
+        what = f"There is no column of labels {name!r}, whole numbers or names"
+        raise ValueError(f"{what}; columns are {dict(features)}.")
     return name
-
-
-def no_label_column(features: Features) -> str:
-    """Return in words why there are no labels, and what to do."""
-    count = sum(isinstance(feature, ClassLabel) for feature in features.values())
-    what = f"has {count} columns of classes" if count else "does not say of which classes its images are"
-    return (
-        f"The data set {what}: name the column of labels, label_column, or put images into a folder for each class; "
-        f"columns are {list(features)}."
-    )
 
 
 class Classes:
@@ -83,11 +69,7 @@ class Classes:
         return None if self.values is None else [str(value) for value in self.values]
 
     def labels(self, dataset: Dataset, split: str) -> np.ndarray:
-        """Return the labels (N,), int64, of images of one of the splits, from 0 to the number of classes - 1.
-
-        Raises:
-            ValueError: Labels that are missing, or stand for none of the classes.
-        """
+        """Return the labels (N,) of images of a split, int64; those that stand for no class raise `ValueError`."""
         found = dataset[self.column][:]
         if None in found:
             raise ValueError(f"Some images have no label in the column {self.column!r} of {split!r}: leave them out.")
@@ -106,12 +88,8 @@ def warn_of_missing(names: Sequence[str], labels: Mapping[str, np.ndarray]) -> N
         present = set(np.unique(found).tolist())
         missing = [name for i, name in enumerate(names) if i not in present]
         if missing:
-            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-            warnings.warn(
-                f"The split {split!r} has no images of {len(missing)} of the {len(names)} classes: "
-                f"{', '.join(missing[:NAMED])}{more}.",
-                stacklevel=3,
-            )
+            what = f"The split {split!r} has no images of {len(missing)} of the {len(names)} classes"
+            warnings.warn(f"{what}: {some(missing, 10)}.", stacklevel=3)
 
 
 def draw_images(labels: Sequence[Any] | np.ndarray | int, count: int, seed: int = 0) -> np.ndarray:
@@ -138,9 +116,8 @@ def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
     if not 1 <= per_class <= counts.min():
-        raise ValueError(
-            f"{per_class} labels a class are asked for: allowed are 1 to {counts.min()}, which the smallest class has."
-        )
+        allowed = f"allowed are 1 to {counts.min()}, which the smallest class has"
+        raise ValueError(f"{per_class} labels a class are asked for: {allowed}.")
     return np.concatenate([rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in classes])
 
 

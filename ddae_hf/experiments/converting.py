@@ -41,7 +41,7 @@ class Converted:
     folder: Path
     conversion: conversion.Conversion
     opens_in: str
-    vae: Any = None
+    vae: Any
 
     def __str__(self) -> str:
         found, denoiser = self.conversion, self.conversion.denoiser
@@ -86,21 +86,19 @@ def convert(
     features_only = found.config.get("features_only")
     if features_only and vae is not None:
         raise ValueError("vae came, but this network works on pixels: leave it out.")
-    opens_in = _write_features(found, folder) if features_only else _write_generator(found, vae, folder)
-    return Converted(folder, found, opens_in, vae)
+    if features_only:
+        written = _feature_model(found)
+        DDAEImageProcessor.for_denoiser(written.config.denoiser).save_pretrained(folder)
+    else:
+        written = DDAEPipeline.for_denoiser(found.denoiser, found.scheduler, vae=vae)
+        if vae is not None:
+            written = DiTPipeline(written.transformer, vae, written.scheduler)
+    written.save_pretrained(folder)
+    return Converted(folder, found, type(written).__name__, vae)
 
 
-def _write_generator(found: conversion.Conversion, vae: Any, folder: Path) -> str:
-    """Write a network that samples, as a pipeline, and return which class opens it."""
-    pipeline: Any = DDAEPipeline.for_denoiser(found.denoiser, found.scheduler, vae=vae)
-    if vae is not None:
-        pipeline = DiTPipeline(pipeline.transformer, vae, pipeline.scheduler)
-    pipeline.save_pretrained(folder)
-    return type(pipeline).__name__
-
-
-def _write_features(found: conversion.Conversion, folder: Path) -> str:
-    """Write a network whose hidden states alone are right, as a model; return which class opens it."""
+def _feature_model(found: conversion.Conversion) -> Any:
+    """Return a network whose hidden states alone are right, as a model."""
     config = DDAEConfig(
         denoiser=plain_config(found.denoiser),
         scheduler=plain_config(found.scheduler),
@@ -109,6 +107,4 @@ def _write_features(found: conversion.Conversion, folder: Path) -> str:
     )
     model = DDAEModel(config)
     model.denoiser.load_state_dict(found.denoiser.state_dict())
-    model.save_pretrained(folder)
-    DDAEImageProcessor.for_denoiser(config.denoiser).save_pretrained(folder)
-    return type(model).__name__
+    return model

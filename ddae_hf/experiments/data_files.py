@@ -18,7 +18,7 @@ from datasets import Dataset, Features, Image, IterableDataset, load_dataset
 from huggingface_hub import metadata_load
 from PIL import Image as PILImage
 
-from .image_folder import LIKE_SPLITS, SPLITS, DataError, image_extensions, list_folder, read_image_folder, some
+from .image_folder import LIKE_SPLITS, SPLITS, image_extensions, list_folder, read_image_folder, some
 
 # The first kind that a folder has is what is read.
 KINDS = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".ndjson", ".csv", ".tsv")
@@ -56,11 +56,9 @@ def split_files(folder: str, paths: list[str]) -> dict[str, list[str]]:
         found.setdefault(split_of(folder, path), []).append(path)
     unnamed = found.pop(None, [])
     if found and unnamed:
-        raise DataError(
-            f"The data set {folder} can be read in two ways: {some(unnamed)} {'is' if len(unnamed) == 1 else 'are'} of "
-            f"no split, beside {some([path for paths in found.values() for path in paths])}. Name all of them after "
-            "their split, such as train.parquet or train-00000-of-00001.parquet, or none."
-        )
+        beside = some([path for paths in found.values() for path in paths])
+        what = f"The data set {folder} can be read in two ways: beside {beside}, no split is named by {some(unnamed)}"
+        raise ValueError(f"{what}. Name all after their split, such as train-00000-of-00001.parquet, or none.")
     root = os.path.abspath(folder)
     named = found or {"train": unnamed}
     return {str(name): [glob.escape(os.path.join(root, path)) for path in files] for name, files in named.items()}
@@ -81,36 +79,29 @@ def split_of(folder: str, path: str) -> str | None:
         return named.pop()
     words = {word.lower() for part in (*folders, stem) for word in re.split(r"[-._ 0-9]+", part)}
     if named or words & LIKE_SPLITS:
-        raise DataError(
-            f"The data set {folder} can be read in two ways: the split of {path} cannot be told from its name. Files "
-            "of a split are named train.parquet or train-00000-of-00001.parquet, or lie in a folder train/; likewise "
-            "test and validation. Rename it, or give the path of one file."
-        )
+        what = f"The data set {folder} can be read in two ways: the split of {path} cannot be told from its name"
+        names = "Name it like train.parquet or train-00000-of-00001.parquet, or put it into a folder train/"
+        raise ValueError(f"{what}. {names} (likewise test and validation), or give the path of one file.")
     return None
 
 
 def read_source(source: Any, config: str | None, streaming: bool, cache_dir: str | None, tables: bool = True) -> Any:
     """Return every split of a Hub id, a file or a folder; without `tables`, of a folder's images."""
-    source = os.fspath(source)
-    try:
-        if not tables:
+    loader = source = os.fspath(source)
+    files = None
+    if os.path.isfile(source) and tables:
+        loader = "parquet"
+        # datasets takes paths for patterns, in which brackets, stars and question marks mean something.
+        files = {"train": [glob.escape(os.path.abspath(source))]}
+    elif not tables or (os.path.isdir(source) and not states_its_files(source)):
+        if tables and config is not None:
+            raise ValueError(f"{source} has no card that names configurations: leave out {config!r}.")
+        paths = list_data_files(source) if tables else []
+        if not paths:
             return read_image_folder(source, streaming)
-        files = None
-        loader = source
-        if os.path.isfile(source):
-            loader = "parquet"
-            # datasets takes paths for patterns, in which brackets, stars and question marks mean something.
-            files = {"train": [glob.escape(os.path.abspath(source))]}
-        elif os.path.isdir(source) and not states_its_files(source):
-            if config is not None:
-                raise DataError(f"{source} has no card that names configurations: leave out {config!r}.")
-            paths = list_data_files(source)
-            if not paths:
-                return read_image_folder(source, streaming)
-            files = split_files(source, paths)
+        files = split_files(source, paths)
+    try:
         return load_dataset(loader, config, data_files=files, cache_dir=cache_dir, streaming=streaming)
-    except DataError:
-        raise
     except Exception as error:  # the loaders raise a dozen kinds
         raise ValueError(f"The data set {source} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -124,10 +115,8 @@ def in_memory(part: Any) -> Dataset | IterableDataset:
         raise ValueError("labels came beside a data set: name its column of labels, label_column.")
     images = list(images) if isinstance(images, Iterable) else [images]
     if wrong := [image for image in images if image is not None and not isinstance(image, PILImage.Image)]:
-        raise ValueError(
-            f"An object of type {type(wrong[0]).__name__} came among images: they must be PIL images; or give a path, "
-            "a data set, or a mapping of splits."
-        )
+        what = f"An object of type {type(wrong[0]).__name__} came among images"
+        raise ValueError(f"{what}: they must be PIL images; or give a path, a data set, or a mapping of splits.")
     found = Dataset.from_dict({"image": images}, Features({"image": Image()}))
     if labels is None:
         return found

@@ -35,8 +35,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory that tensors free for the next ones, however large, until the process ends.
 
     By default it gives tensors above 32 MiB back at once, and the kernel clears every page of the next: up to a third
-    of a forward pass of large batches on a processor (docs/performance.md). Other C libraries stay as they are, and so
-    does this one where `MALLOC_...` or `GLIBC_TUNABLES` in the environment set it up.
+    of a forward pass of large batches on a processor (docs/performance.md). Where `MALLOC_...` or `GLIBC_TUNABLES` in
+    the environment set it up, it stays so.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not chosen:
@@ -49,7 +49,7 @@ def made_fast(network: T, device: str | torch.device) -> T:
     """Return a network in `fast_layout`, where on a processor freed memory is kept; it stays where it is."""
     if torch.device(device).type == "cpu":
         keep_freed_memory()
-    return network.to(memory_format=fast_layout(device))
+    return network.to(memory_format=fast_layout(device))  # type: ignore[call-overload]
 
 
 def has_bfloat16(device: torch.device) -> bool:

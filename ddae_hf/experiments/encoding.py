@@ -1,6 +1,5 @@
 """Latents of a data set: `encode` makes them once, and denoisers of latents train on them without their VAE.
 
-    from ddae_hf.experiments import Images, encode
     folder = encode("runs/cifar10_vae", Images.open("uoft-cs/cifar10"), mirror=True, output_dir="runs/latents")
 
 `LatentInputs` gives them to probes in place of images, and `latent_dataset` to a training loop.
@@ -11,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,12 +26,11 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import downsampling
 from .arrays import num_bytes, size
 from .devices import best_device, made_fast
-from .draws import augment_view
 from .images import ImageInputs, Images, ImageSet, Inputs
 from .latent_folder import DTYPE, LatentFolder
 from .options import Options, option
+from .pixels import Rows
 
-Rows = Sequence[int] | np.ndarray
 logger = logging.getLogger(__name__)
 
 
@@ -80,7 +78,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     sides = {"height": side, "width": side}
     processor = DDAEImageProcessor(size=sides, num_channels=vae.config.in_channels, do_center_crop=options.center_crop)
     train = images[options.train_split].take(options.max_train_samples)
-    inputs = {"train": ImageInputs(train, processor)}
+    inputs = {"train": _Mirrored(train, processor)}
     folder = LatentFolder.create(
         options.output_dir, vae, (side, side),
         describe_splits(inputs, 1 + options.mirror, {"mirror": options.mirror}),
@@ -92,30 +90,22 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
 
 
 def describe_splits(
-    inputs: Mapping[str, ImageInputs], views: int | Mapping[str, int], changes: dict[str, Any]
+    inputs: Mapping[str, ImageInputs], views: int, changes: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Return what a `LatentFolder` is told of splits, with so many views, whose later ones are changed so."""
     splits = {}
     for name, known in inputs.items():
         described = known.identity
         if not described["preprocessing"]["do_center_crop"]:
-            del described["preprocessing"]["do_center_crop"]  # as version 0.1.0 described latents that are continued
-        count = views if isinstance(views, int) else views[name]
-        splits[name] = {**described, "count": len(known), "views": count, "changes": changes}
+            del described["preprocessing"]["do_center_crop"]  # it goes unsaid, as before there was the choice
+        splits[name] = {**described, "count": len(known), "views": views, "changes": changes}
     return splits
 
 
 def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInputs], batch_size: int) -> None:
     """Compute the latents that a folder lacks, in float32 on the best device there is, and keep the labels.
 
-    The VAE is afterwards as it was. Views after the first are changed as the folder's description says: mirrored, or
-    as `augment_view` does.
-
-    Args:
-        folder: The folder, which `LatentFolder.create` made for these images.
-        vae: The `AutoencoderKL`.
-        inputs: The images of every split.
-        batch_size: Images that are encoded at a time.
+    The folder is one that `LatentFolder.create` made for these images. The VAE is afterwards as it was.
     """
     for split, known in inputs.items():
         if known.labels is not None:
@@ -123,31 +113,26 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
     logger.info(state_use(folder, vae, batch_size))
     if not folder.missing_bytes():
         return
-    device, dtype, started = vae.device, vae.dtype, time.monotonic()
+    device, dtype = vae.device, vae.dtype
+    started = time.monotonic()
     made_fast(vae, best_device()).to(best_device()).float()
     try:
         for split, described in folder.index["splits"].items():
             for view in range(described["views"]):
                 title = f"Encoding {split} images, view {view}"
-                folder.encode(
-                    vae, split, view, partial(_batches, inputs[split], described["changes"], view, batch_size, title)
-                )
+                views = partial(inputs[split].batches, batch_size, None, view=view, title=title)
+                folder.encode(vae, split, view, views)
     finally:
         vae.to(device).type(dtype)
     logger.info("Encoded in %.0f s.", time.monotonic() - started)
 
 
-def _batches(
-    inputs: ImageInputs, changes: dict[str, Any], view: int, batch_size: int, title: str, start: int
-) -> Iterator[Tensor]:
-    """Yield a view of images from `start` on, changed as a `LatentFolder` says."""
-    for pixels in inputs.batches(batch_size, start=start, title=title):
-        rows = range(start, start := start + len(pixels))
-        if view and changes.get("mirror"):
-            pixels = mirror(pixels)
-        elif view:
-            pixels = augment_view(pixels, rows, changes["seed"], view, changes["flip"], changes["crop_padding"])
-        yield pixels
+class _Mirrored(ImageInputs):
+    """Images, of which the second view is the mirror image."""
+
+    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
+        pixels = super().read(rows)
+        return mirror(pixels) if view else pixels
 
 
 def state_use(folder: LatentFolder, vae: Any, batch_size: int) -> str:
@@ -159,31 +144,21 @@ def state_use(folder: LatentFolder, vae: Any, batch_size: int) -> str:
     return (
         f"Latents of {of}: {count:,} of {'x'.join(map(str, folder.shape))}, "
         f"{size(num_bytes(folder.shape, count, DTYPE))} on disk in {folder.folder}, {size(folder.missing_bytes())} of "
-        f"them still to be computed. Memory stays bounded: while encoding the VAE ({size(weights)}) and what it needs "
-        f"for {batch_size} images at a time, afterwards the denoiser; latents are read from the disk. Decoded images "
-        "are kept where all fit into a quarter of the free memory."
+        f"them still to be computed, in memory for the VAE ({size(weights)}) and {batch_size} images at a time."
     )
 
 
 class LatentInputs(Inputs):
-    """Images by their latents, which stand in for their pixels; numbers of views beyond the last begin again.
+    """Images by their latents in a folder, computed or not; numbers of views beyond the last begin again.
 
-    Args:
-        images: The images.
-        folder: Their latents, which may still have to be computed.
-        split: Name of the split in the folder.
-
-    Raises:
-        ValueError: The folder has no latents of these images.
+    A folder that is not of these images is refused.
     """
 
     def __init__(self, images: ImageSet, folder: LatentFolder, split: str):
         self.images, self.folder, self.split = images, folder, split
         if folder.index["splits"].get(split, {}).get("images") != images.hash:
-            raise ValueError(
-                f"{folder.folder} has no latents of these {split} images: `transfer` makes them, from the same data "
-                "with the same max_train_samples and max_test_samples."
-            )
+            what = f"{folder.folder} has no latents of these {split} images: `transfer` makes them, from the same data"
+            raise ValueError(f"{what} with the same max_train_samples and max_test_samples.")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -194,28 +169,24 @@ class LatentInputs(Inputs):
 
     def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         """Return the latents (B, c, h, w) of a view of the images at `rows`, float32."""
-        return _read(self.folder.latents(self.split, view % self.folder.views(self.split)), rows)
+        return _read(self.folder, self.split, view % self.folder.views(self.split), rows)
 
 
-def _read(latents: np.ndarray, rows: Rows) -> Tensor:
-    return torch.from_numpy(latents[np.asarray(rows)]).float()
+def _read(folder: LatentFolder, split: str, view: int, rows: Rows) -> Tensor:
+    return torch.from_numpy(folder.latents(split, view)[np.asarray(rows)]).float()
 
 
-def latent_dataset(
-    folder: LatentFolder, split: str, labels: np.ndarray | None = None, views: int | None = None
-) -> Dataset:
+def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None, views: int) -> Dataset:
     """Return a split's latents as a data set of `pixel_values` and, where they came, `labels`.
 
-    With `views`, `pixel_values` are the first so many views of an image, (views, c, h, w): training draws one of them,
-    see `one_view`. Without, they are the first, (c, h, w).
+    `pixel_values` are the first so many views of an image, (views, c, h, w): see `one_view`.
     """
-    count = min(len(folder.latents(split, view)) for view in range(views or 1))
+    count = min(len(folder.latents(split, view)) for view in range(views))
     columns = {"index": np.arange(count)} | ({} if labels is None else {"labels": labels})
 
     def rows(batch: dict[str, Any]) -> dict[str, Any]:
         # Opened here: datasets pickles what a transform holds, which would read every latent into memory.
-        found = [_read(folder.latents(split, view), batch["index"]) for view in range(views or 1)]
-        row = {"pixel_values": torch.stack(found, dim=1) if views else found[0]}
+        row = {"pixel_values": torch.stack([_read(folder, split, view, batch["index"]) for view in range(views)], 1)}
         return row if labels is None else row | {"labels": torch.tensor(batch["labels"])}
 
     return Dataset.from_dict(columns).with_transform(rows)

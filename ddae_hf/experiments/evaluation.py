@@ -31,15 +31,7 @@ from .arrays import described_folder, fill
 from .classes import draw_images
 from .devices import best_device
 from .extractors import Extractor, check_extractor, open_extractor
-from .generation import (
-    GenerationOptions,
-    Generator,
-    chosen_classes,
-    made_by,
-    open_pipeline,
-    open_processes,
-    sample,
-)
+from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
 from .generation_metrics import frechet_distance, kernel_distance, precision_recall
 from .image_folder import image_extensions, list_folder
 from .images import Images, ImageSet
@@ -51,7 +43,7 @@ from .run_facts import machine
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+KID_SUBSET_SIZE = 1000
 SHOWN = 36  # images of each set in the picture
 CHECKPOINT_FILES = ("model_index.json", "config.json")
 logger = logging.getLogger(__name__)
@@ -99,20 +91,12 @@ class Compared:
         for start in tqdm(range(0, count, size), desc=f"Features of {self.name}", leave=False):
             yield self.images.pil(range(start, min(start + size, count)))
 
-    def shown(self) -> list[PILImage.Image]:
-        """Return some of the images."""
-        return self.images.pil(draw_images(len(self.images), SHOWN))
-
 
 @dataclass(kw_only=True)
 class GenerationResult(GenerationReport):
-    """What was measured, with some of the images.
+    """What was measured, with some of the images."""
 
-    Attributes:
-        shown: Some images by their set's name, generated ones first.
-    """
-
-    shown: dict[str, list[PILImage.Image]] = in_memory()
+    shown: dict[str, list[PILImage.Image]] = in_memory()  # by their set's name, generated ones first
 
     def picture(self) -> Figure:
         """Return some generated images beside some of the reference."""
@@ -136,9 +120,8 @@ def evaluate_generation(
 ) -> GenerationResult | None:
     """Compare generated images with real ones.
 
-    With `output_dir` images are sampled into its folder `images`, where an interrupted run goes on, and launched
-    processes share them. Features are kept in `features_dir`, each array beside a JSON file that says what they are of.
-    Global random states play no part, and stay as they are.
+    With `output_dir` images are sampled into its folder `images`: see `generate`. Features are kept in `features_dir`,
+    each array beside a JSON file that says what they are of.
 
     Args:
         model: Checkpoint, folder or Hub id, in any layout, or a pipeline; or a folder of images, and of folders of
@@ -166,34 +149,37 @@ def compare_samples(
     given = None if isinstance(model, DDAEPipeline) else os.fspath(model)
     with contextlib.ExitStack() as stack:
         compared: dict[str, Compared] = {}
-        folder_given = given is not None and is_images_folder(given)
-        pipeline = None if folder_given else open_pipeline(model, options)
-        paths = find_images(Path(str(given))) if folder_given else []
+        paths = find_images(Path(given)) if given is not None and is_images_folder(given) else None
+        pipeline = open_pipeline(model, options) if paths is None else None
         if processes.is_main_process:
-            compared = real_images(images, options, len(paths) if folder_given else options.num_images)
+            compared = real_images(images, options, options.num_images if paths is None else len(paths))
             extractor = extractor or open_extractor(
-                options.extractor,
-                layer=options.extractor_layer,
-                sigma=options.extractor_sigma,
+                options.extractor, layer=options.extractor_layer, sigma=options.extractor_sigma,
                 cache_dir=options.cache_dir,
-            )
+            )  # fmt: skip
         generator: dict[str, Any] = {"images_dir": given}
         if pipeline is not None:
             if options.output_dir is None and processes.num_processes > 1:
                 raise ValueError("output_dir is None: processes share images through a folder.")
             output = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
             paths = sample(pipeline, options, processes, Path(output) / "images").paths
-            generator = {"model_name_or_path": given, **_sampling(pipeline, options)}
+            generator = {"model_name_or_path": given, **made_by(pipeline, options)}
+            generator["scheduler"] = type(pipeline.scheduler).__name__
+            if (classes := chosen_classes(pipeline, options)) is not None:
+                generator["num_classes"] = [min(options.num_images, len(classes)), len(classes)]
             del pipeline  # whose memory the features need
-        if not processes.is_main_process or extractor is None:
+        if not processes.is_main_process or extractor is None or paths is None:
             return None
-        compared["generated"] = Compared("generated", image_files(paths), GENERATED_VIEW)
+        files = Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Image())
+        compared["generated"] = Compared("generated", ImageSet(files), GENERATED_VIEW)
         features = {role: kept_features(extractor, each, options) for role, each in compared.items()}
-        shown = {compared[role].name: compared[role].shown() for role in ("generated", "reference")}
+        both = [compared["generated"], compared["reference"]]
+        shown = {each.name: each.images.pil(draw_images(len(each.images), SHOWN)) for each in both}
     reference, known = features.pop("reference"), images.opened_with
     about = {"source": known.get("dataset_name") or known.get("train_data_dir"), "name": compared["reference"].name}
     facts = machine(best_device(), processes.num_processes)
-    facts["versions"] |= _versions(extractor)
+    packages = ["torchmetrics", "pillow"] + ["torch-fidelity"] * extractor.name.startswith("inception")
+    facts["versions"] |= {name: importlib.metadata.version(name) for name in packages}
     return GenerationResult(
         options={"model_name_or_path": given, **options.to_dict(), **known},
         generator=generator,
@@ -212,13 +198,10 @@ def compare_samples(
 
 def real_images(images: Images, options: EvaluationOptions, count: int) -> dict[str, Compared]:
     """Return the reference, and the baseline if asked for: at most `count` images, as distances depend on it."""
-    wanted = {"reference": (options.reference_split, options.max_reference_samples, REFERENCE_VIEW)}
+    wanted = [("reference", options.reference_split, options.max_reference_samples, REFERENCE_VIEW)]
     if options.baseline_split is not None:
-        wanted["baseline"] = (options.baseline_split, count, BASELINE_VIEW)
-    return {
-        role: Compared(f"real ({split})", images[split].take(limit), view)
-        for role, (split, limit, view) in wanted.items()
-    }
+        wanted.append(("baseline", options.baseline_split, count, BASELINE_VIEW))
+    return {role: Compared(f"real ({split})", images[split].take(most), view) for role, split, most, view in wanted}
 
 
 def is_images_folder(path: str | os.PathLike[str]) -> bool:
@@ -237,18 +220,8 @@ def find_images(folder: Path) -> list[Path]:
     return [folder / path for path in found.files]
 
 
-def image_files(paths: list[Path]) -> ImageSet:
-    """Return image files as a set."""
-    return ImageSet(Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Image()))
-
-
 def kept_features(extractor: Extractor, compared: Compared, options: EvaluationOptions) -> torch.Tensor:
-    """Return features (N, C), from disk if they were computed before.
-
-    Raises:
-        ValueError: An image that cannot be read, or a damaged file.
-        OSError: No space left.
-    """
+    """Return features (N, C), from disk if they were computed before."""
     images = compared.images
     content = {"number": len(images), "sha256": images.hash}
     identity = {"extractor": extractor.identity, "images": content, "view": compared.view}
@@ -271,7 +244,7 @@ def kept_features(extractor: Extractor, compared: Compared, options: EvaluationO
 def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
     """Return all figures of one set against the reference, from features (N, C) and (M, C)."""
     size = min(KID_SUBSET_SIZE, len(reference), len(features))
-    kernel, spread = kernel_distance(reference, features, subsets=KID_SUBSETS, subset_size=size)
+    kernel, spread = kernel_distance(reference, features, subset_size=size)
     whole = size == len(reference) == len(features)  # then every subset is the same
     device = best_device()
     precision, recall = precision_recall(reference.to(device), features.to(device))
@@ -284,18 +257,3 @@ def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
         "precision": precision,
         "recall": recall,
     }
-
-
-def _sampling(pipeline: Any, options: EvaluationOptions) -> dict[str, Any]:
-    """Return what the generated images were made by."""
-    made = made_by(pipeline, options)
-    classes = chosen_classes(pipeline, options)
-    if classes is not None:
-        made["num_classes"] = [min(options.num_images, len(classes)), len(classes)]
-    return made | {"scheduler": type(pipeline.scheduler).__name__}
-
-
-def _versions(extractor: Extractor) -> dict[str, str]:
-    """Return the versions of what figures may depend on, beside those that every report has."""
-    names = ["torchmetrics", "pillow"] + ["torch-fidelity"] * extractor.name.startswith("inception")
-    return {name: importlib.metadata.version(name) for name in names}

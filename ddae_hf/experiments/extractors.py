@@ -32,24 +32,19 @@ from .devices import best_device, made_fast
 from .features import evaluating, extract_features
 from .models import open_model, open_processor
 
+# Of images in batches and the number of the draw of noise; returns features (N, C).
+Compute = Callable[[Iterable[list[Image.Image]], int], torch.Tensor]
 COLOURS = "RGB of 8 bits, as `as_rgb` gives them"  # features of images that were clipped to 8 bits are not reused
 
 
 @dataclass
 class Extractor:
-    """A network whose features are compared.
+    """A network whose features are compared."""
 
-    Attributes:
-        identity: What features depend on beside the images, as JSON.
-        compute: Function of images in batches and the number of the draw of noise that returns features (N, C).
-        name: What it was asked for by.
-        width: The features' width C.
-    """
-
-    identity: dict[str, Any]
-    compute: Callable[[Iterable[list[Image.Image]], int], torch.Tensor]
-    name: str = ""
-    width: int = 0
+    identity: dict[str, Any]  # what features depend on beside the images, as JSON
+    compute: Compute
+    name: str  # what it was asked for by
+    width: int  # of the features, C
 
 
 def check_extractor(name: str, layer: str | None = None, sigma: float | None = None) -> None:
@@ -64,29 +59,20 @@ def check_extractor(name: str, layer: str | None = None, sigma: float | None = N
 def open_extractor(
     name: str, *, layer: str | None = None, sigma: float | None = None, cache_dir: str | None = None
 ) -> Extractor:
-    """Return an extractor on the best device there is, tried on an image.
+    """Return an extractor on the best device there is, tried on an image, or raise `ValueError`.
 
-    Args:
-        name: `ddae:PATH`, `transformers:PATH`, `inception` or `inception:FILE`.
-        layer: Layer of a DDAE extractor, by default its configuration's.
-        sigma: Noise level of a DDAE extractor, by default its configuration's.
-        cache_dir: Where downloads are kept.
-
-    Raises:
-        ValueError: No such extractor, or one that cannot be used.
+    `layer` and `sigma` are for a DDAE extractor, by default those of its configuration.
     """
     check_extractor(name, layer, sigma)
     kind, _, path = name.partition(":")
     try:
-        extractor = EXTRACTORS[kind](path, layer, sigma, cache_dir)
-        extractor.width = extractor.compute([[Image.new("RGB", (64, 64))]], 0).shape[1]
+        identity, compute = EXTRACTORS[kind](path, layer, sigma, cache_dir)
+        return Extractor(identity, compute, name, compute([[Image.new("RGB", (64, 64))]], 0).shape[1])
     except Exception as error:  # checkpoints and networks raise a dozen kinds
         raise ValueError(f"extractor {name} cannot be used: {error}") from error
-    extractor.name = name
-    return extractor
 
 
-def _ddae(path: str, layer: str | None, sigma: float | None, cache_dir: str | None) -> Extractor:
+def _ddae(path: str, layer: str | None, sigma: float | None, cache_dir: str | None) -> tuple[dict[str, Any], Compute]:
     """Return pooled hidden states of a denoiser, under noise that depends on each image's number and the view."""
     model = open_model(path, layer=layer, sigma=sigma, cache_dir=cache_dir)
     processor = open_processor(path, cache_dir)
@@ -100,22 +86,21 @@ def _ddae(path: str, layer: str | None, sigma: float | None, cache_dir: str | No
         return found[config.layer]
 
     identity = _identity(processor, model.denoiser, model.vae)
-    return Extractor(identity | {name: getattr(config, name) for name in names}, compute)
+    return identity | {name: getattr(config, name) for name in names}, compute
 
 
-def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) -> Extractor:
+def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) -> tuple[dict[str, Any], Compute]:
     """Return the pooled output of a vision model, or the mean of its last hidden state where it has none."""
     model, info = AutoModel.from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, cache_dir=cache_dir
     )
     if model.main_input_name != "pixel_values":
         raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: give a model of images alone.")
-    missing = set(info["missing_keys"])
-    if any(name.startswith("pooler.") for name in missing):
-        model.pooler = None  # it would be a random one
-        missing = {name for name in missing if not name.startswith("pooler.")}
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
-        raise ValueError(f"its weights {sorted(missing)[:3]} are missing.")
+        raise ValueError(f"its weights {missing[:3]} are missing.")
+    if info["missing_keys"]:
+        model.pooler = None  # it would be a random one
     made_fast(model, best_device()).to(best_device()).eval()
     processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir)
 
@@ -134,18 +119,16 @@ def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) ->
 
     identity = _identity(processor, model) | {"colours": COLOURS}
     identity["features"] = "pooler_output" if has_pooler else "mean of last_hidden_state"
-    return Extractor(identity, lambda batches, view: torch.cat([features(images) for images in batches]))
+    return identity, lambda batches, view: torch.cat([features(images) for images in batches])
 
 
-def _inception(path: str, layer: None, sigma: None, cache_dir: str | None) -> Extractor:
+def _inception(path: str, layer: None, sigma: None, cache_dir: str | None) -> tuple[dict[str, Any], Compute]:
     """Return the 2048 features of the Inception network of the published FID; downloaded if no file is given."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     except ImportError as error:
-        raise ValueError(
-            "it needs torch-fidelity, and that a torchvision of your torch's build: pip install torchvision "
-            f"torch-fidelity ({error})."
-        ) from error
+        needed = "it needs torch-fidelity, and that a torchvision of your torch's build"
+        raise ValueError(f"{needed}: pip install torchvision torch-fidelity ({error}).") from error
     if path.endswith(".safetensors"):
         state = load_file(path)
     elif path:
@@ -166,14 +149,10 @@ def _inception(path: str, layer: None, sigma: None, cache_dir: str | None) -> Ex
         return torch.cat([network(pixels.to(best_device()))[0].flatten(1).float().cpu() for pixels in batches])
 
     identity = _identity(None, network) | {"colours": COLOURS, "features": "last pooling"}
-    return Extractor(identity, lambda batches, view: torch.cat([features(images) for images in batches]))
+    return identity, lambda batches, view: torch.cat([features(images) for images in batches])
 
 
-EXTRACTORS: dict[str, Callable[..., Extractor]] = {
-    "ddae": _ddae,
-    "transformers": _transformers,
-    "inception": _inception,
-}
+EXTRACTORS: dict[str, Callable[..., Any]] = {"ddae": _ddae, "transformers": _transformers, "inception": _inception}
 
 
 def _identity(processor: Any, network: torch.nn.Module, vae: torch.nn.Module | None = None) -> dict[str, Any]:

@@ -8,15 +8,14 @@ column of lists of float32 a layer, named like it. As `npy` they are `LAYER.npy`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from .arrays import check_space, write_json, written_whole
 from .devices import HELP
@@ -78,8 +77,7 @@ def export_features(
         **changes: Fields of the options that are to be others.
 
     Raises:
-        ValueError: Options that cannot work, an unknown layer, a noise level outside the schedule, images that cannot
-            be read, or a damaged file.
+        ValueError: Options that cannot work, images that cannot be read, or a damaged file.
         OSError: No such checkpoint, or not enough space on disk.
     """
     options = ExportOptions.of(options, changes)
@@ -94,18 +92,21 @@ def export_features(
     check_taps(network, layers, [sigma])
     inputs = ImageInputs(chosen, open_processor(model, options.cache_dir))
 
-    def batches(start: int) -> Iterable[Tensor]:
-        return inputs.batches(options.batch_size, start=start, title="Features")
-
     folder = Path(options.output_dir)
     cache = FeatureCache(options.features_dir or folder / "cache", network, options.noise_seed)
-    features = cache.features(batches, len(inputs), layers, sigma, view=options.view, data=inputs.identity)
+    features = cache.features(
+        partial(inputs.batches, options.batch_size, None, title="Features"),
+        len(inputs), layers, sigma, view=options.view, data=inputs.identity,
+    )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, sum(values.nbytes for values in features.values()))
+    labelled = {} if labels is None else {"label": labels}
     if options.format == "parquet":
-        _write_parquet(folder / "features.parquet", features, labels)
+        _write_parquet(folder / "features.parquet", {"index": np.arange(len(inputs)), **labelled}, features)
     else:
-        _write_npy(folder, features, labels)
+        for name, values in {**features, **labelled}.items():
+            with written_whole(folder / f"{name}.npy") as new, new.open("wb") as file:
+                np.save(file, values)
     said = {"model_name_or_path": os.fspath(model) if isinstance(model, (str, os.PathLike)) else None}
     said |= {**images.opened_with, **options.to_dict()}
     about = {"options": said, "layers": layers, "sigma": sigma, "images": len(inputs), "class_names": chosen.names}
@@ -113,18 +114,9 @@ def export_features(
     return ExportedFeatures(folder, features, labels, chosen.names, sigma)
 
 
-def _write_parquet(path: Path, features: Mapping[str, np.ndarray], labels: np.ndarray | None) -> None:
+def _write_parquet(path: Path, columns: dict[str, Any], features: dict[str, np.ndarray]) -> None:
     """Write one row an image; features stay on the disk until their rows are written."""
-    columns: dict[str, Any] = {"index": np.arange(len(next(iter(features.values()))))}
-    columns |= {} if labels is None else {"label": labels}
     for layer, values in features.items():
         columns[layer] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-    with written_whole(path) as partial:
-        pq.write_table(pa.table(columns), partial, row_group_size=ROW_GROUP)
-
-
-def _write_npy(folder: Path, features: Mapping[str, np.ndarray], labels: np.ndarray | None) -> None:
-    """Write one array a layer, and the labels."""
-    for name, values in {**features, **({} if labels is None else {"label": labels})}.items():
-        with written_whole(folder / f"{name}.npy") as partial, partial.open("wb") as file:
-            np.save(file, values)
+    with written_whole(path) as new:
+        pq.write_table(pa.table(columns), new, row_group_size=ROW_GROUP)

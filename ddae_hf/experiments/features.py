@@ -49,23 +49,10 @@ def extract_features(
     noise_seed: int = 0,
     view: int = 0,
 ) -> dict[str, Tensor]:
-    """Compute the features of a data set, with `model.config.num_noise_samples` draws of noise for each image.
+    """Compute the features (N, C) of a data set, float32 on the CPU, by layer name: see `batch_features`.
 
-    Images that share one draw would be told apart at noise levels where fresh noise hides them.
-
-    Args:
-        model: The model, on the device to use.
-        batches: `pixel_values` (B, C, H, W), in the data set's order; batches of any sizes.
-        layers: Names of layers.
-        sigma: Noise level.
-        noise_seed: Seed of the noise.
-        view: Number of the draw; data sets that must not share noise take different ones.
-
-    Returns:
-        Features (N, C), float32 on the CPU, by layer name.
-
-    Raises:
-        ValueError: A noise level outside the schedule, or no images.
+    `batches` are `pixel_values` (B, C, H, W) in the data set's order, of any sizes. A noise level outside the schedule
+    and a data set without images are refused.
     """
     family_of(model.scheduler).check_sigma(sigma)
     parts: list[dict[str, Tensor]] = []
@@ -89,10 +76,10 @@ def batch_features(
     noise_seed: int = 0,
     view: int = 0,
 ) -> dict[str, Tensor]:
-    """Compute the features of some images of a data set: see `extract_features`.
+    """Compute features of some images of a data set, with `model.config.num_noise_samples` draws of noise for each.
 
-    They are those of evaluation mode, in the type of the model's weights, whatever mode the model is in and whether or
-    not the caller computes under autocast.
+    Images that share one draw would be told apart at noise levels where fresh noise hides them. Features are those of
+    evaluation mode, in the type of the model's weights, whatever the caller's mode and autocast.
 
     Args:
         model: The model.
@@ -101,7 +88,7 @@ def batch_features(
         layers: Names of layers.
         sigma: Noise level, scalar or (B,).
         noise_seed: Seed of the noise.
-        view: Number of the draw.
+        view: Number of the draw; data sets that must not share noise take different ones.
 
     Returns:
         Features (B, C), float32 on the model's device, by layer name.
@@ -120,14 +107,9 @@ class FeatureCache:
 
     Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
     it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
-    it is one `.npy` file (N, C), float32, a layer, and `rows.json`, the number of rows computed so far and their
-    checksum, which is compared when features are read: see `arrays`. Several processes may share a folder.
+    it is one array (N, C), float32, a layer: see `arrays`. Several processes may share a folder.
 
-    Args:
-        folder: Where to keep the features.
-        model: The model whose features they are, on the device to use. It may change: whenever features are asked for,
-            its weights are hashed.
-        noise_seed: Seed of the noise.
+    The model is on the device to use. It may change: whenever features are asked for, its weights are hashed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: DDAEModel, noise_seed: int = 0):
@@ -162,8 +144,7 @@ class FeatureCache:
             Features (N, C) by layer name, read-only, mapped from disk.
 
         Raises:
-            ValueError: An unknown layer, a noise level outside the schedule, another number of images than `count`, or
-                a damaged file.
+            ValueError: An unknown layer or noise level, another number of images than `count`, or a damaged file.
             OSError: Not enough space on disk.
         """
         check_layers(self.model.denoiser, layers)

@@ -94,7 +94,7 @@ class Samples(Sequence[Image.Image]):
 
 
 def generate(model: Generator, options: GenerationOptions | None = None, **changes: Any) -> Samples:
-    """Generate images.
+    """Generate images, and return them in each of the launched processes.
 
     With `output_dir` they are its files 00000.png, ..., those that are there already are not made again, and launched
     processes (`accelerate launch`, `torchrun`) share the work. Global random states play no part, and stay as they are.
@@ -103,9 +103,6 @@ def generate(model: Generator, options: GenerationOptions | None = None, **chang
         model: Checkpoint, folder or Hub id, in any layout, or a pipeline, which stays on its device.
         options: What to generate, and how.
         **changes: Fields of `GenerationOptions` that differ from `options`.
-
-    Returns:
-        The images, in each of the processes.
 
     Raises:
         ValueError: Options that cannot work, or a folder of images that were made otherwise.
@@ -130,9 +127,7 @@ def open_processes() -> PartialState:
 def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     """Return a pipeline with a scheduler of its own, that which is asked for: of a path, on the best device there is.
 
-    Raises:
-        ValueError: A scheduler of another framework, classes that there are not, or another type than an open model's.
-        OSError: No such checkpoint.
+    A scheduler of another framework, classes that there are not, or another type than an open model's are refused.
     """
     wanted = None if options.dtype is None else getattr(torch, options.dtype)
     if isinstance(model, DDAEPipeline):
@@ -150,21 +145,14 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     if options.scheduler:
         trained = pipeline.scheduler
         pipeline.scheduler = change_scheduler(trained, getattr(diffusers, options.scheduler))
-        if family(pipeline.scheduler) != family(trained):
-            raise ValueError(
-                f"scheduler {options.scheduler} is of {family(pipeline.scheduler)}, but the network was trained with "
-                f"{family(trained)}."
-            )
+        if (kind := family(pipeline.scheduler)) != (wants := family(trained)):
+            raise ValueError(f"scheduler {options.scheduler} is of {kind}, but the network was trained with {wants}.")
     chosen_classes(pipeline, options)
     return pipeline
 
 
 def chosen_classes(pipeline: DDAEPipeline, options: GenerationOptions) -> list[int] | None:
-    """Return the labels of the classes that images are of in turn, or None where no class is asked for.
-
-    Raises:
-        ValueError: Classes that the denoiser has not.
-    """
+    """Return the labels of the classes that images are of in turn, or None where no class is asked for."""
     given = options.class_label
     if given is None:
         return None
@@ -195,8 +183,7 @@ def made_by(pipeline: DDAEPipeline, options: GenerationOptions) -> dict[str, Any
 def sample(pipeline: DDAEPipeline, options: GenerationOptions, processes: PartialState, folder: Path) -> Samples:
     """Write the images that a folder lacks, with a note of what they depend on, and return all.
 
-    Batches have fixed members, and one that lacks an image is computed whole: arithmetic in a batch of another size may
-    round differently, and so what is resumed is bit-equal to what was never interrupted.
+    Batches have fixed members, and one that lacks an image is computed whole: another size may round differently.
     """
     paths = [folder / f"{i:05d}.png" for i in range(options.num_images)]
     facts = made_by(pipeline, options)
@@ -253,10 +240,8 @@ def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) ->
             raise ValueError(f"{folder} holds images without {NOTE}, which says how they were made: choose another.")
         return
     found = read_json(note)
-    different = [
-        name if name in ("weights", "scheduler") else f"{name} ({found.get(name)} there, {facts.get(name)} now)"
-        for name in {**found, **facts}
-        if found.get(name) != facts.get(name)
-    ]
-    if different:
-        raise ValueError(f"{folder} holds images made with another {', '.join(different)}: choose another output_dir.")
+    names = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+    values = {name: f" ({found.get(name)} there, {facts.get(name)} now)" for name in names}
+    if different := [n if n in ("weights", "scheduler") else n + values[n] for n in names]:
+        what = f"The images in {folder} were made otherwise. What differs: {', '.join(different)}"
+        raise ValueError(f"{what}. Choose another output_dir.")

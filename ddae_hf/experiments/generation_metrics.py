@@ -19,10 +19,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
     `|mean_1 - mean_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2))`, with covariances divided by N - 1 (Heusel et al.
     2017, arXiv 1706.08500); with Inception features it is the FID. It falls as N grows: compare only figures of one N.
-
-    Args:
-        real: Features (N, C) of real images.
-        generated: Features (M, C) of generated images; the two sets may change places.
+    The sets, (N, C) and (M, C), may change places.
 
     Raises:
         ValueError: Features of different widths, values that are not finite, or fewer than two images.
@@ -34,11 +31,9 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     _check(real, generated, fewest=2)
     count, width = min(len(real), len(generated)), real.shape[1]
     if count <= width:
-        warnings.warn(
-            f"{count} images came for features of {width} numbers: their covariance is singular, and the Frechet "
-            f"distance far larger than of many images. Use more than {width}, or compare only figures of as many.",
-            stacklevel=2,
-        )
+        what = f"{count} images came for features of {width} numbers: their covariance is singular, and the Frechet"
+        hint = f"Use more than {width}, or compare only figures of as many."
+        warnings.warn(f"{what} distance far larger than of many images. {hint}", stacklevel=2)
     metric = _torchmetrics("Frechet", width).to(real.device)
     # The distance does not depend on the origin; near it, covariances lose no digits to the mean's square.
     origin = real.mean(0, dtype=torch.float64)
@@ -69,9 +64,8 @@ def kernel_distance(
         ImportError: torchmetrics is not installed.
     """
     if subsets < 1 or subset_size < 2:
-        raise ValueError(
-            f"{subsets} subsets of {subset_size} images are asked for: allowed are 1 or more of at least 2."
-        )
+        asked = f"{subsets} subsets of {subset_size} images are asked for"
+        raise ValueError(f"{asked}: allowed are 1 or more of at least 2.")
     _check(real, generated, fewest=subset_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all extracted features")
@@ -92,18 +86,14 @@ def kernel_distance(
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3, *, chunk_size: int = 512) -> tuple[float, float]:
     """Return improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 1).
 
-    An image lies among others if it is no further from one of them than that one's k-th nearest neighbour of its own
-    set is.
+    They are the shares of generated images that lie among the real ones, and of real images that lie among the
+    generated ones: no further from one of them than that one's k-th nearest neighbour of its own set is.
 
     Args:
         real: Features (N, C) of real images.
         generated: Features (M, C) of generated images.
         k: Which neighbour gives the radius; 3 in the paper.
         chunk_size: Rows of the distance table held at a time. It changes no result.
-
-    Returns:
-        Precision, the share of generated images among the real ones; recall, the share of real images among the
-        generated ones.
 
     Raises:
         ValueError: Features of different widths, values that are not finite, k below 1, or no more than k images.
@@ -144,10 +134,8 @@ def _check(real: Tensor, generated: Tensor, fewest: int) -> None:
         raise ValueError(f"Features have shapes {shapes}: there must be at least {fewest} images of each kind.")
     for name, features in (("real", real), ("generated", generated)):
         if bad := int((~torch.isfinite(features)).any(1).sum()):
-            raise ValueError(
-                f"{bad} of {len(features)} {name} images have features that are not finite: the network that computes "
-                "them overflows on these images, or its weights are damaged."
-            )
+            what = f"{bad} of {len(features)} {name} images have features that are not finite: the network that"
+            raise ValueError(f"{what} computes them overflows on these images, or its weights are damaged.")
 
 
 def _torchmetrics(name: str, width: int, **options: Any) -> Any:
@@ -156,8 +144,8 @@ def _torchmetrics(name: str, width: int, **options: Any) -> Any:
         from torchmetrics.image import fid, kid
     except ImportError as error:
         raise ImportError(f"This distance needs torchmetrics: pip install 'torchmetrics>=1.6' ({error}).") from error
-    metrics = {"Frechet": fid.FrechetInceptionDistance, "kernel": kid.KernelInceptionDistance}
-    identity = torch.nn.Identity()
-    identity.num_features = width  # type: ignore[assignment]
+    metric: Any = fid.FrechetInceptionDistance if name == "Frechet" else kid.KernelInceptionDistance
+    identity: Any = torch.nn.Identity()
+    identity.num_features = width
     # One process has all the features: it does not wait for others, which may have ended.
-    return metrics[name](identity, sync_on_compute=False, **options)
+    return metric(identity, sync_on_compute=False, **options)

@@ -28,25 +28,14 @@ SHARDS = 1024  # of a stream; with one for each image, datasets would take long 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
-class DataError(ValueError):
-    """Data that cannot be read, or in two ways; it says of which data and what to do."""
-
-
 @dataclass
 class Listing:
-    """What lies under a folder, links followed; paths are relative to it, with `/` between names.
+    """What lies under a folder, links followed; paths are relative to it, with `/` between names."""
 
-    Attributes:
-        files: Files of the extensions that were asked for, in the order of their paths.
-        metadata: Files named like a table of metadata.
-        folders: Folders that were entered.
-        skipped: How many other things there are, by extension or in words.
-    """
-
-    files: list[str] = field(default_factory=list)
-    metadata: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
+    files: list[str] = field(default_factory=list)  # of the extensions that were asked for, in order
+    metadata: list[str] = field(default_factory=list)  # files named like a table of metadata
+    folders: list[str] = field(default_factory=list)  # that were entered
+    skipped: Counter[str] = field(default_factory=Counter)  # how many other things, by extension or in words
 
     def what_was_skipped(self) -> str:
         """Return how many files were skipped, in all and of each kind."""
@@ -110,26 +99,20 @@ def list_folder(root: str | os.PathLike[str], extensions: set[str]) -> Listing:
 def read_image_folder(folder: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     """Return the splits of a folder of images: `image`, columns of metadata, and `label` where folders name classes.
 
-    What is left out is said in a warning.
-
-    Raises:
-        DataError: No images, or what can be read in two ways.
+    What is left out is said in a warning; no images, and what can be read in two ways, are refused.
     """
     if not os.path.isdir(folder):
-        raise DataError(f"The data set {folder} cannot be read: there is no such folder.")
+        raise ValueError(f"The data set {folder} cannot be read: there is no such folder.")
     found = list_folder(folder, image_extensions())
     if not found.files:
-        raise DataError(f"The data set {folder} cannot be read: it has no images; {found.what_was_skipped()}.")
+        raise ValueError(f"The data set {folder} cannot be read: it has no images; {found.what_was_skipped()}.")
     if found.skipped:
         warnings.warn(f"{folder}: {found.what_was_skipped()}.", stacklevel=2)
     splits = find_splits(folder, found.files)
     known = join_metadata(folder, found.metadata, splits)
-    if "label" not in known:
-        classes = find_classes(folder, found.folders, splits)
-    else:
-        classes = {}
-        if any(any(split.folders) for split in splits.values()):
-            warnings.warn(f"{folder}: labels are those of its metadata, not the names of its folders.", stacklevel=2)
+    classes = {} if "label" in known else find_classes(folder, found.folders, splits)
+    if "label" in known and any(any(split.folders) for split in splits.values()):
+        warnings.warn(f"{folder}: labels are those of its metadata, not the names of its folders.", stacklevel=2)
     names = sorted({label for labels in classes.values() for label in labels})
     numbers = {name: i for i, name in enumerate(names)}
     datasets = {}
@@ -153,11 +136,10 @@ def find_splits(folder: str, images: list[str]) -> dict[str, Split]:
     others = [f"{name}/" for name in sorted(first) if f"{name}/" not in splits]
     others += [path for path in images if "/" not in path]
     if others:
-        raise DataError(
-            f"The data set {folder} can be read in two ways: it has images in {some(splits)}, which name splits, and "
-            f"beside them {some(others)}. Splits are the folders train/, test/ and validation/: rename others that are "
-            "meant as such, and move away what belongs to none. If all are classes, put them into one folder train/."
-        )
+        what = f"it has images in {some(splits)}, which name splits, and beside them {some(others)}"
+        hint = "Rename what is meant as a split, train/, test/ or validation/, and move away what belongs to none"
+        all_classes = "If all are classes, put them into one folder train/."
+        raise ValueError(f"The data set {folder} can be read in two ways: {what}. {hint}. {all_classes}")
     return {name[:-1]: Split(name, [path for path in images if path.startswith(name)]) for name in splits}
 
 
@@ -173,17 +155,12 @@ def find_classes(folder: str, folders: list[str], splits: dict[str, Split]) -> d
                 warnings.warn(f"{folder}: no images of the split {name!r} are in {some(empty)}.", stacklevel=3)
         elif any(labels):
             loose = [path for path, label in zip(split.images, labels, strict=True) if not label]
-            warnings.warn(
-                f"{folder}: the split {name!r} has no labels, since {len(loose)} of its {len(labels)} images lie "
-                f"in no folder of a class: {some(loose)}.",
-                stacklevel=3,
-            )
+            what = f"{folder}: the split {name!r} has no labels, since {len(loose)} of its {len(labels)} images"
+            warnings.warn(f"{what} lie in no folder of a class: {some(loose)}.", stacklevel=3)
     names = {label for labels in classes.values() for label in labels}
     if names and {label.lower() for label in names} <= LIKE_SPLITS:
-        warnings.warn(
-            f"{folder}: {some(sorted(names))} are taken for classes. Splits are named train, test and validation.",
-            stacklevel=3,
-        )
+        what = f"{folder}: {some(sorted(names))} are taken for classes"
+        warnings.warn(f"{what}. Splits are named train, test and validation.", stacklevel=3)
     return classes
 
 
@@ -193,14 +170,14 @@ def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> d
     for table in tables:
         place = posixpath.dirname(table)
         if place and f"{place}/" not in {split.prefix for split in splits.values()}:
-            raise DataError(f"{folder}/{table}: metadata is read right inside {folder} or a split's folder: move it.")
+            raise ValueError(f"{folder}/{table}: metadata is read right inside {folder} or a split's folder: move it.")
         for row in read_table(os.path.join(folder, table)):
             file_name = row.pop("file_name", None)
             if not isinstance(file_name, str):
-                raise DataError(f"{folder}/{table} has a row without `file_name`, the path of an image: {row}.")
+                raise ValueError(f"{folder}/{table} has a row without `file_name`, the path of an image: {row}.")
             path = posixpath.normpath(posixpath.join(place, file_name))
             if path in rows:
-                raise DataError(f"{folder}/{table} has a second row of the image {path}: leave one out.")
+                raise ValueError(f"{folder}/{table} has a second row of the image {path}: leave one out.")
             rows[path] = row
     if not tables:
         return {}
@@ -210,21 +187,21 @@ def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> d
         "images without a row": sorted(set(images) - set(rows)),
     }.items():
         if missing:
-            raise DataError(f"{folder}: {some(tables)} leaves {len(missing)} {what}, such as {some(missing)}.")
+            raise ValueError(f"{folder}: {some(tables)} leaves {len(missing)} {what}, such as {some(missing)}.")
     columns = {column: None for row in rows.values() for column in row}
     if "image" in columns:
-        raise DataError(f"{folder}: {some(tables)} has a column `image`, which is that of the images: rename it.")
+        raise ValueError(f"{folder}: {some(tables)} has a column `image`, which is that of the images: rename it.")
     return {column: {path: row.get(column) for path, row in rows.items()} for column in columns}
 
 
 def read_table(path: str) -> list[dict[str, Any]]:
     """Return the rows of a table, or refuse where the file is none."""
-    if path.endswith(".parquet"):
-        return pq.read_table(path).to_pylist()
+    parquet = path.endswith(".parquet")
     try:
-        return read_text_table(path)
-    except (ValueError, csv.Error) as error:  # not UTF-8, or no JSON
-        raise DataError(f"{path} cannot be read as a table in UTF-8: {error}.") from error
+        return pq.read_table(path).to_pylist() if parquet else read_text_table(path)
+    except (ValueError, csv.Error) as error:  # of another encoding, or no such file at all
+        kind = "parquet" if parquet else "a table in UTF-8"
+        raise ValueError(f"{path} cannot be read as {kind}: {error}.") from error
 
 
 def read_text_table(path: str) -> list[dict[str, Any]]:
@@ -233,11 +210,11 @@ def read_text_table(path: str) -> list[dict[str, Any]]:
         if path.endswith(".jsonl"):
             rows = [json.loads(line) for line in file if line.strip()]
             if not all(isinstance(row, dict) for row in rows):
-                raise DataError(f"{path}: each line must be an object, such as {{'file_name': '0.png', 'size': 3}}.")
+                raise ValueError(f"{path}: each line must be an object, such as {{'file_name': '0.png', 'size': 3}}.")
             return rows
         header, *lines = [line for line in csv.reader(file) if line] or [[]]
     if len(set(header)) < len(header) or any(len(line) != len(header) for line in lines):
-        raise DataError(f"{path}: every line must have as many values as the first has names, which must all differ.")
+        raise ValueError(f"{path}: every line must have as many values as the first has names, which must all differ.")
     columns = [[value or None for value in column] for column in zip(*lines, strict=True)]
     for i, column in enumerate(columns):
         if all(value is None or value.removeprefix("-").isdecimal() and str(int(value)) == value for value in column):
@@ -250,8 +227,7 @@ def stream(dataset: Dataset) -> IterableDataset:
     files = dataset.cast_column("image", Image(decode=False))
     ends = [len(files) * i // SHARDS for i in range(SHARDS + 1)]
     parts = [range(first, last) for first, last in pairwise(ends) if first < last]
-    options = {"dataset": files, "parts": parts}
-    return IterableDataset.from_generator(_rows, features=dataset.features, gen_kwargs=options)
+    return IterableDataset.from_generator(_rows, dataset.features, gen_kwargs={"dataset": files, "parts": parts})
 
 
 def _rows(dataset: Dataset, parts: list[range]) -> Iterator[dict[str, Any]]:

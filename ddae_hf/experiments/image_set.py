@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
-from .classes import Classes, draw_images, no_label_column
-from .pixels import HINT, Pixels, decode
+from .classes import Classes, draw_images
+from .pixels import HINT, Pixels, Rows, decode
 
 
 class ImageSet:
-    """Images of a split, in order.
+    """Images of a split, in order; a stream (`streaming`) has no length, no hash, and labels only row by row."""
 
-    Attributes:
-        dataset: The data set, with a column `image_column`.
-        split: Name of the split.
-        streaming: Whether they are a stream, which has no length, no hash, and labels only row by row.
-        label_column: The column of labels, if there is one.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset | IterableDataset,
-        split: str = "train",
-        image_column: str = "image",
-        classes: Classes | None = None,
-    ):
-        self.dataset: Any = dataset
+    def __init__(self, dataset: Any, split: str = "train", image_column: str = "image", classes: Classes | None = None):
+        self.dataset = dataset
         self.split, self.image_column = split, image_column
         self.streaming = isinstance(dataset, IterableDataset)
         self.label_column = classes.column if classes is not None and classes.column in columns_of(dataset) else None
@@ -69,11 +55,7 @@ class ImageSet:
 
     @cached_property
     def labels(self) -> Any:
-        """The labels, int64 (N,), each the place of a name; None for a split without labels, and for a stream.
-
-        Raises:
-            ValueError: Labels that are missing, or outside the classes.
-        """
+        """The labels, int64 (N,), each the place of a name; None for a split without labels, and for a stream."""
         if self._classes is None or self.label_column is None or self.streaming:
             return None
         return self._classes.labels(self.dataset, self.split)
@@ -85,10 +67,9 @@ class ImageSet:
         files = self._not_a_stream("hash")._files
         for start in range(0, len(files), 1000):
             for row, image in enumerate(files[start : start + 1000][self.image_column], start):
-                file = image or {"bytes": None, "path": None}
-                if file["bytes"] is None and file["path"] is None:
+                if image is None or image["bytes"] is image["path"] is None:
                     self.pil([row])  # which refuses it by its name
-                content = file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
+                content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
                 digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
@@ -98,10 +79,7 @@ class ImageSet:
         return int(self._skipped)
 
     def take(self, count: int | None) -> ImageSet:
-        """Return so many of the images, of all classes in their shares and always the same; all of them for None.
-
-        See `draw_images`. Of a stream, which knows no classes, the first are taken, with a warning.
-        """
+        """Return so many of the images, or all: see `draw_images`; of a stream, which knows no classes, the first."""
         if count is not None and count < 1:
             raise ValueError(f"{count} images of the split {self.split!r} are asked for: it must be at least 1.")
         if count is None:
@@ -114,7 +92,7 @@ class ImageSet:
             return self
         return self.select(draw_images(self.dataset[self.label_column][:] if self.label_column else len(self), count))
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
+    def select(self, indices: Rows) -> ImageSet:
         """Return the images at `indices`, in that order."""
         rows = np.asarray(indices, np.int64)
         some = self._with(self._not_a_stream("images by their number").dataset.select(rows))
@@ -131,12 +109,8 @@ class ImageSet:
             raise ValueError(f"A stream has no {what}: leave out streaming.")
         return self
 
-    def pil(self, rows: Sequence[int] | np.ndarray) -> list[PILImage.Image]:
-        """Return the images at these rows.
-
-        Raises:
-            DamagedImageError: One that cannot be read, a `ValueError` that gives its path or row.
-        """
+    def pil(self, rows: Rows) -> list[PILImage.Image]:
+        """Return the images at these rows, or raise `ValueError` with the path or the row of one that is damaged."""
         chosen = [int(row) for row in rows]
         files = self._not_a_stream("images by their number")._files[chosen][self.image_column]
         numbers = chosen if self._rows is None else self._rows[chosen]
@@ -150,18 +124,16 @@ class ImageSet:
         return Pixels(self, processor, keep)
 
     def labelled(self) -> ImageSet:
-        """Return these images, of which each has a class.
-
-        Raises:
-            ValueError: Images without labels, or some without; a stream whose column does not name the classes.
-        """
+        """Return these images, or raise `ValueError` if not each has a class, or a stream does not name the classes."""
         columns = columns_of(self.dataset)
         if self._classes is None:
-            raise ValueError(no_label_column(columns))
+            count = sum(isinstance(feature, ClassLabel) for feature in columns.values())
+            what = f"has {count} columns of classes" if count else "does not say of which classes its images are"
+            hint = "name the column of labels, label_column, or put images into a folder for each class"
+            raise ValueError(f"The data set {what}: {hint}; columns are {list(columns)}.")
         if self.label_column is None:
-            raise ValueError(
-                f"The split {self.split!r} has no column {self._classes.column!r} of labels; it has {list(columns)}."
-            )
+            what = f"The split {self.split!r} has no column {self._classes.column!r} of labels"
+            raise ValueError(f"{what}; it has {list(columns)}.")
         if self.streaming and self.names is None:
             raise ValueError("A stream's column of labels must name its classes (ClassLabel): leave out streaming.")
         _ = self.labels  # which are checked when they are read
@@ -189,11 +161,9 @@ class ImageSet:
 
     def check_first(self) -> None:
         """Raise `ValueError` if there is no image, or the first cannot be read."""
-        rows = self.stream() if self.streaming else range(len(self))
-        if next(iter(rows), None) is None:
+        first = next(iter(self.stream()), None) if self.streaming else len(self) and self.pil([0])
+        if not first:
             raise ValueError(f"The split {self.split!r} is empty.")
-        if not self.streaming:
-            self.pil([0])
 
     def readable(self) -> ImageSet:
         """Return those images that can be read, with a warning of how many cannot; of a stream, of each as it comes."""
@@ -211,11 +181,10 @@ class ImageSet:
                 reasons[row] = str(error).removesuffix(HINT)
         if not reasons:
             return self
-        first = next(iter(reasons.values()))
         what = f"{len(reasons)} of {len(self)} images of the split {self.split!r}"
         if len(reasons) == len(self):
-            raise ValueError(f"{what} cannot be read: {first}")
-        warnings.warn(f"{what} are left out: {first}", stacklevel=3)
+            raise ValueError(f"{what} cannot be read: {reasons[0]}")
+        warnings.warn(f"{what} are left out: {next(iter(reasons.values()))}", stacklevel=3)
         self._skipped += len(reasons)
         return self.select(np.setdiff1d(np.arange(len(self)), list(reasons)))
 

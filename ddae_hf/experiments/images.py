@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset
+from datasets import Features
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,7 +24,7 @@ from .data_files import in_memory, read_source
 from .draws import augment_view
 from .image_set import ImageSet, columns_of, image_column
 from .options import Options, option
-from .pixels import scaled
+from .pixels import Rows, scaled
 
 
 @dataclass(kw_only=True)
@@ -42,16 +42,16 @@ class DataOptions(Options):
         """Return the images that the options name: see `Images.open`."""
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError("Give one of dataset_name and train_data_dir.")
-        if self.dataset_name is not None:
-            splits = read_source(self.dataset_name, self.dataset_config_name, streaming, cache_dir)
-        else:
-            splits = read_source(self.train_data_dir, None, streaming, cache_dir, tables=False)
+        source: Any = self.train_data_dir if self.dataset_name is None else self.dataset_name
+        splits = read_source(
+            source, self.dataset_config_name, streaming, cache_dir, tables=self.dataset_name is not None
+        )
         given = {name: value for name, value in self.to_dict().items() if value not in (None, False)}
         return Images(splits, self.image_column, self.label_column, self.skip_bad_images, given)
 
 
 class Images:
-    """The images of a data set, by split.
+    """The images of a data set, by split: see `open`.
 
     Attributes:
         splits: Names of the splits.
@@ -59,15 +59,10 @@ class Images:
     """
 
     def __init__(
-        self,
-        splits: Mapping[str, Dataset | IterableDataset],
-        image_column: str | None = None,
-        label_column: str | None = None,
-        skip_bad_images: bool = False,
-        opened_with: dict[str, Any] | None = None,
-    ):
-        self.splits = list(splits)
-        self.opened_with = opened_with or {}
+        self, splits: Mapping[str, Any], image_column: str | None, label_column: str | None, skip_bad_images: bool,
+        opened_with: dict[str, Any],
+    ):  # fmt: skip
+        self.splits, self.opened_with = list(splits), opened_with
         self._datasets, self._image_column, self._skip = dict(splits), image_column, skip_bad_images
         self._sets: dict[str, ImageSet] = {}
         features = Features()
@@ -93,16 +88,16 @@ class Images:
 
         Args:
             source: A Hub id; a folder of tables or, without any, of images; a parquet file; a `Dataset` or a list of
-                PIL images, which are the split `train`; a `DatasetDict`, or a mapping from the names of splits to
-                data sets, lists of images, or pairs (images, labels). Data sets may be streams (`IterableDataset`).
+                PIL images, which are the split `train`; or a mapping from the names of splits to data sets, lists of
+                images, or pairs (images, labels). Data sets may be streams.
             labels: Classes of a list of images, numbers or names.
             config_name: Configuration of a Hub data set.
             image_column: Column of images, by default the only one that holds images.
             label_column: Column of labels, whole numbers or names, by default the only one of classes.
             streaming: Whether to read a Hub id, a folder or a file while it is gone through, without downloading it.
             cache_dir: Where downloads are kept.
-            skip_bad_images: Whether to leave out images that cannot be read, with a warning that counts them. Every
-                image of a split is decoded when it is first asked for; those of a stream as it is read.
+            skip_bad_images: Whether to leave out images that cannot be read, with a warning that counts them. All of
+                a split are decoded for it when the split is first asked for; those of a stream as it is read.
 
         Raises:
             ValueError: A source that cannot be read, or that can be read in two ways; no such column.
@@ -111,12 +106,9 @@ class Images:
             if labels is not None:
                 raise ValueError("labels are those of a list of images: name the column of a data set, label_column.")
             options = DataOptions(
-                dataset_name=os.fspath(source),
-                dataset_config_name=config_name,
-                image_column=image_column,
-                label_column=label_column,
-                skip_bad_images=skip_bad_images,
-            )
+                dataset_name=os.fspath(source), dataset_config_name=config_name, image_column=image_column,
+                label_column=label_column, skip_bad_images=skip_bad_images,
+            )  # fmt: skip
             return options.open(cache_dir, streaming)
         if streaming or config_name is not None:
             raise ValueError("streaming and config_name are for data that is not in memory yet: leave them out.")
@@ -128,14 +120,10 @@ class Images:
         splits = {str(name): in_memory(part) for name, part in parts.items()}
         if any(isinstance(part, tuple) for part in parts.values()):
             label_column = "label"
-        return cls(splits, image_column, label_column, skip_bad_images)
+        return cls(splits, image_column, label_column, skip_bad_images, {})
 
     def __getitem__(self, split: str) -> ImageSet:
-        """Return the images of a split, the first of which is decoded.
-
-        Raises:
-            ValueError: No such split, an empty one, no column of images, or an image that cannot be read.
-        """
+        """Return the images of a split, or raise `ValueError` if there are none, or the first cannot be read."""
         if split not in self._datasets:
             raise ValueError(f"The data set has no split {split!r}; it has {sorted(self._datasets)}.")
         if split not in self._sets:
@@ -147,21 +135,15 @@ class Images:
             self._sets[split] = opened.readable() if self._skip else opened
         return self._sets[split]
 
-    def _name_in_memory(self) -> str | None:
-        """Return the name of a data set of the Hub that came open; of files, datasets says only what wrote them."""
-        info = next(iter(self._datasets.values())).info
-        return info.dataset_name if info.dataset_name != info.builder_name else None
-
     def facts(self, train: ImageSet, test: ImageSet | None = None) -> dict[str, Any]:
-        """Return what result files say of the data.
-
-        Its name, its id and configuration if it is of the Hub, its splits, how many images were trained on and how
-        many had to be left out.
-        """
+        """Return what result files say of the data: its name, its splits, how many images were used and left out."""
         source = self.opened_with.get("dataset_name") or self.opened_with.get("train_data_dir")
         of_hub = "dataset_name" in self.opened_with and not os.path.exists(str(source))
+        info = next(iter(self._datasets.values())).info
+        # Of files that came open, datasets says only what wrote them.
+        known = info.dataset_name if info.dataset_name != info.builder_name else None
         facts = {
-            "name": Path(source).resolve().name if source else self._name_in_memory(),
+            "name": Path(source).resolve().name if source else known,
             "id": source if of_hub else None,
             "config": self.opened_with.get("dataset_config_name"),
             "train_split": train.split,
@@ -173,14 +155,9 @@ class Images:
 
 
 def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
-    """Return the images to train on and those to test on, with their labels.
+    """Return the images to train on and those to test on, with their labels, as options of an experiment name them.
 
-    Args:
-        images: The data set.
-        options: Has `train_split`, `test_split`, `max_train_samples` and `max_test_samples`.
-
-    Raises:
-        ValueError: The same images in both, images without labels, training images of a single class.
+    The same images in both, images without labels, and training images of a single class are refused.
     """
     if options.train_split == options.test_split:
         raise ValueError(f"test_split is {options.test_split!r}, as train_split: test on other images.")
@@ -197,11 +174,7 @@ def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
 
 
 class Inputs(abc.ABC):
-    """What a network reads of images: their pixels, or latents of them.
-
-    Attributes:
-        images: The images.
-    """
+    """What a network reads of images: their pixels, or latents of them."""
 
     images: ImageSet
 
@@ -210,12 +183,12 @@ class Inputs(abc.ABC):
 
     @property
     def labels(self) -> Any:
-        """The labels, an array (N,) of int64, or None; those who need them ask for `labelled` images."""
+        """The labels of the images: see `ImageSet`."""
         return self.images.labels
 
     @property
     def names(self) -> Any:
-        """The names of the classes, a list, or None."""
+        """The names of the classes."""
         return self.images.names
 
     @property
@@ -224,25 +197,15 @@ class Inputs(abc.ABC):
         """What tells these inputs from others, as JSON."""
 
     @abc.abstractmethod
-    def read(
-        self, rows: Sequence[int] | np.ndarray, view: int = 0, numbers: Sequence[int] | np.ndarray | None = None
-    ) -> Tensor:
-        """Return the inputs (B, C, H, W) at some rows, float32.
+    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
+        """Return the inputs (B, C, H, W) at B rows, float32.
 
-        Args:
-            rows: Their places, B integers.
-            view: Number of the view. The first is the image as it is; what later ones are is up to the inputs.
-            numbers: Seed what is random about later views, image by image; by default the rows do.
+        View 0 is the image as it is; what later ones are is up to the inputs. What is random about them is seeded by
+        `numbers`, one an image, by default the rows.
         """
 
     def batches(
-        self,
-        batch_size: int,
-        rows: Sequence[int] | np.ndarray | None = None,
-        *,
-        view: int = 0,
-        start: int = 0,
-        title: str = "Images",
+        self, batch_size: int, rows: Rows | None = None, start: int = 0, *, view: int = 0, title: str = "Images"
     ) -> Iterator[Tensor]:
         """Yield inputs (B, C, H, W) with a progress bar: of `rows`, by default all, from the place `start` on.
 
@@ -257,14 +220,7 @@ class Inputs(abc.ABC):
 class ImageInputs(Inputs):
     """Images by their pixels, in [-1, 1], which are kept in memory where they fit.
 
-    Later views are mirrored and cropped: see `augment_view`.
-
-    Args:
-        images: The images.
-        processor: Prepares them.
-        flip: Whether later views are mirrored, half of them.
-        crop_padding: Pixels of black around them before they are cropped.
-        seed: Seed of these changes.
+    With `flip`, half of those of later views are mirrored; with `crop_padding`, they are cropped: see `augment_view`.
     """
 
     def __init__(
@@ -284,9 +240,7 @@ class ImageInputs(Inputs):
         """The images' hash, and how they are prepared."""
         return {"images": self.images.hash, "preprocessing": self.processor.to_dict()}
 
-    def read(
-        self, rows: Sequence[int] | np.ndarray, view: int = 0, numbers: Sequence[int] | np.ndarray | None = None
-    ) -> Tensor:
+    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         """Return pixels (B, C, H, W): see `Inputs.read`."""
         pixels = scaled(self.pixels.read(rows), self.processor)
         if view == 0:

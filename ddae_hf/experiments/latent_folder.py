@@ -6,8 +6,7 @@
     rows.json             how many rows of each array are done, and their checksum
 
 Latents take 8 KiB an image of 256 pixels and view. They are written a batch at a time, and read through memory maps.
-The latents that version 0.1.0 wrote have no checksum. Since they may have taken hours, they are used all the same, with
-a warning, unless they have rows of zeros or numbers that are not finite.
+Those that version 0.1.0 left have no checksum: they are refused until they are encoded again.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ DTYPE = "float16"
 class LatentFolder:
     """Latents of the splits of a data set, in one or more views of every image.
 
-    Args:
-        folder: Where the latents are, or are to be.
-
     Attributes:
+        folder: Where the latents are.
         index: What `latents.json` says: `vae` (its config), `vae_fingerprint`, `shape` (c, h, w), `sample_posterior`,
             `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
 
@@ -67,15 +64,9 @@ class LatentFolder:
     ) -> LatentFolder:
         """Open a folder for latents that are described so, or create it; they are not computed yet.
 
-        Args:
-            folder: The folder.
-            vae: The `AutoencoderKL`.
-            image_size: Height and width of its images.
-            splits: By name, `count` (number of images) and `views` (number of views), and what tells the images and
-                their views from others, as JSON.
-            sample_posterior: Whether latents are draws in place of means; each (seed, image, view) has its own.
-            seed: Seed of those draws.
-            **notes: What readers may want to know, as JSON.
+        `splits` have by name `count` (number of images), `views` (number of views), and what tells the images and their
+        views from others, as JSON. With `sample_posterior` latents are draws in place of means; each (seed, image,
+        view) has its own. `notes` are what readers may want to know, as JSON.
 
         Raises:
             ValueError: The folder holds latents of another description.
@@ -101,10 +92,8 @@ class LatentFolder:
                     write_text(path, text)
         known = read_json(path)
         wanted = json.loads(text)
-        if different := _differences(known, {name: wanted[name] for name in index}):
-            raise ValueError(
-                f"{folder} holds other latents ({'; '.join(different)}): give another folder, or delete this one."
-            )
+        if found := _differences(known, {name: wanted[name] for name in index}):
+            raise ValueError(f"{folder} holds other latents ({'; '.join(found)}): give another folder, or delete it.")
         if known != wanted:
             write_text(path, text)
         latents = cls(folder)
@@ -125,22 +114,18 @@ class LatentFolder:
 
     def missing_bytes(self) -> int:
         """Return the space that the latents that are not computed yet will take."""
-        rows, missing = rows_done(self.folder), 0
-        for split, known in self.index["splits"].items():
-            for view in range(known["views"]):
-                missing += num_bytes(self.shape, known["count"] - rows.get(f"{split}-{view}", 0), DTYPE)
-        return missing
+        rows = rows_done(self.folder)
+        return sum(
+            num_bytes(self.shape, known["count"] - rows.get(f"{split}-{view}", 0), DTYPE)
+            for split, known in self.index["splits"].items()
+            for view in range(known["views"])
+        )
 
     def encode(self, vae: Any, split: str, view: int, images: Callable[[int], Iterable[Tensor]]) -> None:
         """Compute a view's latents, from the image at which an interrupted run stopped.
 
-        They are those of the VAE in evaluation mode and outside autocast, whatever the caller's state.
-
-        Args:
-            vae: The `AutoencoderKL` that the folder was created for, on the device to use.
-            split: Name of the split.
-            view: Number of the view.
-            images: Called with an index, gives `pixel_values` in batches from that image on.
+        The VAE is the one that the folder was created for, on the device to use; its mode plays no part. `images`,
+        called with an index, gives `pixel_values` in batches from that image on.
 
         Raises:
             ValueError: Another number of images than announced, latents that are not finite, or a damaged file.
@@ -152,19 +137,17 @@ class LatentFolder:
         def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
             for pixels in images(start):
                 indices = range(start, start := start + len(pixels))
-                seed, own = self.index["seed"], None
+                own = None
                 if self.index["sample_posterior"]:
-                    own = indexed_noise(self.shape, indices, seed, number, purpose=POSTERIOR)
+                    own = indexed_noise(self.shape, indices, self.index["seed"], number, purpose=POSTERIOR)
                 with evaluating(vae):
                     latents = encode(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
                 if not latents.isfinite().all():
-                    raise ValueError(
-                        f"Latents of the {split} images {indices[0]} to {indices[-1]} are no finite numbers in "
-                        f"{DTYPE}: the VAE overflows. Run it in float32, and look at its scaling_factor."
-                    )
+                    what = f"Latents of the {split} images {indices[0]} to {indices[-1]} are not finite in {DTYPE}"
+                    raise ValueError(f"{what}: the VAE overflows. Run it in float32, and look at its scaling_factor.")
                 yield {name: latents}
 
-        fill(self.folder, {name: self.shape}, count, batches, DTYPE, keep_unchecked=True)
+        fill(self.folder, {name: self.shape}, count, batches, DTYPE)
 
     def latents(self, split: str, view: int = 0) -> np.ndarray:
         """Return a view's latents (N, c, h, w), float16, mapped from disk.
@@ -177,20 +160,16 @@ class LatentFolder:
             raise ValueError(f"{self.folder} has {views} views of the split {split!r}: view {view} is not among them.")
         done = rows_done(self.folder).get(f"{split}-{view}", 0)
         if done < count:
-            raise ValueError(
-                f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}: finish encoding "
-                "them with the command that began it."
-            )
+            what = f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}"
+            raise ValueError(f"{what}: finish encoding them with the command that began it.")
         return open_array(self.folder, f"{split}-{view}", (count, *self.shape), DTYPE)
 
     def write_labels(self, split: str, labels: np.ndarray) -> None:
         """Keep a split's labels (N,), 64-bit integers, beside its latents."""
         count = self.index["splits"][split]["count"]
         if labels.shape != (count,) or labels.dtype != np.int64:
-            raise ValueError(
-                f"labels of the split {split!r} have shape {labels.shape} and type {labels.dtype}: give ({count},), "
-                "int64."
-            )
+            came = f"labels of the split {split!r} have shape {labels.shape} and type {labels.dtype}"
+            raise ValueError(f"{came}: give ({count},), int64.")
         write_array(self.folder, f"{split}-labels", labels)
 
     def has_labels(self, split: str) -> bool:
@@ -208,7 +187,8 @@ class LatentFolder:
         if fingerprint(vae, dtype=torch.float32) != self.index["vae_fingerprint"]:
             raise ValueError(f"The latents in {self.folder} were made by another VAE than this one.")
         for name in ("scaling_factor", "shift_factor"):
-            made, has = self.index["vae"].get(name), vae.config.get(name)
+            made = self.index["vae"].get(name)
+            has = vae.config.get(name)
             if made != has:
                 raise ValueError(f"The latents in {self.folder} were made with a {name} of {made}: this VAE has {has}.")
 

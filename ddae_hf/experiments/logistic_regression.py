@@ -32,6 +32,7 @@ Views = Sequence[np.ndarray]
 
 _CHUNK_BYTES = 64 * 2**20
 _MEMORY_BYTES = 2**30  # for L-BFGS's history
+_TOLERANCE = 1e-7  # where to stop: the estimated distance of a problem's loss from its optimum
 
 
 @dataclass
@@ -51,12 +52,7 @@ class LinearProbes:
     converged: Tensor
 
     def predict(self, views: Views, indices: np.ndarray | None = None) -> np.ndarray:
-        """Return predicted classes (L, N), from logits averaged over the views.
-
-        Args:
-            views: The layer's features, (N, C) each.
-            indices: The images to classify; by default all.
-        """
+        """Return predicted classes (L, N) of the images at `indices`, from logits averaged over views (N, C) each."""
         rows = np.arange(len(views[0])) if indices is None else indices
         predicted = np.empty((len(self.weight), len(rows)), dtype=np.int64)
         size = _chunk_size(len(views), self.weight.shape[2], self.bias.numel())
@@ -76,12 +72,11 @@ def fit_logistic_regression(
     *,
     num_classes: int | None = None,
     indices: np.ndarray | None = None,
-    tolerance: float = 1e-7,
     max_iterations: int = 500,
     device: torch.device | str = "cpu",
     standardise: bool = True,
 ) -> dict[str, LinearProbes]:
-    """Fit multinomial logistic regression on each layer's features, with each of L strengths of regularisation.
+    """Return a multinomial logistic regression on each layer's features, with each of L strengths of regularisation.
 
     Args:
         features: Each layer's views, (N, C) each, which count as more images; C is the layer's own.
@@ -89,13 +84,9 @@ def fit_logistic_regression(
         l2: Strengths of regularisation, positive: see the module's formula.
         num_classes: Number of classes K; by default the largest label + 1.
         indices: The images to fit on; by default all.
-        tolerance: Where to stop: estimated distance of a problem's loss from its optimum.
         max_iterations: Where to stop in any case.
         device: Where to compute.
         standardise: Whether to divide features by their standard deviations; without, they are centred alone.
-
-    Returns:
-        The probes by layer name.
 
     Raises:
         ValueError: Nothing to fit, features that do not fit together or are no numbers, labels or strengths out of
@@ -110,10 +101,9 @@ def fit_logistic_regression(
         together = max(1, _MEMORY_BYTES // (4 * len(l2) * classes * (width + 1) * (2 * HISTORY + 8)))
         for first in range(0, len(names), together):
             group = names[first : first + together]
-            problem = _Problem(
-                [features[n] for n in group], labels, rows, l2, classes, torch.device(device), standardise
-            )
-            fitted.update(zip(group, problem.solve(tolerance, max_iterations), strict=True))
+            chosen = [features[n] for n in group]
+            problem = _Problem(chosen, labels, rows, l2, classes, torch.device(device), standardise)
+            fitted.update(zip(group, problem.solve(max_iterations), strict=True))
     return {name: fitted[name] for name in features}
 
 
@@ -124,10 +114,8 @@ def _check_problem(
         raise ValueError("There is nothing to fit: give features of at least one layer, one image and one l2.")
     shapes = sorted({(len(views), *view.shape) for views in features.values() for view in views})
     if len({shape[0] for shape in shapes}) > 1 or any(len(shape) != 3 or shape[1] != count for shape in shapes):
-        raise ValueError(
-            f"Features have shapes {shapes} (views, images, width): every layer must have as many views, and every "
-            f"view the {count} images of the labels."
-        )
+        wanted = f"every layer must have as many views, and every view the {count} images of the labels"
+        raise ValueError(f"Features have shapes {shapes} (views, images, width): {wanted}.")
     if not all(0 < strength < math.inf for strength in l2):
         raise ValueError(f"l2 is {list(l2)}: every strength must be positive, or there may be no optimum.")
     if labels.min() < 0 or labels.max() >= classes:
@@ -224,17 +212,14 @@ class _Problem:
         parts = (by_whitened.reshape(len(loss.flatten()), -1), by_bias.reshape(len(loss.flatten()), -1))
         return loss.flatten(), torch.cat(parts, dim=1)
 
-    def solve(self, tolerance: float, max_iterations: int) -> list[LinearProbes]:
+    def solve(self, max_iterations: int) -> list[LinearProbes]:
         """Minimise, and return every layer's probes for features as they are."""
         start = torch.zeros(self.probes * len(self.l2), self.classes * (self.width + 1), device=self.device)
-        variables, loss, converged = minimise(self.evaluate, start, tolerance, max_iterations)
+        variables, loss, converged = minimise(self.evaluate, start, _TOLERANCE, max_iterations)
         weight, bias = self.weights(variables)
         if not converged.all():
-            warnings.warn(
-                f"{int((~converged).sum())} of {len(converged)} probes did not reach their optimum in {max_iterations} "
-                "iterations: regularise them more, or allow more iterations.",
-                stacklevel=3,
-            )
+            what = f"{int((~converged).sum())} of {len(converged)} probes did not reach their optimum"
+            warnings.warn(f"{what} in {max_iterations} iterations: regularise them more.", stacklevel=3)
         # In float64, as features may be far from zero.
         weight = weight.double() / self.std[:, None, None].double()
         bias = bias.double() - (weight * self.mean[:, None, None].double()).sum(3)
@@ -248,13 +233,11 @@ def knn_predict(
     test: np.ndarray,
     neighbours: Sequence[int],
     *,
-    temperature: float = 0.07,
-    num_classes: int | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[int, np.ndarray]:
-    """Classify by the nearest training images: cosine similarity, votes weighted by exp(similarity / temperature).
+    """Classify by the nearest training images: cosine similarity, votes weighted by exp(similarity / 0.07).
 
-    The protocol and the temperature are those of Wu et al. 2018 (arXiv 1805.01978). Features are centred on the
+    The protocol and this temperature are those of Wu et al. 2018 (arXiv 1805.01978). Features are centred on the
     training images' mean first: pooled hidden states share a large offset, beside which all would look alike.
 
     Args:
@@ -262,8 +245,6 @@ def knn_predict(
         labels: Their classes (N,), from 0.
         test: Features of the images to classify (M, C).
         neighbours: Numbers of neighbours, each at most N.
-        temperature: What similarities are divided by.
-        num_classes: Number of classes; by default the largest label + 1.
         device: Where to compute.
 
     Returns:
@@ -272,8 +253,7 @@ def knn_predict(
     if not 1 <= min(neighbours) <= max(neighbours) <= len(train):
         raise ValueError(f"neighbours are {list(neighbours)}: allowed are 1 to the {len(train)} training images.")
     mean = torch.from_numpy(train.mean(0, dtype=np.float64)).float().to(device)
-    classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    targets, most, size = torch.as_tensor(labels).to(device), max(neighbours), 4096
+    targets, size = torch.as_tensor(labels).to(device), 4096
     votes: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     for queries in _unit_rows(test, mean, 1024):
         similarity = torch.empty(len(queries), 0, device=device)
@@ -282,11 +262,11 @@ def knn_predict(
             near = targets[i * size : i * size + len(keys)].expand(len(queries), -1)
             similarity = torch.cat([similarity, queries @ keys.T], 1)
             classes_found = torch.cat([classes_found, near], 1)
-            similarity, order = similarity.topk(min(most, similarity.shape[1]), dim=1)
+            similarity, order = similarity.topk(min(max(neighbours), similarity.shape[1]), dim=1)
             classes_found = classes_found.gather(1, order)
-        weight = ((similarity - 1) / temperature).exp()
+        weight = ((similarity - 1) / 0.07).exp()
         for k in neighbours:
-            ballot = torch.zeros(len(queries), classes, device=device)
+            ballot = torch.zeros(len(queries), int(labels.max()) + 1, device=device)
             votes[k].append(ballot.scatter_add_(1, classes_found[:, :k], weight[:, :k]).argmax(1).cpu())
     return {k: torch.cat(parts).numpy() for k, parts in votes.items()}
 

@@ -56,7 +56,7 @@ def open_processor(model: Model, cache_dir: str | None = None) -> DDAEImageProce
     """Return the image processor of a checkpoint or, of an open model, the one that its network asks for."""
     if isinstance(model, (str, os.PathLike)):
         return DDAEImageProcessor.from_pretrained(model, cache_dir=cache_dir)
-    base: Any = model.base_model  # of a classifier
+    base: Any = model.base_model
     return DDAEImageProcessor.for_denoiser(base.denoiser.config, base.config.vae)
 
 

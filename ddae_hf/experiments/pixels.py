@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,51 +15,37 @@ from PIL import Image as PILImage
 
 from ..image_processing_ddae import DDAEImageProcessor
 
+Rows = Sequence[int] | np.ndarray  # places of images
 SHARE = 4  # of the memory that is left, one part in so many may be filled
 HINT = " Replace it, or leave such images out with skip_bad_images."
 ELSEWHERE = 4 * 2**30  # bytes that are taken to be left where the system is not Linux, which tells
 
 
 class DamagedImageError(ValueError):
-    """An image that cannot be read.
-
-    A loader's worker sends an error as the text of its traceback, of which this one keeps what it had said.
-    """
+    """An image that cannot be read: what was said of it, alone, where a loader's worker sends a traceback as text."""
 
     def __init__(self, words: str):
         super().__init__(words.rpartition(f"{DamagedImageError.__name__}: ")[2].strip())
 
 
-class Readable(Protocol):
-    """Images by their places."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def pil(self, rows: Sequence[int]) -> list[PILImage.Image]:
-        """Return those at these places."""
-
-
 class Pixels:
-    """The pixels of images, as integers from 0 to 255 that `scaled` makes floats of.
+    """The pixels of an `ImageSet`, as integers from 0 to 255 that `scaled` makes floats of.
 
-    An image is decoded when it is first asked for and, with `keep`, only then, if all of them fit into memory. Where
-    some have more than 8 bits, none are kept, and batches with such images are floats.
+    With `keep`, an image is decoded once, if all fit into memory. Where some have more than 8 bits, none are kept, and
+    batches with such images are floats.
     """
 
-    def __init__(self, images: Readable, processor: DDAEImageProcessor, keep: bool = True):
+    def __init__(self, images: Any, processor: DDAEImageProcessor, keep: bool = True):
         if processor.do_normalize and not processor.do_rescale:
-            raise ValueError(
-                "The image processor has do_rescale=False: images of files count from 0 to 255, leave it out."
-            )
-        self.images, self.processor = images, processor
-        self.keep = keep
+            reason = "images of files count from 0 to 255, leave it out"
+            raise ValueError(f"The image processor has do_rescale=False: {reason}.")
+        self.images, self.processor, self.keep = images, processor, keep
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of all images, and which of them are there
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+    def read(self, indices: Rows) -> torch.Tensor:
         """Return pixels (B, C, H, W) of the images at `indices`, in that order: uint8, or floats in [-1, 1]."""
         rows, kept = torch.as_tensor(indices), self.kept
         missing = rows if kept is None else rows[~kept[1][rows]]
@@ -89,10 +75,9 @@ class Pixels:
 
 
 def decode(file: dict[str, Any] | None, feature: Image, where: str) -> PILImage.Image:
-    """Return the image of a file, given as its `path` and `bytes`, one of which may be None.
+    """Return the image of a file, given as its `path` and `bytes`, or raise an error that says which it is.
 
-    Raises:
-        DamagedImageError: None, or what Pillow cannot read; it says of which file, or `where` it came from.
+    `where` is what is said of images that are no files of their own.
     """
     try:
         if file is None:
@@ -125,16 +110,11 @@ def _scale(pixels: torch.Tensor, processor: DDAEImageProcessor) -> torch.Tensor:
     if processor.do_rescale:
         pixels.mul_(processor.rescale_factor)
     if processor.do_normalize:
-        mean, std = (_factor(value, pixels.device) for value in (processor.image_mean, processor.image_std))
-        pixels.sub_(mean).div_(std)
+        for change, value in ((pixels.sub_, processor.image_mean), (pixels.div_, processor.image_std)):
+            # A number waits for no copy to the device.
+            one = isinstance(value, (int, float))
+            change(float(value) if one else torch.tensor(value, device=pixels.device).float().reshape(-1, 1, 1))
     return pixels
-
-
-def _factor(value: float | Sequence[float], device: torch.device) -> float | torch.Tensor:
-    # A number waits for no copy to the device.
-    if isinstance(value, (int, float)):
-        return float(value)
-    return torch.tensor(value, dtype=torch.float32, device=device).reshape(-1, 1, 1)
 
 
 def fits(count: int) -> bool:

@@ -1,8 +1,7 @@
 """Transfer a denoiser of latents, such as an ImageNet DiT, to a labelled data set that it was never trained on.
 
 Every image, and changed copies of it, are resized to the size that the network was trained on and encoded once; then
-the denoiser alone reads the latents from the disk. Layer and noise level are chosen on a part of the training images,
-the best pair is probed on all of them, and tested once. `finetune` then trains the network itself.
+the denoiser alone reads the latents from the disk, in a sweep. `finetune` then trains the network itself.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ class TransferOptions(SweepOptions):
     def check(self) -> None:
         """Refuse what cannot work, options of fine-tuning among it."""
         super().check()
-        if self.finetune is not None and self.output_dir is None:
-            raise ValueError("finetune needs an output_dir, where its classifier and its checkpoints are kept.")
         if self.finetune is not None:
+            if self.output_dir is None:
+                raise ValueError("finetune needs an output_dir, where its classifier and its checkpoints are kept.")
             try:
                 self.finetuning(layer="", sigma=1.0, latents_dir="")
             except ValueError as error:
@@ -98,26 +97,22 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
     processor = open_processor(model, options.cache_dir)
     denoiser, vae = _open(model, options)
     sides = processor.size["height"], processor.size["width"]
-    pixels = {"train": ImageInputs(train, processor), "test": ImageInputs(test, processor)}
-    views = {}
-    if options.num_views > 1:
-        views = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
+    views: Any = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
+    pixels = {"train": ImageInputs(train, processor, **views), "test": ImageInputs(test, processor, **views)}
     with contextlib.ExitStack() as stack:
         where = options.latents_dir
         if where is None:
             kept = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
             where = str(Path(kept) / "latents")
         folder = LatentFolder.create(
-            where, vae, sides, describe_splits(pixels, options.num_views, views),
+            where, vae, sides, describe_splits(pixels, options.num_views, views if options.num_views > 1 else {}),
             sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
             vae_source=os.fspath(model) if isinstance(model, (str, os.PathLike)) else None,
         )  # fmt: skip
         if folder.shape != denoiser.config.sample_shape:
-            raise ValueError(
-                f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes "
-                f"{denoiser.config.sample_shape}: mend its preprocessor_config.json, or give the VAE that it was "
-                "trained with."
-            )
+            what = f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes"
+            mend = "mend its preprocessor_config.json, or give the VAE that it was trained with"
+            raise ValueError(f"{what} {denoiser.config.sample_shape}: {mend}.")
         learnt = LatentInputs(train, folder, "train")
         tested = LatentInputs(test, folder, "test")
         prober = check_sweep(denoiser, learnt, tested, processor, options, selection_views=FIRST)
@@ -150,16 +145,15 @@ def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
 
 def features_use(prober: Prober, folder: LatentFolder) -> str:
     """Return what features of latents will take, and how often the denoiser will run, in words."""
-    if prober.options.online:
+    options = prober.options
+    if options.online:
         return "These probes keep no features: the denoiser runs on every image at each noise level and epoch."
-    options, sigmas = prober.options, len(prober.sigmas)
     widths = [num_bytes((hidden_size(prober.model.denoiser, layer),), 1) for layer in prober.layers]
-    choosing = len(prober.chosen_on) * sigmas
+    choosing = len(prober.chosen_on) * len(prober.sigmas)
     probing = (len(prober.train) + len(prober.test)) * options.num_views * options.num_noise_seeds
+    free = size(shutil.disk_usage(folder.folder).free)
     return (
-        f"Features take {size(choosing * sum(widths))} to choose on ({len(widths)} layers, {sigmas} noise levels, "
-        f"{len(prober.chosen_on):,} images) and at most {size(probing * max(widths))} of the best pair; "
-        f"{size(shutil.disk_usage(folder.folder).free)} are free beside the latents. The denoiser runs on "
-        f"{choosing:,} latents to choose, and on {probing:,} to probe the best pair with {options.num_noise_seeds} "
-        "noise seeds: up to the deepest layer asked for, no further."
+        f"To choose among {len(widths)} layers and {len(prober.sigmas)} noise levels, the denoiser runs on "
+        f"{choosing:,} latents, whose features take {size(choosing * sum(widths))}; to probe the best pair, on "
+        f"{probing:,}, whose features take at most {size(probing * max(widths))}. {free} are free beside the latents."
     )
