@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 from .arrays import write_text
 from .batches import Batches
 from .progress import PROGRESS, Progress
+from .run_facts import machine
 from .run_folder import check_folder, clear_rubbish, discard, note_files, saved_checkpoints, saving, step_of
 from .stopping import Interrupted, Stopping, check_weights, look, not_finite
 
@@ -201,7 +202,7 @@ class Loop:
                     raise self._interrupted(stop)
                 if drawn and sample is not None:
                     sample(step)
-        self.count_seconds()
+        self._count_seconds()
 
     def steps(self, loss: Callable[[Any], Tensor]) -> Iterator[int]:
         """Train, and yield the number of every step that is done, up to the last."""
@@ -288,7 +289,33 @@ class Loop:
         found = [folder for folder in found if step_of(folder) <= self.progress.steps]
         return found[-1] if found else self.checkpoint_before
 
-    def count_seconds(self) -> None:
+    def is_finished(self, results: str) -> bool:
+        """Return whether the run that was resumed has left all it leaves; this file of its folder comes last."""
+        if self.folder is None or self.checkpoint_before is None or not (self.folder / results).is_file():
+            return False
+        finished = json.loads((self.folder / results).read_text(encoding="utf-8"))["steps"] == self.total_steps
+        if finished:
+            logger.info(f"{self.folder} is complete, after {self.total_steps} steps: there is nothing left to do.")
+        return finished
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the report of a training says of the loop."""
+        progress = self.progress
+        images = progress.images - self.resumed.images
+        seconds = progress.seconds - self.resumed.seconds
+        return {
+            "steps": progress.steps,
+            "loss_last_100_batches": progress.loss(),
+            "images": progress.images,
+            "images_this_run": images,
+            "seconds": round(progress.seconds, 1),
+            "seconds_this_run": round(seconds, 1),
+            # Where nothing was left to train, the rate until then.
+            "images_per_second": round(images / seconds if images else progress.images / self.resumed.seconds, 1),
+            **machine(self.accelerator.device.type, self.accelerator.num_processes),
+        }
+
+    def _count_seconds(self) -> None:
         """Bring the seconds of all runs up to now."""
         self.progress.seconds = self.resumed.seconds + time.monotonic() - self.started
 
@@ -306,7 +333,7 @@ class Loop:
         """
         folder, accelerator = self.folder, self.accelerator
         assert folder is not None
-        self.count_seconds()
+        self._count_seconds()
         partial, final = folder / "partial-checkpoint", folder / f"checkpoint-{self.progress.steps}"
         with saving(folder):
             if accelerator.is_main_process:
