@@ -58,12 +58,7 @@ class BatchSizes(NamedTuple):
 
 
 def batch_sizes(options: Any, processes: int, default: int = 128) -> BatchSizes:
-    """Return how many images a step has, and how they are shared out among devices and forward passes.
-
-    Args:
-        options: `TrainingOptions`.
-        processes: Number of devices.
-        default: Images of a step where neither size is given.
+    """Return how many images a step has, and how they are shared out; `default` is what it has where no size is given.
 
     Raises:
         ValueError: Sizes that contradict each other, or that cannot be shared out.

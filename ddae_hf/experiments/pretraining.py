@@ -62,7 +62,7 @@ class PretrainingOptions(TrainingOptions):
     """Options of `pretrain`."""
 
     # Beside these, the network and its scheduler are compared as they were built, the data by number and hash.
-    may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change | frozenset(
+    may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
         """denoiser scheduler vae resolution center_crop gradient_checkpointing adam_beta1 adam_beta2 adam_weight_decay
         adam_epsilon ema_decay sample_steps num_samples num_inference_steps sampler""".split()
     )
@@ -122,11 +122,10 @@ class PretrainingResult(PretrainingReport):
     run: Pretraining | None = in_memory()
 
     def save(self, folder: str | Path) -> None:
-        """Write the networks, averaged and `raw`, the options and the report, as `output_dir` has them.
+        """Write the networks, averaged and `raw`, the options and the report, or raise `OSError`.
 
         Raises:
             ValueError: The run was complete before, so its folder has them already.
-            OSError: They cannot be written.
         """
         if self.run is None:
             raise ValueError(f"This run was complete before: {self.folder} has it.")
@@ -165,11 +164,10 @@ def pretrain(
     with options.accelerated(sizes) as accelerator:
         run = Pretraining(options, accelerator, data, sizes, resume)
         if run.loop.is_finished(PretrainingReport.file):
-            result = PretrainingResult.read(run.loop.folder)
+            result = PretrainingResult.read(options.output_dir or "")
             result.pipeline = run.pipeline(run.average)
             return result
-        run.train()
-        return run.finish()
+        return run.train()
 
 
 class Pretraining:
@@ -206,26 +204,18 @@ class Pretraining:
         self.average.requires_grad_(False).eval()
         logger.info(f"Training on {data.describe(network.config.sample_size)}.")
         loader = data.batches(network.config, sizes, options)
+        betas = (options.adam_beta1, options.adam_beta2)
         optimizer = torch.optim.AdamW(
             network.parameters(),
             options.rate(sizes),
-            (options.adam_beta1, options.adam_beta2),
+            betas,
             options.adam_epsilon,
             options.adam_weight_decay,
             fused=True,
         )
         made_fast(network, accelerator.device)
         self.loop = options.loop(
-            accelerator,
-            network,
-            optimizer,
-            loader,
-            sizes,
-            known,
-            resume,
-            self.write,
-            average=self.average,
-            ema_decay=options.ema_decay,
+            accelerator, network, optimizer, loader, sizes, known, resume, self.write, self.average, options.ema_decay
         )
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
@@ -235,8 +225,7 @@ class Pretraining:
         trained = trained_with(resume)
         latents = {"center_crop": False, **read_json(resume / LATENTS)} if (resume / LATENTS).is_file() else None
         may_change = set(options.may_change)
-        if not options.low_resolution:
-            may_change.add("low_resolution_share")
+        may_change |= set() if options.low_resolution else {"low_resolution_share"}
         if not options.class_conditional and not trained.get("class_conditional"):
             may_change.add("label_dropout")
         if data.latents is None:
@@ -264,16 +253,6 @@ class Pretraining:
         log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
         return self.diffusion.loss(clean, class_labels=labels, log_normal=log_sigma).mean()
 
-    def train(self) -> None:
-        """Train, and leave checkpoints and samples."""
-        options, loop = self.options, self.loop
-        sample = self.sample if options.output_dir else None
-        step = loop.progress.steps
-        if sample and step and options.sample_steps and step % options.sample_steps == 0:
-            if not self.picture(step).is_file():  # interrupted before it was drawn
-                sample(step)
-        loop.run(self.loss, sample, options.sample_steps)
-
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""
         network = network_of(self.average)
@@ -292,8 +271,8 @@ class Pretraining:
         self.pipeline(self.loop.averaged()).save_pretrained(folder)
         self.pipeline(self.loop.raw()).save_pretrained(folder / "raw")
         vae = None if self.data.vae is None else self.data.vae.config
+        processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
         for place in (folder, folder / "raw"):
-            processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
             processor.save_pretrained(place)
         write_options(self.given, folder)
 
@@ -330,16 +309,21 @@ class Pretraining:
                 more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **more)
 
-    def finish(self) -> PretrainingResult:
-        """Write the final network, its samples and, last of all, the report."""
+    def train(self) -> PretrainingResult:
+        """Train, and leave checkpoints and samples, the final network and, last of all, the report."""
         options, loop, folder = self.options, self.loop, self.options.output_dir
+        main = self.accelerator.is_main_process
+        every = options.sample_steps if folder else 0
+        step = loop.progress.steps
+        if every and step and step % every == 0 and not self.picture(step).is_file():  # interrupted before it was drawn
+            self.sample(step)
+        loop.run(self.loss, self.sample, every)
         self.accelerator.wait_for_everyone()
-        steps = loop.progress.steps
-        if self.accelerator.is_main_process and folder:
+        if main and folder:
             with saving(folder):
                 self.write(Path(folder))
-            if options.sample_steps and steps % options.sample_steps:
-                self.sample(steps)
+        if every and loop.progress.steps % every:
+            self.sample(loop.progress.steps)
         result = PretrainingResult(
             options=self.given,
             parameters=sum(p.numel() for p in self.average.parameters()),
@@ -350,11 +334,10 @@ class Pretraining:
             **loop.facts(),
             **base_model(options.init_from),
         )
-        if self.accelerator.is_main_process and folder:
+        if main and folder:
             with saving(folder):
                 result.write(folder)
-            loss = result.loss_last_100_batches
-            logger.info(f"{result.images_per_second} images/s, loss {loss}; saved {folder}.")
+            logger.info(f"{result.images_per_second} images/s, loss {result.loss_last_100_batches}; saved {folder}.")
         return result
 
 

@@ -60,11 +60,9 @@ class Loop:
         schedule: Returns the schedule of an optimiser's rates, by default a constant one. Where a run may be resumed it
             is a `LambdaLR`, whose rates depend on the step alone.
         max_grad_norm: Largest norm of the gradient; 0 leaves it as it is.
-        average: A copy of the module, to hold averaged weights.
-        ema_decay: Decay of these after its ramp.
+        average: A copy of the module, to hold averaged weights; after its ramp, with decay `ema_decay`.
         output_dir: Folder of checkpoints; without one there are none, and signals act as always.
-        checkpointing_steps: Steps between two checkpoints.
-        checkpoints_total_limit: How many to keep, all if None. The one that is written is always among them.
+        checkpointing_steps: Steps between two checkpoints; the newest `checkpoints_total_limit` are kept, or all.
         save: Writes into a checkpoint's folder what accelerate does not: weights and options. `average` is up to date.
         keep_weights: Whether accelerate writes the module's weights into checkpoints, and `restore` reads them.
         desc: What the progress bar says.
@@ -166,17 +164,9 @@ class Loop:
         return [*self.module.state_dict().values(), *([] if self.ema is None else self.ema.shadow_params)]
 
     def run(
-        self,
-        loss: Callable[[Any], Tensor],
-        sample: Callable[[int], None] | None = None,
-        sample_steps: int = 0,
+        self, loss: Callable[[Any], Tensor], sample: Callable[[int], None] | None = None, sample_steps: int = 0
     ) -> None:
-        """Train to the last step.
-
-        Args:
-            loss: Returns the loss of a batch, which `module` gives.
-            sample: Is called with a step's number after every `sample_steps` of them.
-            sample_steps: Steps between two of these calls; 0 for none.
+        """Train to the last step, with the loss of a batch; `sample` is called after every `sample_steps` of them.
 
         Raises:
             NotFinite: A loss or weights that are no finite numbers; nothing of them is saved.
@@ -326,11 +316,7 @@ class Loop:
         return self.average
 
     def checkpoint(self) -> None:
-        """Write `checkpoint-STEP`, complete or not at all, and drop the oldest others beyond the limit.
-
-        Raises:
-            OSError: It could not be written, such as on a full disk. Earlier ones stay.
-        """
+        """Write `checkpoint-STEP`, complete or not at all (`OSError`), and drop the oldest others beyond the limit."""
         folder, accelerator = self.folder, self.accelerator
         assert folder is not None
         self._count_seconds()

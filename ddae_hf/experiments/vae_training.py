@@ -161,8 +161,8 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         save = partial(write_options, given)
         loop = options.loop(accelerator, Autoencoder(vae), optimizer, loader, sizes, data, resume, save)
         if loop.is_finished(VAEReport.file):
-            finished = VAEResult.read(loop.folder)
-            finished.vae = AutoencoderKL.from_pretrained(loop.folder)
+            finished = VAEResult.read(options.output_dir or "")
+            finished.vae = AutoencoderKL.from_pretrained(options.output_dir)
             return finished
         logger.info(f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out.")
 
