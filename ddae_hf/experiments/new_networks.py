@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoints import build_scheduler, plain_config, read_checkpoint
 from ..configuration_ddae import DDAEConfig
-from ..networks import NETWORKS, build_denoiser, network_of
+from ..networks import build_denoiser, network_of
 from ..noise import family_of
 from .draws import separate_randomness
 from .pretraining_data import TrainingData
@@ -20,19 +20,8 @@ DENOISER = {"_class_name": "UNet2DModel", "in_channels": 3}
 SCHEDULER = {"_class_name": "DDPMScheduler"}
 
 
-def refuse_label_options(denoiser: dict[str, Any]) -> None:
-    """Raise `ValueError` for options of a network's labels, which the data set gives."""
-    own = {name for network in NETWORKS.values() for name in network.label_options(1)}
-    if labels := sorted(own & set(denoiser)):
-        raise ValueError(f"denoiser has {labels[0]}: leave it out, class_conditional takes it from the data set.")
-
-
 def new_networks(options: Any, data: TrainingData) -> tuple[Any, Any]:
-    """Return the denoiser, randomly initialised, and the scheduler that options describe.
-
-    Raises:
-        ValueError: Options that those classes do not have.
-    """
+    """Return the denoiser, randomly initialised, and the scheduler that options describe, or raise `ValueError`."""
     inputs: dict[str, Any] = {"sample_size": options.resolution or 32}
     if data.latents is not None:
         channels, side, _ = data.latents.shape
@@ -47,11 +36,7 @@ def new_networks(options: Any, data: TrainingData) -> tuple[Any, Any]:
 
 
 def networks_to_train(options: Any, data: TrainingData, resume: Path | None) -> tuple[Any, Any, Any]:
-    """Return the denoiser in training, the one of averaged weights, and the scheduler.
-
-    Raises:
-        ValueError: A checkpoint whose denoiser works on something else.
-    """
+    """Return the denoiser in training, the one of averaged weights, and the scheduler, or raise `ValueError`."""
     start = resume or options.init_from
     if start is None:
         with separate_randomness(options.seed):

@@ -26,7 +26,7 @@ from ..augment import NUM_LABELS, augment, embed_labels, random_flip, reduced
 from ..diffusion import Diffusion
 from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
-from ..networks import network_of
+from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
 from .accelerating import this_process
 from .arrays import read_json, write_json, written_whole
@@ -35,7 +35,7 @@ from .devices import fast_layout, made_fast
 from .encoding import one_view
 from .images import Images
 from .latent_folder import LatentFolder
-from .new_networks import check_networks, networks_to_train, new_networks, refuse_label_options, trained_on
+from .new_networks import check_networks, networks_to_train, new_networks, trained_on
 from .options import Table, option
 from .pixels import scaled
 from .plots import image_grid
@@ -100,7 +100,9 @@ class PretrainingOptions(TrainingOptions):
     def check(self) -> None:
         """Refuse what does not go together."""
         super().check()
-        refuse_label_options(self.denoiser)
+        own = {name for network in NETWORKS.values() for name in network.label_options(1)}
+        if labels := sorted(own & set(self.denoiser)):
+            raise ValueError(f"denoiser has {labels[0]}: leave it out, class_conditional takes it from the data set.")
         if self.init_from and (self.denoiser or self.scheduler):
             raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
         if self.augment and (self.random_flip or self.class_conditional):
@@ -204,14 +206,10 @@ class Pretraining:
         self.average.requires_grad_(False).eval()
         logger.info(f"Training on {data.describe(network.config.sample_size)}.")
         loader = data.batches(network.config, sizes, options)
+        rate = options.rate(sizes)
         betas = (options.adam_beta1, options.adam_beta2)
         optimizer = torch.optim.AdamW(
-            network.parameters(),
-            options.rate(sizes),
-            betas,
-            options.adam_epsilon,
-            options.adam_weight_decay,
-            fused=True,
+            network.parameters(), rate, betas, options.adam_epsilon, options.adam_weight_decay, fused=True
         )
         made_fast(network, accelerator.device)
         self.loop = options.loop(

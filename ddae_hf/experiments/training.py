@@ -182,14 +182,20 @@ class Loop:
             for step in self.steps(loss):
                 bar.update()
                 stop = None if stopping is None else self._agreed(stopping.requested, step)
-                saved = self.folder is not None and (stop is not None or _due(step, self.checkpointing_steps))
-                drawn = sample is not None and _due(step, sample_steps)
+                due = self.checkpointing_steps and step % self.checkpointing_steps == 0
+                saved = self.folder is not None and (stop is not None or due)
+                drawn = sample_steps and step % sample_steps == 0
                 if step % LOOKS == 0 or saved or drawn or step == self.total_steps:
                     self.look(bar)
                 if saved:
                     self.checkpoint()
                 if stop is not None:
-                    raise self._interrupted(stop)
+                    raise Interrupted(
+                        f"Stopped by {signal.Signals(stop).name} after step {step} of {self.total_steps}: "
+                        f"{self._last_checkpoint()} is saved. The same options with resume_from_checkpoint latest go "
+                        "on from it.",
+                        stop,
+                    )
                 if drawn and sample is not None:
                     sample(step)
         self._count_seconds()
@@ -211,8 +217,12 @@ class Loop:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.losses.append(found.detach())
-            count = len(next(iter(batch.values()))) * accelerator.num_processes
-            progress.count(count, accelerator.gradient_state.end_of_dataloader)
+            progress.batches += 1
+            progress.images += len(next(iter(batch.values()))) * accelerator.num_processes
+            progress.batch += 1
+            if accelerator.gradient_state.end_of_dataloader:
+                progress.epoch += 1
+                progress.batch = 0
             if not accelerator.sync_gradients:
                 continue
             if self.schedule is not None:
@@ -264,14 +274,6 @@ class Loop:
             return None
         mine = torch.tensor([requested or 0], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max()) or None
-
-    def _interrupted(self, number: int) -> Interrupted:
-        saved = self._last_checkpoint()
-        return Interrupted(
-            f"Stopped by {signal.Signals(number).name} after step {self.progress.steps} of {self.total_steps}: {saved} "
-            "is saved. The same options with resume_from_checkpoint latest go on from it.",
-            number,
-        )
 
     def _last_checkpoint(self) -> Path | None:
         """Return the newest checkpoint until now, be it the one that was resumed."""
@@ -344,7 +346,3 @@ class Loop:
     def raw(self) -> Any:
         """Return the module as it came, with the weights that the optimiser left."""
         return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return bool(every) and step > 0 and step % (every or 1) == 0

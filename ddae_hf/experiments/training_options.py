@@ -125,11 +125,7 @@ class TrainingOptions(Options):
         average: nn.Module | None = None,
         ema_decay: float = 0.0,
     ) -> Loop:
-        """Return the loop, from the start or from a checkpoint: see `Loop`, which has the weights without an average.
-
-        Raises:
-            ValueError: A stream without `max_train_steps`, or a damaged checkpoint.
-        """
+        """Return a `Loop`, from the start or from a checkpoint, which keeps the weights if there is no average."""
         steps = self.max_train_steps
         if steps is None:
             if data.num_images is None:
@@ -164,15 +160,9 @@ def trained_with(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, checkpoint: Path) -> None:
-    """Raise `ValueError` unless a run has the images and the batches that it began with, and a precision it can have.
+    """Raise `ValueError` unless a run has the batches and images it began with, and a precision that it can have.
 
-    Else which images of its epoch are done would not be known.
-
-    Args:
-        given: Options of this run.
-        sizes: Its batches.
-        data: Has its `num_images` and `images_hash`, as far as they are known.
-        checkpoint: What it goes on from.
+    Else which images of its epoch are done would not be known. `data` has this run's `num_images` and `images_hash`.
     """
     trained = read_options(checkpoint)
     before = Progress.read(checkpoint)
@@ -185,13 +175,12 @@ def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, c
             f"{checkpoint} was trained on {total} images a step (total_batch_size), and here are {sizes.total}: give "
             f"total_batch_size {total}, {anew}."
         )
+    same = f"give the same images, {anew}."
     if None not in (before.num_images, data.num_images) and before.num_images != data.num_images:
-        raise ValueError(
-            f"{checkpoint} was trained on {before.num_images} images, and here are {data.num_images}: give the same "
-            f"images, {anew}."
-        )
+        was = f"{checkpoint} was trained on {before.num_images} images"
+        raise ValueError(f"{was}, and here are {data.num_images}: {same}")
     if None not in (before.images_hash, data.images_hash) and before.images_hash != data.images_hash:
-        raise ValueError(f"{checkpoint} was trained on other images, as many as these: give the same images, {anew}.")
+        raise ValueError(f"{checkpoint} was trained on other images, as many as these: {same}")
     if given["mixed_precision"] == "fp16" and not (checkpoint / "state" / "scaler.pt").is_file():
         raise ValueError(
             f"mixed_precision was {trained.get('mixed_precision')} and is fp16: {checkpoint} has no scale of the "

@@ -176,6 +176,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         # A shift would go unheard: DiTPipeline, for one, only scales.
         vae.register_to_config(scaling_factor=1 / some["latent_std"])
         found, pairs = measure(vae, held_out, options)
+        shades = torch.cat(pairs)[:, : 3 if vae.config.in_channels >= 3 else 1] / 2 + 0.5
         result = VAEResult(
             options=given,
             dataset=images.facts(train),
@@ -183,7 +184,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
             scaling_factor=vae.config.scaling_factor,
             parameters=vae.num_parameters(),
             vae=vae,
-            reconstructions=_picture(pairs),
+            reconstructions=image_grid(DDAEPipeline.numpy_to_pil(shades.permute(0, 2, 3, 1).cpu().numpy()), columns=8),
             **loop.facts(),
         )
         if accelerator.is_main_process and options.output_dir:
@@ -247,8 +248,7 @@ def reconstruction_loss(options: VAEOptions, clean: Tensor, reconstruction: Tens
 def measure(vae: Any, images: ImageSet, options: VAEOptions) -> tuple[dict[str, float], list[Tensor]]:
     """Return what the autoencoder does to images, in float32, and some pairs (2, C, H, W) of image and reconstruction.
 
-    Reconstructions are of the posterior's mean, clipped to [-1, 1]; their peak signal-to-noise ratio is averaged over
-    images. The latents' statistics are of a draw of each posterior, over all their values.
+    Reconstructions are of the posterior's mean, clipped to [-1, 1]. The latents' statistics are of a draw of each.
     """
     processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=options.center_crop is not False)
     generator = torch.Generator().manual_seed(options.seed)
@@ -272,9 +272,3 @@ def measure(vae: Any, images: ImageSet, options: VAEOptions) -> tuple[dict[str, 
         "num_images": len(images),
     }
     return found, pairs
-
-
-def _picture(pairs: list[Tensor]) -> Any:
-    shades = torch.cat(pairs)
-    shades = shades[:, : 3 if shades.shape[1] >= 3 else 1]
-    return image_grid(DDAEPipeline.numpy_to_pil((shades / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()), columns=8)
