@@ -66,28 +66,17 @@ def batch_sizes(options: Any, processes: int, default: int = 128) -> BatchSizes:
     total, each, passes = options.total_batch_size, options.train_batch_size, options.gradient_accumulation_steps
     if total is None:
         total = default if each is None else each * processes * (passes or 1)
-    what = f"total_batch_size is {total}"
-    if each is None:
-        passes = passes or 1
-        shares = processes * passes
-        if total % shares:
-            raise ValueError(
-                f"{what}, which {processes} processes of {passes} forward passes (gradient_accumulation_steps) cannot "
-                f"share: give a multiple of {shares}, or another number of either."
-            )
-        each = total // shares
-    elif passes is None:
-        if total % (each * processes):
-            raise ValueError(
-                f"{what}, which is no multiple of a train_batch_size of {each} on each of {processes} processes: give "
-                f"a multiple of {each * processes}, or another train_batch_size."
-            )
-        passes = total // (each * processes)
-    elif each * processes * passes != total:
+    shares = processes * (each or 1) * (passes or 1)
+    if total % shares if None in (each, passes) else total != shares:
+        needed = f"a multiple of {shares}" if None in (each, passes) else f"{shares}, or one of the three left out"
         raise ValueError(
-            f"{what}, and train_batch_size {each} x {processes} processes x gradient_accumulation_steps {passes} are "
-            f"{each * processes * passes}: leave out one of the three."
+            f"total_batch_size is {total}: with train_batch_size {each}, gradient_accumulation_steps {passes} and "
+            f"{processes} process(es) it must be {needed}."
         )
+    if each is None:
+        each = total // shares
+        passes = passes or 1
+    passes = passes or total // shares
     sizes = BatchSizes(total, each, passes, processes)
     logger.info(f"A step has {total} images: {each} x {processes} device(s) x {passes} forward pass(es).")
     return sizes

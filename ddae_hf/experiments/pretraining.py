@@ -45,7 +45,7 @@ from .report import in_memory
 from .results import PretrainingReport
 from .run_facts import base_model
 from .run_folder import check_same_run, saving, write_options
-from .training_options import TrainingOptions, check_resumed, trained_with
+from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
 
@@ -191,11 +191,10 @@ class Pretraining:
         self.given = options.in_force(sizes, accelerator.mixed_precision, data.opened_with)
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
-        if resume is not None:
-            check_resumed(self.given, sizes, known, resume)
+        trained = None if resume is None else check_resumed(self.given, sizes, known, resume)
         network, self.average, self.scheduler = networks_to_train(options, data, resume)
-        if resume is not None:
-            self._check_same_run(resume, network)
+        if resume is not None and trained is not None:
+            self._check_same_run(trained, network, resume)
         check_networks(options, network, self.scheduler, data)
         kind = network_of(network)
         kind.stop_own_dropping(network)
@@ -217,10 +216,9 @@ class Pretraining:
         )
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
-    def _check_same_run(self, resume: Path, network: Any) -> None:
+    def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
         options, data = self.options, self.data
-        trained = trained_with(resume)
         latents = {"center_crop": False, **read_json(resume / LATENTS)} if (resume / LATENTS).is_file() else None
         may_change = set(options.may_change)
         may_change |= set() if options.low_resolution else {"low_resolution_share"}

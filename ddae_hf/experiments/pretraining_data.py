@@ -84,6 +84,8 @@ def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
     chosen = images[options.train_split]
     if options.class_conditional:
         chosen = chosen.labelled()
+    if chosen.streaming and options.max_train_steps is None:
+        raise ValueError("A stream needs max_train_steps: how many images an epoch has is not known.")
     if chosen.streaming and options.max_train_samples and options.dataloader_num_workers > 1:
         raise ValueError(
             "max_train_samples: workers share a stream's files, none knows its first N: take one "

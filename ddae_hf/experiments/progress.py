@@ -42,6 +42,12 @@ class Progress:
             progress.batch_images = read_options(checkpoint)["train_batch_size"] * processes
         return progress
 
+    def count(self, images: int, last: bool) -> None:
+        """Add a batch, which may be the last of its epoch."""
+        self.batches += 1
+        self.images += images
+        self.epoch, self.batch = (self.epoch + 1, 0) if last else (self.epoch, self.batch + 1)
+
     def cut_into(self, batch_images: int) -> None:
         """Count in batches of another size, which the images done must fill, or raise `ValueError`."""
         if self.batch_images in (None, batch_images):

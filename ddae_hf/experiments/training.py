@@ -217,12 +217,8 @@ class Loop:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.losses.append(found.detach())
-            progress.batches += 1
-            progress.images += len(next(iter(batch.values()))) * accelerator.num_processes
-            progress.batch += 1
-            if accelerator.gradient_state.end_of_dataloader:
-                progress.epoch += 1
-                progress.batch = 0
+            count = len(next(iter(batch.values()))) * accelerator.num_processes
+            progress.count(count, accelerator.gradient_state.end_of_dataloader)
             if not accelerator.sync_gradients:
                 continue
             if self.schedule is not None:

@@ -128,9 +128,7 @@ class TrainingOptions(Options):
         """Return a `Loop`, from the start or from a checkpoint, which keeps the weights if there is no average."""
         steps = self.max_train_steps
         if steps is None:
-            if data.num_images is None:
-                raise ValueError("A stream needs max_train_steps: how many images an epoch has is not known.")
-            steps = self.num_train_epochs * max(1, data.num_images // sizes.total)
+            steps = self.num_train_epochs * max(1, (data.num_images or 0) // sizes.total)
         loop = Loop(
             accelerator,
             module,
@@ -154,17 +152,12 @@ class TrainingOptions(Options):
         return loop
 
 
-def trained_with(checkpoint: Path) -> dict[str, Any]:
-    """Return the options of a checkpoint's run, those added that its version did not have."""
-    return {"center_crop": False, **read_options(checkpoint)}  # version 0.1.0 squashed
-
-
-def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, checkpoint: Path) -> None:
-    """Raise `ValueError` unless a run has the batches and images it began with, and a precision that it can have.
+def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's options, or raise `ValueError` unless a run has its batches and images and a fit precision.
 
     Else which images of its epoch are done would not be known. `data` has this run's `num_images` and `images_hash`.
     """
-    trained = read_options(checkpoint)
+    trained = {"center_crop": False, **read_options(checkpoint)}  # version 0.1.0 had no such option, and squashed
     before = Progress.read(checkpoint)
     total = trained.get("total_batch_size")
     if total is None:
@@ -186,3 +179,4 @@ def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, c
             f"mixed_precision was {trained.get('mixed_precision')} and is fp16: {checkpoint} has no scale of the "
             "losses. Give the precision that the run began with, or bf16."
         )
+    return trained

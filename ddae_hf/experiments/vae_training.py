@@ -40,7 +40,7 @@ from .progress import WEIGHTS, Progress
 from .report import in_memory
 from .results import VAEReport
 from .run_folder import check_same_run, saving, write_options
-from .training_options import Schedule, TrainingOptions, check_resumed, trained_with
+from .training_options import Schedule, TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +151,8 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
     with options.accelerated(sizes) as accelerator:
         given = options.in_force(sizes, accelerator.mixed_precision, images.opened_with) | {"center_crop": center_crop}
         if resume is not None:
-            check_same_run(given, trained_with(resume), options.may_change - {"center_crop", "resolution"}, resume)
-            check_resumed(given, sizes, data, resume)
+            trained = check_resumed(given, sizes, data, resume)
+            check_same_run(given, trained, options.may_change - {"center_crop", "resolution"}, resume)
         vae = new_vae(options)
         processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=center_crop)
         loader = image_batches(train, processor, sizes, options)
