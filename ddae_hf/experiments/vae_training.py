@@ -71,7 +71,7 @@ class VAEOptions(TrainingOptions):
     lr_scheduler: Schedule = option("cosine", "How the learning rate changes.")
     lr_warmup_steps: int = option(100, "Steps in which it rises from 0.")
     checkpointing_steps: int = option(1000, "Save a checkpoint, ready to resume, every N steps.")
-    checkpoints_total_limit: int | None = option(1, "Keep only the newest N checkpoints.")
+    checkpoints_total_limit: int | None = option(2, "Keep only the newest N checkpoints.")
 
     def check(self) -> None:
         """Refuse an autoencoder that cannot be built."""
@@ -79,7 +79,7 @@ class VAEOptions(TrainingOptions):
         if derived := sorted(set(self.vae) & set(DERIVED)):
             raise ValueError(f"vae has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
         if unknown := sorted(set(self.vae) - set(inspect.signature(AutoencoderKL).parameters)):
-            raise ValueError(f"vae: Any has no options {unknown}.")
+            raise ValueError(f"vae: AutoencoderKL has no options {unknown}.")
         widths = self.vae.get("block_out_channels", [64])
         if not (isinstance(widths, (list, tuple)) and widths):
             raise ValueError(f"vae has block_out_channels {widths!r}: it must be a list, such as [16, 32, 64].")
@@ -227,7 +227,10 @@ def split_images(images: Images, options: VAEOptions, sizes: BatchSizes) -> tupl
             f"{needed}. Lower one of them."
         )
     order = np.random.default_rng(options.seed).permutation(len(chosen))
-    return chosen.select(order[options.held_out :]), chosen.select(order[: options.held_out])
+    held_out = chosen.select(order[: options.held_out])
+    for row in range(len(held_out)):
+        held_out.pil([row])  # which names a damaged one now, not after the training
+    return chosen.select(order[options.held_out :]), held_out
 
 
 def clean_images(pixels: Tensor, vae: Any, flip: bool) -> Tensor:
