@@ -353,6 +353,7 @@ def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> T
         lr_scheduler_type="cosine", warmup_steps=options.lr_warmup_ratio, max_grad_norm=options.max_grad_norm,
         seed=options.seed, data_seed=options.seed, fp16=options.mixed_precision == "fp16",
         bf16=options.mixed_precision == "bf16", torch_compile=options.torch_compile, logging_steps=50,
+        use_cpu=best_device() == "cpu",  # without which it refuses bf16 there
         save_strategy="steps" if keeps else "no", save_steps=options.checkpointing_steps,
         report_to=options.report_to or "none",
         disable_tqdm=True,  # there is a bar that prints nothing
