@@ -9,11 +9,13 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from .arrays import read_json, write_text
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = "training_options.yaml"
 FILES = "files.json"
+# Words of safetensors and torch, whose errors of writing are no `OSError`.
+OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
 
 
 def check_folder(output_dir: str | os.PathLike[str]) -> None:
@@ -58,7 +62,7 @@ def _sha256(path: Path) -> str:
 def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
     """Return why a checkpoint cannot be resumed, in words, or None.
 
-    Those of versions before 0.3.0 have no `files.json`: of these only what is missing is found.
+    Those of versions before 0.3.0 have no `files.json`: of these it is found what is missing or cut short.
 
     Args:
         checkpoint: Its folder.
@@ -66,9 +70,10 @@ def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
     """
     if missing := [pattern for pattern in needed if not any(checkpoint.glob(pattern))]:
         return f"it has no {', no '.join(missing)}"
-    if not (checkpoint / FILES).is_file():
-        return None
     try:
+        if not (checkpoint / FILES).is_file():
+            cut = [path for path in sorted(checkpoint.rglob("*")) if _is_cut_short(path)]
+            return f"{cut[0].relative_to(checkpoint).as_posix()} is damaged" if cut else None
         known = read_json(checkpoint / FILES)
         for name, (size, digest) in known.items():
             path = checkpoint / name
@@ -79,6 +84,17 @@ def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
     except (ValueError, OSError) as error:
         return str(error).removesuffix(".")
     return None
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Return whether a file of tensors is none, or has lost its end, where torch's archives have their table."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                return False
+        except SafetensorError:
+            return True
+    return path.suffix in (".bin", ".pt", ".pth", ".pkl") and not zipfile.is_zipfile(path)
 
 
 def checkpoint_to_resume(
@@ -210,7 +226,7 @@ def _disk_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
-        if re.search("No space left|StorageFull|file write failed|os error|PytorchStreamWriter", str(error)):
+        if re.search(OF_DISKS, str(error)):
             return str(error)
         error = error.__cause__ or error.__context__
     return None
