@@ -1,11 +1,13 @@
 """Fine-tuning: its rules one by one, and its runs, at tiny size, on real digits."""
 
 import json
+import logging
 import math
 import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,7 +139,9 @@ def test_an_open_model_gives_what_its_checkpoint_gives_and_stays_as_it_is(checkp
     from_path = run(checkpoints / "flow", digits, None, **options)
     model = DDAEModel.from_pretrained(checkpoints / "flow")
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
     result = run(model, digits, None, **options)
+    assert model.config.to_dict() == config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     expected, found = from_path.classifier.state_dict(), result.classifier.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -145,6 +149,24 @@ def test_an_open_model_gives_what_its_checkpoint_gives_and_stays_as_it_is(checkp
     result.save(tmp_path)
     assert_same(tmp_path, tmp_path, "model.safetensors")
     assert accuracies(tmp_path, digits, 70)[0] == pytest.approx(result.test_accuracy)
+
+
+def test_that_the_classifier_is_new_is_not_reported(checkpoints, digits):
+    records = []
+    reporting = logging.getLogger("transformers.modeling_utils")
+    handler = logging.Handler()
+    handler.emit = records.append
+    reporting.addHandler(handler)
+    try:
+        level = reporting.getEffectiveLevel()
+        reporting.setLevel(logging.WARNING)
+        run(checkpoints / "flow", digits, None, max_train_steps=1)
+        assert not records and not reporting.filters
+        make_model("flow", checkpoints)
+        assert "LOAD REPORT" in records[0].getMessage()
+    finally:
+        reporting.removeHandler(handler)
+        reporting.setLevel(level)
 
 
 # Resuming
@@ -193,12 +215,63 @@ def test_a_finished_run_resumes_to_the_same_figures(finetuned, checkpoints, digi
 
 def test_a_complete_run_is_left_as_it_is(finetuned, checkpoints, digits, caplog, monkeypatch):
     folder, result = finetuned
-    monkeypatch.setattr(finetuning, "_finetune", None)
+    monkeypatch.setattr(finetuning, "train_further", None)
     with caplog.at_level("INFO"):
         again = run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST)
     assert "is complete: there is nothing left to do" in caplog.text
     assert again.to_dict() == json.loads(json.dumps(result.to_dict()))
     assert torch.equal(again.classifier.classifier.weight, result.classifier.classifier.weight.cpu())
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_finished_training_takes_over_no_other_options(finetuned, checkpoints, digits, tmp_path, complete):
+    """Also where it stopped before its tests."""
+    folder = started(finetuned, tmp_path / "out", 3, 6)
+    if complete:
+        shutil.copytree(finetuned[0], folder, dirs_exist_ok=True)
+    changes = {"learning_rate": 1e-5, "layer_decay": 0.5, "lr_warmup_ratio": 0.0, "weight_decay": 0.3, "ema_decay": 0.5}
+    for name, value in (changes | {"max_grad_norm": 2.0, "mixed_precision": "bf16"}).items():
+        with pytest.raises(
+            ValueError, match=f"checkpoint-6 was trained with other options: {name} was .* is {value!r}"
+        ):
+            run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
+    assert yaml.safe_load((folder / OPTIONS).read_text())["learning_rate"] == 1e-3
+    state = folder / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"max_steps": 6', '"max_steps": 9'))
+    (folder / "checkpoint-6" / FILES).unlink()
+    with pytest.raises(ValueError, match="max_train_steps was 9 and is 6"):
+        run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST)
+
+
+def test_a_run_goes_on_from_the_same_weights_and_images_wherever_they_lie(finetuned, checkpoints, digits, tmp_path):
+    folder = started(finetuned, tmp_path / "out", 3)
+    shutil.copytree(checkpoints / "ddpm", tmp_path / "model")
+    shutil.copytree(digits, tmp_path / "data")
+    run(f"{tmp_path / 'model'}/", tmp_path / "data", folder, **SIX, **LATEST)
+    assert_same(finetuned[0], folder)
+
+
+def test_a_run_goes_on_in_other_batches_of_the_same_steps_and_in_another_precision(
+    finetuned, checkpoints, digits, tmp_path, monkeypatch
+):
+    seen = []
+    change = trainer.FineTuner.change
+    watched = lambda self, images, labels: seen.append(labels) or change(self, images, labels)  # noqa: E731
+    monkeypatch.setattr(trainer.FineTuner, "change", watched)
+    parts = {"batch_size": 16, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
+    for number, changes in enumerate(({}, parts)):
+        folder = started(finetuned, tmp_path / str(number), 3)
+        torch.save({}, folder / "checkpoint-3" / "scaler.pt")  # as fp16 leaves it
+        result = run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **changes)
+        assert result.images == finetuned[1].images
+    assert torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:])) and len(seen) == 3 + 5
+    assert yaml.safe_load((folder / OPTIONS).read_text())["mixed_precision"] == "bf16"
+    given = {"mixed_precision": "fp16"}
+    tuner = SimpleNamespace(args=SimpleNamespace(fp16=True, max_steps=6), known={"options": given})
+    tuner.before = {"start": "", "options": {"mixed_precision": "no"}}
+    trainer.FineTuner._check_options(tuner, folder / "checkpoint-3")
+    with pytest.raises(ValueError, match="mixed_precision was 'no' and is 'fp16'"):
+        trainer.FineTuner._check_options(tuner, finetuned[0] / "checkpoint-3")
 
 
 def test_a_run_whose_end_was_interrupted_is_tested(finetuned, checkpoints, digits, tmp_path):
@@ -213,12 +286,16 @@ def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, d
     folder, _ = finetuned
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
         run(checkpoints / "ddpm", digits, folder, **SIX)
-    changes = {"random_flip": False, "seed": 2, "batch_size": 16, "mixed_precision": "bf16", "label_fraction": 0.5}
-    changes |= {"mixup": 0.0, "gradient_accumulation_steps": 2, "layer": "mid_block", "max_train_samples": 50}
+    changes = {"random_flip": False, "seed": 2, "label_fraction": 0.5, "mixup": 0.0, "layer": "mid_block"}
     for name, value in changes.items():
         with pytest.raises(ValueError, match=f"other options: {name} was .* and is {value!r}. Resuming cannot change"):
             run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
-    with pytest.raises(ValueError, match="other options: model_name_or_path was"):
+    for name, value, images in (("batch_size", 16, 16), ("gradient_accumulation_steps", 2, 64)):
+        with pytest.raises(ValueError, match=f"batch_size x gradient_accumulation_steps was 32 and is {images}"):
+            run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
+    with pytest.raises(ValueError, match="was trained on 100 images, and here are 50, or others"):
+        run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, max_train_samples=50)
+    with pytest.raises(ValueError, match="was trained from another model_name_or_path"):
         run(checkpoints / "edm", digits, folder, **SIX, **LATEST)
     with pytest.raises(ValueError, match="checkpoint-6 is past the 5 steps that are asked for"):
         run(checkpoints / "ddpm", digits, folder, **LATEST, max_train_steps=5)
@@ -297,7 +374,7 @@ def test_a_run_is_resumed_on_the_same_images(finetuned, checkpoints, digits, tmp
     checkpoint = tmp_path / "out" / "checkpoint-2"
     (checkpoint / FILES).unlink()
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
-    (checkpoint / "rng_state_1.pth").touch()  # as two processes leave them
+    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")  # as two processes leave them
     with pytest.raises(ValueError, match=r"was trained by 2 process\(es\), and here are 1: start as many as then"):
         run(checkpoints / "ddpm", copy, tmp_path / "out", **options)
 
@@ -343,9 +420,15 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
     assert_same(finetuned[0], tmp_path)
 
 
-@pytest.mark.parametrize("where", ["optimizer.pt", AVERAGED, PROGRESS])
+FULL = OSError(28, "No space left on device")
+OF_TORCH = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2260928 vs 2260816")
+
+
+@pytest.mark.parametrize(
+    ("where", "error"), [("optimizer.pt", FULL), ("optimizer.pt", OF_TORCH), (AVERAGED, FULL), (PROGRESS, FULL)]
+)
 def test_a_full_disk_is_one_sentence_and_leaves_earlier_checkpoints(
-    finetuned, checkpoints, digits, tmp_path, monkeypatch, where
+    finetuned, checkpoints, digits, tmp_path, monkeypatch, where, error
 ):
     with monkeypatch.context() as patch:
 
@@ -354,7 +437,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_earlier_checkpoints(
                 path, content = (content, path) if where == PROGRESS else (path, content)
                 if "checkpoint-6" in str(path) and str(path).endswith(where):
                     Path(path).write_bytes(b"half")
-                    raise OSError(28, "No space left on device")
+                    raise error
                 return write(*((path, content) if where == PROGRESS else (content, path)), *args, **kwargs)
 
             return writes
@@ -364,7 +447,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_earlier_checkpoints(
         )
         patch.setattr(module, name, full(getattr(module, name)))
         with pytest.raises(
-            OSError, match="could not be written to: No space left.*checkpoint-3 is the last checkpoint"
+            OSError, match="could not be written to: (No space|.*unexpected pos).*checkpoint-3 is the last checkpoint"
         ):
             run(checkpoints / "ddpm", digits, tmp_path, **SIX)
     assert [f.name for f in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]

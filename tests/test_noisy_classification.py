@@ -23,6 +23,7 @@ from ddae_hf.experiments.draws import indexed_noise
 from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet
 from ddae_hf.experiments.options import RANGES
 from ddae_hf.experiments.results import NoisyReport
+from ddae_hf.experiments.run_folder import saved_checkpoints
 from ddae_hf.experiments.stopping import Interrupted, NotFinite
 
 from . import scripts
@@ -154,7 +155,7 @@ def test_an_interrupted_run_resumes_exactly(trained, checkpoints, digits, tmp_pa
 
         noisy = noisy_classification.Study.noisy_batch
         patch.setattr(noisy_classification.Study, "noisy_batch", interrupted)
-        with pytest.raises(Interrupted, match="wide_resnet/checkpoint-1 is saved"):
+        with pytest.raises(Interrupted, match="wide_resnet/checkpoint-1 is saved. The same options go on from it"):
             run(checkpoints / "ddpm", digits, tmp_path, **TWO)
     views = [tmp_path / "features" / f"view-{view}.npy" for view in range(2)]
     views[1].unlink()  # as if it had stopped before; what is there is kept
@@ -177,7 +178,8 @@ def test_an_interrupted_run_resumes_exactly(trained, checkpoints, digits, tmp_pa
     assert views[0].stat().st_mtime_ns == kept
     for view in views:
         assert np.array_equal(np.load(view), np.load(folder / "features" / view.name))
-    assert [f.name for f in (tmp_path / "wide_resnet").glob("checkpoint-*")] == ["checkpoint-3"]
+    kept = [f.name for f in saved_checkpoints(tmp_path / "wide_resnet")]
+    assert kept == ["checkpoint-2", "checkpoint-3"]
     for file in (
         "mlp/model.safetensors",
         "wide_resnet/model.safetensors",
@@ -196,6 +198,36 @@ def test_the_rival_is_resumed_at_another_learning_rate(trained, checkpoints, dig
     assert state["param_groups"][0]["initial_lr"] == 0.01
 
 
+@pytest.mark.parametrize(("name", "value"), [("learning_rate", 0.01), ("steps", 2)])
+def test_a_finished_rival_of_other_options_is_refused_at_once(
+    trained, checkpoints, digits, tmp_path, monkeypatch, name, value
+):
+    shutil.copytree(trained[0], tmp_path / "out")
+    monkeypatch.setattr(noisy_classification.Study, "train_mlp", None)
+    with pytest.raises(ValueError, match=f"other options: wide_resnet_{name} was .* and is {value}. Resuming cannot"):
+        run(checkpoints / "ddpm", digits, tmp_path / "out", **TWO, **{f"wide_resnet_{name}": value})
+
+
+def test_a_damaged_checkpoint_of_the_rival_is_passed_over(trained, checkpoints, digits, tmp_path, caplog):
+    shutil.copytree(trained[0], tmp_path / "out")
+    (tmp_path / "out" / "wide_resnet" / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
+    again = run(checkpoints / "ddpm", digits, tmp_path / "out", **TWO)
+    assert "Resuming from" in caplog.text and again.test_accuracies == trained[1].test_accuracies
+    expected = load_file(trained[0] / "wide_resnet" / "model.safetensors")
+    resumed = load_file(tmp_path / "out" / "wide_resnet" / "model.safetensors")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_without_a_folder_a_signal_acts_as_always(checkpoints, digits, monkeypatch):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(noisy_classification.Study, "noisy_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(checkpoints / "ddpm", digits, None, **TWO)
+    assert not isinstance(stopped.value, Interrupted)
+
+
 def test_an_unfinished_rival_of_an_older_version_is_refused_and_its_features_are_found(
     trained, checkpoints, digits, tmp_path, monkeypatch
 ):
@@ -206,7 +238,9 @@ def test_an_unfinished_rival_of_an_older_version_is_refused_and_its_features_are
     (tmp_path / "features" / "options.json").write_text(json.dumps(options))
     (tmp_path / "wide_resnet").mkdir()
     (tmp_path / "wide_resnet" / "state.safetensors").touch()
-    with pytest.raises(ValueError, match="wide_resnet holds a training of version 0.2.0, .*: delete that folder"):
+    with pytest.raises(
+        ValueError, match="wide_resnet holds a training of a version before 0.3.0, .*: delete that folder"
+    ):
         run(checkpoints / "ddpm", digits, tmp_path, **TWO)
     shutil.rmtree(tmp_path / "wide_resnet")
     monkeypatch.setattr(noisy_classification, "batch_features", None)

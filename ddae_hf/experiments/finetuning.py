@@ -14,13 +14,17 @@ and every step draws one of the stored views of each latent.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +36,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..checkpoints import load_vae, plain_config
 from ..configuration_ddae import DDAEConfig
+from ..cut import uncompiled
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
@@ -39,6 +44,7 @@ from .classes import draw_fraction
 from .devices import best_device, made_fast
 from .draws import indexed_noise, separate_randomness
 from .encoding import LatentInputs
+from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
 from .latent_folder import LatentFolder
 from .models import Model, check_null_class
@@ -59,10 +65,12 @@ from .run_folder import (
     write_options,
 )
 from .stopping import Interrupted
-from .trainer import AVERAGED, PROGRESS, WEIGHTS, FineTuner, LabelledRows
+from .trainer import AVERAGED, BY_HASH, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
 
+SIZES = {"batch_size", "gradient_accumulation_steps"}
+STEP = "batch_size x gradient_accumulation_steps"  # the images of a step, which are what counts
 NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", PROGRESS)
 
 
@@ -73,7 +81,7 @@ class FinetuningOptions(Options):
     # What a resumed run may change, and is applied from then on; and what says only where things are.
     MAY_CHANGE: ClassVar[set[str]] = set(
         """learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm num_train_epochs max_train_steps
-        ema_decay noise_seed test_split max_test_samples torch_compile""".split()
+        ema_decay noise_seed test_split max_test_samples torch_compile mixed_precision""".split()
     )
     PLACES: ClassVar[set[str]] = set(
         "output_dir resume_from_checkpoint checkpointing_steps cache_dir dataloader_num_workers report_to".split()
@@ -169,10 +177,10 @@ def finetune(
         else:  # is opened as all others are
             given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
             path = stack.enter_context(tempfile.TemporaryDirectory())
-            model.save_pretrained(path)
+            saved = copy.copy(uncompiled(model))
+            saved.config = copy.deepcopy(model.config)  # into which saving writes
+            saved.save_pretrained(path)
         resume = to_resume(options, given)
-        if resume is not None and (finished := finished_run(options, given, resume.parent)):
-            return finished
         folder = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         return _finetune(path, images, dataclasses.replace(options, output_dir=folder), given, resume)
 
@@ -189,6 +197,11 @@ def _finetune(
     check_sizes(options, classifier.config, len(rows))
     keeps = given["output_dir"] is not None
     trainer = FineTuner(options, training_arguments(options, len(rows), keeps), classifier, rows)
+    trainer.known = {**rows.identity, "start": start_of(classifier, train), "options": given}
+    if resume is not None:
+        trainer.restore(resume)
+        if finished := finished_run(options, given, resume.parent):
+            return finished
     found: dict[str, Any] = train_further(trainer, given, resume) | figures_of(trainer, test)
     if isinstance(train, LatentInputs):
         classifier = with_vae(path, options, classifier, train.folder)
@@ -225,7 +238,9 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     if wanted is not None and (run / OPTIONS).is_file():
         trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
-        check_same_run(given, trained, (options.MAY_CHANGE | options.PLACES) - begins, run)
+        known = given, trained
+        now, before = (each | {STEP: each["batch_size"] * each["gradient_accumulation_steps"]} for each in known)
+        check_same_run(now, before, (options.MAY_CHANGE | options.PLACES | BY_HASH | SIZES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
     checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
     if checkpoint is not None and not (run / OPTIONS).is_file():
@@ -234,11 +249,14 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
 
 
 def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -> FinetuningResult | None:
-    """Return what a complete run of the same options has left; its figures are written last."""
+    """Return what a complete run of the same options has left; its figures are written last.
+
+    Where only those of tests are others, these are done again.
+    """
     if run.resolve() != Path(str(options.output_dir)).resolve() or not (run / FineTuningReport.file).is_file():
         return None
     report = FineTuningReport.read(run)
-    if any(report.options.get(name) != given[name] for name in options.MAY_CHANGE):
+    if any(report.options.get(name) != given[name] for name in given.keys() - options.PLACES - SIZES):
         return None
     logger.info(f"{run} is complete: there is nothing left to do.")
     classifier = DDAEForImageClassification.from_pretrained(run)
@@ -278,9 +296,32 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
             classifier.ddae.vae.load_state_dict(load_vae(path, cache_dir=options.cache_dir).state_dict())
     else:
         config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-        classifier = DDAEForImageClassification.from_pretrained(path, **config)
+        with without_report():
+            classifier = DDAEForImageClassification.from_pretrained(path, **config)
     check_null_class(classifier.ddae)
     return classifier
+
+
+@contextlib.contextmanager
+def without_report() -> Iterator[None]:
+    """Keep transformers from reporting that the classifier is new: whatever else is missing is refused."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    reporting = logging.getLogger("transformers.modeling_utils")
+    reporting.addFilter(is_other)
+    try:
+        yield
+    finally:
+        reporting.removeFilter(is_other)
+
+
+def start_of(classifier: DDAEForImageClassification, train: Inputs) -> str:
+    """Return a SHA-256 of what a run begins with, wherever it lies: the network and what it reads of images."""
+    config = classifier.config
+    start = FeatureCache("", classifier.ddae).identity | {"layer": config.layer, "sigma": config.sigma}
+    return hashlib.sha256(json.dumps([start, train.identity], sort_keys=True).encode()).hexdigest()
 
 
 def with_vae(
@@ -312,6 +353,7 @@ def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> T
         lr_scheduler_type="cosine", warmup_steps=options.lr_warmup_ratio, max_grad_norm=options.max_grad_norm,
         seed=options.seed, data_seed=options.seed, fp16=options.mixed_precision == "fp16",
         bf16=options.mixed_precision == "bf16", torch_compile=options.torch_compile, logging_steps=50,
+        use_cpu=best_device() == "cpu",  # without which it refuses bf16 there
         save_strategy="steps" if keeps else "no", save_steps=options.checkpointing_steps,
         report_to=options.report_to or "none",
         disable_tqdm=True,  # there is a bar that prints nothing
@@ -332,8 +374,6 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     """Train, leave the last weights or their averages in the model, and return how long it took."""
     output = Path(trainer.args.output_dir)
     keeps = given["output_dir"] is not None
-    if resume is not None:
-        trainer.restore(resume)
     if keeps and trainer.is_world_process_zero():
         clear_rubbish(output)
         with saving(output):

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -53,8 +54,8 @@ from .progress import STATE
 from .report import in_memory
 from .results import NoisyReport
 from .run_facts import base_model, machine
-from .run_folder import check_folder, checkpoint_to_resume, saved_checkpoints, saving, step_of
-from .stopping import largest, not_finite
+from .run_folder import check_folder, check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
+from .stopping import Interrupted, largest, not_finite
 from .trainer import LabelledRows
 from .training import Loop
 
@@ -62,6 +63,7 @@ MLP = "mlp"  # its folder
 WIDE_RESNET = "wide_resnet"  # likewise
 TEST_VIEW = noise_view(True, 0)  # of noise; training and test images never share one
 FIRST_TRAIN_VIEW = 2
+OF_RIVAL = ["wide_resnet_steps", "wide_resnet_learning_rate"]  # which hold for the steps that are to come
 # What stored features and the Wide ResNet both depend on.
 COMMON = ["sigma_min", "sigma_max", "random_flip", "random_crop", "seed"]
 
@@ -213,8 +215,19 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
             raise ValueError(f"{made}: choose another output_dir.")
         write_json(path, now)
     if (folder / WIDE_RESNET / "state.safetensors").exists() and not saved_checkpoints(folder / WIDE_RESNET):
-        made = f"{folder / WIDE_RESNET} holds a training of version 0.2.0, which this one does not resume"
+        made = f"{folder / WIDE_RESNET} holds a training of a version before 0.3.0, which this one does not resume"
         raise ValueError(f"{made}: delete that folder, or choose another output_dir.")
+    if options.wide_resnet:
+        rival_checkpoint(folder / WIDE_RESNET, options)
+
+
+def rival_checkpoint(folder: Path, options: NoisyOptions) -> Path | None:
+    """Return the Wide ResNet's checkpoint to go on from; raise `ValueError` if it is complete with other options."""
+    checkpoint = checkpoint_to_resume(folder, "latest", (*STATE, "model.safetensors", "options.json"))
+    if checkpoint is not None and step_of(checkpoint) >= options.wide_resnet_steps:
+        now = {name: getattr(options, name) for name in OF_RIVAL}
+        check_same_run(now, read_json(checkpoint / "options.json"), (), folder)
+    return checkpoint
 
 
 def log_uniform(options: NoisyOptions, count: int, seed: list[int]) -> Tensor:
@@ -304,6 +317,7 @@ class Study:
         folder = self.folder / WIDE_RESNET
         size = options.wide_resnet_batch_size
         steps = options.wide_resnet_steps
+        keeps = options.output_dir is not None
         channels = self.model.config.sample_shape[0]
         config = {"k": options.wide_resnet, "num_labels": len(self.train.names), "num_channels": channels}
         seed_by(options.seed)
@@ -324,7 +338,11 @@ class Study:
             )
             return F.cross_entropy(logits, batch["labels"].to(self.model.device))
 
-        checkpoint = checkpoint_to_resume(folder, "latest", (*STATE, "model.safetensors"))
+        def save(partial: Path) -> None:
+            save_model(network, str(partial / "model.safetensors"))
+            write_json(partial / "options.json", {name: getattr(options, name) for name in OF_RIVAL})
+
+        checkpoint = rival_checkpoint(folder, options)
         if checkpoint is not None:
             load_model(network, checkpoint / "model.safetensors")
         loader = DataLoader(
@@ -336,13 +354,17 @@ class Study:
                 schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
                     optimizer, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2
                 ),
-                output_dir=folder, checkpointing_steps=options.checkpointing_steps, checkpoints_total_limit=1,
-                save=lambda partial: save_model(network, str(partial / "model.safetensors")),
-                desc=f"WRN-28-{options.wide_resnet}", option="wide_resnet_learning_rate",
+                output_dir=folder if keeps else None, checkpointing_steps=options.checkpointing_steps,
+                checkpoints_total_limit=2, save=save, desc=f"WRN-28-{options.wide_resnet}",
+                option="wide_resnet_learning_rate",
             )  # fmt: skip
             loop.restore(checkpoint)
-            loop.run(loss)
-            if checkpoint is None or step_of(checkpoint) < steps:
+            try:
+                loop.run(loss)
+            except Interrupted as stopped:  # here the same call resumes
+                came = f"{signal.Signals(stopped.signal).name} came: {saved_checkpoints(folder)[-1]} is saved"
+                raise Interrupted(f"{came}. The same options go on from it.", stopped.signal) from None
+            if keeps and (checkpoint is None or step_of(checkpoint) < steps):
                 loop.checkpoint()
         return network.eval(), config
 

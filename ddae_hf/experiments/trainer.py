@@ -1,7 +1,7 @@
 """transformers' `Trainer` as fine-tuning needs it: learning rates by layer, changed images, checkpoints that are whole.
 
 A checkpoint has, beside Trainer's files, `averaged.safetensors` with `ema_decay`, `progress.json` (images, seconds, and
-of which data) and at last `files.json`, by which `run_folder` knows it as whole.
+of what it was trained with) and at last `files.json`, by which `run_folder` knows it as whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .devices import fast_layout
 from .encoding import one_view
 from .images import Inputs
 from .metrics import classification_metrics
-from .run_folder import discard, note_files, saved_checkpoints, saving, step_of
+from .run_folder import check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
 from .stopping import NotFinite, Stopping, check_weights, look, not_finite
 
 if TYPE_CHECKING:
@@ -44,6 +44,15 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
 PROGRESS = "progress.json"
+# Options that may be others where the same comes of them, which hashes in a checkpoint tell.
+BY_HASH = frozenset(
+    """model_name_or_path dataset_name dataset_config_name train_data_dir image_column label_column skip_bad_images
+    train_split max_train_samples latents_dir""".split()
+)
+# What a run that has reached its last step cannot take over any more.
+IN_TRAINING = frozenset(
+    "learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm ema_decay mixed_precision".split()
+)
 
 
 def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
@@ -192,6 +201,7 @@ class FineTuner(Trainer):
         self.losses: deque[Tensor] = deque(maxlen=100)  # of batches, looked at before a checkpoint is written
         self.batch = 0  # of this step
         self.images_seen = 0  # in this run
+        self.known: dict[str, Any] = {}  # what checkpoints note beside: hashes of the images and the start, and options
         self.before: dict[str, Any] = {"images": 0, "seconds": 0.0}  # what the run had come to that is resumed
         self.started = monotonic()
 
@@ -246,13 +256,38 @@ class FineTuner(Trainer):
                 f"{checkpoint} was trained by {processes} process(es), and here are {now}: start as many as then."
             )
         # Versions before 0.3.0 noted the number of images alone, or nothing.
-        if any(self.before.get(name, value) != value for name, value in self.train_dataset.identity.items()):
+        different = [name for name, value in self.known.items() if self.before.get(name, value) != value]
+        if "num_images" in different or "data" in different:
             raise ValueError(
                 f"{checkpoint} was trained on {self.before['num_images']} images, and here are "
                 f"{len(self.train_dataset)}, or others: give the same images, with the same labels."
             )
         if step_of(checkpoint) > self.args.max_steps:
             raise ValueError(f"{checkpoint} is past the {self.args.max_steps} steps that are asked for: give more.")
+        if "start" in different:
+            raise ValueError(
+                f"{checkpoint} was trained from another model_name_or_path, or on images or latents that are made "
+                "otherwise: give those that the run began with."
+            )
+        self._check_options(checkpoint)
+
+    def _check_options(self, checkpoint: Path) -> None:
+        """Raise `ValueError` at options that would not be in force although they may change."""
+        trained = self.before.get("options") or read_options(checkpoint.parent)
+        names = set() if "start" in self.before else set(BY_HASH)
+        if not (checkpoint / "scaler.pt").is_file() and self.args.fp16:  # it has no scale of the losses
+            names.add("mixed_precision")
+        finished = step_of(checkpoint) == self.args.max_steps
+        now = {name: self.known["options"][name] for name in names | (IN_TRAINING if finished else set())}
+        if finished:
+            now["max_train_steps"] = self.args.max_steps
+            trained = trained | {"max_train_steps": read_json(checkpoint / "trainer_state.json")["max_steps"]}
+        check_same_run(now, trained, (), checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Load the scale of the losses where there is a use for it."""
+        if self.args.fp16:
+            super()._load_scaler(checkpoint)
 
     def total(self) -> dict[str, Any]:
         """Return the images and seconds of all runs."""
@@ -274,7 +309,7 @@ class FineTuner(Trainer):
                     if averages:
                         tensors = [value.contiguous() for value in averages]
                         save_file(dict(zip(self.learning, tensors, strict=True)), folder / AVERAGED)
-                    write_json(folder / PROGRESS, self.total() | self.train_dataset.identity)
+                    write_json(folder / PROGRESS, self.total() | self.known)
                     note_files(folder)
                     for old in [other for other in saved_checkpoints(folder.parent) if other != folder][:-1]:
                         discard(old)
