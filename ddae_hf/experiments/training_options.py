@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from .accelerating import accelerated
 from .options import Options, option
 from .progress import Progress
-from .run_folder import check_folder, read_options
+from .run_folder import read_options
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,7 @@ class TrainingOptions(Options):
     logging_dir: str = option("logs", "Folder of the tracker's files, inside output_dir.")
 
     def check(self) -> None:
-        """Refuse a folder that is a file, and what needs a folder without one."""
-        if self.output_dir is not None:
-            check_folder(self.output_dir)
+        """Refuse what needs a folder without one."""
         if self.output_dir is None and self.resume_from_checkpoint == "latest":
             raise ValueError("resume_from_checkpoint is latest, of output_dir: give that, or a checkpoint's folder.")
 
