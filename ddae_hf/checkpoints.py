@@ -70,15 +70,13 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 def build_scheduler(config: dict[str, Any]) -> Any:
     """Build a scheduler from its diffusers config (with `_class_name`), or raise `ValueError`."""
-    name = config.get("_class_name")
-    cls = getattr(diffusers, str(name), None)
+    cls = getattr(diffusers, str(name := config.get("_class_name")), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ValueError(f"The scheduler's `_class_name` is {name!r}: it must name a diffusers scheduler.")
     try:
         return cls.from_config(config)
     except (TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"scheduler: {name} cannot be built from such options: {reason}") from error
+        raise ValueError(f"scheduler: {name} cannot be built from such options: {str(error).splitlines()[0]}") from error
 
 
 def still_generates(denoiser: torch.nn.Module, config: Mapping[str, Any]) -> bool:

@@ -144,9 +144,7 @@ def test_options_that_no_network_or_scheduler_can_be_built_from_are_refused():
         with pytest.raises(ValueError, match="scheduler: DDPMScheduler cannot be built from such options: "):
             build_scheduler({"_class_name": "DDPMScheduler", **wrong})
     with pytest.raises(ValueError, match="The scheduler's sigma is from nan to nan: give it betas between 0 and 1"):
-        DDAEConfig(
-            denoiser=plain_config(make_unet()), scheduler=plain_config(DDPMScheduler(beta_start=-1)), timestep=0
-        )
+        DDAEConfig(denoiser=plain_config(make_unet()), scheduler=plain_config(DDPMScheduler(beta_start=-1)), timestep=0)
 
 
 def test_networks_of_other_classes_are_refused_by_name():

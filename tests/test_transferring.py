@@ -192,8 +192,14 @@ def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint,
         *(
             ({"finetune": {name: value}}, f"finetune has {name}: leave it out, it follows from the transfer")
             for name, value in {
-                "layer": "nope", "sigma": -1, "resume_from_checkpoint": "x", "output_dir": "x", "latents_dir": "x",
-                "train_split": "test", "max_train_samples": 3, "null_class": 1,
+                "layer": "nope",
+                "sigma": -1,
+                "resume_from_checkpoint": "x",
+                "output_dir": "x",
+                "latents_dir": "x",
+                "train_split": "test",
+                "max_train_samples": 3,
+                "null_class": 1,
             }.items()
         ),
         ({"finetune": {"report_to": "nothing"}}, "finetune: report_to is nothing, which cannot be used"),

@@ -130,6 +130,8 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     """
     wanted = None if options.dtype is None else getattr(torch, options.dtype)
     if isinstance(model, DDAEModel):
+        if reason := model.config.features_only:
+            raise ValueError(f"The model has features, but cannot generate: {reason}")
         model = DDAEPipeline.for_denoiser(model.denoiser, model.scheduler, model.config.null_class, vae=model.vae)
     if isinstance(model, DDAEPipeline):
         if wanted not in (None, model.denoiser.dtype):

@@ -122,7 +122,7 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> A
 
 @dataclass
 class Options:
-    """What the dataclasses of options have in common: types, ranges and folders, checked at construction, and copies."""
+    """What the dataclasses of options have in common: types, ranges and folders, checked when they are made, copies."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -124,7 +124,9 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
         tested = LatentInputs(test, folder, "test")
         prober = check_sweep(denoiser, learnt, tested, processor, options, selection_views=FIRST)
         if options.finetune is not None:
-            check_finetuning(options.finetuning(prober.layers[0], prober.sigmas[0], where), denoiser.config, train.labels)
+            check_finetuning(
+                options.finetuning(prober.layers[0], prober.sigmas[0], where), denoiser.config, train.labels
+            )
         logger.info(features_use(prober, folder))
         encode_views(folder, vae, pixels, options.encode_batch_size)
         result = sweep_inputs(
