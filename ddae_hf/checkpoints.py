@@ -76,7 +76,7 @@ def build_scheduler(config: dict[str, Any]) -> Any:
     try:
         return cls.from_config(config)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"scheduler: {name} cannot be built from such options: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"scheduler: {name} cannot be built so: {str(error).splitlines()[0]}") from error
 
 
 def still_generates(denoiser: torch.nn.Module, config: Mapping[str, Any]) -> bool:

@@ -79,7 +79,7 @@ def build_denoiser(config: Mapping[str, Any]) -> Any:
     try:
         denoiser = network.build(config)
     except TypeError as error:
-        raise ValueError(f"denoiser: {config['_class_name']} cannot be built from such options: {error}") from error
+        raise ValueError(f"denoiser: {config['_class_name']} cannot be built so: {error}") from error
     network.complete(denoiser)
     return denoiser
 

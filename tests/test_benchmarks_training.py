@@ -119,7 +119,7 @@ def test_a_ratio_of_distances_has_the_jackknife_s_error():
         (["--num_images", "19"], "at least 20"),
         (["--calls", "0"], "at least 1"),
         (["--extractor", "nothing:here"], "allowed are ddae:PATH"),
-        (["--num_image", "30"], "unrecognized arguments"),
+        (["--num_image", "30"], "there is no option 'num_image': the nearest are num_images"),
     ],
 )
 def test_sampling_refuses_what_cannot_work(option, message, capsys):
