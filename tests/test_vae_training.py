@@ -12,6 +12,7 @@ from PIL import Image
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.commands.parsing import parse
+from ddae_hf.experiments import Images, train_vae
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.vae_training import Autoencoder, VAEOptions, new_vae, reconstruction_loss
 
@@ -122,6 +123,16 @@ def test_options_that_cannot_work_are_refused_before_training(digits, tmp_path, 
         train(digits, tmp_path, *options)
     said = str(caught.value) if caught.value.code != 2 else capsys.readouterr().err
     assert message in " ".join(said.split()) and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_held_out_image_is_named_before_the_training(tmp_path, monkeypatch):
+    """They are measured after it."""
+    for number in range(40):
+        Image.new("L", (8, 8), 5 * number).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "30.png").write_bytes(b"<html>")
+    monkeypatch.setattr("ddae_hf.experiments.training.Loop.run", lambda *args: pytest.fail("It has begun."))
+    with pytest.raises(ValueError, match="30.png cannot be read"):
+        train_vae(Images.open(tmp_path), vae=TINY, resolution=8, held_out=36, total_batch_size=4, max_train_steps=1)
 
 
 def test_a_checkpoint_is_resumed_as_it_was_begun(trained, digits):
