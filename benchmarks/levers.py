@@ -32,6 +32,7 @@ from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device, fast_layout, keep_freed_memory
 from ddae_hf.experiments.draws import indexed_noise
+from ddae_hf.experiments.image_set import ImageSet
 from ddae_hf.experiments.pixels import Pixels
 from ddae_hf.hidden_states import collect_hidden_states, pool_hidden_states
 from ddae_hf.networks import build_denoiser
@@ -174,7 +175,7 @@ def reading_variants() -> Variants:
         rows.append({"bytes": file.getvalue(), "path": None})
     dataset = Dataset.from_dict({"image": rows}, Features({"image": ImageFeature()}))
     processor = DDAEImageProcessor(size={"height": 32, "width": 32}, num_channels=3)
-    kept, indices = Pixels(dataset, "image", processor), np.arange(IMAGES)
+    kept, indices = Pixels(ImageSet(dataset), processor), np.arange(IMAGES)
     kept.read(indices)
     return {
         "decoded once and kept": (IMAGES, lambda: kept.read(indices)),

@@ -69,12 +69,14 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def build_scheduler(config: dict[str, Any]) -> Any:
-    """Build a scheduler from its diffusers config (with `_class_name`)."""
-    name = config.get("_class_name")
-    cls = getattr(diffusers, str(name), None)
+    """Build a scheduler from its diffusers config (with `_class_name`), or raise `ValueError`."""
+    cls = getattr(diffusers, str(name := config.get("_class_name")), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ValueError(f"The scheduler's `_class_name` is {name!r}: it must name a diffusers scheduler.")
-    return cls.from_config(config)
+    try:
+        return cls.from_config(config)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"scheduler: {name} cannot be built so: {str(error).splitlines()[0]}") from error
 
 
 def still_generates(denoiser: torch.nn.Module, config: Mapping[str, Any]) -> bool:

@@ -166,6 +166,8 @@ class Family(ABC):
             values = torch.func.debug_unwrap(values).double()
             outside = values[~_inside(values, low, high)]
             wrong = f"{outside[0].item():.7g}" if len(outside) else None
+        if math.isnan(low + high):
+            raise ValueError(f"The scheduler's {unit} is from {low} to {high}: give it betas between 0 and 1.")
         if wrong is not None:
             raise ValueError(
                 f"{unit} {wrong} is outside the schedule of {type(self.scheduler).__name__}: allowed are {low:.5g} to "

@@ -74,9 +74,12 @@ def network_of(denoiser: Any) -> NetworkClass:
 
 
 def build_denoiser(config: Mapping[str, Any]) -> Any:
-    """Build a randomly initialised denoiser from its diffusers config (with `_class_name`)."""
+    """Build a randomly initialised denoiser from its diffusers config (with `_class_name`), or raise `ValueError`."""
     network = network_of(config)
-    denoiser = network.build(config)
+    try:
+        denoiser = network.build(config)
+    except TypeError as error:
+        raise ValueError(f"denoiser: {config['_class_name']} cannot be built so: {error}") from error
     network.complete(denoiser)
     return denoiser
 

@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> None:
         images = data.open(args.cache_dir)
         result = evaluate_generation(args.model_name_or_path or args.images_dir, images, args)
         if result is not None:  # in a process that does more than sampling
-            result.save(args.output_dir)
             print(result.table())
 
 

@@ -1,5 +1,6 @@
 """Arrays on disk: what is damaged is never used, and processes that share a folder get what one alone would."""
 
+import errno
 import json
 import logging
 import os
@@ -193,6 +194,23 @@ def as_before(folder, values, count=COUNT):
     """As version 0.1.0 left an array: whole from the start on, without a checksum."""
     np.save(folder / "a.npy", values)
     (folder / "rows.json").write_text(json.dumps({"a": count}))
+
+
+@pytest.mark.parametrize("name", ["_append", "_begin", "_write_rows"])
+def test_a_full_disk_is_told_with_the_folder_and_what_is_done_is_kept(name, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        get(tmp_path, Rows(stop_after=2))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays, name, full)
+        with pytest.raises(OSError, match=f"^{tmp_path} cannot be written to: No space left on device. What is done"):
+            get(tmp_path)
+    rows = Rows()
+    check(get(tmp_path, rows))
+    assert min(row for _, row in rows.read) == 4
 
 
 def test_arrays_without_a_checksum_are_computed_again(tmp_path, caplog):

@@ -119,7 +119,7 @@ def test_a_ratio_of_distances_has_the_jackknife_s_error():
         (["--num_images", "19"], "at least 20"),
         (["--calls", "0"], "at least 1"),
         (["--extractor", "nothing:here"], "allowed are ddae:PATH"),
-        (["--num_image", "30"], "unrecognized arguments"),
+        (["--num_image", "30"], "there is no option 'num_image': the nearest are num_images"),
     ],
 )
 def test_sampling_refuses_what_cannot_work(option, message, capsys):
@@ -210,7 +210,7 @@ def test_pretraining_refuses_what_the_plain_loop_has_not(option, message, tmp_pa
     [
         (["--minutes", "0"], "must be positive"),
         (["--seeds", "1", "1"], "must be different"),
-        (["--sigma_s", "0.1"], "unrecognized arguments: --sigma_s"),
+        (["--sigma_s", "0.1"], "there is no option 'sigma_s': the nearest are sigmas"),
         (["--features_dir", "elsewhere"], "leave it out"),
         (["--l2", "-1"], "it must be positive"),
     ],

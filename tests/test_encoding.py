@@ -124,6 +124,7 @@ def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
         (["--vae", "nowhere/at/all"], "is not a folder"),
         (["--label_column", "image"], "no column of labels 'image'"),
         (["--train_split", "validation"], "has no split 'validation'"),
+        (["--output_dir", f"{__file__}/x"], f"output_dir is {__file__}/x, and {__file__} is a file: give a folder"),
     ],
 )
 def test_what_cannot_be_encoded_is_refused_first(encoded, digits, tmp_path, capsys, options, message):
@@ -131,6 +132,12 @@ def test_what_cannot_be_encoded_is_refused_first(encoded, digits, tmp_path, caps
     with pytest.raises(SystemExit) as refusal:
         scripts.run("encode_latents", *arguments, *options)
     assert message in str(refusal.value) + capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stream_is_refused_in_words(vae, digits, tmp_path):
+    with pytest.raises(ValueError, match="leave out streaming"):
+        encode(vae, Images.open(digits, streaming=True), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

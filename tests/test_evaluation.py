@@ -247,6 +247,8 @@ def test_images_are_found_through_links_and_the_rest_is_said(tmp_path):
         (["--extractor_batch_size", "0"], "extractor_batch_size is 0: it must be at least 1"),
         (["--scheduler", "Adam"], "diffusers has no such scheduler"),
         (["--baseline_split", "holdout"], "has no split 'holdout'"),
+        (["--baseline_split", "train"], "baseline_split is 'train', as reference_split: compare other images"),
+        (["--features_dir", __file__], "features_dir is .* is a file: give a folder"),
         (["--max_reference_samples", "3"], r"The images 'real \(train\)' are 3: at least 4 are needed"),
         (["--extractor_layer", "up_blocks.7"], "cannot be used: There is no layer"),
         (["--extractor", "ddae:nowhere/at/all"], "extractor ddae:nowhere/at/all cannot be used"),
@@ -292,6 +294,21 @@ def test_a_function_measures_an_open_pipeline_without_a_word(measure, checkpoint
     saved = GenerationReport.read(tmp_path / "saved")
     assert saved.results == result.results and saved.table() == result.table()
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["generation_results.json", "grid.png"]
+
+
+def test_a_folder_gets_the_images_of_a_model_their_figures_and_a_picture(checkpoint, extractor, digits, tmp_path):
+    options = {"num_images": 6, "num_inference_steps": 2, "max_reference_samples": 30, "extractor": extractor}
+    model = DDAEModel.from_pretrained(checkpoint)
+    result = evaluate_generation(model, Images.open(digits), output_dir=tmp_path, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generation_results.json", "grid.png", "images"]
+    assert GenerationReport.read(tmp_path).results == result.results
+
+
+def test_no_extractor_and_a_stream_are_refused_in_words(checkpoint, extractor, digits):
+    with pytest.raises(ValueError, match="extractor is not given: ddae:PATH, transformers:PATH, inception"):
+        evaluate_generation(checkpoint, Images.open(digits))
+    with pytest.raises(ValueError, match="How many images the stream 'train' has is not known: leave out streaming"):
+        evaluate_generation(checkpoint, Images.open(digits, streaming=True), extractor=extractor)
 
 
 def test_one_extractor_compares_several_checkpoints(checkpoint, extractor, digits, tmp_path):

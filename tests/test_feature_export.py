@@ -100,6 +100,12 @@ def test_what_is_not_there_is_refused(checkpoint, digits, tmp_path, capsys):
         with pytest.raises(SystemExit):
             export(checkpoint, tmp_path, *given, f"--{option}", "-1")
         assert f"{option} is -1: it must be {message}" in capsys.readouterr().err
+    for option in ("output_dir", "features_dir"):
+        with pytest.raises(SystemExit):
+            export(checkpoint, tmp_path, *given, f"--{option}", __file__)
+        assert f"{option} is {__file__}, and {__file__} is a file: give a folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="How many images the stream 'train' has is not known: leave out streaming"):
+        export_features(checkpoint, Images.open(digits, streaming=True), output_dir=tmp_path)
     assert not (tmp_path / "cache").exists()
 
 

@@ -23,13 +23,13 @@ from ddae_hf import (
     collect_hidden_states,
     layer_names,
 )
-from ddae_hf.checkpoints import plain_config
+from ddae_hf.checkpoints import build_scheduler, plain_config
 from ddae_hf.cut import Cut, Recorder, identity
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.hidden_states import learning_parameters
 from ddae_hf.labels import drop_labels
 from ddae_hf.network_class import NetworkClass, Tap
-from ddae_hf.networks import NETWORKS, network_of, register
+from ddae_hf.networks import NETWORKS, build_denoiser, network_of, register
 
 from .conftest import make_dit, make_unet
 
@@ -133,6 +133,18 @@ def test_parts_follow_each_other_in_forward_order():
     parts = [tap.part for tap in network_of(make_unet()).taps(make_unet())]
     assert parts == ["encoder"] * 2 + ["middle"] + ["decoder"] * 4
     assert {tap.part for tap in network_of(make_dit()).taps(make_dit())} == {"decoder"}
+
+
+def test_options_that_no_network_or_scheduler_can_be_built_from_are_refused():
+    network = {"_class_name": "UNet2DModel", "sample_size": 32}
+    for wrong in ({"layers_per_block": "x"}, {"block_out_channels": 3}):
+        with pytest.raises(ValueError, match="denoiser: UNet2DModel cannot be built so: "):
+            build_denoiser(network | wrong)
+    for wrong in ({"beta_start": "x"}, {"beta_schedule": "x"}, {"num_train_timesteps": -3}):
+        with pytest.raises(ValueError, match="scheduler: DDPMScheduler cannot be built so: "):
+            build_scheduler({"_class_name": "DDPMScheduler", **wrong})
+    with pytest.raises(ValueError, match="The scheduler's sigma is from nan to nan: give it betas between 0 and 1"):
+        DDAEConfig(denoiser=plain_config(make_unet()), scheduler=plain_config(DDPMScheduler(beta_start=-1)), timestep=0)
 
 
 def test_networks_of_other_classes_are_refused_by_name():

@@ -115,6 +115,8 @@ def test_values_are_taken_as_their_types():
     assert Some.of(None, plain) == found
     with pytest.raises(TypeError, match="wanted"):
         Some()
+    with pytest.raises(ValueError, match="^wanted is not given: There is no default.$"):
+        Some.of(None, {"batch_size": 3})
 
 
 def test_options_are_copied_not_shared():

@@ -29,8 +29,9 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "devices", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
-    ["classes", "generation_metrics", "noisy_networks", "options"],
-    ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report", "run_folder"],
+    ["classes", "generation_metrics", "noisy_networks", "run_folder"],
+    ["options"],
+    ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],
     ["images", "latent_folder", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results"],
     ["batches", "model_card", "plots"],

@@ -276,7 +276,7 @@ def test_what_the_data_or_the_network_forbid_is_refused_at_once(checkpoint, digi
     with pytest.raises(ValueError, match="are the same images"):
         sweep(checkpoint, same, test_split="other")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="output_dir is .*, which is a file"):
+    with pytest.raises(ValueError, match="output_dir is .* is a file: give a folder"):
         SweepOptions(output_dir=tmp_path / "file")
     with pytest.raises(ValueError, match="here is no option 'sigma': the nearest are sigmas"):
         sweep(checkpoint, same, sigma=[0.1])

@@ -189,6 +189,21 @@ def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint,
         ({"finetune": {"max_train_step": 5}}, "finetune: there is no option 'max_train_step': the nearest are max_t"),
         ({"finetune": {"learning_rate": -1}}, "finetune: learning_rate is -1.0: it must be positive"),
         ({"finetune": {}, "output_dir": None}, "finetune needs an output_dir"),
+        *(
+            ({"finetune": {name: value}}, f"finetune has {name}: leave it out, it follows from the transfer")
+            for name, value in {
+                "layer": "nope",
+                "sigma": -1,
+                "resume_from_checkpoint": "x",
+                "output_dir": "x",
+                "latents_dir": "x",
+                "train_split": "test",
+                "max_train_samples": 3,
+                "null_class": 1,
+            }.items()
+        ),
+        ({"finetune": {"report_to": "nothing"}}, "finetune: report_to is nothing, which cannot be used"),
+        ({"latents_dir": f"{__file__}/x"}, "latents_dir is .* is a file: give a folder"),
         ({"num_views": 2, "random_crop": 16}, "must be below the sides of the images"),
         ({"layers": ["transformer_blocks.9"]}, "There is no layer 'transformer_blocks.9'"),
         ({"sigmas": [1000]}, "sigma"),
@@ -198,6 +213,14 @@ def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint,
 def test_what_cannot_work_stops_before_anything_is_encoded(checkpoint, images, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         transfer(checkpoint, images, chosen(tmp_path), **changes)
+    assert not list(tmp_path.glob("latents/*.npy"))
+
+
+def test_a_network_that_cannot_be_trained_so_is_refused_before_anything_is_encoded(checkpoint, images, tmp_path):
+    model = DDAEModel.from_pretrained(checkpoint, feature_norm="batch_norm")
+    for options, message in (({"ema_decay": 0.9}, "leave out ema_decay"), ({"batch_size": 17}, "batch of one")):
+        with pytest.raises(ValueError, match=message):
+            transfer(model, images, chosen(tmp_path), finetune=options)
     assert not list(tmp_path.glob("latents/*.npy"))
 
 

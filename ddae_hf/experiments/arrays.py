@@ -129,6 +129,16 @@ def size(count: int) -> str:
 
 
 @contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Say in which folder writing failed: the system does not, where a disk becomes full."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{folder} cannot be written to: {error.strerror or error}"
+        raise OSError(f"{what}. What is done is kept: make room, and the same options go on from it.") from error
+
+
+@contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a new file's name, of this call alone, to write to: it takes the place of `path`, or goes if that fails."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
@@ -231,16 +241,18 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str) -> None
     count = next(iter(shapes.values()))[0]
     needed = (num_bytes(shape[1:], count - rows.get(name, Rows()).count, dtype) for name, shape in shapes.items())
     check_space(folder, sum(needed))
-    kept = {name: _begin(folder, name, shape, dtype, rows.get(name)) for name, shape in shapes.items()}
+    with _naming(folder):
+        kept = {name: _begin(folder, name, shape, dtype, rows.get(name)) for name, shape in shapes.items()}
     done = min(it.count for it in kept.values())
     for batch in batches(done, list(shapes)) if done < count else ():
         end = done + len(next(iter(batch.values())))
         if end > count:
             raise ValueError(f"More than the {count} images came that were announced.")
-        for name, shape in shapes.items():
-            kept[name] = _append(folder, name, shape, dtype, kept[name], done, batch[name].cpu().numpy())
+        with _naming(folder):
+            for name, shape in shapes.items():
+                kept[name] = _append(folder, name, shape, dtype, kept[name], done, batch[name].cpu().numpy())
+            _write_rows(folder, rows | kept)
         done = end
-        _write_rows(folder, rows | kept)
     if done != count:
         raise ValueError(f"{done} images came, but {count} were announced.")
     _write_rows(folder, rows | kept)

@@ -111,6 +111,11 @@ def in_memory(part: Any) -> Dataset | IterableDataset:
     if isinstance(part, (Dataset, IterableDataset)):
         return part
     images, labels = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+    alone = images is None or (isinstance(part, tuple) and len(part) != 2)
+    if alone or not (labels is None or hasattr(labels, "__len__")):
+        what = f"type {type(part if alone else labels).__name__} came as {'images' if alone else 'labels'}"
+        allowed = "a path, a data set, a list of images, a pair (images, labels), or a mapping of splits"
+        raise ValueError(f"An object of {what}: give {allowed}.")
     if isinstance(images, (Dataset, IterableDataset)):
         raise ValueError("labels came beside a data set: name its column of labels, label_column.")
     images = list(images) if isinstance(images, Iterable) else [images]

@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from ..pipeline_ddae import DDAEPipeline
 from .arrays import described_folder, fill
 from .classes import draw_images
 from .devices import best_device
@@ -66,9 +65,11 @@ class EvaluationOptions(GenerationOptions):
     features_dir: str | None = option(None, "Where features are kept, to be used again; by default nowhere.")
 
     def check(self) -> None:
-        """Refuse what no extractor is named, and fewer images than figures are of."""
+        """Refuse what no extractor is named, real images against themselves, and fewer than figures are of."""
         super().check()
         check_extractor(self.extractor, self.extractor_layer, self.extractor_sigma)
+        if self.baseline_split == self.reference_split:
+            raise ValueError(f"baseline_split is {self.baseline_split!r}, as reference_split: compare other images.")
         if self.num_images < FEWEST:
             raise ValueError(f"num_images is {self.num_images}: it must be at least {FEWEST}.")
 
@@ -120,12 +121,12 @@ def evaluate_generation(
 ) -> GenerationResult | None:
     """Compare generated images with real ones.
 
-    With `output_dir` images are sampled into its folder `images`: see `generate`. Features are kept in `features_dir`,
-    each array beside a JSON file that says what they are of.
+    With `output_dir` images are sampled into its folder `images`: see `generate`; the figures and a picture are left
+    beside it. Features are kept in `features_dir`, each array beside a JSON file that says what they are of.
 
     Args:
-        model: Checkpoint, folder or Hub id, in any layout, or a pipeline; or a folder of images, and of folders of
-            them, which are measured as they are.
+        model: Checkpoint, folder or Hub id, in any layout, or a pipeline or a model; or a folder of images, and of
+            folders of them, which are measured as they are.
         images: The real images.
         options: What is generated, and how it is compared; `extractor` must be among them or the changes.
         **changes: Fields of `EvaluationOptions` that differ from `options`.
@@ -137,7 +138,11 @@ def evaluate_generation(
         ValueError: Options that cannot work, an image that cannot be read, or a folder of images made otherwise.
         OSError: No such checkpoint, or no space left.
     """
-    return compare_samples(model, images, EvaluationOptions.of(options, changes))
+    options = EvaluationOptions.of(options, changes)
+    result = compare_samples(model, images, options)
+    if result is not None and options.output_dir is not None:
+        result.save(options.output_dir)
+    return result
 
 
 def compare_samples(
@@ -146,7 +151,7 @@ def compare_samples(
     """Do what `evaluate_generation` does, with an extractor that is open already, if one came."""
     started = time.monotonic()
     processes = open_processes()
-    given = None if isinstance(model, DDAEPipeline) else os.fspath(model)
+    given = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
     with contextlib.ExitStack() as stack:
         compared: dict[str, Compared] = {}
         paths = find_images(Path(given)) if given is not None and is_images_folder(given) else None

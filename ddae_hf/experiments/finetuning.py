@@ -30,9 +30,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_model
 from transformers import TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ..checkpoints import load_vae, plain_config
 from ..configuration_ddae import DDAEConfig
@@ -134,6 +136,10 @@ class FinetuningOptions(Options):
             raise ValueError("mixed_precision fp16 needs a GPU.")
         if self.output_dir is None and (self.resume_from_checkpoint or self.report_to):
             raise ValueError("output_dir is not given: without it there is nothing to resume and no place for logs.")
+        trackers = get_available_reporting_integrations()
+        if self.report_to not in (None, "all", "none", *trackers):
+            there = ", ".join(trackers) or "none"
+            raise ValueError(f"report_to is {self.report_to}, which cannot be used: trackers here are {there}.")
 
 
 @dataclass(kw_only=True)
@@ -343,6 +349,13 @@ def check_sizes(options: FinetuningOptions, config: Any, count: int) -> None:
         raise ValueError(f"{count} images leave a batch of one, which has no variance: change batch_size.")
     if config.feature_norm == "batch_norm" and options.ema_decay is not None:
         raise ValueError("The checkpoint has a batch norm, whose statistics are not averaged: leave out ema_decay.")
+
+
+def check_finetuning(options: FinetuningOptions, config: Any, labels: np.ndarray) -> None:
+    """Raise `ValueError` where a model of this configuration cannot be trained so on images of these labels (N,)."""
+    count = len(draw_fraction(labels, options.label_fraction, options.seed))
+    check_sizes(options, config, count)
+    training_arguments(options, count, True)
 
 
 def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> TrainingArguments:

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..checkpoints import plain_config
+from ..modeling_ddae import DDAEModel
 from ..networks import network_of
 from ..noise import change_scheduler, family
 from ..pipeline_ddae import DDAEPipeline
@@ -31,8 +32,8 @@ from .devices import HELP, best_device, made_fast
 from .features import evaluating
 from .options import Options, option
 
-# A generator's folder or Hub id, in any layout, or an open pipeline.
-Generator = str | os.PathLike[str] | DDAEPipeline
+# A generator's folder or Hub id, in any layout, or an open pipeline or model.
+Generator = str | os.PathLike[str] | DDAEPipeline | DDAEModel
 
 # What the images of a folder depend on, beside the weights.
 IMAGE_OPTIONS = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
@@ -62,14 +63,12 @@ class GenerationOptions(Options):
         super().__post_init__()
 
     def check(self) -> None:
-        """Refuse schedulers that diffusers has not, folders that are files, and an empty list of classes."""
+        """Refuse schedulers that diffusers has not, and an empty list of classes."""
         known = getattr(diffusers, self.scheduler or "DDIMScheduler", None)
         if not (isinstance(known, type) and issubclass(known, diffusers.SchedulerMixin)):
             raise ValueError(f"scheduler is {self.scheduler}: diffusers has no such scheduler.")
         if self.class_label == []:
             raise ValueError("class_label names no class: give some, or leave it out.")
-        if self.output_dir is not None and Path(self.output_dir).is_file():
-            raise ValueError(f"output_dir is {self.output_dir}, which is a file: give a folder.")
 
 
 class Samples(Sequence[Image.Image]):
@@ -100,7 +99,7 @@ def generate(model: Generator, options: GenerationOptions | None = None, **chang
     processes (`accelerate launch`, `torchrun`) share the work. Global random states play no part, and stay as they are.
 
     Args:
-        model: Checkpoint, folder or Hub id, in any layout, or a pipeline, which stays on its device.
+        model: Checkpoint, folder or Hub id, in any layout; or a pipeline or a model, which stays on its device.
         options: What to generate, and how.
         **changes: Fields of `GenerationOptions` that differ from `options`.
 
@@ -130,11 +129,17 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     A scheduler of another framework, classes that there are not, or another type than an open model's are refused.
     """
     wanted = None if options.dtype is None else getattr(torch, options.dtype)
+    if isinstance(model, DDAEModel):
+        if reason := model.config.features_only:
+            raise ValueError(f"The model has features, but cannot generate: {reason}")
+        model = DDAEPipeline.for_denoiser(model.denoiser, model.scheduler, model.config.null_class, vae=model.vae)
     if isinstance(model, DDAEPipeline):
         if wanted not in (None, model.denoiser.dtype):
             raise ValueError(f"dtype is {options.dtype}, but the pipeline is open in {model.denoiser.dtype}.")
         pipeline = copy.copy(model)
         pipeline.scheduler = type(model.scheduler).from_config(model.scheduler.config)  # it counts the steps
+    elif not isinstance(model, (str, os.PathLike)):
+        raise ValueError(f"{type(model).__name__} generates nothing: give a path, a DDAEPipeline or a DDAEModel.")
     else:
         kinds = {} if wanted is None else {"dtype": wanted}
         pipeline = DDAEPipeline.from_pretrained(model, cache_dir=options.cache_dir, **kinds).to(best_device())

@@ -34,7 +34,7 @@ class ImageSet:
 
     def __len__(self) -> int:
         if self.streaming:
-            raise TypeError(f"How many images the stream {self.split!r} has is not known.")
+            raise ValueError(f"How many images the stream {self.split!r} has is not known: leave out streaming.")
         return len(self.dataset)
 
     @cached_property

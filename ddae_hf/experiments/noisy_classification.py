@@ -54,7 +54,7 @@ from .progress import STATE
 from .report import in_memory
 from .results import NoisyReport
 from .run_facts import base_model, machine
-from .run_folder import check_folder, check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
+from .run_folder import check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
 from .stopping import Interrupted, largest, not_finite
 from .trainer import LabelledRows
 from .training import Loop
@@ -159,7 +159,6 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
     started = time.monotonic()
     with separate_randomness(), contextlib.ExitStack() as stack:
         folder = Path(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
-        check_folder(folder)
         network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import yaml
 
+from .run_folder import check_folder
+
 
 class Range(NamedTuple):
     """What an option may be, in words and as a condition on finite numbers."""
@@ -53,6 +55,7 @@ NAMES = {
     DECAY: "adam_beta1 adam_beta2 ema_decay dropout label_smoothing lr_warmup_ratio",
     SEED: "seed noise_seed",
 }
+FOLDERS = ("output_dir", "features_dir", "latents_dir")
 # What to give in place of options of earlier versions.
 RENAMED = {"labels_per_class": "few_labels", "regularisation": "l2, 1 / (C N) for each C, with N training images"}
 RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
@@ -119,13 +122,15 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> A
 
 @dataclass
 class Options:
-    """What the dataclasses of options have in common: types, ranges, both checked at construction, and copies."""
+    """What the dataclasses of options have in common: types, ranges and folders, checked when they are made, copies."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = _typed(field.name, getattr(self, field.name), hints[field.name])
             _check_range(field.name, value)
+            if field.name in FOLDERS and value is not None:
+                check_folder(value, field.name)
             setattr(self, field.name, value)
         self.check()
 
@@ -137,14 +142,21 @@ class Options:
         """Return options with some of them changed, the defaults if none came.
 
         Raises:
-            ValueError: A change of something that is no option, with the nearest names; or of another type or range.
+            ValueError: A change of something that is no option, with the nearest names; or of another type or range;
+                or an option that must be given and is not.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if wrong := [name for name in changes if name not in names]:
             raise ValueError(unknown(wrong[0], names))
         if options is not None and not isinstance(options, cls):
             raise ValueError(f"options are {type(options).__name__}: give {cls.__name__}, or its fields by name.")
-        return cls(**changes) if options is None else dataclasses.replace(options, **changes)
+        if options is not None:
+            return dataclasses.replace(options, **changes)
+        for field in dataclasses.fields(cls):
+            needed = field.default is dataclasses.MISSING is field.default_factory
+            if needed and field.name not in changes:
+                raise ValueError(f"{field.name} is not given: {field.metadata['help']}")
+        return cls(**changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name, as plain data."""

@@ -27,12 +27,12 @@ FILES = "files.json"
 OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
 
 
-def check_folder(output_dir: str | os.PathLike[str]) -> None:
-    """Raise `ValueError` if an output folder is a file, or lies in one."""
-    path = Path(output_dir).absolute()
+def check_folder(folder: str | os.PathLike[str], option: str = "output_dir") -> None:
+    """Raise `ValueError` if the folder that an option names is a file, or lies in one."""
+    path = Path(folder).absolute()
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir():
-        raise ValueError(f"output_dir is {output_dir}, and {there} is a file: give a folder.")
+        raise ValueError(f"{option} is {folder}, and {there} is a file: give a folder.")
 
 
 def saved_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

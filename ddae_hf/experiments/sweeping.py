@@ -120,9 +120,6 @@ class SweepOptions(Options):
         for name, given in {"few_labels": self.few_labels, "baselines": self.baselines, "num_views": views}.items():
             if self.online and given:
                 raise ValueError(f"{name} is of logistic regression, not of the protocol {self.protocol}.")
-        for name, folder in {"output_dir": self.output_dir, "features_dir": self.features_dir}.items():
-            if folder is not None and Path(folder).is_file():
-                raise ValueError(f"{name} is {folder}, which is a file: give a folder.")
 
 
 @dataclass(kw_only=True)

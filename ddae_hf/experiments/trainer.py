@@ -180,10 +180,7 @@ class FineTuner(Trainer):
     def __init__(
         self, options: FinetuningOptions, arguments: TrainingArguments, model: DDAEForImageClassification, dataset: Any
     ):
-        try:
-            super().__init__(model, arguments, cast(Any, whole), dataset, compute_metrics=_metrics)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"report_to is {options.report_to}, which cannot be used: {error}") from error
+        super().__init__(model, arguments, cast(Any, whole), dataset, compute_metrics=_metrics)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(Path(str(arguments.output_dir)) / options.logging_dir)

@@ -17,7 +17,7 @@ from .accelerating import accelerated
 from .batches import BatchSizes
 from .options import Options, option
 from .progress import STATE, Progress
-from .run_folder import check_folder, checkpoint_to_resume, read_options
+from .run_folder import checkpoint_to_resume, read_options
 from .training import Loop
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -78,9 +78,7 @@ class TrainingOptions(Options):
     logging_dir: str = option("logs", "Folder of the tracker's files, inside output_dir.")
 
     def check(self) -> None:
-        """Refuse a folder that is a file, and what needs a folder without one."""
-        if self.output_dir is not None:
-            check_folder(self.output_dir)
+        """Refuse what needs a folder without one."""
         if self.output_dir is None and self.resume_from_checkpoint == "latest":
             raise ValueError("resume_from_checkpoint is latest, of output_dir: give that, or a checkpoint's folder.")
 

@@ -22,7 +22,7 @@ from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
 from .arrays import num_bytes, size
 from .encoding import LatentInputs, describe_splits, encode_views
-from .finetuning import FinetuningOptions, finetune
+from .finetuning import FinetuningOptions, check_finetuning, finetune
 from .images import ImageInputs, Images, labelled_splits
 from .latent_folder import LatentFolder
 from .models import Model, open_model, open_processor
@@ -30,6 +30,11 @@ from .options import Table, option
 from .probing import Prober
 from .sweeping import SweepOptions, SweepResult, check_sweep, sweep_inputs
 
+# What the transfer itself says of the fine-tuning.
+SETTLED = set(
+    """output_dir layer sigma latents_dir resume_from_checkpoint train_split test_split max_train_samples
+    max_test_samples null_class""".split()
+)
 FIRST = [0]  # the view that the pair is chosen on: the images as they are
 logger = logging.getLogger(__name__)
 
@@ -58,6 +63,8 @@ class TransferOptions(SweepOptions):
         if self.finetune is not None:
             if self.output_dir is None:
                 raise ValueError("finetune needs an output_dir, where its classifier and its checkpoints are kept.")
+            if settled := sorted(SETTLED & set(self.finetune)):
+                raise ValueError(f"finetune has {settled[0]}: leave it out, it follows from the transfer.")
             try:
                 self.finetuning(layer="", sigma=1.0, latents_dir="")
             except ValueError as error:
@@ -116,6 +123,10 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
         learnt = LatentInputs(train, folder, "train")
         tested = LatentInputs(test, folder, "test")
         prober = check_sweep(denoiser, learnt, tested, processor, options, selection_views=FIRST)
+        if options.finetune is not None:
+            check_finetuning(
+                options.finetuning(prober.layers[0], prober.sigmas[0], where), denoiser.config, train.labels
+            )
         logger.info(features_use(prober, folder))
         encode_views(folder, vae, pixels, options.encode_batch_size)
         result = sweep_inputs(
