@@ -137,7 +137,8 @@ def evaluate_generation(
         ValueError: Options that cannot work, an image that cannot be read, or a folder of images made otherwise.
         OSError: No such checkpoint, or no space left.
     """
-    return compare_samples(model, images, EvaluationOptions.of(options, changes))
+    options = EvaluationOptions.of(options, changes)
+    return compare_samples(model, Images.open(images, cache_dir=options.cache_dir), options)
 
 
 def compare_samples(

@@ -159,6 +159,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         Interrupted: A signal came, and a checkpoint was written.
     """
     options = VAEOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     resume = None
     if where := options.output_dir or options.resume_from_checkpoint:
         resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, WEIGHTS))
