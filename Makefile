@@ -69,7 +69,7 @@ cifar10-latent: $(VENV)/.installed  ## Train the small VAE and latent DiT and tr
 		--config examples/configs/cifar10_latent_dit.yaml --latents_dir runs/cifar10_latents --output_dir runs/cifar10_latent_dit \
 		--resume_from_checkpoint latest
 	$(BIN)/python examples/latent_transfer.py --model_name_or_path runs/cifar10_latent_dit --dataset_name "$(DDAE_CIFAR10_DIR)" \
-		--batch_size 500 --encode_batch_size 64 --few_labels 1 10 100 --output_dir runs/cifar10_latent_transfer
+		--layers decoder --batch_size 500 --encode_batch_size 64 --few_labels 1 10 100 --output_dir runs/cifar10_latent_transfer
 
 cifar10-speedrun: $(VENV)/.installed  ## On one GPU: train from scratch for good features, and probe them: make cifar10-speedrun DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }

@@ -83,7 +83,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
 
 def sweep_options(args: argparse.Namespace) -> list[str]:
     """Return the options of every probe, beside those that the benchmark was given for them."""
-    return ["--dataset_name", args.dataset_name, "--dtype", "bfloat16", "--num_noise_seeds", "1"]
+    options = ["--dataset_name", args.dataset_name, "--dtype", "bfloat16", "--num_noise_seeds", "1"]
+    return [*options, "--layers", "decoder"]
 
 
 def begin(args: argparse.Namespace, rest: list[str]) -> None:

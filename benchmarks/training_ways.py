@@ -34,12 +34,12 @@ import pretrain
 from ddae_hf import DDAEPipeline
 from ddae_hf.commands.parsing import parse
 from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.batches import batch_sizes
 from ddae_hf.experiments.images import DataOptions, ImageSet
 from ddae_hf.experiments.new_networks import new_networks
 from ddae_hf.experiments.pretraining import Pretraining
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
 from ddae_hf.experiments.progress import PROGRESS
-from ddae_hf.experiments.training_options import batch_sizes
 
 # What networks are built for that images without classes train.
 IMAGES = TrainingData(rows=None, facts={}, opened_with={}, count=None, hash=None)

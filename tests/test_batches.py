@@ -9,14 +9,13 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ddae_hf import DDAEImageProcessor
-from ddae_hf.experiments.batches import image_batches
+from ddae_hf.experiments.batches import BatchSizes, image_batches
 from ddae_hf.experiments.devices import fast_layout
 from ddae_hf.experiments.images import DataOptions, Images
 from ddae_hf.experiments.pixels import DamagedImageError
 from ddae_hf.experiments.pretraining import PretrainingOptions, pretrain, training_inputs
 from ddae_hf.experiments.progress import Progress
 from ddae_hf.experiments.training import Loop
-from ddae_hf.experiments.training_options import BatchSizes
 
 from .conftest import TINY, make_unet, put
 from .test_pixels import COUNT, SIDE, pictures

@@ -32,11 +32,11 @@ EXPERIMENTS = [
     ["classes", "generation_metrics", "noisy_networks", "options"],
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report", "run_folder"],
     ["images", "latent_folder", "progress"],
-    ["converting", "encoding", "extractors", "feature_export", "results", "training_options"],
+    ["converting", "encoding", "extractors", "feature_export", "results"],
     ["batches", "model_card", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],
-    ["evaluation", "new_networks", "vae_training"],
-    ["pretraining", "probing"],
+    ["evaluation", "new_networks", "training_options"],
+    ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
     ["noisy_classification", "training_curve", "transferring"],
 ]
@@ -106,8 +106,6 @@ SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed t
 # Functions that seed inside of their caller's `separate_randomness`, and where that stands.
 SEEDED_BY_CALLERS = {
     "training.steps": "accelerating",
-    "vae_training.new_vae": "accelerating",
-    "pretraining._networks": "accelerating",
     "trainer.compute_loss": "finetuning",
     "finetuning.build_classifier": "finetuning",
     "noisy_classification.seed_by": "noisy_classification",

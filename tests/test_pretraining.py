@@ -26,13 +26,13 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.commands.parsing import parse, read_config
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments import pretraining
+from ddae_hf.experiments.batches import batch_sizes
 from ddae_hf.experiments.images import DataOptions, Images
 from ddae_hf.experiments.new_networks import DENOISER, check_networks, new_networks
 from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
 from ddae_hf.experiments.progress import Progress
-from ddae_hf.experiments.training_options import batch_sizes
 from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -473,13 +474,16 @@ def test_a_checkpoint_without_its_state_is_refused(tmp_path, name):
             run_loop(tmp_path, resume=wanted)
 
 
-def test_an_old_checkpoint_that_cannot_be_read_is_one_sentence(tmp_path):
-    run_loop(tmp_path, total=10)
-    (tmp_path / "checkpoint-10" / FILES).unlink()
-    path = tmp_path / "checkpoint-10" / "state" / "optimizer.bin"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="checkpoint-10 cannot be resumed: .* Resume an earlier checkpoint"):
-        run_loop(tmp_path, resume="latest")
+@pytest.mark.parametrize("name", ["state/optimizer.bin", "state/random_states_0.pkl", "state/model.safetensors"])
+def test_of_an_old_run_too_the_newest_checkpoint_that_is_whole_is_taken(tmp_path, name, caplog):
+    """Versions before 0.3.0 noted no sizes: files of tensors say themselves whether they are whole."""
+    run_loop(tmp_path, total=20)
+    for folder in tmp_path.iterdir():
+        (folder / FILES).unlink()
+    path = tmp_path / "checkpoint-20" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    assert run_loop(tmp_path, resume="latest").resumed.steps == 10
+    assert f"checkpoint-20 cannot be resumed: {name} is damaged. Resuming from" in caplog.text
 
 
 def full(folder):
@@ -490,7 +494,17 @@ def full_inside_safetensors(folder):
     raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("fails", [full, full_inside_safetensors])
+def full_inside_torch(folder):
+    """torch's own writer is stopped by the system in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        torch.save(torch.zeros(100_000), folder / "optimizer.bin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("fails", [full, full_inside_safetensors, full_inside_torch])
 def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(tmp_path, fails):
     saved = []
 
@@ -499,7 +513,7 @@ def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(tmp_path, fail
         if len(saved) == 2:
             fails(folder)
 
-    with pytest.raises(OSError, match="could not be written to: .*No space left.*checkpoint-10 is the last checkpoint"):
+    with pytest.raises(OSError, match="could not be written to: (?s:.)*checkpoint-10 is the last checkpoint"):
         run_loop(tmp_path, save=save)
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-10"]
     assert run_loop(tmp_path, resume="latest").progress.steps == 40

@@ -37,7 +37,7 @@ def accelerated(
     accumulation: int = 1,
     allow_tf32: bool | None = None,
     report_to: str | None = None,
-    output_dir: str | os.PathLike[str] | None = None,
+    output_dir: str | None = None,
     logging_dir: str = "logs",
     tracked: Mapping[str, Any] | None = None,
     place: bool = True,
@@ -48,7 +48,7 @@ def accelerated(
         seed: What Python's, NumPy's and torch's global generators begin with.
         mixed_precision: `no`, `fp16` or `bf16`; by default what accelerate is configured for.
         accumulation: Batches whose gradients make a step.
-        allow_tf32: Whether to multiply float32 matrices, and convolve, in TF32; without it torch's defaults stand.
+        allow_tf32: Whether to multiply and convolve float32 in TF32; without it torch's defaults stand.
         report_to: Tracker, such as `tensorboard`.
         output_dir: Folder of the run.
         logging_dir: Folder of the tracker's files inside it.
@@ -62,6 +62,9 @@ def accelerated(
     before = [dict(kind._shared_state) for kind in kinds]
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     flags = (matmul.allow_tf32, cudnn.allow_tf32) if allow_tf32 else None
+    project = None
+    if output_dir is not None:
+        project = ProjectConfiguration(output_dir, os.path.join(output_dir, logging_dir))
     accelerator = None
     with separate_randomness(seed):
         try:
@@ -71,7 +74,7 @@ def accelerated(
                 gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation, sync_with_dataloader=False),
                 mixed_precision=mixed_precision,
                 log_with=report_to,
-                project_config=None if output_dir is None else _project(output_dir, logging_dir),
+                project_config=project,
                 dataloader_config=DataLoaderConfiguration(non_blocking=True),
                 device_placement=place,
             )
@@ -92,7 +95,3 @@ def accelerated(
             for kind, state in zip(kinds, before, strict=True):
                 kind._shared_state.clear()
                 kind._shared_state.update(state)
-
-
-def _project(output_dir: str | os.PathLike[str], logging_dir: str) -> ProjectConfiguration:
-    return ProjectConfiguration(str(output_dir), os.path.join(output_dir, logging_dir))

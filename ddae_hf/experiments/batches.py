@@ -1,10 +1,11 @@
-"""Batches to train on: of images, of a stream of images, of latents; each epoch's in an order of its own."""
+"""Batches to train on, of images, a stream or latents: their sizes, and each epoch's in an order of its own."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..image_processing_ddae import DDAEImageProcessor
 from .images import ImageSet
 from .pixels import Pixels
-from .training_options import BatchSizes
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 HASHED = 4096  # images by which a data set is known again
@@ -46,22 +48,38 @@ class Batches(Sampler[list[int]]):
             yield [int(row) for row in batch]
 
 
-def shuffled(count: int, batch_size: int, total: int, seed: int) -> Batches:
-    """Return batches of rows in an order that is new in every epoch, the same for whatever size they are cut into.
+class BatchSizes(NamedTuple):
+    """How a step's images are shared out."""
 
-    Args:
-        count: Number of rows.
-        batch_size: Rows of a batch. Where there are fewer in all, they are one batch.
-        total: Rows of a step, a multiple of `batch_size`; an epoch leaves out those that do not make a step.
-        seed: Seed of the orders.
+    total: int  # images of a step
+    per_device: int  # those of a forward pass on each device
+    accumulation: int  # forward passes of a step
+    processes: int  # number of devices
+
+
+def batch_sizes(options: Any, processes: int, default: int = 128) -> BatchSizes:
+    """Return how many images a step has, and how they are shared out; `default` is what it has where no size is given.
+
+    Raises:
+        ValueError: Sizes that contradict each other, or that cannot be shared out.
     """
-    used = count // total * total or count
-
-    def of_epoch(epoch: int) -> Sequence[Tensor]:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
-        return order[:used].split(batch_size)
-
-    return Batches(of_epoch, batch_size)
+    total, each, passes = options.total_batch_size, options.train_batch_size, options.gradient_accumulation_steps
+    if total is None:
+        total = default if each is None else each * processes * (passes or 1)
+    shares = processes * (each or 1) * (passes or 1)
+    if total % shares if None in (each, passes) else total != shares:
+        needed = f"a multiple of {shares}" if None in (each, passes) else f"{shares}, or one of the three left out"
+        raise ValueError(
+            f"total_batch_size is {total}: with train_batch_size {each}, gradient_accumulation_steps {passes} and "
+            f"{processes} process(es) it must be {needed}."
+        )
+    if each is None:
+        each = total // shares
+        passes = passes or 1
+    passes = passes or total // shares
+    sizes = BatchSizes(total, each, passes, processes)
+    logger.info(f"A step has {total} images: {each} x {processes} device(s) x {passes} forward pass(es).")
+    return sizes
 
 
 class _ImageRows(Dataset[Batch]):
@@ -96,13 +114,6 @@ def image_batches(
 ) -> DataLoader[Any]:
     """Return shuffled batches of images: `pixel_values` (B, C, H, W), and `labels` (B,) if asked for.
 
-    Args:
-        images: The images; a stream is shuffled anew in every epoch.
-        processor: Prepares them.
-        sizes: Of the batches.
-        options: Has `seed`, `dataloader_num_workers` and, for a stream, `shuffle_buffer`.
-        labels: Whether to give labels.
-
     Raises:
         ValueError: Fewer images than a step has, or a stream that may be too short.
     """
@@ -111,7 +122,15 @@ def image_batches(
         pixels = images.pixels(processor, keep=options.dataloader_num_workers == 0)
         rows = _ImageRows(pixels, images.labels if labels else None)
         return row_batches(rows, len(images), sizes, options, whole)
-    _check_stream(images, sizes, options.dataloader_num_workers)
+    # What does not fill a batch is dropped, by each worker of its own part.
+    workers = options.dataloader_num_workers
+    needed = sizes.per_device * (sizes.processes + max(workers, 1) - 1)
+    found = sum(1 for _ in images.dataset.cast_column(images.image_column, Image(decode=False)).take(needed))
+    if found < needed:
+        raise ValueError(
+            f"The stream has {found} images: batches of {sizes.per_device}, {sizes.processes} processes and {workers} "
+            f"workers (dataloader_num_workers) need {needed}. Lower one of them."
+        )
     return DataLoader(
         images.stream(labels, options.shuffle_buffer, options.seed),
         batch_size=sizes.per_device,
@@ -122,12 +141,22 @@ def image_batches(
 
 
 def row_batches(rows: Any, count: int, sizes: BatchSizes, options: Any, collate: Callable[[Any], Any]) -> DataLoader:
-    """Return shuffled batches of the rows of a data set: see `image_batches`."""
+    """Return shuffled batches of the rows of a data set: see `image_batches`.
+
+    The order is new in every epoch, and the same for whatever size it is cut into. What does not make a step is left
+    out, but where there are fewer rows than a batch has they are one.
+    """
     if count < sizes.total > sizes.per_device:
         raise ValueError(
             f"There are {count} images, fewer than a step's total_batch_size of {sizes.total}: give a smaller one."
         )
-    order = shuffled(count, sizes.per_device, sizes.total, options.seed)
+    used = count // sizes.total * sizes.total or count
+
+    def of_epoch(epoch: int) -> Sequence[Tensor]:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed + epoch))
+        return order[:used].split(sizes.per_device)
+
+    order = Batches(of_epoch, sizes.per_device)
     return DataLoader(rows, batch_sampler=order, collate_fn=collate, **_loading(options))
 
 
@@ -136,36 +165,8 @@ def _loading(options: Any) -> dict[str, Any]:
     return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
 
 
-def _check_stream(images: ImageSet, sizes: BatchSizes, workers: int) -> None:
-    """Raise `ValueError` if a stream may be too short for an epoch to have a batch for every process.
-
-    What does not fill a batch is dropped, by each worker of its own part.
-    """
-    needed = sizes.per_device * (sizes.processes + max(workers, 1) - 1)
-    files = images.dataset.cast_column(images.image_column, Image(decode=False))
-    found = sum(1 for _ in files.take(needed))
-    if found < needed:
-        raise ValueError(
-            f"The stream has {found} images: batches of {sizes.per_device}, {sizes.processes} processes and {workers} "
-            f"workers (dataloader_num_workers) need {needed}. Lower one of them."
-        )
-
-
 def images_hash(images: ImageSet) -> str | None:
     """Return a hash by which images are known again, of some thousands of them; nothing of a stream."""
     if images.streaming:
         return None
     return images.select(np.linspace(0, len(images) - 1, min(len(images), HASHED)).astype(int)).hash
-
-
-def num_steps(options: Any, count: int | None, sizes: BatchSizes) -> int:
-    """Return the number of steps that training takes.
-
-    Raises:
-        ValueError: A stream without `max_train_steps`.
-    """
-    if options.max_train_steps is not None:
-        return options.max_train_steps
-    if count is None:
-        raise ValueError("A stream needs max_train_steps: how many images an epoch has is not known.")
-    return options.num_train_epochs * max(1, count // sizes.total)

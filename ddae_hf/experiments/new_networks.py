@@ -9,34 +9,19 @@ from typing import Any
 
 import torch
 
-from ..augment import NUM_LABELS
 from ..checkpoints import build_scheduler, plain_config, read_checkpoint
 from ..configuration_ddae import DDAEConfig
-from ..networks import NETWORKS, build_denoiser, network_of
+from ..networks import build_denoiser, network_of
 from ..noise import family_of
+from .draws import separate_randomness
 from .pretraining_data import TrainingData
 
 DENOISER = {"_class_name": "UNet2DModel", "in_channels": 3}
 SCHEDULER = {"_class_name": "DDPMScheduler"}
 
 
-def refuse_label_options(denoiser: dict[str, Any]) -> None:
-    """Raise `ValueError` for options of a network's labels, which the data set gives."""
-    own = {name for network in NETWORKS.values() for name in network.label_options(1)}
-    if labels := sorted(own & set(denoiser)):
-        raise ValueError(f"denoiser has {labels[0]}: leave it out, class_conditional takes it from the data set.")
-
-
 def new_networks(options: Any, data: TrainingData) -> tuple[Any, Any]:
-    """Return the denoiser, randomly initialised, and the scheduler that options describe.
-
-    Args:
-        options: Have `denoiser`, `scheduler` and `resolution`.
-        data: What the network is to be trained on.
-
-    Raises:
-        ValueError: Options that those classes do not have.
-    """
+    """Return the denoiser, randomly initialised, and the scheduler that options describe, or raise `ValueError`."""
     inputs: dict[str, Any] = {"sample_size": options.resolution or 32}
     if data.latents is not None:
         channels, side, _ = data.latents.shape
@@ -51,46 +36,22 @@ def new_networks(options: Any, data: TrainingData) -> tuple[Any, Any]:
 
 
 def networks_to_train(options: Any, data: TrainingData, resume: Path | None) -> tuple[Any, Any, Any]:
-    """Return the denoiser in training, the one of averaged weights, and the scheduler.
-
-    Args:
-        options: `PretrainingOptions`.
-        data: What they are trained on.
-        resume: The checkpoint to go on from.
-
-    Raises:
-        ValueError: A checkpoint whose denoiser works on something else.
-    """
+    """Return the denoiser in training, the one of averaged weights, and the scheduler, or raise `ValueError`."""
+    start = resume or options.init_from
+    if start is None:
+        with separate_randomness(options.seed):
+            network, scheduler = new_networks(options, data)
+        return network, copy.deepcopy(network), scheduler
+    source = read_checkpoint(start, cache_dir=options.cache_dir)
+    data.check_vae_of(source)
+    average = source.load_denoiser(torch.float32)
+    scheduler = build_scheduler(source.scheduler or SCHEDULER)
     if resume is not None:
-        source = read_checkpoint(resume)
-        data.check_vae_of(source)
-        network = read_checkpoint(resume / "raw").load_denoiser(torch.float32)
-        return network, source.load_denoiser(torch.float32), build_scheduler(source.scheduler or SCHEDULER)
-    if options.init_from:
-        source = read_checkpoint(options.init_from, cache_dir=options.cache_dir)
-        data.check_vae_of(source)
-        network = source.load_denoiser(torch.float32)
-        scheduler = build_scheduler(source.scheduler or SCHEDULER)
-        null_class = source.config.get("null_class", data.num_classes)
-        if data.num_classes and null_class != data.num_classes:
-            raise ValueError(
-                f"The null class of {options.init_from} is {null_class}: it must be the last, {data.num_classes}."
-            )
-    else:
-        torch.manual_seed(options.seed)
-        network, scheduler = new_networks(options, data)
-    return network, copy.deepcopy(network), scheduler
-
-
-def prepare_training(options: Any, denoiser: Any, average: Any) -> None:
-    """Make a denoiser ready to be trained, and its average to be sampled from."""
-    network = network_of(denoiser)
-    network.stop_own_dropping(denoiser)
-    if options.augment:
-        network.accept_vectors(denoiser, NUM_LABELS)
-    if options.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    average.requires_grad_(False).eval()
+        return read_checkpoint(resume / "raw").load_denoiser(torch.float32), average, scheduler
+    null_class = source.config.get("null_class", data.num_classes)
+    if data.num_classes and null_class != data.num_classes:
+        raise ValueError(f"The null class of {start} is {null_class}: it must be the last, {data.num_classes}.")
+    return copy.deepcopy(average), average, scheduler
 
 
 def trained_on(denoiser: Any, scheduler: Any) -> dict[str, Any]:
@@ -109,7 +70,6 @@ def check_networks(options: Any, denoiser: Any, scheduler: Any, data: TrainingDa
                 f"The latents have {channels} channels and a side of {side}: the network must have them as its "
                 f"in_channels and sample_size, and has {config.in_channels} and {config.sample_size}."
             )
-    null_class = data.num_classes or None
     network = network_of(denoiser)
     if data.num_classes and network.num_labels(config) != data.num_classes + 1:
         raise ValueError(
@@ -122,25 +82,24 @@ def check_networks(options: Any, denoiser: Any, scheduler: Any, data: TrainingDa
         raise ValueError("Only networks with as many output as input channels can be trained.")
     # These refuse what cannot work.
     family_of(scheduler).check_sampler(options.sampler)
-    described: dict[str, Any] = {"denoiser": plain_config(denoiser), "scheduler": plain_config(scheduler)}
-    if data.latents is not None:
-        described["vae"] = data.latents.index["vae"]
-    DDAEConfig(**described, timestep=0, null_class=null_class)
-    if options.low_resolution is not None:
-        check_low_resolution(options.low_resolution, described, null_class)
+    sides = [config.sample_size]
+    if (side := options.low_resolution) is not None:
+        if not (isinstance(config.sample_size, int) and 1 <= side < config.sample_size):
+            raise ValueError(
+                f"low_resolution is {side}: it must be at least 1 and below the sample_size, {config.sample_size}."
+            )
+        sides.append(side)
+    for side in sides:
+        described: dict[str, Any] = {"denoiser": {**plain_config(denoiser), "sample_size": side}, "timestep": 0}
+        if data.latents is not None:
+            described["vae"] = data.latents.index["vae"]
+        try:
+            DDAEConfig(scheduler=plain_config(scheduler), null_class=data.num_classes or None, **described)
+        except ValueError as error:
+            if side == config.sample_size:
+                raise
+            raise ValueError(f"low_resolution {side} cannot work. {error}") from error
     family_of(scheduler).draw(1, log_normal=options.log_sigma)
     copy.deepcopy(scheduler).set_timesteps(options.num_inference_steps)
     if options.resolution not in (None, config.sample_size):
         raise ValueError(f"resolution is {options.resolution}, but the network's sample_size is {config.sample_size}.")
-
-
-def check_low_resolution(side: int, described: dict[str, Any], null_class: int | None) -> None:
-    """Raise `ValueError` unless the described network can be trained on images of this side, smaller than its own."""
-    whole = described["denoiser"]["sample_size"]
-    if not (isinstance(whole, int) and 1 <= side < whole):
-        raise ValueError(f"low_resolution is {side}: it must be at least 1 and below the sample_size, {whole}.")
-    try:
-        reduced = {**described["denoiser"], "sample_size": side}
-        DDAEConfig(**{**described, "denoiser": reduced}, timestep=0, null_class=null_class)
-    except ValueError as error:
-        raise ValueError(f"low_resolution {side} cannot work. {error}") from error

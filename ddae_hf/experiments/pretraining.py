@@ -12,7 +12,6 @@ the VAE of the latents that they were trained on.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,46 +22,30 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..augment import augment, embed_labels, random_flip, reduced
+from ..augment import NUM_LABELS, augment, embed_labels, random_flip, reduced
 from ..diffusion import Diffusion
 from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
-from ..networks import network_of
+from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
 from .accelerating import this_process
-from .arrays import write_json, written_whole
-from .batches import num_steps
+from .arrays import read_json, write_json, written_whole
+from .batches import BatchSizes, batch_sizes
 from .devices import fast_layout, made_fast
 from .encoding import one_view
 from .images import Images
 from .latent_folder import LatentFolder
-from .new_networks import (
-    check_networks,
-    networks_to_train,
-    new_networks,
-    prepare_training,
-    refuse_label_options,
-    trained_on,
-)
+from .new_networks import check_networks, networks_to_train, new_networks, trained_on
 from .options import Table, option
 from .pixels import scaled
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
-from .progress import STATE, Progress, is_finished
+from .progress import Progress
 from .report import in_memory
 from .results import PretrainingReport
-from .run_facts import base_model, machine
-from .run_folder import check_same_run, checkpoint_to_resume, saving, write_options
-from .training import Loop
-from .training_options import (
-    BatchSizes,
-    TrainingOptions,
-    batch_sizes,
-    check_data,
-    check_precision,
-    in_force,
-    trained_with,
-)
+from .run_facts import base_model
+from .run_folder import check_same_run, saving, write_options
+from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +62,7 @@ class PretrainingOptions(TrainingOptions):
     """Options of `pretrain`."""
 
     # Beside these, the network and its scheduler are compared as they were built, the data by number and hash.
-    may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change | frozenset(
+    may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
         """denoiser scheduler vae resolution center_crop gradient_checkpointing adam_beta1 adam_beta2 adam_weight_decay
         adam_epsilon ema_decay sample_steps num_samples num_inference_steps sampler""".split()
     )
@@ -117,7 +100,9 @@ class PretrainingOptions(TrainingOptions):
     def check(self) -> None:
         """Refuse what does not go together."""
         super().check()
-        refuse_label_options(self.denoiser)
+        own = {name for network in NETWORKS.values() for name in network.label_options(1)}
+        if labels := sorted(own & set(self.denoiser)):
+            raise ValueError(f"denoiser has {labels[0]}: leave it out, class_conditional takes it from the data set.")
         if self.init_from and (self.denoiser or self.scheduler):
             raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
         if self.augment and (self.random_flip or self.class_conditional):
@@ -133,21 +118,16 @@ class PretrainingOptions(TrainingOptions):
 
 @dataclass(kw_only=True)
 class PretrainingResult(PretrainingReport):
-    """A denoiser's training and what came of it.
+    """A denoiser's training and what came of it."""
 
-    Attributes:
-        pipeline: The network of averaged weights, ready to sample from.
-    """
-
-    pipeline: DDAEPipeline = in_memory()
+    pipeline: DDAEPipeline = in_memory()  # the network of averaged weights, ready to sample from
     run: Pretraining | None = in_memory()
 
     def save(self, folder: str | Path) -> None:
-        """Write the networks, averaged and `raw`, the options and the report, as `output_dir` has them.
+        """Write the networks, averaged and `raw`, the options and the report, or raise `OSError`.
 
         Raises:
             ValueError: The run was complete before, so its folder has them already.
-            OSError: They cannot be written.
         """
         if self.run is None:
             raise ValueError(f"This run was complete before: {self.folder} has it.")
@@ -180,31 +160,20 @@ def pretrain(
         Interrupted: A signal came, and a checkpoint was written.
     """
     options = PretrainingOptions.of(options, changes)
-    resume = None
-    if where := options.output_dir or options.resume_from_checkpoint:
-        resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, *WEIGHTS))
+    resume = options.checkpoint(*WEIGHTS)
     sizes = batch_sizes(options, this_process().num_processes)
     data = training_data(images, options)
     with options.accelerated(sizes) as accelerator:
         run = Pretraining(options, accelerator, data, sizes, resume)
-        steps = run.loop.total_steps
-        if options.output_dir and is_finished(Path(options.output_dir, PretrainingReport.file), resume, steps):
-            result = PretrainingResult.read(options.output_dir)
+        if run.loop.is_finished(PretrainingReport.file):
+            result = PretrainingResult.read(options.output_dir or "")
             result.pipeline = run.pipeline(run.average)
             return result
-        run.train()
-        return run.finish()
+        return run.train()
 
 
 class Pretraining:
     """A denoiser's training: its networks, data and loop, and what it leaves behind.
-
-    Args:
-        options: `PretrainingOptions`.
-        accelerator: Of `accelerated`.
-        data: What the denoiser is trained on.
-        sizes: Of the batches.
-        resume: The checkpoint to go on from.
 
     Raises:
         ValueError: Networks that cannot be trained so, or a checkpoint of another run.
@@ -219,61 +188,40 @@ class Pretraining:
         resume: Path | None,
     ):
         self.options, self.accelerator, self.data = options, accelerator, data
-        self.given = in_force(options, sizes, accelerator.mixed_precision, data.opened_with)
+        self.given = options.in_force(sizes, accelerator.mixed_precision, data.opened_with)
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
-        if resume is not None:
-            check_data(Progress.read(resume), trained_with(resume), sizes, known, resume)
+        trained = None if resume is None else check_resumed(self.given, sizes, known, resume)
         network, self.average, self.scheduler = networks_to_train(options, data, resume)
-        if resume is not None:
-            self._check_same_run(resume, network, self.scheduler)
+        if resume is not None and trained is not None:
+            self._check_same_run(trained, network, resume)
         check_networks(options, network, self.scheduler, data)
-        prepare_training(options, network, self.average)
-        side = network.config.sample_size
-        logger.info(f"Training on {data.describe(side)}.")
-        steps = num_steps(options, data.count, sizes)
+        kind = network_of(network)
+        kind.stop_own_dropping(network)
+        if options.augment:
+            kind.accept_vectors(network, NUM_LABELS)
+        if options.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        self.average.requires_grad_(False).eval()
+        logger.info(f"Training on {data.describe(network.config.sample_size)}.")
         loader = data.batches(network.config, sizes, options)
+        rate = options.rate(sizes)
+        betas = (options.adam_beta1, options.adam_beta2)
         optimizer = torch.optim.AdamW(
-            network.parameters(),
-            sizes.rate(options),
-            (options.adam_beta1, options.adam_beta2),
-            options.adam_epsilon,
-            options.adam_weight_decay,
-            fused=True,
+            network.parameters(), rate, betas, options.adam_epsilon, options.adam_weight_decay, fused=True
         )
         made_fast(network, accelerator.device)
-        self.loop = Loop(
-            accelerator,
-            network,
-            optimizer,
-            loader,
-            total_steps=steps,
-            seed=options.seed,
-            schedule=options.schedule(steps),
-            max_grad_norm=options.max_grad_norm,
-            average=self.average,
-            ema_decay=options.ema_decay,
-            output_dir=options.output_dir,
-            checkpointing_steps=options.checkpointing_steps,
-            checkpoints_total_limit=options.checkpoints_total_limit,
-            save=self.write,
+        self.loop = options.loop(
+            accelerator, network, optimizer, loader, sizes, known, resume, self.write, self.average, options.ema_decay
         )
-        self.loop.restore(resume)
-        self.loop.progress.num_images = data.count
-        self.loop.progress.images_hash = data.hash
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
-    def _check_same_run(self, resume: Path, network: Any, scheduler: Any) -> None:
+    def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
         options, data = self.options, self.data
-        trained = trained_with(resume)
-        check_precision(self.given, trained, resume)
-        latents = json.loads((resume / LATENTS).read_text(encoding="utf-8")) if (resume / LATENTS).is_file() else None
-        if latents is not None:
-            latents.setdefault("center_crop", False)
+        latents = {"center_crop": False, **read_json(resume / LATENTS)} if (resume / LATENTS).is_file() else None
         may_change = set(options.may_change)
-        if not options.low_resolution:
-            may_change.add("low_resolution_share")
+        may_change |= set() if options.low_resolution else {"low_resolution_share"}
         if not options.class_conditional and not trained.get("class_conditional"):
             may_change.add("label_dropout")
         if data.latents is None:
@@ -286,7 +234,7 @@ class Pretraining:
         trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
         if not options.init_from and not trained.get("init_from"):
             now |= trained_on(*new_networks(options, data))
-            trained |= trained_on(network, scheduler)
+            trained |= trained_on(network, self.scheduler)
         for name in ("dataset_name", "train_data_dir"):  # which may lie elsewhere now
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
@@ -298,17 +246,8 @@ class Pretraining:
         clean, labels = training_inputs(options, batch, self.diffusion.own)
         if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
             clean = reduced(clean, options.low_resolution)
-        return self.diffusion.loss(clean, class_labels=labels, log_normal=options.log_sigma).mean()
-
-    def train(self) -> None:
-        """Train, and leave checkpoints and samples."""
-        options, loop = self.options, self.loop
-        sample = self.sample if options.output_dir else None
-        step = loop.progress.steps
-        if sample and step and options.sample_steps and step % options.sample_steps == 0:
-            if not self.picture(step).is_file():  # interrupted before it was drawn
-                sample(step)
-        loop.run(self.loss, sample, options.sample_steps)
+        log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
+        return self.diffusion.loss(clean, class_labels=labels, log_normal=log_sigma).mean()
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""
@@ -328,8 +267,8 @@ class Pretraining:
         self.pipeline(self.loop.averaged()).save_pretrained(folder)
         self.pipeline(self.loop.raw()).save_pretrained(folder / "raw")
         vae = None if self.data.vae is None else self.data.vae.config
+        processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
         for place in (folder, folder / "raw"):
-            processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
             processor.save_pretrained(place)
         write_options(self.given, folder)
 
@@ -344,14 +283,15 @@ class Pretraining:
         options = self.options
         pipeline = self.pipeline(self.loop.averaged()).to(self.accelerator.device)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
-        images = pipeline(
+        found: Any = pipeline(
             options.num_samples,
-            torch.arange(options.num_samples) % pipeline.null_class if options.class_conditional else None,
+            torch.arange(options.num_samples) % (pipeline.null_class or 1) if options.class_conditional else None,
             torch.Generator("cpu").manual_seed(options.seed),
             num_inference_steps=options.num_inference_steps,
             sampler=options.sampler,
             output_type="np",
-        ).images
+        )
+        images = found.images
         if self.data.vae is not None:  # its place is left to the training
             self.data.vae.to("cpu")
         grid = image_grid(pipeline.numpy_to_pil(images[..., :3] if images.shape[-1] >= 3 else images[..., :1]))
@@ -365,39 +305,35 @@ class Pretraining:
                 more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **more)
 
-    def finish(self) -> PretrainingResult:
-        """Write the final network, its samples and, last of all, the report."""
+    def train(self) -> PretrainingResult:
+        """Train, and leave checkpoints and samples, the final network and, last of all, the report."""
         options, loop, folder = self.options, self.loop, self.options.output_dir
+        main = self.accelerator.is_main_process
+        every = options.sample_steps if folder else 0
+        step = loop.progress.steps
+        if every and step and step % every == 0 and not self.picture(step).is_file():  # interrupted before it was drawn
+            self.sample(step)
+        loop.run(self.loss, self.sample, every)
         self.accelerator.wait_for_everyone()
-        loop.count_seconds()
-        progress, resumed = loop.progress, loop.resumed
-        if self.accelerator.is_main_process and folder:
+        if main and folder:
             with saving(folder):
                 self.write(Path(folder))
-            if options.sample_steps and progress.steps % options.sample_steps:
-                self.sample(progress.steps)
+        if every and loop.progress.steps % every:
+            self.sample(loop.progress.steps)
         result = PretrainingResult(
             options=self.given,
-            steps=progress.steps,
-            loss_last_100_batches=progress.loss(),
-            images=progress.images,
-            seconds=round(progress.seconds, 1),
-            images_this_run=progress.images - resumed.images,
-            seconds_this_run=round(progress.seconds - resumed.seconds, 1),
-            images_per_second=progress.images_per_second(resumed),
             parameters=sum(p.numel() for p in self.average.parameters()),
             dataset=self.data.facts(),
             latents=self.data.described or {},
             pipeline=self.pipeline(loop.averaged()),
             run=self,
-            **machine(self.accelerator.device.type, self.accelerator.num_processes),
+            **loop.facts(),
             **base_model(options.init_from),
         )
-        if self.accelerator.is_main_process and folder:
+        if main and folder:
             with saving(folder):
                 result.write(folder)
-            loss = result.loss_last_100_batches
-            logger.info(f"{result.images_per_second} images/s, loss {loss}; saved {folder}.")
+            logger.info(f"{result.images_per_second} images/s, loss {result.loss_last_100_batches}; saved {folder}.")
         return result
 
 
@@ -405,9 +341,10 @@ def training_inputs(
     options: PretrainingOptions, batch: dict[str, Tensor], network: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Return clean images as floats, augmented if asked for, and what the network is told of them."""
-    pixels, labels = batch["pixel_values"], batch.get("labels")
+    pixels = batch["pixel_values"]
     pixels = pixels.to(memory_format=fast_layout(pixels.device))
     clean = scaled(pixels, DDAEImageProcessor.for_denoiser(network.config))
+    labels = batch.get("labels")
     if options.augment:
         clean, numbers = augment(clean, options.augment)
         return clean, embed_labels(numbers, network_of(network).vector_width(network))

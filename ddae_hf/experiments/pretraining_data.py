@@ -11,52 +11,34 @@ from torch.utils.data import DataLoader, default_collate
 from ..checkpoints import Checkpoint, load_vae
 from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import freeze
-from .batches import image_batches, images_hash, row_batches
+from .batches import BatchSizes, image_batches, images_hash, row_batches
 from .classes import draw_images, warn_of_missing
 from .encoding import latent_dataset
 from .images import Images, ImageSet
 from .latent_folder import LatentFolder
-from .training_options import BatchSizes
 
+BY_ENCODE = "`encode` takes it, and the folder says what it was"
+BY_VIEWS = "latents are not changed; `encode` with mirror makes a second, mirrored view of each"
 # Options of images that latents have no use for, and what to do in their place.
-OF_IMAGES = {
-    "resolution": "`encode` takes it, and the folder says what it was",
-    "center_crop": "`encode` takes it, and the folder says what it was",
-    "low_resolution": "means of latents are no latents",
-    "augment": "latents are not changed; `encode` with mirror makes a second, mirrored view of each",
-    "random_flip": "latents are not changed; `encode` with mirror makes a second, mirrored view of each",
-}
+OF_IMAGES = {"resolution": BY_ENCODE, "center_crop": BY_ENCODE, "low_resolution": "means of latents are no latents"}
+OF_IMAGES |= {"augment": BY_VIEWS, "random_flip": BY_VIEWS}
 
 
 @dataclass
 class TrainingData:
-    """What a denoiser is trained on, and what is known of it.
+    """What a denoiser is trained on, and what is known of it."""
 
-    Attributes:
-        rows: The images or, of latents, a data set of `pixel_values`, all views, and `labels` where classes are used.
-        facts: Returns what reports say of it; of a stream, with how many images were left out so far.
-        opened_with: The options that open it again.
-        count: Number of images; of a stream nobody knows it.
-        hash: What the images or latents are known by.
-        num_classes: Number of classes, 0 where they are not used.
-        names: Their names, where they have any.
-        latents: Where latents come from, if the denoiser is trained on those.
-        vae: The VAE that made them.
-        described: What tells these latents from others of the same images.
-        center_crop: Whether images of another shape are or were cut, not squashed.
-    """
-
-    rows: Any
-    facts: Callable[[], dict[str, Any]]
-    opened_with: dict[str, Any]
-    count: int | None
-    hash: str | None
-    num_classes: int = 0
-    names: Sequence[str] | None = None
+    rows: Any  # the images or, of latents, a data set of `pixel_values`, all views, and `labels` where these are used
+    facts: Callable[[], dict[str, Any]]  # what reports say of it; of a stream, with how many images were left out
+    opened_with: dict[str, Any]  # the options that open it again
+    count: int | None  # number of images; of a stream nobody knows it
+    hash: str | None  # what the images or latents are known by
+    num_classes: int = 0  # 0 where classes are not used
+    names: Sequence[str] | None = None  # of the classes
     latents: LatentFolder | None = None
-    vae: Any = None
-    described: dict[str, Any] | None = None
-    center_crop: bool = True
+    vae: Any = None  # that made the latents
+    described: dict[str, Any] | None = None  # what tells these latents from others of the same images
+    center_crop: bool = True  # whether images of another shape are or were cut, not squashed
 
     def describe(self, side: int) -> str:
         """Return in words what a network with inputs of this side is trained on."""
@@ -88,11 +70,7 @@ class TrainingData:
 
 
 def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
-    """Return what a denoiser is to be trained on.
-
-    Args:
-        images: The data set, or a folder of its latents.
-        options: `PretrainingOptions`.
+    """Return what a denoiser is to be trained on: a data set, or a folder of its latents.
 
     Raises:
         ValueError: Images or latents that cannot be read, or without the labels asked for; options that latents have
@@ -107,6 +85,8 @@ def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
     chosen = images[options.train_split]
     if options.class_conditional:
         chosen = chosen.labelled()
+    if chosen.streaming and options.max_train_steps is None:
+        raise ValueError("A stream needs max_train_steps: how many images an epoch has is not known.")
     if chosen.streaming and options.max_train_samples and options.dataloader_num_workers > 1:
         raise ValueError(
             "max_train_samples: workers share a stream's files, none knows its first N: take one "

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from statistics import fmean
 
 from .run_folder import read_options, step_of
-
-logger = logging.getLogger(__name__)
 
 PROGRESS = Path("state") / "progress.json"
 # What a checkpoint has beside weights, without which a run would not go on as it was.
@@ -20,31 +17,18 @@ WEIGHTS = "state/model.safetensors"  # where accelerate keeps them
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come, with all that it was resumed from.
+    """How far a run has come, with all that it was resumed from."""
 
-    Attributes:
-        epoch: The epoch that it is in, from 0.
-        batch: Batches of this epoch that are done, each of all processes.
-        batches: Those of all epochs.
-        images: How many they had.
-        seconds: How long they took.
-        num_images: Images of the data set; of a stream nobody knows it.
-        losses: Of the last batches, means over all processes, as they were last looked at.
-        steps: Steps of the optimiser.
-        batch_images: Images of a batch of all processes.
-        images_hash: Of the images or latents, where they are no stream.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    batches: int = 0
+    epoch: int = 0  # that it is in
+    batch: int = 0  # batches of this epoch that are done, each of all processes
+    batches: int = 0  # those of all epochs
     images: int = 0
     seconds: float = 0.0
-    num_images: int | None = None
-    losses: list[float] = dataclasses.field(default_factory=list)
-    steps: int = 0
-    batch_images: int | None = None
-    images_hash: str | None = None
+    num_images: int | None = None  # of the data set; of a stream nobody knows it
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the last batches, means over all processes
+    steps: int = 0  # of the optimiser
+    batch_images: int | None = None  # images of a batch of all processes
+    images_hash: str | None = None  # of the images or latents, where they are no stream
 
     @classmethod
     def read(cls, checkpoint: Path) -> Progress:
@@ -65,11 +49,7 @@ class Progress:
         self.epoch, self.batch = (self.epoch + 1, 0) if last else (self.epoch, self.batch + 1)
 
     def cut_into(self, batch_images: int) -> None:
-        """Count in batches of another size, such as of more processes with fewer images each.
-
-        Raises:
-            ValueError: The images of this epoch that are done are no whole number of them.
-        """
+        """Count in batches of another size, which the images done must fill, or raise `ValueError`."""
         if self.batch_images in (None, batch_images):
             self.batch_images = batch_images
             return
@@ -86,19 +66,3 @@ class Progress:
     def loss(self) -> float | None:
         """Return the mean of the last losses; a checkpoint of version 0.1.0 has kept none."""
         return fmean(self.losses) if self.losses else None
-
-    def images_per_second(self, resumed: Progress) -> float:
-        """Return the rate since `resumed`, or the rate until then if nothing was left to train."""
-        if self.images == resumed.images:
-            return round(resumed.images / resumed.seconds, 1)
-        return round((self.images - resumed.images) / (self.seconds - resumed.seconds), 1)
-
-
-def is_finished(results: Path, resumed: Path | None, steps: int) -> bool:
-    """Return whether a run that is resumed has left all it leaves, after so many steps; its results come last."""
-    if resumed is None or not results.is_file():
-        return False
-    finished = json.loads(results.read_text(encoding="utf-8"))["steps"] == steps
-    if finished:
-        logger.info(f"{results.parent} is complete, after {steps} steps: there is nothing left to do.")
-    return finished

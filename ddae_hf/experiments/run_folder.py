@@ -9,11 +9,13 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from .arrays import read_json, write_text
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = "training_options.yaml"
 FILES = "files.json"
+# Words of safetensors and torch, whose errors of writing are no `OSError`.
+OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
 
 
 def check_folder(output_dir: str | os.PathLike[str]) -> None:
@@ -56,19 +60,16 @@ def _sha256(path: Path) -> str:
 
 
 def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
-    """Return why a checkpoint cannot be resumed, in words, or None.
+    """Return why a checkpoint cannot be resumed, in words, or None; `needed` are patterns that a file each must match.
 
-    Those of versions before 0.3.0 have no `files.json`: of these only what is missing is found.
-
-    Args:
-        checkpoint: Its folder.
-        needed: Patterns of files, each of which one file must match.
+    Those of versions before 0.3.0 have no `files.json`: of these it is found what is missing or cut short.
     """
     if missing := [pattern for pattern in needed if not any(checkpoint.glob(pattern))]:
         return f"it has no {', no '.join(missing)}"
-    if not (checkpoint / FILES).is_file():
-        return None
     try:
+        if not (checkpoint / FILES).is_file():
+            cut = [path for path in sorted(checkpoint.rglob("*")) if _is_cut_short(path)]
+            return f"{cut[0].relative_to(checkpoint).as_posix()} is damaged" if cut else None
         known = read_json(checkpoint / FILES)
         for name, (size, digest) in known.items():
             path = checkpoint / name
@@ -81,6 +82,17 @@ def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
     return None
 
 
+def _is_cut_short(path: Path) -> bool:
+    """Return whether a file of tensors is none, or has lost its end, where torch's archives have their table."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                return False
+        except SafetensorError:
+            return True
+    return path.suffix in (".bin", ".pt", ".pth", ".pkl") and not zipfile.is_zipfile(path)
+
+
 def checkpoint_to_resume(
     output_dir: str | os.PathLike[str], wanted: str | os.PathLike[str] | None, needed: Sequence[str]
 ) -> Path | None:
@@ -89,8 +101,7 @@ def checkpoint_to_resume(
     Args:
         output_dir: Folder of the run.
         wanted: A checkpoint's folder, `latest` for the newest of the run that is whole, or None for a fresh start.
-        needed: Patterns of the files without which a run would not go on as it was: weights, the optimiser's state,
-            random states, progress.
+        needed: Patterns of the files without which a run would not go on as it was.
 
     Raises:
         ValueError: A fresh start where there are checkpoints; a checkpoint that is not there, lacks something or is
@@ -108,9 +119,7 @@ def checkpoint_to_resume(
     if str(wanted) != "latest":
         if not Path(wanted).is_dir():
             raise ValueError(f"resume_from_checkpoint is {wanted}: there is no such checkpoint.")
-        if reason := what_is_wrong(Path(wanted), needed):
-            raise ValueError(f"{wanted} cannot be resumed: {reason}. Resume another checkpoint, or `latest`.")
-        return Path(wanted)
+        found = [Path(wanted)]
     reasons: list[str] = []
     for checkpoint in reversed(found):
         reason = what_is_wrong(checkpoint, needed)
@@ -120,7 +129,7 @@ def checkpoint_to_resume(
             return checkpoint
         reasons.append(f"{checkpoint} cannot be resumed: {reason}")
     if reasons:
-        raise ValueError(f"{'; '.join(reasons)}. Choose another output_dir, or remove these.")
+        raise ValueError(f"{'; '.join(reasons)}. Resume another checkpoint, or `latest`, or choose another output_dir.")
     logger.info(f"{output_dir} has no checkpoint yet: starting afresh.")
     return None
 
@@ -128,14 +137,9 @@ def checkpoint_to_resume(
 def check_same_run(
     options: Mapping[str, Any], trained: Mapping[str, Any], may_change: Collection[str], where: Path
 ) -> None:
-    """Raise `ValueError` if a run that is resumed would become another one.
+    """Raise `ValueError` if a run that is resumed would become another one, by an option that is not in `may_change`.
 
-    Args:
-        options: The options now, plain data, with whatever else makes a run what it is.
-        trained: Those that the checkpoint was trained with. One that is not there was an option of no version then,
-            and so off: None, False, 0 or empty.
-        may_change: Names of options that are applied from now on.
-        where: The checkpoint.
+    An option that the checkpoint, `where`, does not know was one of no version then, and so off: None, 0 or empty.
     """
     different = []
     for name, now in options.items():
@@ -155,12 +159,7 @@ def write_options(options: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_options(checkpoint: Path) -> dict[str, Any]:
-    """Return the options of the run that wrote a checkpoint.
-
-    Raises:
-        ValueError: The file is damaged.
-        OSError: There is none.
-    """
+    """Return the options of the run that wrote a checkpoint, or raise `ValueError` where the file is damaged."""
     try:
         options = yaml.safe_load((checkpoint / OPTIONS).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -188,11 +187,7 @@ def clear_rubbish(output_dir: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def saving(output_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Say in one sentence where writing into a run's folder failed, such as on a full disk, and leave no rubbish.
-
-    Raises:
-        OSError: What happened, and what is still there.
-    """
+    """Raise `OSError` in one sentence where writing into a run's folder failed, as on a full disk; leave no rubbish."""
     try:
         yield
     except Exception as error:
@@ -210,7 +205,7 @@ def _disk_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
-        if re.search("No space left|StorageFull|file write failed|os error|PytorchStreamWriter", str(error)):
+        if re.search(OF_DISKS, str(error)):
             return str(error)
         error = error.__cause__ or error.__context__
     return None

@@ -89,29 +89,15 @@ def check_weights(checkpoint: Path, weights: Iterable[torch.Tensor]) -> None:
 
 
 def not_finite(
-    step: int,
-    loss: float | None,
-    rate: float,
-    checkpoint: Path | None,
-    how: str = "resume from it",
-    option: str = "learning_rate",
+    step: int, loss: float | None, rate: float, checkpoint: Path | None, option: str = "learning_rate"
 ) -> NotFinite:
-    """Return what stops a run whose loss or weights are not finite.
-
-    Args:
-        step: The step at which that was seen.
-        loss: The last loss, or the mean of the last ones.
-        rate: Learning rate then.
-        checkpoint: The last good checkpoint, if there is any.
-        how: What can be done with it.
-        option: Name of the learning rate's option.
-    """
+    """Return what stops a run whose last losses have this mean, at a learning rate that this option gives."""
     what = f"The loss is {loss}"
     if loss is not None and math.isfinite(loss):
         what = f"Some weights are no finite numbers, after a loss of {loss:.4g},"
-    last = (
-        f"{checkpoint} is the last good checkpoint: {how}" if checkpoint else "There is no checkpoint yet: start again"
-    )
+    last = "There is no checkpoint yet: start again"
+    if checkpoint is not None:
+        last = f"{checkpoint} is the last good checkpoint: resume from it"
     return NotFinite(
         f"{what} at step {step}, at a learning rate of {rate:.3g}; none of it is saved. {last} with a lower {option}, "
         "or in higher precision."

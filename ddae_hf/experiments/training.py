@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 from .arrays import write_text
 from .batches import Batches
 from .progress import PROGRESS, Progress
+from .run_facts import machine
 from .run_folder import check_folder, clear_rubbish, discard, note_files, saved_checkpoints, saving, step_of
 from .stopping import Interrupted, Stopping, check_weights, look, not_finite
 
@@ -59,11 +60,9 @@ class Loop:
         schedule: Returns the schedule of an optimiser's rates, by default a constant one. Where a run may be resumed it
             is a `LambdaLR`, whose rates depend on the step alone.
         max_grad_norm: Largest norm of the gradient; 0 leaves it as it is.
-        average: A copy of the module, to hold averaged weights.
-        ema_decay: Decay of these after its ramp.
+        average: A copy of the module, to hold averaged weights; after its ramp, with decay `ema_decay`.
         output_dir: Folder of checkpoints; without one there are none, and signals act as always.
-        checkpointing_steps: Steps between two checkpoints.
-        checkpoints_total_limit: How many to keep, all if None. The one that is written is always among them.
+        checkpointing_steps: Steps between two checkpoints; the newest `checkpoints_total_limit` are kept, or all.
         save: Writes into a checkpoint's folder what accelerate does not: weights and options. `average` is up to date.
         keep_weights: Whether accelerate writes the module's weights into checkpoints, and `restore` reads them.
         desc: What the progress bar says.
@@ -165,17 +164,9 @@ class Loop:
         return [*self.module.state_dict().values(), *([] if self.ema is None else self.ema.shadow_params)]
 
     def run(
-        self,
-        loss: Callable[[Any], Tensor],
-        sample: Callable[[int], None] | None = None,
-        sample_steps: int = 0,
+        self, loss: Callable[[Any], Tensor], sample: Callable[[int], None] | None = None, sample_steps: int = 0
     ) -> None:
-        """Train to the last step.
-
-        Args:
-            loss: Returns the loss of a batch, which `module` gives.
-            sample: Is called with a step's number after every `sample_steps` of them.
-            sample_steps: Steps between two of these calls; 0 for none.
+        """Train to the last step, with the loss of a batch; `sample` is called after every `sample_steps` of them.
 
         Raises:
             NotFinite: A loss or weights that are no finite numbers; nothing of them is saved.
@@ -191,17 +182,23 @@ class Loop:
             for step in self.steps(loss):
                 bar.update()
                 stop = None if stopping is None else self._agreed(stopping.requested, step)
-                saved = self.folder is not None and (stop is not None or _due(step, self.checkpointing_steps))
-                drawn = sample is not None and _due(step, sample_steps)
+                due = self.checkpointing_steps and step % self.checkpointing_steps == 0
+                saved = self.folder is not None and (stop is not None or due)
+                drawn = sample_steps and step % sample_steps == 0
                 if step % LOOKS == 0 or saved or drawn or step == self.total_steps:
                     self.look(bar)
                 if saved:
                     self.checkpoint()
                 if stop is not None:
-                    raise self._interrupted(stop)
+                    raise Interrupted(
+                        f"Stopped by {signal.Signals(stop).name} after step {step} of {self.total_steps}: "
+                        f"{self._last_checkpoint()} is saved. The same options with resume_from_checkpoint latest go "
+                        "on from it.",
+                        stop,
+                    )
                 if drawn and sample is not None:
                     sample(step)
-        self.count_seconds()
+        self._count_seconds()
 
     def steps(self, loss: Callable[[Any], Tensor]) -> Iterator[int]:
         """Train, and yield the number of every step that is done, up to the last."""
@@ -274,21 +271,39 @@ class Loop:
         mine = torch.tensor([requested or 0], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max()) or None
 
-    def _interrupted(self, number: int) -> Interrupted:
-        saved = self._last_checkpoint()
-        return Interrupted(
-            f"Stopped by {signal.Signals(number).name} after step {self.progress.steps} of {self.total_steps}: {saved} "
-            "is saved. The same options with resume_from_checkpoint latest go on from it.",
-            number,
-        )
-
     def _last_checkpoint(self) -> Path | None:
         """Return the newest checkpoint until now, be it the one that was resumed."""
         found = [] if self.folder is None else saved_checkpoints(self.folder)
         found = [folder for folder in found if step_of(folder) <= self.progress.steps]
         return found[-1] if found else self.checkpoint_before
 
-    def count_seconds(self) -> None:
+    def is_finished(self, results: str) -> bool:
+        """Return whether the run that was resumed has left all it leaves; this file of its folder comes last."""
+        if self.folder is None or self.checkpoint_before is None or not (self.folder / results).is_file():
+            return False
+        finished = json.loads((self.folder / results).read_text(encoding="utf-8"))["steps"] == self.total_steps
+        if finished:
+            logger.info(f"{self.folder} is complete, after {self.total_steps} steps: there is nothing left to do.")
+        return finished
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the report of a training says of the loop."""
+        progress = self.progress
+        images = progress.images - self.resumed.images
+        seconds = progress.seconds - self.resumed.seconds
+        return {
+            "steps": progress.steps,
+            "loss_last_100_batches": progress.loss(),
+            "images": progress.images,
+            "images_this_run": images,
+            "seconds": round(progress.seconds, 1),
+            "seconds_this_run": round(seconds, 1),
+            # Where nothing was left to train, the rate until then.
+            "images_per_second": round(images / seconds if images else progress.images / self.resumed.seconds, 1),
+            **machine(self.accelerator.device.type, self.accelerator.num_processes),
+        }
+
+    def _count_seconds(self) -> None:
         """Bring the seconds of all runs up to now."""
         self.progress.seconds = self.resumed.seconds + time.monotonic() - self.started
 
@@ -299,14 +314,10 @@ class Loop:
         return self.average
 
     def checkpoint(self) -> None:
-        """Write `checkpoint-STEP`, complete or not at all, and drop the oldest others beyond the limit.
-
-        Raises:
-            OSError: It could not be written, such as on a full disk. Earlier ones stay.
-        """
+        """Write `checkpoint-STEP`, complete or not at all (`OSError`), and drop the oldest others beyond the limit."""
         folder, accelerator = self.folder, self.accelerator
         assert folder is not None
-        self.count_seconds()
+        self._count_seconds()
         partial, final = folder / "partial-checkpoint", folder / f"checkpoint-{self.progress.steps}"
         with saving(folder):
             if accelerator.is_main_process:
@@ -331,7 +342,3 @@ class Loop:
     def raw(self) -> Any:
         """Return the module as it came, with the weights that the optimiser left."""
         return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return bool(every) and step > 0 and step % (every or 1) == 0

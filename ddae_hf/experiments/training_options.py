@@ -1,24 +1,24 @@
-"""The options that every training loop has, the size of its batches on any number of devices, and resuming."""
+"""What training a denoiser and training a VAE have in common: options, the loop that follows from them, resuming."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from torch import nn, optim
+from torch.utils.data import DataLoader
 
 from .accelerating import accelerated
+from .batches import BatchSizes
 from .options import Options, option
-from .progress import Progress
-from .run_folder import check_folder, read_options
-
-logger = logging.getLogger(__name__)
+from .progress import STATE, Progress
+from .run_folder import check_folder, checkpoint_to_resume, read_options
+from .training import Loop
 
 Precision = Literal["no", "fp16", "bf16"]
 # diffusers' `piecewise_constant` needs rules that no option gives.
@@ -84,6 +84,11 @@ class TrainingOptions(Options):
         if self.output_dir is None and self.resume_from_checkpoint == "latest":
             raise ValueError("resume_from_checkpoint is latest, of output_dir: give that, or a checkpoint's folder.")
 
+    def checkpoint(self, *weights: str) -> Path | None:
+        """Return the checkpoint to resume, which must have these files too, or None for a fresh start."""
+        where = self.output_dir or self.resume_from_checkpoint
+        return checkpoint_to_resume(where, self.resume_from_checkpoint, (*STATE, *weights)) if where else None
+
     def accelerated(self, sizes: BatchSizes) -> AbstractContextManager[Accelerator]:
         """Return what gives the run's `Accelerator`: see `accelerating.accelerated`."""
         return accelerated(
@@ -96,123 +101,82 @@ class TrainingOptions(Options):
             tracked=self.to_dict(),
         )
 
-    def schedule(self, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
-        """Return what makes the schedule of an optimiser's learning rate."""
-        return lambda optimizer: get_scheduler(
-            self.lr_scheduler, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=total_steps
-        )
+    def in_force(self, sizes: BatchSizes, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that a run has, plain data that `--config` takes again on any number of devices."""
+        given = {**opened_with, **self.to_dict(), "total_batch_size": sizes.total, "mixed_precision": precision}
+        if given["train_batch_size"] is not None:
+            given["gradient_accumulation_steps"] = None  # it follows from the two sizes
+        return given
 
-
-class BatchSizes(NamedTuple):
-    """How a step's images are shared out.
-
-    Attributes:
-        total: Images of a step.
-        per_device: Those of a forward pass on each device.
-        accumulation: Forward passes of a step.
-        processes: Number of devices.
-    """
-
-    total: int
-    per_device: int
-    accumulation: int
-    processes: int
-
-    def rate(self, options: Any) -> float:
+    def rate(self, sizes: BatchSizes) -> float:
         """Return the learning rate, which `scale_lr` multiplies by the images of a step."""
-        return options.learning_rate * (self.total if options.scale_lr else 1)
+        return self.learning_rate * (sizes.total if self.scale_lr else 1)
+
+    def loop(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: optim.Optimizer,
+        loader: DataLoader[Any],
+        sizes: BatchSizes,
+        data: Progress,
+        resume: Path | None,
+        save: Callable[[Path], None],
+        average: nn.Module | None = None,
+        ema_decay: float = 0.0,
+    ) -> Loop:
+        """Return a `Loop`, from the start or from a checkpoint, which keeps the weights if there is no average."""
+        steps = self.max_train_steps
+        if steps is None:
+            steps = self.num_train_epochs * max(1, (data.num_images or 0) // sizes.total)
+        loop = Loop(
+            accelerator,
+            module,
+            optimizer,
+            loader,
+            total_steps=steps,
+            seed=self.seed,
+            schedule=lambda built: get_scheduler(self.lr_scheduler, built, None, self.lr_warmup_steps, steps),
+            max_grad_norm=self.max_grad_norm,
+            average=average,
+            ema_decay=ema_decay,
+            output_dir=self.output_dir,
+            checkpointing_steps=self.checkpointing_steps,
+            checkpoints_total_limit=self.checkpoints_total_limit,
+            save=save,
+            keep_weights=average is None,
+        )
+        loop.restore(resume)
+        loop.progress.num_images = data.num_images
+        loop.progress.images_hash = data.images_hash
+        return loop
 
 
-def batch_sizes(options: Any, processes: int, default: int = 128) -> BatchSizes:
-    """Return how many images a step has, and how they are shared out among devices and forward passes.
+def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's options, or raise `ValueError` unless a run has its batches and images and a fit precision.
 
-    Args:
-        options: Has `total_batch_size`, `train_batch_size` and `gradient_accumulation_steps`, None where not given.
-        processes: Number of devices.
-        default: Images of a step where neither size is given.
-
-    Raises:
-        ValueError: Sizes that contradict each other, or that cannot be shared out.
+    Else which images of its epoch are done would not be known. `data` has this run's `num_images` and `images_hash`.
     """
-    total, each, passes = options.total_batch_size, options.train_batch_size, options.gradient_accumulation_steps
+    trained = {"center_crop": False, **read_options(checkpoint)}  # version 0.1.0 had no such option, and squashed
+    before = Progress.read(checkpoint)
+    total = trained.get("total_batch_size")
     if total is None:
-        total = default if each is None else each * processes * (passes or 1)
-    what = f"total_batch_size is {total}"
-    if each is None:
-        passes = passes or 1
-        shares = processes * passes
-        if total % shares:
-            raise ValueError(
-                f"{what}, which {processes} processes of {passes} forward passes (gradient_accumulation_steps) cannot "
-                f"share: give a multiple of {shares}, or another number of either."
-            )
-        each = total // shares
-    elif passes is None:
-        if total % (each * processes):
-            raise ValueError(
-                f"{what}, which is no multiple of a train_batch_size of {each} on each of {processes} processes: give "
-                f"a multiple of {each * processes}, or another train_batch_size."
-            )
-        passes = total // (each * processes)
-    elif each * processes * passes != total:
-        raise ValueError(
-            f"{what}, and train_batch_size {each} x {processes} processes x gradient_accumulation_steps {passes} are "
-            f"{each * processes * passes}: leave out one of the three."
-        )
-    sizes = BatchSizes(total, each, passes, processes)
-    logger.info(f"A step has {total} images: {each} x {processes} device(s) x {passes} forward pass(es).")
-    return sizes
-
-
-def check_data(progress: Progress, trained: Mapping[str, Any], sizes: BatchSizes, now: Progress, where: Path) -> None:
-    """Raise `ValueError` unless a run that is resumed has the images and the batches that it began with.
-
-    Else which images of its epoch are done would not be known.
-
-    Args:
-        progress: What the checkpoint says.
-        trained: Its options.
-        sizes: Batches of this run.
-        now: Has this run's `num_images` and `images_hash`, as far as they are known.
-        where: The checkpoint.
-    """
-    before = trained.get("total_batch_size")
-    if before is None:
-        before = (progress.batch_images or sizes.total) * (trained.get("gradient_accumulation_steps") or 1)
+        total = (before.batch_images or sizes.total) * (trained.get("gradient_accumulation_steps") or 1)
     anew = "or begin another run, in another output_dir"
-    if before != sizes.total:
+    if total != sizes.total:
         raise ValueError(
-            f"{where} was trained on {before} images a step (total_batch_size), and here are {sizes.total}: give "
-            f"total_batch_size {before}, {anew}."
+            f"{checkpoint} was trained on {total} images a step (total_batch_size), and here are {sizes.total}: give "
+            f"total_batch_size {total}, {anew}."
         )
-    if None not in (progress.num_images, now.num_images) and progress.num_images != now.num_images:
+    same = f"give the same images, {anew}."
+    if None not in (before.num_images, data.num_images) and before.num_images != data.num_images:
+        was = f"{checkpoint} was trained on {before.num_images} images"
+        raise ValueError(f"{was}, and here are {data.num_images}: {same}")
+    if None not in (before.images_hash, data.images_hash) and before.images_hash != data.images_hash:
+        raise ValueError(f"{checkpoint} was trained on other images, as many as these: {same}")
+    if given["mixed_precision"] == "fp16" and not (checkpoint / "state" / "scaler.pt").is_file():
         raise ValueError(
-            f"{where} was trained on {progress.num_images} images, and here are {now.num_images}: give the same "
-            f"images, {anew}."
+            f"mixed_precision was {trained.get('mixed_precision')} and is fp16: {checkpoint} has no scale of the "
+            "losses. Give the precision that the run began with, or bf16."
         )
-    if None not in (progress.images_hash, now.images_hash) and progress.images_hash != now.images_hash:
-        raise ValueError(f"{where} was trained on other images, as many as these: give the same images, {anew}.")
-
-
-def check_precision(options: Mapping[str, Any], trained: Mapping[str, Any], where: Path) -> None:
-    """Raise `ValueError` if a run is to go on in fp16 from a checkpoint that has no scale for its losses."""
-    if options["mixed_precision"] == "fp16" and not (where / "state" / "scaler.pt").is_file():
-        raise ValueError(
-            f"mixed_precision was {trained.get('mixed_precision')} and is fp16: {where} has no scale of the losses. "
-            "Give the precision that the run began with, or bf16."
-        )
-
-
-def in_force(options: Options, sizes: BatchSizes, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a run has, plain data that `--config` takes again on any number of devices."""
-    given = {**opened_with, **options.to_dict(), "total_batch_size": sizes.total, "mixed_precision": precision}
-    if given["train_batch_size"] is not None:
-        given["gradient_accumulation_steps"] = None  # it follows from the two sizes
-    return given
-
-
-def trained_with(checkpoint: Path) -> dict[str, Any]:
-    """Return the options of a checkpoint's run, those added that its version did not have."""
-    options = read_options(checkpoint)
-    options.setdefault("center_crop", False)  # version 0.1.0 had no such option, and squashed
-    return options
+    return trained

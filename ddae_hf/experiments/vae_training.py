@@ -15,12 +15,12 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
@@ -29,35 +29,28 @@ from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
 from .accelerating import this_process
-from .batches import image_batches, images_hash, num_steps
+from .batches import BatchSizes, batch_sizes, image_batches, images_hash
 from .devices import fast_layout, made_fast
+from .draws import separate_randomness
 from .images import Images, ImageSet
 from .options import Table, option
 from .pixels import scaled
 from .plots import image_grid
-from .progress import STATE, WEIGHTS, Progress, is_finished
+from .progress import WEIGHTS, Progress
 from .report import in_memory
 from .results import VAEReport
-from .run_facts import machine
-from .run_folder import check_same_run, checkpoint_to_resume, saving, write_options
-from .training import Loop
-from .training_options import (
-    BatchSizes,
-    Schedule,
-    TrainingOptions,
-    batch_sizes,
-    check_data,
-    check_precision,
-    in_force,
-    trained_with,
-)
+from .run_folder import check_same_run, saving, write_options
+from .training_options import Schedule, TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
 
 MEASURED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-DERIVED = dict.fromkeys(MEASURED, "it is measured after the training")
-DERIVED |= {"sample_size": "resolution gives it", "out_channels": "they are as many as in_channels"}
-DERIVED |= {f"{way}_block_types": "there is one block for each of block_out_channels" for way in ("down", "up")}
+DERIVED = {
+    **dict.fromkeys(MEASURED, "it is measured after the training"),
+    **dict.fromkeys(("down_block_types", "up_block_types"), "there is one block for each of block_out_channels"),
+    "sample_size": "resolution gives it",
+    "out_channels": "they are as many as in_channels",
+}
 NUM_SCALED = 2000  # training images of which the scaling factor is measured
 NUM_PAIRS = 32
 
@@ -100,22 +93,13 @@ class VAEOptions(TrainingOptions):
 
 @dataclass(kw_only=True)
 class VAEResult(VAEReport):
-    """An autoencoder's training and what came of it.
+    """An autoencoder's training and what came of it."""
 
-    Attributes:
-        vae: The autoencoder, with its scaling factor.
-        reconstructions: Held-out images and what comes back of them, side by side.
-    """
-
-    vae: Any = in_memory()
-    reconstructions: Any = in_memory()
+    vae: Any = in_memory()  # the autoencoder, with its scaling factor
+    reconstructions: Any = in_memory()  # held-out images and what comes back of them, side by side
 
     def save(self, folder: str | Path) -> None:
-        """Write the autoencoder, some reconstructions, the options and the report.
-
-        Raises:
-            OSError: They cannot be written.
-        """
+        """Write the autoencoder, some reconstructions, the options and the report, or raise `OSError`."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         with saving(folder):
@@ -160,17 +144,25 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
     """
     options = VAEOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
-    resume = None
-    if where := options.output_dir or options.resume_from_checkpoint:
-        resume = checkpoint_to_resume(where, options.resume_from_checkpoint, (*STATE, WEIGHTS))
+    resume = options.checkpoint(WEIGHTS)
     sizes = batch_sizes(options, this_process().num_processes, options.default_batch)
     train, held_out = split_images(images, options, sizes)
+    data = Progress(num_images=len(train), images_hash=images_hash(train))
+    center_crop = options.center_crop is not False
     with options.accelerated(sizes) as accelerator:
-        given = in_force(options, sizes, accelerator.mixed_precision, images.opened_with)
+        given = options.in_force(sizes, accelerator.mixed_precision, images.opened_with) | {"center_crop": center_crop}
+        if resume is not None:
+            trained = check_resumed(given, sizes, data, resume)
+            check_same_run(given, trained, options.may_change - {"center_crop", "resolution"}, resume)
         vae = new_vae(options)
-        loop = _loop(options, accelerator, vae, train, sizes, given, resume)
-        if options.output_dir and is_finished(Path(options.output_dir, VAEReport.file), resume, loop.total_steps):
-            finished = VAEResult.read(options.output_dir)
+        processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=center_crop)
+        loader = image_batches(train, processor, sizes, options)
+        optimizer = torch.optim.AdamW(vae.parameters(), options.rate(sizes), weight_decay=0.0, fused=True)
+        made_fast(vae, accelerator.device)
+        save = partial(write_options, given)
+        loop = options.loop(accelerator, Autoencoder(vae), optimizer, loader, sizes, data, resume, save)
+        if loop.is_finished(VAEReport.file):
+            finished = VAEResult.read(options.output_dir or "")
             finished.vae = AutoencoderKL.from_pretrained(options.output_dir)
             return finished
         logger.info(f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out.")
@@ -181,56 +173,25 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
 
         loop.run(loss)
         accelerator.wait_for_everyone()
-        result = _measured(options, accelerator, loop, vae, train, held_out)
-        result.options = given
-        result.dataset = images.facts(train)
+        some, _ = measure(vae, train.select(range(min(NUM_SCALED, len(train)))), options)
+        # A shift would go unheard: DiTPipeline, for one, only scales.
+        vae.register_to_config(scaling_factor=1 / some["latent_std"])
+        found, pairs = measure(vae, held_out, options)
+        shades = torch.cat(pairs)[:, : 3 if vae.config.in_channels >= 3 else 1] / 2 + 0.5
+        result = VAEResult(
+            options=given,
+            dataset=images.facts(train),
+            held_out=found,
+            scaling_factor=vae.config.scaling_factor,
+            parameters=vae.num_parameters(),
+            vae=vae,
+            reconstructions=image_grid(DDAEPipeline.numpy_to_pil(shades.permute(0, 2, 3, 1).cpu().numpy()), columns=8),
+            **loop.facts(),
+        )
         if accelerator.is_main_process and options.output_dir:
             result.save(options.output_dir)
             logger.info(f"PSNR {result.held_out['psnr']:.2f} dB on held-out images; saved {options.output_dir}.")
         return result
-
-
-def _loop(
-    options: VAEOptions,
-    accelerator: Accelerator,
-    vae: Any,
-    train: ImageSet,
-    sizes: BatchSizes,
-    given: dict[str, Any],
-    resume: Path | None,
-) -> Loop:
-    """Return the training, from the start or from a checkpoint, or raise `ValueError` if it cannot be."""
-    known = Progress(num_images=len(train), images_hash=images_hash(train))
-    given["center_crop"] = options.center_crop is not False
-    if resume is not None:
-        trained = trained_with(resume)
-        check_precision(given, trained, resume)
-        check_same_run(given, trained, set(options.may_change) - {"center_crop", "resolution"}, resume)
-        check_data(Progress.read(resume), trained, sizes, known, resume)
-    processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=given["center_crop"])
-    loader = image_batches(train, processor, sizes, options)
-    steps = num_steps(options, len(train), sizes)
-    optimizer = torch.optim.AdamW(vae.parameters(), sizes.rate(options), weight_decay=0.0, fused=True)
-    made_fast(vae, accelerator.device)
-    loop = Loop(
-        accelerator,
-        Autoencoder(vae),
-        optimizer,
-        loader,
-        total_steps=steps,
-        seed=options.seed,
-        schedule=options.schedule(steps),
-        max_grad_norm=options.max_grad_norm,
-        output_dir=options.output_dir,
-        checkpointing_steps=options.checkpointing_steps,
-        checkpoints_total_limit=options.checkpoints_total_limit,
-        save=lambda folder: write_options(given, folder),
-        keep_weights=True,
-    )
-    loop.restore(resume)
-    loop.progress.num_images = known.num_images
-    loop.progress.images_hash = known.images_hash
-    return loop
 
 
 def new_vae(options: VAEOptions) -> Any:
@@ -240,15 +201,15 @@ def new_vae(options: VAEOptions) -> Any:
         ValueError: Options of it that do not go together.
     """
     levels = len(options.vae.get("block_out_channels", [64]))
-    torch.manual_seed(options.seed)
     try:
-        vae: Any = AutoencoderKL(
-            **options.vae,
-            down_block_types=["DownEncoderBlock2D"] * levels,
-            up_block_types=["UpDecoderBlock2D"] * levels,
-            sample_size=options.resolution,
-            out_channels=options.vae.get("in_channels", 3),
-        )
+        with separate_randomness(options.seed):
+            vae: Any = AutoencoderKL(
+                **options.vae,
+                down_block_types=["DownEncoderBlock2D"] * levels,
+                up_block_types=["UpDecoderBlock2D"] * levels,
+                sample_size=options.resolution,
+                out_channels=options.vae.get("in_channels", 3),
+            )
     except (TypeError, ValueError) as error:
         raise ValueError(f"vae: {error}") from error
     # Posteriors start narrow: with a deviation of one, their noise is what the first steps learn to overcome.
@@ -288,8 +249,7 @@ def reconstruction_loss(options: VAEOptions, clean: Tensor, reconstruction: Tens
 def measure(vae: Any, images: ImageSet, options: VAEOptions) -> tuple[dict[str, float], list[Tensor]]:
     """Return what the autoencoder does to images, in float32, and some pairs (2, C, H, W) of image and reconstruction.
 
-    Reconstructions are of the posterior's mean, clipped to [-1, 1]; their peak signal-to-noise ratio is averaged over
-    images. The latents' statistics are of a draw of each posterior, over all their values.
+    Reconstructions are of the posterior's mean, clipped to [-1, 1]. The latents' statistics are of a draw of each.
     """
     processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=options.center_crop is not False)
     generator = torch.Generator().manual_seed(options.seed)
@@ -313,30 +273,3 @@ def measure(vae: Any, images: ImageSet, options: VAEOptions) -> tuple[dict[str, 
         "num_images": len(images),
     }
     return found, pairs
-
-
-def _measured(
-    options: VAEOptions, accelerator: Accelerator, loop: Loop, vae: Any, train: ImageSet, held_out: ImageSet
-) -> VAEResult:
-    """Return what was measured, after the autoencoder has got its scaling factor."""
-    some, _ = measure(vae, train.select(range(min(NUM_SCALED, len(train)))), options)
-    scale = 1 / some["latent_std"]
-    # A shift would go unheard: DiTPipeline, for one, only scales.
-    vae.register_to_config(scaling_factor=scale)
-    found, pairs = measure(vae, held_out, options)
-    shades = torch.cat(pairs)[:, : 3 if vae.config.in_channels >= 3 else 1]
-    shown = DDAEPipeline.numpy_to_pil((shades / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy())
-    progress = loop.progress
-    return VAEResult(
-        steps=progress.steps,
-        loss_last_100_batches=progress.loss(),
-        held_out=found,
-        scaling_factor=scale,
-        parameters=vae.num_parameters(),
-        images=progress.images,
-        seconds=round(progress.seconds, 1),
-        images_per_second=progress.images_per_second(loop.resumed),
-        vae=vae,
-        reconstructions=image_grid(shown, columns=8),
-        **machine(accelerator.device.type, accelerator.num_processes),
-    )
