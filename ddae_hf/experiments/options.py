@@ -125,7 +125,7 @@ class Options:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = _typed(field.name, getattr(self, field.name), hints[field.name])
-            if value == "" and field.name in ("output_dir", "features_dir"):  # which paths take for the working directory
+            if value == "" and field.name in ("output_dir", "features_dir"):  # `Path("")` is the working directory
                 raise ValueError(f"{field.name} is empty: give a folder, or leave it out.")
             _check_range(field.name, value)
             setattr(self, field.name, value)
