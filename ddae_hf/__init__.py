@@ -19,7 +19,7 @@ from .configuration_ddae import DDAEConfig
 from .image_processing_ddae import DDAEImageProcessor
 from .modeling_ddae import DDAEForImageClassification, DDAEModel
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _MODULES = {
     "DDAEPipeline": "pipeline_ddae",

@@ -5,13 +5,15 @@ r"""Train a linear classifier on a denoiser's hidden states, and save both as on
 
 This is `sweep.py` with other defaults: the checkpoint's own layer and noise level, and one noise seed. Where several
 are given, the pair is chosen on a part of the training images, never on test images. The output folder opens with
-`DDAEForImageClassification.from_pretrained`; `eval_results.json` in it holds every figure.
+`DDAEForImageClassification.from_pretrained`; `eval_results.json` in it holds every figure. Features and finished levels
+are kept there too, where an interrupted run goes on; they are not pushed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ddae_hf.commands.parsing import parse, sentences
 from ddae_hf.experiments.images import DataOptions
@@ -24,6 +26,7 @@ from ddae_hf.experiments.sweeping import SweepOptions, sweep
 class Arguments(SweepOptions):
     """The options of a sweep, with the defaults of a probe."""
 
+    classifier_dir: ClassVar[str] = "."
     model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
     output_dir: str | None = option("runs/classifier", "Folder of the classifier and its figures.")
     layers: list[str] = option(["own"], "Layers to choose from, or `all`, `decoder`, or `own`, the checkpoint's.")
@@ -38,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with sentences():
         prepare(hub, options.output_dir)
         model = options.model_name_or_path
-        result = sweep(model, data.open(options.cache_dir), options, output_dir=None)
-        result.save(options.output_dir)
-        print(result.table())
+        print(sweep(model, data.open(options.cache_dir), options).table())
         said = publish(hub, options.output_dir, "Add a linear classifier", generator=model)
     print(said or f"The classifier, pictures and every figure are in {options.output_dir}.")
 

@@ -29,10 +29,12 @@ class Arguments(CurveOptions):
     output_dir: str | None = option("runs/sweep", "Folder of the figures, the pictures and the best classifier.")
 
     def check(self) -> None:
-        """Refuse two things to sweep, and none."""
+        """Refuse two things to sweep, and none, and what only one of them has."""
         super().check()
         if (self.model_name_or_path is None) == (self.checkpoints is None):
             raise ValueError("Give one of model_name_or_path and checkpoints.")
+        if self.quality_extractor is not None and self.checkpoints is None:
+            raise ValueError("quality_extractor measures samples over a training run: give checkpoints with it.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """`examples/linear_probe.py` as a user runs it, at tiny size, on real digits."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import linear_probe
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.commands.parsing import parse
 from ddae_hf.experiments.images import DataOptions
+from ddae_hf.experiments.probing import Prober
 from ddae_hf.experiments.publishing import HubOptions
 from ddae_hf.experiments.results import ProbeReport
 
@@ -53,6 +55,22 @@ def test_the_probe_leaves_a_classifier_and_every_figure(probed, digits):
     assert DDAEPipeline.from_pretrained(probed).unet is not None
     for name in ("confusion.png", "heat_map.png"):
         assert Image.open(probed / name).size[0] > 200
+
+
+def test_an_interrupted_probe_goes_on_from_its_output_dir(checkpoint, digits, tmp_path, monkeypatch):  # noqa: F811
+    options = ["--model_name_or_path", checkpoint, "--dataset_name", digits, "--output_dir", tmp_path]
+    options += ["--max_train_samples", "200", "--max_test_samples", "50", "--sigmas", "0.1", "1"]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Prober, "tested", lambda *a: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit, match="130"):
+            scripts.run("linear_probe", *options)
+    assert len(list((tmp_path / "levels").iterdir())) == 2
+    with monkeypatch.context() as again:
+        again.setattr(Prober, "level", lambda *a: pytest.fail("a level that is done is probed again"))
+        scripts.run("linear_probe", *options)
+    assert len(ProbeReport.read(tmp_path).pairs) == 2
+    DDAEForImageClassification.from_pretrained(tmp_path)
+    assert not (tmp_path / "classifier").exists() and (tmp_path / "features").is_dir()
 
 
 def test_by_default_the_checkpoints_own_pair_is_probed(probed, digits, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """The sweep as a user runs it, at tiny size, on real digits."""
 
 import dataclasses
+import errno
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,12 +14,23 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from safetensors import SafetensorError
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.commands.parsing import parse
-from ddae_hf.experiments import Images, SweepOptions, features, probing, sweep, sweeping
+from ddae_hf.experiments import (
+    Images,
+    SweepOptions,
+    classify_noisy,
+    export_features,
+    features,
+    finetune,
+    probing,
+    sweep,
+    sweeping,
+)
 from ddae_hf.experiments.features import FeatureCache
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.probing import classify
@@ -248,6 +261,9 @@ def test_online_protocols_train_on_fresh_noise(protocol, checkpoint, digits, tmp
         (["--protocol", "batch_norm", "--baselines"], "is of logistic regression, not of the protocol batch_norm"),
         (["--protocol", "best"], "invalid choice"),
         (["--checkpoints", "runs"], "Give one of model_name_or_path and checkpoints"),
+        (["--quality_extractor", "inception"], "quality_extractor measures samples over a training run: give"),
+        (["--output_dir", ""], "output_dir is empty: give a folder"),
+        (["--features_dir", ""], "features_dir is empty: give a folder"),
         (["--layers", "up_blocks.7"], "no layer 'up_blocks.7'"),
         (["--sigmas", "1000"], "sigma"),
         (["--sigmas", "-1"], "sigma"),
@@ -283,6 +299,7 @@ def test_what_the_data_or_the_network_forbid_is_refused_at_once(checkpoint, digi
     assert not list(tmp_path.rglob("*.npy"))
 
 
+ONE = {"sigmas": [0.1], "layers": ["mid_block"]}
 SMALL = {"max_train_samples": 200, "max_test_samples": 60, "sigmas": [0.1, 1.0], "num_noise_seeds": 1}
 
 
@@ -321,6 +338,69 @@ def test_a_notebook_sweeps_a_path_or_an_object_and_leaves_nothing(checkpoint, di
             8,
             1,
         )
+
+
+@pytest.mark.parametrize("source", [make_unet(**GREY), DDAEPipeline, None], ids=["unet", "pipeline", "none"])
+def test_what_is_no_model_is_refused(source, checkpoint, digits):
+    model = DDAEPipeline.from_pretrained(checkpoint) if source is DDAEPipeline else source
+    for experiment in (sweep, export_features, classify_noisy, finetune):
+        with pytest.raises(ValueError, match=f"model is of type {type(model).__name__}: allowed are a checkpoint's"):
+            experiment(model, Images.open(str(digits)))
+
+
+@pytest.mark.parametrize("kind", ["path", "DatasetDict"])
+def test_a_sweep_opens_images_that_are_not_open(kind, checkpoint, digits):
+    opened = Images.open(str(digits))
+    splits = {name: opened[name].dataset for name in opened.splits}
+    result = sweep(checkpoint, str(digits) if kind == "path" else datasets.DatasetDict(splits), **SMALL | ONE)
+    assert result.pairs == sweep(checkpoint, opened, **SMALL | ONE).pairs
+    for wrong in (None, 3):
+        with pytest.raises(ValueError, match=f"An object of type {type(wrong).__name__} came among images"):
+            sweep(checkpoint, wrong)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_keeps_its_mode(training, checkpoint, digits, tmp_path):
+    model = DDAEModel.from_pretrained(checkpoint).train(training)
+    images = Images.open(str(digits))
+    expected = sweep(checkpoint, images, **SMALL | ONE).pairs
+    assert sweep(model, images, **SMALL | ONE).pairs == expected and model.training == training
+    assert model.denoiser.training == training
+    export_features(model, images, max_train_samples=10, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="no layer"):
+        classify_noisy(model, images, layers=["nowhere"])
+    assert model.training == training and model.denoiser.training == training
+
+
+def fails(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_ends_a_sweep_with_a_sentence_that_names_the_folder(checkpoint, digits, tmp_path, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr("ddae_hf.experiments.arrays.os.fsync", fails)
+        with pytest.raises(
+            SystemExit, match=f"^{tmp_path}/features/.* could not be written: No space left on device. "
+        ):
+            run(checkpoint, digits, tmp_path)
+    original = Path.write_text
+    with monkeypatch.context() as full:
+        full.setattr(
+            Path, "write_text", lambda path, *a, **k: (fails if "sigma" in path.name else original)(path, *a, **k)
+        )
+        with pytest.raises(SystemExit, match=f"^{tmp_path}/levels/sigma-0.1.json could not be written: No space left"):
+            run(checkpoint, digits, tmp_path)
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with monkeypatch.context() as full:
+        full.setattr(sweeping, "save_classifier", lambda *a: (_ for _ in ()).throw(SafetensorError(message)))
+        with pytest.raises(
+            SystemExit, match=f"^{tmp_path}/classifier could not be written to: .*os error 28.*Make room"
+        ):
+            run(checkpoint, digits, tmp_path)
+    assert ProbeReport.read(tmp_path).best == ProbeReport.read(tmp_path / "classifier").best
+    assert len(list((tmp_path / "levels").iterdir())) == 2
+    assert not list(tmp_path.rglob("*.json.*partial"))
+    assert run(checkpoint, digits, tmp_path)["pairs"]
 
 
 def test_a_damaged_image_ends_a_sweep_with_its_row(checkpoint, digits, tmp_path):

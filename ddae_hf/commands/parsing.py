@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +18,10 @@ from transformers.hf_argparser import string_to_bool
 
 from ..experiments.options import Options, Table, read_yaml, unknown
 from ..experiments.run_folder import OPTIONS
+from ..experiments.stopping import Interrupted
 
 logger = logging.getLogger(__name__)
+INTERRUPTED = "Interrupted: the same command goes on from what is kept, or starts again where nothing is."
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -155,13 +158,33 @@ def show_log(main_process: bool = True) -> None:
 def sentences() -> Iterator[None]:
     """End the program with a sentence, and no traceback, at what its user can mend: wrong options, files, disks.
 
-    What stopped on a signal ends with that signal's status.
+    What stopped on a signal ends with that signal's status, once what it leaves behind is put in order.
     """
     try:
-        yield
+        with _terminable():
+            yield
     except (ValueError, OSError) as error:
         logger.debug("Where this was raised:", exc_info=True)
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt as error:
-        print(str(error) or "Interrupted: the same command goes on from what is kept.", file=sys.stderr)
+        print(str(error) or INTERRUPTED, file=sys.stderr)
         raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error  # which `Interrupted` knows
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `Interrupted` at SIGTERM, where nobody else takes it, as Python does at Ctrl-C; only the first counts."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise Interrupted("", number)
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

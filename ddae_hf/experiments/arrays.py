@@ -129,13 +129,18 @@ def size(count: int) -> str:
 
 
 @contextlib.contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Say in which folder writing failed: the system does not, where a disk becomes full."""
+def writing(path: Path) -> Iterator[None]:
+    """Say in a sentence which file could not be written, as on a full disk, where the system's error does not."""
     try:
         yield
     except OSError as error:
-        what = f"{folder} cannot be written to: {error.strerror or error}"
-        raise OSError(f"{what}. What is done is kept: make room, and the same options go on from it.") from error
+        short = "requested and" in str(error)  # NumPy's words for it, without a number
+        if error.filename is not None or (error.errno is None and not short):
+            raise
+        reason = error.strerror or str(error)
+        named = OSError(f"{path} could not be written: {reason}. Make room, and start again: what is there is kept.")
+        named.strerror = reason  # for those who say more of it
+        raise named from error
 
 
 @contextlib.contextmanager
@@ -143,7 +148,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Give a new file's name, of this call alone, to write to: it takes the place of `path`, or goes if that fails."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        yield partial
+        with writing(path):
+            yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -241,17 +247,15 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str) -> None
     count = next(iter(shapes.values()))[0]
     needed = (num_bytes(shape[1:], count - rows.get(name, Rows()).count, dtype) for name, shape in shapes.items())
     check_space(folder, sum(needed))
-    with _naming(folder):
-        kept = {name: _begin(folder, name, shape, dtype, rows.get(name)) for name, shape in shapes.items()}
+    kept = {name: _begin(folder, name, shape, dtype, rows.get(name)) for name, shape in shapes.items()}
     done = min(it.count for it in kept.values())
     for batch in batches(done, list(shapes)) if done < count else ():
         end = done + len(next(iter(batch.values())))
         if end > count:
             raise ValueError(f"More than the {count} images came that were announced.")
-        with _naming(folder):
-            for name, shape in shapes.items():
-                kept[name] = _append(folder, name, shape, dtype, kept[name], done, batch[name].cpu().numpy())
-            _write_rows(folder, rows | kept)
+        for name, shape in shapes.items():
+            kept[name] = _append(folder, name, shape, dtype, kept[name], done, batch[name].cpu().numpy())
+        _write_rows(folder, rows | kept)
         done = end
     if done != count:
         raise ValueError(f"{done} images came, but {count} were announced.")
@@ -274,7 +278,7 @@ def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None)
         logger.warning("%s has no checksum, as version 0.1.0 left it: it is computed again.", whole)
         whole.unlink()
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
     return Rows()
 
@@ -285,7 +289,8 @@ def _append(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows, start
         came = f"Rows of {name} came with shape {values.shape[1:]} and type {values.dtype}"
         raise ValueError(f"{came}: announced were {shape[1:]} and {dtype}.")
     new = np.ascontiguousarray(values[max(0, rows.count - start) :])
-    with _unfinished(folder, name).open("r+b") as file:
+    path = _unfinished(folder, name)
+    with writing(path), path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
         file.write(new.data)
         file.flush()

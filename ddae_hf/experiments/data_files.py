@@ -119,7 +119,8 @@ def in_memory(part: Any) -> Dataset | IterableDataset:
     if isinstance(images, (Dataset, IterableDataset)):
         raise ValueError("labels came beside a data set: name its column of labels, label_column.")
     images = list(images) if isinstance(images, Iterable) else [images]
-    if wrong := [image for image in images if image is not None and not isinstance(image, PILImage.Image)]:
+    fine = (PILImage.Image,) if part is None else (PILImage.Image, type(None))
+    if wrong := [image for image in images if not isinstance(image, fine)]:
         what = f"An object of type {type(wrong[0]).__name__} came among images"
         raise ValueError(f"{what}: they must be PIL images; or give a path, a data set, or a mapping of splits.")
     found = Dataset.from_dict({"image": images}, Features({"image": Image()}))

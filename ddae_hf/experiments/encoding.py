@@ -69,6 +69,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
         OSError: No such VAE, or not enough space on disk.
     """
     options = EncodingOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     source = os.fspath(vae) if isinstance(vae, (str, os.PathLike)) else None
     if source is not None:
         vae = load_vae(source, cache_dir=options.cache_dir)

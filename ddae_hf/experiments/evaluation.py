@@ -139,7 +139,7 @@ def evaluate_generation(
         OSError: No such checkpoint, or no space left.
     """
     options = EvaluationOptions.of(options, changes)
-    result = compare_samples(model, images, options)
+    result = compare_samples(model, Images.open(images, cache_dir=options.cache_dir), options)
     if result is not None and options.output_dir is not None:
         result.save(options.output_dir)
     return result

@@ -81,6 +81,7 @@ def export_features(
         OSError: No such checkpoint, or not enough space on disk.
     """
     options = ExportOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     chosen = images[options.train_split].take(options.max_train_samples)
     labels = chosen.labels  # looked at before any long work
     network = open_model(

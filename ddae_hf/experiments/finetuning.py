@@ -49,7 +49,7 @@ from .encoding import LatentInputs
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
 from .latent_folder import LatentFolder
-from .models import Model, check_null_class
+from .models import Model, base_of, check_null_class
 from .options import Options, option
 from .probing import classify
 from .report import in_memory
@@ -176,11 +176,13 @@ def finetune(
         Interrupted: A signal came, and there is a checkpoint to go on from.
     """
     options = FinetuningOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     given = DataOptions().to_dict() | images.opened_with | options.to_dict()
     with separate_randomness(), contextlib.ExitStack() as stack:
         if isinstance(model, (str, os.PathLike)):
             path = given["model_name_or_path"] = os.fspath(model)
         else:  # is opened as all others are
+            base_of(model)
             given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
             path = stack.enter_context(tempfile.TemporaryDirectory())
             saved = copy.copy(uncompiled(model))

@@ -89,7 +89,7 @@ class Images:
         Args:
             source: A Hub id; a folder of tables or, without any, of images; a parquet file; a `Dataset` or a list of
                 PIL images, which are the split `train`; or a mapping from the names of splits to data sets, lists of
-                images, or pairs (images, labels). Data sets may be streams.
+                images, or pairs (images, labels). Data sets may be streams. `Images` are returned as they are.
             labels: Classes of a list of images, numbers or names.
             config_name: Configuration of a Hub data set.
             image_column: Column of images, by default the only one that holds images.
@@ -102,6 +102,8 @@ class Images:
         Raises:
             ValueError: A source that cannot be read, or that can be read in two ways; no such column.
         """
+        if isinstance(source, Images):
+            return source
         if isinstance(source, (str, os.PathLike)):
             if labels is not None:
                 raise ValueError("labels are those of a list of images: name the column of a data set, label_column.")

@@ -20,7 +20,7 @@ Model = str | os.PathLike[str] | DDAEModel
 
 
 def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None = None, **config: Any) -> DDAEModel:
-    """Return a model in evaluation mode: one that came as an object as it is, one of a path on the best device.
+    """Return a model: one that came as an object as it is, one of a path in evaluation mode on the best device.
 
     Args:
         model: The model, or where it is; `DDAEForImageClassification` gives its base model.
@@ -30,7 +30,7 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
 
     Raises:
         ValueError: Options beside a model that is open, which says them itself, or a class-conditional network without
-            a null class.
+            a null class; something else than a model.
         OSError: No such checkpoint.
     """
     given = {name: value for name, value in config.items() if value is not None}
@@ -41,7 +41,7 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
         with separate_randomness():  # a DiT's positions are computed by a module that draws weights
             found = ready(DDAEModel.from_pretrained(model, **given, **kind, cache_dir=cache_dir).eval())
     else:
-        found = model.base_model.eval()
+        found = base_of(model)
         there = {**vars(found.config), "dtype": found.dtype}
         if different := [name for name, value in (given | kind).items() if there[name] != value]:
             raise ValueError(
@@ -56,8 +56,19 @@ def open_processor(model: Model, cache_dir: str | None = None) -> DDAEImageProce
     """Return the image processor of a checkpoint or, of an open model, the one that its network asks for."""
     if isinstance(model, (str, os.PathLike)):
         return DDAEImageProcessor.from_pretrained(model, cache_dir=cache_dir)
-    base: Any = model.base_model
+    base: Any = base_of(model)
     return DDAEImageProcessor.for_denoiser(base.denoiser.config, base.config.vae)
+
+
+def base_of(model: Any) -> DDAEModel:
+    """Return the base model of an open one, or raise `ValueError` for what is none."""
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, DDAEModel):
+        raise ValueError(
+            f"model is of type {type(model).__name__}: allowed are a checkpoint's folder or Hub id, a DDAEModel and a "
+            "DDAEForImageClassification."
+        )
+    return base
 
 
 def ready(model: Any) -> Any:

@@ -154,6 +154,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
         Interrupted: A signal came while the Wide ResNet learnt, of which there is a checkpoint.
     """
     options = NoisyOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     given = DataOptions().to_dict() | images.opened_with
     given["model_name_or_path"] = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
     started = time.monotonic()

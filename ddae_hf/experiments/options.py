@@ -128,6 +128,8 @@ class Options:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            if value == "" and field.name in ("output_dir", "features_dir"):  # `Path("")` is the working directory
+                raise ValueError(f"{field.name} is empty: give a folder, or leave it out.")
             _check_range(field.name, value)
             if field.name in FOLDERS and value is not None:
                 check_folder(value, field.name)

@@ -79,6 +79,7 @@ def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
     """
     if isinstance(images, LatentFolder):
         return _of_latents(images, options)
+    images = Images.open(images, cache_dir=options.cache_dir)
     if options.vae is not None:
         raise ValueError("vae is the VAE of latents: give a folder of those (latents_dir) with it.")
     chosen = images[options.train_split]

@@ -40,6 +40,7 @@ from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save
 from .report import in_memory
 from .results import Pair, ProbeReport
 from .run_facts import base_model, machine
+from .run_folder import saving
 
 MOST_PIXELS = 2**14  # whose correlations are 2 GiB
 
@@ -49,6 +50,7 @@ class SweepOptions(Options):
     """Options of `sweep`."""
 
     encoded: ClassVar[bool] = False  # whether views are made beforehand, for every protocol
+    classifier_dir: ClassVar[str] = "classifier"  # where in output_dir the classifier is
 
     train_split: str = option("train", "Split to train on.")
     test_split: str = option("test", "Split to test on.")
@@ -144,12 +146,17 @@ class SweepResult(ProbeReport):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the classifier, so that `from_pretrained` opens the folder, and all figures: see `save_classifier`."""
-        save_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
         self.save_figures(folder)
+        with saving(folder):
+            save_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
 
     def save_figures(self, folder: str | os.PathLike[str]) -> None:
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
-        path = self.write(Path(folder)).parent
+        with saving(folder):
+            self._write_figures(Path(folder))
+
+    def _write_figures(self, folder: Path) -> None:
+        path = self.write(folder).parent
         self.heat_map().savefig(path / "heat_map.png", dpi=120)
         accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
         names = list((self.classifier.config.id2label or {}).values())
@@ -174,6 +181,7 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
         OSError: No such checkpoint, or not enough space on disk.
     """
     options = SweepOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     train, test = labelled_splits(images, options)
     opened = open_for(model, options)
     processor = open_processor(model, options.cache_dir)
@@ -274,8 +282,10 @@ def sweep_inputs(
         labels=test.labels, predicted=fitted[2],
     )  # fmt: skip
     if kept is not None:
-        result.save_figures(kept)
-        result.save(kept / "classifier")
+        folder = kept / options.classifier_dir
+        if folder != kept:
+            result.save_figures(kept)
+        result.save(folder)
     return result
 
 

@@ -57,6 +57,7 @@ def sweep_run(
         OSError: Not enough space on disk.
     """
     options = CurveOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     checkpoints = training_checkpoints(run)
     for checkpoint in checkpoints.values():
         DDAEConfig.from_pretrained(checkpoint)  # refused now, and not after hours

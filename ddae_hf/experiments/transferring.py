@@ -100,6 +100,7 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
         OSError: No such checkpoint, or not enough space on disk.
     """
     options = TransferOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     train, test = labelled_splits(images, options)
     processor = open_processor(model, options.cache_dir)
     denoiser, vae = _open(model, options)

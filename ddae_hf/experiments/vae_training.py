@@ -143,6 +143,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         Interrupted: A signal came, and a checkpoint was written.
     """
     options = VAEOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
     resume = options.checkpoint(WEIGHTS)
     sizes = batch_sizes(options, this_process().num_processes, options.default_batch)
     train, held_out = split_images(images, options, sizes)
