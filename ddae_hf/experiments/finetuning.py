@@ -24,7 +24,6 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ from .encoding import LatentInputs
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
 from .latent_folder import LatentFolder
-from .models import Model, base_of, check_null_class
+from .models import Model, base_of, check_null_class, without_report
 from .options import Options, option
 from .probing import classify
 from .report import in_memory
@@ -308,21 +307,6 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
             classifier = DDAEForImageClassification.from_pretrained(path, **config)
     check_null_class(classifier.ddae)
     return classifier
-
-
-@contextlib.contextmanager
-def without_report() -> Iterator[None]:
-    """Keep transformers from reporting that the classifier is new: whatever else is missing is refused."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    reporting = logging.getLogger("transformers.modeling_utils")
-    reporting.addFilter(is_other)
-    try:
-        yield
-    finally:
-        reporting.removeFilter(is_other)
 
 
 def start_of(classifier: DDAEForImageClassification, train: Inputs) -> str:
