@@ -45,9 +45,10 @@ def copy_card(card: Path, name: str) -> Path:
     """Write a card and its pictures into this folder."""
     text = card.read_text(encoding="utf-8")
     for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
-        kind = re.search(r"(step-\d+|[a-z_]+)\.png$", link)[0]
-        # The cards of a generator and of its classifier share their pictures.
-        target = Path("images") / f"{name.removesuffix('_classifier')}-{kind}"
+        # The cards of a generator and of its classifier share their pictures; those of a sweep have their own.
+        checkpoint = name.removesuffix("_classifier")
+        kind = re.sub(rf"^({checkpoint}_)?((classifier|checkpoint)-)?", "", Path(link).name)
+        target = Path("images") / f"{checkpoint}-{kind}"
         save_picture(card.parent / link, HERE / target)
         text = text.replace(f"]({link})", f"]({target.as_posix()})")
     path = HERE / f"{name}.md"
