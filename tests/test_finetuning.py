@@ -470,6 +470,14 @@ def test_nothing_is_saved_that_is_not_finite(finetuned, checkpoints, digits, tmp
     assert_same(finetuned[0], tmp_path)
 
 
+def test_a_training_that_diverges_gives_no_classifier_where_nothing_is_saved_either(checkpoints, digits):
+    with pytest.raises(NotFinite, match="at step 3, .*none of it is saved"):
+        finetune(
+            str(checkpoints / "ddpm"), Images.open(str(digits)), max_train_samples=64, max_test_samples=20,
+            batch_size=16, max_train_steps=3, lr_warmup_ratio=0.0, learning_rate=1e30,
+        )  # fmt: skip
+
+
 def test_a_training_that_diverges_saves_nothing(checkpoints, digits, tmp_path):
     with pytest.raises(NotFinite, match="at step 2, at a learning rate of .*; none of it is saved. There is no"):
         run(

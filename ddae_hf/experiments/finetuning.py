@@ -65,7 +65,7 @@ from .run_folder import (
     step_of,
     write_options,
 )
-from .stopping import Interrupted
+from .stopping import Interrupted, largest
 from .trainer import AVERAGED, BY_HASH, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
@@ -391,6 +391,8 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
         )
     if trainer.average is not None:
         trainer.average.copy_to(trainer.learning.values())
+    if not largest(trainer.model.state_dict().values()).isfinite():
+        raise trainer.not_finite(float(trainer.losses[-1]) if trainer.losses else math.nan)
     total = trainer.total()
     seconds = total["seconds"] - trainer.before["seconds"]
     speed = trainer.images_seen / seconds if trainer.images_seen else total["images"] / trainer.before["seconds"]

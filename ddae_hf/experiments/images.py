@@ -127,7 +127,8 @@ class Images:
     def __getitem__(self, split: str) -> ImageSet:
         """Return the images of a split, or raise `ValueError` if there are none, or the first cannot be read."""
         if split not in self._datasets:
-            raise ValueError(f"The data set has no split {split!r}; it has {sorted(self._datasets)}.")
+            hint = "" if self.opened_with else ": name splits by a mapping, {'train': ..., 'test': ...}"
+            raise ValueError(f"The data set has no split {split!r}; it has {sorted(self._datasets)}{hint}.")
         if split not in self._sets:
             dataset = self._datasets[split].with_format(None)
             column = image_column(dataset, self._image_column)
