@@ -106,8 +106,8 @@ class NetworkClass(ABC):
         """Raise `ValueError` unless the network has the label that is to stand for none."""
         count = self.num_labels(config)
         if null_class is not None and not 0 <= null_class < count:
-            has = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
-            raise ValueError(f"null_class is {null_class}, but of this denoiser {has}.")
+            has = f"has the labels 0 to {count - 1}" if count else "takes no labels"
+            raise ValueError(f"null_class is {null_class}, but this denoiser {has}.")
 
     def is_conditional(self, denoiser: Any) -> bool:
         """Whether the network can be given class labels."""

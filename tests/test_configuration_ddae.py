@@ -57,7 +57,7 @@ def test_keyword_arguments_take_the_place_of_saved_values_and_are_checked(tmp_pa
         ({"scheduler": {"_class_name": "ScoreSdeVeScheduler"}}, "is not supported"),
         ({"scheduler": {"_class_name": "EDMEulerScheduler"}, "sigma": 90.0}, "allowed are 0.002 to 80"),
         ({"denoiser": plain_config(make_dit(sample_size=9))}, "with patches of 2, it must be a multiple of 2"),
-        ({"denoiser": plain_config(make_dit()), "null_class": 6}, "its labels are 0 to 5"),
+        ({"denoiser": plain_config(make_dit()), "null_class": 6}, "has the labels 0 to 5"),
         ({"denoiser": plain_config(make_dit()), "layer": "transformer_blocks.9"}, "nearest are transformer_blocks"),
         ({"scheduler": {"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": True}}, "zero-terminal SNR"),
         ({"layer": "up_blocks.0.attentions.7"}, "nearest are up_blocks.0.attentions"),
@@ -85,7 +85,7 @@ def test_what_cannot_work_is_refused(options, message):
 def test_the_null_class_must_be_one_of_the_labels():
     conditional = plain_config(make_unet(num_class_embeds=11))
     assert config(denoiser=conditional, null_class=10).null_class == 10
-    with pytest.raises(ValueError, match="its labels are 0 to 10"):
+    with pytest.raises(ValueError, match="has the labels 0 to 10"):
         config(denoiser=conditional, null_class=11)
 
 

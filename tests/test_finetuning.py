@@ -702,7 +702,7 @@ def test_a_fraction_of_labels_is_one_of_every_class():
         ({"layer": "up_blocks.8.resnets.0"}, "There is no layer 'up_blocks.8.resnets.0'"),
         ({"sigma": 1e9}, "outside the schedule"),
         ({"sigma": -1.0}, "sigma -1.0 is outside the schedule"),
-        ({"null_class": 3}, "it takes no labels"),
+        ({"null_class": 3}, "takes no labels"),
         ({"max_train_samples": 1}, "are all of one class"),
         ({"test_split": "train"}, "test on other images"),
     ],

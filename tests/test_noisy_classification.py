@@ -364,7 +364,7 @@ def test_every_number_has_a_range():
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"wide_resnet": -1}, "wide_resnet is -1: it must be at least 0"),
         ({"random_crop": 8}, "random_crop is 8: the images' sides are"),
-        ({"null_class": 3}, "it takes no labels"),
+        ({"null_class": 3}, "takes no labels"),
         ({"test_split": "holdout"}, "has no split 'holdout'"),
         ({"test_split": "train"}, "test on other images"),
         ({"num_view": 3}, "here is no option 'num_view': the nearest are num_views"),

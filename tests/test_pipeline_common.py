@@ -256,7 +256,7 @@ def test_a_new_denoiser_samples_and_is_saved(unet_pipeline, tmp_path):
         ({"scheduler": None}, "Pass a `scheduler`"),
         ({"transformer": make_dit()}, "unet and transformer came"),
         ({"unet": make_dit()}, "pass it as `transformer`"),
-        ({"unet": make_unet(num_class_embeds=3)}, "null_class is 4, but of this denoiser its labels are 0 to 2"),
+        ({"unet": make_unet(num_class_embeds=3)}, "null_class is 4, but this denoiser has the labels 0 to 2"),
     ],
 )
 def test_components_that_make_no_pipeline_are_neither_sampled_nor_saved(parts, message, tmp_path):
@@ -276,7 +276,7 @@ def test_the_null_class_can_be_set(tmp_path):
     assert_same_images(pipeline, BUILDERS["class_unet"]())
     pipeline.save_pretrained(tmp_path)
     assert DDAEPipeline.from_pretrained(tmp_path).null_class == 4
-    with pytest.raises(ValueError, match="null_class is 5, but of this denoiser its labels are 0 to 4"):
+    with pytest.raises(ValueError, match="null_class is 5, but this denoiser has the labels 0 to 4"):
         pipeline.null_class = 5
     assert pipeline.null_class == 4
 

@@ -262,9 +262,9 @@ def test_the_null_class_of_a_unet_travels_with_its_checkpoint(images, tmp_path):
     assert classifier.config.null_class == 4 and classifier(images).logits.shape == (5, 3)
     classifier.save_pretrained(tmp_path / "classifier")
     np.testing.assert_array_equal(sample(DDAEPipeline.from_pretrained(tmp_path / "classifier")), sample(pipeline))
-    with pytest.raises(ValueError, match="null_class is 5, but of this denoiser its labels are 0 to 4"):
+    with pytest.raises(ValueError, match="null_class is 5, but this denoiser has the labels 0 to 4"):
         DDAEPipeline(make_unet(num_class_embeds=5), DDIMScheduler(), null_class=5)
-    with pytest.raises(ValueError, match="it takes no labels"):
+    with pytest.raises(ValueError, match="takes no labels"):
         DDAEPipeline(make_unet(), DDIMScheduler(), null_class=0)
 
 
