@@ -40,7 +40,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["ddae_hf", "ddae_hf.experiments", "ddae_hf.commands"],
-    package_data={"ddae_hf": ["py.typed", "experiments/model_card_template.md"]},
+    package_data={
+        "ddae_hf": [
+            "py.typed",
+            "experiments/model_card_template.md",
+            "commands/configs/*.yaml",
+            "commands/configs/*/*.yaml",
+        ]
+    },
+    entry_points={"console_scripts": ["ddae = ddae_hf.commands.main:run"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

@@ -43,7 +43,8 @@ from plain_features import PlainFeatures
 from torch import Tensor
 
 from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline, layer_names
-from ddae_hf.commands.parsing import parse, read_config, sentences
+from ddae_hf.commands.parsing import parse, read_config
+from ddae_hf.commands.running import sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.features import extract_features

@@ -39,7 +39,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddae_hf import DDAEPipeline
-from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.commands.parsing import parse
+from ddae_hf.commands.running import sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device, made_fast
 from ddae_hf.experiments.draws import SAMPLING, indexed_noise

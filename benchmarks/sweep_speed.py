@@ -51,7 +51,8 @@ from plain_features import PlainFeatures
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.commands.parsing import parse
+from ddae_hf.commands.running import sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.images import DataOptions, Images, Inputs, labelled_splits

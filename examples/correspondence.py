@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddae_hf import DDAEBackbone, DDAEConfig, DDAEImageProcessor
-from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.commands.parsing import parse
+from ddae_hf.commands.running import sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.draws import indexed_noise, separate_randomness
 from ddae_hf.experiments.images import DataOptions

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +26,6 @@ from diffusers import (
     UNet2DModel,
 )
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 TINY = {
     "sample_size": 8,
@@ -177,8 +174,8 @@ def layouts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """scikit-learn's digits as the quickstart writes them."""
-    import quickstart
+    from ddae_hf.experiments.digits import write_digits
 
     folder = tmp_path_factory.mktemp("digits")
-    quickstart.write_digits(folder)
+    write_digits(folder)
     return folder

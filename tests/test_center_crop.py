@@ -19,7 +19,7 @@ from ddae_hf.experiments import pretraining, vae_training
 from ddae_hf.experiments.images import Images
 from ddae_hf.experiments.latent_folder import LatentFolder
 
-from . import scripts
+from . import commands
 from .conftest import make_vae
 
 TINY = {"in_channels": 1, "out_channels": 1, "block_out_channels": [32, 32], "layers_per_block": 1}
@@ -49,7 +49,7 @@ def shown(images, center_crop):
 def train(folder, *options, steps=1):
     arguments = ["--output_dir", folder, "--train_batch_size", COUNT, "--sample_steps", 0, "--mixed_precision", "no"]
     arguments += ["--num_inference_steps", 2, "--max_train_steps", steps, "--checkpointing_steps", 1]
-    scripts.run("pretrain", *arguments, *options)
+    commands.run("pretrain", *arguments, *options)
 
 
 @pytest.mark.parametrize("option", [None, "--center_crop", "--no-center_crop"])
@@ -106,7 +106,7 @@ def vae(tmp_path_factory):
 def test_a_denoiser_of_latents_says_how_those_were_made(photographs, vae, tmp_path, center_crop):
     option = [] if center_crop else ["--no-center_crop"]
     where = ["--vae", vae, "--dataset_name", photographs[0], "--output_dir", tmp_path / "latents"]
-    scripts.run("encode_latents", *where, *option)
+    commands.run("encode", *where, *option)
     latents = LatentFolder(tmp_path / "latents").latents("train")
     network = AutoencoderKL.from_pretrained(vae)
     with torch.no_grad():
@@ -126,15 +126,15 @@ def test_a_denoiser_of_latents_says_how_those_were_made(photographs, vae, tmp_pa
 
 def test_latents_of_version_0_1_0_were_squashed(photographs, vae, tmp_path):
     where = ["--vae", vae, "--dataset_name", photographs[0], "--output_dir", tmp_path / "latents"]
-    scripts.run("encode_latents", *where)
+    commands.run("encode", *where)
     options = ["--latents_dir", tmp_path / "latents", "--denoiser", json.dumps(TINY_DIT)]
     train(tmp_path / "cut", *options)
     rewrite(tmp_path / "latents" / "latents.json", lambda index: drop(index["splits"]["train"]["preprocessing"]))
     with pytest.raises(SystemExit, match="trained with other options: latents was"):
         train(tmp_path / "cut", *options, "--resume_from_checkpoint", "latest", steps=2)
     with pytest.raises(SystemExit, match="do_center_crop is None there, True here"):
-        scripts.run("encode_latents", *where)
-    scripts.run("encode_latents", *where, "--no-center_crop")  # the same latents: nothing is refused
+        commands.run("encode", *where)
+    commands.run("encode", *where, "--no-center_crop")  # the same latents: nothing is refused
     train(tmp_path / "squashed", *options)
     checkpoint = tmp_path / "squashed" / "checkpoint-1"
     assert DDAEImageProcessor.from_pretrained(checkpoint).do_center_crop is False
@@ -170,7 +170,7 @@ def test_an_autoencoder_is_trained_and_measured_on_the_same(photographs, tmp_pat
     arguments += ["--mixed_precision", "no"]
     found = {}
     for option in ("--center_crop", "--no-center_crop"):
-        scripts.run("train_vae", *arguments, "--output_dir", tmp_path / option, option)
+        commands.run("train-vae", *arguments, "--output_dir", tmp_path / option, option)
         options = vae_training.VAEOptions(center_crop=option == "--center_crop")
         images = Images.open([Image.fromarray(image) for image in photographs[1]])["train"]
         network = AutoencoderKL.from_pretrained(tmp_path / option)
@@ -184,4 +184,4 @@ def test_an_autoencoder_is_trained_and_measured_on_the_same(photographs, tmp_pat
         assert sorted(nearest)[7] < 1e-5 < sorted(nearest)[8]  # eight of the twelve are trained on
     with pytest.raises(SystemExit, match="other options: center_crop was"):
         resume = ["--output_dir", tmp_path / "--center_crop", "--resume_from_checkpoint", "latest"]
-        scripts.run("train_vae", *arguments, *resume, "--no-center_crop")
+        commands.run("train-vae", *arguments, *resume, "--no-center_crop")

@@ -35,7 +35,7 @@ from ddae_hf.hidden_states import collect_hidden_states
 from ddae_hf.networks import network_of
 from ddae_hf.pickles import read_weights
 
-from . import scripts
+from . import commands
 from .conftest import make_vae, together
 
 
@@ -118,7 +118,7 @@ def dit(tmp_path_factory):
     other = {name: torch.zeros_like(value) for name, value in state.items()}
     torch.save({"model": other, "ema": state, "opt": {"state": {}, "param_groups": []}, "args": args}, root / "a.pt")
     make_vae().save_pretrained(root / "vae")
-    scripts.run(
+    commands.run(
         "convert", str(root / "a.pt"), "--num_heads", "4", "--vae", str(root / "vae"), "--output_dir", str(root / "out")
     )
     return root / "out", state
@@ -325,7 +325,7 @@ def test_the_default_network_has_the_size_of_the_authors():
 @pytest.mark.parametrize("framework", ["ddpm", "edm"])
 def test_a_unet_has_the_hidden_states_of_the_original(unet_file, framework, tmp_path):
     path, state = unet_file
-    scripts.run(
+    commands.run(
         "convert", str(path), "--framework", framework, "--sample_size", "8", "--output_dir", str(tmp_path / "out")
     )
     model = DDAEModel.from_pretrained(tmp_path / "out")
@@ -623,7 +623,7 @@ def test_tensors_that_share_their_values_claim_no_large_network(tmp_path):
 
 
 def test_a_probe_of_features_alone_is_saved_whole(unet_file, tmp_path):
-    scripts.run(
+    commands.run(
         "convert", str(unet_file[0]), "--framework", "edm", "--sample_size", "8", "--output_dir", str(tmp_path / "net")
     )
     options = {"layer": "mid_block", "sigma": 0.1}
@@ -640,11 +640,11 @@ def test_the_script_writes_into_empty_folders_only(unet_file, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
     with pytest.raises(SystemExit, match="is not an empty folder"):
-        scripts.run("convert", str(unet_file[0]), "--framework", "ddpm", "--output_dir", str(tmp_path / "full"))
+        commands.run("convert", str(unet_file[0]), "--framework", "ddpm", "--output_dir", str(tmp_path / "full"))
     with pytest.raises(SystemExit, match="does not say under which one"):
-        scripts.run("convert", str(unet_file[0]), "--output_dir", str(tmp_path / "new"))
+        commands.run("convert", str(unet_file[0]), "--output_dir", str(tmp_path / "new"))
     make_vae().save_pretrained(tmp_path / "vae")
     common = ["--framework", "ddpm", "--vae", str(tmp_path / "vae"), "--output_dir", str(tmp_path / "new")]
     with pytest.raises(SystemExit, match="works on pixels"):
-        scripts.run("convert", str(unet_file[0]), *common)
+        commands.run("convert", str(unet_file[0]), *common)
     assert not (tmp_path / "new").exists() and len(list((tmp_path / "full").iterdir())) == 1

@@ -10,7 +10,7 @@ import correspondence
 from correspondence import Warp, match, pixels
 from ddae_hf import DDAEPipeline
 
-from . import scripts
+from . import commands
 from .conftest import make_unet
 
 SIZE = (20, 28)
@@ -26,7 +26,7 @@ def checkpoint(tmp_path):
 
 def run(checkpoint, digits, folder, *options):
     arguments = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(digits), "--output_dir", str(folder)]
-    scripts.run("correspondence", *arguments, "--num_images", "2", *options)
+    commands.run("correspondence", *arguments, "--num_images", "2", *options)
 
 
 def inside(places):

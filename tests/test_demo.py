@@ -24,7 +24,7 @@ from PIL import Image
 import quickstart
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 
-from . import scripts
+from . import commands
 from .conftest import make_unet
 from .ideal import Ideal, closed_form
 
@@ -56,7 +56,7 @@ def run(tmp_path_factory):
     options = ["--model_name_or_path", folder / "checkpoint", "--dataset_name", folder / "digits"]
     options += ["--output_dir", folder / "sweep", "--sigmas", "0.1", "1", "--num_noise_seeds", "1", "--l2", "1e-3"]
     options += ["--layers", "mid_block", "up_blocks.1.resnets.0"]
-    scripts.run("sweep", *options, "--max_train_samples", "200", "--max_test_samples", "50")
+    commands.run("sweep", *options, "--max_train_samples", "200", "--max_test_samples", "50")
     (folder / "sweep" / "classifier").rename(folder / "classifier")
     return folder
 

@@ -19,7 +19,7 @@ from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.latents import encode as encoded_by
 from ddae_hf.weights import fingerprint
 
-from . import scripts
+from . import commands
 from .conftest import drawn, make_vae
 from .quiet import quiet
 
@@ -41,7 +41,7 @@ def encoded(vae, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
     vae.save_pretrained(folder / "vae")
     options = ["--vae", folder / "vae", "--dataset_name", digits, "--max_train_samples", COUNT, "--mirror"]
-    scripts.run("encode_latents", *options, "--output_dir", folder / "latents", "--batch_size", 4)
+    commands.run("encode", *options, "--output_dir", folder / "latents", "--batch_size", 4)
     return folder
 
 
@@ -109,7 +109,7 @@ def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
         tmp_path / "images.parquet"
     )
     options = ["--vae", encoded / "vae", "--dataset_name", tmp_path / "images.parquet"]
-    scripts.run("encode_latents", *options, "--sample_posterior", "--output_dir", tmp_path / "out")
+    commands.run("encode", *options, "--sample_posterior", "--output_dir", tmp_path / "out")
     index = json.loads((tmp_path / "out" / "latents.json").read_text())
     assert index["names"] is None and index["sample_posterior"] is True
     assert not list((tmp_path / "out").glob("*labels*"))
@@ -130,7 +130,7 @@ def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
 def test_what_cannot_be_encoded_is_refused_first(encoded, digits, tmp_path, capsys, options, message):
     arguments = ["--vae", str(encoded / "vae"), "--dataset_name", str(digits), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as refusal:
-        scripts.run("encode_latents", *arguments, *options)
+        commands.run("encode", *arguments, *options)
     assert message in str(refusal.value) + capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import evaluate_generation as script
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import evaluate_generation as script
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments import evaluate_generation
 from ddae_hf.experiments.evaluation import EvaluationOptions, compare_samples, find_images
@@ -27,7 +27,7 @@ from ddae_hf.experiments.images import Images
 from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.results import GenerationReport
 
-from . import scripts
+from . import commands
 from .conftest import drawn, put
 from .test_extractors import save_pipeline, save_vit
 
@@ -56,7 +56,7 @@ def measure(digits, tmp_path):
     def run(*options, output="out", data=digits):
         arguments = ["--dataset_name", str(data), "--max_reference_samples", "60", "--num_inference_steps", "2"]
         arguments += ["--features_dir", str(tmp_path / "features"), "--output_dir", str(tmp_path / output)]
-        scripts.run("evaluate_generation", *arguments, *options)
+        commands.run("evaluate", *arguments, *options)
         return json.loads((tmp_path / output / "generation_results.json").read_text())
 
     return run
@@ -139,7 +139,7 @@ def test_two_processes_share_the_images(checkpoint, extractor, digits, tmp_path)
     options = ["--model_name_or_path", checkpoint, "--num_images", "10", "--batch_size", "3", "--extractor", extractor]
     options += ["--dataset_name", str(digits), "--max_reference_samples", "40", "--num_inference_steps", "2"]
     options += ["--features_dir", str(tmp_path / "features"), "--output_dir"]
-    scripts.run("evaluate_generation", *options, str(tmp_path / "one"))
+    commands.run("evaluate", *options, str(tmp_path / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script.__file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *options, str(tmp_path / "two")], env=environment, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from ddae_hf.experiments import arrays, feature_export
 from ddae_hf.experiments.feature_export import export_features
 from ddae_hf.experiments.images import Images
 
-from . import scripts
+from . import commands
 from .conftest import drawn, make_unet
 from .quiet import quiet
 
@@ -36,7 +36,7 @@ def images(digits):
 
 def export(checkpoint, folder, *options):
     arguments = ["--model_name_or_path", str(checkpoint), "--output_dir", str(folder), "--layers", *LAYERS]
-    scripts.run("export_features", *arguments, *options)
+    commands.run("export", *arguments, *options)
 
 
 def test_parquet_and_npy_hold_the_same_features_with_their_labels(checkpoint, digits, tmp_path, monkeypatch):

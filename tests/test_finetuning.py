@@ -29,7 +29,7 @@ from ddae_hf.experiments.run_folder import FILES, OPTIONS
 from ddae_hf.experiments.stopping import Interrupted, NotFinite
 from ddae_hf.experiments.trainer import AVERAGED, PROGRESS, parameter_groups
 
-from . import scripts
+from . import commands
 from .conftest import drawn, make_dit, make_unet
 from .quiet import quiet
 
@@ -743,13 +743,13 @@ def test_every_number_has_a_range():
     assert numbers - set(RANGES) == {"sigma"} and len(numbers) > 15
 
 
-def test_the_script_is_a_caller(checkpoints, digits, tmp_path, capsys):
-    config = Path(scripts.__file__).parent.parent / "examples" / "configs" / "cifar10_cpu_finetune.yaml"
+def test_the_command_is_a_caller(checkpoints, digits, tmp_path, capsys):
+    config = "cifar10_cpu_finetune"
     options = ["--model_name_or_path", checkpoints / "ddpm", "--dataset_name", digits, "--output_dir", tmp_path]
     options += ["--max_train_samples", 40, "--max_test_samples", 20, "--max_train_steps", 1, "--random_crop", 1]
-    scripts.run("finetune", "--config", config, *options, "--layer", "mid_block", "--no-random_flip")
+    commands.run("finetune", "--config", config, *options, "--layer", "mid_block", "--no-random_flip")
     kept = yaml.safe_load((tmp_path / OPTIONS).read_text())
     assert kept["layer_decay"] == 0.9 and kept["random_flip"] is False and kept["dataset_name"] == str(digits)
     assert "The classifier is in" in capsys.readouterr().out and (tmp_path / "README.md").is_file()
     with pytest.raises(SystemExit, match="holds checkpoints of an earlier run"):
-        scripts.run("finetune", "--config", config, *options)
+        commands.run("finetune", "--config", config, *options)

@@ -15,7 +15,7 @@ from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline
 from ddae_hf.experiments.generation import GenerationOptions, generate
 from ddae_hf.noise import change_scheduler
 
-from . import scripts
+from . import commands
 from .conftest import make_unet
 
 GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
@@ -42,10 +42,10 @@ def arrays(samples):
 
 def test_images_depend_on_their_number_alone(checkpoint, tmp_path):
     options = ["--model_name_or_path", checkpoint, "--num_inference_steps", 2, "--output_dir"]
-    scripts.run("generate", *options, tmp_path / "a", "--num_images", 3, "--batch_size", 3)
-    scripts.run("generate", *options, tmp_path / "b", "--num_images", 2, "--batch_size", 1)
+    commands.run("generate", *options, tmp_path / "a", "--num_images", 3, "--batch_size", 3)
+    commands.run("generate", *options, tmp_path / "b", "--num_images", 2, "--batch_size", 1)
     first = (tmp_path / "b" / "00000.png").stat().st_mtime_ns
-    scripts.run("generate", *options, tmp_path / "b", "--num_images", 3, "--batch_size", 2)
+    commands.run("generate", *options, tmp_path / "b", "--num_images", 3, "--batch_size", 2)
     assert (tmp_path / "b" / "00000.png").stat().st_mtime_ns == first
     a, b = (arrays(Image.open(tmp_path / name / f"0000{i}.png") for i in range(3)) for name in "ab")
     assert np.abs(a - b).max() <= 1 and len({image.tobytes() for image in a}) == 3
@@ -168,7 +168,7 @@ def test_an_open_pipeline_keeps_its_type_and_no_checkpoint_is_an_error(condition
     with pytest.raises(ValueError, match=r"dtype is bfloat16, but the pipeline is open in torch\.float32"):
         generate(conditional, dtype="bfloat16")
     with pytest.raises(SystemExit, match="is not a folder"):
-        scripts.run("generate", "--model_name_or_path", tmp_path / "nowhere", "--output_dir", tmp_path / "c")
+        commands.run("generate", "--model_name_or_path", tmp_path / "nowhere", "--output_dir", tmp_path / "c")
 
 
 def test_a_file_in_the_folders_place_is_noticed_at_once(checkpoint, tmp_path):
@@ -191,7 +191,7 @@ def test_a_full_disk_is_a_sentence_and_what_there_is_goes_on(checkpoint, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full)
         with pytest.raises(SystemExit, match=r"00002.png cannot be written: No space left on device. What is"):
-            scripts.run("generate", *options, "--output_dir", tmp_path)
+            commands.run("generate", *options, "--output_dir", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00001.png", "options.json"]
     assert generate(checkpoint, num_images=3, num_inference_steps=2, batch_size=1, output_dir=tmp_path).made == 1
 

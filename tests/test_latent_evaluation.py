@@ -28,7 +28,7 @@ from ddae_hf.experiments.trainer import AVERAGED, FineTuner
 from ddae_hf.latents import decode, encode
 from ddae_hf.weights import fingerprint
 
-from . import scripts
+from . import commands
 from .conftest import drawn, make_unet, make_vae
 
 sys.path.append(str(Path(correspondence.__file__).parent / "demo"))
@@ -76,7 +76,7 @@ def share_right(logits, labels):
 def test_generated_images_are_the_pipeline_s_of_classes_by_number_or_name(latent_dit, other, tmp_path):
     def run(checkpoint, *classes):
         options = ["--output_dir", str(tmp_path), "--num_images", "3", "--num_inference_steps", "2", "--class_label"]
-        scripts.run("generate", "--model_name_or_path", str(checkpoint), *options, *classes, "--guidance_scale", "2")
+        commands.run("generate", "--model_name_or_path", str(checkpoint), *options, *classes, "--guidance_scale", "2")
 
     run(latent_dit, "goldfish", "7")
     expected = DDAEPipeline.from_pretrained(latent_dit)(
@@ -101,7 +101,7 @@ def test_generated_images_are_measured_by_features_of_latents(latent_dit, other,
     arguments += ["--max_reference_samples", "40", "--features_dir", str(tmp_path / "features"), "--class_label", "all"]
     found = {}
     for path in (latent_dit, other):
-        scripts.run("evaluate_generation", *arguments, "--extractor", f"ddae:{path}", "--extractor_layer", LAYER)
+        commands.run("evaluate", *arguments, "--extractor", f"ddae:{path}", "--extractor_layer", LAYER)
         found[path] = json.loads((tmp_path / "generation_results.json").read_text())
     assert "of the classes all (images of the first 4 of 1,000), guidance 1" in capsys.readouterr().out
     report, model = found[latent_dit], DDAEModel.from_pretrained(latent_dit)
@@ -129,7 +129,7 @@ def test_a_probe_is_saved_with_generator_and_vae(latent_dit, vae, digits, tested
         return features(self, *args, **kwargs)
 
     monkeypatch.setattr(FeatureCache, "features", watched)
-    scripts.run("linear_probe", *common(latent_dit, digits, tmp_path), *COUNTS, "--baselines", "--layers", LAYER)
+    commands.run("probe", *common(latent_dit, digits, tmp_path), *COUNTS, "--baselines", "--layers", LAYER)
     denoisers, vaes = map(set, zip(*seen, strict=True))
     assert len(denoisers) == 2 and vaes == {fingerprint(vae)}  # the untrained network sees the same latents
     report = json.loads((tmp_path / "eval_results.json").read_text())
@@ -147,7 +147,7 @@ def test_a_probe_is_saved_with_generator_and_vae(latent_dit, vae, digits, tested
 
 def tune(checkpoint, digits, folder, *options):
     arguments = ["--max_train_steps", "2", "--batch_size", "8", "--layer", LAYER, "--sigma", "0.2", "--layer_decay"]
-    scripts.run(
+    commands.run(
         "finetune", *common(checkpoint, digits, folder), *COUNTS, *arguments, "0.8", "--ema_decay", "0.5", *options
     )
     return json.loads((folder / "eval_results.json").read_text())
@@ -233,7 +233,7 @@ def test_latents_of_others_are_refused(latent_dit, other, digits, latents, tmp_p
 def test_both_classifiers_of_noisy_images_see_noisy_latents(latent_dit, vae, digits, tested, tmp_path):
     options = ["--num_views", "1", "--num_train_epochs", "1", "--hidden_size", "16", "--sigmas", "0.1", "1"]
     options += ["--wide_resnet", "1", "--wide_resnet_steps", "2", "--wide_resnet_batch_size", "16", "--random_crop"]
-    scripts.run("noisy_classifier", *common(latent_dit, digits, tmp_path), *COUNTS, *options, "1", "--layers", LAYER)
+    commands.run("noisy", *common(latent_dit, digits, tmp_path), *COUNTS, *options, "1", "--layers", LAYER)
     report = json.loads((tmp_path / "eval_results.json").read_text())
     networks = []
     for cls, name in ((NoiseConditionalMLP, "mlp"), (WideResNet, "wide_resnet")):
@@ -273,7 +273,7 @@ def test_the_rival_learns_from_latents_with_standard_normal_noise(latent_dit, va
 
 def test_exported_features_are_those_of_the_library(latent_dit, digits, tmp_path):
     options = ["--max_train_samples", "10", "--layers", LAYER, "--sigma", "0.3", "--format", "npy", "--view", "2"]
-    scripts.run("export_features", *common(latent_dit, digits, tmp_path), *options)
+    commands.run("export", *common(latent_dit, digits, tmp_path), *options)
     images, labels = pixels_and_labels(latent_dit, digits, "train", 10)
     expected = extract_features(DDAEModel.from_pretrained(latent_dit), [images], [LAYER], 0.3, view=2)[LAYER]
     np.testing.assert_allclose(np.load(tmp_path / f"{LAYER}.npy"), expected, rtol=1e-4, atol=1e-5)
@@ -286,7 +286,7 @@ def test_points_are_looked_up_by_maps_of_latents(latent_dit, vae, digits, tmp_pa
     for name in ("ROTATION", "SHIFT", "BEND"):
         monkeypatch.setattr(correspondence, name, 0)
     options = ["--num_images", "2", "--sigma", "0.02"]
-    scripts.run("correspondence", *common(latent_dit, digits, tmp_path), *options)
+    commands.run("correspondence", *common(latent_dit, digits, tmp_path), *options)
     trained, untrained = (backbone.ddae for backbone in opened[0].values())
     assert fingerprint(trained.denoiser) != fingerprint(untrained.denoiser)
     assert fingerprint(trained.vae) == fingerprint(untrained.vae) == fingerprint(vae)

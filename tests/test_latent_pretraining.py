@@ -20,7 +20,7 @@ from ddae_hf.experiments.pretraining import PretrainingOptions
 from ddae_hf.experiments.pretraining_data import training_data
 from ddae_hf.weights import fingerprint
 
-from . import scripts
+from . import commands
 from .conftest import make_dit, make_vae
 
 TINY = {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
@@ -33,7 +33,7 @@ def latents(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
     make_vae().save_pretrained(folder / "vae")
     options = ["--vae", str(folder / "vae"), "--dataset_name", str(digits), "--max_train_samples", str(COUNT)]
-    scripts.run("encode_latents", *options, "--mirror", "--output_dir", str(folder / "latents"))
+    commands.run("encode", *options, "--mirror", "--output_dir", str(folder / "latents"))
     return folder / "latents"
 
 
@@ -41,7 +41,7 @@ def train(latents, folder, *options):
     arguments = ["--latents_dir", str(latents), "--output_dir", str(folder), "--train_batch_size", "16", "--seed", "1"]
     arguments += ["--lr_warmup_steps", "2", "--num_samples", "4", "--num_inference_steps", "2", "--sample_steps", "5"]
     denoiser = [] if "--init_from" in options else ["--denoiser", json.dumps(TINY)]
-    scripts.run("pretrain", *arguments, *denoiser, "--mixed_precision", "no", "--max_train_steps", "5", *options)
+    commands.run("pretrain", *arguments, *denoiser, "--mixed_precision", "no", "--max_train_steps", "5", *options)
 
 
 CONDITIONAL = ["--class_conditional", "--label_dropout", "0.5", "--gradient_checkpointing"]
@@ -95,7 +95,7 @@ def test_results_and_card_say_what_was_trained_on(trained, digits):
     assert results["dataset"] == {"name": digits.name, "train_split": "train", "num_images": COUNT}
     assert results["parameters"] == sum(tensor.numel() for tensor in weights(trained).values())
     with pytest.raises(SystemExit, match="holds checkpoints of an earlier run"):  # the options can be given again
-        scripts.run("pretrain", "--config", trained / "training_options.yaml")
+        commands.run("pretrain", "--config", trained / "training_options.yaml")
     card = str(make_card(trained))
     assert "for images of 16 x 16 pixels and 3 channels" in card
     assert f"with labels as its condition only, on {digits.name}, split `train`, {COUNT} images, for 5 steps" in card
@@ -190,7 +190,7 @@ def test_a_run_can_start_from_a_denoiser_of_the_same_latents(trained, latents, t
 def test_images_do_not_go_on_with_a_denoiser_of_latents(trained, digits, tmp_path):
     options = ["--dataset_name", str(digits), "--init_from", str(trained), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="works on latents: give a folder of them .latents_dir."):
-        scripts.run("pretrain", *options, "--mixed_precision", "no")
+        commands.run("pretrain", *options, "--mixed_precision", "no")
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,21 @@
-"""`examples/linear_probe.py` as a user runs it, at tiny size, on real digits."""
+"""`ddae probe` as a user runs it, at tiny size, on real digits."""
 
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import linear_probe
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
+from ddae_hf.commands import probe as command
 from ddae_hf.commands.parsing import parse
-from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.probing import Prober
-from ddae_hf.experiments.publishing import HubOptions
 from ddae_hf.experiments.results import ProbeReport
 
-from . import scripts
+from . import commands
 from .conftest import drawn
 from .test_sweeping import checkpoint  # noqa: F401 (a fixture)
-
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +24,7 @@ def probed(checkpoint, digits, tmp_path_factory):  # noqa: F811
     options = ["--model_name_or_path", checkpoint, "--dataset_name", digits, "--output_dir", folder, "--baselines"]
     options += ["--layers", "mid_block", "up_blocks.0.attentions.1", "--sigmas", "0.05", "0.3", "--few_labels", "10"]
     options += ["--num_draws", "3", "--max_train_samples", "600", "--max_test_samples", "150"]
-    scripts.run("linear_probe", *options, "--l2", "1e-3", "1e-2")
+    commands.run("probe", *options, "--l2", "1e-3", "1e-2")
     return folder
 
 
@@ -63,11 +58,11 @@ def test_an_interrupted_probe_goes_on_from_its_output_dir(checkpoint, digits, tm
     with monkeypatch.context() as stopping:
         stopping.setattr(Prober, "tested", lambda *a: signal.raise_signal(signal.SIGINT))
         with pytest.raises(SystemExit, match="130"):
-            scripts.run("linear_probe", *options)
+            commands.run("probe", *options)
     assert len(list((tmp_path / "levels").iterdir())) == 2
     with monkeypatch.context() as again:
         again.setattr(Prober, "level", lambda *a: pytest.fail("a level that is done is probed again"))
-        scripts.run("linear_probe", *options)
+        commands.run("probe", *options)
     assert len(ProbeReport.read(tmp_path).pairs) == 2
     DDAEForImageClassification.from_pretrained(tmp_path)
     assert not (tmp_path / "classifier").exists() and (tmp_path / "features").is_dir()
@@ -76,15 +71,15 @@ def test_an_interrupted_probe_goes_on_from_its_output_dir(checkpoint, digits, tm
 def test_by_default_the_checkpoints_own_pair_is_probed(probed, digits, tmp_path, capsys):
     own = DDAEForImageClassification.from_pretrained(probed).config
     options = ["--model_name_or_path", probed, "--dataset_name", digits, "--output_dir", tmp_path]
-    scripts.run("linear_probe", *options, "--max_train_samples", "200", "--max_test_samples", "50")
+    commands.run("probe", *options, "--max_train_samples", "200", "--max_test_samples", "50")
     (pair,) = ProbeReport.read(tmp_path).pairs
     assert (pair.layer, pair.sigma) == (own.layer, own.sigma)
     assert f"`{own.layer}`" in capsys.readouterr().out
 
 
 def test_the_configuration_says_what_the_script_takes():
-    options = ["--config", str(CONFIGS / "cifar10_cpu_probe.yaml"), "--model_name_or_path", "somewhere"]
-    _, found, _ = parse([DataOptions, linear_probe.Arguments, HubOptions], None, options)
+    options = ["--config", "cifar10_cpu_probe", "--model_name_or_path", "somewhere"]
+    _, found, _ = parse(command.KINDS, None, options)
     assert found.layers == ["decoder"] and found.max_selection_samples == 5000 and found.baselines
 
 
@@ -102,5 +97,5 @@ def test_the_configuration_says_what_the_script_takes():
 def test_what_cannot_work_is_refused_before_anything_is_computed(checkpoint, digits, tmp_path, options, message):  # noqa: F811
     arguments = ["--model_name_or_path", checkpoint, "--dataset_name", digits, "--output_dir", tmp_path / "out"]
     with pytest.raises(SystemExit, match=message):
-        scripts.run("linear_probe", *arguments, *options)
+        commands.run("probe", *arguments, *options)
     assert not (tmp_path / "out").exists()

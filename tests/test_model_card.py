@@ -23,7 +23,7 @@ from ddae_hf import DDAEModel, DDAEPipeline
 from ddae_hf.experiments.model_card import make_card, save_card
 from ddae_hf.experiments.results import ProbeReport
 
-from . import scripts
+from . import commands
 from .conftest import make_dit, make_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*their covariance is singular")
@@ -45,7 +45,7 @@ def runs(digits, tmp_path_factory):
 
     def run(script, name, *options):
         with contextlib.redirect_stdout(io.StringIO()), threadpool_limits(1):
-            scripts.run(script, *options, *data, "--output_dir", root / name)
+            commands.run(script, *options, *data, "--output_dir", root / name)
 
     short = ["--max_train_steps", "3", "--train_batch_size", "16", "--num_samples", "4", "--num_inference_steps", "2"]
     run("pretrain", "pretrained", "--config", str(root / "network.yaml"), *short, "--mixed_precision", "no")

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from ddae_hf.experiments.results import NoisyReport
 from ddae_hf.experiments.run_folder import saved_checkpoints
 from ddae_hf.experiments.stopping import Interrupted, NotFinite
 
-from . import scripts
+from . import commands
 from .conftest import drawn, make_dit, make_unet
 from .quiet import quiet
 
@@ -385,13 +384,13 @@ def test_a_checkpoint_that_is_not_there_and_a_folder_that_is_a_file_are_refused(
         run("nowhere/at/all", digits, tmp_path / "file")
 
 
-def test_the_script_is_a_caller(checkpoints, digits, tmp_path, capsys):
-    config = Path(scripts.__file__).parent.parent / "examples" / "configs" / "cifar10_cpu_noisy.yaml"
+def test_the_command_is_a_caller(checkpoints, digits, tmp_path, capsys):
+    config = "cifar10_cpu_noisy"
     options = ["--model_name_or_path", checkpoints / "ddpm", "--dataset_name", digits, "--output_dir", tmp_path]
     options += ["--max_train_samples", 60, "--max_test_samples", 40, "--num_views", 1, "--wide_resnet", 0]
-    scripts.run("noisy_classifier", "--config", config, *options, "--layers", "mid_block", "--num_train_epochs", 1)
+    commands.run("noisy", "--config", config, *options, "--layers", "mid_block", "--num_train_epochs", 1)
     kept = NoisyReport.read(tmp_path).options
     assert kept["wide_resnet_steps"] == 750 and kept["random_flip"] is True and kept["layers"] == ["mid_block"]
     assert "The curves are in" in capsys.readouterr().out and (tmp_path / "accuracy.png").is_file()
     with pytest.raises(SystemExit, match="choose another output_dir"):
-        scripts.run("noisy_classifier", "--config", config, *options, "--layers", "down_blocks.0.resnets.0")
+        commands.run("noisy", "--config", config, *options, "--layers", "down_blocks.0.resnets.0")

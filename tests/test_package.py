@@ -28,7 +28,7 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "devices", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
+    ["arrays", "devices", "digits", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
     ["classes", "generation_metrics", "noisy_networks", "run_folder"],
     ["options"],
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],
@@ -41,7 +41,6 @@ EXPERIMENTS = [
     ["finetuning", "sweeping"],
     ["noisy_classification", "training_curve", "transferring"],
 ]
-COMMANDS = [["parsing"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 
 
@@ -51,6 +50,10 @@ def tree(path):
 
 def modules_of(folder):
     return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+SHARED = [["parsing"], ["running"], ["main"]]
+COMMANDS = [*SHARED, [name for name in modules_of(PACKAGE / "commands") if [name] not in SHARED]]
 
 
 def imports(path):

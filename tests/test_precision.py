@@ -14,7 +14,7 @@ from ddae_hf.experiments.features import extract_features
 from ddae_hf.experiments.results import ProbeReport
 from ddae_hf.hidden_states import decoder_layer_names
 
-from . import scripts
+from . import commands
 from .conftest import make_unet
 from .test_sweeping import run, save_checkpoint
 
@@ -59,7 +59,7 @@ def test_the_probe_and_its_untrained_network_compute_in_the_type_that_is_chosen(
     options += ["--max_test_samples", "50", "--sigmas", "0.1", "--baselines"]
     accuracies = {}
     for dtype in ("float32", "bfloat16"):
-        scripts.run("linear_probe", *options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype))
+        commands.run("probe", *options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype))
         report = ProbeReport.read(tmp_path / dtype)
         accuracies[dtype] = {name: probe.test_accuracies["0"] for name, probe in report.baselines.items()}
         accuracies[dtype]["DDAE"] = report.test_accuracies["0"]
@@ -72,7 +72,7 @@ def test_samples_are_those_of_float32_within_rounding_and_do_not_share_a_folder(
     options = ["--model_name_or_path", checkpoint, "--num_images", "4", "--num_inference_steps", "5"]
     images = {}
     for dtype in ("float32", "bfloat16"):
-        scripts.run("generate", *options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype))
+        commands.run("generate", *options, "--dtype", dtype, "--output_dir", str(tmp_path / dtype))
         pipeline = DDAEPipeline.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         assert pipeline.denoiser.dtype == getattr(torch, dtype)
         generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ def test_samples_are_those_of_float32_within_rounding_and_do_not_share_a_folder(
     difference = np.abs(images["float32"] - images["bfloat16"])
     assert 0 < difference.mean() < 0.05
     with pytest.raises(SystemExit, match="made otherwise.*weights"):
-        scripts.run("generate", *options, "--dtype", "float32", "--output_dir", str(tmp_path / "bfloat16"))
+        commands.run("generate", *options, "--dtype", "float32", "--output_dir", str(tmp_path / "bfloat16"))
 
 
 def test_the_layout_of_training_changes_nothing_but_rounding():

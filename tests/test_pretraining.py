@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.commands.parsing import parse, read_config
+from ddae_hf.commands.parsing import CONFIGS, parse, read_config
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments import pretraining
 from ddae_hf.experiments.batches import batch_sizes
@@ -36,16 +36,15 @@ from ddae_hf.experiments.progress import Progress
 from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
 
-from . import scripts
+from . import commands
 from .quiet import quiet
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
 TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32, 32], "layers_per_block": 1}
 TINY |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
 TINY |= {"dropout": 0.1}  # so that resuming has its randomness to repeat
 TINY_DIT = {"_class_name": "DiTTransformer2DModel", "sample_size": 8, "in_channels": 1, "num_layers": 2}
 TINY_DIT |= {"num_attention_heads": 2, "attention_head_dim": 8}
-CONFIGS = EXAMPLES / "configs"
 
 
 def train(digits, folder, *options):
@@ -55,7 +54,7 @@ def train(digits, folder, *options):
 def train_on(data, folder, *options):
     arguments = ["--dataset_name", str(data), "--output_dir", str(folder), "--denoiser", json.dumps(TINY)]
     arguments += ["--seed", "1", "--lr_warmup_steps", "2", "--num_samples", "4", "--num_inference_steps", "2"]
-    scripts.run("pretrain", *arguments, "--sample_steps", "4", "--mixed_precision", "no", "--random_flip", *options)
+    commands.run("pretrain", *arguments, "--sample_steps", "4", "--mixed_precision", "no", "--random_flip", *options)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +179,7 @@ def test_a_run_can_start_from_a_checkpoint(trained, digits, tmp_path):
     arguments = ["--dataset_name", str(digits), "--output_dir", str(tmp_path), "--init_from", str(trained)]
     arguments += ["--max_train_steps", "1", "--sample_steps", "0", "--train_batch_size", "8"]
     arguments += ["--lr_warmup_steps", "1"]  # so that nothing is learned in the first step
-    scripts.run("pretrain", *arguments, "--mixed_precision", "no")
+    commands.run("pretrain", *arguments, "--mixed_precision", "no")
     before, after = weights(trained), weights(tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -200,7 +199,7 @@ def test_a_folder_of_images_is_a_data_set(tmp_path):
         "--sample_steps",
         "0",
     ]
-    scripts.run("pretrain", *arguments, "--mixed_precision", "no")
+    commands.run("pretrain", *arguments, "--mixed_precision", "no")
     assert DDAEPipeline.from_pretrained(tmp_path / "out").denoiser.config.sample_size == 8
 
 
@@ -224,7 +223,7 @@ import json, sys, time
 import datasets, torch
 from accelerate.state import PartialState
 from ddae_hf.experiments import pretraining
-from tests import scripts
+from tests import commands
 
 def watched(args, batch, network):
     numbers = [hash(image.numpy().tobytes()) for image in batch["pixel_values"]]
@@ -241,7 +240,7 @@ save, torch.save = torch.save, late
 inputs, pretraining.training_inputs = pretraining.training_inputs, watched
 PartialState.destroy_process_group = lambda state: None  # the next run needs it
 for options in json.loads(sys.argv[1]):
-    scripts.run("pretrain", *options)
+    commands.run("pretrain", *options)
 """
 
 
@@ -249,14 +248,14 @@ for options in json.loads(sys.argv[1]):
 def test_two_processes_train_one_network_and_share_every_image(shards, tmp_path):
     """Of 100 images, two processes take three whole batches of 16 each an epoch, from files and from a stream."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(EXAMPLES / "accelerate_configs" / "two_cpu_processes.yaml")]
+    launch += ["--config_file", str(ROOT / "examples" / "accelerate_configs" / "two_cpu_processes.yaml")]
     options = ["--dataset_name", str(shards), "--denoiser", json.dumps(TINY), "--train_batch_size", "16"]
     options += ["--sample_steps", "0", "--checkpointing_steps", "2", "--max_train_steps"]
     mapped = [*options, "2", "--output_dir", str(tmp_path / "mapped")]
     streamed = [*options, "6", "--output_dir", str(tmp_path / "streamed"), "--streaming", "--shuffle_buffer", "30"]
     (tmp_path / "watched.py").write_text(WATCHED)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, [EXAMPLES, EXAMPLES.parent]))
+    environment["PYTHONPATH"] = str(ROOT)
     run = [*launch, str(tmp_path / "watched.py"), json.dumps([mapped, streamed])]
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -344,7 +343,7 @@ def test_training_on_a_stream_resumes_exactly_and_adds_up(shards, tmp_path):
 def test_what_a_stream_cannot_do_is_refused_before_it_trains(shards, tmp_path, capsys, options, message):
     arguments = ["--dataset_name", str(shards), "--streaming", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as refusal:
-        scripts.run("pretrain", *arguments, "--denoiser", json.dumps(TINY), *options)
+        commands.run("pretrain", *arguments, "--denoiser", json.dumps(TINY), *options)
     assert message in str(refusal.value) + capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -361,12 +360,12 @@ def test_every_framework_and_network_trains_samples_and_is_probed(digits, tmp_pa
     assert math.isfinite(results["loss_last_100_batches"])
     sampler = ["--sampler", "heun"] if scheduler.startswith("EDM") else []
     model = ["--model_name_or_path", str(tmp_path / "run"), "--output_dir"]
-    scripts.run(
+    commands.run(
         "generate", *model, str(tmp_path / "samples"), "--num_images", "3", "--num_inference_steps", "2", *sampler
     )
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 3
     probe = ["--dataset_name", str(digits), "--max_train_samples", "200", "--max_test_samples", "50"]
-    scripts.run("linear_probe", *model, str(tmp_path / "classifier"), *probe, "--layers", "decoder", "--sigmas", "0.1")
+    commands.run("probe", *model, str(tmp_path / "classifier"), *probe, "--layers", "decoder", "--sigmas", "0.1")
     opened = DDAEForImageClassification.from_pretrained(tmp_path / "classifier")
     assert opened.config.scheduler["_class_name"] == scheduler and opened.num_labels == 10
 
@@ -387,7 +386,7 @@ def test_class_conditional_networks_know_their_null_class_and_resume_exactly(dig
     assert all(torch.equal(value, resumed[name]) for name, value in pipeline.denoiser.state_dict().items())
     model = ["--model_name_or_path", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "samples")]
     options = ["--num_images", "2", "--num_inference_steps", "2", "--class_label", "3", "--guidance_scale", "2"]
-    scripts.run("generate", *model, *options)
+    commands.run("generate", *model, *options)
 
 
 def test_an_augmented_network_is_saved_as_a_plain_one_and_resumes_exactly(digits, tmp_path):
@@ -525,7 +524,9 @@ def test_classes_are_those_the_data_set_names_and_no_image_may_lack_one(tmp_path
     other.save_pretrained(tmp_path / "first")
     arguments = ["--dataset_name", str(tmp_path / "named.parquet"), "--output_dir", str(tmp_path / "no")]
     with pytest.raises(SystemExit, match="null class of .*first is 0: it must be the last, 4"):
-        scripts.run("pretrain", *arguments, "--init_from", str(tmp_path / "first"), *options, "--mixed_precision", "no")
+        commands.run(
+            "pretrain", *arguments, "--init_from", str(tmp_path / "first"), *options, "--mixed_precision", "no"
+        )
     Dataset.from_dict({"image": [picture] * 2, "label": [0, None]}, numbered).to_parquet(tmp_path / "some.parquet")
     with pytest.raises(SystemExit, match="Some images have no label in the column"):
         train(tmp_path / "some.parquet", tmp_path / "other", *options, "--label_column", "label")

@@ -12,25 +12,22 @@ import yaml
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 
-import sweep
 from ddae_hf import DDAEPipeline
 from ddae_hf.experiments import publishing
 from ddae_hf.experiments.model_card import save_card
 from ddae_hf.experiments.publishing import HubOptions, prepare, publish
 from ddae_hf.experiments.results import Report
 
-from . import scripts
+from . import commands
 from .conftest import make_unet
 from .hub_server import HubServer, run_client
 
 TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32], "layers_per_block": 1}
 TINY |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-SCRIPTS = """
-import sys
-sys.path.insert(0, "examples")
-from tests import scripts
-for script, options in {}:
-    scripts.run(script, *options)
+COMMANDS = """
+from tests import commands
+for command, options in {}:
+    commands.run(command, *options)
 """
 
 
@@ -51,11 +48,11 @@ def pushed(server, digits, tmp_path_factory):
     tuned = ["--max_train_steps", "1", "--hub_model_id", "tester/other-name"]
     jobs = [
         ("pretrain", [*data, *options, "--hub_private", "--output_dir", str(root / "denoiser")]),
-        ("linear_probe", [*probed, "--output_dir", str(root / "probe"), "--sigmas", "0.1"]),
+        ("probe", [*probed, "--output_dir", str(root / "probe"), "--sigmas", "0.1"]),
         ("sweep", [*probed, "--output_dir", str(root / "sweep"), "--sigmas", "0.1", "--num_noise_seeds", "1"]),
         ("finetune", [*probed, *tuned, "--output_dir", str(root / "tuned"), "--checkpointing_steps", "1"]),
     ]
-    done = run_client(server, SCRIPTS.format(jobs), cache=root / "home")
+    done = run_client(server, COMMANDS.format(jobs), cache=root / "home")
     assert done.returncode == 0, done.stderr
     return root, done.stdout
 
@@ -127,24 +124,24 @@ def save_pipeline(folder):
     DDAEPipeline.for_denoiser(make_unet(), DDPMScheduler()).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("script", ["pretrain", "linear_probe", "sweep", "finetune"])
-def test_what_cannot_be_pushed_is_refused_before_any_work(script, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["pretrain", "probe", "sweep", "finetune"])
+def test_what_cannot_be_pushed_is_refused_before_any_work(command, tmp_path, capsys):
     out = ["--output_dir", str(tmp_path / "out"), "--dataset_name", "x"]
-    out += [] if script == "pretrain" else ["--model_name_or_path", "nowhere"]
+    out += [] if command == "pretrain" else ["--model_name_or_path", "nowhere"]
     for options, message in (
         (["--hub_model_id", "a/b"], "hub_model_id is given without push_to_hub"),
         (["--hub_private"], "hub_private is given without push_to_hub"),
         (["--push_to_hub"], "HF_HUB_OFFLINE is set"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            scripts.run(script, *out, *options)
+            commands.run(command, *out, *options)
         assert message in f"{stopped.value.code} {capsys.readouterr().err}"
     assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_over_a_run_is_not_pushed():
     with pytest.raises(SystemExit, match="pushes one classifier"):
-        sweep.main(["--checkpoints", "runs/x", "--push_to_hub", "--dataset_name", "x"])
+        commands.run("sweep", "--checkpoints", "runs/x", "--push_to_hub", "--dataset_name", "x")
 
 
 def test_a_token_is_needed_and_must_be_good(local, monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from ddae_hf.experiments.pretraining_data import training_data
 from ddae_hf.experiments.results import Pair
 from ddae_hf.experiments.training_curve import CurveOptions
 
-from . import scripts
+from . import commands
 from .conftest import make_unet, make_vae, put, splits_of
 from .test_classes import tables
 
@@ -69,7 +69,7 @@ def test_few_images_of_a_folder_are_of_all_classes_and_the_same_everywhere(sorte
         patch.setattr(correspondence, "tqdm", lambda pixels, desc: seen.append(pixels) or exit("enough"))
         with pytest.raises(SystemExit, match="enough"):
             data = ["--train_data_dir", sorted_digits, "--num_images", 40]
-            scripts.run("correspondence", "--model_name_or_path", checkpoint, *data, "--output_dir", tmp_path / "out")
+            commands.run("correspondence", "--model_name_or_path", checkpoint, *data, "--output_dir", tmp_path / "out")
     processor = DDAEImageProcessor.from_pretrained(checkpoint)
     assert np.allclose(seen[0], ImageInputs(train, processor).read(range(40)))
 
@@ -114,9 +114,9 @@ def test_experiments_that_need_no_labels_take_images_without(checkpoint, tmp_pat
     make_vae().save_pretrained(tmp_path / "vae")
     data = ["--train_data_dir", tmp_path / "photos", "--output_dir"]
     model = ["--model_name_or_path", checkpoint, "--layers", "mid_block"]
-    scripts.run("export_features", *model, *data, tmp_path / "features")
+    commands.run("export", *model, *data, tmp_path / "features")
     assert list(pd.read_parquet(tmp_path / "features" / "features.parquet")) == ["index", "mid_block"]
-    scripts.run("encode_latents", "--vae", tmp_path / "vae", *data, tmp_path / "latents")
+    commands.run("encode", "--vae", tmp_path / "vae", *data, tmp_path / "latents")
     assert json.loads((tmp_path / "latents" / "latents.json").read_text())["names"] is None
 
 
@@ -142,7 +142,7 @@ def test_classes_are_the_same_in_training_latents_and_features(checkpoint, vae, 
     assert json.loads((tmp_path / "latents" / "latents.json").read_text())["names"] == names
     data = ["--dataset_name", folder, "--cache_dir", folder / ".cache", "--label_column", "kind"]
     model = ["--model_name_or_path", checkpoint, "--layers", "mid_block"]
-    scripts.run("export_features", *model, *data, "--output_dir", tmp_path / "features")
+    commands.run("export", *model, *data, "--output_dir", tmp_path / "features")
     assert json.loads((tmp_path / "features" / "features.json").read_text())["class_names"] == names
     exported = pd.read_parquet(tmp_path / "features" / "features.parquet")
     assert exported["label"].tolist() == images["train"].labels.tolist()

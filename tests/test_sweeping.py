@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import importlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.commands import sweep as command
 from ddae_hf.commands.parsing import parse
 from ddae_hf.experiments import (
     Images,
@@ -32,13 +32,11 @@ from ddae_hf.experiments import (
     sweeping,
 )
 from ddae_hf.experiments.features import FeatureCache
-from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.probing import classify
-from ddae_hf.experiments.publishing import HubOptions
 from ddae_hf.experiments.results import ProbeReport
 from ddae_hf.hidden_states import decoder_layer_names, layer_names
 
-from . import scripts
+from . import commands
 from .conftest import make_dit, make_unet
 from .quiet import quiet
 
@@ -67,7 +65,7 @@ def run(checkpoint, digits, folder, *options):
     arguments = ["--model_name_or_path", checkpoint, "--dataset_name", str(digits), "--output_dir", str(folder)]
     arguments += ["--max_train_samples", "300", "--max_test_samples", "100", "--sigmas", "0.1", "2"]
     arguments += ["--batch_size", "50", "--layers", "decoder", "--num_noise_seeds", "1"]
-    scripts.run("sweep", *arguments, *options)
+    commands.run("sweep", *arguments, *options)
     return json.loads((Path(folder) / "eval_results.json").read_text())
 
 
@@ -459,7 +457,6 @@ def test_baselines_are_chosen_and_fitted_as_the_network_is(checkpoint, digits):
 
 
 def test_the_configuration_says_what_the_script_takes():
-    path = Path(__file__).parent.parent / "examples" / "configs" / "cifar10_cpu_sweep.yaml"
-    options = ["--config", str(path), "--model_name_or_path", "somewhere"]
-    _, found, _ = parse([DataOptions, importlib.import_module("sweep").Arguments, HubOptions], None, options)
+    options = ["--config", "cifar10_cpu_sweep", "--model_name_or_path", "somewhere"]
+    _, found, _ = parse(command.KINDS, None, options)
     assert found.layers == ["decoder"] and found.knn and found.few_labels == [1, 5, 10, 100]

@@ -9,7 +9,7 @@ from PIL import Image
 from ddae_hf.experiments import Images, sweep_run, training_curve
 from ddae_hf.experiments.results import CurveReport
 
-from . import scripts
+from . import commands
 from .quiet import quiet
 from .test_sweeping import checkpoint, save_checkpoint  # noqa: F401 (a fixture)
 
@@ -29,7 +29,7 @@ def test_a_training_run_is_drawn_over_its_steps(run_folder, digits, tmp_path):
     options = ["--checkpoints", run_folder, "--dataset_name", digits, "--output_dir", tmp_path / "sweep"]
     options += ["--max_train_samples", "100", "--max_test_samples", "50", "--sigmas", "0.1", "--num_noise_seeds", "1"]
     options += ["--quality_extractor", f"ddae:{run_folder / 'checkpoint-20'}", "--num_quality_images", "50"]
-    scripts.run("sweep", *options, "--num_inference_steps", "2", "--layers", "mid_block")
+    commands.run("sweep", *options, "--num_inference_steps", "2", "--layers", "mid_block")
     points = CurveReport.read(tmp_path / "sweep").points
     assert [point.step for point in points] == [3, 20]
     assert len({point.test_loss for point in points}) == len({point.frechet_distance for point in points}) == 2
@@ -62,12 +62,12 @@ def test_the_loss_is_of_images_of_all_classes(run_folder, digits, monkeypatch):
 def test_what_cannot_work_is_refused_at_once(run_folder, digits, tmp_path):
     options = ["--dataset_name", digits, "--output_dir", tmp_path / "sweep", "--checkpoints"]
     with pytest.raises(SystemExit, match="extractor ddae:nowhere cannot be used"):
-        scripts.run("sweep", *options, run_folder, "--quality_extractor", "ddae:nowhere")
+        commands.run("sweep", *options, run_folder, "--quality_extractor", "ddae:nowhere")
     with pytest.raises(SystemExit, match="push_to_hub pushes one classifier"):
-        scripts.run("sweep", *options, run_folder, "--push_to_hub")
+        commands.run("sweep", *options, run_folder, "--push_to_hub")
     (run_folder / "checkpoint-6").mkdir()
     with pytest.raises(SystemExit, match="checkpoint-6 is no checkpoint"):
-        scripts.run("sweep", *options, run_folder)
+        commands.run("sweep", *options, run_folder)
     with pytest.raises(SystemExit, match="no folder `checkpoint-STEP`"):
-        scripts.run("sweep", *options, tmp_path)
+        commands.run("sweep", *options, tmp_path)
     assert not (tmp_path / "sweep").exists()

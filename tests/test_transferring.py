@@ -16,7 +16,7 @@ from ddae_hf.experiments.images import Images
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.transferring import TransferOptions, transfer
 
-from . import scripts
+from . import commands
 from .conftest import drawn, make_dit, make_vae
 from .quiet import quiet
 
@@ -48,7 +48,7 @@ def transferred(checkpoint, digits, tmp_path_factory):
     words = ["--model_name_or_path", checkpoint, "--dataset_name", digits, "--output_dir", output, "--sigmas", 0.2, 0.5]
     for name, value in {**COUNTS, **VIEWS}.items():
         words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
-    scripts.run("latent_transfer", *words)
+    commands.run("transfer", *words)
     return output
 
 
@@ -227,7 +227,7 @@ def test_a_network_that_cannot_be_trained_so_is_refused_before_anything_is_encod
 def test_the_script_refuses_options_of_fine_tuning_before_it_opens_anything(capsys):
     for given in ("5", "{nothing: 5}"):
         with pytest.raises(SystemExit):
-            scripts.run("latent_transfer", "--model_name_or_path", "nowhere", "--finetune", given)
+            commands.run("transfer", "--model_name_or_path", "nowhere", "--finetune", given)
         assert "finetune: " in capsys.readouterr().err
 
 

@@ -1,7 +1,6 @@
 """Training an autoencoder on real digits, at tiny size, as a user does."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +10,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ddae_hf import DDAEImageProcessor
-from ddae_hf.commands.parsing import parse
+from ddae_hf.commands.parsing import CONFIGS, parse
 from ddae_hf.experiments import Images, train_vae
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.vae_training import Autoencoder, VAEOptions, new_vae, reconstruction_loss
 
-from . import scripts
+from . import commands
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 TINY = {"in_channels": 1, "latent_channels": 2, "block_out_channels": [8, 16], "norm_num_groups": 4}
 TINY |= {"mid_block_add_attention": False}
 
@@ -26,7 +24,7 @@ TINY |= {"mid_block_add_attention": False}
 def train(digits, folder, *options):
     arguments = ["--dataset_name", str(digits), "--output_dir", str(folder), "--vae", json.dumps(TINY)]
     arguments += ["--resolution", "8", "--train_batch_size", "32", "--held_out", "40", "--lr_warmup_steps", "2"]
-    scripts.run(
+    commands.run(
         "train_vae", *arguments, "--learning_rate", "5e-3", "--mixed_precision", "no", "--random_flip", *options
     )
 
@@ -153,7 +151,7 @@ def test_a_loss_that_is_no_number_stops_the_training(digits, tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10_vae", "digits_vae"])
 def test_configurations_describe_autoencoders_that_can_be_trained(name):
-    _, given = parse([DataOptions, VAEOptions], None, ["--config", str(CONFIGS / f"{name}.yaml")])
+    _, given = parse([DataOptions, VAEOptions], None, ["--config", name])
     vae = new_vae(given)
     images = torch.zeros(1, vae.config.in_channels, given.resolution, given.resolution)
     with torch.no_grad():

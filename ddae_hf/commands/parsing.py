@@ -1,34 +1,72 @@
-"""Options from the command line and from YAML files, and how a command ends."""
+"""Options from the command line and from YAML files."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 import dataclasses
-import logging
-import signal
+import difflib
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..experiments.options import Options, Table, read_yaml, unknown
 from ..experiments.run_folder import OPTIONS
-from ..experiments.stopping import Interrupted
 
-logger = logging.getLogger(__name__)
-INTERRUPTED = "Interrupted: the same command goes on from what is kept, or starts again where nothing is."
+CONFIGS = Path(__file__).parent / "configs"
+# What `--help` puts together; what is named nowhere here is the experiment's own.
+GROUPS = {
+    "data": """dataset_name dataset_config_name train_data_dir image_column label_column skip_bad_images split
+        train_split test_split max_samples max_train_samples max_test_samples few_labels held_out latents_dir
+        streaming shuffle_buffer images_dir reference_split baseline_split max_reference_samples cache_dir""",
+    "images": """resolution center_crop random_flip random_crop mirror augment low_resolution low_resolution_share
+        num_views view mixup""",
+    "model": """model_name_or_path checkpoints init_from denoiser scheduler vae autoencoder class_conditional
+        label_dropout layer layers null_class from_scratch classifier""",
+    "noise": "sigma sigmas sigma_min sigma_max log_sigma num_noise_samples num_noise_seeds noise_seed sample_posterior",
+    "training": """total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps
+        learning_rate scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio layer_decay adam_beta1 adam_beta2
+        adam_epsilon weight_decay max_grad_norm label_smoothing ema_decay seed""",
+    "generation": """num_images class_label guidance_scale num_inference_steps sampler grid_images sample_steps
+        num_samples""",
+    "speed and memory": """batch_size encode_batch_size dtype mixed_precision allow_tf32 torch_compile
+        gradient_checkpointing dataloader_num_workers""",
+    "files": """output_dir features_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit report_to
+        logging_dir""",
+    "Hub": "push_to_hub hub_model_id hub_private license",
+}
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions as they are written, options with their defaults."""
+    """Descriptions as they are written; options by one of their spellings, with their defaults where they have any."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        words = [word for word in action.option_strings if "-" not in word.lstrip("-")]
+        shown = copy.copy(action)
+        shown.option_strings = words[-1:] or action.option_strings
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], {}) else super()._get_help_string(action)
 
 
-def parse(kinds: Sequence[type[Options]], description: str | None, argv: Sequence[str] | None = None) -> Any:
+class _Parser(HfArgumentParser):
+    """One that says what is wrong, and where all options are listed, in place of listing them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` lists all options.\n")
+
+
+def parse(
+    kinds: Sequence[type[Options]],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> Any:
     """Return options of several kinds, those of the command line over those of the YAML file that `--config` names.
 
     What cannot work ends the program with a message. Options are spelt out: argparse would take `--conf FILE` for
@@ -37,9 +75,14 @@ def parse(kinds: Sequence[type[Options]], description: str | None, argv: Sequenc
     Args:
         kinds: Dataclasses of options, with no two names alike.
         description: What `--help` says of the command.
-        argv: The words after the command's name; by default those of this process.
+        argv: The words after the command's name; by default those of this process. A first one that is no option is
+            the value of what the options' `first_word` names.
+        prog: The command's name.
     """
-    parser: Any = HfArgumentParser(cast(Any, kinds), description=description, formatter_class=_Help, allow_abbrev=False)
+    parser: Any = _Parser(
+        cast(Any, kinds), description=description, formatter_class=_Help, allow_abbrev=False, prog=prog,
+        usage="%(prog)s [options]",
+    )  # fmt: skip
     known = list(parser._option_string_actions)
     for action in list(parser._actions):
         if action.type is string_to_bool:
@@ -49,22 +92,55 @@ def parse(kinds: Sequence[type[Options]], description: str | None, argv: Sequenc
                 parser.add_argument(no, dest=action.dest, action="store_false", default=hidden, help=hidden)
         elif action.type is Table:
             action.type = _table
-    parser.add_argument(
-        "--config", help="YAML file of options: what differs from those of its `base` and the defaults."
-    )
+    config = "YAML file of options, or a configuration's name (`ddae configs`): what differs from the defaults."
+    parser.add_argument("--config", help=config)
+    _group(parser)
+    words = list(sys.argv[1:] if argv is None else argv)
+    first_word = next((kind.first_word for kind in kinds if hasattr(kind, "first_word")), None)
+    if first_word is not None and words and not words[0].startswith("-"):
+        words = [f"--{first_word}", *words]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    path = first.parse_known_args(argv)[0].config
+    path = first.parse_known_args(words)[0].config
     try:
         if path is not None:
-            _take_defaults(parser, Path(path))
-        found, others = parser.parse_known_args(argv)
+            _take_defaults(parser, find_config(path))
+        found, others = parser.parse_known_args(words)
         given = vars(found)
         if others:
             raise ValueError(unknown(others[0].removeprefix("--").partition("=")[0].replace("-", "_"), given))
         return [kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)}) for kind in kinds]
     except ValueError as error:
         parser.error(str(error))
+
+
+def _group(parser: Any) -> None:
+    """Put options together by what they are about, for `--help`."""
+    found = [action for action in parser._optionals._group_actions if action.dest not in ("help", "config")]
+    named = {name: title for title, names in GROUPS.items() for name in names.split()}
+    for title in (*GROUPS, "this experiment"):
+        if actions := [action for action in found if named.get(action.dest, "this experiment") == title]:
+            parser.add_argument_group(title)._group_actions.extend(actions)
+    parser._optionals._group_actions = [action for action in parser._optionals._group_actions if action not in found]
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a configuration: one that is there, or one of the package's by name.
+
+    Raises:
+        ValueError: Neither, with the nearest names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix or len(path.parts) > 1:
+        raise ValueError(f"config is {name}: there is no such file. Give another, or a name that `ddae configs` lists.")
+    known = {file.stem: file for file in CONFIGS.glob("*.yaml")}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"the nearest are {', '.join(near)}" if near else "`ddae configs` lists them"
+        raise ValueError(f"config is {name}: there is no such file, and no configuration of this name; {hint}.")
+    return known[name]
 
 
 def _table(text: str) -> Table:
@@ -144,47 +220,3 @@ def _converted(parser: Any, action: argparse.Action, value: Any) -> Any:
     except argparse.ArgumentError as error:
         raise ValueError(f"{action.dest}: {error.message}.") from error
     return converted if many else converted[0]
-
-
-def show_log(main_process: bool = True) -> None:
-    """Show what experiments say of their progress; of several processes one does."""
-    level = logging.INFO if main_process else logging.ERROR
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
-    for name in ("accelerate", "httpx", "httpx2", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def sentences() -> Iterator[None]:
-    """End the program with a sentence, and no traceback, at what its user can mend: wrong options, files, disks.
-
-    What stopped on a signal ends with that signal's status, once what it leaves behind is put in order.
-    """
-    try:
-        with _terminable():
-            yield
-    except (ValueError, OSError) as error:
-        logger.debug("Where this was raised:", exc_info=True)
-        raise SystemExit(str(error)) from error
-    except KeyboardInterrupt as error:
-        print(str(error) or INTERRUPTED, file=sys.stderr)
-        raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error  # which `Interrupted` knows
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise `Interrupted` at SIGTERM, where nobody else takes it, as Python does at Ctrl-C; only the first counts."""
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        raise Interrupted("", number)
-
-    ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)

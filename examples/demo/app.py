@@ -21,7 +21,8 @@ import gradio as gr  # noqa: E402 (it reads the variable above)
 from pictures import CSS  # noqa: E402
 from views import NO_CLASS, OWN_SAMPLER, RUN, Demo, DemoOptions  # noqa: E402
 
-from ddae_hf.commands.parsing import parse, sentences  # noqa: E402
+from ddae_hf.commands.parsing import parse
+from ddae_hf.commands.running import sentences  # noqa: E402
 from ddae_hf.experiments.images import DataOptions  # noqa: E402
 from ddae_hf.networks import network_of  # noqa: E402
 from ddae_hf.noise import family_of, sigma_range  # noqa: E402

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.commands.parsing import parse, sentences
+from ddae_hf.commands.parsing import parse
+from ddae_hf.commands.running import sentences
 from ddae_hf.experiments.options import Options, option
 from ddae_hf.experiments.results import ProbeReport
 

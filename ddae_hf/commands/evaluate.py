@@ -1,29 +1,26 @@
 r"""Measure how far a checkpoint's images are from real ones: Frechet and kernel distance, precision and recall.
 
-    accelerate launch examples/evaluate_generation.py --model_name_or_path runs/cifar10_ddpm_unet \
+    ddae evaluate --model_name_or_path runs/cifar10_ddpm_unet \
         --dataset_name uoft-cs/cifar10 --baseline_split test --extractor transformers:facebook/dinov2-base \
         --output_dir runs/cifar10_generation
 
 Images are sampled into `images` of the output folder, number i from seed `--seed` + i; interrupted sampling goes on
-with the same command, and several processes share it. `--images_dir` measures images that are there already.
-`ddae_hf/experiments/extractors.py` says what `--extractor` may be.
+with the same command, and several processes share it: `accelerate launch -m ddae_hf evaluate`. `--images_dir` measures
+images that are there already. `--extractor` is `ddae:PATH`, `transformers:PATH` or `inception`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers.utils import logging
-
-from ddae_hf.commands.parsing import parse, sentences, show_log
-from ddae_hf.experiments.evaluation import EvaluationOptions, evaluate_generation, is_images_folder
-from ddae_hf.experiments.images import DataOptions
-from ddae_hf.experiments.options import option
+from ..experiments.evaluation import EvaluationOptions, evaluate_generation, is_images_folder
+from ..experiments.images import DataOptions
+from ..experiments.options import option
 
 
 @dataclass(kw_only=True)
 class Arguments(EvaluationOptions):
-    """The options of the script."""
+    """What is measured, and where to."""
 
     model_name_or_path: str | None = option(None, "Checkpoint to sample from, folder or Hub id, in any layout.")
     images_dir: str | None = option(None, "In place of a checkpoint: a folder of images, and of folders of them.")
@@ -39,18 +36,12 @@ class Arguments(EvaluationOptions):
             raise ValueError(f"images_dir is {self.images_dir}: there is no such folder, or it holds a checkpoint.")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the script."""
-    data, args = parse([DataOptions, Arguments], __doc__, argv)
-    logging.set_verbosity_error()  # what is missing from a checkpoint is looked at by the experiment
-    logging.disable_progress_bar()
-    show_log()
-    with sentences():
-        images = data.open(args.cache_dir)
-        result = evaluate_generation(args.model_name_or_path or args.images_dir, images, args)
-        if result is not None:  # in a process that does more than sampling
-            print(result.table())
+KINDS = (DataOptions, Arguments)
 
 
-if __name__ == "__main__":
-    main()
+def main(data: DataOptions, options: Arguments) -> None:
+    """Run the command."""
+    measured = options.model_name_or_path or str(options.images_dir)
+    result = evaluate_generation(measured, data.open(options.cache_dir), options)
+    if result is not None:  # in a process that does more than sampling
+        print(result.table())

@@ -1,0 +1,39 @@
+"""Generate images into a folder, and a grid of the first ones.
+
+    ddae generate --model_name_or_path runs/cifar10_ddpm_unet --num_images 1000 --output_dir runs/samples
+
+Image number i comes from seed `--seed` + i, whatever the batch size and the number of processes, and an image that is
+there already is not made again. Several GPUs share the work: `accelerate launch -m ddae_hf generate`. `--class_label`
+takes labels or, where the checkpoint has them, names of classes: `--class_label 207 "tabby cat"`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..experiments.generation import GenerationOptions, generate
+from ..experiments.options import option
+from ..experiments.plots import image_grid
+from .running import is_main_process
+
+
+@dataclass(kw_only=True)
+class Arguments(GenerationOptions):
+    """What generates, and where to."""
+
+    model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
+    output_dir: str = option("runs/samples", "Folder of the images 00000.png, ... and grid.png.")
+    grid_images: int = option(64, "Images in grid.png.")
+
+
+KINDS = (Arguments,)
+
+
+def main(options: Arguments) -> None:
+    """Run the command."""
+    samples = generate(options.model_name_or_path, options)
+    if is_main_process():
+        grid = Path(options.output_dir) / "grid.png"
+        image_grid(samples[: options.grid_images]).save(grid)
+        print(f"{len(samples)} images in {options.output_dir}, {samples.made} of them made now; look at {grid}.")

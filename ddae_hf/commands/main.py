@@ -1,0 +1,96 @@
+"""The program `ddae NAME`, which is `python -m ddae_hf NAME` and `accelerate launch -m ddae_hf NAME` as well.
+
+ddae --help
+ddae pretrain --train_data_dir photos --output_dir runs/photos
+accelerate launch -m ddae_hf pretrain --config cifar10_ddpm_unet --dataset_name uoft-cs/cifar10
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "quickstart": "pretrain, generate and classify handwritten digits, in a minute or two",
+    "pretrain": "train a denoiser on images, which need no labels, or on latents",
+    "generate": "generate images into a folder",
+    "probe": "train a linear classifier on a denoiser's hidden states",
+    "sweep": "find a denoiser's best layer and noise level",
+    "finetune": "fine-tune a denoiser as a classifier",
+    "noisy": "classify noisy images, beside a network that is trained on them",
+    "evaluate": "measure how far generated images are from real ones",
+    "transfer": "transfer a denoiser of latents to a labelled data set",
+    "train-vae": "train a small autoencoder, for denoisers of latents",
+    "encode": "encode images as latents, once",
+    "export": "write features to parquet or npy files",
+    "correspondence": "find the points of an image again in a warped copy of it",
+    "convert": "convert a published checkpoint of another code base",
+    "demo": "show a checkpoint on a page of one's own, or lay a Space of it",
+    "configs": "list the configurations that --config takes by name",
+}
+SHARED = ("pretrain", "generate", "evaluate", "finetune", "train-vae")  # which several processes can share
+EXTRAS = {"demo": "demo"}  # of the package, where a command needs another than `experiments`
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def run() -> None:
+    """Run the command of this process's words, with threads that leave the processor while they wait.
+
+    torch's threads spin at every barrier. That gains a little on an idle machine and costs several times as much where
+    other programs are on the cores. The OpenMP library reads its settings when it is loaded, which importing this
+    package does, and so the program starts itself again. What the user has set stays.
+    """
+    waits = any(name in os.environ for name in WAITING) or os.environ.get("OMP_NUM_THREADS") == "1"
+    helps = len(sys.argv) < 2 or not {"-h", "--help"}.isdisjoint(sys.argv)
+    if sys.platform == "linux" and not waits and not helps:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    main()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        argv: Its name and options; by default the words after this process's own name.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return
+    name = words[0].replace("_", "-")
+    if name == "--version":
+        from .. import __version__
+
+        print(f"ddae_hf {__version__}")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.5)
+        which = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(COMMANDS)}"
+        raise SystemExit(f"ddae: there is no command {words[0]!r}: {which}.")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and name not in SHARED:
+        raise SystemExit(
+            f"ddae {name} works on one process, and {processes} were launched: start it without `accelerate launch`. "
+            f"Several can share {', '.join(SHARED)}."
+        )
+    try:
+        from .running import run_command
+
+        run_command(importlib.import_module(f".{name.replace('-', '_')}", __package__), words[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
+            raise
+        extra = f"pip install 'ddae_hf[{EXTRAS.get(name, 'experiments')}]'"
+        raise SystemExit(f"ddae {name} needs {error.name}, which is not installed: {extra}") from error
+
+
+def overview() -> str:
+    """Return what `ddae --help` says: every command with a line."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{line}" for name, line in COMMANDS.items()]
+    head = "usage: ddae COMMAND [options]\n\nOne network generates images and classifies them.\n\ncommands:"
+    return "\n".join([head, *lines, "", "`ddae COMMAND --help` shows a command's options, with their defaults."])

@@ -1,0 +1,94 @@
+"""How a command runs: what it shows, on how many threads, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ..experiments.stopping import Interrupted
+from .parsing import parse
+
+logger = logging.getLogger(__name__)
+INTERRUPTED = "Interrupted: the same command goes on from what is kept, or starts again where nothing is."
+
+
+def run_command(command: ModuleType, words: Sequence[str]) -> None:
+    """Run a module of this package with the options of its `KINDS`, which words name."""
+    name = command.__name__.rpartition(".")[2].replace("_", "-")
+    options = parse(command.KINDS, command.__doc__, words, f"ddae {name}")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    show_log(is_main_process())
+    with sentences():
+        command.main(*options)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def usable_cores() -> int:
+    """Return on how many cores this process may compute, which a container's limit can make fewer than there are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def is_main_process() -> bool:
+    """Return whether this is the first of the launched processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def show_log(main_process: bool = True) -> None:
+    """Show what experiments say of their progress; of several processes one does."""
+    level = logging.INFO if main_process else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
+    for name in ("accelerate", "httpx", "httpx2", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()  # what is missing from a checkpoint is looked at by the experiments
+    transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def sentences() -> Iterator[None]:
+    """End the program with a sentence, and no traceback, at what its user can mend: wrong options, files, disks.
+
+    What stopped on a signal ends with that signal's status, once what it leaves behind is put in order.
+    """
+    try:
+        with _terminable():
+            yield
+    except (ValueError, OSError) as error:
+        logger.debug("Where this was raised:", exc_info=True)
+        raise SystemExit(str(error)) from error
+    except KeyboardInterrupt as error:
+        print(str(error) or INTERRUPTED, file=sys.stderr)
+        raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error  # which `Interrupted` knows
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `Interrupted` at SIGTERM, where nobody else takes it, as Python does at Ctrl-C; only the first counts."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise Interrupted("", number)
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

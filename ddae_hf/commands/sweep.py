@@ -1,0 +1,54 @@
+r"""Find a denoiser's best layer and noise level: probe every pair of them, and save the best as a classifier.
+
+    ddae sweep --model_name_or_path runs/cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
+        --layers decoder --sigmas 0.02 0.05 0.1 0.2 --output_dir runs/cifar10_sweep
+
+Features are kept in `--features_dir`: another run, another kind of probe or an interrupted run starts from what is
+there. With `--checkpoints RUN`, every checkpoint of a training run is swept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..experiments.images import DataOptions
+from ..experiments.options import option
+from ..experiments.publishing import HubOptions, prepare, publish
+from ..experiments.sweeping import sweep
+from ..experiments.training_curve import CurveOptions, sweep_run
+
+
+@dataclass(kw_only=True)
+class Arguments(CurveOptions):
+    """The options of a sweep, and of what is swept."""
+
+    model_name_or_path: str | None = option(None, "Checkpoint, folder or Hub id, in any layout.")
+    checkpoints: str | None = option(None, "Sweep every checkpoint of a training run's folder.", metavar="RUN")
+    output_dir: str = option("runs/sweep", "Folder of the figures, the pictures and the best classifier.")
+
+    def check(self) -> None:
+        """Refuse two things to sweep, and none, and what only one of them has."""
+        super().check()
+        if (self.model_name_or_path is None) == (self.checkpoints is None):
+            raise ValueError("Give one of model_name_or_path and checkpoints.")
+        if self.quality_extractor is not None and self.checkpoints is None:
+            raise ValueError("quality_extractor measures samples over a training run: give checkpoints with it.")
+
+
+KINDS = (DataOptions, Arguments, HubOptions)
+
+
+def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
+    """Run the command."""
+    if options.checkpoints and hub.push_to_hub:
+        raise ValueError("push_to_hub pushes one classifier: sweep one checkpoint, with model_name_or_path.")
+    prepare(hub, options.output_dir)
+    images = data.open(options.cache_dir)
+    if options.model_name_or_path is None:
+        print(sweep_run(str(options.checkpoints), images, options).table())
+    else:
+        print(sweep(options.model_name_or_path, images, options).table())
+        classifier = f"{options.output_dir}/classifier"
+        said = publish(hub, classifier, "Add the classifier of a sweep", generator=options.model_name_or_path)
+        print(said or f"The classifier is in {classifier}.")
+    print(f"Pictures and every figure are in {options.output_dir}.")
