@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-import correspondence
-from correspondence import Warp, match, pixels
-from ddae_hf import DDAEPipeline
+from ddae_hf import DDAEModel, DDAEPipeline
+from ddae_hf.experiments import Images, correspondences, find_correspondences
+from ddae_hf.experiments.correspondences import Warp, match, pixels
+from ddae_hf.experiments.results import CorrespondenceReport
 
 from . import commands
 from .conftest import make_unet
@@ -26,7 +27,7 @@ def checkpoint(tmp_path):
 
 def run(checkpoint, digits, folder, *options):
     arguments = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(digits), "--output_dir", str(folder)]
-    commands.run("correspondence", *arguments, "--num_images", "2", *options)
+    commands.run("correspondence", *arguments, "--max_samples", "2", *options)
 
 
 def inside(places):
@@ -66,10 +67,10 @@ def test_features_that_are_coordinates_find_every_point_and_random_ones_find_poi
 
 def test_figures_and_picture_are_a_function_of_the_options(checkpoint, digits, tmp_path, capsys):
     for name, options in (("a", []), ("b", []), ("other", ["--seed", "1"])):
-        run(checkpoint, digits, tmp_path / name, "--out_features", *reversed(LAYERS), "--sigma", "0.1", *options)
-    a, b, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("a", "b", "other"))
+        run(checkpoint, digits, tmp_path / name, "--layers", *reversed(LAYERS), "--sigma", "0.1", *options)
+    a, b, other = (json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("a", "b", "other"))
     assert a["results"] == b["results"] != other["results"]
-    assert a["layers"] == LAYERS and a["sigma"] == 0.1 and a["images"] == 2 and 0 < a["points"] <= 2 * 64
+    assert a["layers"] == LAYERS and a["sigma"] == 0.1 and a["num_images"] == 2 and 0 < a["num_points"] <= 2 * 64
     assert (tmp_path / "a" / "correspondence.png").read_bytes() == (tmp_path / "b" / "correspondence.png").read_bytes()
     printed = capsys.readouterr().out
     for name, figures in a["results"].items():
@@ -79,11 +80,29 @@ def test_figures_and_picture_are_a_function_of_the_options(checkpoint, digits, t
     assert a["results"]["denoiser"] != a["results"]["random weights"]
 
 
+def test_an_open_model_finds_what_its_checkpoint_does_and_stays_as_it_is(checkpoint, digits):
+    images = Images.open(digits)
+    options = {"layers": LAYERS, "max_samples": 2}
+    model = DDAEModel.from_pretrained(checkpoint).train()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    found = find_correspondences(model, images, **options)
+    assert found.results == find_correspondences(checkpoint, images, **options).results
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="open already, and sigma is another there"):
+        find_correspondences(model, images, sigma=1.5)
+
+
+def test_one_image_has_a_picture(checkpoint, digits):
+    assert len(find_correspondences(checkpoint, Images.open(digits), max_samples=1).picture().axes) == 2
+
+
 def test_an_image_that_does_not_move_is_found_by_its_colours(checkpoint, digits, tmp_path, monkeypatch):
     for name in ("ROTATION", "SHIFT", "BEND"):
-        monkeypatch.setattr(correspondence, name, 0.0)
+        monkeypatch.setattr(correspondences, name, 0.0)
     run(checkpoint, digits, tmp_path, "--sigma", "2")
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    results = CorrespondenceReport.read(tmp_path).results
     assert results["5x5 patches"]["pck@1"] > 0.9  # but for patches that are there twice
     # Were its noise the same in both views, the network would find every point.
     assert results["denoiser"]["mean_error"] > 0
@@ -91,12 +110,12 @@ def test_an_image_that_does_not_move_is_found_by_its_colours(checkpoint, digits,
 
 def test_wrong_options_are_refused(checkpoint, digits, tmp_path, capsys):
     for options, message in (
-        (["--out_features", "mid"], "no layer mid; there are .*mid_block"),
+        (["--layers", "mid"], "mid.*mid_block"),
         (["--sigma", "1e9"], "sigma"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(checkpoint, digits, tmp_path / "out", *options)
     with pytest.raises(SystemExit):
-        run(checkpoint, digits, tmp_path / "out", "--num_images", "0")
-    assert "num_images is 0: it must be at least 1" in capsys.readouterr().err
+        run(checkpoint, digits, tmp_path / "out", "--max_samples", "0")
+    assert "max_samples is 0: it must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -11,9 +11,9 @@ from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import correspondence
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import load_vae, plain_config
+from ddae_hf.experiments import correspondences
 from ddae_hf.experiments.draws import POSTERIOR, indexed_noise
 from ddae_hf.experiments.encoding import describe_splits, encode_views
 from ddae_hf.experiments.features import FeatureCache, extract_features
@@ -31,7 +31,7 @@ from ddae_hf.weights import fingerprint
 from . import commands
 from .conftest import drawn, make_unet, make_vae
 
-sys.path.append(str(Path(correspondence.__file__).parent / "demo"))
+sys.path.append(str(Path(__file__).parent.parent / "examples" / "demo"))
 
 TRAIN, TEST, LAYER = 40, 20, "transformer_blocks.2"
 COUNTS = ["--max_train_samples", str(TRAIN), "--max_test_samples", str(TEST)]
@@ -281,16 +281,22 @@ def test_exported_features_are_those_of_the_library(latent_dit, digits, tmp_path
 
 
 def test_points_are_looked_up_by_maps_of_latents(latent_dit, vae, digits, tmp_path, monkeypatch):
-    opened, open_backbones = [], correspondence.open_backbones
-    monkeypatch.setattr(correspondence, "open_backbones", lambda args: opened.append(open_backbones(args)) or opened[0])
+    opened = []
+    open_backbones = correspondences.open_backbones
+
+    def keep(*args):
+        opened.append(open_backbones(*args))
+        return opened[0]
+
+    monkeypatch.setattr(correspondences, "open_backbones", keep)
     for name in ("ROTATION", "SHIFT", "BEND"):
-        monkeypatch.setattr(correspondence, name, 0)
-    options = ["--num_images", "2", "--sigma", "0.02"]
+        monkeypatch.setattr(correspondences, name, 0)
+    options = ["--max_samples", "2", "--sigma", "0.02"]
     commands.run("correspondence", *common(latent_dit, digits, tmp_path), *options)
     trained, untrained = (backbone.ddae for backbone in opened[0].values())
     assert fingerprint(trained.denoiser) != fingerprint(untrained.denoiser)
     assert fingerprint(trained.vae) == fingerprint(untrained.vae) == fingerprint(vae)
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    results = json.loads((tmp_path / "eval_results.json").read_text())["results"]
     # What does not move is found but for noise, which is the two images' own.
     assert 0 < results["denoiser"]["mean_error"] < 3 and results["denoiser"]["pck@4"] > 0.9
 

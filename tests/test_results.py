@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from ddae_hf.experiments.model_card import read_reports
+from ddae_hf.experiments.pairs import Pair, Point, Probe
 from ddae_hf.experiments.report import in_memory, markdown, percent, spread
 from ddae_hf.experiments.results import (
+    CorrespondenceReport,
     CurveReport,
     FineTuningReport,
     GenerationReport,
     NoisyReport,
-    Pair,
-    Point,
     PretrainingReport,
-    Probe,
     ProbeReport,
     Report,
     VAEReport,
@@ -80,6 +79,13 @@ REPORTS = [
             "generated": SETS | {"kernel_distance_std_over_subsets": 0.0001, "another": 3.25},
             "real (test)": {**SETS, "kernel_distance_std_over_subsets": None},
         },
+    ),
+    CorrespondenceReport(
+        layers=["mid_block"],
+        sigma=0.05,
+        num_images=2,
+        num_points=1234,
+        results={"denoiser": {"pck@1": 0.5, "mean_error": 1.25}, "pixels": {"pck@1": 0.25, "mean_error": 4.5}},
     ),
 ]
 KINDS = [type(report) for report in REPORTS]

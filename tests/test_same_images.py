@@ -10,13 +10,13 @@ from datasets import ClassLabel, Dataset, Value
 from diffusers import DDPMScheduler
 
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
-from ddae_hf.experiments import evaluation, probing, training_curve
+from ddae_hf.experiments import correspondences, evaluation, probing, training_curve
 from ddae_hf.experiments.encoding import encode
 from ddae_hf.experiments.images import DataOptions, ImageInputs, labelled_splits
 from ddae_hf.experiments.models import open_model
+from ddae_hf.experiments.pairs import Pair
 from ddae_hf.experiments.pretraining import PretrainingOptions
 from ddae_hf.experiments.pretraining_data import training_data
-from ddae_hf.experiments.results import Pair
 from ddae_hf.experiments.training_curve import CurveOptions
 
 from . import commands
@@ -62,13 +62,11 @@ def test_few_images_of_a_folder_are_of_all_classes_and_the_same_everywhere(sorte
         assert known.rows.hash == train.hash and known.num_classes == 10 * class_conditional
     options = evaluation.EvaluationOptions(extractor="inception", max_reference_samples=40)
     assert evaluation.real_images(images, options, 4)["reference"].images.hash == train.hash
-    import correspondence
-
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(correspondence, "tqdm", lambda pixels, desc: seen.append(pixels) or exit("enough"))
+        patch.setattr(correspondences, "tqdm", lambda pixels, desc: seen.append(pixels) or exit("enough"))
         with pytest.raises(SystemExit, match="enough"):
-            data = ["--train_data_dir", sorted_digits, "--num_images", 40]
+            data = ["--train_data_dir", sorted_digits, "--max_samples", 40]
             commands.run("correspondence", "--model_name_or_path", checkpoint, *data, "--output_dir", tmp_path / "out")
     processor = DDAEImageProcessor.from_pretrained(checkpoint)
     assert np.allclose(seen[0], ImageInputs(train, processor).read(range(40)))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 _MODULES = {
     "ConversionOptions": "converting",
+    "CorrespondenceOptions": "correspondences",
     "CurveOptions": "training_curve",
     "EncodingOptions": "encoding",
     "EvaluationOptions": "evaluation",
@@ -36,6 +37,7 @@ _MODULES = {
     "encode": "encoding",
     "evaluate_generation": "evaluation",
     "export_features": "feature_export",
+    "find_correspondences": "correspondences",
     "finetune": "finetuning",
     "generate": "generation",
     "make_card": "model_card",
@@ -48,6 +50,7 @@ _MODULES = {
 }
 __all__ = [  # noqa: F822 (found by `__getattr__`)
     "ConversionOptions",
+    "CorrespondenceOptions",
     "CurveOptions",
     "EncodingOptions",
     "EvaluationOptions",
@@ -66,6 +69,7 @@ __all__ = [  # noqa: F822 (found by `__getattr__`)
     "encode",
     "evaluate_generation",
     "export_features",
+    "find_correspondences",
     "finetune",
     "generate",
     "make_card",
@@ -79,6 +83,7 @@ __all__ = [  # noqa: F822 (found by `__getattr__`)
 
 if TYPE_CHECKING:
     from .converting import ConversionOptions, convert
+    from .correspondences import CorrespondenceOptions, find_correspondences
     from .encoding import EncodingOptions, encode
     from .evaluation import EvaluationOptions, evaluate_generation
     from .feature_export import ExportOptions, export_features

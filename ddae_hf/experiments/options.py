@@ -44,7 +44,7 @@ NAMES = {
         extractor_batch_size gradient_accumulation_steps num_train_epochs num_epochs max_train_steps wide_resnet_steps
         checkpointing_steps checkpoints_total_limit held_out resolution low_resolution shuffle_buffer num_samples
         num_inference_steps num_views num_draws num_noise_seeds num_noise_samples num_quality_images num_images
-        hidden_size num_hidden_layers few_labels max_train_samples max_test_samples max_selection_samples
+        hidden_size num_hidden_layers few_labels max_samples max_train_samples max_test_samples max_selection_samples
         max_reference_samples num_heads num_classes sample_size""",
     NOT_NEGATIVE: """lr_warmup_steps adam_weight_decay weight_decay max_grad_norm kl_weight mixup sample_steps
         random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
 
 from ..image_processing_ddae import as_rgb
-from .results import Pair, Point
+from .pairs import Pair, Point
 
 
 def heat_map(pairs: Sequence[Pair], best: Pair) -> Figure:

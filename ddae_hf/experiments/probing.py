@@ -39,7 +39,7 @@ from .images import ImageInputs, ImageSet, Inputs, noise_view
 from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_regression, knn_predict, uniformity
 from .metrics import F1
 from .models import Model
-from .results import Pair, Probe
+from .pairs import Pair, Probe
 from .training import Loop
 
 if TYPE_CHECKING:

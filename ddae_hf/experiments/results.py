@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .pairs import Pair, Point, Probe
 from .report import Figure, Report, Section, many, number, percent, read_mapping, spread
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
@@ -72,52 +73,6 @@ class VAEReport(PretrainingReport):
         rows = [[f"held out: {name}", number(value)] for name, value in self.held_out.items()]
         rows += self._facts("steps", "images", "loss_last_100_batches", "scaling_factor", "parameters", "seconds")
         return Section("VAE", "An autoencoder was trained.", ["fact", "value"], rows)
-
-
-@dataclass(kw_only=True)
-class Pair:
-    """A layer at a noise level, and the figures of its probe on held-out training images.
-
-    Attributes:
-        layer: The layer, or `pixels`.
-        validation_accuracy: With the best strength of regularisation.
-        l2: That strength; None of probes that are trained online.
-        by_l2: Accuracy by strength.
-        knn_20: Accuracy by the nearest 20 images; `knn_200` likewise.
-        alignment: See `logistic_regression.alignment`; `uniformity` likewise.
-    """
-
-    layer: str
-    sigma: float
-    validation_accuracy: float | None = None
-    l2: float | None = None
-    by_l2: dict[str, float] = many()
-    knn_20: float | None = None
-    knn_200: float | None = None
-    alignment: float | None = None
-    uniformity: float | None = None
-
-    @property
-    def words(self) -> str:
-        """Layer and level, for tables."""
-        return "" if self.layer == "pixels" else f"`{self.layer}`, sigma {self.sigma:.3g}"
-
-
-@dataclass(kw_only=True)
-class Probe:
-    """How the probe of the best pair did in tests.
-
-    Attributes:
-        best: The pair that was chosen, on held-out training images.
-        test_accuracies: By noise seed, fitted on all training images.
-        test_f1: Macro F1, with the first noise seed.
-        few_label_test_accuracies: By labels a class, one accuracy a draw of them.
-    """
-
-    best: Pair
-    test_accuracies: dict[str, float]
-    test_f1: float | None = None
-    few_label_test_accuracies: dict[str, list[float]] = many()
 
 
 @dataclass(kw_only=True)
@@ -218,16 +173,6 @@ class ProbeReport(Report, Probe):
         if draws and len(self.pairs) > 1:
             text += " Where labels are few, layer and noise level were chosen with all labels."
         return text
-
-
-@dataclass(kw_only=True)
-class Point(Pair):
-    """A checkpoint of a training run: its best pair, and what else was measured of it."""
-
-    step: int
-    test_accuracy: float
-    test_loss: float | None = None
-    frechet_distance: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -338,6 +283,43 @@ class NoisyReport(Report):
         ]
         protocol = f"Test accuracy in %, {self.num_test_images:,} test images under noise of level sigma on "
         return Section("Noisy images", f"{protocol}{self.noise_on}.", ["sigma", *self.test_accuracies], rows)
+
+
+@dataclass(kw_only=True)
+class CorrespondenceReport(Report):
+    """Points of images that were looked up in warped copies of these.
+
+    Attributes:
+        layers: The layers whose maps were compared, in forward order, at noise level `sigma`.
+        num_images: Number of images; `num_points` likewise, of all images together.
+        results: Figures of every way of looking points up: `pck@N`, the share that was found within N pixels of the
+            true place, and `mean_error`, in pixels.
+    """
+
+    kind = "correspondence"
+    telling = ("num_points",)
+    pictures = {"correspondence.png": "Points of images looked up in warped copies, and how far off they are found"}
+
+    layers: list[str]
+    sigma: float
+    num_images: int
+    num_points: int
+    results: dict[str, dict[str, float]]
+
+    def section(self) -> Section:
+        """Return every way's figures."""
+        protocol = (
+            f"Share in % of {self.num_points:,} points of {self.num_images:,} images that were found in warped copies "
+            f"of these, within so many pixels of their true places. The denoiser is read at "
+            f"{', '.join(f'`{layer}`' for layer in self.layers)}, sigma {self.sigma:.3g}."
+        )
+        radii = [name for name in next(iter(self.results.values())) if name.startswith("pck@")]
+        head = ["looked up by", *(name.replace("pck@", "within ") for name in radii), "mean error (pixels)"]
+        rows = [
+            [way, *(percent(found[name]) for name in radii), f"{found['mean_error']:.2f}"]
+            for way, found in self.results.items()
+        ]
+        return Section("Points found again", protocol, head, rows)
 
 
 @dataclass(kw_only=True)

@@ -35,10 +35,11 @@ from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, labelled_splits
 from .models import Model, check_taps, chosen_layers, open_model, open_processor, ready
 from .options import Options, option
+from .pairs import Pair
 from .plots import accuracy_over_sigma, confusion_table, heat_map
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
-from .results import Pair, ProbeReport
+from .results import ProbeReport
 from .run_facts import base_model, machine
 from .run_folder import saving
 

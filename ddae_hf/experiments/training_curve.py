@@ -20,8 +20,9 @@ from .extractors import open_extractor
 from .images import Images, Inputs, labelled_splits
 from .models import open_model, open_processor
 from .options import option
+from .pairs import Point
 from .plots import curves_of_points
-from .results import CurveReport, Point
+from .results import CurveReport
 from .sweeping import SweepOptions, changed_inputs, open_for, sweep_inputs
 
 LOSS_IMAGES = 5000
