@@ -14,7 +14,7 @@ $(VENV)/.installed: requirements.txt setup.py
 	touch $@
 
 quickstart: $(VENV)/.installed  ## Pretrain, generate and classify handwritten digits.
-	$(BIN)/python examples/quickstart.py --output_dir runs/quickstart
+	$(BIN)/ddae quickstart
 
 demo: $(VENV)/.installed  ## A page on the quickstart's network: generate, classify, explore.
 	test -f runs/quickstart/classifier/config.json || $(BIN)/python examples/quickstart.py --output_dir runs/quickstart
@@ -46,48 +46,48 @@ wheel: $(VENV)/.installed  ## Build the wheel.
 	$(BIN)/python -m build --wheel --outdir dist .
 
 digits-frameworks: $(VENV)/.installed  ## Every framework with every network on handwritten digits, side by side.
-	$(BIN)/python benchmarks/digits_frameworks.py --output_dir runs/digits_frameworks
+	$(BIN)/python -m benchmarks.digits_frameworks --output_dir runs/digits_frameworks
 
 cifar10-cpu: $(VENV)/.installed  ## Recreate the CPU checkpoint and its figures: make cifar10-cpu DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
 	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
-		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") examples/pretrain.py \
-		--config examples/configs/cifar10_cpu.yaml --dataset_name "$(DDAE_CIFAR10_DIR)" \
+		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") -m ddae_hf pretrain \
+		--config cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" \
 		--output_dir runs/cifar10_cpu --resume_from_checkpoint latest
-	$(BIN)/python examples/generate.py --model_name_or_path runs/cifar10_cpu --output_dir runs/cifar10_cpu_samples
-	$(BIN)/python examples/linear_probe.py --config examples/configs/cifar10_cpu_probe.yaml \
-		--model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_cpu_classifier
+	$(BIN)/ddae generate --model_name_or_path runs/cifar10_cpu --output_dir runs/cifar10_cpu_samples
+	$(BIN)/ddae probe --config cifar10_cpu_probe --model_name_or_path runs/cifar10_cpu \
+		--dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_cpu_classifier
 
 cifar10-latent: $(VENV)/.installed  ## Train the small VAE and latent DiT and transfer it: make cifar10-latent DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
-	$(BIN)/python examples/train_vae.py --config examples/configs/cifar10_vae.yaml \
-		--dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_vae --resume_from_checkpoint latest
-	$(BIN)/python examples/encode_latents.py --vae runs/cifar10_vae --dataset_name "$(DDAE_CIFAR10_DIR)" --mirror --batch_size 64 \
+	$(BIN)/ddae train-vae --config cifar10_vae --dataset_name "$(DDAE_CIFAR10_DIR)" \
+		--output_dir runs/cifar10_vae --resume_from_checkpoint latest
+	$(BIN)/ddae encode --vae runs/cifar10_vae --dataset_name "$(DDAE_CIFAR10_DIR)" --mirror --batch_size 64 \
 		--output_dir runs/cifar10_latents
 	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
-		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") examples/pretrain.py \
-		--config examples/configs/cifar10_latent_dit.yaml --latents_dir runs/cifar10_latents --output_dir runs/cifar10_latent_dit \
+		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") -m ddae_hf pretrain \
+		--config cifar10_latent_dit --latents_dir runs/cifar10_latents --output_dir runs/cifar10_latent_dit \
 		--resume_from_checkpoint latest
-	$(BIN)/python examples/latent_transfer.py --model_name_or_path runs/cifar10_latent_dit --dataset_name "$(DDAE_CIFAR10_DIR)" \
+	$(BIN)/ddae transfer --model_name_or_path runs/cifar10_latent_dit --dataset_name "$(DDAE_CIFAR10_DIR)" \
 		--layers decoder --batch_size 500 --encode_batch_size 64 --few_labels 1 10 100 --output_dir runs/cifar10_latent_transfer
 
 cifar10-speedrun: $(VENV)/.installed  ## On one GPU: train from scratch for good features, and probe them: make cifar10-speedrun DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
 	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
-		--dynamo_backend inductor examples/pretrain.py --config examples/configs/cifar10_speedrun.yaml \
+		--dynamo_backend inductor -m ddae_hf pretrain --config cifar10_speedrun \
 		--dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_speedrun --resume_from_checkpoint latest
-	$(BIN)/python examples/sweep.py --model_name_or_path runs/cifar10_speedrun --dataset_name "$(DDAE_CIFAR10_DIR)" --dtype bfloat16 \
+	$(BIN)/ddae sweep --model_name_or_path runs/cifar10_speedrun --dataset_name "$(DDAE_CIFAR10_DIR)" --dtype bfloat16 \
 		--max_selection_samples 20000 --num_noise_samples 4 --num_views 2 --random_flip --batch_size 1000 --output_dir runs/cifar10_speedrun_sweep
 
 benchmarks: $(VENV)/.installed  ## Speed, side by side (needs the checkpoint of cifar10-cpu): make benchmarks DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
-	$(BIN)/python benchmarks/levers.py --compile
-	$(BIN)/python benchmarks/feature_speed.py --compile --probe_checkpoint runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)"
-	$(BIN)/python benchmarks/sweep_speed.py --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --max_train_samples 10000
-	$(BIN)/python benchmarks/training_speed.py --dataset_name "$(DDAE_CIFAR10_DIR)" --learning_rate 4e-4 --lr_warmup_steps 20
-	$(BIN)/python benchmarks/sample.py --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --num_images 2000
-	$(BIN)/python benchmarks/start.py --model_name_or_path runs/cifar10_cpu
-	$(BIN)/python benchmarks/quality_per_minute.py --dataset_name "$(DDAE_CIFAR10_DIR)"
+	$(BIN)/python -m benchmarks.levers --compile
+	$(BIN)/python -m benchmarks.feature_speed --compile --probe_checkpoint runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)"
+	$(BIN)/python -m benchmarks.sweep_speed --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --max_train_samples 10000
+	$(BIN)/python -m benchmarks.training_speed --dataset_name "$(DDAE_CIFAR10_DIR)" --learning_rate 4e-4 --lr_warmup_steps 20
+	$(BIN)/python -m benchmarks.sample --model_name_or_path runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)" --num_images 2000
+	$(BIN)/python -m benchmarks.start --model_name_or_path runs/cifar10_cpu
+	$(BIN)/python -m benchmarks.quality_per_minute --dataset_name "$(DDAE_CIFAR10_DIR)"
 
 clean:  ## Remove what was built and run.
 	rm -rf $(VENV) $(VENV)-minimum build dist *.egg-info runs

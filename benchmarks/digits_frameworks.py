@@ -1,29 +1,25 @@
 """Every framework with every network on handwritten digits: pretrain, generate, probe, compare.
 
-    python benchmarks/digits_frameworks.py --output_dir runs/digits_frameworks
+    python -m benchmarks.digits_frameworks --output_dir runs/digits_frameworks
 
-Runs the scripts of `examples/` with its configurations `digits*.yaml`, one after the other; a step that is done is not
-done again. Writes `results.json`, `table.md` and `samples.png`. Few labels: mean ± standard deviation over draws.
+Runs commands with the configurations `digits*`, one after the other; a step that is done is not done again. Writes
+`results.json`, `table.md` and `samples.png`. Few labels: mean ± standard deviation over draws.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from ddae_hf.experiments.plots import image_grid  # noqa: E402
-from ddae_hf.experiments.report import spread  # noqa: E402
-from ddae_hf.experiments.results import ProbeReport  # noqa: E402
-from quickstart import NUM_SAMPLES, recognised, run, write_digits  # noqa: E402
+from ddae_hf.commands.quickstart import NUM_SAMPLES, show
+from ddae_hf.experiments.digits import Judge, write_digits
+from ddae_hf.experiments.plots import image_grid
+from ddae_hf.experiments.report import spread
+from ddae_hf.experiments.results import ProbeReport
 
 FRAMEWORKS = {"ddpm": "DDPM", "edm": "EDM", "flow": "flow matching"}
 NETWORKS = {"unet": "U-Net", "ddpmpp": "DDPM++", "dit": "DiT"}
@@ -36,31 +32,29 @@ SAMPLERS = {
 
 def run_steps(framework: str, network: str, data: Path, folder: Path, steps: list[Any]) -> None:
     """Pretrain, generate and probe one pair, as far as that is not done."""
-    name = f"digits_{framework}_{network}.yaml"
-    config = EXAMPLES / "configs" / ("digits.yaml" if name == "digits_ddpm_unet.yaml" else name)
+    config = "digits" if (framework, network) == ("ddpm", "unet") else f"digits_{framework}_{network}"
     if not (folder / "checkpoint" / "train_results.json").exists():
         options = ["--config", config, "--dataset_name", data, "--resume_from_checkpoint", "latest", *steps]
-        run("pretrain.py", *options, "--output_dir", folder / "checkpoint", launch=True)
+        show("pretrain", *options, "--output_dir", folder / "checkpoint")
     model = ["--model_name_or_path", folder / "checkpoint"]
     if not (folder / "samples" / "grid.png").exists():
         options = ["--num_images", NUM_SAMPLES, "--batch_size", NUM_SAMPLES, *SAMPLERS[framework]]
-        run("generate.py", *model, *options, "--output_dir", folder / "samples")
+        show("generate", *model, *options, "--output_dir", folder / "samples")
     if not (folder / "classifier" / "eval_results.json").exists():
         options = ["--dataset_name", data, "--layers", "decoder", "--sigmas", 0.05, 0.1, 0.2, "--few_labels", 10]
-        run("linear_probe.py", *model, *options, "--num_noise_samples", 4, "--output_dir", folder / "classifier")
+        show("probe", *model, *options, "--num_noise_samples", 4, "--output_dir", folder / "classifier")
 
 
-def figures(folder: Path, splits: Any) -> dict[str, Any]:
+def figures(folder: Path, judge: Judge) -> dict[str, Any]:
     """Return what was measured of one pair."""
     training = json.loads((folder / "checkpoint" / "train_results.json").read_text())
     probe = ProbeReport.read(folder / "classifier")
-    samples = np.stack([np.asarray(Image.open(path)) for path in sample_files(folder)])
     return {
         "parameters": training["parameters"],
         "steps": training["steps"],
         "seconds": training["seconds"],
         "loss": training["loss_last_100_batches"],
-        "recognised": recognised(splits, samples)["generated"],
+        "recognised": judge.recognised([Image.open(path) for path in sample_files(folder)]),
         "layer": probe.best.layer,
         "sigma": probe.best.sigma,
         "test_accuracy": next(iter(probe.test_accuracies.values())),
@@ -118,12 +112,13 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, help="Fewer steps than the configurations', to try it out.")
     args = parser.parse_args()
     folder = args.output_dir
-    splits = write_digits(folder / "digits")
+    write_digits(folder / "digits")
     steps = ["--max_train_steps", args.max_train_steps] if args.max_train_steps else []
     names = [f"{framework}_{network}" for framework in FRAMEWORKS for network in NETWORKS]
     for name in names:
         run_steps(*name.split("_"), folder / "digits", folder / name, steps)
-    results = {name: figures(folder / name, splits) for name in names}
+    judge = Judge()
+    results = {name: figures(folder / name, judge) for name in names}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(table(results), encoding="utf-8")
     save_picture(folder / "samples.png", folder, names)

@@ -1,7 +1,7 @@
 r"""Images a second of pooled features: the plain way against ours, and against what the machine can do.
 
-    python benchmarks/feature_speed.py --compile
-    python benchmarks/feature_speed.py --probe_checkpoint runs/cifar10_cpu --probe_layer up_blocks.0.resnets.1 \
+    python -m benchmarks.feature_speed --compile
+    python -m benchmarks.feature_speed --probe_checkpoint runs/cifar10_cpu --probe_layer up_blocks.0.resnets.1 \
         --probe_sigma 0.02 --dataset_name uoft-cs/cifar10 --max_train_samples 20000
 
 Networks, with random weights: the paper's U-Net of 35.7 M parameters up to `up_blocks.1.resnets.2`, and DiT-XL/2 up to
@@ -25,8 +25,21 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
-from measure import (
-    EXAMPLES,
+from torch import Tensor
+
+from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline, layer_names
+from ddae_hf.commands.parsing import CONFIGS, parse, read_config
+from ddae_hf.commands.running import sentences
+from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.devices import best_device
+from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.images import DataOptions, ImageInputs, labelled_splits, noise_view
+from ddae_hf.experiments.logistic_regression import fit_logistic_regression
+from ddae_hf.experiments.models import ready
+from ddae_hf.experiments.options import Options, option
+from ddae_hf.networks import build_denoiser
+
+from .measure import (
     describe_limits,
     facts,
     gflop,
@@ -39,20 +52,7 @@ from measure import (
     signed,
     table,
 )
-from plain_features import PlainFeatures
-from torch import Tensor
-
-from ddae_hf import DDAEConfig, DDAEImageProcessor, DDAEModel, DDAEPipeline, layer_names
-from ddae_hf.commands.parsing import parse, read_config
-from ddae_hf.commands.running import sentences
-from ddae_hf.experiments.arrays import write_json
-from ddae_hf.experiments.devices import best_device
-from ddae_hf.experiments.features import extract_features
-from ddae_hf.experiments.images import DataOptions, ImageInputs, labelled_splits, noise_view
-from ddae_hf.experiments.logistic_regression import fit_logistic_regression
-from ddae_hf.experiments.models import ready
-from ddae_hf.experiments.options import Options, option
-from ddae_hf.networks import build_denoiser
+from .plain_features import PlainFeatures
 
 TITLES = {"unet": "The paper's U-Net", "dit": "DiT-XL/2"}
 DIT_XL_2 = {
@@ -131,7 +131,7 @@ def make_checkpoint(network: str, args: Arguments, folder: str) -> str:
     """Write a network with random weights as a generative checkpoint, and return its folder."""
     config = DIT_XL_2 | {"num_layers": args.dit_blocks}
     if network == "unet":
-        config = read_config(EXAMPLES / "configs" / "networks" / "unet.yaml")["denoiser"]
+        config = read_config(CONFIGS / "networks" / "unet.yaml")["denoiser"]
     torch.manual_seed(args.seed)
     path = f"{folder}/{network}"
     DDAEPipeline.for_denoiser(build_denoiser(config), DDPMScheduler()).save_pretrained(path)

@@ -1,6 +1,6 @@
 r"""What every lever of speed gives alone: each is pulled back or added, all others staying as they are.
 
-    python benchmarks/levers.py --compile
+    python -m benchmarks.levers --compile
 
 Three jobs: a training step (the paper's U-Net at half its width, batches of 64), features at `up_blocks.1.resnets.2` of
 the U-Net at full width (35.7 M), and reading images (decoded from PNG files in memory, and drawing their noise). Random
@@ -16,10 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
 import torch
-import yaml
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from diffusers.training_utils import EMAModel
@@ -28,6 +26,7 @@ from PIL import Image
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.checkpoints import build_scheduler
+from ddae_hf.commands.parsing import CONFIGS, read_config
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device, fast_layout, keep_freed_memory
@@ -38,6 +37,8 @@ from ddae_hf.hidden_states import collect_hidden_states, pool_hidden_states
 from ddae_hf.networks import build_denoiser
 from ddae_hf.pretrained_ddae import use_attention
 
+from . import measure
+
 LAYER = "up_blocks.1.resnets.2"
 LAYOUTS = {torch.channels_last: "channels-last", torch.contiguous_format: "contiguous"}
 IMAGES = 1000  # that are read
@@ -46,8 +47,7 @@ Variants = dict[str, tuple[int, Callable[[], Any]]]  # how many images a call ta
 
 def paper_unet(width: int) -> Any:
     """Return the paper's U-Net, with random weights, at a width of its own."""
-    path = measure.EXAMPLES / "configs" / "networks" / "unet.yaml"
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))["denoiser"]
+    options = read_config(CONFIGS / "networks" / "unet.yaml")["denoiser"]
     torch.manual_seed(0)
     return build_denoiser({**options, "block_out_channels": [width, *[2 * width] * 3]})
 
@@ -65,7 +65,7 @@ def training_step(
     average_every: int = 1,
     compiled: bool = False,
 ) -> Callable[[], Any]:
-    """Return a step as `examples/pretrain.py` makes it, or changed."""
+    """Return a step as `ddae pretrain` makes it, or changed."""
     layout = fast_layout(device) if layout is None else layout
     network = copy.deepcopy(network).to(device, memory_format=layout).train()
     use_attention(network, attention)

@@ -7,10 +7,8 @@ so that a machine that slows down slows all. Rates are medians over the rounds, 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +16,7 @@ import scipy.stats
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from ddae_hf.experiments.run_facts import machine  # noqa: E402
+from ddae_hf.experiments.run_facts import machine
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 CONVOLUTION = {"cpu": (64, 256, 16), "cuda": (512, 256, 16)}  # batch, channels, side of the images

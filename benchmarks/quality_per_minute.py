@@ -1,17 +1,17 @@
 r"""Accuracy of a linear probe after so many minutes of training from scratch: our recipe against the paper's.
 
-    python benchmarks/quality_per_minute.py --dataset_name uoft-cs/cifar10 --minutes 20 --seeds 0 1 2
+    python -m benchmarks.quality_per_minute --dataset_name uoft-cs/cifar10 --minutes 20 --seeds 0 1 2
 
-Ours is `examples/pretrain.py` with `--config`, by default examples/configs/cifar10_minutes.yaml. The paper's is its
-DDPM on the same network: dropout 0.1, Adam, batches of 128, constant rate after a warm-up, averaged weights, in the
-plain loop of `benchmarks/training_speed.py`, float32; what it says in epochs is scaled to the steps that fit into the
-minutes: a warm-up of 13 epochs of 2000, and an average over 10,000 of 194,000 steps. Its learning rate is the best of
-`--learning_rates` on held-out training images, with the first seed.
+Ours is `ddae pretrain` with `--config`, by default `cifar10_minutes`. The paper's is its DDPM on the same network:
+dropout 0.1, Adam, batches of 128, constant rate after a warm-up, averaged weights, in the plain loop of
+`training_speed`, float32; what it says in epochs is scaled to the steps that fit into the minutes: a warm-up of 13
+epochs of 2000, and an average over 10,000 of 194,000 steps. Its learning rate is the best of `--learning_rates` on
+held-out training images, with the first seed.
 
-How many steps fit is measured first, in a short run of each recipe; the minutes that a run then took are reported.
-A checkpoint is probed by `examples/sweep.py`: layer and noise level are chosen on held-out training images, and tested
-once; of the first seed every quarter of the training, of the others the end. Options that are not named here go to the
-sweep. What is done is not done again: an interrupted benchmark goes on.
+How many steps fit is measured first, in a short run of each recipe; the minutes that a run then took are reported. A
+checkpoint is probed by `ddae sweep`: layer and noise level are chosen on held-out training images, and tested once; of
+the first seed every quarter of the training, of the others the end. Options that are not named here go to the sweep.
+What is done is not done again: an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import measure
 import numpy as np
 import yaml
-from training_ways import WAYS, Plain, Process, read_options
 
-from ddae_hf.commands.parsing import parse, read_config
+from ddae_hf.commands.parsing import find_config, parse, read_config
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.progress import PROGRESS
 from ddae_hf.experiments.sweeping import SweepOptions
 
-CONFIG = measure.EXAMPLES / "configs" / "cifar10_minutes.yaml"
+from . import measure
+from .training_ways import WAYS, Plain, Process, read_options
+
 QUARTERS = 4
 STEP_SECONDS = "step_seconds.json"
 WARM_UP, CHUNK, TIMED_SHARE = 5, 5, 0.05  # to find out how many steps fit, some are timed for a share of the minutes
@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     )
     add = parser.add_argument
     add("--dataset_name", required=True, help="Hub id, or a local folder.")
-    add("--config", default=str(CONFIG), help="Our recipe: a configuration of examples/pretrain.py.")
+    add("--config", default="cifar10_minutes", help="Our recipe: a configuration of `ddae pretrain`.")
     add("--minutes", type=float, default=20.0, help="Training time of a run.")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3], help="The plain recipe's, to choose of.")
@@ -90,7 +90,7 @@ def sweep_options(args: argparse.Namespace) -> list[str]:
 def begin(args: argparse.Namespace, rest: list[str]) -> None:
     """Note the options that runs depend on in the output folder, or stop if it holds runs of other ones."""
     path = args.output_dir / "options.json"
-    known = {"config": read_config(Path(args.config)), "dataset_name": args.dataset_name, "sweep": rest}
+    known = {"config": read_config(find_config(args.config)), "dataset_name": args.dataset_name, "sweep": rest}
     begun = path.exists() and (args.output_dir / STEP_SECONDS).exists()  # the first that a run writes
     if begun and json.loads(path.read_text(encoding="utf-8")) != known:
         raise SystemExit(f"{args.output_dir} holds runs of another --config, data set or sweep: give another folder.")
@@ -98,10 +98,10 @@ def begin(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def recipe_options(args: argparse.Namespace, plain: bool, folder: Path) -> list[str]:
-    """Return the options of `examples/pretrain.py` that describe a recipe."""
+    """Return the options of `ddae pretrain` that describe a recipe."""
     config = args.config
     if plain:
-        denoiser = {**read_config(Path(args.config))["denoiser"], "dropout": 0.1}
+        denoiser = {**read_config(find_config(args.config))["denoiser"], "dropout": 0.1}
         config = folder / "paper.yaml"
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump({**PAPER, "denoiser": denoiser}), encoding="utf-8")
@@ -158,8 +158,8 @@ class Run:
         options += ["--seed", str(self.seed), "--max_train_steps", str(steps)]
         options += ["--checkpointing_steps", str(steps // QUARTERS), "--checkpoints_total_limit", str(QUARTERS)]
         if self.name == "ours":
-            script = str(measure.EXAMPLES / "pretrain.py")
-            subprocess.run([sys.executable, script, *options, "--resume_from_checkpoint", "latest"], check=True)
+            options += ["--resume_from_checkpoint", "latest"]
+            subprocess.run([sys.executable, "-m", "ddae_hf", "pretrain", *options], check=True)
             return
         decay = 1 - 1 / max(2, PAPER_REACH * steps)
         options += ["--learning_rate", str(self.rate), "--ema_decay", str(decay), "--lr_warmup_steps"]
@@ -177,7 +177,7 @@ class Run:
             if not (output / "eval_results.json").exists():
                 options = [*sweep_options(args), *rest]
                 options += ["--model_name_or_path", str(checkpoint), "--output_dir", str(output)]
-                subprocess.run([sys.executable, str(measure.EXAMPLES / "sweep.py"), *options], check=True)
+                subprocess.run([sys.executable, "-m", "ddae_hf", "sweep", *options], check=True)
                 shutil.rmtree(output / "features")
             report = json.loads((output / "eval_results.json").read_text(encoding="utf-8"))
             progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 r"""Sampling: images a second at equal calls of the network, and how good the images are for their calls.
 
-    python benchmarks/sample.py --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
+    python -m benchmarks.sample --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
         --edm_model_name_or_path runs/cifar10_edm --num_images 5000 --output runs/benchmarks/sample.json
 
 - Speed: diffusers' `DDIMPipeline` as it comes (float32, contiguous) against `DDAEPipeline` in float32 and in bfloat16,
@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import measure
 import scipy.stats
 import torch
 from diffusers import (
@@ -52,6 +51,8 @@ from ddae_hf.experiments.options import Options, option
 from ddae_hf.networks import network_of
 from ddae_hf.noise import change_scheduler, family, new_scheduler
 
+from . import measure
+
 # Frameworks' samplers, by the scheduler that takes the steps and the pipeline's `sampler`.
 SAMPLERS: dict[str, dict[str, tuple[Any, str | None]]] = {
     "ddpm": {
@@ -75,9 +76,7 @@ class Arguments(Options):
 
     model_name_or_path: str = option(help="Unconditional U-Net trained under DDPM, in any layout.")
     edm_model_name_or_path: str | None = option(None, "Another one of the same images, trained with EDM.")
-    extractor: str | None = option(
-        None, "As examples/evaluate_generation.py takes it; by default ddae:MODEL_NAME_OR_PATH."
-    )
+    extractor: str | None = option(None, "As `ddae evaluate` takes it; by default ddae:MODEL_NAME_OR_PATH.")
     train_split: str = option("train", "Split of the images to compare with.")
     max_train_samples: int | None = option(None, "Use N images of it, of all classes.")
     num_images: int = option(5000, "Images of every sampler and number of calls.")

@@ -1,6 +1,6 @@
 r"""How long a start takes: importing `ddae_hf` beyond the classes that it builds on, and the first feature.
 
-    python benchmarks/start.py --model_name_or_path runs/quickstart/checkpoint
+    python -m benchmarks.start --model_name_or_path runs/quickstart/checkpoint
 
 Every start is a process of its own, in turn; the first round fills the disk's cache and is not counted. What `ddae_hf`
 adds is timed inside a process that has imported those classes.
@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import measure
-
 from ddae_hf.experiments.arrays import write_json
+
+from . import measure
 
 CLASSES = """\
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel

@@ -1,6 +1,6 @@
-r"""The paper's way of finding the best layer and noise level against `examples/sweep.py`: time and best accuracy.
+r"""The paper's way of finding the best layer and noise level against `ddae sweep`: time and best accuracy.
 
-    python benchmarks/sweep_speed.py --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
+    python -m benchmarks.sweep_speed --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
         --plain_sigmas 0.02 --output_dir runs/benchmarks/sweep
 
 Ours is the command as its user gives it, in bfloat16 unless `--dtype` says otherwise, timed from start to end. The
@@ -10,7 +10,7 @@ Pillow in loader workers, fresh noise, a full forward with hooks that all layers
 
 Both choose on the same held-out training images, fit the best pair on all training images, and test it once. For every
 one of `--seeds` all is done anew. What a seed gave is kept in `--output_dir`: an interrupted run goes on with the next.
-Options that are not named here go to `examples/sweep.py`.
+Options that are not named here go to `ddae sweep`.
 """
 
 from __future__ import annotations
@@ -33,21 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import (
-    EXAMPLES,
-    describe_limits,
-    facts,
-    gflop,
-    highest,
-    interval,
-    limits,
-    median,
-    signed,
-    synchronise,
-    table,
-)
 from PIL import Image, ImageOps
-from plain_features import PlainFeatures
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -61,6 +47,20 @@ from ddae_hf.experiments.options import option
 from ddae_hf.experiments.probing import Prober
 from ddae_hf.experiments.sweeping import SweepOptions, changed_inputs, check_sweep, open_for
 from ddae_hf.hidden_states import hidden_size
+
+from .measure import (
+    describe_limits,
+    facts,
+    gflop,
+    highest,
+    interval,
+    limits,
+    median,
+    signed,
+    synchronise,
+    table,
+)
+from .plain_features import PlainFeatures
 
 # Options of the sweep that are this benchmark's to set, with their defaults.
 OWN = {"protocol": "logistic_regression", "noise_seed": 0, "num_noise_seeds": 3, "features_dir": None}
@@ -241,10 +241,10 @@ def run_ours(folder: Path, options: list[str], seed: int) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run: this one is timed from its start
     own = ["--num_noise_seeds", "1", "--noise_seed", str(seed), "--output_dir", str(folder)]
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, str(EXAMPLES / "sweep.py"), *options, *own], check=False)
+    done = subprocess.run([sys.executable, "-m", "ddae_hf", "sweep", *options, *own], check=False)
     seconds = time.perf_counter() - started
     if done.returncode:
-        raise SystemExit(f"examples/sweep.py ended with {done.returncode}: its message is above.")
+        raise SystemExit(f"ddae sweep ended with {done.returncode}: its message is above.")
     report = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
     return {
         "seconds": seconds,

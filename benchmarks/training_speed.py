@@ -1,16 +1,16 @@
 r"""Pretraining: images a second of the plain loop and of ours, and their losses over the same number of images.
 
-    python benchmarks/training_speed.py --dataset_name uoft-cs/cifar10 --width 64 --batch_size 128 --curve_images 25600
-    python benchmarks/training_speed.py --dataset_name uoft-cs/cifar10 --width 128 --batch_size 512 --device cuda
+    python -m benchmarks.training_speed --dataset_name uoft-cs/cifar10 --width 64 --batch_size 128 --curve_images 25600
+    python -m benchmarks.training_speed --dataset_name uoft-cs/cifar10 --width 128 --batch_size 512 --device cuda
 
 The plain loop is that of diffusers' example of unconditional training: float32, contiguous, images that Pillow opens
-and mirrors in worker processes, averaged weights updated every step. Ours is `examples/pretrain.py`, loader and
-averaged weights and all. All start from the same weights and go on in turn, a chunk of steps each; the first chunk
-warms up and is not counted.
+and mirrors in worker processes, averaged weights updated every step. Ours is `ddae pretrain`, loader and averaged
+weights and all. All start from the same weights and go on in turn, a chunk of steps each; the first chunk warms up and
+is not counted.
 
 `--width 128` is the paper's U-Net, 35.7 M parameters, and 64 one of 8.95 M; in its place any `--config` of the DDPM
-framework. Options that are not named here go to `examples/pretrain.py`, and hold for the plain loop too. Writes a JSON
-file with every figure, and a picture of the losses beside it.
+framework. Options that are not named here go to `ddae pretrain`, and hold for the plain loop too. Writes a JSON file
+with every figure, and a picture of the losses beside it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import measure
 import torch
 import yaml
-from training_ways import IMAGES, WAYS, Process, read_options
 
 from ddae_hf.checkpoints import build_scheduler
+from ddae_hf.commands.parsing import CONFIGS
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.new_networks import SCHEDULER, new_networks
 from ddae_hf.networks import network_of
 from ddae_hf.noise import family
+
+from . import measure
+from .training_ways import IMAGES, WAYS, Process, read_options
 
 DEFAULT_WAYS = {"cpu": ["float32", "bfloat16"], "cuda": ["tf32", "bfloat16", "compiled"]}
 POINTS = 40  # of a curve
@@ -62,13 +64,13 @@ FIXED = (
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the benchmark's options, and those that are of `examples/pretrain.py`."""
+    """Return the benchmark's options, and those that are of `ddae pretrain`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     network = parser.add_mutually_exclusive_group()
     network.add_argument("--width", type=int, help="Channels of the paper's U-Net at full size, 128 there; default 64.")
-    network.add_argument("--config", help="Configuration of examples/pretrain.py in place of it.")
+    network.add_argument("--config", help="Configuration of `ddae pretrain` in place of it.")
     add = parser.add_argument
     add("--batch_size", type=int, default=128)
     add("--device", choices=["cpu", "cuda"], default=best_device())
@@ -101,11 +103,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
 
 
 def shared_options(args: argparse.Namespace, rest: list[str], folder: Path) -> list[str]:
-    """Return the options of `examples/pretrain.py` that all ways share, or stop if the plain loop has them not."""
+    """Return the options of `ddae pretrain` that all ways share, or stop if the plain loop has them not."""
     config = args.config
     if config is None:
         config = folder / "network.yaml"
-        base = (measure.EXAMPLES / "configs" / "networks" / "unet.yaml").resolve()
+        base = (CONFIGS / "networks" / "unet.yaml").resolve()
         channels = [args.width, *[2 * args.width] * 3]
         described = {"base": str(base), "denoiser": {"block_out_channels": channels}, "random_flip": True}
         config.write_text(yaml.safe_dump(described), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Ways of training one denoiser, each in a process of its own: the plain loop, and `examples/pretrain.py` as it trains.
+"""Ways of training one denoiser, each in a process of its own: the plain loop, and `ddae pretrain` as it trains.
 
 A process waits until it is asked for some steps, so that ways can be timed in turn though each goes on with its own
 training; they share no state of accelerate's and no allocator.
@@ -18,7 +18,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,9 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-# Of examples/, which `measure` puts on the path.
-import pretrain
 from ddae_hf import DDAEPipeline
+from ddae_hf.commands import pretrain
 from ddae_hf.commands.parsing import parse
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.batches import batch_sizes
@@ -41,13 +39,15 @@ from ddae_hf.experiments.pretraining import Pretraining
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
 from ddae_hf.experiments.progress import PROGRESS
 
+from . import measure
+
 # What networks are built for that images without classes train.
 IMAGES = TrainingData(rows=None, facts={}, opened_with={}, count=None, hash=None)
 
 
 @dataclass
 class Way:
-    """How to train: options of `examples/pretrain.py` and what to set for accelerate, or the plain loop.
+    """How to train: options of `ddae pretrain` and what to set for accelerate, or the plain loop.
 
     Attributes:
         title: What tables call it.
@@ -79,7 +79,7 @@ class Process:
 
     Args:
         way: The way.
-        argv: The options of `examples/pretrain.py` that all ways share.
+        argv: The options of `ddae pretrain` that all ways share.
         device: `cpu` or `cuda`.
         workers: Processes that load the plain loop's images.
     """
@@ -127,12 +127,12 @@ def serve(connection: Connection, way: Way, argv: list[str], device: str, worker
 
 
 def read_options(argv: list[str]) -> tuple[DataOptions, pretrain.Arguments]:
-    """Return the options of `examples/pretrain.py`."""
+    """Return the options of `ddae pretrain`."""
     return parse([DataOptions, pretrain.Arguments], None, argv)
 
 
 def our_losses(data: DataOptions, options: pretrain.Arguments) -> Iterator[Tensor]:
-    """Train as `examples/pretrain.py` does, and yield the loss of every step."""
+    """Train as `ddae pretrain` does, and yield the loss of every step."""
     sizes = batch_sizes(options, 1)
     images = training_data(data.open(options.cache_dir), options)
     with options.accelerated(sizes) as accelerator:
@@ -148,7 +148,7 @@ class Plain:
 
     Args:
         data: Where images come from.
-        args: Options of `examples/pretrain.py`.
+        args: Options of `ddae pretrain`.
         device: `cpu` or `cuda`.
         workers: Processes that load the images.
     """
@@ -183,7 +183,7 @@ class Plain:
             yield loss.detach()
 
     def train(self, folder: Path) -> None:
-        """Train as many steps as the options say, and leave checkpoints and results as `examples/pretrain.py` does."""
+        """Train as many steps as the options say, and leave checkpoints and results as `ddae pretrain` does."""
         args, seconds, losses = self.args, 0.0, []
         steps = self.losses()
         for step in tqdm(range(1, args.max_train_steps + 1), desc="Training, plain loop"):

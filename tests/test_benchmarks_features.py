@@ -1,40 +1,23 @@
 """The benchmarks of features and sweeps, at tiny size, on real digits."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
 
+from benchmarks import feature_speed, measure, sweep_speed
 from ddae_hf import DDAEPipeline
 
 from .conftest import make_unet
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
-
-
-def load(name):
-    """A benchmark as a module; `sweep` is also the name of an example."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.append(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def small_limits(monkeypatch):
-    load("feature_speed")
-    import measure
-
     monkeypatch.setitem(measure.MATRIX_SIDE, "cpu", 64)
     monkeypatch.setitem(measure.CONVOLUTION, "cpu", (1, 16, 8))
     monkeypatch.setattr(measure, "COPIED", 2**20)
@@ -61,9 +44,9 @@ def test_interval_is_students(small_limits):
 
 def test_features(checkpoint, digits, small_limits, tmp_path, capsys):
     """Ours computes less, and in float32 the same."""
-    features, output = load("feature_speed"), tmp_path / "features.json"
+    output = tmp_path / "features.json"
     options = ["--checkpoint", checkpoint, "--batch_sizes", "2", "4", "--repeats", "1", "--output", str(output)]
-    features.main([*options, *data(checkpoint, digits, "--probe_checkpoint")])
+    feature_speed.main([*options, *data(checkpoint, digits, "--probe_checkpoint")])
     report = json.loads(output.read_text())
     (network,) = report["networks"].values()
     ways = network["ways"]
@@ -79,39 +62,36 @@ def test_features(checkpoint, digits, small_limits, tmp_path, capsys):
 
 
 def test_features_refuses_what_the_plain_way_cannot_do(digits, tmp_path):
-    features = load("feature_speed")
     DDAEPipeline.for_denoiser(make_unet(**GREY), EDMEulerScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="whole timesteps"):
-        features.PlainFeatures(str(tmp_path), ["mid_block"], "cpu")
+        feature_speed.PlainFeatures(str(tmp_path), ["mid_block"], "cpu")
     with pytest.raises(SystemExit):
-        features.parse_arguments(["--batch_sizes", "3", "4"])
+        feature_speed.parse_arguments(["--batch_sizes", "3", "4"])
 
 
 def test_changed_images():
     """A crop moves the whole image by at most the padding; without changes pixels are the processor's."""
-    sweep = load("sweep_speed")
     pixels = np.zeros((1, 8, 8), np.uint8)
     pixels[0, 4, 4] = 255
     torch.manual_seed(0)
     places = set()
     for _ in range(300):
-        image, label = sweep.ChangedImages(pixels, np.array([3]), True)[0]
+        image, label = sweep_speed.ChangedImages(pixels, np.array([3]), True)[0]
         assert image.shape == (1, 8, 8) and label == 3
         places |= {tuple(place) for place in (image[0] == 1).nonzero().tolist()}
     rows, columns = ({place[i] for place in places} for i in (0, 1))
     assert rows == set(range(8)) and columns == set(range(8))
-    plain, _ = sweep.ChangedImages(pixels, np.array([3]), False)[0]
+    plain, _ = sweep_speed.ChangedImages(pixels, np.array([3]), False)[0]
     assert torch.equal(plain[0], torch.from_numpy(pixels[0]) / 127.5 - 1)
 
 
 @pytest.mark.slow
 def test_sweep(checkpoint, digits, small_limits, tmp_path, monkeypatch, capsys):
-    sweep = load("sweep_speed")
-    monkeypatch.setattr(sweep, "PADDING", 0)  # half of an 8x8 image would be cut off
+    monkeypatch.setattr(sweep_speed, "PADDING", 0)  # half of an 8x8 image would be cut off
     options = data(checkpoint, digits, "--model_name_or_path") + ["--sigmas", "0.1", "1", "--plain_sigmas", "0.1"]
     options += ["--num_epochs", "20", "--online_batch_size", "32", "--learning_rate", "0.05", "--batch_norm"]
     options += ["--seeds", "0", "--plain_steps", "2", "--workers", "0", "--output_dir", str(tmp_path)]
-    sweep.main(options)
+    sweep_speed.main(options)
     results = json.loads((tmp_path / "results.json").read_text())
     seed = json.loads((tmp_path / "seed-0.json").read_text())
     summary, (row,) = results["summary"], results["summary"]["seeds"]
@@ -126,10 +106,10 @@ def test_sweep(checkpoint, digits, small_limits, tmp_path, monkeypatch, capsys):
     assert row["gain"]["mean"] == pytest.approx(100 * (ours - plain))
 
     capsys.readouterr()
-    sweep.main(options)  # nothing is run again
+    sweep_speed.main(options)  # nothing is run again
     assert f"{row['gain']['mean']:+.2f}" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text())["summary"] == summary
     with pytest.raises(SystemExit, match="other options"):
-        sweep.main([*options, "--l2", "1"])
+        sweep_speed.main([*options, "--l2", "1"])
     with pytest.raises(SystemExit):
-        sweep.parse_arguments([*options, "--protocol", "paper"])
+        sweep_speed.parse_arguments([*options, "--protocol", "paper"])

@@ -1,27 +1,18 @@
 """The benchmarks of sampling and of pretraining, on tiny networks and real digits."""
 
-import importlib
-import importlib.util
 import json
-import sys
 from argparse import Namespace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
 
+from benchmarks import measure, quality_per_minute, sample, training_speed, training_ways
 from ddae_hf import DDAEPipeline
 from ddae_hf.experiments.generation_metrics import frechet_distance
 
 from .conftest import make_unet
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # after the examples, one of which is called pretrain too
-measure, quality_per_minute, sample, training_ways = map(
-    importlib.import_module, ("measure", "quality_per_minute", "sample", "training_ways")
-)
 
 GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
 NETWORK = (
@@ -29,17 +20,6 @@ NETWORK = (
     "down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]}"
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.*their covariance is singular")
-
-
-def load_benchmark(name):
-    """Import a benchmark that shares its name with an example."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load_benchmark("training_speed")
 
 
 @pytest.fixture
@@ -141,7 +121,7 @@ def test_pretraining_is_measured(digits, tmp_path, small_limits, capsys):
     options = ["--config", str(config), "--dataset_name", str(digits), "--batch_size", "32", "--workers", "1"]
     options += ["--steps", "4", "--repeats", "2", "--curve_images", "400", "--ways", "bfloat16", "--device", "cpu"]
     options += ["--learning_rate", "2e-3", "--lr_warmup_steps", "1", "--output", str(tmp_path / "pretrain.json")]
-    benchmark.main(options)
+    training_speed.main(options)
     report = json.loads((tmp_path / "pretrain.json").read_text())
     plain, ours = (report["ways"][name] for name in ("plain", "bfloat16"))
     for row in (plain, ours):
@@ -185,7 +165,7 @@ def test_the_plain_loop_sees_every_image_once_an_epoch_and_mirrors_half(digits):
 )
 def test_pretraining_refuses_what_cannot_work(option, message, capsys):
     with pytest.raises(SystemExit):
-        benchmark.parse_arguments(option)
+        training_speed.parse_arguments(option)
     assert message in capsys.readouterr().err
 
 
@@ -200,9 +180,9 @@ def test_pretraining_refuses_what_cannot_work(option, message, capsys):
     ],
 )
 def test_pretraining_refuses_what_the_plain_loop_has_not(option, message, tmp_path):
-    args, rest = benchmark.parse_arguments(option)
+    args, rest = training_speed.parse_arguments(option)
     with pytest.raises(SystemExit, match=message):
-        benchmark.shared_options(args, rest, tmp_path)
+        training_speed.shared_options(args, rest, tmp_path)
 
 
 @pytest.mark.parametrize(

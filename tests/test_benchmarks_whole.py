@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from . import commands
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
-def run(script, *options):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, options)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def run(name, *options):
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
 
 
 def test_every_lever_is_measured_against_the_first(tmp_path):
     output = tmp_path / "levers.json"
-    printed = run("levers.py", "--width", 64, "--batch_size", 4, "--repeats", 1, "--output", output)
+    printed = run("levers", "--width", 64, "--batch_size", 4, "--repeats", 1, "--output", output)
     report = json.loads(output.read_text())
     for job in ("training step", "features", "reading images"):
         rates = list(report["images_per_second"][job].values())
@@ -27,20 +29,19 @@ def test_every_lever_is_measured_against_the_first(tmp_path):
 
 
 def test_a_start_is_measured(tmp_path, digits):
-    options = ["--config", ROOT / "examples" / "configs" / "digits.yaml", "--dataset_name", digits]
-    pretrain = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *map(str, options), "--max_train_steps", "1"]
-    subprocess.run([*pretrain, "--sample_steps", "0", "--output_dir", str(tmp_path / "run")], check=True)
+    options = ["--config", "digits", "--dataset_name", digits, "--max_train_steps", 1, "--sample_steps", 0]
+    commands.run("pretrain", *options, "--output_dir", tmp_path / "run")
     output = tmp_path / "start.json"
-    run("start.py", "--model_name_or_path", tmp_path / "run", "--repeats", 1, "--output", output)
+    run("start", "--model_name_or_path", tmp_path / "run", "--repeats", 1, "--output", output)
     whole, added, feature = json.loads(output.read_text())["seconds"].values()
     assert len(whole) == len(added) == len(feature) == 1
     assert 0 < added[0] < whole[0]
 
 
 def test_two_recipes_are_compared_after_the_same_minutes(tmp_path, digits):
-    options = ["--config", ROOT / "examples" / "configs" / "digits.yaml", "--dataset_name", digits]
+    options = ["--config", "digits", "--dataset_name", digits]
     options += ["--minutes", 0.05, "--seeds", 0, 1, "--learning_rates", 1e-5, 1e-3, "--output_dir", tmp_path]
-    printed = run("quality_per_minute.py", *options, "--sigmas", 0.1, "--max_train_samples", 300)
+    printed = run("quality_per_minute", *options, "--sigmas", 0.1, "--max_train_samples", 300)
     report = json.loads((tmp_path / "results.json").read_text())
     tried = report["learning_rates"]
     assert tried[str(report["learning_rate"])] == max(tried.values())

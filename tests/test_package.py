@@ -306,6 +306,7 @@ def test_the_wheel_works_outside_the_clone(tmp_path):
         ddae_hf.__version__,
         "up_blocks.1.resnets.2",
     ]
+    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"bin", "ddae_hf"}
     assert (target / "ddae_hf" / "py.typed").exists()
     assert (target / "ddae_hf" / "experiments" / "model_card_template.md").exists()
 
