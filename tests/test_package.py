@@ -36,7 +36,7 @@ EXPERIMENTS = [
     ["converting", "encoding", "extractors", "feature_export", "results"],
     ["batches", "model_card", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],
-    ["evaluation", "new_networks", "training_options"],
+    ["choosing", "evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
     ["noisy_classification", "training_curve", "transferring"],

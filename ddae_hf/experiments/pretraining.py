@@ -31,6 +31,7 @@ from ..pipeline_ddae import DDAEPipeline
 from .accelerating import this_process
 from .arrays import read_json, write_json, written_whole
 from .batches import BatchSizes, batch_sizes
+from .choosing import choose, chosen_before
 from .devices import fast_layout, made_fast
 from .encoding import one_view
 from .images import Images
@@ -44,7 +45,7 @@ from .progress import Progress
 from .report import in_memory
 from .results import PretrainingReport
 from .run_facts import base_model
-from .run_folder import check_same_run, saving, write_options
+from .run_folder import check_same_run, read_options, saving, write_options
 from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,10 @@ def pretrain(
     """
     options = PretrainingOptions.of(options, changes)
     resume = options.checkpoint(*WEIGHTS)
+    if not options.denoiser and options.init_from is None:
+        if not isinstance(images, LatentFolder):
+            images = Images.open(images, cache_dir=options.cache_dir)
+        options = choose(images, options) if resume is None else chosen_before(options, read_options(resume))
     sizes = batch_sizes(options, this_process().num_processes)
     data = training_data(images, options)
     with options.accelerated(sizes) as accelerator:
