@@ -16,68 +16,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_MODULES = {
-    "ConversionOptions": "converting",
-    "CurveOptions": "training_curve",
-    "EncodingOptions": "encoding",
-    "EvaluationOptions": "evaluation",
-    "ExportOptions": "feature_export",
-    "FinetuningOptions": "finetuning",
-    "GenerationOptions": "generation",
-    "Images": "images",
-    "NoisyOptions": "noisy_classification",
-    "PretrainingOptions": "pretraining",
-    "Report": "results",
-    "SweepOptions": "sweeping",
-    "TransferOptions": "transferring",
-    "VAEOptions": "vae_training",
-    "classify_noisy": "noisy_classification",
-    "convert": "converting",
-    "encode": "encoding",
-    "evaluate_generation": "evaluation",
-    "export_features": "feature_export",
-    "finetune": "finetuning",
-    "generate": "generation",
-    "make_card": "model_card",
-    "pretrain": "pretraining",
-    "save_card": "model_card",
-    "sweep": "sweeping",
-    "sweep_run": "training_curve",
-    "train_vae": "vae_training",
-    "transfer": "transferring",
+_ROOMS = {
+    "converting": ("ConversionOptions", "convert"),
+    "encoding": ("EncodingOptions", "encode"),
+    "evaluation": ("EvaluationOptions", "evaluate_generation"),
+    "feature_export": ("ExportOptions", "export_features"),
+    "finetuning": ("FinetuningOptions", "finetune"),
+    "generation": ("GenerationOptions", "generate"),
+    "images": ("Images",),
+    "model_card": ("make_card", "save_card"),
+    "noisy_classification": ("NoisyOptions", "classify_noisy"),
+    "pretraining": ("PretrainingOptions", "pretrain"),
+    "results": ("Report",),
+    "sweeping": ("SweepOptions", "sweep"),
+    "training_curve": ("CurveOptions", "sweep_run"),
+    "transferring": ("TransferOptions", "transfer"),
+    "vae_training": ("VAEOptions", "train_vae"),
 }
-__all__ = [  # noqa: F822 (found by `__getattr__`)
-    "ConversionOptions",
-    "CurveOptions",
-    "EncodingOptions",
-    "EvaluationOptions",
-    "ExportOptions",
-    "FinetuningOptions",
-    "GenerationOptions",
-    "Images",
-    "NoisyOptions",
-    "PretrainingOptions",
-    "Report",
-    "SweepOptions",
-    "TransferOptions",
-    "VAEOptions",
-    "classify_noisy",
-    "convert",
-    "encode",
-    "evaluate_generation",
-    "export_features",
-    "finetune",
-    "generate",
-    "make_card",
-    "pretrain",
-    "save_card",
-    "sweep",
-    "sweep_run",
-    "train_vae",
-    "transfer",
-]
+_MODULES = {name: room for room, names in _ROOMS.items() for name in names}
+__all__ = [
+    "ConversionOptions", "CurveOptions", "EncodingOptions", "EvaluationOptions", "ExportOptions", "FinetuningOptions",
+    "GenerationOptions", "Images", "NoisyOptions", "PretrainingOptions", "Report", "SweepOptions", "TransferOptions",
+    "VAEOptions", "classify_noisy", "convert", "encode", "evaluate_generation", "export_features", "finetune",
+    "generate", "make_card", "pretrain", "save_card", "sweep", "sweep_run", "train_vae", "transfer",
+]  # fmt: skip
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .converting import ConversionOptions, convert
     from .encoding import EncodingOptions, encode
     from .evaluation import EvaluationOptions, evaluate_generation
