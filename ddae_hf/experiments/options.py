@@ -30,35 +30,27 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]
 
 
-COUNT = Range("at least 1", lambda x: x >= 1)
-NOT_NEGATIVE = Range("at least 0", lambda x: x >= 0)
-POSITIVE = Range("positive", lambda x: x > 0)
-PROBABILITY = Range("between 0 and 1", lambda x: 0 <= x <= 1)
-INSIDE = Range("above 0 and below 1", lambda x: 0 < x < 1)
-PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
-DECAY = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
-SEED = Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)  # NumPy's global generator takes no other
-
 NAMES = {
-    COUNT: """batch_size train_batch_size total_batch_size online_batch_size wide_resnet_batch_size encode_batch_size
-        extractor_batch_size gradient_accumulation_steps num_train_epochs num_epochs max_train_steps wide_resnet_steps
-        checkpointing_steps checkpoints_total_limit held_out resolution low_resolution shuffle_buffer num_samples
-        num_inference_steps num_views num_draws num_noise_seeds num_noise_samples num_quality_images num_images
-        hidden_size num_hidden_layers few_labels max_train_samples max_test_samples max_selection_samples
-        max_reference_samples num_heads num_classes sample_size""",
-    NOT_NEGATIVE: """lr_warmup_steps adam_weight_decay weight_decay max_grad_norm kl_weight mixup sample_steps
-        random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",
-    POSITIVE: """learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2""",
-    PROBABILITY: "augment label_dropout low_resolution_share",
-    INSIDE: "validation_fraction",
-    PART: "label_fraction layer_decay",
-    DECAY: "adam_beta1 adam_beta2 ema_decay dropout label_smoothing lr_warmup_ratio",
-    SEED: "seed noise_seed",
+    Range("at least 1", lambda x: x >= 1): """batch_size train_batch_size total_batch_size online_batch_size
+        wide_resnet_batch_size encode_batch_size extractor_batch_size gradient_accumulation_steps num_train_epochs
+        num_epochs max_train_steps wide_resnet_steps checkpointing_steps checkpoints_total_limit held_out resolution
+        low_resolution shuffle_buffer num_samples num_inference_steps num_views num_draws num_noise_seeds
+        num_noise_samples num_quality_images num_images hidden_size num_hidden_layers few_labels max_train_samples
+        max_test_samples max_selection_samples max_reference_samples num_heads num_classes sample_size""",
+    Range("at least 0", lambda x: x >= 0): """lr_warmup_steps adam_weight_decay weight_decay max_grad_norm kl_weight
+        mixup sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",
+    Range("positive", lambda x: x > 0): "learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2",
+    Range("between 0 and 1", lambda x: 0 <= x <= 1): "augment label_dropout low_resolution_share",
+    Range("above 0 and below 1", lambda x: 0 < x < 1): "validation_fraction",
+    Range("above 0 and at most 1", lambda x: 0 < x <= 1): "label_fraction layer_decay",
+    Range("at least 0 and below 1", lambda x: 0 <= x < 1): """adam_beta1 adam_beta2 ema_decay dropout label_smoothing
+        lr_warmup_ratio""",
+    Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32): "seed noise_seed",  # NumPy's are so
 }
+RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
 FOLDERS = ("output_dir", "features_dir", "latents_dir")
 # What to give in place of options of earlier versions.
 RENAMED = {"labels_per_class": "few_labels", "regularisation": "l2, 1 / (C N) for each C, with N training images"}
-RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
 
 
 class Table(dict[str, Any]):

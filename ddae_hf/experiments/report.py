@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Report:
             Report.kinds.append(cls)
 
     @classmethod
-    def read(cls, path: str | Path) -> Self:
+    def read(cls, path: str | os.PathLike[str]) -> Self:
         """Return the report of a file, or of the first of a folder's that is of this class.
 
         Raises:
@@ -132,7 +133,7 @@ class Report:
         """Return what the file holds; what is not known is left out."""
         return _plain(self)
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write the report, complete or not at all, and return its path."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -145,7 +145,7 @@ class SweepResult(ProbeReport):
         return heat_map(self.pairs, self.best)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the classifier, so that `from_pretrained` opens the folder, and all figures: see `save_classifier`."""
+        """Write all figures and the classifier, so that `from_pretrained` opens the folder: see `save_classifier`."""
         self.save_figures(folder)
         with saving(folder):
             save_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
@@ -153,17 +153,14 @@ class SweepResult(ProbeReport):
     def save_figures(self, folder: str | os.PathLike[str]) -> None:
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
         with saving(folder):
-            self._write_figures(Path(folder))
-
-    def _write_figures(self, folder: Path) -> None:
-        path = self.write(folder).parent
-        self.heat_map().savefig(path / "heat_map.png", dpi=120)
-        accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
-        names = list((self.classifier.config.id2label or {}).values())
-        table = confusion_table(self.labels, self.predicted, names)
-        table.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
-        np.save(path / "test_predictions.npy", self.predicted)
-        np.save(path / "test_labels.npy", self.labels)
+            path = self.write(folder).parent
+            self.heat_map().savefig(path / "heat_map.png", dpi=120)
+            accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
+            names = list((self.classifier.config.id2label or {}).values())
+            table = confusion_table(self.labels, self.predicted, names)
+            table.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
+            np.save(path / "test_predictions.npy", self.predicted)
+            np.save(path / "test_labels.npy", self.labels)
 
 
 def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult:
@@ -186,8 +183,7 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
     opened = open_for(model, options)
     processor = open_processor(model, options.cache_dir)
     learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
-    known = images.facts(train, test)
-    return sweep_inputs(model, opened, learnt, tested, processor, options, dataset=known, given=images.opened_with)
+    return sweep_inputs(model, opened, images, learnt, tested, processor, options)
 
 
 def open_for(model: Model, options: SweepOptions) -> DDAEModel:
@@ -207,10 +203,7 @@ def check_sweep(
     model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
     folder: str | os.PathLike[str] = "", selection_views: Sequence[int] | None = None,
 ) -> Prober:  # fmt: skip
-    """Return the probes of a sweep, which keeps its features in `folder`, or raise `ValueError`.
-
-    That is of an unknown layer, a level outside the schedule, or too few images for what is asked.
-    """
+    """Return the probes of a sweep with features in `folder`, or raise `ValueError` where model or images forbid it."""
     layers = chosen_layers(model, options.layers)
     sigmas = list(dict.fromkeys(options.sigmas or [model.config.sigma]))
     check_taps(model, layers, sigmas)
@@ -236,22 +229,13 @@ def check_sweep(
 
 
 def sweep_inputs(
-    source: Model, model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
-    *, dataset: dict[str, Any], given: Mapping[str, Any], selection_views: Sequence[int] | None = None, **config: Any,
+    source: Model, model: DDAEModel, images: Images, train: Inputs, test: Inputs, processor: DDAEImageProcessor,
+    options: SweepOptions, selection_views: Sequence[int] | None = None, **config: Any,
 ) -> SweepResult:  # fmt: skip
-    """Sweep over images or latents: see `sweep`.
+    """Sweep over images or latents with an open model: see `sweep`.
 
-    Args:
-        source: What the classifier is made of: a checkpoint, or an open model.
-        model: The model that reads the inputs.
-        train: The training images.
-        test: The test images; of latents `test.images` are those that the classifier is given.
-        processor: The classifier's image processor.
-        options: The options.
-        dataset: What the report says of the data set.
-        given: What its options say of it.
-        selection_views: The views that the pair is chosen on; by default all.
-        **config: What the classifier's configuration says beside the pair, such as `sample_posterior`.
+    The classifier is made of `source`; `config` is what its configuration says beside the pair. The pair is chosen on
+    `selection_views` of the training images, by default on all.
     """
     started = time.monotonic()
     path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
@@ -274,12 +258,13 @@ def sweep_inputs(
     draws = model.config.num_noise_samples
     settled = {"random_flip": options.flips, "random_crop": options.crop_padding, "num_noise_samples": draws}
     result = SweepResult(
-        **vars(found), **machine(device), checkpoint=path, options={**given, **options.to_dict(), **settled},
+        **vars(found), **machine(device), checkpoint=path,
+        options={**images.opened_with, **options.to_dict(), **settled},
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
         pairs=pairs, baselines=baselines, saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-        dataset=dataset, **base_model(path), classifier=classifier, processor=processor, source=source,
-        labels=test.labels, predicted=fitted[2],
+        dataset=images.facts(train.images, test.images), **base_model(path), classifier=classifier,
+        processor=processor, source=source, labels=test.labels, predicted=fitted[2],
     )  # fmt: skip
     if kept is not None:
         folder = kept / options.classifier_dir

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..configuration_ddae import DDAEConfig
+from .arrays import read_json
 from .classes import draw_images
 from .evaluation import EvaluationOptions, compare_samples
 from .extractors import open_extractor
@@ -21,7 +21,8 @@ from .images import Images, Inputs, labelled_splits
 from .models import open_model, open_processor
 from .options import option
 from .plots import curves_of_points
-from .results import CurveReport, Point
+from .results import CurveReport, Point, PretrainingReport
+from .run_folder import saved_checkpoints, step_of
 from .sweeping import SweepOptions, changed_inputs, open_for, sweep_inputs
 
 LOSS_IMAGES = 5000
@@ -64,8 +65,8 @@ def sweep_run(
     train, test = labelled_splits(images, options)
     processor = open_processor(next(iter(checkpoints.values())), options.cache_dir)
     learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
-    kept = None if options.output_dir is None else Path(options.output_dir)
-    features = options.features_dir or (None if kept is None else str(kept / "features"))
+    kept = options.output_dir
+    features = options.features_dir or (kept and f"{kept}/features")
     quality = extractor = None
     if options.quality_extractor is not None:
         quality = EvaluationOptions(
@@ -74,39 +75,37 @@ def sweep_run(
             reference_split=options.train_split, features_dir=features, cache_dir=options.cache_dir,
         )  # fmt: skip
         extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir)
-    dataset = images.facts(train, test)
     points = []
     for step, checkpoint in tqdm(checkpoints.items(), desc="Checkpoints"):
-        folder = None if kept is None else str(kept / f"checkpoint-{step}")
+        folder = kept and f"{kept}/checkpoint-{step}"
         own = dataclasses.replace(options, output_dir=folder, features_dir=features)
-        found = sweep_inputs(
-            str(checkpoint), open_for(checkpoint, own), learnt, tested, processor, own,
-            dataset=dataset, given=images.opened_with,
-        )  # fmt: skip
+        found = sweep_inputs(str(checkpoint), open_for(checkpoint, own), images, learnt, tested, processor, own)
         accuracy, loss = found.test_accuracies[str(options.noise_seed)], test_loss(checkpoint, tested, options)
         point = Point(step=step, test_accuracy=accuracy, test_loss=loss, **dataclasses.asdict(found.best))
         if quality is not None:
-            where = dataclasses.replace(quality, output_dir=None if folder is None else f"{folder}/generation")
-            made: Any = compare_samples(str(checkpoint), images, where, extractor)
+            where = folder and f"{folder}/generation"
+            made: Any = compare_samples(
+                str(checkpoint), images, dataclasses.replace(quality, output_dir=where), extractor
+            )
             point.frechet_distance = made.results["generated"]["frechet_distance"]
-            if folder is not None:
-                made.save(f"{folder}/generation")
+            if where is not None:
+                made.save(where)
         points.append(point)
         logger.info("Step %s:\n%s", step, found.table())
+    dataset = images.facts(train, test)
     report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
     if kept is not None:
         report.write(kept)
-        curves_of_points(points).savefig(kept / "training_curve.png", dpi=120)
+        curves_of_points(points).savefig(Path(kept, "training_curve.png"), dpi=120)
     return report
 
 
 def training_checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
     """Return a training run's checkpoints by step, the final one included, or raise `ValueError` if it has none."""
-    folder = Path(run)
-    found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
-    results = folder / "train_results.json"
+    found = {step_of(path): path for path in saved_checkpoints(run)}
+    results = Path(run, PretrainingReport.file)
     if results.exists():
-        found.setdefault(json.loads(results.read_text(encoding="utf-8"))["steps"], folder)
+        found.setdefault(read_json(results)["steps"], Path(run))
     if not found:
         raise ValueError(f"{run}: there is no folder `checkpoint-STEP` of a training run in it.")
     return dict(sorted(found.items()))
