@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ddae_hf.experiments.model_card import save_card
+from ddae_hf.experiments import save_card
 
 HERE = Path(__file__).parent
 # A card's name: the checkpoint, other folders with its results, the name of the data.

@@ -34,7 +34,7 @@ EXPERIMENTS = [
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],
     ["images", "latent_folder", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results"],
-    ["batches", "model_card", "plots"],
+    ["batches", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],

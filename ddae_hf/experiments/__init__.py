@@ -24,9 +24,9 @@ _ROOMS = {
     "finetuning": ("FinetuningOptions", "finetune"),
     "generation": ("GenerationOptions", "generate"),
     "images": ("Images",),
-    "model_card": ("make_card", "save_card"),
     "noisy_classification": ("NoisyOptions", "classify_noisy"),
     "pretraining": ("PretrainingOptions", "pretrain"),
+    "publishing": ("make_card", "save_card"),
     "results": ("Report",),
     "sweeping": ("SweepOptions", "sweep"),
     "training_curve": ("CurveOptions", "sweep_run"),
@@ -49,9 +49,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .finetuning import FinetuningOptions, finetune
     from .generation import GenerationOptions, generate
     from .images import Images
-    from .model_card import make_card, save_card
     from .noisy_classification import NoisyOptions, classify_noisy
     from .pretraining import PretrainingOptions, pretrain
+    from .publishing import make_card, save_card
     from .results import Report
     from .sweeping import SweepOptions, sweep
     from .training_curve import CurveOptions, sweep_run

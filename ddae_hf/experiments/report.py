@@ -1,7 +1,7 @@
 """What every report has: it is read and written as JSON, printed as a Markdown table, and says its figures once.
 
-A `Section` holds the figures in words: `Report.table` prints it, and `model_card` renders it. Accuracies are fractions
-in files and percent in tables. Several values are shown as mean ± standard deviation (over n - 1).
+A `Section` holds the figures in words: `Report.table` prints it, and cards render it. Accuracies are fractions in files
+and percent in tables. Several values are shown as mean ± standard deviation (over n - 1).
 """
 
 from __future__ import annotations
@@ -57,12 +57,10 @@ class Report:
 
     Attributes:
         options: The options that it ran with, by name.
-        dataset: What is known of the data: `name`, `id` on the Hub, `config`, `train_split`, `test_split`,
-            `num_images`.
+        dataset: `name`, `id` on the Hub, `config`, `train_split`, `test_split`, `num_images`, as far as they are known.
         base_model: The Hub repository that it began with.
         seconds: How long it took, of all its runs; or the seconds of its parts and `in_all`.
-        hardware: Names of the processor and the GPU; with `processes`, `threads` and `versions` what
-            `run_facts.machine` returns.
+        hardware: With `processes`, `threads` and `versions` what `run_facts.machine` returns.
         folder: Where it was read or written.
     """
 
@@ -147,10 +145,10 @@ class Report:
     def table(self) -> str:
         """Return what was measured, and the figures as a Markdown table."""
         section = self.section()
-        text = f"{section.protocol}\n\n{markdown(section.head, section.rows)}"
+        parts = [section.protocol, markdown(section.head, section.rows)]
         if section.saved is not None:
-            text += f"\n\nThe saved classifier, with its fixed noise: {percent(section.saved)} %."
-        return text
+            parts.append(f"The saved classifier, with its fixed noise: {percent(section.saved)} %.")
+        return "\n\n".join(parts)
 
     def pictures_there(self) -> dict[Path, str]:
         """Return the pictures beside the file, and what they show."""
@@ -164,9 +162,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def percent(value: float) -> str:
-    """Return a fraction in percent, with two decimals."""
-    return f"{100 * value:.2f}"
+def percent(value: float | None) -> str:
+    """Return a fraction in percent, with two decimals, and nothing of None."""
+    return "" if value is None else f"{100 * value:.2f}"
 
 
 def spread(values: Sequence[float]) -> str:
