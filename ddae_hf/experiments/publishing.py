@@ -17,16 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import (
-    EvalResult,
-    EvalResultEntry,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    constants,
-    eval_result_entries_to_yaml,
-    get_token,
-)  # fmt: skip
+from huggingface_hub import EvalResultEntry, HfApi, ModelCard, constants, eval_result_entries_to_yaml, get_token
+from huggingface_hub.repocard_data import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import build_scheduler, read_checkpoint
