@@ -39,13 +39,10 @@ _TOLERANCE = 1e-7  # where to stop: the estimated distance of a problem's loss f
 
 @dataclass
 class LinearProbes:
-    """Linear classifiers on one layer's features, one for every l2.
+    """Linear classifiers on one layer's features, one for each of L strengths of regularisation.
 
-    Attributes:
-        weight: (L, K, C), float64, for features as they are, not standardised.
-        bias: (L, K), float64.
-        loss: The objectives at these weights, (L,), float64.
-        converged: Whether each came to its end, (L,): see `minimise`.
+    `weight` (L, K, C) and `bias` (L, K) are for features as they are, not standardised; `loss` (L,) is the objectives
+    there, all float64. `converged` (L,) says which came to their end: see `minimise`.
     """
 
     weight: Tensor
@@ -221,15 +218,11 @@ def minimise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise B independent smooth functions by L-BFGS, each along its own direction and with its own step length.
 
-    Args:
-        evaluate: Gives the functions' values (B,) and gradients (B, D) at variables (B, D).
-        variables: Where to start.
-        tolerance: A function is done when the quadratic model expects less than this from the next step.
-        max_iterations: Where to stop in any case.
+    `evaluate` gives their values (B,) and gradients (B, D) at variables (B, D), which start as they came. A function is
+    done when the quadratic model expects less than `tolerance` from its next step, or rounding lets no step descend.
 
     Returns:
-        Variables (B, D), values (B,), and which functions are done (B,): by the tolerance, or because rounding lets no
-        further step descend.
+        Variables (B, D), values (B,), and which functions are done (B,).
     """
     value, gradient = evaluate(variables)
     history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_HISTORY)
@@ -297,15 +290,8 @@ def knn_predict(
     The protocol and this temperature are those of Wu et al. 2018 (arXiv 1805.01978). Features are centred on the
     training images' mean first: pooled hidden states share a large offset, beside which all would look alike.
 
-    Args:
-        train: Features of the training images (N, C).
-        labels: Their classes (N,), from 0.
-        test: Features of the images to classify (M, C).
-        neighbours: Numbers of neighbours, each at most N.
-        device: Where to compute.
-
     Returns:
-        Predicted classes (M,) by number of neighbours.
+        Classes (M,) by number of neighbours, at most N, from features (N, C), their labels (N,) and features (M, C).
     """
     if not 1 <= min(neighbours) <= max(neighbours) <= len(train):
         raise ValueError(f"neighbours are {list(neighbours)}: allowed are 1 to the {len(train)} training images.")

@@ -99,12 +99,9 @@ def read_yaml(text: str) -> Any:
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
-    """Return a field of options.
+    """Return a field of options; a default that is a list or a mapping is copied for every object.
 
-    Args:
-        default: Its value unless given; a list or a mapping is copied for every object.
-        help: What it is, for `--help`.
-        **more: What argparse's `add_argument` is told beside it, such as `metavar`.
+    `help` says what it is, and `more` is what else argparse's `add_argument` is told, such as `metavar`.
     """
     metadata = {"help": help.replace("%", "%%"), **more}
     if isinstance(default, (list, dict)):
@@ -136,8 +133,7 @@ class Options:
         """Return options with some of them changed, the defaults if none came.
 
         Raises:
-            ValueError: A change of something that is no option, with the nearest names; or of another type or range;
-                or an option that must be given and is not.
+            ValueError: What is no option, with the nearest names; another type or range; one that has to be given.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if wrong := [name for name in changes if name not in names]:

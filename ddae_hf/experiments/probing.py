@@ -308,16 +308,12 @@ def make_classifier(
     model: Model, names: Sequence[str], weight: Tensor, bias: Tensor, *,
     dtype: torch.dtype | str = "auto", cache_dir: str | None = None, **config: Any,
 ) -> DDAEForImageClassification:  # fmt: skip
-    """Return a network with a linear classifier of K classes, in evaluation mode, on the CPU if it is of a path.
+    """Return a network with a linear classifier, in evaluation mode, on the CPU if the network is of a path.
 
-    Args:
-        model: The network: a checkpoint of any layout, opened in `dtype`, or an open model, whose weights are copied.
-        names: The names of the classes.
-        weight: (K, C), for features as they are; a `ValueError`, as of `bias` (K,), if some are no finite numbers.
-        bias: See `weight`.
-        dtype: By default the checkpoint's own.
-        cache_dir: Where downloads are kept.
-        **config: What its configuration says, such as `layer`, `sigma` and `noise_seed`.
+    The network is a checkpoint of any layout, opened in `dtype`, by default its own, or an open model, whose weights
+    are copied. The classifier, `weight` (K, C) and `bias` (K,), is for features as they are, and tells K classes apart
+    by their `names`; weights that are no finite numbers are a `ValueError`. `config` is what the configuration says,
+    such as `layer`, `sigma` and `noise_seed`.
     """
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise ValueError("The classifier's weights are no finite numbers: it is not saved. Regularise it more.")
@@ -343,8 +339,8 @@ def save_classifier(
 ) -> None:  # fmt: skip
     """Write a classifier that `make_classifier` made of a model, as one folder.
 
-    It holds the generator as a pipeline, with its VAE where it has one, and beside it the classifier without their
-    weights; of a denoiser that was fine-tuned, and generates no more, the whole classifier.
+    It holds the generator as a pipeline, and beside it the classifier without its weights; of a denoiser that was
+    fine-tuned, and generates no more, the whole classifier.
     """
     base = classifier.ddae
     if classifier.config.features_only is not None or not still_generates(base.denoiser, vars(classifier.config)):

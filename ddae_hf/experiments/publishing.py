@@ -84,12 +84,7 @@ def publish(
 ) -> str | None:  # fmt: skip
     """Write a complete folder's card, push both if asked to, and return a sentence of where they are on the Hub.
 
-    Args:
-        hub: Where to push, as `prepare` left it.
-        folder: What is published.
-        message: Of the commit.
-        ignore: Patterns of files that stay here.
-        generator: The checkpoint that the network is of, the report of whose pretraining the card shows too.
+    What matches `ignore` stays here. The card also shows the pretraining of `generator`, which the network is of.
 
     Raises:
         ValueError: A folder without a checkpoint, or a push that failed; the error says how to push by hand.
@@ -124,8 +119,7 @@ def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
             `base_model`, the Hub repository that this checkpoint was trained from; `license`, by the Hub's name of it.
 
     Raises:
-        ValueError: A folder without a checkpoint, a file that is no report of this project's, or an id that no
-            repository can have.
+        ValueError: A folder without a checkpoint, a file that is no report, or an id that no repository can have.
     """
     return _Card(Path(folder), repo_id, **options).render()
 
