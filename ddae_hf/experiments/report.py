@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from .arrays import write_json
-from .options import read_yaml
 
 
 class Figure(NamedTuple):
@@ -98,7 +97,12 @@ class Report:
         kinds = [kind for kind in reversed(Report.kinds) if issubclass(kind, cls) or issubclass(cls, kind)]
         if path.is_dir():
             path /= next((kind.file for kind in kinds if (path / kind.file).is_file()), kinds[0].file)
-        content = read_mapping(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}. Run what wrote it again, or remove it.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
         kinds = [kind for kind in kinds if kind.file == path.name] or kinds
         found = next((kind for kind in kinds if any(key in content for key in kind.telling)), None)
         if found is None:
@@ -177,18 +181,6 @@ def spread(values: Sequence[float]) -> str:
 def number(value: float | None) -> str:
     """Return a count with its thousands apart, another number with four digits, and nothing of None."""
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Return what a JSON or YAML file of names and values holds, or raise `ValueError`."""
-    load: Callable[[str], Any] = json.loads if path.suffix == ".json" else read_yaml
-    try:
-        content = load(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}. Run what wrote it again, or remove it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
-    return content
 
 
 def _in_file(kind: Any) -> list[str]:

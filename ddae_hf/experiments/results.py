@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .report import Figure, Report, Section, many, number, percent, read_mapping, spread
+from .report import Figure, Report, Section, many, number, percent, spread
+from .run_folder import OPTIONS, read_options
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
 
@@ -34,8 +35,8 @@ class PretrainingReport(Report):
 
     def complete(self) -> None:
         """Read the options too."""
-        path = Path(self.folder or "", "training_options.yaml")
-        self.options = read_mapping(path) if path.is_file() else self.options
+        if self.folder is not None and (self.folder / OPTIONS).is_file():
+            self.options = read_options(self.folder)
         super().complete()
 
     def to_dict(self) -> dict[str, Any]:
