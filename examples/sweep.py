@@ -16,8 +16,7 @@ from ddae_hf.commands.parsing import parse, sentences
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import option
 from ddae_hf.experiments.publishing import HubOptions, prepare, publish
-from ddae_hf.experiments.sweeping import sweep
-from ddae_hf.experiments.training_curve import CurveOptions, sweep_run
+from ddae_hf.experiments.sweeping import CurveOptions, sweep, sweep_run
 
 
 @dataclass(kw_only=True)

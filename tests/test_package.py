@@ -39,7 +39,7 @@ EXPERIMENTS = [
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
-    ["noisy_classification", "training_curve", "transferring"],
+    ["noisy_classification", "transferring"],
 ]
 COMMANDS = [["parsing"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}

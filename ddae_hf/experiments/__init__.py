@@ -28,8 +28,7 @@ _ROOMS = {
     "pretraining": ("PretrainingOptions", "pretrain"),
     "publishing": ("make_card", "save_card"),
     "results": ("Report",),
-    "sweeping": ("SweepOptions", "sweep"),
-    "training_curve": ("CurveOptions", "sweep_run"),
+    "sweeping": ("CurveOptions", "SweepOptions", "sweep", "sweep_run"),
     "transferring": ("TransferOptions", "transfer"),
     "vae_training": ("VAEOptions", "train_vae"),
 }
@@ -53,8 +52,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .pretraining import PretrainingOptions, pretrain
     from .publishing import make_card, save_card
     from .results import Report
-    from .sweeping import SweepOptions, sweep
-    from .training_curve import CurveOptions, sweep_run
+    from .sweeping import CurveOptions, SweepOptions, sweep, sweep_run
     from .transferring import TransferOptions, transfer
     from .vae_training import VAEOptions, train_vae
 

@@ -119,7 +119,6 @@ class Options:
             value = _typed(field.name, getattr(self, field.name), hints[field.name])
             if value == "" and field.name in ("output_dir", "features_dir"):  # `Path("")` is the working directory
                 raise ValueError(f"{field.name} is empty: give a folder, or leave it out.")
-            _check_range(field.name, value)
             if field.name in FOLDERS and value is not None:
                 check_folder(value, field.name)
             setattr(self, field.name, value)
@@ -170,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """Return a value as its type hint wants it, without changing what it says, or raise `ValueError`."""
+    """Return a value as its type hint and its range want it, without changing what it says, or raise `ValueError`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in parts:
@@ -192,20 +191,18 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if hint is float and number and isinstance(value, int) and abs(value) >= 2**1024:
         raise ValueError(f"{name} has {len(str(value))} digits: it must be finite.")
     if number and (hint is float or (hint is int and value % 1 == 0)):
-        return hint(value)
+        return _in_range(name, hint(value))
     if hint in (str, bool) and isinstance(value, hint):
         return value
     words = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
     raise ValueError(f"{name} is {value!r}: it must be {words.get(hint, hint)}.")
 
 
-def _check_range(name: str, given: Any) -> None:
-    """Raise `ValueError` for a number outside its range, and for any that is not finite."""
+def _in_range(name: str, value: float) -> float:
+    """Return a number, or raise `ValueError` for one outside its option's range, and for any that is not finite."""
     allowed = RANGES.get(name)
-    for value in given if isinstance(given, list) else [given]:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: it must be finite{f' and {allowed.words}' if allowed else ''}.")
-        if allowed is not None and not allowed.holds(value):
-            raise ValueError(f"{name} is {value}: it must be {allowed.words}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: it must be finite{f' and {allowed.words}' if allowed else ''}.")
+    if allowed is not None and not allowed.holds(value):
+        raise ValueError(f"{name} is {value}: it must be {allowed.words}.")
+    return value

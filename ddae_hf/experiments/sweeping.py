@@ -2,6 +2,7 @@
 
 One pass over the images a noise level serves all layers. Layer, noise level and strength of regularisation are chosen
 on a part of the training images; test images are looked at once, with the chosen pair. A grid of one pair is a probe.
+`sweep_run` does so for every checkpoint of a training run, and measures its loss and its samples.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -25,24 +27,29 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from .arrays import read_json, write_json
-from .classes import draw_labels
+from .classes import draw_images, draw_labels
 from .devices import HELP
 from .draws import separate_randomness
+from .evaluation import EvaluationOptions, compare_samples
+from .extractors import open_extractor
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, labelled_splits
 from .models import Model, check_taps, chosen_layers, open_model, open_processor, ready
 from .options import Options, option
-from .plots import accuracy_over_sigma, confusion_table, heat_map
+from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
-from .results import Pair, ProbeReport
+from .results import CurveReport, Pair, Point, PretrainingReport, ProbeReport
 from .run_facts import base_model, machine
-from .run_folder import saving
+from .run_folder import saved_checkpoints, saving, step_of
 
+LOSS_IMAGES = 5000
 MOST_PIXELS = 2**14  # whose correlations are 2 GiB
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -308,3 +315,100 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
                 write_json(path, level)
         pairs += [Pair(**row) for row in level["rows"]]
     return pairs
+
+
+@dataclass(kw_only=True)
+class CurveOptions(SweepOptions):
+    """Options of `sweep_run`: those of a sweep, and of what else is measured."""
+
+    quality_extractor: str | None = option(
+        None, "Over a training run, also measure samples, by this extractor of evaluate_generation.py."
+    )
+    num_quality_images: int = option(5000, "Samples of each checkpoint.")
+    num_inference_steps: int = option(50, "Sampling steps.")
+    sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler.")
+
+
+def sweep_run(
+    run: str | os.PathLike[str], images: Images, options: CurveOptions | None = None, **changes: Any
+) -> CurveReport:
+    """Sweep every checkpoint of a training run, and measure its loss on test images and its samples.
+
+    Args:
+        run: The run's folder, with a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself.
+        images: The labelled images.
+        options: With `output_dir`, each checkpoint's results are in a folder of its name there, `training_curve.json`
+            and `training_curve.png` beside them.
+        **changes: Fields of the options that are to be others.
+
+    Raises:
+        ValueError: A folder without checkpoints, options that cannot work, or images that cannot be read.
+        OSError: Not enough space on disk.
+    """
+    options = CurveOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
+    checkpoints = training_checkpoints(run)
+    for checkpoint in checkpoints.values():
+        DDAEConfig.from_pretrained(checkpoint)  # refused now, and not after hours
+    train, test = labelled_splits(images, options)
+    processor = open_processor(next(iter(checkpoints.values())), options.cache_dir)
+    learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
+    kept = options.output_dir
+    features = options.features_dir or (kept and f"{kept}/features")
+    quality = extractor = None
+    if options.quality_extractor is not None:
+        quality = EvaluationOptions(
+            extractor=options.quality_extractor, num_images=options.num_quality_images,
+            num_inference_steps=options.num_inference_steps, sampler=options.sampler, seed=options.seed,
+            reference_split=options.train_split, features_dir=features, cache_dir=options.cache_dir,
+        )  # fmt: skip
+        extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir)
+    points = []
+    for step, checkpoint in tqdm(checkpoints.items(), desc="Checkpoints"):
+        folder = kept and f"{kept}/checkpoint-{step}"
+        own = dataclasses.replace(options, output_dir=folder, features_dir=features)
+        found = sweep_inputs(str(checkpoint), open_for(checkpoint, own), images, learnt, tested, processor, own)
+        accuracy, loss = found.test_accuracies[str(options.noise_seed)], test_loss(checkpoint, tested, options)
+        point = Point(step=step, test_accuracy=accuracy, test_loss=loss, **dataclasses.asdict(found.best))
+        if quality is not None:
+            where = folder and f"{folder}/generation"
+            made: Any = compare_samples(
+                str(checkpoint), images, dataclasses.replace(quality, output_dir=where), extractor
+            )
+            point.frechet_distance = made.results["generated"]["frechet_distance"]
+            if where is not None:
+                made.save(where)
+        points.append(point)
+        logger.info("Step %s:\n%s", step, found.table())
+    dataset = images.facts(train, test)
+    report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
+    if kept is not None:
+        report.write(kept)
+        curves_of_points(points).savefig(Path(kept, "training_curve.png"), dpi=120)
+    return report
+
+
+def training_checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return a training run's checkpoints by step, the final one included, or raise `ValueError` if it has none."""
+    found = {step_of(path): path for path in saved_checkpoints(run)}
+    results = Path(run, PretrainingReport.file)
+    if results.exists():
+        found.setdefault(read_json(results)["steps"], Path(run))
+    if not found:
+        raise ValueError(f"{run}: there is no folder `checkpoint-STEP` of a training run in it.")
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def test_loss(checkpoint: Path, test: Inputs, options: CurveOptions) -> float:
+    """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
+    model = open_model(checkpoint, dtype="float32", null_class=options.null_class)
+    generator = torch.Generator().manual_seed(options.seed)
+    losses = []
+    some = draw_images(test.labels, LOSS_IMAGES)
+    for images in test.batches(options.batch_size, some, title="loss on test images"):
+        clean = model.encode(images.to(model.device))
+        sigma = model.diffusion.family.draw(len(images), None, generator).to(model.device)
+        noise = torch.randn(clean.shape, generator=generator).to(model.device)
+        losses.append(model.diffusion.loss(clean, sigma=sigma, noise=noise).cpu())
+    return torch.cat(losses).mean().item()
