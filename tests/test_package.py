@@ -28,18 +28,18 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "devices", "digits", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
+    ["arrays", "devices", "digits", "draws", "image_folder", "metrics", "pixels", "run_facts", "stopping"],
     ["classes", "generation_metrics", "noisy_networks", "run_folder"],
     ["options"],
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],
     ["images", "latent_folder", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results"],
-    ["batches", "model_card", "plots"],
+    ["batches", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],
     ["choosing", "evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
-    ["noisy_classification", "training_curve", "transferring"],
+    ["noisy_classification", "transferring"],
 ]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 

@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
-from ddae_hf.experiments.model_card import read_reports
+from ddae_hf.experiments.publishing import read_reports
 from ddae_hf.experiments.report import in_memory, markdown, percent, spread
 from ddae_hf.experiments.results import (
     CurveReport,

@@ -131,8 +131,8 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
         logger.info(features_use(prober, folder))
         encode_views(folder, vae, pixels, options.encode_batch_size)
         result = sweep_inputs(
-            model, denoiser, learnt, tested, processor, options, dataset=images.facts(train, test),
-            given=images.opened_with, selection_views=FIRST, sample_posterior=options.sample_posterior,
+            model, denoiser, images, learnt, tested, processor, options, FIRST,
+            sample_posterior=options.sample_posterior,
         )  # fmt: skip
         if options.finetune is not None:
             finetune(model, images, options.finetuning(result.best.layer, result.best.sigma, where))
