@@ -28,7 +28,7 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "devices", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
+    ["arrays", "devices", "draws", "image_folder", "lbfgs", "metrics", "run_facts", "stopping"],
     ["classes", "generation_metrics", "noisy_networks", "run_folder"],
     ["options"],
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],

@@ -26,10 +26,10 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import downsampling
 from .arrays import num_bytes, size
 from .devices import best_device, made_fast
+from .image_set import Rows
 from .images import ImageInputs, Images, ImageSet, Inputs
 from .latent_folder import DTYPE, LatentFolder
 from .options import Options, option
-from .pixels import Rows
 
 logger = logging.getLogger(__name__)
 
