@@ -28,10 +28,10 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "devices", "draws", "image_folder", "lbfgs", "metrics", "run_facts", "stopping"],
+    ["arrays", "data_files", "devices", "draws", "lbfgs", "metrics", "run_facts", "stopping"],
     ["classes", "generation_metrics", "noisy_networks", "run_folder"],
     ["options"],
-    ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],
+    ["accelerating", "features", "image_set", "logistic_regression", "models", "report"],
     ["images", "latent_folder", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results"],
     ["batches", "model_card", "plots"],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
-from .image_folder import some
+from .data_files import some
 
 LABELS = r"u?int\d+|(large_)?string"  # types of columns that may say classes
 
