@@ -32,7 +32,7 @@ EXPERIMENTS = [
     ["classes", "generation_metrics", "noisy_networks", "run_folder"],
     ["options"],
     ["accelerating", "features", "image_set", "logistic_regression", "models", "report"],
-    ["images", "latent_folder", "progress"],
+    ["images", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results"],
     ["batches", "model_card", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],

@@ -251,7 +251,6 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str) -> None
         done = end
     if done != count:
         raise ValueError(f"{done} images came, but {count} were announced.")
-    _write_rows(folder, rows | kept)
     for name, it in kept.items():
         whole = _unfinished(folder, name).replace(folder / f"{name}.npy")
         _verified.add(_state(whole, it))  # this process has written its rows, or looked at them

@@ -13,8 +13,6 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from .data_files import some
 
-LABELS = r"u?int\d+|(large_)?string"  # types of columns that may say classes
-
 
 def find_label_column(features: Features, name: str | None) -> str | None:
     """Return the column of labels: the one of that name, or the only one of classes; nothing if there is none."""
@@ -22,7 +20,8 @@ def find_label_column(features: Features, name: str | None) -> str | None:
         found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
         return found[0] if len(found) == 1 else None
     feature = features.get(name)
-    if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and re.fullmatch(LABELS, feature.dtype)):
+    plain = isinstance(feature, Value) and re.fullmatch(r"u?int\d+|(large_)?string", feature.dtype)
+    if not isinstance(feature, ClassLabel) and not plain:
         what = f"There is no column of labels {name!r}, whole numbers or names"
         raise ValueError(f"{what}; columns are {dict(features)}.")
     return name

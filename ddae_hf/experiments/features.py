@@ -78,8 +78,8 @@ def batch_features(
 ) -> dict[str, Tensor]:
     """Compute features of some images of a data set, with `model.config.num_noise_samples` draws of noise for each.
 
-    Images that share one draw would be told apart at noise levels where fresh noise hides them. Features are those of
-    evaluation mode, in the type of the model's weights, whatever the caller's mode and autocast.
+    Images that share one draw would be told apart at noise levels where fresh noise hides them. Features (B, C) by
+    layer, float32 on the model's device, are those of evaluation mode, whatever the caller's mode and autocast.
 
     Args:
         model: The model.
@@ -89,9 +89,6 @@ def batch_features(
         sigma: Noise level, scalar or (B,).
         noise_seed: Seed of the noise.
         view: Number of the draw; data sets that must not share noise take different ones.
-
-    Returns:
-        Features (B, C), float32 on the model's device, by layer name.
     """
     config, shape = model.config, model.config.sample_shape
     noise = indexed_noise((config.num_noise_samples, *shape), indices, noise_seed, view).transpose(0, 1)
@@ -130,7 +127,7 @@ class FeatureCache:
     def features(
         self, images: Images, count: int, layers: Sequence[str], sigma: float, *, view: int = 0, data: dict[str, Any]
     ) -> dict[str, np.ndarray]:
-        """Return the features of a data set, computing those that are not there yet.
+        """Return the features (N, C) of a data set by layer, mapped from disk, computing those that are not there yet.
 
         Args:
             images: Called with an index, gives `pixel_values` in batches from that image on.
@@ -139,9 +136,6 @@ class FeatureCache:
             sigma: Noise level.
             view: Number of the draw.
             data: What tells these images from others, as JSON: a hash of their files, how they were prepared.
-
-        Returns:
-            Features (N, C) by layer name, read-only, mapped from disk.
 
         Raises:
             ValueError: An unknown layer or noise level, another number of images than `count`, or a damaged file.
