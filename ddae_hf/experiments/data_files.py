@@ -90,8 +90,7 @@ def in_memory(part: Any) -> Dataset | IterableDataset:
 
 def list_data_files(folder: str) -> list[str]:
     """Return the tables of a folder, relative to it: those of one kind, with a warning of what else is left out."""
-    found = list_folder(folder, {*KINDS, *image_extensions()}).files
-    found = [path for path in found if os.path.basename(path) not in NOTES]
+    found = [path for path in list_folder(folder, KINDS).files if os.path.basename(path) not in NOTES]
     tables = [path for path in found if path.lower().endswith(KINDS)]
     for kind in KINDS:
         if chosen := [path for path in tables if path.lower().endswith(kind)]:
@@ -149,7 +148,7 @@ def split_of(folder: str, path: str) -> str | None:
 class Listing:
     """What lies under a folder, links followed; paths are relative to it, with `/` between names."""
 
-    files: list[str] = field(default_factory=list)  # of the extensions that were asked for, in order
+    files: list[str] = field(default_factory=list)  # images, and tables that were asked for, in order
     metadata: list[str] = field(default_factory=list)  # files named like a table of metadata
     folders: list[str] = field(default_factory=list)  # that were entered
     skipped: Counter[str] = field(default_factory=Counter)  # how many other things, by extension or in words
@@ -174,14 +173,14 @@ class Split:
         return ["/".join(path.removeprefix(self.prefix).split("/")[:-1][:1]) for path in self.images]
 
 
-def image_extensions() -> set[str]:
-    """Return the extensions, such as `.png`, of the files that Pillow opens."""
-    return {extension for extension, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+def list_folder(root: str | os.PathLike[str], tables: Iterable[str] = ()) -> Listing:
+    """Return the images that Pillow opens under a folder, and the tables of these extensions, such as `.csv`.
 
-
-def list_folder(root: str | os.PathLike[str], extensions: set[str]) -> Listing:
-    """Return what lies under a folder; hidden files, and links that lead back to where they lie, are skipped."""
+    Hidden files, and links that lead back to where they lie, are skipped.
+    """
     found = Listing()
+    extensions = {name for name, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+    extensions.update(tables)
 
     def enter(folder: str, prefix: str, around: tuple[str, ...]) -> None:
         here = os.path.realpath(folder)
@@ -220,7 +219,7 @@ def read_image_folder(folder: str, streaming: bool = False) -> dict[str, Dataset
     """
     if not os.path.isdir(folder):
         raise ValueError(f"The data set {folder} cannot be read: there is no such folder.")
-    found = list_folder(folder, image_extensions())
+    found = list_folder(folder)
     if not found.files:
         raise ValueError(f"The data set {folder} cannot be read: it has no images; {found.what_was_skipped()}.")
     if found.skipped:

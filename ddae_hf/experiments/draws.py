@@ -29,20 +29,16 @@ def separate_randomness(seed: int | None = None) -> Iterator[None]:
     """Leave Python's, NumPy's and torch's global generators as they were; inside they begin with `seed`, or go on."""
     python = random.getstate()
     numpy = np.random.get_state()
-    torch_state = torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def index_generator(seed: int, view: int, index: int, purpose: int = NOISE) -> np.random.Generator:

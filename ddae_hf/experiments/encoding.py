@@ -107,9 +107,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     return folder
 
 
-def describe_splits(
-    inputs: Mapping[str, ImageInputs], views: int, changes: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def describe_splits(inputs: Mapping[str, ImageInputs], views: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Return what a `LatentFolder` is told of splits, with so many views, whose later ones are changed so."""
     splits = {}
     for name, known in inputs.items():
@@ -211,15 +209,12 @@ def one_view(pixel_values: Tensor) -> Tensor:
 
 
 class LatentFolder:
-    """Latents of the splits of a data set, in one or more views of every image.
+    """Latents of the splits of a data set, in one or more views of every image; a folder of none is refused.
 
     Attributes:
         folder: Where the latents are.
         index: What `latents.json` says: `vae` (its config), `vae_fingerprint`, `shape` (c, h, w), `sample_posterior`,
             `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
-
-    Raises:
-        ValueError: The folder holds no latents, or a damaged description of them.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -234,7 +229,7 @@ class LatentFolder:
         folder: str | os.PathLike[str],
         vae: Any,
         image_size: tuple[int, int],
-        splits: dict[str, dict[str, Any]],
+        splits: dict[str, Any],
         *,
         sample_posterior: bool = False,
         seed: int = 0,
@@ -244,11 +239,8 @@ class LatentFolder:
 
         `splits` have by name `count` (number of images), `views` (number of views), and what tells the images and their
         views from others, as JSON. With `sample_posterior` latents are draws in place of means; each (seed, image,
-        view) has its own. `notes` are what readers may want to know, as JSON.
-
-        Raises:
-            ValueError: The folder holds latents of another description.
-            OSError: Not enough space on disk.
+        view) has its own. `notes` are what readers may want to know, as JSON. A folder of latents of another
+        description raises `ValueError`, one without room for them `OSError`.
         """
         height, width = (side // downsampling(vae.config) for side in image_size)
         index = {
@@ -303,10 +295,8 @@ class LatentFolder:
         """Compute a view's latents, from the image at which an interrupted run stopped.
 
         The VAE is the one that the folder was created for, on the device to use; its mode plays no part. `images`,
-        called with an index, gives `pixel_values` in batches from that image on.
-
-        Raises:
-            ValueError: Another number of images than announced, latents that are not finite, or a damaged file.
+        called with an index, gives `pixel_values` in batches from that image on. Another number of images than
+        announced, and latents that are not finite, raise `ValueError`.
         """
         name, count = f"{split}-{view}", self.index["splits"][split]["count"]
         # No two splits share a draw.
@@ -328,11 +318,7 @@ class LatentFolder:
         arrays.fill(self.folder, {name: self.shape}, count, batches, DTYPE)
 
     def latents(self, split: str, view: int = 0) -> np.ndarray:
-        """Return a view's latents (N, c, h, w), float16, mapped from disk.
-
-        Raises:
-            ValueError: No such split or view, one that is not complete, or a damaged file.
-        """
+        """Return a view's latents (N, c, h, w), float16, mapped from disk, or raise `ValueError` if any is missing."""
         views, count = self.views(split), self.index["splits"][split]["count"]
         if not 0 <= view < views:
             raise ValueError(f"{self.folder} has {views} views of the split {split!r}: view {view} is not among them.")

@@ -229,7 +229,9 @@ class Pixels:
             self.keep, self.kept = False, None
             return pixels if kept is None else self._decode(rows)
         if kept is None:
-            self.keep = self.keep and _fits(len(self) * pixels[0].numel())
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of which keeps the images for itself
+            needed = len(self) * pixels[0].numel() * SHARE * processes
+            self.keep = self.keep and needed <= psutil.virtual_memory().available
             if not self.keep:
                 return pixels
             # Of empty memory only what is written to is taken.
@@ -267,11 +269,6 @@ def _scale(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
             one = isinstance(value, (int, float))
             change(float(value) if one else torch.tensor(value, device=pixels.device).float().reshape(-1, 1, 1))
     return pixels
-
-
-def _fits(count: int) -> bool:
-    """Return whether so many bytes can be kept by each process of this machine, without others having to leave."""
-    return count * SHARE * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= psutil.virtual_memory().available
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> Features:
