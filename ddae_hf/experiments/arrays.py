@@ -49,15 +49,9 @@ class Rows:
 def fill(folder: Path, shapes: Shapes, count: int, batches: Batches, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Return arrays of `count` rows, computing those that they lack: read-only, mapped from disk, by name.
 
-    One process at a time fills a folder. Another one waits for it, and then computes what is still missing.
-
-    Args:
-        folder: Their folder.
-        shapes: The shape of a row, by the array's name.
-        count: Number of rows.
-        batches: Called with a row's number and the names of arrays that are not complete, gives their rows from that
-            one on, in batches of any sizes: tensors (B, ...) of `dtype` by name.
-        dtype: The arrays' type.
+    One process at a time fills a folder. Another one waits for it, and then computes what is still missing. `shapes`
+    are those of a row, by the array's name. `batches`, called with a row's number and the names of arrays that are not
+    complete, gives their rows from that one on, in batches of any sizes: tensors (B, ...) of `dtype` by name.
 
     Raises:
         ValueError: Another number of rows than `count`, rows of another shape or type, or a damaged file.

@@ -42,19 +42,14 @@ def separate_randomness(seed: int | None = None) -> Iterator[None]:
 
 
 def index_generator(seed: int, view: int, index: int, purpose: int = NOISE) -> np.random.Generator:
-    """Return the random generator of an image, by its non-negative index in its data set: see `indexed_noise`."""
+    """Return the random generator of an image, by its non-negative index in its data set, for one view and purpose."""
     return np.random.default_rng([seed, view, int(index), *([purpose] if purpose else [])])
 
 
 def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int = 0, purpose: int = NOISE) -> Tensor:
-    """Draw standard-normal noise (N, *shape) of (seed, view, image index, purpose), float32, on the CPU.
+    """Draw standard-normal noise (N, *shape) for the N images of these indices in their data set, float32, on the CPU.
 
-    Args:
-        shape: Shape of one image, (C, H, W), or of several draws for it, (draws, C, H, W).
-        indices: The images' non-negative indices in their data set, N integers.
-        seed: The noise seed.
-        view: Number of the draw, where an image gets several.
-        purpose: What the noise is for.
+    `shape` is that of an image, (C, H, W), or of several draws for it, (draws, C, H, W).
     """
     generators = [index_generator(seed, view, i, purpose) for i in indices]
     return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]))
@@ -65,13 +60,7 @@ def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, f
 
     Borders are black, as those of torchvision's `RandomCrop`; otherwise the changes are those of `random_changes`.
 
-    Args:
-        images: Images (B, C, H, W) in [-1, 1].
-        indices: Their indices in the data set, B integers; another number of them raises `ValueError`.
-        seed: Seed of the changes.
-        view: Number of the view.
-        flip: Whether to mirror.
-        crop_padding: Pixels of black added on each side before cropping back to (H, W).
+    Images are (B, C, H, W) in [-1, 1], before and after; `crop_padding` pixels are added on each side before cropping.
     """
     height, width = images.shape[-2:]
     padded = F.pad(images, [crop_padding] * 4, value=-1.0)

@@ -152,12 +152,9 @@ class ImageSet:
         return self
 
     def stream(self, labels: bool = False, buffer_size: int | None = None, seed: int = 0) -> IterableDataset:
-        """Return a stream's rows: `image`, a PIL image, and `labels` if asked for.
+        """Return a stream's rows: `image`, a PIL image, and `labels` if asked for; one without raises `ValueError`.
 
-        Args:
-            labels: Whether to give labels; an image without one raises `ValueError`.
-            buffer_size: Images among which the next one is drawn; by default the order stays.
-            seed: Seed of the order, which changes with the epoch (`set_epoch`).
+        With a `buffer_size`, the next image is drawn from so many, by a seed that changes with the epoch (`set_epoch`).
         """
         columns = {self.image_column: "image"}
         count = 0
@@ -255,10 +252,7 @@ def scaled(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
 
 
 def _scale(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
-    """Scale and shift in the processor's order of operations, from which every rounding follows.
-
-    In place, for new memory for each of three results takes many times as long as these do.
-    """
+    """Scale and shift in the processor's order, for every rounding follows from it; in place, which is far faster."""
     if processor.do_rescale or processor.do_normalize:
         pixels = pixels.float()
     if processor.do_rescale:
