@@ -76,8 +76,7 @@ def in_memory(part: Any) -> Dataset | IterableDataset:
     if isinstance(images, (Dataset, IterableDataset)):
         raise ValueError("labels came beside a data set: name its column of labels, label_column.")
     images = list(images) if isinstance(images, Iterable) else [images]
-    fine = (PILImage.Image,) if part is None else (PILImage.Image, type(None))
-    if wrong := [image for image in images if not isinstance(image, fine)]:
+    if wrong := [image for image in images if not isinstance(image, PILImage.Image | None)]:
         what = f"An object of type {type(wrong[0]).__name__} came among images"
         raise ValueError(f"{what}: they must be PIL images; or give a path, a data set, or a mapping of splits.")
     found = Dataset.from_dict({"image": images}, Features({"image": Image()}))
@@ -295,13 +294,11 @@ def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> d
             rows[path] = row
     if not tables:
         return {}
-    images = [path for split in splits.values() for path in split.images]
-    for what, missing in {
-        "rows without an image": sorted(set(rows) - set(images)),
-        "images without a row": sorted(set(images) - set(rows)),
-    }.items():
-        if missing:
-            raise ValueError(f"{folder}: {some(tables)} leaves {len(missing)} {what}, such as {some(missing)}.")
+    images = {path for split in splits.values() for path in split.images}
+    alone = {"rows without an image": rows.keys() - images, "images without a row": images - rows.keys()}
+    for what, paths in alone.items():
+        if paths:
+            raise ValueError(f"{folder}: {some(tables)} leaves {len(paths)} {what}, such as {some(sorted(paths))}.")
     columns = {column: None for row in rows.values() for column in row}
     if "image" in columns:
         raise ValueError(f"{folder}: {some(tables)} has a column `image`, which is that of the images: rename it.")
