@@ -11,14 +11,14 @@ from PIL import Image
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.experiments.batches import BatchSizes, image_batches
 from ddae_hf.experiments.devices import fast_layout
+from ddae_hf.experiments.image_set import DamagedImageError
 from ddae_hf.experiments.images import DataOptions, Images
-from ddae_hf.experiments.pixels import DamagedImageError
 from ddae_hf.experiments.pretraining import PretrainingOptions, pretrain, training_inputs
 from ddae_hf.experiments.progress import Progress
 from ddae_hf.experiments.training import Loop
 
 from .conftest import TINY, make_unet, put
-from .test_pixels import COUNT, SIDE, pictures
+from .test_image_set import COUNT, SIDE, pictures
 
 SIZES = BatchSizes(total=4, per_device=4, accumulation=1, processes=1)
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from ddae_hf import DDAEModel, DDAEPipeline
 from ddae_hf.experiments import make_card
 from ddae_hf.experiments.batches import batch_sizes
-from ddae_hf.experiments.encoding import latent_dataset, one_view
-from ddae_hf.experiments.latent_folder import LatentFolder
+from ddae_hf.experiments.encoding import LatentFolder, latent_dataset, one_view
 from ddae_hf.experiments.pretraining import PretrainingOptions
 from ddae_hf.experiments.pretraining_data import training_data
 from ddae_hf.weights import fingerprint
@@ -169,7 +168,7 @@ def test_only_the_first_images_are_trained_on_where_that_is_asked(latents, tmp_p
 def test_a_data_set_of_latents_stays_on_the_disk(latents):
     """datasets pickles transforms, which would read what they hold."""
     folder = LatentFolder(latents)
-    transform = latent_dataset(folder, "train", None, 2).format["format_kwargs"]["transform"]
+    transform = latent_dataset(folder, "train", None).format["format_kwargs"]["transform"]
     assert len(dill.dumps(transform, recurse=True)) < folder.latents("train").nbytes
 
 

@@ -28,11 +28,11 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "devices", "digits", "draws", "image_folder", "metrics", "pixels", "run_facts", "stopping"],
+    ["arrays", "data_files", "devices", "digits", "draws", "metrics", "run_facts", "stopping"],
     ["classes", "generation_metrics", "noisy_networks", "run_folder"],
     ["options"],
-    ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],
-    ["images", "latent_folder", "progress"],
+    ["accelerating", "features", "image_set", "logistic_regression", "models", "report"],
+    ["images", "progress"],
     ["converting", "encoding", "extractors", "feature_export", "results"],
     ["batches", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],

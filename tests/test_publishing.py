@@ -60,11 +60,11 @@ def runs(digits, tmp_path_factory):
     short = ["--max_train_steps", "3", "--train_batch_size", "16", "--num_samples", "4", "--num_inference_steps", "2"]
     run("pretrain", "pretrained", "--config", str(root / "network.yaml"), *short, "--mixed_precision", "no")
     labels = ["--few_labels", "7", "--num_draws", "3", "--num_noise_seeds", "2"]
-    run("linear_probe", "probe", *model, *FEW, *labels, "--sigmas", "0.11", "0.23", "--baselines")
+    run("probe", "probe", *model, *FEW, *labels, "--sigmas", "0.11", "0.23", "--baselines")
     run("sweep", "sweep", *model, *FEW, "--layers", "mid_block", "up_blocks.0.resnets.0", "--sigmas", "0.31", "0.17")
     run("finetune", "tuned", *model, *FEW, "--max_train_steps", "2", "--learning_rate", "1e-3")
     images = ["--num_images", "23", "--max_reference_samples", "61", "--num_inference_steps", "2"]
-    run("evaluate_generation", "generation", *model, *images, "--extractor", f"ddae:{root / 'pretrained'}")
+    run("evaluate", "generation", *model, *images, "--extractor", f"ddae:{root / 'pretrained'}")
     torch.set_num_threads(threads)
     return root
 

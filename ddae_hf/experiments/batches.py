@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..image_processing_ddae import DDAEImageProcessor
-from .images import ImageSet
-from .pixels import Pixels
+from .image_set import ImageSet, Pixels
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ def image_batches(
     """
     if not images.streaming:
         # Workers have memory of their own, in which each would keep what it happens to decode.
-        pixels = images.pixels(processor, keep=options.dataloader_num_workers == 0)
+        pixels = Pixels(images, processor, keep=options.dataloader_num_workers == 0)
         rows = _ImageRows(pixels, images.labels if labels else None)
         return row_batches(rows, len(images), sizes, options, whole)
     # What does not fill a batch is dropped, by each worker of its own part.

@@ -18,8 +18,9 @@ from PIL import Image
 
 from .accelerating import this_process
 from .devices import best_device
-from .images import Images, ImageSet
-from .latent_folder import LatentFolder
+from .encoding import LatentFolder
+from .image_set import ImageSet
+from .images import Images
 from .options import Table
 
 logger = logging.getLogger(__name__)

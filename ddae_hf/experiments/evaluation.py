@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 
 from .arrays import described_folder, fill
 from .classes import draw_images
+from .data_files import list_folder
 from .devices import best_device
 from .extractors import Extractor, check_extractor, open_extractor
 from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
 from .generation_metrics import frechet_distance, kernel_distance, precision_recall
-from .image_folder import image_extensions, list_folder
 from .images import Images, ImageSet
 from .options import option
 from .plots import image_grid
@@ -216,7 +216,7 @@ def is_images_folder(path: str | os.PathLike[str]) -> bool:
 
 def find_images(folder: Path) -> list[Path]:
     """Return the images under a folder, in the order of their names, but not the grid that `generate.py` leaves."""
-    found = list_folder(folder, image_extensions())
+    found = list_folder(folder)
     if "grid.png" in found.files:
         found.files.remove("grid.png")
         found.skipped["grid.png"] += 1

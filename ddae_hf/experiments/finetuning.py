@@ -44,10 +44,9 @@ from ..weights import fingerprint
 from .classes import draw_fraction
 from .devices import best_device, made_fast
 from .draws import indexed_noise, separate_randomness
-from .encoding import LatentInputs
+from .encoding import LatentFolder, LatentInputs
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
-from .latent_folder import LatentFolder
 from .models import Model, base_of, check_null_class, without_report
 from .options import Options, option
 from .probing import classify

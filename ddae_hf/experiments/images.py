@@ -22,9 +22,8 @@ from ..image_processing_ddae import DDAEImageProcessor
 from .classes import Classes, find_label_column, warn_of_missing
 from .data_files import in_memory, read_source
 from .draws import augment_view
-from .image_set import ImageSet, columns_of, image_column
+from .image_set import ImageSet, Pixels, Rows, columns_of, image_column, scaled
 from .options import Options, option
-from .pixels import Rows, scaled
 
 
 @dataclass(kw_only=True)
@@ -235,7 +234,7 @@ class ImageInputs(Inputs):
         crop_padding: int = 0,
         seed: int = 0,
     ):
-        self.images, self.processor, self.pixels = images, processor, images.pixels(processor)
+        self.images, self.processor, self.pixels = images, processor, Pixels(images, processor)
         self.flip, self.crop_padding, self.seed = flip, crop_padding, seed
 
     @property

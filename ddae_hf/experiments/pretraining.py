@@ -33,12 +33,11 @@ from .arrays import read_json, write_json, written_whole
 from .batches import BatchSizes, batch_sizes
 from .choosing import choose, chosen_before
 from .devices import fast_layout, made_fast
-from .encoding import one_view
+from .encoding import LatentFolder, one_view
+from .image_set import scaled
 from .images import Images
-from .latent_folder import LatentFolder
 from .new_networks import check_networks, networks_to_train, new_networks, trained_on
 from .options import Table, option
-from .pixels import scaled
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
 from .progress import Progress

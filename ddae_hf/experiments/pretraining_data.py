@@ -13,9 +13,8 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import freeze
 from .batches import BatchSizes, image_batches, images_hash, row_batches
 from .classes import draw_images, warn_of_missing
-from .encoding import latent_dataset
+from .encoding import LatentFolder, latent_dataset
 from .images import Images, ImageSet
-from .latent_folder import LatentFolder
 
 BY_ENCODE = "`encode` takes it, and the folder says what it was"
 BY_VIEWS = "latents are not changed; `encode` with mirror makes a second, mirrored view of each"
@@ -116,13 +115,13 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
     views = folder.views(split)
     if "vae_source" not in folder.index:
         raise ValueError(f"{folder.folder} was not made by `encode`, which says of what the latents are.")
-    if options.class_conditional and not folder.has_labels(split):
+    labels = folder.labels(split)
+    if options.class_conditional and labels is None:
         raise ValueError(
             f"{folder.folder} has no labels of the split {split!r}. Leave out class_conditional, or encode images of a "
             "data set with a label_column."
         )
-    labels = folder.labels(split) if folder.has_labels(split) else None
-    rows = latent_dataset(folder, split, labels if options.class_conditional else None, views)
+    rows = latent_dataset(folder, split, labels if options.class_conditional else None)
     if options.max_train_samples is not None and options.max_train_samples < len(rows):
         rows = rows.select(draw_images(len(rows) if labels is None else labels, options.max_train_samples))
     try:

@@ -32,9 +32,9 @@ from .accelerating import this_process
 from .batches import BatchSizes, batch_sizes, image_batches, images_hash
 from .devices import fast_layout, made_fast
 from .draws import separate_randomness
+from .image_set import scaled
 from .images import Images, ImageSet
 from .options import Table, option
-from .pixels import scaled
 from .plots import image_grid
 from .progress import WEIGHTS, Progress
 from .report import in_memory
