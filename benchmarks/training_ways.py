@@ -39,7 +39,7 @@ from ddae_hf.experiments.images import DataOptions, ImageSet
 from ddae_hf.experiments.new_networks import new_networks
 from ddae_hf.experiments.pretraining import Pretraining
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
-from ddae_hf.experiments.progress import PROGRESS
+from ddae_hf.experiments.run_folder import PROGRESS
 
 # What networks are built for that images without classes train.
 IMAGES = TrainingData(rows=None, facts={}, opened_with={}, count=None, hash=None)

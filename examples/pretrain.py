@@ -15,12 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ddae_hf.commands.parsing import parse, sentences, show_log
-from ddae_hf.experiments.accelerating import this_process
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.options import option
 from ddae_hf.experiments.pretraining import PretrainingOptions, pretrain
 from ddae_hf.experiments.publishing import PRIVATE, HubOptions, prepare, publish
+from ddae_hf.experiments.training import this_process
 
 
 @dataclass(kw_only=True)

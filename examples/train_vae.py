@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ddae_hf.commands.parsing import parse, sentences, show_log
-from ddae_hf.experiments.accelerating import this_process
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import option
+from ddae_hf.experiments.training import this_process
 from ddae_hf.experiments.vae_training import VAEOptions, train_vae
 
 

@@ -14,7 +14,7 @@ from ddae_hf.experiments.devices import fast_layout
 from ddae_hf.experiments.images import DataOptions, Images
 from ddae_hf.experiments.pixels import DamagedImageError
 from ddae_hf.experiments.pretraining import PretrainingOptions, pretrain, training_inputs
-from ddae_hf.experiments.progress import Progress
+from ddae_hf.experiments.run_folder import Progress
 from ddae_hf.experiments.training import Loop
 
 from .conftest import TINY, make_unet, put

@@ -32,7 +32,7 @@ from ddae_hf.experiments.new_networks import DENOISER, check_networks, new_netwo
 from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
-from ddae_hf.experiments.progress import Progress
+from ddae_hf.experiments.run_folder import Progress
 from ddae_hf.networks import build_denoiser, network_of
 from ddae_hf.noise import family
 

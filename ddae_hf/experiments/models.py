@@ -73,6 +73,11 @@ def base_of(model: Any) -> DDAEModel:
     return base
 
 
+def base_model(checkpoint: Any) -> dict[str, Any]:
+    """Return the Hub repository that a run began with, as `base_model`; nothing of a folder, an object, or of None."""
+    return {"base_model": checkpoint} if isinstance(checkpoint, str) and not os.path.exists(checkpoint) else {}
+
+
 def ready(model: Any) -> Any:
     """Return a model on the best device there is; its VAE takes one image at a time, which bounds what it needs."""
     if model.base_model.vae is not None:

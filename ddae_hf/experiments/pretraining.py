@@ -28,23 +28,22 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
 from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import this_process
 from .arrays import read_json, write_json, written_whole
 from .batches import BatchSizes, batch_sizes
 from .devices import fast_layout, made_fast
 from .encoding import one_view
 from .images import Images
 from .latent_folder import LatentFolder
+from .models import base_model
 from .new_networks import check_networks, networks_to_train, new_networks, trained_on
 from .options import Table, option
 from .pixels import scaled
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
-from .progress import Progress
 from .report import in_memory
 from .results import PretrainingReport
-from .run_facts import base_model
-from .run_folder import check_same_run, saving, write_options
+from .run_folder import Progress, check_same_run, saving, write_options
+from .training import this_process
 from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -131,10 +130,11 @@ class PretrainingResult(PretrainingReport):
         """
         if self.run is None:
             raise ValueError(f"This run was complete before: {self.folder} has it.")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with saving(folder):
-            self.run.write(Path(folder))
-            self.write(folder)
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        with saving(path):
+            self.run.write(path)
+            self.write(path)
 
 
 def pretrain(
@@ -205,14 +205,14 @@ class Pretraining:
         self.average.requires_grad_(False).eval()
         logger.info(f"Training on {data.describe(network.config.sample_size)}.")
         loader = data.batches(network.config, sizes, options)
-        rate = options.rate(sizes)
-        betas = (options.adam_beta1, options.adam_beta2)
         optimizer = torch.optim.AdamW(
-            network.parameters(), rate, betas, options.adam_epsilon, options.adam_weight_decay, fused=True
-        )
+            network.parameters(), options.rate(sizes), (options.adam_beta1, options.adam_beta2),
+            options.adam_epsilon, options.adam_weight_decay, fused=True,
+        )  # fmt: skip
         made_fast(network, accelerator.device)
+        averages = {"average": self.average, "ema_decay": options.ema_decay}
         self.loop = options.loop(
-            accelerator, network, optimizer, loader, sizes, known, resume, self.write, self.average, options.ema_decay
+            accelerator, network, optimizer, loader, sizes, known, resume, save=self.write, **averages
         )
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
@@ -308,16 +308,12 @@ class Pretraining:
     def train(self) -> PretrainingResult:
         """Train, and leave checkpoints and samples, the final network and, last of all, the report."""
         options, loop, folder = self.options, self.loop, self.options.output_dir
-        main = self.accelerator.is_main_process
         every = options.sample_steps if folder else 0
         step = loop.progress.steps
         if every and step and step % every == 0 and not self.picture(step).is_file():  # interrupted before it was drawn
             self.sample(step)
         loop.run(self.loss, self.sample, every)
         self.accelerator.wait_for_everyone()
-        if main and folder:
-            with saving(folder):
-                self.write(Path(folder))
         if every and loop.progress.steps % every:
             self.sample(loop.progress.steps)
         result = PretrainingResult(
@@ -330,9 +326,8 @@ class Pretraining:
             **loop.facts(),
             **base_model(options.init_from),
         )
-        if main and folder:
-            with saving(folder):
-                result.write(folder)
+        if folder and self.accelerator.is_main_process:
+            result.save(folder)
             logger.info(f"{result.images_per_second} images/s, loss {result.loss_last_100_batches}; saved {folder}.")
         return result
 

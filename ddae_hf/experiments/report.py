@@ -61,7 +61,7 @@ class Report:
         base_model: The Hub repository that it began with.
         seconds: How long it took, of all its runs; or the seconds of its parts and `in_all`.
         hardware: Names of the processor and the GPU; with `processes`, `threads` and `versions` what
-            `run_facts.machine` returns.
+            `devices.machine` returns.
         folder: Where it was read or written.
     """
 

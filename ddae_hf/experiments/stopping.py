@@ -55,6 +55,13 @@ class Stopping:
             signal.signal(number, handler)
         self._before = {}
 
+    def agreed(self, accelerator: Any) -> int | None:
+        """Return the number of the signal that came to any process, the same in all of them: every one must ask."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        mine = torch.tensor([self.requested or 0], device=accelerator.device)
+        return int(accelerator.gather(mine).max()) or None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = number

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
-from torch import nn, optim
-from torch.utils.data import DataLoader
 
-from .accelerating import accelerated
 from .batches import BatchSizes
+from .devices import has_bfloat16
 from .options import Options, option
-from .progress import STATE, Progress
-from .run_folder import checkpoint_to_resume, read_options
-from .training import Loop
+from .run_folder import STATE, Progress, checkpoint_to_resume, read_options
+from .training import Loop, accelerated
 
-Precision = Literal["no", "fp16", "bf16"]
+logger = logging.getLogger(__name__)
+
 # diffusers' `piecewise_constant` needs rules that no option gives.
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 # What may be another when a run is resumed; it holds from then on.
@@ -66,7 +68,7 @@ class TrainingOptions(Options):
     lr_scheduler: Schedule = option("constant_with_warmup", "How the learning rate changes.")
     lr_warmup_steps: int = option(500, "Steps in which it rises from 0.")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.")
-    mixed_precision: Precision | None = option(None, "By default what accelerate is configured for.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "By default as accelerate is configured.")
     allow_tf32: bool | None = option(None, "Compute float32 in TF32 on GPUs; by default as torch does.")
     dataloader_num_workers: int = option(
         0, "Processes that decode images, anew in each epoch; with 0 images that fit into memory are decoded once."
@@ -87,17 +89,39 @@ class TrainingOptions(Options):
         where = self.output_dir or self.resume_from_checkpoint
         return checkpoint_to_resume(where, self.resume_from_checkpoint, (*STATE, *weights)) if where else None
 
-    def accelerated(self, sizes: BatchSizes) -> AbstractContextManager[Accelerator]:
-        """Return what gives the run's `Accelerator`: see `accelerating.accelerated`."""
-        return accelerated(
-            mixed_precision=self.mixed_precision,
+    @contextlib.contextmanager
+    def accelerated(self, sizes: BatchSizes) -> Iterator[Accelerator]:
+        """Give the run's `Accelerator`: see `training.accelerated`; TF32 is afterwards as before, the tracker ended.
+
+        Raises:
+            ValueError: A tracker that is not installed, or a precision that the device has not.
+        """
+        project = None
+        if self.output_dir is not None:
+            project = ProjectConfiguration(self.output_dir, os.path.join(self.output_dir, self.logging_dir))
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = (matmul.allow_tf32, cudnn.allow_tf32) if self.allow_tf32 else None
+        with accelerated(
             accumulation=sizes.accumulation,
-            allow_tf32=self.allow_tf32,
-            report_to=self.report_to,
-            output_dir=self.output_dir,
-            logging_dir=self.logging_dir,
-            tracked=self.to_dict(),
-        )
+            mixed_precision=self.mixed_precision,
+            log_with=self.report_to,
+            project_config=project,
+        ) as accelerator:
+            if self.report_to and not accelerator.log_with:
+                raise ValueError(f"report_to is {self.report_to}: that tracker is not installed.")
+            if accelerator.mixed_precision == "bf16" and not has_bfloat16(accelerator.device):
+                logger.warning("This hardware has no bfloat16 arithmetic: mixed_precision no will be faster.")
+            try:
+                if self.report_to:
+                    accelerator.init_trackers("ddae_hf", {name: str(value) for name, value in self.to_dict().items()})
+                if before is not None:
+                    matmul.allow_tf32 = cudnn.allow_tf32 = True
+                yield accelerator
+            finally:
+                for tracker in accelerator.trackers:
+                    tracker.finish()
+                if before is not None:
+                    matmul.allow_tf32, cudnn.allow_tf32 = before
 
     def in_force(self, sizes: BatchSizes, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options that a run has, plain data that `--config` takes again on any number of devices."""
@@ -111,39 +135,17 @@ class TrainingOptions(Options):
         return self.learning_rate * (sizes.total if self.scale_lr else 1)
 
     def loop(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        optimizer: optim.Optimizer,
-        loader: DataLoader[Any],
-        sizes: BatchSizes,
-        data: Progress,
-        resume: Path | None,
-        save: Callable[[Path], None],
-        average: nn.Module | None = None,
-        ema_decay: float = 0.0,
-    ) -> Loop:
-        """Return a `Loop`, from the start or from a checkpoint, which keeps the weights if there is no average."""
-        steps = self.max_train_steps
-        if steps is None:
-            steps = self.num_train_epochs * max(1, (data.num_images or 0) // sizes.total)
+        self, accelerator: Accelerator, module: Any, optimizer: Any, loader: Any, sizes: BatchSizes, data: Progress,
+        resume: Path | None, **more: Any,
+    ) -> Loop:  # fmt: skip
+        """Return a `Loop` as these options and `more` say, from the start or from a checkpoint."""
+        steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // sizes.total)
         loop = Loop(
-            accelerator,
-            module,
-            optimizer,
-            loader,
-            total_steps=steps,
-            seed=self.seed,
-            schedule=lambda built: get_scheduler(self.lr_scheduler, built, None, self.lr_warmup_steps, steps),
-            max_grad_norm=self.max_grad_norm,
-            average=average,
-            ema_decay=ema_decay,
-            output_dir=self.output_dir,
-            checkpointing_steps=self.checkpointing_steps,
-            checkpoints_total_limit=self.checkpoints_total_limit,
-            save=save,
-            keep_weights=average is None,
-        )
+            accelerator, module, optimizer, loader, total_steps=steps, seed=self.seed,
+            schedule=get_scheduler(self.lr_scheduler, optimizer, None, self.lr_warmup_steps, steps),
+            max_grad_norm=self.max_grad_norm, output_dir=self.output_dir, checkpointing_steps=self.checkpointing_steps,
+            checkpoints_total_limit=self.checkpoints_total_limit, **more,
+        )  # fmt: skip
         loop.restore(resume)
         loop.progress.num_images = data.num_images
         loop.progress.images_hash = data.images_hash

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import this_process
 from .batches import BatchSizes, batch_sizes, image_batches, images_hash
 from .devices import fast_layout, made_fast
 from .draws import separate_randomness
@@ -36,10 +35,10 @@ from .images import Images, ImageSet
 from .options import Table, option
 from .pixels import scaled
 from .plots import image_grid
-from .progress import WEIGHTS, Progress
 from .report import in_memory
 from .results import VAEReport
-from .run_folder import check_same_run, saving, write_options
+from .run_folder import WEIGHTS, Progress, check_same_run, saving, write_options
+from .training import this_process
 from .training_options import Schedule, TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -76,6 +75,7 @@ class VAEOptions(TrainingOptions):
     def check(self) -> None:
         """Refuse an autoencoder that cannot be built."""
         super().check()
+        self.center_crop = self.center_crop is not False
         if derived := sorted(set(self.vae) & set(DERIVED)):
             raise ValueError(f"vae has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
         if unknown := sorted(set(self.vae) - set(inspect.signature(AutoencoderKL).parameters)):
@@ -148,19 +148,18 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
     sizes = batch_sizes(options, this_process().num_processes, options.default_batch)
     train, held_out = split_images(images, options, sizes)
     data = Progress(num_images=len(train), images_hash=images_hash(train))
-    center_crop = options.center_crop is not False
     with options.accelerated(sizes) as accelerator:
-        given = options.in_force(sizes, accelerator.mixed_precision, images.opened_with) | {"center_crop": center_crop}
+        given = options.in_force(sizes, accelerator.mixed_precision, images.opened_with)
         if resume is not None:
             trained = check_resumed(given, sizes, data, resume)
-            check_same_run(given, trained, options.may_change - {"center_crop", "resolution"}, resume)
+            check_same_run(given, trained, options.may_change, resume)
         vae = new_vae(options)
-        processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=center_crop)
+        processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=bool(options.center_crop))
         loader = image_batches(train, processor, sizes, options)
         optimizer = torch.optim.AdamW(vae.parameters(), options.rate(sizes), weight_decay=0.0, fused=True)
         made_fast(vae, accelerator.device)
-        save = partial(write_options, given)
-        loop = options.loop(accelerator, Autoencoder(vae), optimizer, loader, sizes, data, resume, save)
+        kept = {"save": partial(write_options, given), "keep_weights": True}
+        loop = options.loop(accelerator, Autoencoder(vae), optimizer, loader, sizes, data, resume, **kept)
         if loop.is_finished(VAEReport.file):
             finished = VAEResult.read(options.output_dir or "")
             finished.vae = AutoencoderKL.from_pretrained(options.output_dir)
@@ -254,7 +253,7 @@ def measure(vae: Any, images: ImageSet, options: VAEOptions) -> tuple[dict[str, 
 
     Reconstructions are of the posterior's mean, clipped to [-1, 1]. The latents' statistics are of a draw of each.
     """
-    processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=options.center_crop is not False)
+    processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=bool(options.center_crop))
     generator = torch.Generator().manual_seed(options.seed)
     ratios, divergences, latents = [], [], []
     pairs: list[Tensor] = []
