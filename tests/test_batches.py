@@ -63,7 +63,7 @@ def test_batches_travel_as_integers_and_are_the_processors_images_with_their_lab
 def test_workers_and_a_resumed_run_give_the_same_batches():
     alone = list(epochs())
     later = Progress(epoch=1, batch=2, batches=5)
-    assert [loader(workers).dataset.pixels.keep for workers in (0, 1)] == [True, False]
+    assert [loader(workers).collate_fn.args[0].keep for workers in (0, 1)] == [True, False]
     for others, wanted in ((epochs(1, 2), alone[:6]), (epochs(0, 3, later), alone[5:])):
         for found, expected in zip(others, wanted, strict=True):
             assert found[0].dtype == torch.uint8
@@ -72,7 +72,7 @@ def test_workers_and_a_resumed_run_give_the_same_batches():
 
 def test_a_batch_has_labels_only_where_there_are_classes():
     assert set(next(iter(loader(labels=False)))) == {"pixel_values"}
-    assert loader().dataset.__getitems__([5, 1])["labels"].tolist() == [2, 1]
+    assert loader().collate_fn([5, 1])["labels"].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

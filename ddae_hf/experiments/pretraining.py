@@ -4,9 +4,8 @@
     result = pretrain(Images.open("uoft-cs/cifar10"), max_train_steps=1000, output_dir="runs/mine")
     result.pipeline(16).images
 
-The folder opens with `DDAEPipeline.from_pretrained` and `DDAEForImageClassification.from_pretrained` as the network of
-averaged (EMA) weights; the weights that the optimiser left are in its sub-folder `raw`, which opens alike. Both hold
-the VAE of the latents that they were trained on.
+The folder opens as the network of averaged (EMA) weights; the weights that the optimiser left are in its sub-folder
+`raw`, which opens alike. Both hold the VAE of the latents that they were trained on.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class PretrainingOptions(TrainingOptions):
 
     # Beside these, the network and its scheduler are compared as they were built, the data by number and hash.
     may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
-        """denoiser scheduler vae resolution center_crop gradient_checkpointing adam_beta1 adam_beta2 adam_weight_decay
+        """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 adam_weight_decay
         adam_epsilon ema_decay sample_steps num_samples num_inference_steps sampler""".split()
     )
 
@@ -130,9 +129,7 @@ class PretrainingResult(PretrainingReport):
         """
         if self.run is None:
             raise ValueError(f"This run was complete before: {self.folder} has it.")
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        with saving(path):
+        with saving(folder) as path:
             self.run.write(path)
             self.write(path)
 
@@ -191,10 +188,9 @@ class Pretraining:
         self.given = options.in_force(sizes, accelerator.mixed_precision, data.opened_with)
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
-        trained = None if resume is None else check_resumed(self.given, sizes, known, resume)
         network, self.average, self.scheduler = networks_to_train(options, data, resume)
-        if resume is not None and trained is not None:
-            self._check_same_run(trained, network, resume)
+        if resume is not None:
+            self._check_same_run(check_resumed(self.given, sizes, known, resume), network, resume)
         check_networks(options, network, self.scheduler, data)
         kind = network_of(network)
         kind.stop_own_dropping(network)
@@ -203,7 +199,8 @@ class Pretraining:
         if options.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.average.requires_grad_(False).eval()
-        logger.info(f"Training on {data.describe(network.config.sample_size)}.")
+        what = "images" if data.described is None else f"latents, {data.described['views']} view(s) of each,"
+        logger.info(f"Training on {data.count or 'a stream of'} {what} with a side of {network.config.sample_size}.")
         loader = data.batches(network.config, sizes, options)
         optimizer = torch.optim.AdamW(
             network.parameters(), options.rate(sizes), (options.adam_beta1, options.adam_beta2),
@@ -220,16 +217,11 @@ class Pretraining:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
         options, data = self.options, self.data
         latents = {"center_crop": False, **read_json(resume / LATENTS)} if (resume / LATENTS).is_file() else None
-        may_change = set(options.may_change)
-        may_change |= set() if options.low_resolution else {"low_resolution_share"}
-        if not options.class_conditional and not trained.get("class_conditional"):
-            may_change.add("label_dropout")
-        if data.latents is None:
-            may_change.discard("center_crop")
+        used = {"label_dropout": options.class_conditional, "low_resolution_share": options.low_resolution}
+        used |= {"center_crop": data.latents is None, "shuffle_buffer": data.count is None}
+        may_change = options.may_change.union(name for name in used if not used[name])
         if data.count is None:  # a stream has no hash, and its order depends on more
             may_change -= OF_STREAMS
-        else:
-            may_change.add("shuffle_buffer")
         now = {**self.given, "latents": data.described, "streaming": data.count is None}
         trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
         if not options.init_from and not trained.get("init_from"):

@@ -40,13 +40,6 @@ class TrainingData:
     described: dict[str, Any] | None = None  # what tells these latents from others of the same images
     center_crop: bool = True  # whether images of another shape are or were cut, not squashed
 
-    def describe(self, side: int) -> str:
-        """Return in words what a network with inputs of this side is trained on."""
-        if self.described is not None:
-            shape, views = "x".join(map(str, self.described["shape"])), self.described["views"]
-            return f"latents of {self.count} images, {shape} each, in {views} view{'s' * (views > 1)}"
-        return f"{'a stream of' if self.count is None else self.count} images of {side} pixels"
-
     def check_vae_of(self, source: Checkpoint) -> None:
         """Raise `ValueError` unless a checkpoint's denoiser works on what it is to be trained on."""
         if self.latents is None and source.vae is not None:
@@ -66,7 +59,7 @@ class TrainingData:
         if isinstance(self.rows, ImageSet):
             processor = DDAEImageProcessor.for_denoiser(config, do_center_crop=self.center_crop)
             return image_batches(self.rows, processor, sizes, options, labels=self.num_classes > 0)
-        return row_batches(self.rows, len(self.rows), sizes, options, default_collate)
+        return row_batches(self.rows, sizes, options, default_collate)
 
 
 def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:

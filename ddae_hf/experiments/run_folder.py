@@ -242,10 +242,12 @@ def clear_rubbish(output_dir: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def saving(output_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise `OSError` in one sentence where writing into a run's folder failed, as on a full disk; leave no rubbish."""
+def saving(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a run's folder, made if it is missing, to write to; where that fails, `OSError` is one sentence of it."""
+    folder = Path(output_dir)
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
     except Exception as error:
         reason = _disk_error(error)
         if reason is None:

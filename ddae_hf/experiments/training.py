@@ -1,11 +1,5 @@
 """The loop that trains: resumable steps with accelerate, averaged weights, checkpoints, signals, progress.
 
-    with accelerated(mixed_precision="bf16") as accelerator:
-        loop = Loop(accelerator, network, optimizer, loader, total_steps=1000, seed=0, output_dir="runs/mine",
-                    checkpointing_steps=100, save=lambda folder: network.save_pretrained(folder))
-        loop.restore(checkpoint_to_resume("runs/mine", "latest", (*STATE, "config.json")))
-        loop.run(lambda batch: F.mse_loss(loop.module(batch["x"]), batch["y"]))
-
 What is random in a step depends on (seed, number of the batch, process) alone, so that a resumed run repeats it.
 """
 
@@ -86,7 +80,7 @@ class Loop:
     accelerator: Accelerator  # of `accelerated`
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    loader: Any  # torch's, which gives batches: one of rows has a `Batches` for its `batch_sampler`, one of a stream none
+    loader: Any  # torch's `DataLoader`: that of rows has a `Batches` for its `batch_sampler`, that of a stream none
     _: KW_ONLY
     total_steps: int
     seed: int  # of all that is random in a step

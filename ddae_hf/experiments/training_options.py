@@ -25,21 +25,20 @@ logger = logging.getLogger(__name__)
 
 # diffusers' `piecewise_constant` needs rules that no option gives.
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-# What may be another when a run is resumed; it holds from then on.
-MAY_CHANGE = frozenset(
-    """output_dir cache_dir dataset_name dataset_config_name train_data_dir latents_dir image_column label_column
-    skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps
-    num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm
-    mixed_precision allow_tf32 dataloader_num_workers checkpointing_steps checkpoints_total_limit
-    resume_from_checkpoint report_to logging_dir""".split()
-)
 
 
 @dataclass(kw_only=True)
 class TrainingOptions(Options):
     """What training a denoiser and training a VAE have in common."""
 
-    may_change: ClassVar[frozenset[str]] = MAY_CHANGE
+    # What may be another when a run is resumed; it holds from then on.
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        """output_dir cache_dir dataset_name dataset_config_name train_data_dir latents_dir image_column label_column
+        skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps
+        num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm
+        mixed_precision allow_tf32 dataloader_num_workers checkpointing_steps checkpoints_total_limit
+        resume_from_checkpoint report_to logging_dir""".split()
+    )
     default_batch: ClassVar[int] = 128
 
     output_dir: str | None = option(None, "Folder of checkpoints and results; without one there are none on disk.")
@@ -162,18 +161,18 @@ def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, c
     total = trained.get("total_batch_size")
     if total is None:
         total = (before.batch_images or sizes.total) * (trained.get("gradient_accumulation_steps") or 1)
+    was = f"{checkpoint} was trained on"
     anew = "or begin another run, in another output_dir"
     if total != sizes.total:
         raise ValueError(
-            f"{checkpoint} was trained on {total} images a step (total_batch_size), and here are {sizes.total}: give "
-            f"total_batch_size {total}, {anew}."
+            f"{was} {total} images a step (total_batch_size), and here are {sizes.total}: give total_batch_size "
+            f"{total}, {anew}."
         )
     same = f"give the same images, {anew}."
-    if None not in (before.num_images, data.num_images) and before.num_images != data.num_images:
-        was = f"{checkpoint} was trained on {before.num_images} images"
-        raise ValueError(f"{was}, and here are {data.num_images}: {same}")
-    if None not in (before.images_hash, data.images_hash) and before.images_hash != data.images_hash:
-        raise ValueError(f"{checkpoint} was trained on other images, as many as these: {same}")
+    if data.num_images and before.num_images not in (None, data.num_images):
+        raise ValueError(f"{was} {before.num_images} images, and here are {data.num_images}: {same}")
+    if data.images_hash and before.images_hash not in (None, data.images_hash):
+        raise ValueError(f"{was} other images, as many as these: {same}")
     if given["mixed_precision"] == "fp16" and not (checkpoint / "state" / "scaler.pt").is_file():
         raise ValueError(
             f"mixed_precision was {trained.get('mixed_precision')} and is fp16: {checkpoint} has no scale of the "

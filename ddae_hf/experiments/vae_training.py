@@ -100,9 +100,7 @@ class VAEResult(VAEReport):
 
     def save(self, folder: str | Path) -> None:
         """Write the autoencoder, some reconstructions, the options and the report, or raise `OSError`."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        with saving(folder):
+        with saving(folder) as path:
             self.vae.save_pretrained(path)
             write_options(self.options, path)
             if self.reconstructions is not None:
