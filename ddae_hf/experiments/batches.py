@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ..image_processing_ddae import DDAEImageProcessor
+from .devices import fast_layout
 from .images import ImageSet
-from .pixels import Pixels
+from .pixels import Pixels, scaled
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def image_batches(
 ) -> DataLoader[Any]:
     """Return shuffled batches of images: `pixel_values` (B, C, H, W), and `labels` (B,) if asked for.
 
-    Pixels are integers where they can be, which `pixels.scaled` makes floats.
+    Pixels are integers where they can be, which `clean_images` makes floats.
 
     Raises:
         ValueError: Fewer images than a step has, or a stream that may be too short.
@@ -148,6 +149,12 @@ def row_batches(rows: Any, sizes: BatchSizes, options: Any, collate: Callable[[A
 
 def _loading(workers: int) -> dict[str, Any]:
     return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+
+
+def clean_images(pixels: Tensor, config: Any) -> Tensor:
+    """Return a batch's images as floats, as a network of this configuration takes them, in the fastest layout."""
+    pixels = pixels.to(memory_format=fast_layout(pixels.device))
+    return scaled(pixels, DDAEImageProcessor.for_denoiser(config))
 
 
 def images_hash(images: ImageSet) -> str | None:

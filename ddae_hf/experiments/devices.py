@@ -27,20 +27,15 @@ def best_device() -> str:
 
 
 def fast_layout(device: str | torch.device) -> torch.memory_format:
-    """Return the layout of images and weights that networks are fastest in.
-
-    On processors oneDNN's convolutions take either, and a group norm is slower channels-last, its gradient several
-    times (torch 2.13).
-    """
+    """Return the layout that is fastest: on processors a group norm is slower channels-last (torch 2.13)."""
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that tensors free for the next ones, however large, until the process ends.
 
-    By default it gives tensors above 32 MiB back at once, and the kernel clears every page of the next: up to a third
-    of a forward pass of large batches on a processor (docs/performance.md). Where `MALLOC_...` or `GLIBC_TUNABLES` in
-    the environment set it up, it stays so.
+    By default the kernel clears every page of tensors above 32 MiB: up to a third of a forward pass of large batches
+    (docs/performance.md). Where `MALLOC_...` or `GLIBC_TUNABLES` in the environment set it up, it stays so.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not chosen:

@@ -28,15 +28,13 @@ from ..labels import drop_labels
 from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
-from .batches import BatchSizes, batch_sizes
-from .devices import fast_layout, made_fast
+from .batches import BatchSizes, batch_sizes, clean_images
 from .encoding import one_view
 from .images import Images
 from .latent_folder import LatentFolder
 from .models import base_model
 from .new_networks import check_networks, networks_to_train, new_networks, trained_on
 from .options import Table, option
-from .pixels import scaled
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
 from .report import in_memory
@@ -91,9 +89,7 @@ class PretrainingOptions(TrainingOptions):
     sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
     num_samples: int = option(64, "Images in the grid.")
     num_inference_steps: int = option(50, "Sampling steps of the grid.")
-    sampler: Literal["heun"] | None = option(
-        None, "EDM's second-order sampler for the grid, in place of the scheduler's steps."
-    )
+    sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler for the grid, not the scheduler's own.")
 
     def check(self) -> None:
         """Refuse what does not go together."""
@@ -122,11 +118,7 @@ class PretrainingResult(PretrainingReport):
     run: Pretraining | None = in_memory()
 
     def save(self, folder: str | Path) -> None:
-        """Write the networks, averaged and `raw`, the options and the report, or raise `OSError`.
-
-        Raises:
-            ValueError: The run was complete before, so its folder has them already.
-        """
+        """Write the networks, options and report (`OSError`); one that was complete before has them (`ValueError`)."""
         if self.run is None:
             raise ValueError(f"This run was complete before: {self.folder} has it.")
         with saving(folder) as path:
@@ -137,9 +129,7 @@ class PretrainingResult(PretrainingReport):
 def pretrain(
     images: Images | LatentFolder, options: PretrainingOptions | None = None, **changes: Any
 ) -> PretrainingResult:
-    """Train a denoiser, new or from a checkpoint.
-
-    Under `accelerate launch` every process calls this, and the main one writes.
+    """Train a denoiser, new or from a checkpoint; under `accelerate launch` every process calls this.
 
     Args:
         images: The data set, or a folder of its latents.
@@ -147,12 +137,10 @@ def pretrain(
         **changes: Fields of the options that are to be others.
 
     Returns:
-        What was measured, with the network. With `output_dir`, checkpoints, samples, the networks, the options and the
-        report are there as well.
+        What was measured, with the network; `output_dir` has it too, with checkpoints, samples and the options.
 
     Raises:
-        ValueError: Options or data that cannot work, a checkpoint that cannot be resumed, or a loss that is not finite
-            (`NotFinite`).
+        ValueError: Options, data or a checkpoint that cannot work, or a loss that is not finite (`NotFinite`).
         OSError: A file that cannot be read, or a folder that cannot be written to.
         Interrupted: A signal came, and a checkpoint was written.
     """
@@ -170,11 +158,7 @@ def pretrain(
 
 
 class Pretraining:
-    """A denoiser's training: its networks, data and loop, and what it leaves behind.
-
-    Raises:
-        ValueError: Networks that cannot be trained so, or a checkpoint of another run.
-    """
+    """A denoiser's training: its networks, data and loop, and what it leaves behind."""
 
     def __init__(
         self,
@@ -202,15 +186,12 @@ class Pretraining:
         what = "images" if data.described is None else f"latents, {data.described['views']} view(s) of each,"
         logger.info(f"Training on {data.count or 'a stream of'} {what} with a side of {network.config.sample_size}.")
         loader = data.batches(network.config, sizes, options)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), options.rate(sizes), (options.adam_beta1, options.adam_beta2),
-            options.adam_epsilon, options.adam_weight_decay, fused=True,
-        )  # fmt: skip
-        made_fast(network, accelerator.device)
-        averages = {"average": self.average, "ema_decay": options.ema_decay}
+        adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
+        adam["weight_decay"] = options.adam_weight_decay
         self.loop = options.loop(
-            accelerator, network, optimizer, loader, sizes, known, resume, save=self.write, **averages
-        )
+            accelerator, network, loader, sizes, known, resume, adam,
+            save=self.write, average=self.average, ema_decay=options.ema_decay,
+        )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
     def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
@@ -270,9 +251,9 @@ class Pretraining:
 
     def sample(self, step: int) -> None:
         """Draw a grid from the averaged network, always from the same noise."""
+        options = self.options
         if not self.accelerator.is_main_process:
             return
-        options = self.options
         pipeline = self.pipeline(self.loop.averaged()).to(self.accelerator.device)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         found: Any = pipeline(
@@ -328,9 +309,7 @@ def training_inputs(
     options: PretrainingOptions, batch: dict[str, Tensor], network: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Return clean images as floats, augmented if asked for, and what the network is told of them."""
-    pixels = batch["pixel_values"]
-    pixels = pixels.to(memory_format=fast_layout(pixels.device))
-    clean = scaled(pixels, DDAEImageProcessor.for_denoiser(network.config))
+    clean = clean_images(batch["pixel_values"], network.config)
     labels = batch.get("labels")
     if options.augment:
         clean, numbers = augment(clean, options.augment)

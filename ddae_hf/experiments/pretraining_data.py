@@ -66,8 +66,7 @@ def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
     """Return what a denoiser is to be trained on: a data set, or a folder of its latents.
 
     Raises:
-        ValueError: Images or latents that cannot be read, or without the labels asked for; options that latents have
-            no use for.
+        ValueError: Data that cannot be read or lack the labels asked for, or options of images with latents.
         OSError: The VAE of the latents is not where it was.
     """
     if isinstance(images, LatentFolder):

@@ -68,7 +68,7 @@ def _sha256(path: Path) -> str:
 def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
     """Return why a checkpoint cannot be resumed, in words, or None; `needed` are patterns that a file each must match.
 
-    Those of versions before 0.3.0 have no `files.json`: of these it is found what is missing or cut short.
+    Versions before 0.3.0 wrote no `files.json`: then it is found what is missing or cut short.
     """
     if missing := [pattern for pattern in needed if not any(checkpoint.glob(pattern))]:
         return f"it has no {', no '.join(missing)}"
@@ -102,16 +102,11 @@ def _is_cut_short(path: Path) -> bool:
 def checkpoint_to_resume(
     output_dir: str | os.PathLike[str], wanted: str | os.PathLike[str] | None, needed: Sequence[str]
 ) -> Path | None:
-    """Return the checkpoint to resume, or None for a fresh start.
-
-    Args:
-        output_dir: Folder of the run.
-        wanted: A checkpoint's folder, `latest` for the newest of the run that is whole, or None for a fresh start.
-        needed: Patterns of the files without which a run would not go on as it was.
+    """Return the checkpoint to resume: the one wanted, for `latest` the newest that is whole, or None to start afresh.
 
     Raises:
-        ValueError: A fresh start where there are checkpoints; a checkpoint that is not there, lacks something or is
-            damaged; `latest` where all are so.
+        ValueError: A fresh start where there are checkpoints; a checkpoint that is not there, is damaged or lacks one
+            of the files `needed`; `latest` where all are so.
     """
     check_folder(output_dir)
     found = saved_checkpoints(output_dir)

@@ -51,10 +51,7 @@ def this_process() -> PartialState:
 def accelerated(*, seed: int | None = None, accumulation: int = 1, **options: Any) -> Iterator[Accelerator]:
     """Give an `Accelerator` of its own: accelerate's state and global random generators are afterwards as before.
 
-    Args:
-        seed: What Python's, NumPy's and torch's global generators begin with.
-        accumulation: Batches whose gradients make a step.
-        **options: What else the `Accelerator` is told.
+    These begin with `seed`; the gradients of `accumulation` batches make a step.
     """
     kinds: tuple[Any, ...] = (AcceleratorState, GradientState)
     before = [dict(kind._shared_state) for kind in kinds]
@@ -120,12 +117,9 @@ class Loop:
         self.started = time.monotonic()
 
     def restore(self, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint, whose weights the module has already, but for `keep_weights`.
+        """Go on from a checkpoint, or raise `ValueError`: a damaged one, beyond the last step, or not finite.
 
-        The learning rate, and what else options say of the optimiser, are this run's.
-
-        Raises:
-            ValueError: A damaged checkpoint, one beyond the last step, or weights that are not finite.
+        The module has its weights already, but for `keep_weights`. What options say of the optimiser is this run's.
         """
         if self.folder is not None and self.accelerator.is_main_process:
             clear_rubbish(self.folder)
@@ -141,10 +135,8 @@ class Loop:
         self.accelerator.step = 0  # batches of a step that are done: checkpoints are written between steps
         progress.cut_into(self.batch_images)
         if progress.steps > self.total_steps:
-            raise ValueError(
-                f"{checkpoint} is at step {progress.steps}, beyond the {self.total_steps} asked for: resume an earlier "
-                "one."
-            )
+            beyond = f"at step {progress.steps}, beyond the {self.total_steps} asked for"
+            raise ValueError(f"{checkpoint} is {beyond}: resume an earlier one.")
         groups = self.optimizer.param_groups  # others than before
         for group, options in zip(groups, given, strict=True):
             group.update(options)

@@ -14,9 +14,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
+from torch import nn
 
 from .batches import BatchSizes
-from .devices import has_bfloat16
+from .devices import has_bfloat16, made_fast
 from .options import Options, option
 from .run_folder import STATE, Progress, checkpoint_to_resume, read_options
 from .training import Loop, accelerated
@@ -43,9 +44,7 @@ class TrainingOptions(Options):
 
     output_dir: str | None = option(None, "Folder of checkpoints and results; without one there are none on disk.")
     train_split: str = option("train", "Split to train on.")
-    max_train_samples: int | None = option(
-        None, "Use N training images of all classes, always the same ones; of a stream the first N."
-    )
+    max_train_samples: int | None = option(None, "Use N images of all classes, always the same; a stream's first N.")
     cache_dir: str | None = option(None, "Where downloaded data is kept.")
     resolution: int | None = option(None, "Side of the square training images; by default the network's sample_size.")
     center_crop: bool | None = option(
@@ -90,10 +89,9 @@ class TrainingOptions(Options):
 
     @contextlib.contextmanager
     def accelerated(self, sizes: BatchSizes) -> Iterator[Accelerator]:
-        """Give the run's `Accelerator`: see `training.accelerated`; TF32 is afterwards as before, the tracker ended.
+        """Give the run's `Accelerator`, or raise `ValueError` where the tracker or the precision is not to be had.
 
-        Raises:
-            ValueError: A tracker that is not installed, or a precision that the device has not.
+        Afterwards TF32 and what `training.accelerated` names are as before, and the tracker has ended.
         """
         project = None
         if self.output_dir is not None:
@@ -129,15 +127,14 @@ class TrainingOptions(Options):
             given["gradient_accumulation_steps"] = None  # it follows from the two sizes
         return given
 
-    def rate(self, sizes: BatchSizes) -> float:
-        """Return the learning rate, which `scale_lr` multiplies by the images of a step."""
-        return self.learning_rate * (sizes.total if self.scale_lr else 1)
-
     def loop(
-        self, accelerator: Accelerator, module: Any, optimizer: Any, loader: Any, sizes: BatchSizes, data: Progress,
-        resume: Path | None, **more: Any,
+        self, accelerator: Accelerator, module: nn.Module, loader: Any, sizes: BatchSizes, data: Progress,
+        resume: Path | None, adam: Mapping[str, Any], **more: Any,
     ) -> Loop:  # fmt: skip
-        """Return a `Loop` as these options and `more` say, from the start or from a checkpoint."""
+        """Return a `Loop` as these options and `more` say, with AdamW, from the start or from a checkpoint."""
+        made_fast(module, accelerator.device)
+        rate = self.learning_rate * (sizes.total if self.scale_lr else 1)
+        optimizer = torch.optim.AdamW(module.parameters(), rate, fused=True, **adam)
         steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // sizes.total)
         loop = Loop(
             accelerator, module, optimizer, loader, total_steps=steps, seed=self.seed,
@@ -154,7 +151,7 @@ class TrainingOptions(Options):
 def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's options, or raise `ValueError` unless a run has its batches and images and a fit precision.
 
-    Else which images of its epoch are done would not be known. `data` has this run's `num_images` and `images_hash`.
+    `data` has this run's `num_images` and `images_hash`.
     """
     trained = {"center_crop": False, **read_options(checkpoint)}  # version 0.1.0 had no such option, and squashed
     before = Progress.read(checkpoint)

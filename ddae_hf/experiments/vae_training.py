@@ -28,12 +28,10 @@ from torch import Tensor, nn
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
-from .batches import BatchSizes, batch_sizes, image_batches, images_hash
-from .devices import fast_layout, made_fast
+from .batches import BatchSizes, batch_sizes, clean_images, image_batches, images_hash
 from .draws import separate_randomness
 from .images import Images, ImageSet
 from .options import Table, option
-from .pixels import scaled
 from .plots import image_grid
 from .report import in_memory
 from .results import VAEReport
@@ -131,12 +129,11 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         **changes: Fields of the options that are to be others.
 
     Returns:
-        What was measured, with the autoencoder. With `output_dir`, checkpoints, the autoencoder, some reconstructions,
-        the options and the report are there as well.
+        What was measured, with the autoencoder; `output_dir` has it too, with checkpoints, some reconstructions and the
+        options.
 
     Raises:
-        ValueError: Options or images that cannot work, a checkpoint that cannot be resumed, or a loss that is not
-            finite (`NotFinite`).
+        ValueError: Options, images or a checkpoint that cannot work, or a loss that is not finite (`NotFinite`).
         OSError: A file that cannot be read, or a folder that cannot be written to.
         Interrupted: A signal came, and a checkpoint was written.
     """
@@ -154,10 +151,10 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         vae = new_vae(options)
         processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=bool(options.center_crop))
         loader = image_batches(train, processor, sizes, options)
-        optimizer = torch.optim.AdamW(vae.parameters(), options.rate(sizes), weight_decay=0.0, fused=True)
-        made_fast(vae, accelerator.device)
-        kept = {"save": partial(write_options, given), "keep_weights": True}
-        loop = options.loop(accelerator, Autoencoder(vae), optimizer, loader, sizes, data, resume, **kept)
+        loop = options.loop(
+            accelerator, Autoencoder(vae), loader, sizes, data, resume, {"weight_decay": 0.0},
+            save=partial(write_options, given), keep_weights=True,
+        )  # fmt: skip
         if loop.is_finished(VAEReport.file):
             finished = VAEResult.read(options.output_dir or "")
             finished.vae = AutoencoderKL.from_pretrained(options.output_dir)
@@ -165,7 +162,8 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         logger.info(f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out.")
 
         def loss(batch: dict[str, Tensor]) -> Tensor:
-            clean = clean_images(batch["pixel_values"], vae, options.random_flip)
+            clean = clean_images(batch["pixel_values"], vae.config)
+            clean = random_flip(clean) if options.random_flip else clean
             return reconstruction_loss(options, clean, *loop.module(clean))
 
         loop.run(loss)
@@ -192,11 +190,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
 
 
 def new_vae(options: VAEOptions) -> Any:
-    """Return the autoencoder, randomly initialised, that the options describe.
-
-    Raises:
-        ValueError: Options of it that do not go together.
-    """
+    """Return the autoencoder, randomly initialised, that the options describe, or raise `ValueError`."""
     levels = len(options.vae.get("block_out_channels", [64]))
     try:
         with separate_randomness(options.seed):
@@ -229,13 +223,6 @@ def split_images(images: Images, options: VAEOptions, sizes: BatchSizes) -> tupl
     for row in range(len(held_out)):
         held_out.pil([row])  # which names a damaged one now, not after the training
     return chosen.select(order[options.held_out :]), held_out
-
-
-def clean_images(pixels: Tensor, vae: Any, flip: bool) -> Tensor:
-    """Return pixels as floats, half of the images mirrored if asked for."""
-    pixels = pixels.to(memory_format=fast_layout(pixels.device))
-    clean = scaled(pixels, DDAEImageProcessor.for_denoiser(vae.config))
-    return random_flip(clean) if flip else clean
 
 
 def reconstruction_loss(options: VAEOptions, clean: Tensor, reconstruction: Tensor, divergence: Tensor) -> Tensor:
