@@ -28,8 +28,8 @@ def images():
 
 
 def loader(workers=0, labels=True):
-    options = SimpleNamespace(seed=0, dataloader_num_workers=workers)
-    return image_batches(images(), DDAEImageProcessor.for_denoiser(make_unet().config), SIZES, options, labels)
+    options = SimpleNamespace(seed=0, dataloader_num_workers=workers, sizes=SIZES)
+    return image_batches(images(), DDAEImageProcessor.for_denoiser(make_unet().config), options, labels)
 
 
 def epochs(workers=0, count=3, start=None):
@@ -81,9 +81,9 @@ def test_an_image_that_cannot_be_read_is_named_among_others(tmp_path, workers):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
     cut = tmp_path / "2.jpg"
     cut.write_bytes(cut.read_bytes()[:400])  # Pillow opens it, and does not say which file ends too soon
-    options = SimpleNamespace(seed=0, dataloader_num_workers=workers)
+    options = SimpleNamespace(seed=0, dataloader_num_workers=workers, sizes=SIZES)
     processor = DDAEImageProcessor.for_denoiser(make_unet().config)
-    batches = image_batches(Images.open(tmp_path)["train"], processor, SIZES, options)
+    batches = image_batches(Images.open(tmp_path)["train"], processor, options)
     with pytest.raises(DamagedImageError, match=r"^The image .*2\.jpg cannot be read: .*truncated.*skip_bad_images\.$"):
         next(iter(batches))
 

@@ -1,8 +1,7 @@
-"""Batches to train on, of images, a stream or latents: their sizes, and each epoch's in an order of its own."""
+"""Batches to train on, of images, a stream or latents, each epoch's in an order of its own."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,8 +16,6 @@ from ..image_processing_ddae import DDAEImageProcessor
 from .devices import fast_layout
 from .images import ImageSet
 from .pixels import Pixels, scaled
-
-logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 HASHED = 4096  # images by which a data set is known again
@@ -58,27 +55,6 @@ class BatchSizes(NamedTuple):
     processes: int  # number of devices
 
 
-def batch_sizes(options: Any, processes: int, default: int = 128) -> BatchSizes:
-    """Return how many images a step has, and how they are shared out; `default` is what it has where no size is given.
-
-    Raises:
-        ValueError: Sizes that contradict each other, or that cannot be shared out.
-    """
-    total, each, passes = options.total_batch_size, options.train_batch_size, options.gradient_accumulation_steps
-    shares = processes * (each or 1) * (passes or 1)
-    total = total or (shares if each else default)
-    if total % shares if None in (each, passes) else total != shares:
-        needed = f"a multiple of {shares}" if None in (each, passes) else f"{shares}, or one of the three left out"
-        raise ValueError(
-            f"total_batch_size is {total}: with train_batch_size {each}, gradient_accumulation_steps {passes} and "
-            f"{processes} process(es) it must be {needed}."
-        )
-    each = each or total // shares
-    sizes = BatchSizes(total, each, total // (each * processes), processes)
-    logger.info(f"A step has {total} images: {each} x {processes} device(s) x {sizes.accumulation} forward pass(es).")
-    return sizes
-
-
 def whole(batch: Batch) -> Batch:
     """Return a batch that needs no putting together."""
     return batch
@@ -98,7 +74,7 @@ def _put_together(processor: DDAEImageProcessor, rows: list[dict[str, Any]]) -> 
 
 
 def image_batches(
-    images: ImageSet, processor: DDAEImageProcessor, sizes: BatchSizes, options: Any, labels: bool = False
+    images: ImageSet, processor: DDAEImageProcessor, options: Any, labels: bool = False
 ) -> DataLoader[Any]:
     """Return shuffled batches of images: `pixel_values` (B, C, H, W), and `labels` (B,) if asked for.
 
@@ -107,12 +83,12 @@ def image_batches(
     Raises:
         ValueError: Fewer images than a step has, or a stream that may be too short.
     """
-    workers = options.dataloader_num_workers
+    sizes, workers = options.sizes, options.dataloader_num_workers
     if not images.streaming:
         # Workers have memory of their own, in which each would keep what it happens to decode.
         pixels = images.pixels(processor, keep=workers == 0)
         known = torch.from_numpy(images.labels) if labels else None
-        return row_batches(range(len(images)), sizes, options, partial(_read, pixels, known))
+        return row_batches(range(len(images)), options, partial(_read, pixels, known))
     # What does not fill a batch is dropped, by each worker of its own part.
     needed = sizes.per_device * (sizes.processes + max(workers, 1) - 1)
     found = sum(1 for _ in images.dataset.cast_column(images.image_column, Image(decode=False)).take(needed))
@@ -126,13 +102,13 @@ def image_batches(
     return DataLoader(rows, sizes.per_device, drop_last=True, collate_fn=together, **_loading(workers))
 
 
-def row_batches(rows: Any, sizes: BatchSizes, options: Any, collate: Callable[[Any], Batch]) -> DataLoader[Any]:
+def row_batches(rows: Any, options: Any, collate: Callable[[Any], Batch]) -> DataLoader[Any]:
     """Return shuffled batches of the rows of a data set: see `image_batches`.
 
     The order is new in every epoch, and the same for whatever size it is cut into. What does not make a step is left
     out, but where there are fewer rows than a batch has they are one.
     """
-    count = len(rows)
+    sizes, count = options.sizes, len(rows)
     if count < sizes.total > sizes.per_device:
         raise ValueError(
             f"There are {count} images, fewer than a step's total_batch_size of {sizes.total}: give a smaller one."

@@ -28,7 +28,7 @@ from ..labels import drop_labels
 from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
-from .batches import BatchSizes, batch_sizes, clean_images
+from .batches import clean_images
 from .encoding import one_view
 from .images import Images
 from .latent_folder import LatentFolder
@@ -40,7 +40,6 @@ from .pretraining_data import TrainingData, training_data
 from .report import in_memory
 from .results import PretrainingReport
 from .run_folder import Progress, check_same_run, saving, write_options
-from .training import this_process
 from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -146,10 +145,8 @@ def pretrain(
     """
     options = PretrainingOptions.of(options, changes)
     resume = options.checkpoint(*WEIGHTS)
-    sizes = batch_sizes(options, this_process().num_processes)
-    data = training_data(images, options)
-    with options.accelerated(sizes) as accelerator:
-        run = Pretraining(options, accelerator, data, sizes, resume)
+    with options.accelerated() as accelerator:
+        run = Pretraining(options, accelerator, training_data(images, options), resume)
         if run.loop.is_finished(PretrainingReport.file):
             result = PretrainingResult.read(options.output_dir or "")
             result.pipeline = run.pipeline(run.average)
@@ -160,21 +157,14 @@ def pretrain(
 class Pretraining:
     """A denoiser's training: its networks, data and loop, and what it leaves behind."""
 
-    def __init__(
-        self,
-        options: PretrainingOptions,
-        accelerator: Accelerator,
-        data: TrainingData,
-        sizes: BatchSizes,
-        resume: Path | None,
-    ):
+    def __init__(self, options: PretrainingOptions, accelerator: Accelerator, data: TrainingData, resume: Path | None):
         self.options, self.accelerator, self.data = options, accelerator, data
-        self.given = options.in_force(sizes, accelerator.mixed_precision, data.opened_with)
+        self.given = options.in_force(accelerator.mixed_precision, data.opened_with)
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
         network, self.average, self.scheduler = networks_to_train(options, data, resume)
         if resume is not None:
-            self._check_same_run(check_resumed(self.given, sizes, known, resume), network, resume)
+            self._check_same_run(check_resumed(self.given, known, resume), network, resume)
         check_networks(options, network, self.scheduler, data)
         kind = network_of(network)
         kind.stop_own_dropping(network)
@@ -185,11 +175,11 @@ class Pretraining:
         self.average.requires_grad_(False).eval()
         what = "images" if data.described is None else f"latents, {data.described['views']} view(s) of each,"
         logger.info(f"Training on {data.count or 'a stream of'} {what} with a side of {network.config.sample_size}.")
-        loader = data.batches(network.config, sizes, options)
+        loader = data.batches(network.config, options)
         adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
         adam["weight_decay"] = options.adam_weight_decay
         self.loop = options.loop(
-            accelerator, network, loader, sizes, known, resume, adam,
+            accelerator, network, loader, known, resume, adam,
             save=self.write, average=self.average, ema_decay=options.ema_decay,
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
@@ -237,11 +227,10 @@ class Pretraining:
         """Write the averaged network, the raw one in `raw`, how their images are prepared, and the options."""
         if self.data.described is not None and (folder / "state").is_dir():
             write_json(folder / LATENTS, self.data.described)
-        self.pipeline(self.loop.averaged()).save_pretrained(folder)
-        self.pipeline(self.loop.raw()).save_pretrained(folder / "raw")
         vae = None if self.data.vae is None else self.data.vae.config
         processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
-        for place in (folder, folder / "raw"):
+        for place, denoiser in ((folder, self.loop.averaged()), (folder / "raw", self.loop.raw())):
+            self.pipeline(denoiser).save_pretrained(place)
             processor.save_pretrained(place)
         write_options(self.given, folder)
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, default_collate
 from ..checkpoints import Checkpoint, load_vae
 from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import freeze
-from .batches import BatchSizes, image_batches, images_hash, row_batches
+from .batches import image_batches, images_hash, row_batches
 from .classes import draw_images, warn_of_missing
 from .encoding import latent_dataset
 from .images import Images, ImageSet
@@ -54,12 +54,12 @@ class TrainingData:
             except ValueError as error:
                 raise ValueError(f"{source.path} cannot be trained on these latents. {error}") from error
 
-    def batches(self, config: Any, sizes: BatchSizes, options: Any) -> DataLoader[Any]:
+    def batches(self, config: Any, options: Any) -> DataLoader[Any]:
         """Return shuffled batches for a network of this configuration: see `image_batches`."""
         if isinstance(self.rows, ImageSet):
             processor = DDAEImageProcessor.for_denoiser(config, do_center_crop=self.center_crop)
-            return image_batches(self.rows, processor, sizes, options, labels=self.num_classes > 0)
-        return row_batches(self.rows, sizes, options, default_collate)
+            return image_batches(self.rows, processor, options, labels=self.num_classes > 0)
+        return row_batches(self.rows, options, default_collate)
 
 
 def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
@@ -129,7 +129,8 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
     if names:
         warn_of_missing(names, {split: rows.with_format(None)["labels"][:]})
     known = folder.index["splits"][split]
-    center_crop = known["preprocessing"].get("do_center_crop", False)  # version 0.1.0 squashed
+    described = {"shape": list(folder.shape), "views": views, "sample_posterior": folder.index["sample_posterior"]}
+    center_crop = described["center_crop"] = known["preprocessing"].get("do_center_crop", False)  # 0.1.0 squashed
     return TrainingData(
         rows=rows,
         facts=lambda: {**folder.index["dataset"], "num_images": len(rows)},
@@ -140,11 +141,6 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
         names=names,
         latents=folder,
         vae=vae,
-        described={
-            "shape": list(folder.shape),
-            "views": views,
-            "sample_posterior": folder.index["sample_posterior"],
-            "center_crop": center_crop,
-        },
+        described=described,
         center_crop=center_crop,
     )

@@ -108,7 +108,6 @@ def checkpoint_to_resume(
         ValueError: A fresh start where there are checkpoints; a checkpoint that is not there, is damaged or lacks one
             of the files `needed`; `latest` where all are so.
     """
-    check_folder(output_dir)
     found = saved_checkpoints(output_dir)
     if wanted is None:
         if found:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from .batches import BatchSizes
 from .devices import has_bfloat16, made_fast
 from .options import Options, option
 from .run_folder import STATE, Progress, checkpoint_to_resume, read_options
-from .training import Loop, accelerated
+from .training import Loop, accelerated, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,26 @@ class TrainingOptions(Options):
         where = self.output_dir or self.resume_from_checkpoint
         return checkpoint_to_resume(where, self.resume_from_checkpoint, (*STATE, *weights)) if where else None
 
+    @cached_property
+    def sizes(self) -> BatchSizes:
+        """How many images a step has, and how they are shared out, or `ValueError` where they cannot be."""
+        total, each, passes = self.total_batch_size, self.train_batch_size, self.gradient_accumulation_steps
+        processes = this_process().num_processes
+        shares = processes * (each or 1) * (passes or 1)
+        total = total or (shares if each else self.default_batch)
+        if total % shares if None in (each, passes) else total != shares:
+            needed = f"a multiple of {shares}" if None in (each, passes) else f"{shares}, or one of the three left out"
+            raise ValueError(
+                f"total_batch_size is {total}: with train_batch_size {each}, gradient_accumulation_steps {passes} and "
+                f"{processes} process(es) it must be {needed}."
+            )
+        each = each or total // shares
+        passes = total // (each * processes)
+        logger.info(f"A step has {total} images: {each} x {processes} device(s) x {passes} forward pass(es).")
+        return BatchSizes(total, each, passes, processes)
+
     @contextlib.contextmanager
-    def accelerated(self, sizes: BatchSizes) -> Iterator[Accelerator]:
+    def accelerated(self) -> Iterator[Accelerator]:
         """Give the run's `Accelerator`, or raise `ValueError` where the tracker or the precision is not to be had.
 
         Afterwards TF32 and what `training.accelerated` names are as before, and the tracker has ended.
@@ -99,7 +118,7 @@ class TrainingOptions(Options):
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         before = (matmul.allow_tf32, cudnn.allow_tf32) if self.allow_tf32 else None
         with accelerated(
-            accumulation=sizes.accumulation,
+            accumulation=self.sizes.accumulation,
             mixed_precision=self.mixed_precision,
             log_with=self.report_to,
             project_config=project,
@@ -120,22 +139,22 @@ class TrainingOptions(Options):
                 if before is not None:
                     matmul.allow_tf32, cudnn.allow_tf32 = before
 
-    def in_force(self, sizes: BatchSizes, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
+    def in_force(self, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options that a run has, plain data that `--config` takes again on any number of devices."""
-        given = {**opened_with, **self.to_dict(), "total_batch_size": sizes.total, "mixed_precision": precision}
+        given = {**opened_with, **self.to_dict(), "total_batch_size": self.sizes.total, "mixed_precision": precision}
         if given["train_batch_size"] is not None:
             given["gradient_accumulation_steps"] = None  # it follows from the two sizes
         return given
 
     def loop(
-        self, accelerator: Accelerator, module: nn.Module, loader: Any, sizes: BatchSizes, data: Progress,
-        resume: Path | None, adam: Mapping[str, Any], **more: Any,
+        self, accelerator: Accelerator, module: nn.Module, loader: Any, data: Progress, resume: Path | None,
+        adam: Mapping[str, Any], **more: Any,
     ) -> Loop:  # fmt: skip
         """Return a `Loop` as these options and `more` say, with AdamW, from the start or from a checkpoint."""
         made_fast(module, accelerator.device)
-        rate = self.learning_rate * (sizes.total if self.scale_lr else 1)
+        rate = self.learning_rate * (self.sizes.total if self.scale_lr else 1)
         optimizer = torch.optim.AdamW(module.parameters(), rate, fused=True, **adam)
-        steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // sizes.total)
+        steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // self.sizes.total)
         loop = Loop(
             accelerator, module, optimizer, loader, total_steps=steps, seed=self.seed,
             schedule=get_scheduler(self.lr_scheduler, optimizer, None, self.lr_warmup_steps, steps),
@@ -148,21 +167,22 @@ class TrainingOptions(Options):
         return loop
 
 
-def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, checkpoint: Path) -> dict[str, Any]:
+def check_resumed(given: Mapping[str, Any], data: Progress, checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's options, or raise `ValueError` unless a run has its batches and images and a fit precision.
 
     `data` has this run's `num_images` and `images_hash`.
     """
     trained = {"center_crop": False, **read_options(checkpoint)}  # version 0.1.0 had no such option, and squashed
     before = Progress.read(checkpoint)
+    now = given["total_batch_size"]
     total = trained.get("total_batch_size")
     if total is None:
-        total = (before.batch_images or sizes.total) * (trained.get("gradient_accumulation_steps") or 1)
+        total = (before.batch_images or now) * (trained.get("gradient_accumulation_steps") or 1)
     was = f"{checkpoint} was trained on"
     anew = "or begin another run, in another output_dir"
-    if total != sizes.total:
+    if total != now:
         raise ValueError(
-            f"{was} {total} images a step (total_batch_size), and here are {sizes.total}: give total_batch_size "
+            f"{was} {total} images a step (total_batch_size), and here are {now}: give total_batch_size "
             f"{total}, {anew}."
         )
     same = f"give the same images, {anew}."

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
-from .batches import BatchSizes, batch_sizes, clean_images, image_batches, images_hash
+from .batches import clean_images, image_batches, images_hash
 from .draws import separate_randomness
 from .images import Images, ImageSet
 from .options import Table, option
@@ -36,7 +36,6 @@ from .plots import image_grid
 from .report import in_memory
 from .results import VAEReport
 from .run_folder import WEIGHTS, Progress, check_same_run, saving, write_options
-from .training import this_process
 from .training_options import Schedule, TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -140,19 +139,18 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
     options = VAEOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
     resume = options.checkpoint(WEIGHTS)
-    sizes = batch_sizes(options, this_process().num_processes, options.default_batch)
-    train, held_out = split_images(images, options, sizes)
+    train, held_out = split_images(images, options)
     data = Progress(num_images=len(train), images_hash=images_hash(train))
-    with options.accelerated(sizes) as accelerator:
-        given = options.in_force(sizes, accelerator.mixed_precision, images.opened_with)
+    with options.accelerated() as accelerator:
+        given = options.in_force(accelerator.mixed_precision, images.opened_with)
         if resume is not None:
-            trained = check_resumed(given, sizes, data, resume)
+            trained = check_resumed(given, data, resume)
             check_same_run(given, trained, options.may_change, resume)
         vae = new_vae(options)
         processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=bool(options.center_crop))
-        loader = image_batches(train, processor, sizes, options)
+        loader = image_batches(train, processor, options)
         loop = options.loop(
-            accelerator, Autoencoder(vae), loader, sizes, data, resume, {"weight_decay": 0.0},
+            accelerator, Autoencoder(vae), loader, data, resume, {"weight_decay": 0.0},
             save=partial(write_options, given), keep_weights=True,
         )  # fmt: skip
         if loop.is_finished(VAEReport.file):
@@ -209,14 +207,14 @@ def new_vae(options: VAEOptions) -> Any:
     return vae
 
 
-def split_images(images: Images, options: VAEOptions, sizes: BatchSizes) -> tuple[ImageSet, ImageSet]:
+def split_images(images: Images, options: VAEOptions) -> tuple[ImageSet, ImageSet]:
     """Return the images to train on and those to measure on, both shuffled once."""
     chosen = images[options.train_split].take(options.max_train_samples)
-    needed = options.held_out + sizes.total
-    if len(chosen) < needed:
+    total = options.sizes.total
+    if len(chosen) < options.held_out + total:
         raise ValueError(
-            f"There are {len(chosen)} images: held_out {options.held_out} and a total_batch_size of {sizes.total} need "
-            f"{needed}. Lower one of them."
+            f"There are {len(chosen)} images: held_out {options.held_out} and a total_batch_size of {total} need "
+            f"{options.held_out + total}. Lower one of them."
         )
     order = np.random.default_rng(options.seed).permutation(len(chosen))
     held_out = chosen.select(order[: options.held_out])
@@ -242,9 +240,8 @@ def measure(vae: Any, images: ImageSet, options: VAEOptions) -> tuple[dict[str, 
     generator = torch.Generator().manual_seed(options.seed)
     ratios, divergences, latents = [], [], []
     pairs: list[Tensor] = []
-    for start in range(0, len(images), 100):
-        batch = images.pil(range(start, min(start + 100, len(images))))
-        clean = processor(batch, return_tensors="pt")["pixel_values"].to(vae.device)
+    for rows in torch.arange(len(images)).split(100):
+        clean = processor(images.pil(rows.tolist()), return_tensors="pt")["pixel_values"].to(vae.device)
         posterior = vae.encode(clean).latent_dist
         restored = vae.decode(posterior.mode()).sample.clamp(-1, 1)
         ratios.append(-10 * ((restored - clean) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10())
