@@ -28,7 +28,7 @@ from ..labels import drop_labels
 from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
-from .batches import clean_images
+from .batches import Batch, clean_images
 from .encoding import one_view
 from .images import Images
 from .latent_folder import LatentFolder
@@ -74,9 +74,7 @@ class PretrainingOptions(TrainingOptions):
         "Mean and standard deviation of log sigma, drawn from a normal distribution: for flow matching 0 1 are "
         "logit-normal times. By default each framework's own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
     )
-    low_resolution: int | None = option(
-        None, "Begin with images reduced to this side, by means of pixels: such steps cost less."
-    )
+    low_resolution: int | None = option(None, "Begin on images reduced to this side by means of pixels, in less time.")
     low_resolution_share: float = option(0.9, "Share of the steps that are of low_resolution.")
     shuffle_buffer: int = option(10000, "Images of a stream among which the next one is drawn.")
     gradient_checkpointing: bool = option(False, "Compute hidden states twice, in less memory.")
@@ -147,8 +145,7 @@ def pretrain(
     resume = options.checkpoint(*WEIGHTS)
     with options.accelerated() as accelerator:
         run = Pretraining(options, accelerator, training_data(images, options), resume)
-        if run.loop.is_finished(PretrainingReport.file):
-            result = PretrainingResult.read(options.output_dir or "")
+        if result := run.loop.finished(PretrainingResult):
             result.pipeline = run.pipeline(run.average)
             return result
         return run.train()
@@ -202,7 +199,7 @@ class Pretraining:
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch."""
         options, loop = self.options, self.loop
         batch["pixel_values"] = one_view(batch["pixel_values"])
@@ -276,6 +273,10 @@ class Pretraining:
             self.sample(step)
         loop.run(self.loss, self.sample, every)
         self.accelerator.wait_for_everyone()
+        main = self.accelerator.is_main_process
+        if main and folder:
+            with saving(folder) as path:
+                self.write(path)
         if every and loop.progress.steps % every:
             self.sample(loop.progress.steps)
         result = PretrainingResult(
@@ -288,15 +289,14 @@ class Pretraining:
             **loop.facts(),
             **base_model(options.init_from),
         )
-        if folder and self.accelerator.is_main_process:
-            result.save(folder)
+        if main and folder:
+            with saving(folder) as path:
+                result.write(path)
             logger.info(f"{result.images_per_second} images/s, loss {result.loss_last_100_batches}; saved {folder}.")
         return result
 
 
-def training_inputs(
-    options: PretrainingOptions, batch: dict[str, Tensor], network: Any
-) -> tuple[Tensor, Tensor | None]:
+def training_inputs(options: PretrainingOptions, batch: Batch, network: Any) -> tuple[Tensor, Tensor | None]:
     """Return clean images as floats, augmented if asked for, and what the network is told of them."""
     clean = clean_images(batch["pixel_values"], network.config)
     labels = batch.get("labels")

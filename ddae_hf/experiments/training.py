@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .arrays import read_json, write_json
-from .batches import Batches
+from .arrays import write_json
+from .batches import Batch, Batches
 from .devices import machine
 from .draws import separate_randomness
 from .run_folder import PROGRESS, Progress, clear_rubbish, discard, note_files, saved_checkpoints, saving
@@ -83,7 +83,7 @@ class Loop:
     seed: int  # of all that is random in a step
     schedule: Any = None  # of the optimiser; where a run may be resumed a `LambdaLR`, whose rates only steps decide
     max_grad_norm: float = 0.0  # the largest norm of the gradient; 0 leaves it as it is
-    average: nn.Module | None = None  # a copy of the module, to hold averaged weights
+    average: Any = None  # a copy of the module, to hold averaged weights
     ema_decay: float = 0.0  # of the averages, after its ramp
     output_dir: str | os.PathLike[str] | None = None  # without one there are no checkpoints, and signals act as always
     checkpointing_steps: int | None = None  # steps between two checkpoints
@@ -223,7 +223,7 @@ class Loop:
             if progress.steps == self.total_steps:
                 return
 
-    def batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> Iterator[Batch]:
         """Yield batches without end, from where `progress` is, which whoever takes them counts."""
         progress = self.progress
         while True:
@@ -254,14 +254,15 @@ class Loop:
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
         self.accelerator.log({"loss": loss, "lr": rate}, step=step)
 
-    def is_finished(self, results: str) -> bool:
-        """Return whether the run that was resumed has left all it leaves; this file of its folder comes last."""
-        if self.folder is None or self.last_checkpoint is None or not (self.folder / results).is_file():
-            return False
-        finished = read_json(self.folder / results)["steps"] == self.total_steps
-        if finished:
-            logger.info(f"{self.folder} is complete, after {self.total_steps} steps: there is nothing left to do.")
-        return finished
+    def finished(self, kind: Any) -> Any:
+        """Return the report, of this kind, of the run that was resumed if nothing is left to do; it is written last."""
+        if self.folder is None or self.last_checkpoint is None or not (self.folder / kind.file).is_file():
+            return None
+        report = kind.read(self.folder)
+        if report.steps != self.total_steps:
+            return None
+        logger.info(f"{self.folder} is complete, after {self.total_steps} steps: there is nothing left to do.")
+        return report
 
     def facts(self) -> dict[str, Any]:
         """Return what the report of a training says of the loop."""
@@ -283,9 +284,9 @@ class Loop:
     def _count_seconds(self) -> None:
         self.progress.seconds = self.resumed.seconds + time.monotonic() - self.started
 
-    def averaged(self) -> nn.Module | None:
+    def averaged(self) -> Any:
         """Return `average` with the averaged weights of now."""
-        if self.average is not None and self.ema is not None:
+        if self.ema is not None:
             self.ema.copy_to(self.average.parameters())
         return self.average
 

@@ -56,9 +56,7 @@ class TrainingOptions(Options):
     total_batch_size: int | None = option(
         None, "Images a step, of all devices together; by default 128, or what train_batch_size comes to."
     )
-    train_batch_size: int | None = option(
-        None, "Images of a forward pass on each device; by default total_batch_size divided among them."
-    )
+    train_batch_size: int | None = option(None, "Images of a forward pass on each device; by default its whole share.")
     gradient_accumulation_steps: int | None = option(None, "Forward passes a step; by default as many as are needed.")
     num_train_epochs: int = option(100, "Times that all images are gone through.")
     max_train_steps: int | None = option(None, "Number of optimiser steps; overrides num_train_epochs.")
@@ -112,16 +110,14 @@ class TrainingOptions(Options):
 
         Afterwards TF32 and what `training.accelerated` names are as before, and the tracker has ended.
         """
-        project = None
-        if self.output_dir is not None:
-            project = ProjectConfiguration(self.output_dir, os.path.join(self.output_dir, self.logging_dir))
+        logs = self.output_dir and os.path.join(self.output_dir, self.logging_dir)
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         before = (matmul.allow_tf32, cudnn.allow_tf32) if self.allow_tf32 else None
         with accelerated(
             accumulation=self.sizes.accumulation,
             mixed_precision=self.mixed_precision,
             log_with=self.report_to,
-            project_config=project,
+            project_config=ProjectConfiguration(self.output_dir, logs),
         ) as accelerator:
             if self.report_to and not accelerator.log_with:
                 raise ValueError(f"report_to is {self.report_to}: that tracker is not installed.")
@@ -181,10 +177,8 @@ def check_resumed(given: Mapping[str, Any], data: Progress, checkpoint: Path) ->
     was = f"{checkpoint} was trained on"
     anew = "or begin another run, in another output_dir"
     if total != now:
-        raise ValueError(
-            f"{was} {total} images a step (total_batch_size), and here are {now}: give total_batch_size "
-            f"{total}, {anew}."
-        )
+        here = f"and here are {now}: give total_batch_size {total}, {anew}"
+        raise ValueError(f"{was} {total} images a step (total_batch_size), {here}.")
     same = f"give the same images, {anew}."
     if data.num_images and before.num_images not in (None, data.num_images):
         raise ValueError(f"{was} {before.num_images} images, and here are {data.num_images}: {same}")

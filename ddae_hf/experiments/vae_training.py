@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
-from .batches import clean_images, image_batches, images_hash
+from .batches import Batch, clean_images, image_batches, images_hash
 from .draws import separate_randomness
 from .images import Images, ImageSet
 from .options import Table, option
@@ -153,13 +153,12 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
             accelerator, Autoencoder(vae), loader, data, resume, {"weight_decay": 0.0},
             save=partial(write_options, given), keep_weights=True,
         )  # fmt: skip
-        if loop.is_finished(VAEReport.file):
-            finished = VAEResult.read(options.output_dir or "")
+        if finished := loop.finished(VAEResult):
             finished.vae = AutoencoderKL.from_pretrained(options.output_dir)
             return finished
         logger.info(f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out.")
 
-        def loss(batch: dict[str, Tensor]) -> Tensor:
+        def loss(batch: Batch) -> Tensor:
             clean = clean_images(batch["pixel_values"], vae.config)
             clean = random_flip(clean) if options.random_flip else clean
             return reconstruction_loss(options, clean, *loop.module(clean))
