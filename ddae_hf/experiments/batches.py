@@ -24,9 +24,7 @@ HASHED = 4096  # images by which a data set is known again
 class Batches(Sampler[list[int]]):
     """Batches of every epoch, as lists of rows, from any of them on.
 
-    Args:
-        of_epoch: Returns an epoch's batches, a function of its number; each epoch has as many.
-        batch_size: Rows of a batch, the last of an epoch perhaps excepted.
+    `of_epoch` returns those of an epoch's number, as many in each, of `batch_size` rows, the last perhaps excepted.
     """
 
     def __init__(self, of_epoch: Callable[[int], Sequence[Any]], batch_size: int):
