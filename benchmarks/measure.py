@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from ddae_hf.experiments.run_facts import machine  # noqa: E402
+from ddae_hf.experiments.devices import machine  # noqa: E402
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 CONVOLUTION = {"cpu": (64, 256, 16), "cuda": (512, 256, 16)}  # batch, channels, side of the images

@@ -36,7 +36,7 @@ from training_ways import WAYS, Plain, Process, read_options
 from ddae_hf.commands.parsing import parse, read_config
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.images import DataOptions
-from ddae_hf.experiments.progress import PROGRESS
+from ddae_hf.experiments.run_folder import PROGRESS
 from ddae_hf.experiments.sweeping import SweepOptions
 
 CONFIG = measure.EXAMPLES / "configs" / "cifar10_minutes.yaml"

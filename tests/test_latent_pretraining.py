@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from ddae_hf import DDAEModel, DDAEPipeline
 from ddae_hf.experiments import make_card
-from ddae_hf.experiments.batches import batch_sizes
 from ddae_hf.experiments.encoding import LatentFolder, latent_dataset, one_view
 from ddae_hf.experiments.pretraining import PretrainingOptions
 from ddae_hf.experiments.pretraining_data import training_data
@@ -148,7 +147,7 @@ def test_each_step_sees_the_latents_of_one_view_of_an_image(latents):
     torch.manual_seed(0)
     drawn = []
     for _ in range(5):
-        (batch,) = data.batches(make_dit(in_channels=4).config, batch_sizes(options, 1), options)
+        (batch,) = data.batches(make_dit(in_channels=4).config, options)
         seen = one_view(batch["pixel_values"])
         for latent, label in zip(seen, batch["labels"], strict=True):
             (found,) = [(i, k) for i in range(COUNT) for k in (0, 1) if torch.equal(latent, views[k][i])]

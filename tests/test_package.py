@@ -28,11 +28,11 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "data_files", "devices", "digits", "draws", "metrics", "run_facts", "stopping"],
+    ["arrays", "data_files", "devices", "digits", "draws", "metrics", "stopping"],
     ["classes", "generation_metrics", "noisy_networks", "run_folder"],
     ["options"],
-    ["accelerating", "features", "image_set", "logistic_regression", "models", "report"],
-    ["images", "progress"],
+    ["features", "image_set", "logistic_regression", "models", "report"],
+    ["images"],
     ["converting", "encoding", "extractors", "feature_export", "results"],
     ["batches", "plots"],
     ["generation", "pretraining_data", "publishing", "trainer", "training"],
@@ -109,7 +109,7 @@ SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed t
     np.random.seed numpy.random.seed set_seed accelerate.utils.set_seed transformers.set_seed""".split()
 # Functions that seed inside of their caller's `separate_randomness`, and where that stands.
 SEEDED_BY_CALLERS = {
-    "training.steps": "accelerating",
+    "training.steps": "training",
     "trainer.compute_loss": "finetuning",
     "finetuning.build_classifier": "finetuning",
     "noisy_classification.seed_by": "noisy_classification",

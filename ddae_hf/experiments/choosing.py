@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .accelerating import this_process
 from .devices import best_device
 from .encoding import LatentFolder
 from .image_set import ImageSet
 from .images import Images
 from .options import Table
+from .training import this_process
 
 logger = logging.getLogger(__name__)
 

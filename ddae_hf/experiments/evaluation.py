@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .arrays import described_folder, fill
 from .classes import draw_images
 from .data_files import list_folder
-from .devices import best_device
+from .devices import best_device, machine
 from .extractors import Extractor, check_extractor, open_extractor
 from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
 from .generation_metrics import frechet_distance, kernel_distance, precision_recall
@@ -38,7 +38,6 @@ from .options import option
 from .plots import image_grid
 from .report import in_memory
 from .results import GenerationReport
-from .run_facts import machine
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there

@@ -42,17 +42,16 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
 from .classes import draw_fraction
-from .devices import best_device, made_fast
+from .devices import best_device, machine, made_fast
 from .draws import indexed_noise, separate_randomness
 from .encoding import LatentFolder, LatentInputs
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
-from .models import Model, base_of, check_null_class, without_report
+from .models import Model, base_model, base_of, check_null_class, without_report
 from .options import Options, option
 from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
-from .run_facts import base_model, machine
 from .run_folder import (
     OPTIONS,
     check_same_run,

@@ -40,24 +40,22 @@ from ..augment import random_changes
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
 from ..weights import fingerprint
-from .accelerating import accelerated
 from .arrays import fill, read_json, write_json
 from .batches import Batches, whole
+from .devices import machine
 from .draws import POSTERIOR, indexed_noise, separate_randomness
 from .features import FeatureCache, batch_features
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
-from .models import Model, check_taps, open_model, open_processor
+from .models import Model, base_model, check_taps, open_model, open_processor
 from .noisy_networks import NoiseConditionalMLP, WideResNet
 from .options import Options, option
 from .plots import curves
-from .progress import STATE
 from .report import in_memory
 from .results import NoisyReport
-from .run_facts import base_model, machine
-from .run_folder import check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
+from .run_folder import STATE, check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
 from .stopping import Interrupted, largest, not_finite
 from .trainer import LabelledRows
-from .training import Loop
+from .training import Loop, accelerated
 
 MLP = "mlp"  # its folder
 WIDE_RESNET = "wide_resnet"  # likewise
@@ -348,10 +346,10 @@ class Study:
         loader = DataLoader(
             LabelledRows(self.train), batch_sampler=Batches(of_epoch, size), collate_fn=cast(Any, whole)
         )
-        with accelerated(mixed_precision="no", place=False) as accelerator:
+        with accelerated(mixed_precision="no", device_placement=False) as accelerator:
             loop = Loop(
                 accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
-                schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+                schedule=torch.optim.lr_scheduler.LambdaLR(
                     optimizer, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2
                 ),
                 output_dir=folder if keeps else None, checkpointing_steps=options.checkpointing_steps,

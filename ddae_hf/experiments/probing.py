@@ -30,7 +30,6 @@ from ..hidden_states import hidden_size
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import accelerated
 from .batches import Batch, Batches
 from .classes import draw_images, draw_labels
 from .devices import made_fast
@@ -41,7 +40,7 @@ from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_re
 from .metrics import F1
 from .models import Model
 from .results import Pair, Probe
-from .training import Loop
+from .training import Loop, accelerated
 
 if TYPE_CHECKING:
     from .sweeping import SweepOptions
@@ -264,15 +263,15 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
     def of_epoch(epoch: int) -> list[np.ndarray]:
         return np.array_split(np.random.default_rng([options.seed, epoch + 1]).permutation(rows), steps)
 
-    with accelerated(seed=options.seed, mixed_precision="no", place=False) as accelerator:
+    with accelerated(seed=options.seed, mixed_precision="no", device_placement=False) as accelerator:
         probes = OnlineProbes(widths, len(prober.train.names or ()), options.protocol == "batch_norm").to(model.device)
         numbers: Any = range(len(labels))  # of the images, which `loss` reads
         order = Batches(of_epoch, options.online_batch_size)
         loader = DataLoader(numbers, batch_sampler=order, collate_fn=lambda some: {"rows": torch.tensor(some)})
+        optimizer = torch.optim.Adam(probes.parameters(), lr=options.learning_rate)
         loop = Loop(
-            accelerator, probes, torch.optim.Adam(probes.parameters(), lr=options.learning_rate), loader,
-            total_steps=options.num_epochs * steps, seed=options.seed, desc=f"sigma {sigma:g}, training",
-            schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),
+            accelerator, probes, optimizer, loader, total_steps=options.num_epochs * steps, seed=options.seed,
+            schedule=CosineAnnealingLR(optimizer, options.num_epochs * steps), desc=f"sigma {sigma:g}, training",
         )  # fmt: skip
 
         def loss(batch: Batch) -> Tensor:

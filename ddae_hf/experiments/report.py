@@ -59,7 +59,7 @@ class Report:
         dataset: `name`, `id` on the Hub, `config`, `train_split`, `test_split`, `num_images`, as far as they are known.
         base_model: The Hub repository that it began with.
         seconds: How long it took, of all its runs; or the seconds of its parts and `in_all`.
-        hardware: With `processes`, `threads` and `versions` what `run_facts.machine` returns.
+        hardware: With `processes`, `threads` and `versions` what `devices.machine` returns.
         folder: Where it was read or written.
     """
 

@@ -32,19 +32,18 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from .arrays import read_json, write_json
 from .classes import draw_images, draw_labels
-from .devices import HELP
+from .devices import HELP, machine
 from .draws import separate_randomness
 from .evaluation import EvaluationOptions, compare_samples
 from .extractors import open_extractor
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, labelled_splits
-from .models import Model, check_taps, chosen_layers, open_model, open_processor, ready
+from .models import Model, base_model, check_taps, chosen_layers, open_model, open_processor, ready
 from .options import Options, option
 from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
 from .results import CurveReport, Pair, Point, PretrainingReport, ProbeReport
-from .run_facts import base_model, machine
 from .run_folder import saved_checkpoints, saving, step_of
 
 LOSS_IMAGES = 5000

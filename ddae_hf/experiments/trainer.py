@@ -228,10 +228,7 @@ class FineTuner(Trainer):
 
     def signal(self) -> int | None:
         """Return the number of the signal that came to any process, the same in all of them."""
-        if self.args.world_size == 1:
-            return self.stopping.requested
-        asked = torch.tensor([self.stopping.requested or 0], device=self.args.device)
-        return int(self.accelerator.gather(asked).max()) or None
+        return self.stopping.agreed(self.accelerator)
 
     def restore(self, checkpoint: Path) -> None:
         """Take over progress and averages, of which Trainer does not know; raise `ValueError` where it is another run.
