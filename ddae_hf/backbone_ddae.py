@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 from .configuration_ddae import DDAEConfig
 from .modeling_ddae import DDAEModel
-from .networks import network_of
+from .networks import network_of, tap_of
 from .pretrained_ddae import DDAEPreTrainedModel
 
 
@@ -36,10 +36,6 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         self.num_features = config.stage_channels
         self.restrict_gradients()
         self.post_init()
-
-    def freeze_denoiser(self) -> None:
-        """Train only what stands on the backbone: see `DDAEModel.freeze_denoiser`."""
-        self.ddae.freeze_denoiser()
 
     def restrict_gradients(self) -> None:
         """Ask for gradients of what the feature maps depend on alone: see `DDAEModel.restrict_gradients`."""
@@ -87,10 +83,8 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
             generator=generator,
         )
         denoiser = self.ddae.denoiser
-        network = network_of(denoiser)
-        taps = {tap.name: tap for tap in network.taps(denoiser)}
         size = self.config.sample_shape[1:]
-        feature_maps = tuple(network.on_grid(found[name], taps[name], size) for name in wanted)
+        feature_maps = tuple(network_of(denoiser).on_grid(found[name], tap_of(denoiser, name), size) for name in wanted)
         hidden_states = tuple(found[name] for name in self.stage_names) if every else None
         output = BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)  # type: ignore[arg-type]
         return output if return_dict else output.to_tuple()

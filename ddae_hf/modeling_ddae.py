@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ from .checkpoints import build_scheduler
 from .configuration_ddae import DDAEConfig
 from .diffusion import Diffusion
 from .families import drawn_by
-from .heads import write_head
 from .hidden_states import layer_names, learning_parameters, pool_hidden_states
 from .labels import checked_names, cross_entropy
 from .latents import build_vae, encode, freeze
 from .networks import build_denoiser, network_of
-from .pretrained_ddae import DDAEPreTrainedModel, use_attention
+from .pretrained_ddae import DDAEPreTrainedModel, use_attention, write_head
 from .remote_code import save_code
 from .weights import COMPILED, plain_state
 
@@ -226,9 +226,9 @@ class DDAEModel(DDAEPreTrainedModel):
 
         Args:
             pixel_values: Images (B, C, H, W) in [-1, 1].
-            sigma: Noise level, of images or scaled latents, scalar or (B,), within `noise.sigma_range` of the
-                scheduler; by default `config.sigma`. On a device, and in a graph that is compiled or exported, tensors
-                are not looked at, and a level outside gives NaN.
+            sigma: Noise level, of images or scaled latents, scalar or (B,), within the scheduler's range; by default
+                `config.sigma`. On a device, and in a graph that is compiled or exported, tensors are not looked at, and
+                a level outside gives NaN.
             timestep: The noise level as the denoiser is fed it, in place of `sigma`.
             class_labels: Labels (B,) of a class-conditional denoiser; by default its null class.
             noise: Standard-normal noise to add, (B, *config.sample_shape) or several draws, (draws, B, ...).
@@ -320,10 +320,6 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
                 stacklevel=3,
             )
 
-    def freeze_denoiser(self) -> None:
-        """Train the classifier alone: see `DDAEModel.freeze_denoiser`."""
-        self.ddae.freeze_denoiser()
-
     def restrict_gradients(self) -> None:
         """Ask for gradients of what the logits depend on alone: see `DDAEModel.restrict_gradients`."""
         self.ddae.restrict_gradients([str(self.config.layer)])
@@ -356,7 +352,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
                 `save_pretrained` is needed), or the base is the folder itself.
         """
         head = {name: value for name, value in plain_state(self).items() if not name.startswith("ddae.")}
-        write_head(save_directory, head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
+        write_head(Path(save_directory), head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
         self._set_auto_map(include_code)
         if include_code or self._auto_class is not None:  # what came as remote code carries it on
             save_code(save_directory, "modeling_ddae")

@@ -18,7 +18,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from .checkpoints import Checkpoint, take_checkpoint
+from .checkpoints import Checkpoint, still_generates, take_checkpoint
 from .cut import uncompiled
 from .diffusion import Diffusion
 from .families import Family
@@ -194,7 +194,7 @@ class DDAEPipeline(DiffusionPipeline):
         tuned = False
         if denoiser is None:
             denoiser = checkpoint.load_denoiser()
-            tuned = not checkpoint.still_generates(denoiser)
+            tuned = checkpoint.holds_model and not still_generates(denoiser, checkpoint.config)
             denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
         vae = given["vae"] if "vae" in given else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
         pipeline = cls(
