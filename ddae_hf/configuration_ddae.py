@@ -16,10 +16,7 @@ from .networks import PAPER_UNET, check_denoiser_class, network_of, skeleton
 from .noise import family_of
 from .weights import HUB_ARGUMENTS
 
-DEFAULT_DENOISER = PAPER_UNET
-DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": "DDPMScheduler"}
 SIGMA_OF_LATENTS = 0.42
-FEATURE_NORMS = ("none", "batch_norm")
 
 
 class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -57,8 +54,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "ddae"
 
-    denoiser: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_DENOISER))
-    scheduler: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_SCHEDULER))
+    denoiser: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(PAPER_UNET))
+    scheduler: dict[str, Any] = field(default_factory=lambda: {"_class_name": "DDPMScheduler"})
     vae: dict[str, Any] | None = None
     sample_posterior: bool = False
     layer: str | None = None
@@ -106,7 +103,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_choices(self) -> None:
         check_denoiser_class(self.denoiser.get("_class_name"))
-        for name, allowed in (("pooling", POOLINGS), ("feature_norm", FEATURE_NORMS)):
+        for name, allowed in (("pooling", POOLINGS), ("feature_norm", ("none", "batch_norm"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(allowed)}.")
         if self.weights not in (None, *WEIGHTS):
@@ -166,8 +163,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def stage_channels(self) -> list[int]:
         """Number of channels of each of `stage_names`."""
-        denoiser = skeleton(self.denoiser)
-        return [hidden_size(denoiser, layer) for layer in self.stage_names]
+        return [hidden_size(skeleton(self.denoiser), layer) for layer in self.stage_names]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -28,16 +28,13 @@ Conditions = dict[str, Tensor]
 
 
 class Diffusion:
-    """A denoiser, its scheduler and its null class.
+    """A denoiser, its scheduler and its null class; `ValueError` for what is not supported.
 
     Args:
         denoiser: A diffusers network, which may be compiled or distributed.
         scheduler: The scheduler that it was trained under, or another of the same framework.
         null_class: The label that stands for none, of a network that does not imply one.
         float32_output: Whether a network of a shorter type computes its output layers in float32, where that helps.
-
-    Raises:
-        ValueError: A network or a scheduler that is not supported.
     """
 
     def __init__(self, denoiser: Any, scheduler: Any, null_class: int | None = None, float32_output: bool = False):
@@ -66,7 +63,7 @@ class Diffusion:
         guidance_scale: float = 1.0,
         null_conditions: Conditions | None = None,
     ) -> Tensor:
-        """Return what the denoiser answers.
+        """Return what the denoiser answers (B, C, H, W), float32, and channels of a learned variance if it is used.
 
         Args:
             noisy: Its input (B, C, H, W), scaled as `Family.noisy` does.
@@ -74,12 +71,6 @@ class Diffusion:
             conditions: What `conditions` returned.
             guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
             null_conditions: What `conditions` returned for the null class, which guidance needs.
-
-        Raises:
-            ValueError: Guidance without both conditions.
-
-        Returns:
-            The answer (B, C, H, W), float32; after its channels those of a learned variance, if the scheduler uses one.
         """
         count = len(noisy)
         fed, told = self._fed(noisy, timestep)
@@ -101,17 +92,9 @@ class Diffusion:
     def predict_with_hidden_states(
         self, noisy: Tensor, timestep: Tensor, layers: Sequence[str], conditions: Conditions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what the denoiser answers and, of the same pass, its hidden states.
+        """Return what the denoiser answers, without a learned variance, and the raw hidden states of the same pass.
 
-        Args:
-            noisy: Its input (B, C, H, W), as for `predict`.
-            timestep: Its timestep (B,).
-            layers: Names of layers.
-            conditions: What `conditions` returned.
-
-        Returns:
-            The answer (B, C, H, W), float32, without a learned variance; raw hidden states by layer name. A distributed
-            network synchronises its gradients if the answer is in the loss.
+        For the arguments see `predict`. A distributed network synchronises its gradients if the answer is in the loss.
         """
         fed, told = self._fed(noisy, timestep)
         output, states = run_with_hidden_states(self.denoiser, fed, told, layers, conditions)
@@ -164,12 +147,9 @@ class Diffusion:
         return self.family.denoised(scaled, answer[:, : sample.shape[1]], sigma)
 
     def estimate(self, sample: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """Return the clean image (B, C, H, W), float32, that the denoiser sees in its scheduler's sample.
+        """Return the clean image (B, C, H, W), float32, that the denoiser sees in its scheduler's own sample.
 
-        Args:
-            sample: (B, C, H, W), as the scheduler keeps it between its own steps.
-            timestep: That of the step that follows, without dimensions.
-            conditions: What `conditions` returned.
+        `timestep` is that of the step that follows, without dimensions.
         """
         fed = self.family.model_input(sample, timestep)
         answer = self.predict(fed, timestep.expand(len(sample)), conditions)

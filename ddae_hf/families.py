@@ -50,13 +50,8 @@ def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
 class Family(ABC):
     """A family of schedulers: what it knows of noise levels, of the network's input and target, and of sampling.
 
-    A family says how its schedulers are told (`schedulers` or `takes`), which levels there are (`sigma_range`,
-    `timestep_range`), how their two units belong together (`to_sigma`, `to_timestep`), the shares of image and noise in
-    the network's input and target (`input_shares`, `target_shares`), and what training draws (`draw_usual`). All else
-    follows. Tensors of levels are float32, and finite or infinite as the ranges say.
-
-    Args:
-        scheduler: A diffusers scheduler of the family; neither its `add_noise` nor its current grid plays a part.
+    From its attributes and abstract methods all else follows. Tensors of levels are float32, and finite or infinite as
+    the ranges say. Neither the `add_noise` nor the current grid of its `scheduler` plays a part.
     """
 
     name: str  # of the framework
@@ -146,12 +141,8 @@ class Family(ABC):
         """Raise `ValueError` for a noise level outside a range, to five digits, and for NaN.
 
         Python scalars are always looked at, in a graph that is compiled too, where they are constants; other values
-        only where they are `readable`.
-
-        Args:
-            unit: `"sigma"` or `"timestep"`.
-            value: The level or levels, in this unit: a number, a tensor, or what can become one.
-            allowed: The range; by default every level that a network of the family may be trained at.
+        only where they are `readable`. `unit` is `"sigma"` or `"timestep"`, and `allowed` the range, by default of
+        every level that a network of the family may be trained at.
         """
         is_number = isinstance(value, int | float)
         values = value if is_number else torch.as_tensor(value)
@@ -222,18 +213,9 @@ class Family(ABC):
         return c * clean.float() + d * noise.float()
 
     def denoised(self, noisy: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
-        """Return the clean image that a denoiser's output stands for.
+        """Return the clean image (B, C, H, W), float32, that the denoiser's output for an input of `noisy` stands for.
 
-        Args:
-            noisy: The denoiser's input (B, C, H, W), as `noisy` makes it.
-            output: The denoiser's output, of the same shape.
-            sigma: Noise level, scalar or (B,), as `noisy` takes it.
-
-        Returns:
-            The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
-
-        Raises:
-            ValueError: A sigma outside the schedule, or neither one nor one an image.
+        For EDM it is `c_skip * (x + sigma * n) + c_out * output`.
         """
         level = self._level(sigma, noisy)
         a, b = self.input_shares(level)
@@ -247,19 +229,12 @@ class Family(ABC):
         generator: torch.Generator | None = None,
         log_normal: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Draw the noise levels (batch_size,) of a training step.
+        """Draw the noise levels (batch_size,) of a training step, with a generator on `device`.
 
-        Args:
-            batch_size: Number of levels.
-            device: Where to draw.
-            generator: Random generator on that device.
-            log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
-                timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the
-                logit-normal times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP,
-                levels beyond an end of the schedule are that end.
-
-        Raises:
-            ValueError: `log_normal` that is no distribution.
+        `log_normal` are mean and standard deviation of log sigma, in place of the family's own distribution: uniform
+        timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal times
+        of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP, levels beyond an end of the
+        schedule are that end. `ValueError` if it is no distribution.
         """
         if log_normal is None:
             return self.draw_usual((batch_size,), device, generator)

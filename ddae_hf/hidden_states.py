@@ -218,11 +218,7 @@ def pool_hidden_states(hidden: Tensor, pooling: str = "mean") -> Tensor:
 def learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
     """Return the names of a denoiser's parameters that have a gradient where `layers` are read; without layers, of all.
 
-    They are read off the graph of a forward pass, without memory for its tensors.
-
-    Args:
-        config: The denoiser's config, as JSON.
-        layers: Names out of `layer_names(denoiser)`.
+    They are read off the graph of a forward pass, without memory for its tensors. `config` is the denoiser's, as JSON.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
         denoiser = build_denoiser(json.loads(config)).eval()

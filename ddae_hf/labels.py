@@ -14,11 +14,7 @@ from .families import readable
 
 
 def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, str] | None:
-    """Return the names of classes by label, from JSON too, where all labels are text.
-
-    Args:
-        id2label: The names by label; not every label needs one.
-        count: Number of labels.
+    """Return the names of classes by label, from JSON too, where all labels are text; not every label needs one.
 
     Raises:
         ValueError: A label that is no whole number from 0 to count - 1 or comes twice, or a name that is no text.
@@ -53,11 +49,7 @@ def labels_by_name(names: Mapping[Any, str]) -> dict[str, list[int]]:
 
 
 def label_ids(names: Mapping[Any, str], wanted: list[str]) -> list[int]:
-    """Return the labels of classes by their names.
-
-    Args:
-        names: The names by label.
-        wanted: Names: a class's whole name, or one of those between its commas.
+    """Return the labels of classes by their `wanted` names, as `labels_by_name` has them.
 
     Raises:
         ValueError: A name that no class has, or more than one.

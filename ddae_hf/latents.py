@@ -30,15 +30,9 @@ def build_vae(config: Mapping[str, Any]) -> Any:
 
 
 def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Return the scaled latents of images. The decoder plays no part.
+    """Return the scaled latents (B, c, h, w), float32, of images (B, C, H, W) in [-1, 1].
 
-    Args:
-        vae: An `AutoencoderKL`; `vae.enable_slicing()` and `vae.enable_tiling()` bound its memory.
-        pixel_values: Images (B, C, H, W) in [-1, 1].
-        noise: Standard-normal noise (B, c, h, w) for a draw `mu + s * noise`; without it the mean is taken.
-
-    Returns:
-        (B, c, h, w), float32.
+    Standard-normal `noise` (B, c, h, w) gives a draw, `u = mu + s * noise`; without it the mean is taken.
     """
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     latents = posterior.mean.float()
