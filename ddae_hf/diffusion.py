@@ -108,20 +108,12 @@ class Diffusion:
         layers: Sequence[str],
         class_labels: Any = None,
     ) -> dict[str, Tensor]:
-        """Return hidden states of noisy images, and compute nothing after the deepest.
+        """Return raw hidden states (B, ...) of noisy images by layer name, and compute nothing after the deepest.
 
-        Args:
-            clean: Images (B, C, H, W) in [-1, 1], or scaled latents.
-            noise: Standard-normal noise, several draws for each image: (draws, B, C, H, W).
-            sigma: Noise level, scalar or (B,).
-            layers: Names of layers.
-            class_labels: Labels (B,); by default the null class.
-
-        Returns:
-            Raw hidden states (B, ...), in the means over the draws, by layer name.
-
-        Raises:
-            ValueError: A distributed denoiser that is trained, whose gradients would not be synchronised.
+        They are means over several draws of standard-normal noise for each image, (draws, B, C, H, W). `clean` are
+        images (B, C, H, W) in [-1, 1], or scaled latents; `sigma` is a scalar or (B,), and `class_labels` (B,) are by
+        default the null class. A distributed denoiser that is trained is refused: its gradients would not be
+        synchronised.
         """
         count, batch_size = noise.shape[:2]
         conditions = self.conditions(class_labels, batch_size, clean.device)
@@ -180,9 +172,6 @@ class Diffusion:
 
         Returns:
             Squared errors averaged over pixels, float32 (B,).
-
-        Raises:
-            ValueError: A level at which no network of the scheduler's family is trained.
         """
         if sigma is None:
             sigma = self.family.draw(len(clean), clean.device, generator, log_normal)

@@ -125,14 +125,10 @@ class Family(ABC):
 
     @property
     def prediction(self) -> str:
-        """What the denoiser predicts, in the words of its scheduler's config.
+        """What the denoiser predicts, in the words of its scheduler's config; one that cannot work is refused.
 
         `epsilon` (the noise), `sample` (the clean image) or `v_prediction` for VP; `epsilon` for EDM's own output, and
         `v_prediction` for its negative; `velocity` for flow matching.
-
-        Raises:
-            ValueError: Another prediction type, or noise prediction under zero-terminal SNR, where at pure noise the
-                network's input is its target and says nothing of the image (Lin et al. 2023, arXiv 2305.08891).
         """
         self.check_prediction()
         return self._prediction

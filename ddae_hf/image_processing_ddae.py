@@ -218,10 +218,8 @@ class DDAEImageProcessor(PilBackend):
 def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
     """Return any PIL image upright, as (channels, H, W) counting from 0 to 255: uint8, or float32 of more bits.
 
-    Modes `I` and `I;16`, in which Pillow opens 16-bit files, count to 65,535, and mode `F` from 0 to 1.
-
-    Raises:
-        ValueError: Values that the mode does not have, or channels that its own cannot be turned into.
+    Modes `I` and `I;16`, in which Pillow opens 16-bit files, count to 65,535, and mode `F` from 0 to 1. Other values
+    are refused, as are channels that cannot be turned into so many.
     """
     image.load()  # TIFF files are turned then
     try:

@@ -83,11 +83,9 @@ def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Te
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of a batch.
+    """Return the mean cross-entropy of logits (B, K).
 
-    Args:
-        logits: (B, K).
-        labels: Classes (B,), of which -100 is left out; or probabilities of classes (B, K).
+    Labels are classes (B,), of which -100 is left out, or probabilities of classes (B, K).
 
     Raises:
         ValueError: Labels of another shape or type; classes outside 0 to K - 1, and numbers that are no probabilities,

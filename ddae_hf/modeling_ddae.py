@@ -174,19 +174,11 @@ class DDAEModel(DDAEPreTrainedModel):
         return self._draw((count, *clean.shape), clean.device, generator, self.fixed_noise[:count])
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None, generator: Any = None) -> Tensor:
-        """Return what noise is added to: scaled latents or, without a VAE, the images themselves.
+        """Return what noise is added to: scaled latents or, without a VAE, the images themselves, float32.
 
-        Args:
-            pixel_values: Images (B, C, H, W) in [-1, 1].
-            noise: Standard-normal noise, of the latents' shape, of a draw with `config.sample_posterior`. Without it
-                and without a generator evaluation takes one fixed draw, and training draws.
-            generator: Generator of that noise.
-
-        Returns:
-            (B, *config.sample_shape), float32.
-
-        Raises:
-            ValueError: Images of another size or type.
+        `pixel_values` are images (B, C, H, W) in [-1, 1]; `noise` is standard-normal, of the latents' shape, for a draw
+        with `config.sample_posterior`. Without it and without a generator evaluation takes one fixed draw, and training
+        draws. `ValueError` for images of another size or type.
         """
         self._check_images(pixel_values)
         if self.vae is None:
@@ -290,8 +282,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     """A linear classifier on a denoiser's pooled hidden state.
 
     After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the network up to the tap does too.
-    What lies after the tap has no part in the logits and asks for no gradients, so that DistributedDataParallel, which
-    waits for every gradient that is asked for, trains the classifier as it is.
+    What lies after the tap asks for no gradients, so that DistributedDataParallel trains the classifier as it is.
     """
 
     # The loss is the batch's mean: Trainer's count of labels, which it would divide by, counts a soft label K times.

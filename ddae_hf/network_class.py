@@ -102,13 +102,8 @@ class NetworkClass(ABC):
     ) -> dict[str, Tensor]:
         """Return the keyword arguments that tell the network its classes: `class_labels`, or nothing.
 
-        Args:
-            denoiser: The network.
-            class_labels: Labels (B,), or one for all; a U-Net whose `class_embed_type` is `"identity"` takes vectors
-                (B, width). None means the null class.
-            batch_size: Number of images, B.
-            device: Where they are.
-            null_class: The null class of a network that does not imply one.
+        They come as labels (B,), or one for all; a U-Net whose `class_embed_type` is `"identity"` takes vectors
+        (B, width). None means the null class, which is `null_class` where the network does not imply one.
 
         Raises:
             ValueError: Labels for an unconditional network, labels that it does not have, that are no whole numbers or

@@ -144,6 +144,7 @@ class _VariancePreserving(Family):
 
     def check_prediction(self) -> None:
         super().check_prediction()
+        # At pure noise its input would be its target and say nothing of the image (Lin et al. 2023, arXiv 2305.08891).
         if self._prediction == "epsilon" and math.isinf(self.sigma_range()[1]):
             raise ValueError(
                 "prediction_type 'epsilon' cannot work with zero-terminal SNR (`rescale_betas_zero_snr`): "

@@ -121,10 +121,7 @@ def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | 
 def read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a checkpoint's JSON file holds, or None where it has no such file."""
     found = find_file(path, filename, **hub)
-    if found is None:
-        return None
-    with open(found, encoding="utf-8") as file:
-        return json.load(file)
+    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
 
 
 def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:
