@@ -142,18 +142,11 @@ class Checkpoint:
         )
         return new_scheduler("ddpm", clip_sample=not of_latents)  # which have no bounds
 
-    def load_denoiser(self, dtype: torch.dtype | None = None) -> Any:
-        """Load the denoiser with its weights, by default in the type that they are stored in.
+    def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
+        """Load a part with its weights, by default in the type that they are stored in, or return None without it.
 
         Errors are those of `check`, and `ValueError` for a classifier's base whose weights have changed.
         """
-        return self._load("denoiser", dtype)
-
-    def load_vae(self, dtype: torch.dtype | None = None) -> Any:
-        """Load the VAE with its weights, or return None where there is none; see `load_denoiser`."""
-        return self._load("vae", dtype)
-
-    def _load(self, part: str, dtype: torch.dtype | None) -> Any:
         return None if self.config.get(part) is None else self._read(part, dtype, *self.check(part))
 
     def check(self, part: str) -> tuple[list[str], str | None]:
@@ -238,19 +231,19 @@ class HeadCheckpoint(Checkpoint):
         if location(self.base.path, **self.base.hub) == location(self.path, **self.hub):
             return replace(self.base, variant=self.variant)
         if network_of(self.denoiser).component not in given:
-            self.load_denoiser()
+            self.load("denoiser")
         if "vae" not in given:
-            self.load_vae()
+            self.load("vae")
         return self.chain()[-1]
 
-    def _load(self, part: str, dtype: torch.dtype | None) -> Any:
+    def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
         """Load a network of the base, if it is the one that the classifier was trained on."""
         if part == "denoiser" and self.variant is not None:
             raise ValueError(
                 f"variant is {self.variant!r}, but {self.path} is a classifier without its denoiser, which names "
                 f"the variant of its base {self.base.path} itself: leave `variant` out."
             )
-        network = self.base._load(part, None)
+        network = self.base.load(part)
         if network is None:
             return None
         known = "fingerprint" if part == "denoiser" else "vae_fingerprint"
@@ -391,8 +384,8 @@ def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:
         config = read_json(path, "config.json", there) or {}
         if "_class_name" in config and (folder or config["_class_name"] not in NETWORKS):
             check_vae_class(config["_class_name"], f"The network in {path}")
-            return Checkpoint(path=path, hub=there, config={"vae": config}).load_vae()
-    vae = read_checkpoint(path, **hub).load_vae()
+            return Checkpoint(path=path, hub=there, config={"vae": config}).load("vae")
+    vae = read_checkpoint(path, **hub).load("vae")
     if vae is None:
         raise ValueError(
             f"{path} has no vae. If its denoiser works on latents, save it with the VAE that it was trained with: "

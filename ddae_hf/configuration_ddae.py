@@ -82,11 +82,15 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_choices()
         denoiser = skeleton(self.denoiser)
         self._check_vae(denoiser)
-        self._check_network(denoiser)
+        for name in ("sample_size", "in_channels"):
+            self.denoiser.setdefault(name, denoiser.config[name])
+        network = network_of(denoiser)
+        network.check_config(denoiser.config)
+        network.check_null_class(self.null_class, denoiser.config)
         scheduler = build_scheduler(self.scheduler)
         family = family_of(scheduler)
         family.check_prediction()
-        network_of(denoiser).check_timesteps(denoiser.config, scheduler)
+        network.check_timesteps(denoiser.config, scheduler)
         if timestep is not None and self.sigma is not None:
             raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
         if timestep is not None:
@@ -125,14 +129,6 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("in_channels", "latent_channels", "block_out_channels"):
             self.vae.setdefault(name, vae.config[name])
         check_vae(self.vae, denoiser.config)
-
-    def _check_network(self, denoiser: Any) -> None:
-        """Complete the denoiser's config with the shape of its images, and refuse shapes and labels that cannot be."""
-        for name in ("sample_size", "in_channels"):
-            self.denoiser.setdefault(name, denoiser.config[name])
-        network = network_of(denoiser)
-        network.check_config(denoiser.config)
-        network.check_null_class(self.null_class, denoiser.config)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -154,7 +154,8 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
     if (denoiser.pos_embed.pos_embed - state["pos_embed"]).abs().max() > 1e-4:
         raise ValueError("The file's pos_embed is not the sine-cosine one, which is the only one of diffusers' DiT.")
     source = f"an official DiT: {depth} blocks of width {width}, patches of {patch}, {classes} classes"
-    return Conversion(source, _size(weights), denoiser.eval(), DDIMScheduler(clip_sample=False))
+    parameters = sum(value.numel() for value in weights.values())
+    return Conversion(source, parameters, denoiser.eval(), DDIMScheduler(clip_sample=False))
 
 
 def _dit_modules(depth: int) -> _Modules:
@@ -178,8 +179,7 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
     """Convert the weights of a U-Net of the DDAE paper's authors.
 
     Under DDPM they feed it t / 1000 for t from 1 to 1000, so here its timestep embedding is a table with a row a step.
-    Under EDM they feed it log(sigma) / 4, as is done here. Its output is normalised in 8 groups, where a `UNet2DModel`
-    has one number of groups for all its layers: hidden states are exact, the output is not.
+    Under EDM they feed it log(sigma) / 4, as is done here.
 
     `framework` is `"ddpm"` or `"edm"`, which the file does not say, and `sample_size` the side of the images that it
     was trained on, in pixels.
@@ -193,12 +193,14 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
             "'ddpm' or 'edm', the `model_type` in the configuration of its training."
         )
     config, modules = _unet_parts(state)
-    config["sample_size"], stem = sample_size, config["block_out_channels"][0]
+    config["sample_size"] = sample_size
+    stem = config["block_out_channels"][0]
     weights = _renamed(state, modules)
     scheduler = new_scheduler(framework)
-    config["dropout"], known = 0.13, {"sigma": 0.06}  # as they trained it; the 4th of their 18 levels
+    # As they trained it, with the 4th of their 18 levels or their t = 11, which counts from 1.
+    config["dropout"] = 0.1 if framework == "ddpm" else 0.13
+    known = {"timestep": 10} if framework == "ddpm" else {"sigma": 0.06}
     if framework == "ddpm":
-        config["dropout"], known = 0.1, {"timestep": 10}  # their t = 11, which counts from 1
         steps = scheduler.config.num_train_timesteps
         config |= {"time_embedding_type": "learned", "num_train_timesteps": steps}
         weights["time_proj.weight"] = get_timestep_embedding(torch.arange(1, steps + 1) / steps, stem)
@@ -208,7 +210,8 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
         "number in all its layers, so that its hidden states are right and its output is not."
     )
     source = f"a U-Net of the DDAE paper's authors, stem of {stem} channels, {len(config['block_out_channels'])} levels"
-    return Conversion(source, _size(state), denoiser.eval(), scheduler, {**known, "features_only": reason})
+    parameters = sum(value.numel() for value in state.values())
+    return Conversion(source, parameters, denoiser.eval(), scheduler, {**known, "features_only": reason})
 
 
 def _unet_parts(state: dict[str, Tensor]) -> tuple[dict[str, Any], _Modules]:
@@ -293,10 +296,6 @@ def _count(state: dict[str, Tensor], modules: str) -> int:
             f"The file's `{modules}` are not numbered from 0 on: {', '.join(sorted(numbers)[:5]) or 'none'}."
         )
     return len(numbers)
-
-
-def _size(state: dict[str, Tensor]) -> int:
-    return sum(value.numel() for value in state.values())
 
 
 def _renamed(state: dict[str, Tensor], modules: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, Tensor]:

@@ -101,12 +101,7 @@ class Diffusion:
         return output[:, : noisy.shape[1]].float(), states
 
     def hidden_states(
-        self,
-        clean: Tensor,
-        noise: Tensor,
-        sigma: float | Tensor,
-        layers: Sequence[str],
-        class_labels: Any = None,
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, layers: Sequence[str], class_labels: Any = None
     ) -> dict[str, Tensor]:
         """Return raw hidden states (B, ...) of noisy images by layer name, and compute nothing after the deepest.
 

@@ -251,16 +251,16 @@ class Family(ABC):
 
     def check_sampler(self, sampler: str | None) -> None:
         """Raise `ValueError` unless the sampler is among `samplers`, or None, which is the scheduler's own."""
-        known = [(family, name) for family in FAMILIES for name in family.own_samplers]
+        known = {name: family for family in FAMILIES for name in family.own_samplers}
         if sampler is None or sampler in self.samplers:
             return
-        if found := [family for family, name in known if name == sampler]:
-            needed = found[0].own_samplers[sampler]
+        if found := known.get(sampler):
+            needed = found.own_samplers[sampler]
             raise ValueError(
                 f"sampler={sampler!r} needs an {needed}, not a {type(self.scheduler).__name__}: for a network trained "
-                f"with {found[0].title}, set `pipeline.scheduler = {needed}.from_config(pipeline.scheduler.config)`."
+                f"with {found.title}, set `pipeline.scheduler = {needed}.from_config(pipeline.scheduler.config)`."
             )
-        names = ", ".join(repr(name) for _, name in known)
+        names = ", ".join(map(repr, known))
         raise ValueError(f"sampler is {sampler!r}: allowed are {names}, and None for the scheduler's own.")
 
     def check_steps(self) -> None:

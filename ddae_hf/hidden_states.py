@@ -73,10 +73,9 @@ def collect_hidden_states(
 ) -> dict[str, Tensor]:
     """Run the denoiser and return its hidden states.
 
-    Hooks on the denoiser and its parts are in force, and several threads may read one denoiser. Where it was compiled
-    by itself, or blocks of it that are read were, these run uncompiled here, since compiled code leaves out the hooks
-    that are set after compilation. To read compiled, compile what calls this function as a whole, `DDAEModel` or a
-    classifier: it is one graph, unless there are hooks.
+    Hooks on the denoiser and its parts are in force, and several threads may read one denoiser. What was compiled by
+    itself runs uncompiled here, since compiled code leaves out the hooks that are set after compilation. To read
+    compiled, compile what calls this function as a whole: it is one graph, unless there are hooks.
 
     Args:
         denoiser: A `UNet2DModel` or `DiTTransformer2DModel`.
@@ -132,12 +131,7 @@ class _Reached(Exception):
 
 @torch.compiler.disable(reason="Hidden states are read by hooks where the denoiser has hooks or is not a plain walk.")
 def _run_with_hooks(
-    denoiser: Any,
-    sample: Tensor,
-    timestep: Tensor,
-    layers: Sequence[str],
-    last: str | None,
-    conditions: dict[str, Any],
+    denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], last: str | None, conditions: dict[str, Any]
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Run the denoiser with hooks on its layers, which answer to this thread alone; that of `last` ends the run."""
     thread = threading.get_ident()

@@ -174,13 +174,12 @@ class DDAEImageProcessor(PilBackend):
 
         With `crop`, cut an image of another shape so that it keeps its proportions; otherwise squash it.
         """
-        height = size["height"]
-        width = size["width"]
-        if image.shape[1:] == (height, width):
+        shape = (size["height"], size["width"])
+        if image.shape[1:] == shape:
             return image
         filter = PILImageResampling.BILINEAR if resample is None else resample
         fit = ImageOps.fit if crop else Image.Image.resize
-        return np.stack([np.asarray(fit(Image.fromarray(plane), (width, height), filter)) for plane in image])
+        return np.stack([np.asarray(fit(Image.fromarray(plane), shape[::-1], filter)) for plane in image])
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         """Return the centre of (C, H, W), or refuse an image that is smaller."""

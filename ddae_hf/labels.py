@@ -67,9 +67,7 @@ def label_ids(names: Mapping[Any, str], wanted: list[str]) -> list[int]:
 
 def check_label_range(name: str, labels: Tensor, count: int) -> None:
     """Refuse labels outside 0 to count - 1, where they are `readable`."""
-    if not readable(labels) or not labels.numel():
-        return
-    if labels.min() < 0 or labels.max() >= count:
+    if readable(labels) and labels.numel() and (labels.min() < 0 or labels.max() >= count):
         raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
 
 
@@ -105,7 +103,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
             "numbers, set the config's problem_type."
         )
     if labels.is_floating_point():
-        _check_probabilities(labels)
+        if readable(labels):
+            _check_probabilities(labels)
         return F.cross_entropy(logits.float(), labels.float())
     check_label_range("labels", labels.where(labels != -100, 0), count)
     return F.cross_entropy(logits.float(), labels.long())
@@ -113,8 +112,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _check_probabilities(labels: Tensor) -> None:
     """Refuse probabilities (B, K) that are negative or do not add up to 1, as half precision keeps it."""
-    if not readable(labels):
-        return
     lowest = labels.min()
     sums = labels.float().sum(1)
     if not (lowest >= -1e-3 and (sums - 1).abs().max() <= 0.02):

@@ -241,15 +241,9 @@ class DDAEModel(DDAEPreTrainedModel):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         wanted = self._layers_to_return(output_hidden_states)
-        found = self.read_layers(
-            self.encode(pixel_values, generator=generator),
-            [*wanted, self.config.layer],
-            class_labels,
-            sigma=sigma,
-            timestep=timestep,
-            noise=noise,
-            generator=generator,
-        )
+        clean = self.encode(pixel_values, generator=generator)
+        layers = [*wanted, self.config.layer]
+        found = self.read_layers(clean, layers, class_labels, sigma, timestep, noise, generator)
         last = found[self.config.layer]
         pooled = pool_hidden_states(last, self.config.pooling)
         states = tuple(found[name] for name in wanted) or None
@@ -261,7 +255,6 @@ class DDAEModel(DDAEPreTrainedModel):
         clean: Tensor,
         layers: list[str],
         class_labels: Tensor | None = None,
-        *,
         sigma: float | Tensor | None = None,
         timestep: float | Tensor | None = None,
         noise: Tensor | None = None,
@@ -363,20 +356,11 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
-        """Classify images.
+        """Classify images; for all arguments but `labels` see `DDAEModel.forward`.
 
-        Args:
-            pixel_values: Images (B, C, H, W) in [-1, 1].
-            labels: Classes (B,), or probabilities of classes (B, num_labels), for the loss; batches of both kinds may
-                follow each other.
-            sigma: See `DDAEModel.forward`, as for the arguments that follow.
-            timestep: See there.
-            noise: See there.
-            generator: See there.
-            output_hidden_states: See there.
-            return_dict: Whether to return an `ImageClassifierOutput` or a tuple.
-            **kwargs: `class_labels`, the denoiser's condition, see there: it is not what is classified, and has no name
-                among the arguments, where Trainer would take it for a second target. The rest is ignored.
+        `labels` are classes (B,), or probabilities of classes (B, num_labels), for the loss; batches of both kinds may
+        follow each other. The denoiser's condition, `class_labels`, is not what is classified, and has no name among
+        the arguments, where Trainer would take it for a second target.
 
         Returns:
             `logits` (B, num_labels), the batch's mean cross-entropy `loss` if `labels` came, and `hidden_states` if

@@ -1,8 +1,4 @@
-"""Networks: which classes of denoisers there are, and what the rest of the package asks of them.
-
-No other module asks for a network's class, but those that describe one: `unets`, `dits`. Another class is another
-subclass of `NetworkClass`, given to `register`.
-"""
+"""Networks: which classes of denoisers there are. Another one is another `NetworkClass`, given to `register`."""
 
 from __future__ import annotations
 

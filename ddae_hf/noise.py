@@ -18,8 +18,6 @@ Every family of schedulers is linear: the network sees `a * x + b * n` and shoul
 - Flow matching (rectified flow; Liu et al. 2022, arXiv 2209.03003; Lipman et al. 2022, arXiv 2210.02747): at time `s`
   the network sees `(1 - s) * x + s * n` and should answer `n - x`; `sigma = s / (1 - s)`, the timestep is
   `s * num_train_timesteps`.
-
-This is the only module that knows which family a scheduler belongs to: `family_of(scheduler)` is what others ask.
 """
 
 from __future__ import annotations

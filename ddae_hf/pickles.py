@@ -169,7 +169,7 @@ def texts(path: Path) -> Iterator[str]:
     """Yield the texts and names in a pickle, of which nothing is made, as far as it is whole."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for _, argument, _ in pickletools.genops(content):
+            for _, argument, _ in pickletools.genops(content):  # type: ignore[arg-type]  # it reads like a file
                 if isinstance(argument, str):
                     yield argument
     except ValueError:  # it ends too early, or is no pickle at all

@@ -61,8 +61,8 @@ class DDAEPreTrainedModel(PreTrainedModel):
             for key, values in network_of(config).computed_buffers(config).items():
                 init.copy_(module.denoiser.get_buffer(key), values)
         elif isinstance(module, nn.BatchNorm1d):
-            for buffer, initialise in (("running_mean", init.zeros_), ("running_var", init.ones_)):
-                initialise(module.get_buffer(buffer))
+            init.zeros_(module.get_buffer("running_mean"))
+            init.ones_(module.get_buffer("running_var"))
             init.zeros_(module.get_buffer("num_batches_tracked"))
         elif callable(reset := getattr(module, "reset_parameters", None)):
             own = list(module.parameters(recurse=False))
@@ -138,12 +138,12 @@ class DDAEPreTrainedModel(PreTrainedModel):
     @classmethod
     def _read_parts(cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any) -> tuple[dict[str, Any], Any]:
         """Return the tensors of a generator or of a head and its base, and their type; enter it in `config`."""
-        denoiser = checkpoint.load_denoiser(dtype if isinstance(dtype, torch.dtype) else None)
+        denoiser = checkpoint.load("denoiser", dtype if isinstance(dtype, torch.dtype) else None)
         for name, rounded in GENERATOR_FINGERPRINTS.items():
             setattr(config, name, fingerprint(denoiser, dtype=rounded))
         parts = {"denoiser": denoiser}
         if config.vae is not None:
-            parts["vae"] = checkpoint.load_vae()
+            parts["vae"] = checkpoint.load("vae")
             if parts["vae"] is None:
                 raise ValueError(f"{checkpoint.path} has no vae: a config of one without its weights is of no use.")
         prefix = cls._inner_prefix
@@ -152,10 +152,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
     def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:
-        """Refuse what is missing, but for a classifier that the checkpoint does not have or that was asked for `anew`.
-
-        `info` is what transformers tells of loading.
-        """
+        """Refuse what is missing, but for a classifier that the checkpoint lacks or that was asked for `anew`."""
         mismatched = {name for name, *_ in info["mismatched_keys"]}
         missing = set(info["missing_keys"]) | mismatched
         every = set(self.state_dict())
@@ -182,15 +179,9 @@ class DDAEPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Write `config.json` and `model.safetensors`, as in transformers.
 
-        A `head.safetensors` that the folder holds stays there, and is no longer what opens.
-
-        Args:
-            save_directory: The folder.
-            *args: See `PreTrainedModel.save_pretrained`.
-            include_code: Whether to write this package's modules beside them, so that the folder, or the repository
-                that it becomes, opens with transformers' Auto classes and `trust_remote_code=True` where `ddae_hf` is
-                not installed.
-            **kwargs: See `PreTrainedModel.save_pretrained`, `push_to_hub` among them.
+        A `head.safetensors` that the folder holds stays there, and is no longer what opens. With `include_code` this
+        package's modules lie beside them, so that the folder, or the repository that it becomes, opens with
+        transformers' Auto classes and `trust_remote_code=True` where `ddae_hf` is not installed.
         """
         self.config.weights = "whole"
         self._set_auto_map(include_code)
@@ -281,7 +272,7 @@ def write_head(
 
 def _originals(checkpoint: Checkpoint, denoiser: nn.Module, vae: nn.Module | None) -> tuple[Any, Any]:
     """Return the denoiser and the VAE of a base, or refuse one that a classifier with these was not trained on."""
-    original, original_vae = checkpoint.load_denoiser(), checkpoint.load_vae()
+    original, original_vae = checkpoint.load("denoiser"), checkpoint.load("vae")
     if vae is None and original_vae is not None:
         raise ValueError(
             f"This classifier was opened without the VAE of {checkpoint.path} and takes latents: put its weights into "

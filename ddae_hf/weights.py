@@ -23,9 +23,7 @@ from transformers.utils.hub import cached_file
 from .cut import uncompiled
 
 # The arguments of `from_pretrained` that say where files are, and those that also say how they are opened.
-HUB_ARGUMENTS = (
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
-)  # fmt: skip
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "variant", "dtype", "torch_dtype", "use_safetensors")
 
 HEAD_FILE = "head.safetensors"
@@ -121,7 +119,10 @@ def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | 
 def read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a checkpoint's JSON file holds, or None where it has no such file."""
     found = find_file(path, filename, **hub)
-    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    if found is None:
+        return None
+    with open(found, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class TrainingData:
             )
         if self.latents is not None:
             try:
-                self.latents.check_vae(source.load_vae())
+                self.latents.check_vae(source.load("vae"))
             except ValueError as error:
                 raise ValueError(f"{source.path} cannot be trained on these latents. {error}") from error
 
