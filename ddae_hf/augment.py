@@ -104,9 +104,8 @@ def augment(
     shifted. Nine numbers say what was done; zeros say that nothing was, and with zeros the network generates and is
     read.
 
-    Two differences from the paper. Images are resampled once, bicubically, where the paper filters with wavelets. The
-    numbers are added, padded with zeros, to the time embedding, where the paper learns a linear map of them: so a stock
-    `UNet2DModel` takes them without new weights, and its checkpoint is an ordinary unconditional one.
+    The paper filters with wavelets and learns a linear map of the numbers. Here images are resampled once, bicubically,
+    and the numbers are added to the time embedding, so that a stock `UNet2DModel` takes them without new weights.
 
     Args:
         images: Images (B, C, H, W) in [-1, 1], of equal height and width.

@@ -107,11 +107,10 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_choices(self) -> None:
         check_denoiser_class(self.denoiser.get("_class_name"))
-        for name, allowed in (("pooling", POOLINGS), ("feature_norm", ("none", "batch_norm"))):
+        choices = {"pooling": POOLINGS, "feature_norm": ("none", "batch_norm"), "weights": (None, *WEIGHTS)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(allowed)}.")
-        if self.weights not in (None, *WEIGHTS):
-            raise ValueError(f"weights is {self.weights!r}: allowed are None, {', '.join(WEIGHTS)}.")
+                raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(map(str, allowed))}.")
         if self.num_noise_samples < 1:
             raise ValueError(f"num_noise_samples is {self.num_noise_samples}: it must be at least 1.")
         if self.noise_seed < 0:

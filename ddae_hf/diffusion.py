@@ -72,7 +72,6 @@ class Diffusion:
             guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
             null_conditions: What `conditions` returned for the null class, which guidance needs.
         """
-        count = len(noisy)
         fed, told = self._fed(noisy, timestep)
         if guidance_scale != 1:
             if not (conditions and null_conditions):
@@ -86,7 +85,7 @@ class Diffusion:
             with_label, without = prediction.chunk(2)
             prediction = without + guidance_scale * (with_label - without)
         if self.family.learns_variance:
-            return torch.cat([prediction, output[:count, noisy.shape[1] :]], dim=1)
+            return torch.cat([prediction, output[: len(noisy), noisy.shape[1] :]], dim=1)
         return prediction
 
     def predict_with_hidden_states(

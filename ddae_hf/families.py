@@ -1,7 +1,4 @@
-"""What a family of schedulers has to say: its noise levels, and its network's input and target at each.
-
-Those that there are, and the symbols, are in `noise.py`.
-"""
+"""What a family of schedulers has to say. Those that there are, and the symbols, are in `noise.py`."""
 
 from __future__ import annotations
 

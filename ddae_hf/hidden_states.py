@@ -63,13 +63,7 @@ def hidden_size(denoiser: Any, layer: str) -> int:
 
 
 def collect_hidden_states(
-    denoiser: Any,
-    sample: Tensor,
-    timestep: Tensor,
-    layers: Sequence[str],
-    *,
-    stop_early: bool = True,
-    **kwargs: Any,
+    denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], *, stop_early: bool = True, **kwargs: Any
 ) -> dict[str, Tensor]:
     """Run the denoiser and return its hidden states.
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
-import torch
 from torch import Tensor
 
 VAES = ("AutoencoderKL",)
@@ -61,8 +60,3 @@ def check_vae(config: Any, denoiser: Any) -> None:
         )
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise ValueError("The vae scales each channel by its own latents_mean and latents_std: that is not supported.")
-
-
-def freeze(vae: torch.nn.Module) -> None:
-    """Keep a VAE as it is: no gradients, evaluation mode."""
-    vae.requires_grad_(False).eval()

@@ -19,7 +19,7 @@ from .diffusion import Diffusion
 from .families import drawn_by
 from .hidden_states import layer_names, learning_parameters, pool_hidden_states
 from .labels import checked_names, cross_entropy
-from .latents import build_vae, encode, freeze
+from .latents import build_vae, encode
 from .networks import build_denoiser, network_of
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention, write_head
 from .remote_code import save_code
@@ -95,7 +95,7 @@ class DDAEModel(DDAEPreTrainedModel):
         `from_pretrained` calls this again.
         """
         if self.vae is not None:
-            freeze(self.vae)
+            self.vae.requires_grad_(False).eval()
         self._restricted_to = list(layers)
         learning = learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(layers))
         for name, parameter in self.denoiser.named_parameters():

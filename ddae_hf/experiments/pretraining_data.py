@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..checkpoints import Checkpoint, load_vae
 from ..image_processing_ddae import DDAEImageProcessor
-from ..latents import freeze
 from .batches import BatchSizes, image_batches, images_hash, row_batches
 from .classes import draw_images, warn_of_missing
 from .encoding import latent_dataset
@@ -131,7 +130,7 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
         hint = "" if options.vae else " If the VAE of the latents is elsewhere now, say where (vae)."
         raise ValueError(f"{error}{hint}") from error
     folder.check_vae(vae)
-    freeze(vae)
+    vae.requires_grad_(False).eval()
     vae.enable_slicing()  # pictures are decoded one by one
     names = folder.index["names"] if options.class_conditional else None
     if names:
