@@ -22,7 +22,7 @@ FLAT = [
     ["dits", "unets"],
     ["networks"],
     ["checkpoints", "conversion", "hidden_states"],
-    ["configuration_ddae", "diffusion", "heads"],
+    ["configuration_ddae", "diffusion"],
     ["image_processing_ddae", "pretrained_ddae"],
     ["modeling_ddae", "pipeline_ddae"],
     ["backbone_ddae"],

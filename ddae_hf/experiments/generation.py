@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..checkpoints import plain_config
 from ..modeling_ddae import DDAEModel
 from ..networks import network_of
-from ..noise import change_scheduler, family
+from ..noise import change_scheduler, family_of
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
 from .arrays import read_json, write_text, written_whole
@@ -150,7 +150,7 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     if options.scheduler:
         trained = pipeline.scheduler
         pipeline.scheduler = change_scheduler(trained, getattr(diffusers, options.scheduler))
-        if (kind := family(pipeline.scheduler)) != (wants := family(trained)):
+        if (kind := family_of(pipeline.scheduler).name) != (wants := family_of(trained).name):
             raise ValueError(f"scheduler {options.scheduler} is of {kind}, but the network was trained with {wants}.")
     chosen_classes(pipeline, options)
     return pipeline

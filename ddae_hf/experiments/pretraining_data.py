@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..checkpoints import Checkpoint, load_vae
 from ..image_processing_ddae import DDAEImageProcessor
-from ..latents import freeze
 from .batches import image_batches, images_hash, row_batches
 from .classes import draw_images, warn_of_missing
 from .encoding import LatentFolder, latent_dataset
@@ -49,7 +48,7 @@ class TrainingData:
             )
         if self.latents is not None:
             try:
-                self.latents.check_vae(source.load_vae())
+                self.latents.check_vae(source.load("vae"))
             except ValueError as error:
                 raise ValueError(f"{source.path} cannot be trained on these latents. {error}") from error
 
@@ -122,7 +121,7 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
         hint = "" if options.vae else " If the VAE of the latents is elsewhere now, say where (vae)."
         raise ValueError(f"{error}{hint}") from error
     folder.check_vae(vae)
-    freeze(vae)
+    vae.requires_grad_(False).eval()
     vae.enable_slicing()  # pictures are decoded one by one
     names = folder.index["names"] if options.class_conditional else None
     if names:
