@@ -55,12 +55,15 @@ IN_TRAINING = frozenset(
 )
 
 
-def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
-    """Return how many layers lie before each parameter that the logits depend on.
+def parameter_groups(
+    model: DDAEForImageClassification, learning_rate: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return the optimiser's groups.
 
-    The depth of a parameter in a block is the number (from 1) of the first layer, in the order of `layer_names`, whose
-    hidden state has a gradient for it; what stands outside the blocks (first convolution, embeddings) has depth 0. The
-    classifier comes after the last layer. Parameters that are missing have no part in the logits.
+    The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
+    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). A parameter in a block is of the first layer, in the
+    order of `layer_names`, whose hidden state has a gradient for it; what stands outside the blocks (first convolution,
+    embeddings) comes before all layers, the classifier after them. Biases, gains and other vectors are not decayed.
     """
     blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
     names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
@@ -71,19 +74,8 @@ def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
     for number, state in enumerate(states, start=1):
         for name in parameters_behind([state], names, seen):
             depths[name] = number if name.split(".")[2] in blocks else 0
-    return depths | {name: len(states) + 1 for name, _ in model.classifier.named_parameters(prefix="classifier")}
-
-
-def parameter_groups(
-    model: DDAEForImageClassification, learning_rate: float, layer_decay: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Return the optimiser's groups.
-
-    The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
-    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). Biases, gains and other vectors are not decayed.
-    """
-    depths = parameter_depths(model)
-    top = max(depths.values())
+    top = len(states) + 1
+    depths |= {name: top for name, _ in model.classifier.named_parameters(prefix="classifier")}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # what the logits depend on
@@ -141,11 +133,10 @@ class Progress(ProgressCallback):
         state.compute_steps(args, state.max_steps)
         schedule = self.trainer.lr_scheduler
         schedule.base_lrs = [rate for rate, _ in self.trainer.given]
-        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
         groups = self.trainer.optimizer.param_groups
-        for group, rate, (_, weight_decay) in zip(groups, schedule._last_lr, self.trainer.given, strict=True):
-            group.update(lr=rate, weight_decay=weight_decay)
+        for group, (rate, weight_decay), factor in zip(groups, self.trainer.given, schedule.lr_lambdas, strict=True):
+            group.update(lr=rate * factor(schedule.last_epoch), weight_decay=weight_decay)
+        schedule._last_lr = [group["lr"] for group in groups]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the weights; save and stop if a signal came."""
@@ -239,33 +230,26 @@ class FineTuner(Trainer):
         With other processes or images Trainer would go on at another place.
         """
         self.before = read_json(checkpoint / PROGRESS)
-        check_weights(checkpoint, load_file(checkpoint / WEIGHTS).values())
+        averages = {} if self.average is None else load_file(checkpoint / AVERAGED)
+        check_weights(checkpoint, [*load_file(checkpoint / WEIGHTS).values(), *averages.values()])
         if self.average is not None:
-            saved = load_file(checkpoint / AVERAGED)
-            check_weights(checkpoint, saved.values())
             for name, value in zip(self.learning, self.average.shadow_params, strict=True):
-                value.copy_(saved[name])
+                value.copy_(averages[name])
             self.average.optimization_step = step_of(checkpoint)
+        trained = f"{checkpoint} was trained"
         processes = len(list(checkpoint.glob("rng_state*.pth")))
-        if processes != self.args.world_size:
-            now = self.args.world_size
-            raise ValueError(
-                f"{checkpoint} was trained by {processes} process(es), and here are {now}: start as many as then."
-            )
+        if processes != (now := self.args.world_size):
+            raise ValueError(f"{trained} by {processes} process(es), and here are {now}: start as many as then.")
         # Versions before 0.3.0 noted the number of images alone, or nothing.
-        different = [name for name, value in self.known.items() if self.before.get(name, value) != value]
-        if "num_images" in different or "data" in different:
-            raise ValueError(
-                f"{checkpoint} was trained on {self.before['num_images']} images, and here are "
-                f"{len(self.train_dataset)}, or others: give the same images, with the same labels."
-            )
+        different = {name for name, value in self.known.items() if self.before.get(name, value) != value}
+        if different & {"num_images", "data"}:
+            images = f"on {self.before['num_images']} images, and here are {len(self.train_dataset)}, or others"
+            raise ValueError(f"{trained} {images}: give the same images, with the same labels.")
         if step_of(checkpoint) > self.args.max_steps:
             raise ValueError(f"{checkpoint} is past the {self.args.max_steps} steps that are asked for: give more.")
         if "start" in different:
-            raise ValueError(
-                f"{checkpoint} was trained from another model_name_or_path, or on images or latents that are made "
-                "otherwise: give those that the run began with."
-            )
+            start = "from another model_name_or_path, or on images or latents that are made otherwise"
+            raise ValueError(f"{trained} {start}: give those that the run began with.")
         self._check_options(checkpoint)
 
     def _check_options(self, checkpoint: Path) -> None:
