@@ -29,7 +29,7 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "devices", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
-    ["classes", "generation_metrics", "noisy_networks", "run_folder"],
+    ["classes", "noisy_networks", "run_folder"],
     ["options"],
     ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],
     ["images", "latent_folder", "progress"],

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -61,8 +63,7 @@ from .training import Loop
 
 MLP = "mlp"  # its folder
 WIDE_RESNET = "wide_resnet"  # likewise
-TEST_VIEW = noise_view(True, 0)  # of noise; training and test images never share one
-FIRST_TRAIN_VIEW = 2
+TEST_VIEW = noise_view(True, 0)  # of noise; those of training images begin at 2
 OF_RIVAL = ["wide_resnet_steps", "wide_resnet_learning_rate"]  # which hold for the steps that are to come
 # What stored features and the Wide ResNet both depend on.
 COMMON = ["sigma_min", "sigma_max", "random_flip", "random_crop", "seed"]
@@ -211,8 +212,8 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
         now = json.loads(json.dumps({name: getattr(options, name) for name in COMMON + names} | more))
         old = read_json(path) if path.exists() else now
         if different := sorted(name for name in now if now[name] != old.get(name)):
-            made = f"{path.parent} was made with other options ({', '.join(different)})"
-            raise ValueError(f"{made}: choose another output_dir.")
+            what = f"was made with other options ({', '.join(different)})"
+            raise ValueError(f"{path.parent} {what}: choose another output_dir.")
         write_json(path, now)
     if (folder / WIDE_RESNET / "state.safetensors").exists() and not saved_checkpoints(folder / WIDE_RESNET):
         made = f"{folder / WIDE_RESNET} holds a training of a version before 0.3.0, which this one does not resume"
@@ -272,9 +273,8 @@ class Study:
                 images = random_changes(images, options.random_flip, options.random_crop)
                 if rows.start >= start:
                     level = sigmas[rows.start : rows.stop].to(self.model.device)
-                    number = FIRST_TRAIN_VIEW + view
-                    seed = options.noise_seed
-                    found = batch_features(self.model, images, rows, self.layers, level, noise_seed=seed, view=number)
+                    drawn = {"noise_seed": options.noise_seed, "view": 2 + view}
+                    found = batch_features(self.model, images, rows, self.layers, level, **drawn)
                     values = torch.cat([found[layer] for layer in self.layers], dim=1)
                     if not values.isfinite().all():
                         raise ValueError("Some features are no finite numbers: the network overflows, use float32.")
@@ -298,7 +298,7 @@ class Study:
         mlp.deviation.copy_(torch.from_numpy(np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-12))))
         optimizer = torch.optim.AdamW(mlp.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
         passes = [view for _ in range(options.num_train_epochs) for view in torch.randperm(len(stored)).tolist()]
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(passes))
+        schedule = CosineAnnealingLR(optimizer, len(passes))
         for view in tqdm(passes, desc="MLP"):
             for batch in torch.randperm(len(labels)).split(options.train_batch_size):
                 inputs = torch.from_numpy(stored[view][batch.numpy()]).to(device)
@@ -318,8 +318,8 @@ class Study:
         size = options.wide_resnet_batch_size
         steps = options.wide_resnet_steps
         keeps = options.output_dir is not None
-        channels = self.model.config.sample_shape[0]
-        config = {"k": options.wide_resnet, "num_labels": len(self.train.names), "num_channels": channels}
+        config = {"k": options.wide_resnet, "num_labels": len(self.train.names)}
+        config["num_channels"] = self.model.config.sample_shape[0]
         seed_by(options.seed)
         network: Any = WideResNet(**config).to(self.model.device)
         network.to(memory_format=torch.channels_last)
@@ -333,10 +333,8 @@ class Study:
 
         def loss(batch: dict[str, Tensor]) -> Tensor:
             noisy, sigma = self.noisy_batch(batch["pixel_values"], loop.progress.batches)
-            logits = network(
-                noisy.to(self.model.device, memory_format=torch.channels_last), sigma.to(self.model.device)
-            )
-            return F.cross_entropy(logits, batch["labels"].to(self.model.device))
+            logits = network(noisy.to(memory_format=torch.channels_last), sigma)
+            return F.cross_entropy(logits, batch["labels"].to(sigma.device))
 
         def save(partial: Path) -> None:
             save_model(network, str(partial / "model.safetensors"))
@@ -345,15 +343,12 @@ class Study:
         checkpoint = rival_checkpoint(folder, options)
         if checkpoint is not None:
             load_model(network, checkpoint / "model.safetensors")
-        loader = DataLoader(
-            LabelledRows(self.train), batch_sampler=Batches(of_epoch, size), collate_fn=cast(Any, whole)
-        )
+        order = Batches(of_epoch, size)
+        loader = DataLoader(LabelledRows(self.train), batch_sampler=order, collate_fn=cast(Any, whole))
         with accelerated(mixed_precision="no", place=False) as accelerator:
             loop = Loop(
                 accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
-                schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-                    optimizer, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2
-                ),
+                schedule=lambda built: LambdaLR(built, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2),
                 output_dir=folder if keeps else None, checkpointing_steps=options.checkpointing_steps,
                 checkpoints_total_limit=2, save=save, desc=f"WRN-28-{options.wide_resnet}",
                 option="wide_resnet_learning_rate",
@@ -373,8 +368,9 @@ class Study:
         images = random_changes(images, self.options.random_flip, self.options.random_crop)
         sigma = log_uniform(self.options, len(images), [self.options.seed, step])
         noise = torch.randn(len(images), *self.model.config.sample_shape)
-        clean = self.model.encode(images.to(self.model.device), torch.randn_like(noise)).cpu()
-        return clean + sigma[:, None, None, None] * noise, sigma
+        device = self.model.device
+        clean = self.model.encode(images.to(device), torch.randn_like(noise)).cpu()
+        return (clean + sigma[:, None, None, None] * noise).to(device), sigma.to(device)
 
     @torch.no_grad()
     def accuracies(self, name: str, network: nn.Module) -> list[float]:
@@ -391,10 +387,7 @@ class Study:
         count = len(self.test)
         where = self.options.features_dir or self.folder / "features"
         cache = FeatureCache(where, self.model, self.options.noise_seed)
-
-        def images(start: int) -> Iterator[Tensor]:
-            return self.test.batches(size, start=start, title="test")
-
+        images = partial(self.test.batches, size, None, title="test")
         for number, sigma in enumerate(self.sigmas):
             found = cache.features(images, count, self.layers, sigma, view=TEST_VIEW, data=self.test.identity)
             for start in range(0, count, size):

@@ -6,8 +6,6 @@ of what it was trained with) and at last `files.json`, by which `run_folder` kno
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +34,7 @@ from .encoding import one_view
 from .images import Inputs
 from .metrics import classification_metrics
 from .run_folder import check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
-from .stopping import NotFinite, Stopping, check_weights, look, not_finite
+from .stopping import Stopping, check_weights, look, not_finite
 
 if TYPE_CHECKING:
     from .finetuning import FinetuningOptions
@@ -87,10 +85,7 @@ def parameter_groups(
 
 
 class LabelledRows(Dataset[Any]):
-    """Labelled inputs by whole batches, as a loader asks for them; by default all, and of each the first view alone.
-
-    `noise` gives rows noise of their own, (B, draws, C, H, W).
-    """
+    """Labelled inputs by whole batches; by default all, of each the first view alone, and without `noise` of rows."""
 
     def __init__(
         self,
@@ -112,12 +107,6 @@ class LabelledRows(Dataset[Any]):
         batch = {"pixel_values": torch.stack(views, dim=1) if self.views else views[0]}
         batch["labels"] = torch.from_numpy(self.inputs.labels[rows])
         return batch if self.noise is None else batch | {"noise": self.noise(rows).transpose(0, 1)}
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """How many images these are, and a SHA-256 of them and their labels."""
-        content = [self.inputs.images.hash, self.rows.tolist(), self.inputs.labels[self.rows].tolist()]
-        return {"num_images": len(self), "data": hashlib.sha256(repr(content).encode()).hexdigest()}
 
 
 class Progress(ProgressCallback):
@@ -149,11 +138,10 @@ class Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the loss, and stop if it is no number."""
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise self.trainer.not_finite(loss)
-        if loss and self.training_bar is not None:
-            self.training_bar.set_postfix(loss=f"{loss:.4f}")
+        if "loss" in logs:
+            self.trainer.look()
+            if self.training_bar is not None:
+                self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
 
 class FineTuner(Trainer):
@@ -186,7 +174,7 @@ class FineTuner(Trainer):
             self.average = EMAModel(self.learning.values(), decay=options.ema_decay, foreach=True)
         self.options = options
         self.stopping = Stopping()
-        self.losses: deque[Tensor] = deque(maxlen=100)  # of batches, looked at before a checkpoint is written
+        self.losses: deque[Tensor] = deque(maxlen=100)  # of batches
         self.batch = 0  # of this step
         self.images_seen = 0  # in this run
         self.known: dict[str, Any] = {}  # what checkpoints note beside: hashes of the images and the start, and options
@@ -277,19 +265,16 @@ class FineTuner(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write a checkpoint, finite and whole or not at all, and drop the oldest others."""
-        averages = self.average.shadow_params if self.average else []
-        losses, finite = look(self.accelerator, self.losses, [*self.model.state_dict().values(), *averages])
-        if not finite:
-            raise self.not_finite(fmean(losses))
+        self.look()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with saving(folder.parent):
             try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process has written its random state
                 if self.is_world_process_zero():
-                    if averages:
-                        tensors = [value.contiguous() for value in averages]
-                        save_file(dict(zip(self.learning, tensors, strict=True)), folder / AVERAGED)
+                    if self.average is not None:
+                        averages = (value.contiguous() for value in self.average.shadow_params)
+                        save_file(dict(zip(self.learning, averages, strict=True)), folder / AVERAGED)
                     write_json(folder / PROGRESS, self.total() | self.known)
                     note_files(folder)
                     for old in [other for other in saved_checkpoints(folder.parent) if other != folder][:-1]:
@@ -299,11 +284,14 @@ class FineTuner(Trainer):
                     discard(folder)
                 raise
 
-    def not_finite(self, loss: float) -> NotFinite:
-        """Return what stops a training that has failed; the learning rate is the classifier's, the largest."""
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
-        found = saved_checkpoints(self.args.output_dir)
-        return not_finite(self.state.global_step, loss, rate, found[-1] if found else None)
+    def look(self) -> None:
+        """Raise `NotFinite` unless the last losses and all weights are finite."""
+        averages = self.average.shadow_params if self.average else []
+        losses, finite = look(self.accelerator, self.losses, [*self.model.state_dict().values(), *averages])
+        if not finite:
+            rate = max(group["lr"] for group in self.optimizer.param_groups)  # the classifier's
+            found = saved_checkpoints(self.args.output_dir)
+            raise not_finite(self.state.global_step, fmean(losses), rate, found[-1] if found else None)
 
 
 def _metrics(found: Any) -> dict[str, float]:

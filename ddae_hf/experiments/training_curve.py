@@ -89,8 +89,6 @@ def sweep_run(
             where = dataclasses.replace(quality, output_dir=None if folder is None else f"{folder}/generation")
             made: Any = compare_samples(str(checkpoint), images, where, extractor)
             point.frechet_distance = made.results["generated"]["frechet_distance"]
-            if folder is not None:
-                made.save(f"{folder}/generation")
         points.append(point)
         logger.info("Step %s:\n%s", step, found.table())
     report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
