@@ -80,6 +80,7 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another output_dir.")
     vae = None if options.vae is None else load_vae(options.vae)
+    written: Any
     found = conversion.convert(
         checkpoint, num_heads=options.num_heads, num_classes=options.num_classes,
         framework=options.framework, sample_size=options.sample_size,

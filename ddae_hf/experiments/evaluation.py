@@ -162,10 +162,8 @@ def compare_samples(
             )  # fmt: skip
         generator: dict[str, Any] = {"images_dir": given}
         if pipeline is not None:
-            if options.output_dir is None and processes.num_processes > 1:
-                raise ValueError("output_dir is None: processes share images through a folder.")
             output = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-            paths = sample(pipeline, options, processes, Path(output) / "images").paths
+            paths = sample(pipeline, options, Path(output) / "images").paths
             generator = {"model_name_or_path": given, **made_by(pipeline, options)}
             generator["scheduler"] = type(pipeline.scheduler).__name__
             if (classes := chosen_classes(pipeline, options)) is not None:
@@ -228,20 +226,21 @@ def find_images(folder: Path) -> list[Path]:
 
 def kept_features(extractor: Extractor, compared: Compared, options: EvaluationOptions) -> Tensor:
     """Return features (N, C), from disk if they were computed before."""
+
+    def computed() -> Tensor:
+        return extractor.compute(compared.batches(options.extractor_batch_size), compared.view)
+
+    if options.features_dir is None:
+        return computed()
     count = len(compared.images)
     content = {"number": count, "sha256": compared.images.hash}
-
-    def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
-        yield {"features": extractor.compute(compared.batches(options.extractor_batch_size), compared.view)[start:]}
-
-    with contextlib.ExitStack() as stack:
-        parent = options.features_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        identity = {"extractor": extractor.identity, "images": content, "view": compared.view}
-        folder = described_folder(Path(parent), identity)
-        if (folder / "features.npy").exists():
-            logger.info("Features of %s, %d images: reused from %s.", compared.name, count, folder)
-        features = fill(folder, {"features": (extractor.width,)}, count, batches)["features"]
-        return torch.from_numpy(np.array(features))
+    identity = {"extractor": extractor.identity, "images": content, "view": compared.view}
+    folder = described_folder(Path(options.features_dir), identity)
+    if (folder / "features.npy").exists():
+        logger.info("Features of %s, %d images: reused from %s.", compared.name, count, folder)
+    shapes = {"features": (extractor.width,)}
+    features = fill(folder, shapes, count, lambda start, missing: [{"features": computed()[start:]}])["features"]
+    return torch.from_numpy(np.array(features))
 
 
 def compare(reference: Tensor, features: Tensor) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import signal
 import tempfile
@@ -46,10 +45,10 @@ from .devices import best_device, made_fast
 from .draws import indexed_noise, separate_randomness
 from .encoding import LatentInputs
 from .features import FeatureCache
-from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
+from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
 from .latent_folder import LatentFolder
 from .models import Model, base_of, check_null_class, without_report
-from .options import Options, option
+from .options import option
 from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
@@ -76,7 +75,7 @@ NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_st
 
 
 @dataclass(kw_only=True)
-class FinetuningOptions(Options):
+class FinetuningOptions(SplitOptions):
     """Options of `finetune`."""
 
     # What a resumed run may change, and is applied from then on; and what says only where things are.
@@ -89,13 +88,8 @@ class FinetuningOptions(Options):
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
-    train_split: str = option("train", "Split to train on.")
-    test_split: str = option("test", "Split to test on.")
-    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
-    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
     label_fraction: float = option(1.0, "Part of each class's training images that is used.")
     latents_dir: str | None = option(None, "Folder of the images' latents, to train on in place of their pixels.")
-    cache_dir: str | None = option(None, "Where downloads are kept.")
     layer: str | None = option(None, "Where the classifier reads the network; by default the checkpoint's layer.")
     sigma: float | None = option(None, "Noise level of the images; by default the checkpoint's.")
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
@@ -134,10 +128,9 @@ class FinetuningOptions(Options):
             raise ValueError("mixed_precision fp16 needs a GPU.")
         if self.output_dir is None and (self.resume_from_checkpoint or self.report_to):
             raise ValueError("output_dir is not given: without it there is nothing to resume and no place for logs.")
-        trackers = get_available_reporting_integrations()
-        if self.report_to not in (None, "all", "none", *trackers):
-            there = ", ".join(trackers) or "none"
-            raise ValueError(f"report_to is {self.report_to}, which cannot be used: trackers here are {there}.")
+        trackers = ["all", "none", *get_available_reporting_integrations()]
+        if self.report_to not in (None, *trackers):
+            raise ValueError(f"report_to is {self.report_to}, which cannot be used: allowed are {', '.join(trackers)}.")
 
 
 @dataclass(kw_only=True)
@@ -201,7 +194,7 @@ def _finetune(
     chosen = check_finetuning(options, classifier.config, train.labels)
     rows = LabelledRows(train, chosen, train.folder.views("train") if isinstance(train, LatentInputs) else None)
     keeps = given["output_dir"] is not None
-    trainer = FineTuner(options, training_arguments(options, len(rows), keeps), classifier, rows)
+    trainer = FineTuner(options, training_arguments(options, keeps), classifier, rows)
     trainer.known = beginning(classifier, rows) | {"options": given}
     if resume is not None:
         trainer.restore(resume)
@@ -330,19 +323,18 @@ def with_vae(
 def check_finetuning(options: FinetuningOptions, config: Any, labels: np.ndarray) -> np.ndarray:
     """Return the images, of labels (N,), to train on, or raise `ValueError` where such a model cannot be trained so."""
     rows = draw_fraction(labels, options.label_fraction, options.seed)
-    count = len(rows)
     if options.random_crop >= min(config.image_size):
         raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {config.image_size}.")
-    if config.feature_norm == "batch_norm" and count % options.batch_size == 1:
-        raise ValueError(f"{count} images leave a batch of one, which has no variance: change batch_size.")
+    if config.feature_norm == "batch_norm" and len(rows) % options.batch_size == 1:
+        raise ValueError(f"{len(rows)} images leave a batch of one, which has no variance: change batch_size.")
     if config.feature_norm == "batch_norm" and options.ema_decay is not None:
         raise ValueError("The checkpoint has a batch norm, whose statistics are not averaged: leave out ema_decay.")
-    training_arguments(options, count, True)
+    training_arguments(options, keeps=True)
     return rows
 
 
-def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> TrainingArguments:
-    """Return Trainer's arguments for so many images, with checkpoints if it `keeps` them."""
+def training_arguments(options: FinetuningOptions, keeps: bool) -> TrainingArguments:
+    """Return Trainer's arguments, with checkpoints if it `keeps` them."""
     arguments = TrainingArguments(
         str(options.output_dir), per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -360,9 +352,6 @@ def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> T
     )  # fmt: skip
     if arguments.n_gpu > 1:  # Trainer would split batches along the draws of noise
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
-    batches = math.ceil(math.ceil(count / options.batch_size) / arguments.world_size)
-    epoch = math.ceil(batches / options.gradient_accumulation_steps)
-    arguments.max_steps = options.max_train_steps or options.num_train_epochs * epoch
     return arguments
 
 

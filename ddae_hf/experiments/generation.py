@@ -101,12 +101,9 @@ def generate(model: Generator, options: GenerationOptions | None = None, **chang
         OSError: No such checkpoint, or no space left for the images.
     """
     options = GenerationOptions.of(options, changes)
-    processes = open_processes()
     pipeline = open_pipeline(model, options)
     if options.output_dir is not None:
-        return sample(pipeline, options, processes, Path(options.output_dir))
-    if processes.num_processes > 1:
-        raise ValueError(f"output_dir is None: {processes.num_processes} processes share images through a folder.")
+        return sample(pipeline, options, Path(options.output_dir))
     batches = tqdm(_batches(options), desc="Batches", leave=False)
     images = [image for batch in batches for image in sample_batch(pipeline, options, batch)]
     return Samples(images, [], options.num_images)
@@ -120,8 +117,11 @@ def open_processes() -> PartialState:
 def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     """Return a pipeline with a scheduler of its own, that which is asked for: of a path, on the best device there is.
 
-    A scheduler of another framework, classes that there are not, or another type than an open model's are refused.
+    A scheduler of another framework, classes that there are not, another type than an open model's, and processes that
+    have no folder to share images through are refused.
     """
+    if options.output_dir is None and (count := open_processes().num_processes) > 1:
+        raise ValueError(f"output_dir is None: {count} processes share images through a folder.")
     wanted = None if options.dtype is None else getattr(torch, options.dtype)
     if isinstance(model, DDAEModel):
         if reason := model.config.features_only:
@@ -179,11 +179,12 @@ def made_by(pipeline: DDAEPipeline, options: GenerationOptions) -> dict[str, Any
     return facts | {"weights": fingerprint(pipeline.denoiser, pipeline.vae, dtype=None)}
 
 
-def sample(pipeline: DDAEPipeline, options: GenerationOptions, processes: PartialState, folder: Path) -> Samples:
+def sample(pipeline: DDAEPipeline, options: GenerationOptions, folder: Path) -> Samples:
     """Write the images that a folder lacks, with a note of what they depend on, and return all.
 
     Batches have fixed members, and one that lacks an image is computed whole: another size may round differently.
     """
+    processes = open_processes()
     paths = [folder / f"{i:05d}.png" for i in range(options.num_images)]
     facts = made_by(pipeline, options)
     facts |= {"null_class": pipeline.null_class, "scheduler": plain_config(pipeline.scheduler)}

@@ -32,9 +32,9 @@ from .classes import draw_labels
 from .devices import HELP
 from .draws import separate_randomness
 from .features import FeatureCache
-from .images import ImageInputs, Images, Inputs, labelled_splits
+from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
 from .models import Model, check_taps, chosen_layers, open_model, open_processor, ready
-from .options import Options, option
+from .options import option
 from .plots import accuracy_over_sigma, confusion_table, heat_map
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
@@ -46,16 +46,12 @@ MOST_PIXELS = 2**14  # whose correlations are 2 GiB
 
 
 @dataclass(kw_only=True)
-class SweepOptions(Options):
+class SweepOptions(SplitOptions):
     """Options of `sweep`."""
 
     encoded: ClassVar[bool] = False  # whether views are made beforehand, for every protocol
     classifier_dir: ClassVar[str] = "classifier"  # where in output_dir the classifier is
 
-    train_split: str = option("train", "Split to train on.")
-    test_split: str = option("test", "Split to test on.")
-    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
-    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
     layers: list[str] = option(["all"], "Names of layers, or `all`, `decoder`, or `own`, the checkpoint's.")
     sigmas: list[float] = option(
         [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's.", nargs="*"
@@ -86,7 +82,6 @@ class SweepOptions(Options):
     dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
     noise_seed: int = option(0, "First noise seed.")
     seed: int = option(0, "Seed of the validation split, the draws of labels and the untrained network.")
-    cache_dir: str | None = option(None, "Where downloads are kept.")
     output_dir: str | None = option(None, "Folder of the figures, the pictures and the best classifier.")
     features_dir: str | None = option(None, "Folder where features are kept; by default `features` in output_dir.")
 

@@ -6,6 +6,7 @@ of what it was trained with) and at last `files.json`, by which `run_folder` kno
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -120,9 +121,9 @@ class Progress(ProgressCallback):
         """Put this run's options in the place of those that Trainer has restored from a checkpoint."""
         super().on_train_begin(args, state, control, **kwargs)
         state.compute_steps(args, state.max_steps)
-        schedule = self.trainer.lr_scheduler
+        schedule = kwargs["lr_scheduler"]
+        groups = kwargs["optimizer"].param_groups
         schedule.base_lrs = [rate for rate, _ in self.trainer.given]
-        groups = self.trainer.optimizer.param_groups
         for group, (rate, weight_decay), factor in zip(groups, self.trainer.given, schedule.lr_lambdas, strict=True):
             group.update(lr=rate * factor(schedule.last_epoch), weight_decay=weight_decay)
         schedule._last_lr = [group["lr"] for group in groups]
@@ -152,8 +153,6 @@ class FineTuner(Trainer):
 
     model: Any
     optimizer: Any
-    lr_scheduler: Any
-    train_dataset: Any
     args: Any
 
     def __init__(
@@ -165,6 +164,8 @@ class FineTuner(Trainer):
                 callback.logging_dir = str(Path(str(arguments.output_dir)) / options.logging_dir)
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(self))
+        steps = math.ceil(len(self.get_train_dataloader()) / options.gradient_accumulation_steps)  # of an epoch
+        arguments.max_steps = options.max_train_steps or options.num_train_epochs * steps
         groups = parameter_groups(model, options.learning_rate, options.layer_decay, options.weight_decay)
         self.given = [(group["lr"], group["weight_decay"]) for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -231,7 +232,7 @@ class FineTuner(Trainer):
         # Versions before 0.3.0 noted the number of images alone, or nothing.
         different = {name for name, value in self.known.items() if self.before.get(name, value) != value}
         if different & {"num_images", "data"}:
-            images = f"on {self.before['num_images']} images, and here are {len(self.train_dataset)}, or others"
+            images = f"on {self.before['num_images']} images, and here are {self.known['num_images']}, or others"
             raise ValueError(f"{trained} {images}: give the same images, with the same labels.")
         if step_of(checkpoint) > self.args.max_steps:
             raise ValueError(f"{checkpoint} is past the {self.args.max_steps} steps that are asked for: give more.")

@@ -192,8 +192,8 @@ class Loop:
                 if stop is not None:
                     raise Interrupted(
                         f"Stopped by {signal.Signals(stop).name} after step {step} of {self.total_steps}: "
-                        f"{self._last_checkpoint()} is saved. The same options with resume_from_checkpoint latest go "
-                        "on from it.",
+                        f"{self._last_checkpoint()} is saved. The same options go on from it, with "
+                        "resume_from_checkpoint latest where that is one of them.",
                         stop,
                     )
                 if drawn and sample is not None:
