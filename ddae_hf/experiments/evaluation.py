@@ -12,7 +12,6 @@ different widths, too few images, and values that are not finite raise `ValueErr
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import os
 import tempfile
@@ -60,9 +59,7 @@ class EvaluationOptions(GenerationOptions):
     extractor_batch_size: int = option(100, "Images whose features are computed at once.")
     reference_split: str = option("train", "Split of the real images to compare with.")
     max_reference_samples: int | None = option(None, "Use N images of it, of all classes.")
-    baseline_split: str | None = option(
-        None, "Also compare real images of this split, at most as many as generated ones."
-    )
+    baseline_split: str | None = option(None, "Also compare real images of this split, no more than generated ones.")
     features_dir: str | None = option(None, "Where features are kept, to be used again; by default nowhere.")
 
     def check(self) -> None:
@@ -103,11 +100,10 @@ class GenerationResult(GenerationReport):
     def picture(self) -> Figure:
         """Return some generated images beside some of the reference."""
         figure = Figure(figsize=(12, 6))
-        counts = {"generated": self.results["generated"]["num_images"]}
-        counts[self.reference["name"]] = self.reference["num_images"]
-        for axes, (name, count) in zip(figure.subplots(1, 2), counts.items(), strict=True):
-            axes.imshow(image_grid(self.shown[name], columns=6), interpolation="nearest")
-            axes.set_title(f"{name}, {len(self.shown[name])} of {count:,}")
+        counts = (self.results["generated"]["num_images"], self.reference["num_images"])
+        for axes, (name, images), count in zip(figure.subplots(1, 2), self.shown.items(), counts, strict=True):
+            axes.imshow(image_grid(images, columns=6), interpolation="nearest")
+            axes.set_title(f"{name}, {len(images)} of {count:,}")
             axes.axis("off")
         return figure
 
@@ -176,11 +172,10 @@ def compare_samples(
         features = {role: kept_features(extractor, each, options) for role, each in compared.items()}
         both = [compared["generated"], compared["reference"]]
         shown = {each.name: each.images.pil(draw_images(len(each.images), 36)) for each in both}
-    reference, known = features.pop("reference"), images.opened_with
+    reference = features.pop("reference")
+    known = images.opened_with
     about = {"source": known.get("dataset_name") or known.get("train_data_dir"), "name": compared["reference"].name}
-    facts = machine(best_device(), processes.num_processes)
-    packages = ["torchmetrics", "pillow"] + ["torch-fidelity"] * extractor.name.startswith("inception")
-    facts["versions"] |= {name: importlib.metadata.version(name) for name in packages}
+    libraries = ["torchmetrics", "pillow"] + ["torch-fidelity"] * extractor.name.startswith("inception")
     result = GenerationResult(
         options={"model_name_or_path": given, **options.to_dict(), **known},
         generator=generator,
@@ -193,7 +188,7 @@ def compare_samples(
         },
         seconds=round(time.monotonic() - started, 1),
         shown=shown,
-        **facts,
+        **machine(best_device(), processes.num_processes, libraries),
     )
     if options.output_dir is not None:
         result.save(options.output_dir)

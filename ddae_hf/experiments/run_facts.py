@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 LIBRARIES = ("ddae_hf", "torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub")
 
 
-def machine(device: str, processes: int = 1) -> dict[str, Any]:
-    """Return the hardware that computed, `device` being `cuda` or `cpu`, and the versions of the libraries."""
+def machine(device: str, processes: int = 1, libraries: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the hardware that computed, on `cuda` or the `cpu`, and the versions of `LIBRARIES` and of others."""
     hardware = {"cpu": processor(), "cores": os.cpu_count()}
     if device == "cuda":
         hardware = {"gpu": torch.cuda.get_device_name(), **hardware}
     versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *libraries):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # used from its folder, not installed
             versions[name] = importlib.metadata.version(name)
     return {"hardware": hardware, "processes": processes, "threads": torch.get_num_threads(), "versions": versions}
