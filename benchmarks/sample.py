@@ -44,9 +44,8 @@ from ddae_hf.commands.running import sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device, made_fast
 from ddae_hf.experiments.draws import SAMPLING, indexed_noise
-from ddae_hf.experiments.evaluation import GENERATED_VIEW, REFERENCE_VIEW, Compared
+from ddae_hf.experiments.evaluation import GENERATED_VIEW, REFERENCE_VIEW, Compared, frechet_distance
 from ddae_hf.experiments.extractors import Extractor, check_extractor, open_extractor
-from ddae_hf.experiments.generation_metrics import frechet_distance
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import Options, option
 from ddae_hf.networks import network_of

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
 
 from ddae_hf import DDAEPipeline
-from ddae_hf.experiments.generation_metrics import frechet_distance
+from ddae_hf.experiments.evaluation import frechet_distance
 
 from .conftest import make_unet
 

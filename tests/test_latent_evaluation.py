@@ -17,9 +17,9 @@ from ddae_hf.checkpoints import load_vae, plain_config
 from ddae_hf.experiments import make_card
 from ddae_hf.experiments.draws import POSTERIOR, indexed_noise
 from ddae_hf.experiments.encoding import LatentFolder, describe_splits, encode_views
+from ddae_hf.experiments.evaluation import frechet_distance
 from ddae_hf.experiments.features import FeatureCache, extract_features
 from ddae_hf.experiments.finetuning import FinetuningOptions
-from ddae_hf.experiments.generation_metrics import frechet_distance
 from ddae_hf.experiments.images import ImageInputs, Images, labelled_splits
 from ddae_hf.experiments.noisy_classification import TEST_VIEW, NoisyOptions, Study
 from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet

@@ -29,7 +29,7 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "digits", "draws", "metrics", "stopping"],
-    ["classes", "generation_metrics", "noisy_networks", "run_folder"],
+    ["classes", "noisy_networks", "run_folder"],
     ["options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],

@@ -7,6 +7,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,13 +59,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def machine(device: str, processes: int = 1) -> dict[str, Any]:
-    """Return the hardware that computed, `device` being `cuda` or `cpu`, and the versions of the libraries."""
+def machine(device: str, processes: int = 1, libraries: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the hardware that computed, on `cuda` or the `cpu`, and the versions of `LIBRARIES` and of others."""
     hardware = {"cpu": _processor(), "cores": os.cpu_count()}
     if device == "cuda":
         hardware = {"gpu": torch.cuda.get_device_name(), **hardware}
     versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *libraries):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # used from its folder, not installed
             versions[name] = importlib.metadata.version(name)
     return {"hardware": hardware, "processes": processes, "threads": torch.get_num_threads(), "versions": versions}

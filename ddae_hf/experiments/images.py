@@ -49,6 +49,17 @@ class DataOptions(Options):
         return Images(splits, self.image_column, self.label_column, self.skip_bad_images, given)
 
 
+@dataclass(kw_only=True)
+class SplitOptions(Options):
+    """Which images an experiment trains and tests on: see `labelled_splits`."""
+
+    train_split: str = option("train", "Split to train on.")
+    test_split: str = option("test", "Split to test on.")
+    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
+    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+
+
 class Images:
     """The images of a data set, by split: see `open`.
 

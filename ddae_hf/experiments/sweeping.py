@@ -37,9 +37,9 @@ from .draws import separate_randomness
 from .evaluation import EvaluationOptions, compare_samples
 from .extractors import open_extractor
 from .features import FeatureCache
-from .images import ImageInputs, Images, Inputs, labelled_splits
+from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
 from .models import Model, base_model, check_taps, chosen_layers, open_model, open_processor, ready
-from .options import Options, option
+from .options import option
 from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
@@ -52,16 +52,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class SweepOptions(Options):
+class SweepOptions(SplitOptions):
     """Options of `sweep`."""
 
     encoded: ClassVar[bool] = False  # whether views are made beforehand, for every protocol
     classifier_dir: ClassVar[str] = "classifier"  # where in output_dir the classifier is
 
-    train_split: str = option("train", "Split to train on.")
-    test_split: str = option("test", "Split to test on.")
-    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
-    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
     layers: list[str] = option(["all"], "Names of layers, or `all`, `decoder`, or `own`, the checkpoint's.")
     sigmas: list[float] = option(
         [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's.", nargs="*"
@@ -92,7 +88,6 @@ class SweepOptions(Options):
     dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
     noise_seed: int = option(0, "First noise seed.")
     seed: int = option(0, "Seed of the validation split, the draws of labels and the untrained network.")
-    cache_dir: str | None = option(None, "Where downloads are kept.")
     output_dir: str | None = option(None, "Folder of the figures, the pictures and the best classifier.")
     features_dir: str | None = option(None, "Folder where features are kept; by default `features` in output_dir.")
 
@@ -370,13 +365,9 @@ def sweep_run(
         accuracy, loss = found.test_accuracies[str(options.noise_seed)], test_loss(checkpoint, tested, options)
         point = Point(step=step, test_accuracy=accuracy, test_loss=loss, **dataclasses.asdict(found.best))
         if quality is not None:
-            where = folder and f"{folder}/generation"
-            made: Any = compare_samples(
-                str(checkpoint), images, dataclasses.replace(quality, output_dir=where), extractor
-            )
+            where = dataclasses.replace(quality, output_dir=folder and f"{folder}/generation")
+            made: Any = compare_samples(str(checkpoint), images, where, extractor)
             point.frechet_distance = made.results["generated"]["frechet_distance"]
-            if where is not None:
-                made.save(where)
         points.append(point)
         logger.info("Step %s:\n%s", step, found.table())
     dataset = images.facts(train, test)

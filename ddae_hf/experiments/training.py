@@ -185,8 +185,8 @@ class Loop:
                 if number is not None:
                     raise Interrupted(
                         f"Stopped by {signal.Signals(number).name} after step {step} of {self.total_steps}: "
-                        f"{self.last_checkpoint} is saved. The same options with resume_from_checkpoint latest go on "
-                        "from it.",
+                        f"{self.last_checkpoint} is saved. The same options go on from it, with "
+                        "resume_from_checkpoint latest where that is one of them.",
                         number,
                     )
                 if drawn and sample is not None:
