@@ -12,6 +12,7 @@ EXPERIMENTS = [
     "datasets>=4.8",
     "evaluate>=0.4.3",
     "matplotlib>=3.9",
+    "psutil>=5.9",
     "pyyaml>=6.0.2",
     "scikit-learn>=1.6",
     "torchmetrics>=1.6",

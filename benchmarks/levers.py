@@ -31,8 +31,7 @@ from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device, fast_layout, keep_freed_memory
 from ddae_hf.experiments.draws import indexed_noise
-from ddae_hf.experiments.image_set import ImageSet
-from ddae_hf.experiments.pixels import Pixels
+from ddae_hf.experiments.image_set import ImageSet, Pixels
 from ddae_hf.hidden_states import collect_hidden_states, pool_hidden_states
 from ddae_hf.networks import build_denoiser
 from ddae_hf.pretrained_ddae import use_attention

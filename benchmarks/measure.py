@@ -16,7 +16,7 @@ import scipy.stats
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddae_hf.experiments.run_facts import machine
+from ddae_hf.experiments.devices import machine
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 CONVOLUTION = {"cpu": (64, 256, 16), "cuda": (512, 256, 16)}  # batch, channels, side of the images

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddae_hf import DDAEPipeline, sigma_to_timestep
 from ddae_hf.networks import network_of
-from ddae_hf.noise import family
+from ddae_hf.noise import family_of
 
 
 class PlainFeatures:
@@ -38,7 +38,7 @@ class PlainFeatures:
         cache_dir: str | None = None,
     ):
         pipeline = DDAEPipeline.from_pretrained(checkpoint, cache_dir=cache_dir)
-        if family(pipeline.scheduler) != "ddpm":
+        if family_of(pipeline.scheduler).name != "ddpm":
             raise ValueError(
                 f"{checkpoint} has a {type(pipeline.scheduler).__name__}: the plain way adds noise with the scheduler, "
                 "at whole timesteps, so give a checkpoint of DDPM, DDIM or their kin."

@@ -34,7 +34,7 @@ import yaml
 from ddae_hf.commands.parsing import find_config, parse, read_config
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.images import DataOptions
-from ddae_hf.experiments.progress import PROGRESS
+from ddae_hf.experiments.run_folder import PROGRESS
 from ddae_hf.experiments.sweeping import SweepOptions
 
 from . import measure

@@ -43,13 +43,12 @@ from ddae_hf.commands.running import sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device, made_fast
 from ddae_hf.experiments.draws import SAMPLING, indexed_noise
-from ddae_hf.experiments.evaluation import GENERATED_VIEW, REFERENCE_VIEW, Compared
+from ddae_hf.experiments.evaluation import GENERATED_VIEW, REFERENCE_VIEW, Compared, frechet_distance
 from ddae_hf.experiments.extractors import Extractor, check_extractor, open_extractor
-from ddae_hf.experiments.generation_metrics import frechet_distance
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.options import Options, option
 from ddae_hf.networks import network_of
-from ddae_hf.noise import change_scheduler, family, new_scheduler
+from ddae_hf.noise import change_scheduler, family_of, new_scheduler
 
 from . import measure
 
@@ -114,7 +113,7 @@ def open_pipeline(args: Arguments, path: str, framework: str, dtype: torch.dtype
     pipeline = DDAEPipeline.from_pretrained(path, dtype=dtype, cache_dir=args.cache_dir)
     if pipeline.unet is None or pipeline.vae is not None or network_of(pipeline.unet).is_conditional(pipeline.unet):
         raise ValueError(f"{path} is no unconditional UNet2DModel of pixels, which diffusers' DDIMPipeline needs.")
-    if (found := family(pipeline.scheduler)) != framework:
+    if (found := family_of(pipeline.scheduler).name) != framework:
         raise ValueError(f"{path} was trained with {found}: give a checkpoint of {framework}.")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(args.device)
@@ -214,7 +213,7 @@ def measure_quality(
     rows: list[dict[str, Any]] = []
     kept: list[Tensor] = []
     trained = pipeline.scheduler
-    for name, scheduler, sampler in variants(args, trained, family(trained)):
+    for name, scheduler, sampler in variants(args, trained, family_of(trained).name):
         pipeline.scheduler = scheduler
         for calls in args.calls:
             steps, taken = steps_for(calls, sampler)

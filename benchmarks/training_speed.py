@@ -32,7 +32,7 @@ from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.new_networks import SCHEDULER, new_networks
 from ddae_hf.networks import network_of
-from ddae_hf.noise import family
+from ddae_hf.noise import family_of
 
 from . import measure
 from .training_ways import IMAGES, WAYS, Process, read_options
@@ -119,7 +119,7 @@ def shared_options(args: argparse.Namespace, rest: list[str], folder: Path) -> l
     if options.gradient_accumulation_steps not in (None, 1):
         raise SystemExit("--gradient_accumulation_steps: the plain loop makes a step of every batch; leave it out.")
     scheduler = build_scheduler({**SCHEDULER, **options.scheduler})
-    if family(scheduler) != "ddpm":
+    if family_of(scheduler).name != "ddpm":
         raise SystemExit(f"The plain loop trains under DDPM, not under a {type(scheduler).__name__}: choose another.")
     return argv
 

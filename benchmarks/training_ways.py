@@ -32,12 +32,11 @@ from ddae_hf import DDAEPipeline
 from ddae_hf.commands import pretrain
 from ddae_hf.commands.parsing import parse
 from ddae_hf.experiments.arrays import write_json
-from ddae_hf.experiments.batches import batch_sizes
 from ddae_hf.experiments.images import DataOptions, ImageSet
 from ddae_hf.experiments.new_networks import new_networks
 from ddae_hf.experiments.pretraining import Pretraining
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
-from ddae_hf.experiments.progress import PROGRESS
+from ddae_hf.experiments.run_folder import PROGRESS
 
 from . import measure
 
@@ -133,10 +132,9 @@ def read_options(argv: list[str]) -> tuple[DataOptions, pretrain.Arguments]:
 
 def our_losses(data: DataOptions, options: pretrain.Arguments) -> Iterator[Tensor]:
     """Train as `ddae pretrain` does, and yield the loss of every step."""
-    sizes = batch_sizes(options, 1)
     images = training_data(data.open(options.cache_dir), options)
-    with options.accelerated(sizes) as accelerator:
-        run = Pretraining(options, accelerator, images, sizes, None)
+    with options.accelerated() as accelerator:
+        run = Pretraining(options, accelerator, images, None)
         for _ in run.loop.steps(run.loss):
             yield run.loop.losses[-1]
 
@@ -192,7 +190,7 @@ class Plain:
                 self.save(folder / f"checkpoint-{step}")
                 write_json(folder / f"checkpoint-{step}" / PROGRESS, {"seconds": seconds})
         self.save(folder)
-        images = args.max_train_steps * batch_sizes(args, 1).total
+        images = args.max_train_steps * args.sizes.total
         loss = torch.stack(losses[-100:]).mean().item()
         results = {"steps": args.max_train_steps, "images": images, "seconds": seconds, "loss_last_100_batches": loss}
         write_json(folder / "train_results.json", results)
@@ -224,7 +222,7 @@ def plain_batches(images: ImageSet, args: pretrain.Arguments, config: Any, worke
     mode = {1: "L", 3: "RGB"}[config.in_channels]
     dataset = dataset.with_transform(partial(prepare, mode, config.sample_size, args.random_flip))
     options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "drop_last": True}
-    loader = DataLoader(dataset, batch_sizes(args, 1).total, shuffle=True, **options)
+    loader = DataLoader(dataset, args.sizes.total, shuffle=True, **options)
     while True:
         yield from (batch["pixels"] for batch in loader)
 

@@ -1,12 +1,11 @@
 """Denoising diffusion autoencoders: one checkpoint that generates images and classifies them.
 
-Importing it makes transformers' Auto classes, and so its pipelines, know the model type `ddae`. Other public names are
-imported when first used.
+Importing it makes transformers' Auto classes, and so its pipelines, know the model type `ddae`. `DDAEPipeline` is
+imported when it is first used.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
@@ -16,21 +15,17 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .backbone_ddae import DDAEBackbone
 from .configuration_ddae import DDAEConfig
+from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
 from .image_processing_ddae import DDAEImageProcessor
 from .modeling_ddae import DDAEForImageClassification, DDAEModel
+from .noise import add_noise, sigma_to_timestep, timestep_to_sigma
+
+if TYPE_CHECKING:
+    from .pipeline_ddae import DDAEPipeline
 
 __version__ = "0.3.0"
 
-_MODULES = {
-    "DDAEPipeline": "pipeline_ddae",
-    "add_noise": "noise",
-    "collect_hidden_states": "hidden_states",
-    "layer_names": "hidden_states",
-    "pool_hidden_states": "hidden_states",
-    "sigma_to_timestep": "noise",
-    "timestep_to_sigma": "noise",
-}
-__all__ = [  # noqa: F822 (found by `__getattr__`)
+__all__ = [
     "DDAEBackbone",
     "DDAEConfig",
     "DDAEForImageClassification",
@@ -45,11 +40,6 @@ __all__ = [  # noqa: F822 (found by `__getattr__`)
     "timestep_to_sigma",
 ]
 
-if TYPE_CHECKING:
-    from .hidden_states import collect_hidden_states, layer_names, pool_hidden_states
-    from .noise import add_noise, sigma_to_timestep, timestep_to_sigma
-    from .pipeline_ddae import DDAEPipeline
-
 AutoConfig.register("ddae", DDAEConfig, exist_ok=True)
 AutoModel.register(DDAEConfig, DDAEModel, exist_ok=True)
 AutoModelForImageClassification.register(DDAEConfig, DDAEForImageClassification, exist_ok=True)
@@ -58,11 +48,11 @@ AutoImageProcessor.register(DDAEConfig, image_processor_classes={"pil": DDAEImag
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name != "DDAEPipeline":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    from .pipeline_ddae import DDAEPipeline
+
+    return DDAEPipeline
 
 
 def __dir__() -> list[str]:

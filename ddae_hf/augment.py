@@ -38,17 +38,9 @@ def random_flip(images: Tensor) -> Tensor:
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift each image by up to `padding` pixels; reflections fill its edges.
+    """Shift each image (B, C, H, W) by up to `padding` pixels, uniformly; reflections fill its edges.
 
     As Wide ResNets are trained (Zagoruyko and Komodakis 2016, arXiv 1605.07146). `augment_view` fills with black.
-
-    Args:
-        images: Images (B, C, H, W).
-        padding: Pixels reflected on each side, before each image is cropped back to (H, W) at one of
-            (2 padding + 1)^2 places, all of one probability.
-
-    Returns:
-        (B, C, H, W).
 
     Raises:
         ValueError: A padding that is negative, or not below both sides of the images.
@@ -77,19 +69,9 @@ def random_changes(images: Tensor, flip: bool, crop_padding: int) -> Tensor:
 def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Average each image and its target with another's of the batch, in the same proportion.
 
-    Mixup (Zhang et al. 2018, arXiv 1710.09412), with a share for each image. Shares and partners are drawn on the CPU.
-
-    Args:
-        images: Images (B, C, H, W), float32.
-        targets: Probabilities (B, K), float32.
-        alpha: Shares are drawn from Beta(alpha, alpha): near 0 most images stay almost whole, at 1 every share is as
-            likely as any other.
-
-    Returns:
-        The images (B, C, H, W) and their targets (B, K).
-
-    Raises:
-        ValueError: An `alpha` that is not above 0.
+    Mixup (Zhang et al. 2018, arXiv 1710.09412) of images (B, C, H, W) and probabilities (B, K), both float32. A share
+    for each image is drawn from Beta(alpha, alpha), `alpha` above 0: near 0 most images stay almost whole, at 1 every
+    share is as likely as any other. Shares and partners are drawn on the CPU.
     """
     share = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images.device)
     other = torch.randperm(len(images)).to(images.device)
@@ -122,14 +104,12 @@ def augment(
     shifted. Nine numbers say what was done; zeros say that nothing was, and with zeros the network generates and is
     read.
 
-    Two differences from the paper. Images are resampled once, bicubically, where the paper filters with wavelets. The
-    numbers are added, padded with zeros, to the time embedding, where the paper learns a linear map of them: so a stock
-    `UNet2DModel` takes them without new weights, and its checkpoint is an ordinary unconditional one.
+    The paper filters with wavelets and learns a linear map of the numbers. Here images are resampled once, bicubically,
+    and the numbers are added to the time embedding, so that a stock `UNet2DModel` takes them without new weights.
 
     Args:
         images: Images (B, C, H, W) in [-1, 1], of equal height and width.
-        probability: Probability of each transformation but the horizontal mirror, which always mirrors half of the
-            images. At 0 nothing is changed at all.
+        probability: That of each transformation but the mirror left to right. At 0 nothing is changed at all.
         generator: Random generator on the images' device.
 
     Returns:

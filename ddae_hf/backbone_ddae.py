@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 from .configuration_ddae import DDAEConfig
 from .modeling_ddae import DDAEModel
-from .networks import network_of
+from .networks import network_of, tap_of
 from .pretrained_ddae import DDAEPreTrainedModel
 
 
@@ -37,10 +37,6 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         self.restrict_gradients()
         self.post_init()
 
-    def freeze_denoiser(self) -> None:
-        """Train only what stands on the backbone: see `DDAEModel.freeze_denoiser`."""
-        self.ddae.freeze_denoiser()
-
     def restrict_gradients(self) -> None:
         """Ask for gradients of what the feature maps depend on alone: see `DDAEModel.restrict_gradients`."""
         self.ddae.restrict_gradients(self.config.out_features)
@@ -57,40 +53,21 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """Return feature maps.
-
-        Args:
-            pixel_values: Images (B, C, H, W) in [-1, 1].
-            sigma: See `DDAEModel.forward`, as for the arguments that follow.
-            timestep: See there.
-            class_labels: See there.
-            noise: See there.
-            generator: See there.
-            output_hidden_states: Whether to return the raw hidden states of all `stage_names` too.
-            return_dict: Whether to return a `BackboneOutput` or a tuple.
-            **kwargs: Ignored.
+        """Return feature maps; for the arguments see `DDAEModel.forward`.
 
         Returns:
             `feature_maps`, for each of `out_features` a tensor (B, channels, height, width); a DiT's tokens are laid
-            out on the grid of its patches.
+            out on the grid of its patches. With `output_hidden_states` the raw hidden states of all `stage_names` too.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wanted = list(self.config.out_features)
-        found = self.ddae.read_layers(
-            self.ddae.encode(pixel_values, generator=generator),
-            self.stage_names if every else wanted,
-            class_labels,
-            sigma=sigma,
-            timestep=timestep,
-            noise=noise,
-            generator=generator,
-        )
+        clean = self.ddae.encode(pixel_values, generator=generator)
+        layers = self.stage_names if every else wanted
+        found = self.ddae.read_layers(clean, layers, class_labels, sigma, timestep, noise, generator)
         denoiser = self.ddae.denoiser
-        network = network_of(denoiser)
-        taps = {tap.name: tap for tap in network.taps(denoiser)}
         size = self.config.sample_shape[1:]
-        feature_maps = tuple(network.on_grid(found[name], taps[name], size) for name in wanted)
+        feature_maps = tuple(network_of(denoiser).on_grid(found[name], tap_of(denoiser, name), size) for name in wanted)
         hidden_states = tuple(found[name] for name in self.stage_names) if every else None
         output = BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)  # type: ignore[arg-type]
         return output if return_dict else output.to_tuple()

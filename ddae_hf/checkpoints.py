@@ -10,8 +10,7 @@
   `google/ddpm-cifar10-32`.
 - *model*: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` or DiT's saves.
 
-`read_checkpoint` returns a `Checkpoint`, which answers for its layout, and refuses one that lacks a tensor. Only
-safetensors are read: nothing is unpickled here. `conversion` reads published checkpoints in other formats.
+Only safetensors are read: nothing is unpickled here. `conversion` reads published checkpoints in other formats.
 """
 
 from __future__ import annotations
@@ -128,14 +127,6 @@ class Checkpoint:
         """Return the checkpoint that a pipeline opens, to which the components in `given` come from elsewhere."""
         return self
 
-    def still_generates(self, denoiser: torch.nn.Module) -> bool:
-        """Return whether its denoiser is still the generator that it was before the model was trained, if it was."""
-        return not self.holds_model or still_generates(denoiser, self.config)
-
-    def head_state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of a classifier without its denoiser."""
-        return {} if self.head is None else load_file(self.head)
-
     def compiled_state(self) -> dict[str, torch.Tensor] | None:
         """Return a model's tensors by their present names, where version 0.1.0 saved it compiled."""
         return None
@@ -151,19 +142,11 @@ class Checkpoint:
         )
         return new_scheduler("ddpm", clip_sample=not of_latents)  # which have no bounds
 
-    def load_denoiser(self, dtype: torch.dtype | None = None) -> Any:
-        """Load the denoiser with its weights, by default in the type that they are stored in.
+    def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
+        """Load a part with its weights, by default in the type that they are stored in, or return None without it.
 
-        Raises:
-            ValueError: No weights in safetensors, tensors missing, or a classifier's base whose weights have changed.
+        Errors are those of `check`, and `ValueError` for a classifier's base whose weights have changed.
         """
-        return self._load("denoiser", dtype)
-
-    def load_vae(self, dtype: torch.dtype | None = None) -> Any:
-        """Load the VAE with its weights, or return None where there is none; see `load_denoiser`."""
-        return self._load("vae", dtype)
-
-    def _load(self, part: str, dtype: torch.dtype | None) -> Any:
         return None if self.config.get(part) is None else self._read(part, dtype, *self.check(part))
 
     def check(self, part: str) -> tuple[list[str], str | None]:
@@ -207,10 +190,6 @@ class WholeCheckpoint(Checkpoint):
     holds_model = opens_in_transformers = True
     weights_name = WHOLE_FILE
 
-    def head_state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of a classifier without its denoiser."""
-        return {} if self.head is None else load_file(self.head)
-
     def compiled_state(self) -> dict[str, torch.Tensor] | None:
         """Return its tensors by their present names, if any of them has that of a compiled network."""
         files, _ = self.weight_files()
@@ -252,19 +231,19 @@ class HeadCheckpoint(Checkpoint):
         if location(self.base.path, **self.base.hub) == location(self.path, **self.hub):
             return replace(self.base, variant=self.variant)
         if network_of(self.denoiser).component not in given:
-            self.load_denoiser()
+            self.load("denoiser")
         if "vae" not in given:
-            self.load_vae()
+            self.load("vae")
         return self.chain()[-1]
 
-    def _load(self, part: str, dtype: torch.dtype | None) -> Any:
+    def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
         """Load a network of the base, if it is the one that the classifier was trained on."""
         if part == "denoiser" and self.variant is not None:
             raise ValueError(
                 f"variant is {self.variant!r}, but {self.path} is a classifier without its denoiser, which names "
                 f"the variant of its base {self.base.path} itself: leave `variant` out."
             )
-        network = self.base._load(part, None)
+        network = self.base.load(part)
         if network is None:
             return None
         known = "fingerprint" if part == "denoiser" else "vae_fingerprint"
@@ -291,13 +270,10 @@ def take_checkpoint(path: Any, arguments: dict[str, Any]) -> tuple[Checkpoint, A
 def read_checkpoint(
     path: str | os.PathLike[str], variant: str | None = None, *, behind: tuple[Any, ...] = (), **hub: Any
 ) -> Checkpoint:
-    """Find out a checkpoint's layout and read its configurations, not its weights.
+    """Find out the layout of a checkpoint in a folder or Hub repository, and read its configurations, not its weights.
 
-    Args:
-        path: A folder or a Hub repository id.
-        variant: Which of several sets of weights, such as `"fp16"` or `"ema"`.
-        behind: Where the heads are whose base it is.
-        **hub: `revision`, `token`, `cache_dir`, `subfolder` and the other arguments that say where files are.
+    `hub` are `revision`, `token`, `cache_dir`, `subfolder` and the other arguments that say where files are, `behind`
+    the places of the heads whose base it is.
 
     Raises:
         ValueError: No known layout, or a denoiser that is not supported.
@@ -400,9 +376,7 @@ def _read_pipeline(
 def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:
     """Load a VAE: the `AutoencoderKL` that a folder or Hub repository holds itself or in `vae/`, or a checkpoint's.
 
-    Raises:
-        ValueError: None of these is there, or its weights are not in safetensors.
-        OSError: The folder or repository does not exist or cannot be reached.
+    Errors are those of `read_checkpoint`, and `ValueError` where none of these is there.
     """
     path, hub = os.fspath(path), where_files_are(hub)
     for folder in ("vae", ""):
@@ -410,8 +384,8 @@ def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:
         config = read_json(path, "config.json", there) or {}
         if "_class_name" in config and (folder or config["_class_name"] not in NETWORKS):
             check_vae_class(config["_class_name"], f"The network in {path}")
-            return Checkpoint(path=path, hub=there, config={"vae": config}).load_vae()
-    vae = read_checkpoint(path, **hub).load_vae()
+            return Checkpoint(path=path, hub=there, config={"vae": config}).load("vae")
+    vae = read_checkpoint(path, **hub).load("vae")
     if vae is None:
         raise ValueError(
             f"{path} has no vae. If its denoiser works on latents, save it with the VAE that it was trained with: "

@@ -16,10 +16,7 @@ from .networks import PAPER_UNET, check_denoiser_class, network_of, skeleton
 from .noise import family_of
 from .weights import HUB_ARGUMENTS
 
-DEFAULT_DENOISER = PAPER_UNET
-DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": "DDPMScheduler"}
 SIGMA_OF_LATENTS = 0.42
-FEATURE_NORMS = ("none", "batch_norm")
 
 
 class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -57,8 +54,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "ddae"
 
-    denoiser: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_DENOISER))
-    scheduler: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_SCHEDULER))
+    denoiser: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(PAPER_UNET))
+    scheduler: dict[str, Any] = field(default_factory=lambda: {"_class_name": "DDPMScheduler"})
     vae: dict[str, Any] | None = None
     sample_posterior: bool = False
     layer: str | None = None
@@ -85,11 +82,15 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_choices()
         denoiser = skeleton(self.denoiser)
         self._check_vae(denoiser)
-        self._check_network(denoiser)
+        for name in ("sample_size", "in_channels"):
+            self.denoiser.setdefault(name, denoiser.config[name])
+        network = network_of(denoiser)
+        network.check_config(denoiser.config)
+        network.check_null_class(self.null_class, denoiser.config)
         scheduler = build_scheduler(self.scheduler)
         family = family_of(scheduler)
         family.check_prediction()
-        network_of(denoiser).check_timesteps(denoiser.config, scheduler)
+        network.check_timesteps(denoiser.config, scheduler)
         if timestep is not None and self.sigma is not None:
             raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
         if timestep is not None:
@@ -106,11 +107,10 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_choices(self) -> None:
         check_denoiser_class(self.denoiser.get("_class_name"))
-        for name, allowed in (("pooling", POOLINGS), ("feature_norm", FEATURE_NORMS)):
+        choices = {"pooling": POOLINGS, "feature_norm": ("none", "batch_norm"), "weights": (None, *WEIGHTS)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(allowed)}.")
-        if self.weights not in (None, *WEIGHTS):
-            raise ValueError(f"weights is {self.weights!r}: allowed are None, {', '.join(WEIGHTS)}.")
+                raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(map(str, allowed))}.")
         if self.num_noise_samples < 1:
             raise ValueError(f"num_noise_samples is {self.num_noise_samples}: it must be at least 1.")
         if self.noise_seed < 0:
@@ -128,14 +128,6 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("in_channels", "latent_channels", "block_out_channels"):
             self.vae.setdefault(name, vae.config[name])
         check_vae(self.vae, denoiser.config)
-
-    def _check_network(self, denoiser: Any) -> None:
-        """Complete the denoiser's config with the shape of its images, and refuse shapes and labels that cannot be."""
-        for name in ("sample_size", "in_channels"):
-            self.denoiser.setdefault(name, denoiser.config[name])
-        network = network_of(denoiser)
-        network.check_config(denoiser.config)
-        network.check_null_class(self.null_class, denoiser.config)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -166,8 +158,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def stage_channels(self) -> list[int]:
         """Number of channels of each of `stage_names`."""
-        denoiser = skeleton(self.denoiser)
-        return [hidden_size(denoiser, layer) for layer in self.stage_names]
+        return [hidden_size(skeleton(self.denoiser), layer) for layer in self.stage_names]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from .networks import build_denoiser
 from .noise import new_scheduler
-from .pickles import Record, read_weights, records
+from .pickles import read_weights, texts
 
 # Attention heads of the published DiTs by their width; a file does not say them.
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-IMAGENET_CLASSES = 1000
 FRAMEWORKS = ("ddpm", "edm")
 
 _Modules = Iterator[tuple[str, tuple[str, ...]]]  # a module there, and those here that share its rows out
@@ -51,18 +50,16 @@ class Conversion:
 def convert(path: str | os.PathLike[str], **options: Any) -> Conversion:
     """Convert a published checkpoint.
 
-    Args:
-        path: The file.
-        **options: What the file does not say; None counts as not given. See `convert_dit` and `convert_unet`.
+    `options` are what the file does not say, see `convert_dit` and `convert_unet`; None counts as not given.
 
     Raises:
         ValueError: A file that cannot be read safely or is of no known kind, a network that stock classes cannot
             represent, an option that is missing or that this kind does not take.
     """
     content = read_weights(Path(path))
+    if content is None:
+        _refuse_edm(Path(path))
     parts = content if isinstance(content, dict) else {}
-    if isinstance(parts.get("ema"), Record):
-        _refuse_edm(parts["ema"])
     given = {name: value for name, value in options.items() if value is not None}
     dit, unet = _tensors(parts.get("ema")) or _tensors(parts), _tensors(parts.get("EMA"), "ema_model.nn_model.")
     try:
@@ -77,10 +74,10 @@ def convert(path: str | os.PathLike[str], **options: Any) -> Conversion:
         raise ValueError(f"{path} lacks the tensor {error}, which networks of its kind have.") from error
     except (TypeError, IndexError) as error:
         raise ValueError(f"{path} is not laid out as networks of its kind are: {error}.") from error
-    held = f"the entries {', '.join(map(str, list(parts)[:5]))}" if parts else "no entries"
+    held = f"it holds the entries {', '.join(map(str, list(parts)[:5]))}" if parts else "it holds no entries"
     raise ValueError(
-        f"{path} is no checkpoint of a known kind (it holds {held}): known are official DiT `.pt` files, `model_*.pth` "
-        "of the DDAE paper's authors, and EDM's `.pkl`."
+        f"{path} is no checkpoint of a known kind ({'it is no torch file' if content is None else held}): known are "
+        "official DiT `.pt` files, `model_*.pth` of the DDAE paper's authors, and EDM's `.pkl`."
     )
 
 
@@ -109,12 +106,8 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
     """Convert the weights of an official DiT.
 
     Its timestep frequencies differ from those that diffusers gives a DiT, and so the config here has the entry
-    `downscale_freq_shift`, which `networks.build_denoiser` obeys.
-
-    Args:
-        state: The weights.
-        num_heads: Attention heads, by default those of the published network of this width.
-        num_classes: Classes, the null class not counted; by default ImageNet's 1000.
+    `downscale_freq_shift`, which `networks.build_denoiser` obeys. `num_heads` is by default that of the published
+    network of this width, and `num_classes`, in which the null class does not count, ImageNet's 1000.
 
     Raises:
         ValueError: An unknown number of heads, or what diffusers' DiT lacks.
@@ -134,7 +127,7 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
             f"width. Pass num_heads; the published networks have {published}."
         )
     rows = len(state["y_embedder.embedding_table.weight"])
-    classes = IMAGENET_CLASSES if num_classes is None else num_classes
+    classes = 1000 if num_classes is None else num_classes
     if rows != classes + 1:
         raise ValueError(
             f"The table of labels has {rows} rows for {classes} classes, and must have one more: diffusers' DiT always "
@@ -161,7 +154,8 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
     if (denoiser.pos_embed.pos_embed - state["pos_embed"]).abs().max() > 1e-4:
         raise ValueError("The file's pos_embed is not the sine-cosine one, which is the only one of diffusers' DiT.")
     source = f"an official DiT: {depth} blocks of width {width}, patches of {patch}, {classes} classes"
-    return Conversion(source, _size(weights), denoiser.eval(), DDIMScheduler(clip_sample=False))
+    parameters = sum(value.numel() for value in weights.values())
+    return Conversion(source, parameters, denoiser.eval(), DDIMScheduler(clip_sample=False))
 
 
 def _dit_modules(depth: int) -> _Modules:
@@ -185,13 +179,10 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
     """Convert the weights of a U-Net of the DDAE paper's authors.
 
     Under DDPM they feed it t / 1000 for t from 1 to 1000, so here its timestep embedding is a table with a row a step.
-    Under EDM they feed it log(sigma) / 4, as is done here. Its output is normalised in 8 groups, where a `UNet2DModel`
-    has one number of groups for all its layers: hidden states are exact, the output is not.
+    Under EDM they feed it log(sigma) / 4, as is done here.
 
-    Args:
-        state: The weights.
-        framework: `"ddpm"` or `"edm"`, which the file does not say.
-        sample_size: Side of the images that it was trained on, in pixels.
+    `framework` is `"ddpm"` or `"edm"`, which the file does not say, and `sample_size` the side of the images that it
+    was trained on, in pixels.
 
     Raises:
         ValueError: No framework, or a network that `UNet2DModel` cannot represent.
@@ -202,12 +193,14 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
             "'ddpm' or 'edm', the `model_type` in the configuration of its training."
         )
     config, modules = _unet_parts(state)
-    config["sample_size"], stem = sample_size, config["block_out_channels"][0]
+    config["sample_size"] = sample_size
+    stem = config["block_out_channels"][0]
     weights = _renamed(state, modules)
     scheduler = new_scheduler(framework)
-    config["dropout"], known = 0.13, {"sigma": 0.06}  # as they trained it; the 4th of their 18 levels
+    # As they trained it, with the 4th of their 18 levels or their t = 11, which counts from 1.
+    config["dropout"] = 0.1 if framework == "ddpm" else 0.13
+    known = {"timestep": 10} if framework == "ddpm" else {"sigma": 0.06}
     if framework == "ddpm":
-        config["dropout"], known = 0.1, {"timestep": 10}  # their t = 11, which counts from 1
         steps = scheduler.config.num_train_timesteps
         config |= {"time_embedding_type": "learned", "num_train_timesteps": steps}
         weights["time_proj.weight"] = get_timestep_embedding(torch.arange(1, steps + 1) / steps, stem)
@@ -217,7 +210,8 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
         "number in all its layers, so that its hidden states are right and its output is not."
     )
     source = f"a U-Net of the DDAE paper's authors, stem of {stem} channels, {len(config['block_out_channels'])} levels"
-    return Conversion(source, _size(state), denoiser.eval(), scheduler, {**known, "features_only": reason})
+    parameters = sum(value.numel() for value in state.values())
+    return Conversion(source, parameters, denoiser.eval(), scheduler, {**known, "features_only": reason})
 
 
 def _unet_parts(state: dict[str, Tensor]) -> tuple[dict[str, Any], _Modules]:
@@ -304,10 +298,6 @@ def _count(state: dict[str, Tensor], modules: str) -> int:
     return len(numbers)
 
 
-def _size(state: dict[str, Tensor]) -> int:
-    return sum(value.numel() for value in state.values())
-
-
 def _renamed(state: dict[str, Tensor], modules: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, Tensor]:
     """Return weights and biases under their names here; a module that the network lacks is passed over."""
     renamed: dict[str, Tensor] = {}
@@ -349,20 +339,11 @@ _EDM_REASONS = {
 }
 
 
-def _refuse_edm(ema: Record) -> None:
-    """Raise `ValueError` that says which network a pickle of EDM describes and what stock classes lack."""
-    names, parameters = [], 0
-    for record in records(ema):
-        argument = record.args[0] if record.args else None
-        if record.name.startswith("torch_utils.persistence.") and isinstance(argument, dict):
-            names += [name for name in [argument.get("class_name")] if isinstance(name, str)]
-        elif record.name == "torch._utils._rebuild_parameter" and isinstance(argument, Record):
-            shape = argument.args[2] if len(argument.args) > 2 else None
-            if isinstance(shape, tuple) and len(shape) < 9 and all(isinstance(side, int) for side in shape):
-                parameters += math.prod(shape)
-    network = next((name for name in names if name in _EDM_REASONS), None)
-    what = " with a ".join(dict.fromkeys(name for name in (*names[:1], network) if name)) or "nothing of EDM's"
-    reason = _EDM_REASONS[network] if network else f"none of {', '.join(_EDM_REASONS)} is in it"
-    raise ValueError(
-        f"The file is a pickle of EDM, holding {what} of {parameters:,} parameters. It cannot be converted: {reason}."
-    )
+def _refuse_edm(path: Path) -> None:
+    """Raise `ValueError` for a pickle of EDM, which says which network it holds and what stock classes lack."""
+    words = set(texts(path))
+    if any(word.startswith("torch_utils.persistence") for word in words):
+        network = next((name for name in _EDM_REASONS if name in words), None)
+        reason = _EDM_REASONS[network] if network else f"none of {', '.join(_EDM_REASONS)} is in it"
+        what = f", of a {network}" if network else ""
+        raise ValueError(f"{path} is a pickle of EDM{what}. It cannot be converted: {reason}.")

@@ -31,16 +31,13 @@ class Cut:
         return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
 
 
-class Recorder:
-    """A module that also keeps its output under a name."""
+class Recorder(Cut):
+    """A module seen whole, whose output is kept under a name."""
 
     def __init__(self, module: nn.Module, name: str, found: dict[str, Tensor]):
         self._module = module
         self._name = name
         self._found = found
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module and keep its output."""

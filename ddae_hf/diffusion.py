@@ -28,16 +28,13 @@ Conditions = dict[str, Tensor]
 
 
 class Diffusion:
-    """A denoiser, its scheduler and its null class.
+    """A denoiser, its scheduler and its null class; `ValueError` for what is not supported.
 
     Args:
         denoiser: A diffusers network, which may be compiled or distributed.
         scheduler: The scheduler that it was trained under, or another of the same framework.
         null_class: The label that stands for none, of a network that does not imply one.
         float32_output: Whether a network of a shorter type computes its output layers in float32, where that helps.
-
-    Raises:
-        ValueError: A network or a scheduler that is not supported.
     """
 
     def __init__(self, denoiser: Any, scheduler: Any, null_class: int | None = None, float32_output: bool = False):
@@ -66,7 +63,7 @@ class Diffusion:
         guidance_scale: float = 1.0,
         null_conditions: Conditions | None = None,
     ) -> Tensor:
-        """Return what the denoiser answers.
+        """Return what the denoiser answers (B, C, H, W), float32, and channels of a learned variance if it is used.
 
         Args:
             noisy: Its input (B, C, H, W), scaled as `Family.noisy` does.
@@ -74,14 +71,7 @@ class Diffusion:
             conditions: What `conditions` returned.
             guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
             null_conditions: What `conditions` returned for the null class, which guidance needs.
-
-        Raises:
-            ValueError: Guidance without both conditions.
-
-        Returns:
-            The answer (B, C, H, W), float32; after its channels those of a learned variance, if the scheduler uses one.
         """
-        count = len(noisy)
         fed, told = self._fed(noisy, timestep)
         if guidance_scale != 1:
             if not (conditions and null_conditions):
@@ -95,50 +85,29 @@ class Diffusion:
             with_label, without = prediction.chunk(2)
             prediction = without + guidance_scale * (with_label - without)
         if self.family.learns_variance:
-            return torch.cat([prediction, output[:count, noisy.shape[1] :]], dim=1)
+            return torch.cat([prediction, output[: len(noisy), noisy.shape[1] :]], dim=1)
         return prediction
 
     def predict_with_hidden_states(
         self, noisy: Tensor, timestep: Tensor, layers: Sequence[str], conditions: Conditions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what the denoiser answers and, of the same pass, its hidden states.
+        """Return what the denoiser answers, without a learned variance, and the raw hidden states of the same pass.
 
-        Args:
-            noisy: Its input (B, C, H, W), as for `predict`.
-            timestep: Its timestep (B,).
-            layers: Names of layers.
-            conditions: What `conditions` returned.
-
-        Returns:
-            The answer (B, C, H, W), float32, without a learned variance; raw hidden states by layer name. A distributed
-            network synchronises its gradients if the answer is in the loss.
+        For the arguments see `predict`. A distributed network synchronises its gradients if the answer is in the loss.
         """
         fed, told = self._fed(noisy, timestep)
         output, states = run_with_hidden_states(self.denoiser, fed, told, layers, conditions)
         return output[:, : noisy.shape[1]].float(), states
 
     def hidden_states(
-        self,
-        clean: Tensor,
-        noise: Tensor,
-        sigma: float | Tensor,
-        layers: Sequence[str],
-        class_labels: Any = None,
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, layers: Sequence[str], class_labels: Any = None
     ) -> dict[str, Tensor]:
-        """Return hidden states of noisy images, and compute nothing after the deepest.
+        """Return raw hidden states (B, ...) of noisy images by layer name, and compute nothing after the deepest.
 
-        Args:
-            clean: Images (B, C, H, W) in [-1, 1], or scaled latents.
-            noise: Standard-normal noise, several draws for each image: (draws, B, C, H, W).
-            sigma: Noise level, scalar or (B,).
-            layers: Names of layers.
-            class_labels: Labels (B,); by default the null class.
-
-        Returns:
-            Raw hidden states (B, ...), in the means over the draws, by layer name.
-
-        Raises:
-            ValueError: A distributed denoiser that is trained, whose gradients would not be synchronised.
+        They are means over several draws of standard-normal noise for each image, (draws, B, C, H, W). `clean` are
+        images (B, C, H, W) in [-1, 1], or scaled latents; `sigma` is a scalar or (B,), and `class_labels` (B,) are by
+        default the null class. A distributed denoiser that is trained is refused: its gradients would not be
+        synchronised.
         """
         count, batch_size = noise.shape[:2]
         conditions = self.conditions(class_labels, batch_size, clean.device)
@@ -164,12 +133,9 @@ class Diffusion:
         return self.family.denoised(scaled, answer[:, : sample.shape[1]], sigma)
 
     def estimate(self, sample: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """Return the clean image (B, C, H, W), float32, that the denoiser sees in its scheduler's sample.
+        """Return the clean image (B, C, H, W), float32, that the denoiser sees in its scheduler's own sample.
 
-        Args:
-            sample: (B, C, H, W), as the scheduler keeps it between its own steps.
-            timestep: That of the step that follows, without dimensions.
-            conditions: What `conditions` returned.
+        `timestep` is that of the step that follows, without dimensions.
         """
         fed = self.family.model_input(sample, timestep)
         answer = self.predict(fed, timestep.expand(len(sample)), conditions)
@@ -200,9 +166,6 @@ class Diffusion:
 
         Returns:
             Squared errors averaged over pixels, float32 (B,).
-
-        Raises:
-            ValueError: A level at which no network of the scheduler's family is trained.
         """
         if sigma is None:
             sigma = self.family.draw(len(clean), clean.device, generator, log_normal)

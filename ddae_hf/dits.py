@@ -24,15 +24,12 @@ class DiT(NetworkClass):
 
     model = DiTTransformer2DModel
     component = "transformer"
+    parts = ("transformer_blocks",)
     indivisible = ("BasicTransformerBlock",)
     # An option that diffusers lacks: frequency i of the n of the timestep embedding is `10000 ** (-i / (n - shift))`.
     # The official DiTs have shift 0, which their conversions note; diffusers builds every DiT with shift 1, and so do
     # checkpoints without the note stay.
     frequencies = "downscale_freq_shift"
-
-    def resembles(self, denoiser: Any) -> bool:
-        """Whether it has transformer blocks."""
-        return hasattr(denoiser, "transformer_blocks")
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build it without the option that diffusers would log as ignored, and note that."""

@@ -1,7 +1,4 @@
-"""What a family of schedulers has to say: its noise levels, and its network's input and target at each.
-
-Those that there are, and the symbols, are in `noise.py`.
-"""
+"""What a family of schedulers has to say. Those that there are, and the symbols, are in `noise.py`."""
 
 from __future__ import annotations
 
@@ -50,13 +47,8 @@ def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
 class Family(ABC):
     """A family of schedulers: what it knows of noise levels, of the network's input and target, and of sampling.
 
-    A family says how its schedulers are told (`schedulers` or `takes`), which levels there are (`sigma_range`,
-    `timestep_range`), how their two units belong together (`to_sigma`, `to_timestep`), the shares of image and noise in
-    the network's input and target (`input_shares`, `target_shares`), and what training draws (`draw_usual`). All else
-    follows. Tensors of levels are float32, and finite or infinite as the ranges say.
-
-    Args:
-        scheduler: A diffusers scheduler of the family; neither its `add_noise` nor its current grid plays a part.
+    From its attributes and abstract methods all else follows. Tensors of levels are float32, and finite or infinite as
+    the ranges say. Neither the `add_noise` nor the current grid of its `scheduler` plays a part.
     """
 
     name: str  # of the framework
@@ -130,14 +122,10 @@ class Family(ABC):
 
     @property
     def prediction(self) -> str:
-        """What the denoiser predicts, in the words of its scheduler's config.
+        """What the denoiser predicts, in the words of its scheduler's config; one that cannot work is refused.
 
         `epsilon` (the noise), `sample` (the clean image) or `v_prediction` for VP; `epsilon` for EDM's own output, and
         `v_prediction` for its negative; `velocity` for flow matching.
-
-        Raises:
-            ValueError: Another prediction type, or noise prediction under zero-terminal SNR, where at pure noise the
-                network's input is its target and says nothing of the image (Lin et al. 2023, arXiv 2305.08891).
         """
         self.check_prediction()
         return self._prediction
@@ -146,12 +134,8 @@ class Family(ABC):
         """Raise `ValueError` for a noise level outside a range, to five digits, and for NaN.
 
         Python scalars are always looked at, in a graph that is compiled too, where they are constants; other values
-        only where they are `readable`.
-
-        Args:
-            unit: `"sigma"` or `"timestep"`.
-            value: The level or levels, in this unit: a number, a tensor, or what can become one.
-            allowed: The range; by default every level that a network of the family may be trained at.
+        only where they are `readable`. `unit` is `"sigma"` or `"timestep"`, and `allowed` the range, by default of
+        every level that a network of the family may be trained at.
         """
         is_number = isinstance(value, int | float)
         values = value if is_number else torch.as_tensor(value)
@@ -222,18 +206,9 @@ class Family(ABC):
         return c * clean.float() + d * noise.float()
 
     def denoised(self, noisy: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
-        """Return the clean image that a denoiser's output stands for.
+        """Return the clean image (B, C, H, W), float32, that the denoiser's output for an input of `noisy` stands for.
 
-        Args:
-            noisy: The denoiser's input (B, C, H, W), as `noisy` makes it.
-            output: The denoiser's output, of the same shape.
-            sigma: Noise level, scalar or (B,), as `noisy` takes it.
-
-        Returns:
-            The image (B, C, H, W), float32; for EDM `c_skip * (x + sigma * n) + c_out * output`.
-
-        Raises:
-            ValueError: A sigma outside the schedule, or neither one nor one an image.
+        For EDM it is `c_skip * (x + sigma * n) + c_out * output`.
         """
         level = self._level(sigma, noisy)
         a, b = self.input_shares(level)
@@ -247,19 +222,12 @@ class Family(ABC):
         generator: torch.Generator | None = None,
         log_normal: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Draw the noise levels (batch_size,) of a training step.
+        """Draw the noise levels (batch_size,) of a training step, with a generator on `device`.
 
-        Args:
-            batch_size: Number of levels.
-            device: Where to draw.
-            generator: Random generator on that device.
-            log_normal: Mean and standard deviation of log sigma, in place of the family's own distribution: uniform
-                timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the
-                logit-normal times of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP,
-                levels beyond an end of the schedule are that end.
-
-        Raises:
-            ValueError: `log_normal` that is no distribution.
+        `log_normal` are mean and standard deviation of log sigma, in place of the family's own distribution: uniform
+        timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal times
+        of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP, levels beyond an end of the
+        schedule are that end. `ValueError` if it is no distribution.
         """
         if log_normal is None:
             return self.draw_usual((batch_size,), device, generator)
@@ -280,16 +248,16 @@ class Family(ABC):
 
     def check_sampler(self, sampler: str | None) -> None:
         """Raise `ValueError` unless the sampler is among `samplers`, or None, which is the scheduler's own."""
-        known = [(family, name) for family in FAMILIES for name in family.own_samplers]
+        known = {name: family for family in FAMILIES for name in family.own_samplers}
         if sampler is None or sampler in self.samplers:
             return
-        if found := [family for family, name in known if name == sampler]:
-            needed = found[0].own_samplers[sampler]
+        if found := known.get(sampler):
+            needed = found.own_samplers[sampler]
             raise ValueError(
                 f"sampler={sampler!r} needs an {needed}, not a {type(self.scheduler).__name__}: for a network trained "
-                f"with {found[0].title}, set `pipeline.scheduler = {needed}.from_config(pipeline.scheduler.config)`."
+                f"with {found.title}, set `pipeline.scheduler = {needed}.from_config(pipeline.scheduler.config)`."
             )
-        names = ", ".join(repr(name) for _, name in known)
+        names = ", ".join(map(repr, known))
         raise ValueError(f"sampler is {sampler!r}: allowed are {names}, and None for the scheduler's own.")
 
     def check_steps(self) -> None:

@@ -2,8 +2,7 @@
 
 Layers are named by their dotted path in `named_modules()`. Two ways of reading give bit-equal results:
 
-- The network's own `forward` runs on a view whose block lists end at the tap (`ddae_hf.cut`). It needs no hooks and
-  goes through `torch.compile(fullgraph=True)` and `torch.export`.
+- The network's own `forward` runs on a view whose block lists end at the tap (`ddae_hf.cut`).
 - Hooks keep the hidden states, and the deepest one raises `_Reached`. It works on any network, and on one whose modules
   do more than run their `forward` when they are called (hooks, those of accelerate among them), which a view would go
   around.
@@ -64,20 +63,13 @@ def hidden_size(denoiser: Any, layer: str) -> int:
 
 
 def collect_hidden_states(
-    denoiser: Any,
-    sample: Tensor,
-    timestep: Tensor,
-    layers: Sequence[str],
-    *,
-    stop_early: bool = True,
-    **kwargs: Any,
+    denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], *, stop_early: bool = True, **kwargs: Any
 ) -> dict[str, Tensor]:
     """Run the denoiser and return its hidden states.
 
-    Hooks on the denoiser and its parts are in force, and several threads may read one denoiser. Where it was compiled
-    by itself, or blocks of it that are read were, these run uncompiled here, since compiled code leaves out the hooks
-    that are set after compilation. To read compiled, compile what calls this function as a whole, `DDAEModel` or a
-    classifier: it is one graph, unless there are hooks.
+    Hooks on the denoiser and its parts are in force, and several threads may read one denoiser. What was compiled by
+    itself runs uncompiled here, since compiled code leaves out the hooks that are set after compilation. To read
+    compiled, compile what calls this function as a whole: it is one graph, unless there are hooks.
 
     Args:
         denoiser: A `UNet2DModel` or `DiTTransformer2DModel`.
@@ -133,30 +125,23 @@ class _Reached(Exception):
 
 @torch.compiler.disable(reason="Hidden states are read by hooks where the denoiser has hooks or is not a plain walk.")
 def _run_with_hooks(
-    denoiser: Any,
-    sample: Tensor,
-    timestep: Tensor,
-    layers: Sequence[str],
-    last: str | None,
-    conditions: dict[str, Any],
+    denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], last: str | None, conditions: dict[str, Any]
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Run the denoiser with hooks on its layers, which answer to this thread alone; that of `last` ends the run."""
     thread = threading.get_ident()
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if threading.get_ident() != thread:
-                return
+    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        if threading.get_ident() == thread:
             found[name] = output
             if name == last:
                 raise _Reached
 
-        return hook
-
-    handles = [unwrapped(denoiser).get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    taps = {name: unwrapped(denoiser).get_submodule(name) for name in layers}
+    handles = [module.register_forward_hook(functools.partial(keep, name)) for name, module in taps.items()]
+    compiled = any(is_compiled(module) for module in denoiser.modules())
     try:
-        with _uncompiled_calls(denoiser):
+        with _eager if compiled else contextlib.nullcontext():
             return denoiser(sample, timestep, return_dict=False, **conditions)[0], found
     except _Reached:
         return None, found
@@ -189,21 +174,10 @@ class _Eager:
 _eager = _Eager()
 
 
-def _uncompiled_calls(denoiser: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which the denoiser's compiled parts run uncompiled, where it has any."""
-    compiled = any(is_compiled(module) for module in denoiser.modules())
-    return _eager if compiled else contextlib.nullcontext()
-
-
 def pool_hidden_states(hidden: Tensor, pooling: str = "mean") -> Tensor:
-    """Pool a hidden state over its positions.
+    """Pool a hidden state, (B, C, H, W) or (B, N, C), over its positions: features (B, C), float32.
 
-    Args:
-        hidden: (B, C, H, W) or (B, N, C).
-        pooling: `"mean"` (the paper's) or `"max"`.
-
-    Returns:
-        Features (B, C), float32.
+    `pooling` is `"mean"` (the paper's) or `"max"`.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}: allowed are {', '.join(POOLINGS)}.")
@@ -218,11 +192,7 @@ def pool_hidden_states(hidden: Tensor, pooling: str = "mean") -> Tensor:
 def learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
     """Return the names of a denoiser's parameters that have a gradient where `layers` are read; without layers, of all.
 
-    They are read off the graph of a forward pass, without memory for its tensors.
-
-    Args:
-        config: The denoiser's config, as JSON.
-        layers: Names out of `layer_names(denoiser)`.
+    They are read off the graph of a forward pass, without memory for its tensors. `config` is the denoiser's, as JSON.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
         denoiser = build_denoiser(json.loads(config)).eval()

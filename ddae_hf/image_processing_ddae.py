@@ -174,13 +174,12 @@ class DDAEImageProcessor(PilBackend):
 
         With `crop`, cut an image of another shape so that it keeps its proportions; otherwise squash it.
         """
-        height = size["height"]
-        width = size["width"]
-        if image.shape[1:] == (height, width):
+        shape = (size["height"], size["width"])
+        if image.shape[1:] == shape:
             return image
         filter = PILImageResampling.BILINEAR if resample is None else resample
         fit = ImageOps.fit if crop else Image.Image.resize
-        return np.stack([np.asarray(fit(Image.fromarray(plane), (width, height), filter)) for plane in image])
+        return np.stack([np.asarray(fit(Image.fromarray(plane), shape[::-1], filter)) for plane in image])
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         """Return the centre of (C, H, W), or refuse an image that is smaller."""
@@ -218,10 +217,8 @@ class DDAEImageProcessor(PilBackend):
 def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
     """Return any PIL image upright, as (channels, H, W) counting from 0 to 255: uint8, or float32 of more bits.
 
-    Modes `I` and `I;16`, in which Pillow opens 16-bit files, count to 65,535, and mode `F` from 0 to 1.
-
-    Raises:
-        ValueError: Values that the mode does not have, or channels that its own cannot be turned into.
+    Modes `I` and `I;16`, in which Pillow opens 16-bit files, count to 65,535, and mode `F` from 0 to 1. Other values
+    are refused, as are channels that cannot be turned into so many.
     """
     image.load()  # TIFF files are turned then
     try:

@@ -14,11 +14,7 @@ from .families import readable
 
 
 def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, str] | None:
-    """Return the names of classes by label, from JSON too, where all labels are text.
-
-    Args:
-        id2label: The names by label; not every label needs one.
-        count: Number of labels.
+    """Return the names of classes by label, from JSON too, where all labels are text; not every label needs one.
 
     Raises:
         ValueError: A label that is no whole number from 0 to count - 1 or comes twice, or a name that is no text.
@@ -53,11 +49,7 @@ def labels_by_name(names: Mapping[Any, str]) -> dict[str, list[int]]:
 
 
 def label_ids(names: Mapping[Any, str], wanted: list[str]) -> list[int]:
-    """Return the labels of classes by their names.
-
-    Args:
-        names: The names by label.
-        wanted: Names: a class's whole name, or one of those between its commas.
+    """Return the labels of classes by their `wanted` names, as `labels_by_name` has them.
 
     Raises:
         ValueError: A name that no class has, or more than one.
@@ -75,9 +67,7 @@ def label_ids(names: Mapping[Any, str], wanted: list[str]) -> list[int]:
 
 def check_label_range(name: str, labels: Tensor, count: int) -> None:
     """Refuse labels outside 0 to count - 1, where they are `readable`."""
-    if not readable(labels) or not labels.numel():
-        return
-    if labels.min() < 0 or labels.max() >= count:
+    if readable(labels) and labels.numel() and (labels.min() < 0 or labels.max() >= count):
         raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
 
 
@@ -91,11 +81,9 @@ def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Te
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of a batch.
+    """Return the mean cross-entropy of logits (B, K).
 
-    Args:
-        logits: (B, K).
-        labels: Classes (B,), of which -100 is left out; or probabilities of classes (B, K).
+    Labels are classes (B,), of which -100 is left out, or probabilities of classes (B, K).
 
     Raises:
         ValueError: Labels of another shape or type; classes outside 0 to K - 1, and numbers that are no probabilities,
@@ -115,7 +103,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
             "numbers, set the config's problem_type."
         )
     if labels.is_floating_point():
-        _check_probabilities(labels)
+        if readable(labels):
+            _check_probabilities(labels)
         return F.cross_entropy(logits.float(), labels.float())
     check_label_range("labels", labels.where(labels != -100, 0), count)
     return F.cross_entropy(logits.float(), labels.long())
@@ -123,8 +112,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _check_probabilities(labels: Tensor) -> None:
     """Refuse probabilities (B, K) that are negative or do not add up to 1, as half precision keeps it."""
-    if not readable(labels):
-        return
     lowest = labels.min()
     sums = labels.float().sum(1)
     if not (lowest >= -1e-3 and (sums - 1).abs().max() <= 0.02):

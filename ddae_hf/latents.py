@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
-import torch
 from torch import Tensor
 
 VAES = ("AutoencoderKL",)
@@ -30,15 +29,9 @@ def build_vae(config: Mapping[str, Any]) -> Any:
 
 
 def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Return the scaled latents of images. The decoder plays no part.
+    """Return the scaled latents (B, c, h, w), float32, of images (B, C, H, W) in [-1, 1].
 
-    Args:
-        vae: An `AutoencoderKL`; `vae.enable_slicing()` and `vae.enable_tiling()` bound its memory.
-        pixel_values: Images (B, C, H, W) in [-1, 1].
-        noise: Standard-normal noise (B, c, h, w) for a draw `mu + s * noise`; without it the mean is taken.
-
-    Returns:
-        (B, c, h, w), float32.
+    Standard-normal `noise` (B, c, h, w) gives a draw, `u = mu + s * noise`; without it the mean is taken.
     """
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     latents = posterior.mean.float()
@@ -67,8 +60,3 @@ def check_vae(config: Any, denoiser: Any) -> None:
         )
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise ValueError("The vae scales each channel by its own latents_mean and latents_std: that is not supported.")
-
-
-def freeze(vae: torch.nn.Module) -> None:
-    """Keep a VAE as it is: no gradients, evaluation mode."""
-    vae.requires_grad_(False).eval()

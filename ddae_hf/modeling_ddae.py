@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ from .checkpoints import build_scheduler
 from .configuration_ddae import DDAEConfig
 from .diffusion import Diffusion
 from .families import drawn_by
-from .heads import write_head
 from .hidden_states import layer_names, learning_parameters, pool_hidden_states
 from .labels import checked_names, cross_entropy
-from .latents import build_vae, encode, freeze
+from .latents import build_vae, encode
 from .networks import build_denoiser, network_of
-from .pretrained_ddae import DDAEPreTrainedModel, use_attention
+from .pretrained_ddae import DDAEPreTrainedModel, use_attention, write_head
 from .remote_code import save_code
 from .weights import COMPILED, plain_state
 
@@ -95,7 +95,7 @@ class DDAEModel(DDAEPreTrainedModel):
         `from_pretrained` calls this again.
         """
         if self.vae is not None:
-            freeze(self.vae)
+            self.vae.requires_grad_(False).eval()
         self._restricted_to = list(layers)
         learning = learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(layers))
         for name, parameter in self.denoiser.named_parameters():
@@ -174,19 +174,11 @@ class DDAEModel(DDAEPreTrainedModel):
         return self._draw((count, *clean.shape), clean.device, generator, self.fixed_noise[:count])
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None, generator: Any = None) -> Tensor:
-        """Return what noise is added to: scaled latents or, without a VAE, the images themselves.
+        """Return what noise is added to: scaled latents or, without a VAE, the images themselves, float32.
 
-        Args:
-            pixel_values: Images (B, C, H, W) in [-1, 1].
-            noise: Standard-normal noise, of the latents' shape, of a draw with `config.sample_posterior`. Without it
-                and without a generator evaluation takes one fixed draw, and training draws.
-            generator: Generator of that noise.
-
-        Returns:
-            (B, *config.sample_shape), float32.
-
-        Raises:
-            ValueError: Images of another size or type.
+        `pixel_values` are images (B, C, H, W) in [-1, 1]; `noise` is standard-normal, of the latents' shape, for a draw
+        with `config.sample_posterior`. Without it and without a generator evaluation takes one fixed draw, and training
+        draws. `ValueError` for images of another size or type.
         """
         self._check_images(pixel_values)
         if self.vae is None:
@@ -226,9 +218,9 @@ class DDAEModel(DDAEPreTrainedModel):
 
         Args:
             pixel_values: Images (B, C, H, W) in [-1, 1].
-            sigma: Noise level, of images or scaled latents, scalar or (B,), within `noise.sigma_range` of the
-                scheduler; by default `config.sigma`. On a device, and in a graph that is compiled or exported, tensors
-                are not looked at, and a level outside gives NaN.
+            sigma: Noise level, of images or scaled latents, scalar or (B,), within the scheduler's range; by default
+                `config.sigma`. On a device, and in a graph that is compiled or exported, tensors are not looked at, and
+                a level outside gives NaN.
             timestep: The noise level as the denoiser is fed it, in place of `sigma`.
             class_labels: Labels (B,) of a class-conditional denoiser; by default its null class.
             noise: Standard-normal noise to add, (B, *config.sample_shape) or several draws, (draws, B, ...).
@@ -249,15 +241,9 @@ class DDAEModel(DDAEPreTrainedModel):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         wanted = self._layers_to_return(output_hidden_states)
-        found = self.read_layers(
-            self.encode(pixel_values, generator=generator),
-            [*wanted, self.config.layer],
-            class_labels,
-            sigma=sigma,
-            timestep=timestep,
-            noise=noise,
-            generator=generator,
-        )
+        clean = self.encode(pixel_values, generator=generator)
+        layers = [*wanted, self.config.layer]
+        found = self.read_layers(clean, layers, class_labels, sigma, timestep, noise, generator)
         last = found[self.config.layer]
         pooled = pool_hidden_states(last, self.config.pooling)
         states = tuple(found[name] for name in wanted) or None
@@ -269,7 +255,6 @@ class DDAEModel(DDAEPreTrainedModel):
         clean: Tensor,
         layers: list[str],
         class_labels: Tensor | None = None,
-        *,
         sigma: float | Tensor | None = None,
         timestep: float | Tensor | None = None,
         noise: Tensor | None = None,
@@ -290,8 +275,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     """A linear classifier on a denoiser's pooled hidden state.
 
     After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the network up to the tap does too.
-    What lies after the tap has no part in the logits and asks for no gradients, so that DistributedDataParallel, which
-    waits for every gradient that is asked for, trains the classifier as it is.
+    What lies after the tap asks for no gradients, so that DistributedDataParallel trains the classifier as it is.
     """
 
     # The loss is the batch's mean: Trainer's count of labels, which it would divide by, counts a soft label K times.
@@ -319,10 +303,6 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
                 "one of them alone. Give them different names in `id2label`.",
                 stacklevel=3,
             )
-
-    def freeze_denoiser(self) -> None:
-        """Train the classifier alone: see `DDAEModel.freeze_denoiser`."""
-        self.ddae.freeze_denoiser()
 
     def restrict_gradients(self) -> None:
         """Ask for gradients of what the logits depend on alone: see `DDAEModel.restrict_gradients`."""
@@ -356,7 +336,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
                 `save_pretrained` is needed), or the base is the folder itself.
         """
         head = {name: value for name, value in plain_state(self).items() if not name.startswith("ddae.")}
-        write_head(save_directory, head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
+        write_head(Path(save_directory), head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
         self._set_auto_map(include_code)
         if include_code or self._auto_class is not None:  # what came as remote code carries it on
             save_code(save_directory, "modeling_ddae")
@@ -376,20 +356,11 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
-        """Classify images.
+        """Classify images; for all arguments but `labels` see `DDAEModel.forward`.
 
-        Args:
-            pixel_values: Images (B, C, H, W) in [-1, 1].
-            labels: Classes (B,), or probabilities of classes (B, num_labels), for the loss; batches of both kinds may
-                follow each other.
-            sigma: See `DDAEModel.forward`, as for the arguments that follow.
-            timestep: See there.
-            noise: See there.
-            generator: See there.
-            output_hidden_states: See there.
-            return_dict: Whether to return an `ImageClassifierOutput` or a tuple.
-            **kwargs: `class_labels`, the denoiser's condition, see there: it is not what is classified, and has no name
-                among the arguments, where Trainer would take it for a second target. The rest is ignored.
+        `labels` are classes (B,), or probabilities of classes (B, num_labels), for the loss; batches of both kinds may
+        follow each other. The denoiser's condition, `class_labels`, is not what is classified, and has no name among
+        the arguments, where Trainer would take it for a second target.
 
         Returns:
             `logits` (B, num_labels), the batch's mean cross-entropy `loss` if `labels` came, and `hidden_states` if

@@ -17,37 +17,21 @@ from .labels import check_label_range
 
 
 class Tap(NamedTuple):
-    """A place where a network's hidden state can be read.
+    """A place where a network's hidden state can be read."""
 
-    Attributes:
-        name: Its dotted path in `named_modules()`.
-        channels: Width of the hidden state.
-        stride: Pixels of the network's input, in height and in width, that one of its positions stands for.
-        part: `"encoder"`, `"middle"` or `"decoder"`; networks without these are decoders as a whole.
-    """
-
-    name: str
-    channels: int
-    stride: int
-    part: str
+    name: str  # its dotted path in `named_modules()`
+    channels: int  # width of the hidden state
+    stride: int  # pixels of the network's input, in height and in width, that one of its positions stands for
+    part: str  # "encoder", "middle" or "decoder"; networks without these are decoders as a whole
 
 
 class NetworkClass(ABC):
-    """A class of denoisers.
+    """A class of denoisers."""
 
-    Attributes:
-        model: The class.
-        component: The key under which diffusers' pipelines have it.
-        indivisible: Names of classes of its blocks that a device map must not divide.
-    """
-
-    model: Any
-    component: str
-    indivisible: tuple[str, ...] = ()
-
-    def resembles(self, denoiser: Any) -> bool:
-        """Whether a network of another class has the parts of this one, so that its hidden states can be read alike."""
-        return False
+    model: Any  # the class
+    component: str  # the key under which diffusers' pipelines have it
+    parts: tuple[str, ...] = ()  # a network of another class that has all of these can be read as one of this
+    indivisible: tuple[str, ...] = ()  # names of classes of its blocks that a device map must not divide
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a randomly initialised network from its config."""
@@ -118,13 +102,8 @@ class NetworkClass(ABC):
     ) -> dict[str, Tensor]:
         """Return the keyword arguments that tell the network its classes: `class_labels`, or nothing.
 
-        Args:
-            denoiser: The network.
-            class_labels: Labels (B,), or one for all; a U-Net whose `class_embed_type` is `"identity"` takes vectors
-                (B, width). None means the null class.
-            batch_size: Number of images, B.
-            device: Where they are.
-            null_class: The null class of a network that does not imply one.
+        They come as labels (B,), or one for all; a U-Net whose `class_embed_type` is `"identity"` takes vectors
+        (B, width). None means the null class, which is `null_class` where the network does not imply one.
 
         Raises:
             ValueError: Labels for an unconditional network, labels that it does not have, that are no whole numbers or
@@ -166,15 +145,8 @@ class NetworkClass(ABC):
     def accept_vectors(self, denoiser: Any, width: int) -> None:
         """Make an unconditional network take vectors as its `class_labels` while it is trained.
 
-        Padded with zeros to `vector_width`, they are added to its time embedding. Its config and weights stay those of
-        an unconditional network, and so does what it saves.
-
-        Args:
-            denoiser: The network.
-            width: How many numbers there are.
-
-        Raises:
-            ValueError: A network that cannot take them.
+        Vectors of `width` numbers, padded with zeros to `vector_width`, are added to its time embedding. Its config and
+        weights stay those of an unconditional network, and so does what it saves. `ValueError` if it cannot take them.
         """
         name = type(denoiser).__name__
         raise ValueError(f"Augmentation needs an unconditional UNet2DModel, which takes its labels: a {name} came.")

@@ -1,8 +1,4 @@
-"""Networks: which classes of denoisers there are, and what the rest of the package asks of them.
-
-No other module asks for a network's class, but those that describe one: `unets`, `dits`. Another class is another
-subclass of `NetworkClass`, given to `register`.
-"""
+"""Networks: which classes of denoisers there are. Another one is another `NetworkClass`, given to `register`."""
 
 from __future__ import annotations
 
@@ -36,8 +32,6 @@ PAPER_UNET: dict[str, Any] = {
     "freq_shift": 1,
     "dropout": 0.1,
 }
-
-
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 NETWORKS: dict[str, NetworkClass] = {}
 
@@ -55,10 +49,7 @@ def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
 
 
 def network_of(denoiser: Any) -> NetworkClass:
-    """Return what is known of the class of a denoiser, which may be compiled, or of a class that it resembles.
-
-    Args:
-        denoiser: The network, or its diffusers config with `_class_name`.
+    """Return what is known of the class of a denoiser, or of its config, or of a class whose parts it has.
 
     Raises:
         ValueError: A class that is not supported.
@@ -67,7 +58,8 @@ def network_of(denoiser: Any) -> NetworkClass:
         name = denoiser.get("_class_name")
     else:
         names = [kind.__name__ for kind in type(uncompiled(denoiser)).__mro__]
-        alike = [name for name, network in NETWORKS.items() if network.resembles(denoiser)]
+        having = {name: [hasattr(denoiser, part) for part in network.parts] for name, network in NETWORKS.items()}
+        alike = [name for name, has in having.items() if has and all(has)]
         name = next((name for name in (*names, *alike) if name in NETWORKS), names[0])
     check_denoiser_class(name)
     return NETWORKS[str(name)]

@@ -14,13 +14,10 @@ Every family of schedulers is linear: the network sees `a * x + b * n` and shoul
 - EDM (Karras et al. 2022, table 1): the denoised image is `c_skip * (x + sigma * n) + c_out * output`, the input is
   `c_in * (x + sigma * n)`, the timestep is `c_noise = log(sigma) / 4`. With `r = sqrt(sigma^2 + sigma_data^2)`:
   `c_in = 1 / r`, `c_skip = sigma_data^2 / r^2`, `c_out = sigma * sigma_data / r`. The output for which the denoised
-  image is `x` is `x * sigma / (sigma_data * r) - n * sigma_data / r`, and the paper's loss weight,
-  `1 / c_out^2`, makes the error of the image the plain error of the output.
+  image is `x` is `x * sigma / (sigma_data * r) - n * sigma_data / r`.
 - Flow matching (rectified flow; Liu et al. 2022, arXiv 2209.03003; Lipman et al. 2022, arXiv 2210.02747): at time `s`
   the network sees `(1 - s) * x + s * n` and should answer `n - x`; `sigma = s / (1 - s)`, the timestep is
   `s * num_train_timesteps`.
-
-This is the only module that knows which family a scheduler belongs to: `family_of(scheduler)` is what others ask.
 """
 
 from __future__ import annotations
@@ -108,7 +105,6 @@ class _VariancePreserving(Family):
         return 0, len(self.scheduler.alphas_cumprod) - 1
 
     def to_sigma(self, timestep: Tensor) -> Tensor:
-        """Interpolate log sigma linearly between whole timesteps."""
         sigmas = self.sigmas(timestep.device)
         last = len(sigmas) - 1
         timestep = rounded(timestep, 0, last)
@@ -146,6 +142,7 @@ class _VariancePreserving(Family):
 
     def check_prediction(self) -> None:
         super().check_prediction()
+        # At pure noise its input would be its target and say nothing of the image (Lin et al. 2023, arXiv 2305.08891).
         if self._prediction == "epsilon" and math.isinf(self.sigma_range()[1]):
             raise ValueError(
                 "prediction_type 'epsilon' cannot work with zero-terminal SNR (`rescale_betas_zero_snr`): "
@@ -153,7 +150,6 @@ class _VariancePreserving(Family):
             )
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        """Draw timesteps uniformly over the schedule (Ho et al. 2020)."""
         timesteps = torch.randint(len(self.scheduler.alphas_cumprod), shape, device=device, **drawn_by(generator))
         return self.sigmas(timesteps.device)[timesteps]
 
@@ -221,8 +217,7 @@ class _Karras(Family):
         return sign * sigma / (spread * r), -sign * spread / r
 
     def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        """Draw log-normally, with the mean -1.2 and the deviation 1.2 of Karras et al. 2022."""
-        return self.draw(*shape, device, generator, log_normal=(-1.2, 1.2))
+        return self.draw(*shape, device, generator, log_normal=(-1.2, 1.2))  # of Karras et al. 2022
 
 
 @register
@@ -275,11 +270,7 @@ class _FlowMatching(Family):
 
 
 def family_of(scheduler: Any) -> Family:
-    """Return the family of a scheduler, with the scheduler in it; nothing is computed yet.
-
-    Raises:
-        ValueError: A scheduler of no framework that is supported, or whose levels cannot be.
-    """
+    """Return the family of a scheduler, with the scheduler in it, or raise `ValueError` if it is of none."""
     for family_class in FAMILIES:
         if family_class.takes(scheduler):
             return family_class(scheduler)
@@ -292,14 +283,9 @@ def family_of(scheduler: Any) -> Family:
 
 
 def new_scheduler(framework: str, **options: Any) -> Any:
-    """Return the scheduler that networks of a framework are trained under unless they ask for another.
+    """Return the scheduler that networks of a framework (`Family.name`) are trained under by default.
 
-    Args:
-        framework: `"ddpm"`, `"edm"` or `"flow"`, as `family` names it.
-        **options: The scheduler's own, in place of its defaults.
-
-    Raises:
-        ValueError: No such framework.
+    `options` are the scheduler's own, in place of its defaults.
     """
     for family_class in FAMILIES:
         if family_class.name == framework:
@@ -312,12 +298,8 @@ def change_scheduler(trained: Any, kind: Any, **options: Any) -> Any:
     """Return a scheduler of another kind that denoises as the trained one does.
 
     One that clips denoised images to [-1, 1] is followed by thresholding at 1, the same where a kind has no
-    `clip_sample`: small networks need it, and solvers of higher order leave the data without it.
-
-    Args:
-        trained: The scheduler that the network was trained under.
-        kind: The class of the other.
-        **options: The other's own, in place of what it takes over.
+    `clip_sample`: small networks need it, and solvers of higher order leave the data without it. `options` are the
+    other's own, in place of what it takes over.
     """
     config = trained.config
     known = inspect.signature(kind).parameters
@@ -325,19 +307,6 @@ def change_scheduler(trained: Any, kind: Any, **options: Any) -> Any:
     if clips and "clip_sample" not in known and "thresholding" in known:
         options = {"thresholding": True, "sample_max_value": 1.0} | options
     return kind.from_config(config, **options)
-
-
-def family(scheduler: Any) -> str:
-    """Return the framework that a scheduler belongs to, `"ddpm"`, `"edm"` or `"flow"`: see `family_of`.
-
-    A network trained in one framework can be sampled by the samplers of it, and by no others.
-    """
-    return family_of(scheduler).name
-
-
-def sigma_range(scheduler: Any) -> tuple[float, float]:
-    """Return the smallest and the largest noise level of a scheduler: 0 and infinity for flow matching."""
-    return family_of(scheduler).sigma_range()
 
 
 def timestep_to_sigma(scheduler: Any, timestep: float | Tensor) -> Tensor:
@@ -363,7 +332,7 @@ def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
 
     Args:
         scheduler: A diffusers scheduler.
-        sigma: Scalar or (B,). VP: within `sigma_range(scheduler)`. EDM: positive and finite, as training draws levels
+        sigma: Scalar or (B,). VP: within the schedule. EDM: positive and finite, as training draws levels
             beyond those of sampling. Flow matching: from 0 on. Infinite, where the schedule has it, is pure noise.
 
     Returns:

@@ -2,11 +2,11 @@
 
 A pickle may name any function and have it called. This is the one module that reads them all the same:
 
-- any pickle is taken as a description first. Each name in it out of a short list becomes a `Record` of what it would be
-  called with, and any other is refused, so that no class or function is looked up, let alone called;
-- torch files, whose description must not claim more than the file holds, go through torch's restricted loader
-  (`weights_only=True`) then, with an inert stand-in for `argparse.Namespace`, the options that a training run stores
-  beside its weights.
+- a torch file is taken as a description first, which must not claim more than the file holds. Each name in it out of a
+  short list becomes something inert, and any other is refused, so that no class or function is looked up, let alone
+  called. It then goes through torch's restricted loader (`weights_only=True`), with a stand-in for
+  `argparse.Namespace`, the options that a training run stores beside its weights;
+- of any other pickle only the texts are read.
 
 What a file costs is bounded by its size: lengths beyond its end are refused before memory is taken for them, and so are
 the few ways in which a short pickle describes a large thing.
@@ -14,8 +14,8 @@ the few ways in which a short pickle describes a large thing.
 
 from __future__ import annotations
 
-import functools
 import io
+import mmap
 import os
 import pickle
 import pickletools
@@ -28,17 +28,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-# What EDM's pickles name (github.com/NVlabs/edm): networks with their source code, tensors, numbers.
-RECORDED = {
-    "torch_utils.persistence._reconstruct_persistent_obj", "dnnlib.util.EasyDict",
-    "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes",
-    "torch.nn.modules.container.ModuleDict", "torch.nn.modules.container.ModuleList",
-    "collections.OrderedDict", "builtins.set",
-    "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
-    "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct",
-}  # fmt: skip
 # What torch files may name beside tensors and their storages.
-OPTIONS = {"argparse.Namespace", "torch.Size", "torch.device"}
+NAMES = {"argparse.Namespace", "collections.OrderedDict", "torch.Size", "torch.device"}
 STORAGES = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
     "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "UntypedStorage": 1,
@@ -52,25 +43,17 @@ INSTRUCTIONS = """PROTO FRAME MARK STOP POP NONE NEWTRUE NEWFALSE BININT BININT1
 MOST_ARGUMENTS = 16  # of a call; more would be copied for each of them
 
 
-class Record:
-    """What a pickle says of an object, which is never made: its name, arguments, entries and state."""
+class _Inert:
+    """Stands for an object that a pickle describes, which is never made."""
 
-    name: str
-    args: tuple[Any, ...]
-    entries: dict[Any, Any]
-    state: Any
-
-    def __new__(cls, *args: Any) -> Record:
-        """Note the arguments; a pickle may make an object without `__init__`."""
-        record = super().__new__(cls)
-        record.args, record.entries, record.state = args, {}, None
-        return record
+    def __new__(cls, *args: Any) -> _Inert:
+        return super().__new__(cls)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.entries[key] = value
+        return
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
+        return
 
 
 class _Bounded:
@@ -125,12 +108,16 @@ def _calling(load: Callable[[Any], None]) -> Callable[[Any], None]:
     return checked
 
 
-@functools.cache
-def _record_class(name: str) -> type[Record]:
-    return type("Record", (Record,), {"name": name})
+class _Storage(NamedTuple):
+    """Numbers in a torch file that tensors lie in."""
+
+    length: int
+    width: int
 
 
-class _Describer(pickle._Unpickler):  # type: ignore[name-defined]
+class _Claims(pickle._Unpickler):  # type: ignore[name-defined]
+    """What the pickle in a torch file claims to be there, in `storages` by their keys; its tensors lie in these."""
+
     # The unpickler in C would make room for any number of objects that a pickle claims to have.
     dispatch = _Instructions(
         {ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]  # type: ignore[attr-defined]
@@ -141,22 +128,6 @@ class _Describer(pickle._Unpickler):  # type: ignore[name-defined]
     dispatch[pickle.ADDITEMS[0]] = _hashing(dispatch[pickle.ADDITEMS[0]], slice(None))
     for _code in (pickle.REDUCE[0], pickle.NEWOBJ[0]):
         dispatch[_code] = _calling(dispatch[_code])
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (full := f"{module}.{name}") not in RECORDED:
-            raise ValueError(f"it names {full}, and allowed are {', '.join(sorted(RECORDED))}")
-        return _record_class(full)
-
-
-class _Storage(NamedTuple):
-    """Numbers in a torch file that tensors lie in."""
-
-    length: int
-    width: int
-
-
-class _Claims(_Describer):
-    """What the pickle in a torch file claims to be there, in `storages` by their keys; its tensors lie in these."""
 
     def __init__(self, file: _Bounded):
         super().__init__(file)
@@ -170,12 +141,10 @@ class _Claims(_Describer):
             return _check_tensor
         if full == "torch._utils._rebuild_parameter":
             return lambda tensor, requires_grad, hooks: tensor
-        if full == "collections.OrderedDict":
-            return lambda: _record_class(full)()
         if full == "collections.Counter":  # of a learning rate's schedule
             return dict.copy  # which takes a dictionary and nothing else
-        if full in OPTIONS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return _record_class(full)
+        if full in NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return _Inert
         raise ValueError(f"it names {full}")
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -196,28 +165,19 @@ def _check_tensor(storage: _Storage, offset: int, size: Sequence[int], stride: S
     return object()
 
 
-def records(value: Any) -> Iterator[Record]:
-    """Walk through all records in a value, the outer ones first."""
-    left, seen = [value], set()
-    while left:
-        value = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Record):
-            yield value
-            left += [value.state, value.entries, *value.args]
-        elif isinstance(value, dict):
-            left += value.values()
-        elif isinstance(value, list | tuple):
-            left += value
+def texts(path: Path) -> Iterator[str]:
+    """Yield the texts and names in a pickle, of which nothing is made, as far as it is whole."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for _, argument, _ in pickletools.genops(content):  # type: ignore[arg-type]  # it reads like a file
+                if isinstance(argument, str):
+                    yield argument
+    except ValueError:  # it ends too early, or is no pickle at all
+        return
 
 
 def read_weights(path: Path) -> Any:
-    """Read a torch file or a pickle.
-
-    Returns:
-        A torch file's content, tensors on the CPU; of any other pickle plain containers and `Record`s.
+    """Return the content of a torch file, tensors on the CPU, or None for a file that is none.
 
     Raises:
         ValueError: No file, one that is broken, or one that names what is not allowed.
@@ -227,24 +187,15 @@ def read_weights(path: Path) -> Any:
     old = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how torch's files began before version 1.6
     with path.open("rb") as file:
         start = file.read(len(old))
-        if start == old or start.startswith(b"PK\x03\x04"):
-            return _read_torch(path, mmap=start != old)
-        file.seek(0)
-        try:
-            return _Describer(_Bounded(file)).load()
-        except Exception as error:  # a broken file raises what it likes
-            raise ValueError(
-                f"{path} is neither a torch file nor a pickle that can be read safely: {str(error).rstrip('.')}."
-            ) from error
-
-
-def _read_torch(path: Path, mmap: bool) -> Any:
-    # Mapped, an optimiser's state, twice the network's size, is never read.
+    zipped = start.startswith(b"PK\x03\x04")
+    if not zipped and start != old:
+        return None
     try:
-        _check_claims(path, zipped=mmap)
+        _check_claims(path, zipped)
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # likewise
+            # Mapped, an optimiser's state, twice the network's size, is never read.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a broken file raises what it likes
         name = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {name[1]}" if name else str(error).partition("\n")[0]
         raise ValueError(

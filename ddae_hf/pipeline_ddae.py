@@ -18,7 +18,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from .checkpoints import Checkpoint, take_checkpoint
+from .checkpoints import Checkpoint, still_generates, take_checkpoint
 from .cut import uncompiled
 from .diffusion import Diffusion
 from .families import Family
@@ -118,14 +118,10 @@ class DDAEPipeline(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: Any, safe_serialization: bool = True, *, include_code: bool = False, **kwargs: Any
     ) -> None:
-        """Write the components and `model_index.json`, as in diffusers.
+        """Write the components and `model_index.json`, as in diffusers; `safe_serialization` is always true.
 
-        Args:
-            save_directory: The folder.
-            safe_serialization: Always true: only safetensors weights are written.
-            include_code: Whether to write this package's modules too. Where it is not installed, the folder then opens
-                with `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)`.
-            **kwargs: See `DiffusionPipeline.save_pretrained`, `push_to_hub` among them.
+        With `include_code` this package's modules are written too. Where it is not installed, the folder then opens
+        with `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)`.
 
         Raises:
             ValueError: Pickled weights are asked for, or components were set that do not make a pipeline.
@@ -193,10 +189,10 @@ class DDAEPipeline(DiffusionPipeline):
         denoiser = given.get(name)
         tuned = False
         if denoiser is None:
-            denoiser = checkpoint.load_denoiser()
-            tuned = not checkpoint.still_generates(denoiser)
+            denoiser = checkpoint.load("denoiser")
+            tuned = checkpoint.holds_model and not still_generates(denoiser, checkpoint.config)
             denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
-        vae = given["vae"] if "vae" in given else checkpoint.load_vae(dtypes.get("vae", dtypes["default"]))
+        vae = given["vae"] if "vae" in given else checkpoint.load("vae", dtypes.get("vae", dtypes["default"]))
         pipeline = cls(
             scheduler=given["scheduler"] if "scheduler" in given else checkpoint.scheduler_or_default(vae is not None),
             null_class=given.get("null_class", checkpoint.config.get("null_class")),
@@ -287,15 +283,9 @@ class DDAEPipeline(DiffusionPipeline):
         _check_parts(self.config["null_class"], **self.components)
         self._check_output(output_type, tensors)
         self._interrupt = False
+        heun = Heun(s_churn, s_min, s_max, s_noise, clip_denoised)
         steps = self.steps(
-            batch_size,
-            class_labels,
-            generator,
-            latents,
-            num_inference_steps,
-            sampler,
-            guidance_scale,
-            Heun(s_churn, s_min, s_max, s_noise, clip_denoised),
+            batch_size, class_labels, generator, latents, num_inference_steps, sampler, guidance_scale, heun
         )
         with self.progress_bar(total=self.num_timesteps) as progress:
             for step in steps:
@@ -351,19 +341,15 @@ class DDAEPipeline(DiffusionPipeline):
         diffusion.family.set_timesteps(num_inference_steps, device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
-        def guidance() -> float:
-            self._check_guidance(class_labels)  # a callback may have changed it
-            return self.guidance_scale
+        ask = diffusion.predict if sampler is None else diffusion.denoise
 
-        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-            return diffusion.predict(sample, timestep, conditions, guidance(), without)
-
-        def denoise(sample: Tensor, sigma: float) -> Tensor:
-            return diffusion.denoise(sample, sigma, conditions, guidance(), without)
+        def answer(sample: Tensor, level: Any) -> Tensor:
+            self._check_guidance(class_labels)  # a callback may have changed its scale
+            return ask(sample, level, conditions, self.guidance_scale, without)
 
         if sampler is None:
-            return scheduler_steps(diffusion.family, noise, predict, generator)
-        return heun.steps(self.scheduler.sigmas.tolist(), self.scheduler.timesteps, noise, denoise, generator)
+            return scheduler_steps(diffusion.family, noise, answer, generator)
+        return heun.steps(self.scheduler.sigmas.tolist(), self.scheduler.timesteps, noise, answer, generator)
 
     def _postprocess(self, sample: Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -1,26 +1,32 @@
-"""`DDAEPreTrainedModel`: what the models have in common, which is how they are opened, initialised and saved."""
+"""`DDAEPreTrainedModel`: how the models are opened, initialised and saved, a classifier without its denoiser too."""
 
 from __future__ import annotations
 
 import copy
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils.hub import extract_commit_hash
 
-from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, take_checkpoint
+from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of
 from .remote_code import AUTO_MAP
 from .weights import (
     COMPILED,
+    HEAD_FILE,
     WHOLE_FILE,
+    find_file,
     fingerprint,
+    location,
     plain_state,
     refuse_missing,
     refuse_unexpected,
@@ -55,13 +61,18 @@ class DDAEPreTrainedModel(PreTrainedModel):
             for key, values in network_of(config).computed_buffers(config).items():
                 init.copy_(module.denoiser.get_buffer(key), values)
         elif isinstance(module, nn.BatchNorm1d):
-            for buffer, initialise in (("running_mean", init.zeros_), ("running_var", init.ones_)):
-                initialise(module.get_buffer(buffer))
+            init.zeros_(module.get_buffer("running_mean"))
+            init.ones_(module.get_buffer("running_var"))
             init.zeros_(module.get_buffer("num_batches_tracked"))
         elif callable(reset := getattr(module, "reset_parameters", None)):
             own = list(module.parameters(recurse=False))
             if own and not any(getattr(p, "_is_hf_initialized", False) for p in own):
                 reset()
+
+    def freeze_denoiser(self) -> None:
+        """Train only what stands on the denoiser: see `DDAEModel.freeze_denoiser`."""
+        inner: Any = self.base_model
+        inner.freeze_denoiser()
 
     def restrict_gradients(self) -> None:
         """Ask for gradients only of parameters that can have one."""
@@ -127,24 +138,21 @@ class DDAEPreTrainedModel(PreTrainedModel):
     @classmethod
     def _read_parts(cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any) -> tuple[dict[str, Any], Any]:
         """Return the tensors of a generator or of a head and its base, and their type; enter it in `config`."""
-        denoiser = checkpoint.load_denoiser(dtype if isinstance(dtype, torch.dtype) else None)
+        denoiser = checkpoint.load("denoiser", dtype if isinstance(dtype, torch.dtype) else None)
         for name, rounded in GENERATOR_FINGERPRINTS.items():
             setattr(config, name, fingerprint(denoiser, dtype=rounded))
         parts = {"denoiser": denoiser}
         if config.vae is not None:
-            parts["vae"] = checkpoint.load_vae()
+            parts["vae"] = checkpoint.load("vae")
             if parts["vae"] is None:
                 raise ValueError(f"{checkpoint.path} has no vae: a config of one without its weights is of no use.")
         prefix = cls._inner_prefix
         state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
-        state |= checkpoint.head_state() if cls._has_head else {}
+        state |= load_file(checkpoint.head) if cls._has_head and checkpoint.head else {}
         return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
     def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:
-        """Refuse what is missing, but for a classifier that the checkpoint does not have or that was asked for `anew`.
-
-        `info` is what transformers tells of loading.
-        """
+        """Refuse what is missing, but for a classifier that the checkpoint lacks or that was asked for `anew`."""
         mismatched = {name for name, *_ in info["mismatched_keys"]}
         missing = set(info["missing_keys"]) | mismatched
         every = set(self.state_dict())
@@ -171,15 +179,9 @@ class DDAEPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Write `config.json` and `model.safetensors`, as in transformers.
 
-        A `head.safetensors` that the folder holds stays there, and is no longer what opens.
-
-        Args:
-            save_directory: The folder.
-            *args: See `PreTrainedModel.save_pretrained`.
-            include_code: Whether to write this package's modules beside them, so that the folder, or the repository
-                that it becomes, opens with transformers' Auto classes and `trust_remote_code=True` where `ddae_hf` is
-                not installed.
-            **kwargs: See `PreTrainedModel.save_pretrained`, `push_to_hub` among them.
+        A `head.safetensors` that the folder holds stays there, and is no longer what opens. With `include_code` this
+        package's modules lie beside them, so that the folder, or the repository that it becomes, opens with
+        transformers' Auto classes and `trust_remote_code=True` where `ddae_hf` is not installed.
         """
         self.config.weights = "whole"
         self._set_auto_map(include_code)
@@ -225,3 +227,71 @@ def use_attention(denoiser: nn.Module, implementation: str | None) -> None:
     for module in denoiser.modules():
         if isinstance(module, Attention):
             module.set_processor(processor)
+
+
+def write_head(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    denoiser: nn.Module,
+    vae: nn.Module | None,
+    base: str | os.PathLike[str] | None,
+    variant: str | None,
+    **hub: Any,
+) -> None:
+    """Write a classifier's own tensors, and what they say of their base: see `save_head` for the arguments."""
+    if base is None and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} holds no pipeline: save the generative checkpoint there first (`DDAEPipeline.save_pretrained`), "
+            "or name another one as `base`."
+        )
+    name = "." if base is None else os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
+    # Without `base`, what the folder holds of an earlier classifier plays no part.
+    checkpoint = read_pipeline(folder, variant) if base is None else read_checkpoint(base, variant, **hub)
+    if base is not None and location(folder) in (location(link.path, **link.hub) for link in checkpoint.chain()):
+        raise ValueError(
+            f"The base {checkpoint.path} is {folder}, or reaches it: the head would take the place of what it needs. "
+            "Write it to another folder or, if this one holds a pipeline too, leave out `base`."
+        )
+    original, original_vae = _originals(checkpoint, denoiser, vae)
+    found = None
+    if base is not None and not os.path.isdir(base):
+        found = find_file(base, "model_index.json", **hub) or find_file(base, "config.json", **hub)
+    known = {
+        "format": "pt",
+        "base": name,
+        "fingerprint": fingerprint(original, dtype=None),
+        "vae_fingerprint": original_vae and fingerprint(original_vae, dtype=None),
+        "variant": variant,
+        "revision": extract_commit_hash(found, None),
+        "subfolder": base and hub.get("subfolder"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    own_tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(own_tensors, folder / HEAD_FILE, {k: v for k, v in known.items() if v})
+
+
+def _originals(checkpoint: Checkpoint, denoiser: nn.Module, vae: nn.Module | None) -> tuple[Any, Any]:
+    """Return the denoiser and the VAE of a base, or refuse one that a classifier with these was not trained on."""
+    original, original_vae = checkpoint.load("denoiser"), checkpoint.load("vae")
+    if vae is None and original_vae is not None:
+        raise ValueError(
+            f"This classifier was opened without the VAE of {checkpoint.path} and takes latents: put its weights into "
+            "one that was opened with the VAE, or write it whole with `save_pretrained`."
+        )
+    for part, own, its in (("denoiser", denoiser, original), ("VAE", vae, original_vae)):
+        if own is not None and not _is_same(own, its):
+            raise ValueError(
+                f"The {part} of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came "
+                "from elsewhere: `save_pretrained` writes it whole. (One of the base's variants needs its name as "
+                "`variant`.)"
+            )
+    return original, original_vae
+
+
+def _is_same(own: nn.Module, base: nn.Module | None) -> bool:
+    """Return whether a network has the base's weights, rounded to its own types."""
+    weights = plain_state(own)
+    originals = {} if base is None else plain_state(base)
+    return weights.keys() == originals.keys() and all(
+        torch.equal(value, originals[name].to(value)) for name, value in weights.items()
+    )

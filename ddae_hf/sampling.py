@@ -26,19 +26,14 @@ from .families import Family
 class Step:
     """What there is after a step.
 
-    Attributes:
-        number: The step, from 1.
-        timesteps: The scheduler's timesteps, of all steps.
-        sample: Noisy images or latents (B, C, H, W), as the scheduler keeps them; after the last step, those generated.
-            Whoever consumes the steps may put others in their place, with which the next step goes on.
-        sigma: The noise level of `sample`, where it is `x + sigma * n`; None where the scheduler keeps it in its own
-            way.
+    `sample` are noisy images or latents (B, C, H, W), as the scheduler keeps them; after the last step, those
+    generated. Whoever consumes the steps may put others in their place, with which the next step goes on.
     """
 
-    number: int
-    timesteps: Tensor
+    number: int  # the step, from 1
+    timesteps: Tensor  # the scheduler's, of all steps
     sample: Tensor
-    sigma: float | None = None
+    sigma: float | None = None  # the noise level of `sample`, where it is `x + sigma * n` and not as a scheduler likes
 
     @property
     def timestep(self) -> Tensor:
@@ -63,11 +58,8 @@ def scheduler_steps(
 ) -> Iterator[Step]:
     """Take the steps of a scheduler, whose timesteps are set, from standard-normal noise to images.
 
-    Args:
-        family: The scheduler's family.
-        noise: Where to start from, (B, C, H, W).
-        predict: The network's answer to (input, timestep (B,)), with a learned variance if the scheduler uses one.
-        generator: Random generator of schedulers that add noise, or one for every image.
+    `predict` gives the network's answer to (input, timestep (B,)), with a learned variance if the scheduler uses one.
+    `generator` is that of schedulers that add noise, or one for every image.
     """
     timesteps = family.scheduler.timesteps
     sample = family.first_sample(noise)
@@ -80,25 +72,13 @@ def scheduler_steps(
 
 @dataclass(frozen=True)
 class Heun:
-    """EDM's second-order sampler.
+    """EDM's second-order sampler; `ValueError` for a number out of its range."""
 
-    Args:
-        s_churn: Overall stochasticity, the paper's S_churn: by how much noise a step raises the level before it lowers
-            it; 0 is deterministic.
-        s_min: Lowest level that is raised, S_tmin.
-        s_max: Highest level that is raised, S_tmax.
-        s_noise: Standard deviation of the added noise in units of what the levels ask for, S_noise.
-        clip_denoised: Whether the denoised image is clipped to [-1, 1].
-
-    Raises:
-        ValueError: A number out of its range.
-    """
-
-    s_churn: float = 0.0
-    s_min: float = 0.0
-    s_max: float = math.inf
-    s_noise: float = 1.0
-    clip_denoised: bool = False
+    s_churn: float = 0.0  # the paper's S_churn: by how much noise a step raises the level before it lowers it
+    s_min: float = 0.0  # the lowest level that is raised, S_tmin
+    s_max: float = math.inf  # the highest level that is raised, S_tmax
+    s_noise: float = 1.0  # the standard deviation of the added noise in units of what the levels ask for, S_noise
+    clip_denoised: bool = False  # whether the denoised image is clipped to [-1, 1]
 
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_min", "s_noise"):
@@ -116,12 +96,8 @@ class Heun:
     ) -> Iterator[Step]:
         """Take steps from standard-normal noise to images: two calls of `denoise` each, but for the last.
 
-        Args:
-            sigmas: Noise levels, falling to zero: one more than there are steps.
-            timesteps: What the denoiser is fed at all but the last of them.
-            noise: Where to start from, (B, C, H, W).
-            denoise: Maps (sample, sigma) to the denoised image.
-            generator: Random generator, or one for every image.
+        `sigmas` fall to zero, `timesteps` are what the denoiser is fed at all but the last of them, and `denoise` maps
+        (sample, sigma) to the denoised image.
         """
 
         def slope(sample: Tensor, sigma: float) -> Tensor:

@@ -24,16 +24,13 @@ class UNet2D(NetworkClass):
 
     model = UNet2DModel
     component = "unet"
+    parts = ("down_blocks", "mid_block", "up_blocks")
     indivisible = ("ResnetBlock2D",)
     # Blocks whose forward is a plain walk over `resnets` and `attentions`, so that shorter lists stop it early.
     walks = {
         "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D",
         "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D",
     }  # fmt: skip
-
-    def resembles(self, denoiser: Any) -> bool:
-        """Whether it has an encoder and a decoder of blocks."""
-        return all(hasattr(denoiser, part) for part in ("down_blocks", "mid_block", "up_blocks"))
 
     def divisor(self, config: Mapping[str, Any]) -> tuple[int, str]:
         """Return the stride of the deepest level."""
@@ -131,42 +128,30 @@ class UNet2D(NetworkClass):
 
     def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
         """Return the network with block lists that end at the tap, and output layers that do nothing."""
-        known = [tap.name for tap in self.taps(denoiser)]
-        side, _, rest = max(layers, key=known.index).partition(".") if stop_early else ("", "", "")
-        block, _, tap = rest.partition(".")
-        depth = int(block) if block else 0
-        stop = int(tap.rpartition(".")[2]) + 1 if tap else None
-        seen = self._blocks_around(layers)
-
-        def views(kind: str, blocks: Sequence[nn.Module], count: int | None) -> list[Any]:
-            kept = list(blocks)[:count]
-            ends = [stop if kind == side and i == depth else None for i in range(len(kept))]
-            names = [f"{kind}.{i}" for i in range(len(kept))]
-            return [
-                self._block_view(block, name, layers, found, end) if name in seen else block
-                for block, name, end in zip(kept, names, ends, strict=True)
-            ]
-
-        middle = denoiser.mid_block
-        if middle is not None and "mid_block" in layers:
-            middle = Recorder(middle, "mid_block", found)
-        if not stop_early:
-            down = views("down_blocks", denoiser.down_blocks, None)
-            up = views("up_blocks", denoiser.up_blocks, None)
-            return Cut(denoiser, {"down_blocks": down, "mid_block": middle, "up_blocks": up})
-        in_encoder = side == "down_blocks"
-        replaced: dict[str, Any] = dict.fromkeys(("conv_norm_out", "conv_act", "conv_out"), identity)
-        replaced["down_blocks"] = views("down_blocks", denoiser.down_blocks, depth + 1 if in_encoder else None)
-        replaced["mid_block"] = None if in_encoder else middle
-        replaced["up_blocks"] = views("up_blocks", denoiser.up_blocks, depth + 1) if side == "up_blocks" else []
+        down = [f"down_blocks.{i}" for i in range(len(denoiser.down_blocks))]
+        up = [f"up_blocks.{i}" for i in range(len(denoiser.up_blocks))]
+        names = [*down, *([] if denoiser.mid_block is None else ["mid_block"]), *up]
+        last = max(layers, key=[tap.name for tap in self.taps(denoiser)].index) if stop_early else ""
+        if stop_early:
+            ends = [name == last or last.startswith(f"{name}.") for name in names]
+            names = names[: ends.index(True) + 1]
+        views = {name: self._block_view(denoiser.get_submodule(name), name, layers, found, last) for name in names}
+        replaced: dict[str, Any] = dict.fromkeys(("conv_norm_out", "conv_act", "conv_out"), identity) if last else {}
+        replaced["down_blocks"] = [views[name] for name in down if name in views]
+        replaced["mid_block"] = views.get("mid_block")
+        replaced["up_blocks"] = [views[name] for name in up if name in views]
         return Cut(denoiser, replaced)
 
-    def _block_view(
-        self, block: Any, prefix: str, layers: Sequence[str], found: dict[str, Tensor], stop: int | None
-    ) -> Cut:
-        """Return a view of a down or up block that records its taps and, if `stop` is given, ends after that many."""
+    def _block_view(self, block: Any, prefix: str, layers: Sequence[str], found: dict[str, Tensor], last: str) -> Any:
+        """Return a view of a block that records its taps and, if the `last` is among them, ends after it."""
+        if prefix in layers:
+            return Recorder(block, prefix, found)
+        if prefix not in self._blocks_around(layers):
+            return block
         replaced: dict[str, Any] = {}
-        if stop is not None:
+        stop = None
+        if last.startswith(f"{prefix}."):
+            stop = int(last.rpartition(".")[2]) + 1
             replaced["upsamplers" if prefix.startswith("up") else "downsamplers"] = None
         for kind in ("resnets", "attentions"):
             modules = getattr(block, kind, None)

@@ -23,9 +23,7 @@ from transformers.utils.hub import cached_file
 from .cut import uncompiled
 
 # The arguments of `from_pretrained` that say where files are, and those that also say how they are opened.
-HUB_ARGUMENTS = (
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
-)  # fmt: skip
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "variant", "dtype", "torch_dtype", "use_safetensors")
 
 HEAD_FILE = "head.safetensors"
@@ -56,12 +54,10 @@ def uncompiled_names(network: torch.nn.Module) -> Iterator[None]:
 
 
 def fingerprint(*modules: torch.nn.Module | None, dtype: torch.dtype | None = torch.bfloat16) -> str:
-    """Return a SHA-256 of networks' parameters and persistent buffers.
+    """Return a SHA-256 of networks' parameters and persistent buffers; None stands for a network that is not there.
 
-    Args:
-        *modules: The networks; `None` stands for one that is not there.
-        dtype: Type that values are rounded to first: with bfloat16, storing a checkpoint in bfloat16 leaves it the
-            same. `None` takes them as they are, so that no two networks share a hash.
+    Values are rounded to `dtype` first: with bfloat16, storing a checkpoint in bfloat16 leaves it the same. None takes
+    them as they are, so that no two networks share a hash.
     """
     digest = hashlib.sha256()
     for module in modules:

@@ -14,63 +14,49 @@ from pathlib import Path
 
 from PIL import Image
 
-from ddae_hf.experiments.model_card import save_card
+from ddae_hf.experiments import save_card
 
 HERE = Path(__file__).parent
+DIGITS = "scikit-learn's digits"
+CIFAR = "CIFAR-10 (JPEG copy)"
 # A card's name: the checkpoint, other folders with its results, the name of the data.
 CARDS = {
-    "digits": ("quickstart/checkpoint", ["quickstart/classifier", "quickstart/sweep"], "scikit-learn's digits"),
-    "digits_classifier": ("quickstart/classifier", ["quickstart/checkpoint"], "scikit-learn's digits"),
-    "cifar10_cpu": ("cifar10_cpu", ["cifar10_cpu_classifier", "cifar10_cpu_sweep"], "CIFAR-10 (JPEG copy)"),
-    "cifar10_cpu_classifier": (
-        "cifar10_cpu_sweep/classifier",
-        ["cifar10_cpu_sweep", "cifar10_cpu"],
-        "CIFAR-10 (JPEG copy)",
-    ),
-    "cifar10_latent_dit": ("cifar10_latent_dit", ["cifar10_latent_transfer"], "CIFAR-10 (JPEG copy)"),
+    "digits": ("quickstart/checkpoint", ["quickstart/classifier", "quickstart/sweep"], DIGITS),
+    "digits_classifier": ("quickstart/classifier", ["quickstart/checkpoint"], DIGITS),
+    "cifar10_cpu": ("cifar10_cpu", ["cifar10_cpu_classifier", "cifar10_cpu_sweep"], CIFAR),
+    "cifar10_cpu_classifier": ("cifar10_cpu_sweep/classifier", ["cifar10_cpu_sweep", "cifar10_cpu"], CIFAR),
+    "cifar10_latent_dit": ("cifar10_latent_dit", ["cifar10_latent_transfer"], CIFAR),
 }
-LONGEST_SIDE = 640
+LONGEST_SIDE = 640  # of pictures, in pixels
 
 
-def save_picture(source: Path, target: Path) -> None:
-    """Write a picture small enough for a repository of code."""
-    target.parent.mkdir(exist_ok=True)
-    with Image.open(source) as image:
-        picture = image.convert("RGB")
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    picture.quantize(256).save(target, optimize=True)
-
-
-def copy_card(card: Path, name: str) -> Path:
-    """Write a card and its pictures into this folder."""
+def copy_card(card: Path, name: str) -> None:
+    """Write a card and its pictures, small enough for a repository of code, into this folder."""
     text = card.read_text(encoding="utf-8")
     for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         # The cards of a generator and of its classifier share their pictures; those of a sweep have their own.
         checkpoint = name.removesuffix("_classifier")
         kind = re.sub(rf"^({checkpoint}_)?((classifier|checkpoint)-)?", "", Path(link).name)
-        target = Path("images") / f"{checkpoint}-{kind}"
-        save_picture(card.parent / link, HERE / target)
-        text = text.replace(f"]({link})", f"]({target.as_posix()})")
-    path = HERE / f"{name}.md"
-    path.write_text(text, encoding="utf-8")
-    return path
+        target = f"images/{checkpoint}-{kind}"
+        picture = Image.open(card.parent / link).convert("RGB")
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+        picture.quantize(256).save(HERE / target, optimize=True)
+        text = text.replace(f"]({link})", f"]({target})")
+    (HERE / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Write the cards of the checkpoints that this project trained.")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="Folder of the runs.")
-    args = parser.parse_args(argv)
+    runs = parser.parse_args(argv).runs_dir
     for name, (checkpoint, others, dataset_name) in CARDS.items():
-        folder, results = args.runs_dir / checkpoint, [args.runs_dir / other for other in others]
-        if not folder.is_dir():
-            print(f"{name}: {folder} is not there.")
+        if not (runs / checkpoint).is_dir():
+            print(f"{name}: {runs / checkpoint} is not there.")
             continue
-        results = [other for other in results if other.is_dir()]
-        card = save_card(folder, results=results, model_name=name, dataset_name=dataset_name)
-        print(f"{name}: {copy_card(card, name).name}")
+        results = [runs / other for other in others if (runs / other).is_dir()]
+        copy_card(save_card(runs / checkpoint, results=results, model_name=name, dataset_name=dataset_name), name)
+        print(f"{name}: {name}.md")
 
 
 if __name__ == "__main__":

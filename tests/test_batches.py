@@ -11,14 +11,14 @@ from PIL import Image
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.experiments.batches import BatchSizes, image_batches
 from ddae_hf.experiments.devices import fast_layout
+from ddae_hf.experiments.image_set import DamagedImageError
 from ddae_hf.experiments.images import DataOptions, Images
-from ddae_hf.experiments.pixels import DamagedImageError
 from ddae_hf.experiments.pretraining import PretrainingOptions, pretrain, training_inputs
-from ddae_hf.experiments.progress import Progress
+from ddae_hf.experiments.run_folder import Progress
 from ddae_hf.experiments.training import Loop
 
 from .conftest import TINY, make_unet, put
-from .test_pixels import COUNT, SIDE, pictures
+from .test_image_set import COUNT, SIDE, pictures
 
 SIZES = BatchSizes(total=4, per_device=4, accumulation=1, processes=1)
 
@@ -28,8 +28,8 @@ def images():
 
 
 def loader(workers=0, labels=True):
-    options = SimpleNamespace(seed=0, dataloader_num_workers=workers)
-    return image_batches(images(), DDAEImageProcessor.for_denoiser(make_unet().config), SIZES, options, labels)
+    options = SimpleNamespace(seed=0, dataloader_num_workers=workers, sizes=SIZES)
+    return image_batches(images(), DDAEImageProcessor.for_denoiser(make_unet().config), options, labels)
 
 
 def epochs(workers=0, count=3, start=None):
@@ -63,7 +63,7 @@ def test_batches_travel_as_integers_and_are_the_processors_images_with_their_lab
 def test_workers_and_a_resumed_run_give_the_same_batches():
     alone = list(epochs())
     later = Progress(epoch=1, batch=2, batches=5)
-    assert [loader(workers).dataset.pixels.keep for workers in (0, 1)] == [True, False]
+    assert [loader(workers).collate_fn.args[0].keep for workers in (0, 1)] == [True, False]
     for others, wanted in ((epochs(1, 2), alone[:6]), (epochs(0, 3, later), alone[5:])):
         for found, expected in zip(others, wanted, strict=True):
             assert found[0].dtype == torch.uint8
@@ -72,7 +72,7 @@ def test_workers_and_a_resumed_run_give_the_same_batches():
 
 def test_a_batch_has_labels_only_where_there_are_classes():
     assert set(next(iter(loader(labels=False)))) == {"pixel_values"}
-    assert loader().dataset.__getitems__([5, 1])["labels"].tolist() == [2, 1]
+    assert loader().collate_fn([5, 1])["labels"].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -81,9 +81,9 @@ def test_an_image_that_cannot_be_read_is_named_among_others(tmp_path, workers):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
     cut = tmp_path / "2.jpg"
     cut.write_bytes(cut.read_bytes()[:400])  # Pillow opens it, and does not say which file ends too soon
-    options = SimpleNamespace(seed=0, dataloader_num_workers=workers)
+    options = SimpleNamespace(seed=0, dataloader_num_workers=workers, sizes=SIZES)
     processor = DDAEImageProcessor.for_denoiser(make_unet().config)
-    batches = image_batches(Images.open(tmp_path)["train"], processor, SIZES, options)
+    batches = image_batches(Images.open(tmp_path)["train"], processor, options)
     with pytest.raises(DamagedImageError, match=r"^The image .*2\.jpg cannot be read: .*truncated.*skip_bad_images\.$"):
         next(iter(batches))
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 
 from benchmarks import measure, quality_per_minute, sample, training_speed, training_ways
 from ddae_hf import DDAEPipeline
-from ddae_hf.experiments.generation_metrics import frechet_distance
+from ddae_hf.experiments.evaluation import frechet_distance
 
 from .conftest import make_unet
 

@@ -323,7 +323,7 @@ def test_the_stored_precision_is_kept_unless_another_is_asked_for(tmp_path, layo
     assert model.dtype == model.ddae.denoiser.dtype == torch.bfloat16
     assert DDAEModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert DDAEModel.from_pretrained(layouts / "pipeline", dtype=torch.bfloat16).dtype == torch.bfloat16
-    assert read_checkpoint(tmp_path).load_denoiser().dtype == torch.bfloat16
+    assert read_checkpoint(tmp_path).load("denoiser").dtype == torch.bfloat16
 
 
 def test_half_precision_storage_does_not_change_the_fingerprint():
@@ -340,7 +340,7 @@ def test_sharded_weights_open(tmp_path, images):
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert torch.equal(DDAEForImageClassification.from_pretrained(tmp_path)(images).logits, model(images).logits)
-    assert fingerprint(read_checkpoint(tmp_path).load_denoiser()) == fingerprint(model.ddae.denoiser)
+    assert fingerprint(read_checkpoint(tmp_path).load("denoiser")) == fingerprint(model.ddae.denoiser)
 
 
 OPENERS = [
@@ -438,5 +438,5 @@ def test_a_denoiser_is_complete_when_it_is_loaded(tmp_path):
     """As for training that starts from it: a DiT has the frequencies that its config notes."""
     noted = build_denoiser({**plain_config(make_dit()), "downscale_freq_shift": 0})
     DDAEPipeline(transformer=noted, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
-    modules = read_checkpoint(tmp_path).load_denoiser().modules()
+    modules = read_checkpoint(tmp_path).load("denoiser").modules()
     assert {module.downscale_freq_shift for module in modules if isinstance(module, Timesteps)} == {0}

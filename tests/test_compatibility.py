@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import ddae_hf
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEModel, DDAEPipeline
-from ddae_hf.experiments.model_card import make_card
+from ddae_hf.experiments import make_card
 from ddae_hf.experiments.results import ProbeReport
 
 from . import write_checkpoints as writer

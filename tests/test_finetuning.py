@@ -644,7 +644,7 @@ def test_what_learns_is_what_gets_a_gradient(checkpoints, name, layer):
 @pytest.fixture
 def tuner(checkpoints, tmp_path):
     options = finetuning.FinetuningOptions(output_dir=tmp_path, batch_size=8, label_smoothing=0.1, mixup=0.5)
-    arguments = finetuning.training_arguments(options, 3, keeps=False)
+    arguments = finetuning.training_arguments(options, keeps=False)
     return trainer.FineTuner(options, arguments, make_model("ddpm", checkpoints), Dataset.from_dict({"labels": [0, 1]}))
 
 

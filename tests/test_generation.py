@@ -190,7 +190,7 @@ def test_a_full_disk_is_a_sentence_and_what_there_is_goes_on(checkpoint, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full)
-        with pytest.raises(SystemExit, match=r"00002.png cannot be written: No space left on device. What is"):
+        with pytest.raises(SystemExit, match=r"00002.png could not be written: No space left on device. Make room"):
             commands.run("generate", *options, "--output_dir", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00001.png", "options.json"]
     assert generate(checkpoint, num_images=3, num_inference_steps=2, batch_size=1, output_dir=tmp_path).made == 1

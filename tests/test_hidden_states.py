@@ -24,9 +24,8 @@ from ddae_hf import (
     pool_hidden_states,
 )
 from ddae_hf.checkpoints import plain_config
-from ddae_hf.configuration_ddae import DEFAULT_DENOISER
 from ddae_hf.hidden_states import decoder_layer_names, default_layer, hidden_size
-from ddae_hf.networks import build_denoiser, network_of
+from ddae_hf.networks import PAPER_UNET, build_denoiser, network_of
 
 from .conftest import make_dit, make_unet
 
@@ -134,7 +133,7 @@ def test_nothing_is_resampled_after_the_last_tap_of_a_block(unet, layer):
 
 
 def test_stopping_early_costs_a_third_of_the_papers_network():
-    network = build_denoiser(DEFAULT_DENOISER).eval()
+    network = build_denoiser(PAPER_UNET).eval()
     assert sum(p.numel() for p in network.parameters()) == 35_746_307
     assert default_layer(network) == decoder_layer_names(network)[6 - 1] == "up_blocks.1.resnets.2"
     sample, timestep = torch.randn(1, 3, 32, 32), torch.tensor([10.0])

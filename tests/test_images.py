@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.experiments.draws import augment_view
+from ddae_hf.experiments.image_set import DamagedImageError, Pixels
 from ddae_hf.experiments.images import DataOptions, ImageInputs, Images, ImageSet, labelled_splits, noise_view
-from ddae_hf.experiments.pixels import DamagedImageError
 
 from .conftest import put, splits_of
 
@@ -283,7 +283,7 @@ class Rows(torch.utils.data.Dataset):
     """Images as a loader reads them."""
 
     def __init__(self, images):
-        self.pixels = images.pixels(DDAEImageProcessor(size={"height": 8, "width": 8}), keep=False)
+        self.pixels = Pixels(images, DDAEImageProcessor(size={"height": 8, "width": 8}), keep=False)
 
     def __len__(self):
         return len(self.pixels)

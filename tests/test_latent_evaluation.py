@@ -13,15 +13,13 @@ from safetensors.torch import load_file
 
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import load_vae, plain_config
-from ddae_hf.experiments import correspondences
+from ddae_hf.experiments import correspondences, make_card
 from ddae_hf.experiments.draws import POSTERIOR, indexed_noise
-from ddae_hf.experiments.encoding import describe_splits, encode_views
+from ddae_hf.experiments.encoding import LatentFolder, describe_splits, encode_views
+from ddae_hf.experiments.evaluation import frechet_distance
 from ddae_hf.experiments.features import FeatureCache, extract_features
 from ddae_hf.experiments.finetuning import FinetuningOptions
-from ddae_hf.experiments.generation_metrics import frechet_distance
 from ddae_hf.experiments.images import ImageInputs, Images, labelled_splits
-from ddae_hf.experiments.latent_folder import LatentFolder
-from ddae_hf.experiments.model_card import make_card
 from ddae_hf.experiments.noisy_classification import TEST_VIEW, NoisyOptions, Study
 from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet
 from ddae_hf.experiments.trainer import AVERAGED, FineTuner

@@ -12,10 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddae_hf import DDAEModel, DDAEPipeline
-from ddae_hf.experiments.batches import batch_sizes
-from ddae_hf.experiments.encoding import latent_dataset, one_view
-from ddae_hf.experiments.latent_folder import LatentFolder
-from ddae_hf.experiments.model_card import make_card
+from ddae_hf.experiments import make_card
+from ddae_hf.experiments.encoding import LatentFolder, latent_dataset, one_view
 from ddae_hf.experiments.pretraining import PretrainingOptions
 from ddae_hf.experiments.pretraining_data import training_data
 from ddae_hf.weights import fingerprint
@@ -149,7 +147,7 @@ def test_each_step_sees_the_latents_of_one_view_of_an_image(latents):
     torch.manual_seed(0)
     drawn = []
     for _ in range(5):
-        (batch,) = data.batches(make_dit(in_channels=4).config, batch_sizes(options, 1), options)
+        (batch,) = data.batches(make_dit(in_channels=4).config, options)
         seen = one_view(batch["pixel_values"])
         for latent, label in zip(seen, batch["labels"], strict=True):
             (found,) = [(i, k) for i in range(COUNT) for k in (0, 1) if torch.equal(latent, views[k][i])]
@@ -169,7 +167,7 @@ def test_only_the_first_images_are_trained_on_where_that_is_asked(latents, tmp_p
 def test_a_data_set_of_latents_stays_on_the_disk(latents):
     """datasets pickles transforms, which would read what they hold."""
     folder = LatentFolder(latents)
-    transform = latent_dataset(folder, "train", None, 2).format["format_kwargs"]["transform"]
+    transform = latent_dataset(folder, "train", None).format["format_kwargs"]["transform"]
     assert len(dill.dumps(transform, recurse=True)) < folder.latents("train").nbytes
 
 

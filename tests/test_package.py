@@ -22,25 +22,25 @@ FLAT = [
     ["dits", "unets"],
     ["networks"],
     ["checkpoints", "conversion", "hidden_states"],
-    ["configuration_ddae", "diffusion", "heads"],
+    ["configuration_ddae", "diffusion"],
     ["image_processing_ddae", "pretrained_ddae"],
     ["modeling_ddae", "pipeline_ddae"],
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "devices", "digits", "draws", "image_folder", "lbfgs", "metrics", "pixels", "run_facts", "stopping"],
-    ["classes", "generation_metrics", "noisy_networks", "run_folder"],
+    ["arrays", "data_files", "devices", "digits", "draws", "metrics", "stopping"],
+    ["classes", "noisy_networks", "run_folder"],
     ["options"],
-    ["accelerating", "data_files", "features", "image_set", "logistic_regression", "models", "report"],
-    ["images", "latent_folder", "progress"],
+    ["features", "image_set", "logistic_regression", "models", "report"],
+    ["images"],
     ["converting", "encoding", "extractors", "feature_export", "pairs"],
     ["results"],
-    ["batches", "model_card", "plots"],
+    ["batches", "plots"],
     ["correspondences", "generation", "pretraining_data", "publishing", "trainer", "training"],
-    ["evaluation", "new_networks", "training_options"],
+    ["choosing", "evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
-    ["noisy_classification", "training_curve", "transferring"],
+    ["noisy_classification", "transferring"],
 ]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 
@@ -110,7 +110,7 @@ SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed t
     np.random.seed numpy.random.seed set_seed accelerate.utils.set_seed transformers.set_seed""".split()
 # Functions that seed inside of their caller's `separate_randomness`, and where that stands.
 SEEDED_BY_CALLERS = {
-    "training.steps": "accelerating",
+    "training.steps": "training",
     "trainer.compute_loss": "finetuning",
     "finetuning.build_classifier": "finetuning",
     "noisy_classification.seed_by": "noisy_classification",

@@ -26,15 +26,14 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.commands.parsing import CONFIGS, parse, read_config
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments import pretraining
-from ddae_hf.experiments.batches import batch_sizes
 from ddae_hf.experiments.images import DataOptions, Images
 from ddae_hf.experiments.new_networks import DENOISER, check_networks, new_networks
 from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain
 from ddae_hf.experiments.pretraining_data import TrainingData, training_data
-from ddae_hf.experiments.progress import Progress
+from ddae_hf.experiments.run_folder import Progress
 from ddae_hf.networks import build_denoiser, network_of
-from ddae_hf.noise import family
+from ddae_hf.noise import family_of
 
 from . import commands
 from .quiet import quiet
@@ -274,9 +273,8 @@ def stream_batches(shards, progress, count, **changes):
     changes = {"train_batch_size": 16, "class_conditional": True, "max_train_steps": 1, "denoiser": TINY, **changes}
     options = PretrainingOptions(**changes)
     images = Images.open(shards, streaming=True)
-    sizes = batch_sizes(options, 1)
-    with options.accelerated(sizes) as accelerator:
-        loop = Pretraining(options, accelerator, training_data(images, options), sizes, None).loop
+    with options.accelerated() as accelerator:
+        loop = Pretraining(options, accelerator, training_data(images, options), None).loop
         loop.progress = progress
         found = []
         for batch in itertools.islice(loop.batches(), count):
@@ -435,7 +433,7 @@ def test_every_configuration_describes_a_network_that_can_be_trained(path):
     denoiser, scheduler = new_networks(options, data)
     check_networks(options, denoiser, scheduler, data)
     named = [word for word in path.stem.split("_") if word in ("ddpm", "edm", "flow")]
-    assert not named or family(scheduler) == named[0]
+    assert not named or family_of(scheduler).name == named[0]
     assert options.total_batch_size and options.train_batch_size is None
 
 
@@ -612,7 +610,7 @@ def test_pictures_go_to_the_tracker(noise_images, tmp_path, monkeypatch):
             self.seen[step] = values["samples"].shape
 
     started = PretrainingOptions.accelerated
-    changed = lambda options, sizes: tracked(started(options, sizes), Tracker())  # noqa: E731
+    changed = lambda options: tracked(started(options), Tracker())  # noqa: E731
     monkeypatch.setattr(PretrainingOptions, "accelerated", changed)
     options = {"sample_steps": 2, "num_samples": 4, "num_inference_steps": 1, "max_train_steps": 2}
     pretrain(noise_images, **{**small(str(tmp_path)), **options})

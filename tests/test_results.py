@@ -8,8 +8,10 @@ import statistics
 import numpy as np
 import pytest
 
-from ddae_hf.experiments.model_card import read_reports
+from ddae_hf.experiments.devices import machine
+from ddae_hf.experiments.models import base_model
 from ddae_hf.experiments.pairs import Pair, Point, Probe
+from ddae_hf.experiments.publishing import read_reports
 from ddae_hf.experiments.report import in_memory, markdown, percent, spread
 from ddae_hf.experiments.results import (
     CorrespondenceReport,
@@ -22,7 +24,6 @@ from ddae_hf.experiments.results import (
     Report,
     VAEReport,
 )
-from ddae_hf.experiments.run_facts import base_model, machine
 
 FIRST = Pair(layer="mid_block", sigma=0.25, validation_accuracy=0.5, l2=1e-3, by_l2={"0.001": 0.5}, knn_20=0.25)
 PAIRS = [FIRST, Pair(layer="up|down", sigma=0.5, validation_accuracy=0.25, alignment=0.1, uniformity=-2.0)]

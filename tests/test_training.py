@@ -18,13 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ddae_hf import DDAEPipeline
 from ddae_hf.experiments import pretraining, run_folder, vae_training
-from ddae_hf.experiments.accelerating import accelerated
 from ddae_hf.experiments.batches import Batches
 from ddae_hf.experiments.pretraining import Pretraining
-from ddae_hf.experiments.progress import PROGRESS, STATE, WEIGHTS, Progress
-from ddae_hf.experiments.run_folder import FILES, OPTIONS
+from ddae_hf.experiments.run_folder import FILES, OPTIONS, PROGRESS, STATE, WEIGHTS, Progress
 from ddae_hf.experiments.stopping import Interrupted
-from ddae_hf.experiments.training import Loop
+from ddae_hf.experiments.training import Loop, accelerated
 
 from . import commands
 from .watch import watched

@@ -10,10 +10,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.experiments.encoding import LatentInputs
+from ddae_hf.experiments.encoding import LatentFolder, LatentInputs
 from ddae_hf.experiments.features import extract_features
 from ddae_hf.experiments.images import Images
-from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.transferring import TransferOptions, transfer
 
 from . import commands

@@ -33,7 +33,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ddae_hf import DDAEBackbone, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.experiments.model_card import save_card
+from ddae_hf.experiments import save_card
 
 GENERATORS = ["pipeline", "flat", "bare", "latent"]
 CLASSIFIERS = ["whole", "probe", "head", "latent_classifier", "code_whole", "code_head"]

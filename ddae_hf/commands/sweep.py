@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from ..experiments.images import DataOptions
 from ..experiments.options import option
 from ..experiments.publishing import HubOptions, prepare, publish
-from ..experiments.sweeping import sweep
-from ..experiments.training_curve import CurveOptions, sweep_run
+from ..experiments.sweeping import CurveOptions, sweep, sweep_run
 
 
 @dataclass(kw_only=True)

@@ -16,72 +16,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_MODULES = {
-    "ConversionOptions": "converting",
-    "CorrespondenceOptions": "correspondences",
-    "CurveOptions": "training_curve",
-    "EncodingOptions": "encoding",
-    "EvaluationOptions": "evaluation",
-    "ExportOptions": "feature_export",
-    "FinetuningOptions": "finetuning",
-    "GenerationOptions": "generation",
-    "Images": "images",
-    "NoisyOptions": "noisy_classification",
-    "PretrainingOptions": "pretraining",
-    "Report": "results",
-    "SweepOptions": "sweeping",
-    "TransferOptions": "transferring",
-    "VAEOptions": "vae_training",
-    "classify_noisy": "noisy_classification",
-    "convert": "converting",
-    "encode": "encoding",
-    "evaluate_generation": "evaluation",
-    "export_features": "feature_export",
-    "find_correspondences": "correspondences",
-    "finetune": "finetuning",
-    "generate": "generation",
-    "make_card": "model_card",
-    "pretrain": "pretraining",
-    "save_card": "model_card",
-    "sweep": "sweeping",
-    "sweep_run": "training_curve",
-    "train_vae": "vae_training",
-    "transfer": "transferring",
+_ROOMS = {
+    "converting": ("ConversionOptions", "convert"),
+    "correspondences": ("CorrespondenceOptions", "find_correspondences"),
+    "encoding": ("EncodingOptions", "encode"),
+    "evaluation": ("EvaluationOptions", "evaluate_generation"),
+    "feature_export": ("ExportOptions", "export_features"),
+    "finetuning": ("FinetuningOptions", "finetune"),
+    "generation": ("GenerationOptions", "generate"),
+    "images": ("Images",),
+    "noisy_classification": ("NoisyOptions", "classify_noisy"),
+    "pretraining": ("PretrainingOptions", "pretrain"),
+    "publishing": ("make_card", "save_card"),
+    "results": ("Report",),
+    "sweeping": ("CurveOptions", "SweepOptions", "sweep", "sweep_run"),
+    "transferring": ("TransferOptions", "transfer"),
+    "vae_training": ("VAEOptions", "train_vae"),
 }
-__all__ = [  # noqa: F822 (found by `__getattr__`)
-    "ConversionOptions",
-    "CorrespondenceOptions",
-    "CurveOptions",
-    "EncodingOptions",
-    "EvaluationOptions",
-    "ExportOptions",
-    "FinetuningOptions",
-    "GenerationOptions",
-    "Images",
-    "NoisyOptions",
-    "PretrainingOptions",
-    "Report",
-    "SweepOptions",
-    "TransferOptions",
-    "VAEOptions",
-    "classify_noisy",
-    "convert",
-    "encode",
-    "evaluate_generation",
-    "export_features",
-    "find_correspondences",
-    "finetune",
-    "generate",
-    "make_card",
-    "pretrain",
-    "save_card",
-    "sweep",
-    "sweep_run",
-    "train_vae",
-    "transfer",
-]
+_MODULES = {name: room for room, names in _ROOMS.items() for name in names}
+__all__ = [
+    "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "EncodingOptions", "EvaluationOptions",
+    "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions", "PretrainingOptions", "Report",
+    "SweepOptions", "TransferOptions", "VAEOptions", "classify_noisy", "convert", "encode", "evaluate_generation",
+    "export_features", "find_correspondences", "finetune", "generate", "make_card", "pretrain", "save_card", "sweep",
+    "sweep_run", "train_vae", "transfer",
+]  # fmt: skip
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .converting import ConversionOptions, convert
     from .correspondences import CorrespondenceOptions, find_correspondences
     from .encoding import EncodingOptions, encode
@@ -90,12 +51,11 @@ if TYPE_CHECKING:
     from .finetuning import FinetuningOptions, finetune
     from .generation import GenerationOptions, generate
     from .images import Images
-    from .model_card import make_card, save_card
     from .noisy_classification import NoisyOptions, classify_noisy
     from .pretraining import PretrainingOptions, pretrain
+    from .publishing import make_card, save_card
     from .results import Report
-    from .sweeping import SweepOptions, sweep
-    from .training_curve import CurveOptions, sweep_run
+    from .sweeping import CurveOptions, SweepOptions, sweep, sweep_run
     from .transferring import TransferOptions, transfer
     from .vae_training import VAEOptions, train_vae
 

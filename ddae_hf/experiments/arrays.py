@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -34,7 +34,6 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Batches = Callable[[int, list[str]], Iterable[Mapping[str, Tensor]]]
 
-_CHUNK_BYTES = 2**24
 _verified: set[tuple[Any, ...]] = set()  # the states of the whole arrays that this process has looked at
 logger = logging.getLogger(__name__)
 
@@ -48,20 +47,11 @@ class Rows:
 
 
 def fill(folder: Path, shapes: Shapes, count: int, batches: Batches, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Return arrays, computing the rows that they lack.
+    """Return arrays of `count` rows, computing those that they lack: read-only, mapped from disk, by name.
 
-    One process at a time fills a folder. Another one waits for it, and then computes what is still missing.
-
-    Args:
-        folder: Their folder.
-        shapes: The shape of a row, by the array's name.
-        count: Number of rows N.
-        batches: Called with a row's number and the names of arrays that are not complete, gives their rows from that
-            one on, in batches of any sizes: tensors (B, ...) of `dtype` by name.
-        dtype: The arrays' type.
-
-    Returns:
-        Arrays (N, ...) by name, read-only, mapped from disk.
+    One process at a time fills a folder. Another one waits for it, and then computes what is still missing. `shapes`
+    are those of a row, by the array's name. `batches`, called with a row's number and the names of arrays that are not
+    complete, gives their rows from that one on, in batches of any sizes: tensors (B, ...) of `dtype` by name.
 
     Raises:
         ValueError: Another number of rows than `count`, rows of another shape or type, or a damaged file.
@@ -76,22 +66,18 @@ def fill(folder: Path, shapes: Shapes, count: int, batches: Batches, dtype: str 
 
 
 def open_array(folder: Path, name: str, shape: Shape, dtype: str) -> np.ndarray:
-    """Return a whole array, read-only, mapped from disk.
+    """Return a whole array, read-only, mapped from disk, or raise `ValueError` if it is not what was written.
 
-    Its rows are compared with their checksum when this process opens the file for the first time, or anew after a
-    change.
-
-    Raises:
-        ValueError: The file is not the array that was written.
+    Its rows are compared with their checksum when this process first opens the file, and anew after a change.
     """
     path = folder / f"{name}.npy"
     rows = _read_rows(folder).get(name, Rows())
     if rows.count < shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
-    start = _checked(path, shape, dtype, rows)
-    if (there := path.stat().st_size) != start + num_bytes(shape[1:], shape[0], dtype):
+    values = _mapped(path, shape, dtype, rows)
+    if (there := path.stat().st_size) != values.offset + values.nbytes:
         raise damaged(path, f"it has {there} bytes, which are not those of {shape[0]} rows")
-    return np.memmap(path, dtype, "r", start, shape)
+    return values
 
 
 def write_array(folder: Path, name: str, values: np.ndarray) -> None:
@@ -259,7 +245,6 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str) -> None
         done = end
     if done != count:
         raise ValueError(f"{done} images came, but {count} were announced.")
-    _write_rows(folder, rows | kept)
     for name, it in kept.items():
         whole = _unfinished(folder, name).replace(folder / f"{name}.npy")
         _verified.add(_state(whole, it))  # this process has written its rows, or looked at them
@@ -270,9 +255,8 @@ def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None)
     path = _unfinished(folder, name)
     whole = folder / f"{name}.npy"
     if rows is not None and path.exists():
-        start = _checked(path, shape, dtype, rows)
-        # What was written after the last note of it is written again.
-        os.truncate(path, start + num_bytes(shape[1:], rows.count, dtype))
+        values = _mapped(path, shape, dtype, rows)
+        os.truncate(path, values.offset + values.nbytes)  # what was written after the last note is written again
         return rows
     if whole.exists():
         logger.warning("%s has no checksum, as version 0.1.0 left it: it is computed again.", whole)
@@ -298,8 +282,8 @@ def _append(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows, start
     return Rows(rows.count + len(new), zlib.crc32(new.data, rows.crc32))
 
 
-def _checked(path: Path, shape: Shape, dtype: str, rows: Rows) -> int:
-    """Return where an array's rows begin, or raise `ValueError` if those that are done are not what was written."""
+def _mapped(path: Path, shape: Shape, dtype: str, rows: Rows) -> np.memmap:
+    """Return an array's rows that are done, mapped, or raise `ValueError` if they are not what was written."""
     if rows.count > shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
     state = _state(path, rows)
@@ -311,21 +295,11 @@ def _checked(path: Path, shape: Shape, dtype: str, rows: Rows) -> int:
             raise damaged(path, "it is no array") from error
         if header != (shape, False, np.dtype(dtype)):
             raise damaged(path, f"it is another array than the {dtype} {shape} that is wanted")
-        start = file.tell()
-        if state not in _verified:
-            _check_rows(path, file, num_bytes(shape[1:], rows.count, dtype), rows)
-    _verified.add(state)
-    return start
-
-
-def _check_rows(path: Path, file: BinaryIO, left: int, rows: Rows) -> None:
-    """Read so many bytes, and raise `ValueError` if their CRC-32 is not the one that is known."""
-    found = 0
-    while left:
-        data = file.read(min(left, _CHUNK_BYTES))
-        if not data:
-            raise damaged(path, f"it ends before row {rows.count}")
-        found = zlib.crc32(data, found)
-        left -= len(data)
-    if found != rows.crc32:
+        try:
+            values = np.memmap(file, dtype, "r", file.tell(), (rows.count, *shape[1:]))
+        except ValueError as error:
+            raise damaged(path, f"it ends before row {rows.count}") from error
+    if state not in _verified and zlib.crc32(values.data) != rows.crc32:
         raise damaged(path, "its checksum is not that of the rows that were written")
+    _verified.add(state)
+    return values

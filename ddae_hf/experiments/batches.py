@@ -1,8 +1,7 @@
-"""Batches to train on, of images, a stream or latents: their sizes, and each epoch's in an order of its own."""
+"""Batches to train on, of images, a stream or latents, each epoch's in an order of its own."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,13 +10,11 @@ import numpy as np
 import torch
 from datasets import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ..image_processing_ddae import DDAEImageProcessor
-from .images import ImageSet
-from .pixels import Pixels
-
-logger = logging.getLogger(__name__)
+from .devices import fast_layout
+from .image_set import ImageSet, Pixels, scaled
 
 Batch = dict[str, Tensor]
 HASHED = 4096  # images by which a data set is known again
@@ -26,15 +23,13 @@ HASHED = 4096  # images by which a data set is known again
 class Batches(Sampler[list[int]]):
     """Batches of every epoch, as lists of rows, from any of them on.
 
-    Args:
-        of_epoch: Returns an epoch's batches, a function of its number; each epoch has as many.
-        batch_size: Rows of a batch, the last of an epoch perhaps excepted.
+    `of_epoch` returns those of an epoch's number, as many in each, of `batch_size` rows, the last perhaps excepted.
     """
 
     def __init__(self, of_epoch: Callable[[int], Sequence[Any]], batch_size: int):
         self.of_epoch, self.batch_size = of_epoch, batch_size
         self.drop_last = True  # of what does not make a batch for each process
-        self.epoch = self.first = 0
+        self.begin(0, 0)
 
     def begin(self, epoch: int, first: int) -> None:
         """Give this epoch next, from its batch `first` on."""
@@ -57,48 +52,14 @@ class BatchSizes(NamedTuple):
     processes: int  # number of devices
 
 
-def batch_sizes(options: Any, processes: int, default: int = 128) -> BatchSizes:
-    """Return how many images a step has, and how they are shared out; `default` is what it has where no size is given.
-
-    Raises:
-        ValueError: Sizes that contradict each other, or that cannot be shared out.
-    """
-    total, each, passes = options.total_batch_size, options.train_batch_size, options.gradient_accumulation_steps
-    if total is None:
-        total = default if each is None else each * processes * (passes or 1)
-    shares = processes * (each or 1) * (passes or 1)
-    if total % shares if None in (each, passes) else total != shares:
-        needed = f"a multiple of {shares}" if None in (each, passes) else f"{shares}, or one of the three left out"
-        raise ValueError(
-            f"total_batch_size is {total}: with train_batch_size {each}, gradient_accumulation_steps {passes} and "
-            f"{processes} process(es) it must be {needed}."
-        )
-    if each is None:
-        each = total // shares
-        passes = passes or 1
-    passes = passes or total // shares
-    sizes = BatchSizes(total, each, passes, processes)
-    logger.info(f"A step has {total} images: {each} x {processes} device(s) x {passes} forward pass(es).")
-    return sizes
-
-
-class _ImageRows(Dataset[Batch]):
-    """Whole batches of `pixel_values` (B, C, H, W), which `scaled` makes floats, and of `labels` (B,), if any."""
-
-    def __init__(self, pixels: Pixels, labels: np.ndarray | None):
-        self.pixels, self.labels = pixels, None if labels is None else torch.from_numpy(labels)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitems__(self, rows: list[int]) -> Batch:
-        batch = {"pixel_values": self.pixels.read(rows)}
-        return batch if self.labels is None else {**batch, "labels": self.labels[rows]}
-
-
 def whole(batch: Batch) -> Batch:
     """Return a batch that needs no putting together."""
     return batch
+
+
+def _read(pixels: Pixels, labels: Tensor | None, rows: list[int]) -> Batch:
+    batch = {"pixel_values": pixels.read(rows)}
+    return batch if labels is None else {**batch, "labels": labels[rows]}
 
 
 def _put_together(processor: DDAEImageProcessor, rows: list[dict[str, Any]]) -> Batch:
@@ -110,20 +71,22 @@ def _put_together(processor: DDAEImageProcessor, rows: list[dict[str, Any]]) -> 
 
 
 def image_batches(
-    images: ImageSet, processor: DDAEImageProcessor, sizes: BatchSizes, options: Any, labels: bool = False
+    images: ImageSet, processor: DDAEImageProcessor, options: Any, labels: bool = False
 ) -> DataLoader[Any]:
     """Return shuffled batches of images: `pixel_values` (B, C, H, W), and `labels` (B,) if asked for.
+
+    Pixels are integers where they can be, which `clean_images` makes floats.
 
     Raises:
         ValueError: Fewer images than a step has, or a stream that may be too short.
     """
+    sizes, workers = options.sizes, options.dataloader_num_workers
     if not images.streaming:
         # Workers have memory of their own, in which each would keep what it happens to decode.
-        pixels = images.pixels(processor, keep=options.dataloader_num_workers == 0)
-        rows = _ImageRows(pixels, images.labels if labels else None)
-        return row_batches(rows, len(images), sizes, options, whole)
+        pixels = Pixels(images, processor, keep=workers == 0)
+        known = torch.from_numpy(images.labels) if labels else None
+        return row_batches(range(len(images)), options, partial(_read, pixels, known))
     # What does not fill a batch is dropped, by each worker of its own part.
-    workers = options.dataloader_num_workers
     needed = sizes.per_device * (sizes.processes + max(workers, 1) - 1)
     found = sum(1 for _ in images.dataset.cast_column(images.image_column, Image(decode=False)).take(needed))
     if found < needed:
@@ -131,21 +94,18 @@ def image_batches(
             f"The stream has {found} images: batches of {sizes.per_device}, {sizes.processes} processes and {workers} "
             f"workers (dataloader_num_workers) need {needed}. Lower one of them."
         )
-    return DataLoader(
-        images.stream(labels, options.shuffle_buffer, options.seed),
-        batch_size=sizes.per_device,
-        drop_last=True,
-        collate_fn=partial(_put_together, processor),
-        **_loading(options),
-    )
+    rows = images.stream(labels, options.shuffle_buffer, options.seed)
+    together = partial(_put_together, processor)
+    return DataLoader(rows, sizes.per_device, drop_last=True, collate_fn=together, **_loading(workers))
 
 
-def row_batches(rows: Any, count: int, sizes: BatchSizes, options: Any, collate: Callable[[Any], Any]) -> DataLoader:
+def row_batches(rows: Any, options: Any, collate: Callable[[Any], Batch]) -> DataLoader[Any]:
     """Return shuffled batches of the rows of a data set: see `image_batches`.
 
     The order is new in every epoch, and the same for whatever size it is cut into. What does not make a step is left
     out, but where there are fewer rows than a batch has they are one.
     """
+    sizes, count = options.sizes, len(rows)
     if count < sizes.total > sizes.per_device:
         raise ValueError(
             f"There are {count} images, fewer than a step's total_batch_size of {sizes.total}: give a smaller one."
@@ -157,12 +117,17 @@ def row_batches(rows: Any, count: int, sizes: BatchSizes, options: Any, collate:
         return order[:used].split(sizes.per_device)
 
     order = Batches(of_epoch, sizes.per_device)
-    return DataLoader(rows, batch_sampler=order, collate_fn=collate, **_loading(options))
+    return DataLoader(rows, batch_sampler=order, collate_fn=collate, **_loading(options.dataloader_num_workers))
 
 
-def _loading(options: Any) -> dict[str, Any]:
-    workers = options.dataloader_num_workers
+def _loading(workers: int) -> dict[str, Any]:
     return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+
+
+def clean_images(pixels: Tensor, config: Any) -> Tensor:
+    """Return a batch's images as floats, as a network of this configuration takes them, in the fastest layout."""
+    pixels = pixels.to(memory_format=fast_layout(pixels.device))
+    return scaled(pixels, DDAEImageProcessor.for_denoiser(config))
 
 
 def images_hash(images: ImageSet) -> str | None:

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
-from .image_folder import some
-
-LABELS = r"u?int\d+|(large_)?string"  # types of columns that may say classes
+from .data_files import some
 
 
 def find_label_column(features: Features, name: str | None) -> str | None:
@@ -22,7 +20,8 @@ def find_label_column(features: Features, name: str | None) -> str | None:
         found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
         return found[0] if len(found) == 1 else None
     feature = features.get(name)
-    if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and re.fullmatch(LABELS, feature.dtype)):
+    plain = isinstance(feature, Value) and re.fullmatch(r"u?int\d+|(large_)?string", feature.dtype)
+    if not isinstance(feature, ClassLabel) and not plain:
         what = f"There is no column of labels {name!r}, whole numbers or names"
         raise ValueError(f"{what}; columns are {dict(features)}.")
     return name

@@ -75,19 +75,28 @@ def convert(
         ValueError: A folder that is not empty, a file of no known kind, or options that it does not take.
         OSError: A file that is not there, or a full disk.
     """
-    options, folder = ConversionOptions.of(options, changes), Path(output_dir)
+    options = ConversionOptions.of(options, changes)
+    folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another output_dir.")
     vae = None if options.vae is None else load_vae(options.vae)
+    written: Any
     found = conversion.convert(
         checkpoint, num_heads=options.num_heads, num_classes=options.num_classes,
         framework=options.framework, sample_size=options.sample_size,
     )  # fmt: skip
-    features_only = found.config.get("features_only")
-    if features_only and vae is not None:
-        raise ValueError("vae came, but this network works on pixels: leave it out.")
-    if features_only:
-        written = _feature_model(found)
+    if found.config.get("features_only"):
+        if vae is not None:
+            raise ValueError("vae came, but this network works on pixels: leave it out.")
+        written = DDAEModel(
+            DDAEConfig(
+                denoiser=plain_config(found.denoiser),
+                scheduler=plain_config(found.scheduler),
+                generator_fingerprint=fingerprint(found.denoiser),
+                **found.config,
+            )
+        )
+        written.denoiser.load_state_dict(found.denoiser.state_dict())
         DDAEImageProcessor.for_denoiser(written.config.denoiser).save_pretrained(folder)
     else:
         written = DDAEPipeline.for_denoiser(found.denoiser, found.scheduler, vae=vae)
@@ -95,16 +104,3 @@ def convert(
             written = DiTPipeline(written.transformer, vae, written.scheduler)
     written.save_pretrained(folder)
     return Converted(folder, found, type(written).__name__, vae)
-
-
-def _feature_model(found: conversion.Conversion) -> Any:
-    """Return a network whose hidden states alone are right, as a model."""
-    config = DDAEConfig(
-        denoiser=plain_config(found.denoiser),
-        scheduler=plain_config(found.scheduler),
-        generator_fingerprint=fingerprint(found.denoiser),
-        **found.config,
-    )
-    model = DDAEModel(config)
-    model.denoiser.load_state_dict(found.denoiser.state_dict())
-    return model

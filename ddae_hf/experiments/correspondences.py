@@ -32,15 +32,14 @@ from tqdm.auto import tqdm
 
 from ..backbone_ddae import DDAEBackbone
 from ..configuration_ddae import DDAEConfig
-from .devices import made_fast
+from .devices import machine, made_fast
 from .draws import indexed_noise, separate_randomness
 from .features import evaluating
 from .images import DataOptions, Images
-from .models import Model, check_taps, open_model, open_processor
+from .models import Model, base_model, check_taps, open_model, open_processor
 from .options import Options, option
 from .report import in_memory
 from .results import CorrespondenceReport
-from .run_facts import base_model, machine
 from .run_folder import saving
 
 ROTATION = 20.0  # of warps, at most, in degrees

@@ -1,15 +1,20 @@
-"""In which type, layout and memory a network computes, which decides how fast it is."""
+"""What a network computes on, which decides how fast it is: the device, its type, layout and memory, the libraries."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.metadata
 import os
 import platform
-from typing import TypeVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T", bound=torch.nn.Module)
+LIBRARIES = ("ddae_hf", "torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 HELP = (
     "Type that the network computes in; by default its checkpoint's. bfloat16 is two to three times as fast as float32 "
@@ -23,20 +28,15 @@ def best_device() -> str:
 
 
 def fast_layout(device: str | torch.device) -> torch.memory_format:
-    """Return the layout of images and weights that networks are fastest in.
-
-    On processors oneDNN's convolutions take either, and a group norm is slower channels-last, its gradient several
-    times (torch 2.13).
-    """
+    """Return the layout that is fastest: on processors a group norm is slower channels-last (torch 2.13)."""
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that tensors free for the next ones, however large, until the process ends.
 
-    By default it gives tensors above 32 MiB back at once, and the kernel clears every page of the next: up to a third
-    of a forward pass of large batches on a processor (docs/performance.md). Where `MALLOC_...` or `GLIBC_TUNABLES` in
-    the environment set it up, it stays so.
+    By default the kernel clears every page of tensors above 32 MiB: up to a third of a forward pass of large batches
+    (docs/performance.md). Where `MALLOC_...` or `GLIBC_TUNABLES` in the environment set it up, it stays so.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not chosen:
@@ -57,3 +57,22 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def machine(device: str, processes: int = 1, libraries: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the hardware that computed, on `cuda` or the `cpu`, and the versions of `LIBRARIES` and of others."""
+    hardware = {"cpu": _processor(), "cores": os.cpu_count()}
+    if device == "cuda":
+        hardware = {"gpu": torch.cuda.get_device_name(), **hardware}
+    versions = {"python": platform.python_version()}
+    for name in (*LIBRARIES, *libraries):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # used from its folder, not installed
+            versions[name] = importlib.metadata.version(name)
+    return {"hardware": hardware, "processes": processes, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def _processor() -> str:
+    """Return the processor's name, where Linux tells it, or its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

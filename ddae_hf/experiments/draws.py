@@ -26,77 +26,40 @@ SAMPLING = 4  # of the noise that sampling starts from
 
 @contextlib.contextmanager
 def separate_randomness(seed: int | None = None) -> Iterator[None]:
-    """Leave Python's, NumPy's and torch's global generators afterwards as they were, whatever is drawn meanwhile.
-
-    Args:
-        seed: What they begin with inside; by default they go on.
-    """
+    """Leave Python's, NumPy's and torch's global generators as they were; inside they begin with `seed`, or go on."""
     python = random.getstate()
     numpy = np.random.get_state()
-    torch_state = torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def index_generator(seed: int, view: int, index: int, purpose: int = NOISE) -> np.random.Generator:
-    """Return the random generator of an image.
-
-    Args:
-        seed: The seed.
-        view: Number of the draw, where an image gets several.
-        index: The image's non-negative index in its data set.
-        purpose: What the draws are for.
-    """
+    """Return the random generator of an image, by its non-negative index in its data set, for one view and purpose."""
     return np.random.default_rng([seed, view, int(index), *([purpose] if purpose else [])])
 
 
 def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int = 0, purpose: int = NOISE) -> Tensor:
-    """Draw standard-normal noise of (seed, view, image index, purpose).
+    """Draw standard-normal noise (N, *shape) for the N images of these indices in their data set, float32, on the CPU.
 
-    Args:
-        shape: Shape of one image, (C, H, W), or of several draws for it, (draws, C, H, W).
-        indices: The images' non-negative indices in their data set, N integers.
-        seed: The noise seed.
-        view: Number of the draw, where an image gets several.
-        purpose: What the noise is for.
-
-    Returns:
-        float32 (N, *shape) on the CPU.
+    `shape` is that of an image, (C, H, W), or of several draws for it, (draws, C, H, W).
     """
     generators = [index_generator(seed, view, i, purpose) for i in indices]
     return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]))
 
 
 def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
-    """Mirror half of the images and crop them at random, each by draws of its own.
+    """Return images mirrored, half of them, and cropped at random, each by draws of (seed, its index, view) alone.
 
-    The changes are those of `random_changes` but for the borders, which are black here, as those of torchvision's
-    `RandomCrop`, and reflections there.
-
-    Args:
-        images: Images (B, C, H, W) in [-1, 1].
-        indices: Their indices in the data set, B integers.
-        seed: Seed of the changes.
-        view: Number of the view.
-        flip: Whether to mirror.
-        crop_padding: Pixels of black added on each side before cropping back to (H, W).
-
-    Returns:
-        (B, C, H, W). What happens to an image depends on (seed, its index, view) alone.
-
-    Raises:
-        ValueError: Another number of indices than of images, or a negative padding.
+    Images are (B, C, H, W) in [-1, 1], before and after; `crop_padding` pixels are added on each side before cropping.
+    They are black, as torchvision's `RandomCrop` has them; otherwise the changes are those of `random_changes`.
     """
     height, width = images.shape[-2:]
     padded = F.pad(images, [crop_padding] * 4, value=-1.0)

@@ -2,17 +2,28 @@
 
     folder = encode("runs/cifar10_vae", Images.open("uoft-cs/cifar10"), mirror=True, output_dir="runs/latents")
 
-`LatentInputs` gives them to probes in place of images, and `latent_dataset` to a training loop.
+They lie in a `LatentFolder`. `LatentInputs` gives them to probes in place of images, `latent_dataset` to a training
+loop. The folder's files are
+
+    latents.json          what the latents are of and how they were made
+    train-0.npy, ...      one array (N, c, h, w), float16, a split and view
+    train-labels.npy      the labels (N,) of a split, where there are any
+    rows.json             how many rows of each array are done, and their checksum
+
+Latents take 8 KiB an image of 256 pixels and view. They are written a batch at a time, and read through memory maps.
+Those that version 0.1.0 left have no checksum: they are refused until they are encoded again.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +32,21 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..augment import mirror
-from ..checkpoints import load_vae
+from ..checkpoints import load_vae, plain_config
 from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import downsampling
-from .arrays import num_bytes, size
+from ..latents import encode as scaled_latents
+from ..weights import fingerprint
+from . import arrays
 from .devices import best_device, made_fast
+from .draws import POSTERIOR, indexed_noise
+from .features import evaluating
+from .image_set import Rows
 from .images import ImageInputs, Images, ImageSet, Inputs
-from .latent_folder import DTYPE, LatentFolder
 from .options import Options, option
-from .pixels import Rows
 
+INDEX = "latents.json"
+DTYPE = "float16"
 logger = logging.getLogger(__name__)
 
 
@@ -51,18 +67,16 @@ class EncodingOptions(Options):
 
 
 def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder:
-    """Encode a split's images by a VAE once, with their labels beside them where they have any.
+    """Encode a split's images by a VAE once, with their labels beside them where they have any; return the folder.
 
-    An interrupted run goes on where it stopped, and latents that are there are not computed again.
+    Its split is `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and latents
+    that are there are not computed again.
 
     Args:
         vae: An `AutoencoderKL`; or a folder or Hub id of one, or of a checkpoint that has one.
         images: The data set.
         options: Options, by default those of `EncodingOptions`.
         **changes: Fields of the options that are to be others.
-
-    Returns:
-        The folder, whose split is named `train` whatever its name in the data set.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, a folder of other latents, or a damaged file.
@@ -76,8 +90,9 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     side = options.resolution or vae.config.sample_size
     if side % (factor := downsampling(vae.config)):
         raise ValueError(f"resolution is {side}: it must be a multiple of {factor}, the pixels a latent stands for.")
-    sides = {"height": side, "width": side}
-    processor = DDAEImageProcessor(size=sides, num_channels=vae.config.in_channels, do_center_crop=options.center_crop)
+    processor = DDAEImageProcessor(
+        size={"height": side, "width": side}, num_channels=vae.config.in_channels, do_center_crop=options.center_crop
+    )
     train = images[options.train_split].take(options.max_train_samples)
     inputs = {"train": _Mirrored(train, processor)}
     folder = LatentFolder.create(
@@ -90,9 +105,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     return folder
 
 
-def describe_splits(
-    inputs: Mapping[str, ImageInputs], views: int, changes: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def describe_splits(inputs: Mapping[str, ImageInputs], views: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Return what a `LatentFolder` is told of splits, with so many views, whose later ones are changed so."""
     splits = {}
     for name, known in inputs.items():
@@ -111,14 +124,21 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
     for split, known in inputs.items():
         if known.labels is not None:
             folder.write_labels(split, known.labels)
-    logger.info(state_use(folder, vae, batch_size))
+    splits = folder.index["splits"]
+    count = sum(known["count"] * known["views"] for known in splits.values())
+    of = ", ".join(f"{known['count']:,} {name} images x {known['views']} views" for name, known in splits.items())
+    logger.info(
+        f"Latents of {of}: {count:,} of {'x'.join(map(str, folder.shape))}, "
+        f"{arrays.size(arrays.num_bytes(folder.shape, count, DTYPE))} on disk in {folder.folder}, "
+        f"{arrays.size(folder.missing_bytes())} of them still to be computed, {batch_size} images at a time."
+    )
     if not folder.missing_bytes():
         return
     device, dtype = vae.device, vae.dtype
     started = time.monotonic()
     made_fast(vae, best_device()).to(best_device()).float()
     try:
-        for split, described in folder.index["splits"].items():
+        for split, described in splits.items():
             for view in range(described["views"]):
                 title = f"Encoding {split} images, view {view}"
                 views = partial(inputs[split].batches, batch_size, None, view=view, title=title)
@@ -134,19 +154,6 @@ class _Mirrored(ImageInputs):
     def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         pixels = super().read(rows)
         return mirror(pixels) if view else pixels
-
-
-def state_use(folder: LatentFolder, vae: Any, batch_size: int) -> str:
-    """Return what encoding a folder's latents will take, in words."""
-    splits = folder.index["splits"]
-    count = sum(known["count"] * known["views"] for known in splits.values())
-    of = ", ".join(f"{known['count']:,} {name} images x {known['views']} views" for name, known in splits.items())
-    weights = sum(p.numel() * p.element_size() for p in vae.parameters())
-    return (
-        f"Latents of {of}: {count:,} of {'x'.join(map(str, folder.shape))}, "
-        f"{size(num_bytes(folder.shape, count, DTYPE))} on disk in {folder.folder}, {size(folder.missing_bytes())} of "
-        f"them still to be computed, in memory for the VAE ({size(weights)}) and {batch_size} images at a time."
-    )
 
 
 class LatentInputs(Inputs):
@@ -170,24 +177,21 @@ class LatentInputs(Inputs):
 
     def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         """Return the latents (B, c, h, w) of a view of the images at `rows`, float32."""
-        return _read(self.folder, self.split, view % self.folder.views(self.split), rows)
+        return self.folder.read(self.split, view % self.folder.views(self.split), rows)
 
 
-def _read(folder: LatentFolder, split: str, view: int, rows: Rows) -> Tensor:
-    return torch.from_numpy(folder.latents(split, view)[np.asarray(rows)]).float()
-
-
-def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None, views: int) -> Dataset:
+def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None) -> Dataset:
     """Return a split's latents as a data set of `pixel_values` and, where they came, `labels`.
 
-    `pixel_values` are the first so many views of an image, (views, c, h, w): see `one_view`.
+    `pixel_values` are all views of an image, (views, c, h, w): see `one_view`.
     """
-    count = min(len(folder.latents(split, view)) for view in range(views))
+    views = range(folder.views(split))
+    count = min(len(folder.latents(split, view)) for view in views)
     columns = {"index": np.arange(count)} | ({} if labels is None else {"labels": labels})
 
     def rows(batch: dict[str, Any]) -> dict[str, Any]:
-        # Opened here: datasets pickles what a transform holds, which would read every latent into memory.
-        row = {"pixel_values": torch.stack([_read(folder, split, view, batch["index"]) for view in range(views)], 1)}
+        # Read here: datasets pickles what a transform holds, which would read every latent into memory.
+        row = {"pixel_values": torch.stack([folder.read(split, view, batch["index"]) for view in views], 1)}
         return row if labels is None else row | {"labels": torch.tensor(batch["labels"])}
 
     return Dataset.from_dict(columns).with_transform(rows)
@@ -200,3 +204,166 @@ def one_view(pixel_values: Tensor) -> Tensor:
     count, views = pixel_values.shape[:2]
     drawn = torch.randint(views, (count,), device=pixel_values.device)
     return pixel_values[torch.arange(count, device=pixel_values.device), drawn]
+
+
+class LatentFolder:
+    """Latents of the splits of a data set, in one or more views of every image; a folder of none is refused.
+
+    Attributes:
+        folder: Where the latents are.
+        index: What `latents.json` says: `vae` (its config), `vae_fingerprint`, `shape` (c, h, w), `sample_posterior`,
+            `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        if not (self.folder / INDEX).is_file():
+            raise ValueError(f"{folder} holds no latents: it has no {INDEX}.")
+        self.index: dict[str, Any] = arrays.read_json(self.folder / INDEX)
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        vae: Any,
+        image_size: tuple[int, int],
+        splits: dict[str, Any],
+        *,
+        sample_posterior: bool = False,
+        seed: int = 0,
+        **notes: Any,
+    ) -> LatentFolder:
+        """Open a folder for latents that are described so, or create it; they are not computed yet.
+
+        `splits` have by name `count` (number of images), `views` (number of views), and what tells the images and their
+        views from others, as JSON. With `sample_posterior` latents are draws in place of means; each (seed, image,
+        view) has its own. `notes` are what readers may want to know, as JSON. A folder of latents of another
+        description raises `ValueError`, one without room for them `OSError`.
+        """
+        height, width = (side // downsampling(vae.config) for side in image_size)
+        index = {
+            "vae": plain_config(vae),
+            "vae_fingerprint": fingerprint(vae, dtype=torch.float32),
+            "shape": [vae.config.latent_channels, height, width],
+            "sample_posterior": sample_posterior,
+            "seed": seed if sample_posterior else None,
+            "splits": splits,
+        }
+        path = Path(folder) / INDEX
+        text = json.dumps({**notes, **index}, indent=2, sort_keys=True) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            with arrays.locked(path.parent):
+                if not path.is_file():  # another process may have come first
+                    # Nobody knows what rows without a description are of.
+                    (path.parent / "rows.json").unlink(missing_ok=True)
+                    arrays.write_text(path, text)
+        known = arrays.read_json(path)
+        wanted = json.loads(text)
+        if found := _differences(known, {name: wanted[name] for name in index}):
+            raise ValueError(f"{folder} holds other latents ({'; '.join(found)}): give another folder, or delete it.")
+        if known != wanted:
+            arrays.write_text(path, text)
+        latents = cls(folder)
+        arrays.check_space(latents.folder, latents.missing_bytes())
+        return latents
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        channels, height, width = self.index["shape"]
+        return channels, height, width
+
+    def views(self, split: str) -> int:
+        """Return the number of a split's views, or raise `ValueError` with the splits there are."""
+        if split not in self.index["splits"]:
+            raise ValueError(f"{self.folder} has no split {split!r}: it has {sorted(self.index['splits'])}.")
+        return self.index["splits"][split]["views"]
+
+    def missing_bytes(self) -> int:
+        """Return the space that the latents that are not computed yet will take."""
+        rows = arrays.rows_done(self.folder)
+        return sum(
+            arrays.num_bytes(self.shape, known["count"] - rows.get(f"{split}-{view}", 0), DTYPE)
+            for split, known in self.index["splits"].items()
+            for view in range(known["views"])
+        )
+
+    def encode(self, vae: Any, split: str, view: int, images: Callable[[int], Iterable[Tensor]]) -> None:
+        """Compute a view's latents, from the image at which an interrupted run stopped.
+
+        The VAE is the one that the folder was created for, on the device to use; its mode plays no part. `images`,
+        called with an index, gives `pixel_values` in batches from that image on. Another number of images than
+        announced, and latents that are not finite, raise `ValueError`.
+        """
+        name, count = f"{split}-{view}", self.index["splits"][split]["count"]
+        # No two splits share a draw.
+        number = len(self.index["splits"]) * view + sorted(self.index["splits"]).index(split)
+
+        def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
+            for pixels in images(start):
+                indices = range(start, start := start + len(pixels))
+                own = None
+                if self.index["sample_posterior"]:
+                    own = indexed_noise(self.shape, indices, self.index["seed"], number, purpose=POSTERIOR)
+                with evaluating(vae):
+                    latents = scaled_latents(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
+                if not latents.isfinite().all():
+                    what = f"Latents of the {split} images {indices[0]} to {indices[-1]} are not finite in {DTYPE}"
+                    raise ValueError(f"{what}: the VAE overflows. Run it in float32, and look at its scaling_factor.")
+                yield {name: latents}
+
+        arrays.fill(self.folder, {name: self.shape}, count, batches, DTYPE)
+
+    def latents(self, split: str, view: int = 0) -> np.ndarray:
+        """Return a view's latents (N, c, h, w), float16, mapped from disk, or raise `ValueError` if any is missing."""
+        views, count = self.views(split), self.index["splits"][split]["count"]
+        if not 0 <= view < views:
+            raise ValueError(f"{self.folder} has {views} views of the split {split!r}: view {view} is not among them.")
+        done = arrays.rows_done(self.folder).get(f"{split}-{view}", 0)
+        if done < count:
+            what = f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}"
+            raise ValueError(f"{what}: finish encoding them with the command that began it.")
+        return arrays.open_array(self.folder, f"{split}-{view}", (count, *self.shape), DTYPE)
+
+    def read(self, split: str, view: int, rows: Rows) -> Tensor:
+        """Return a view's latents (B, c, h, w) at these rows, float32."""
+        return torch.from_numpy(self.latents(split, view)[np.asarray(rows)]).float()
+
+    def write_labels(self, split: str, labels: np.ndarray) -> None:
+        """Keep a split's labels (N,), 64-bit integers, beside its latents."""
+        count = self.index["splits"][split]["count"]
+        if labels.shape != (count,) or labels.dtype != np.int64:
+            came = f"labels of the split {split!r} have shape {labels.shape} and type {labels.dtype}"
+            raise ValueError(f"{came}: give ({count},), int64.")
+        arrays.write_array(self.folder, f"{split}-labels", labels)
+
+    def labels(self, split: str) -> np.ndarray | None:
+        """Return a split's labels (N,), None where it has none, or raise `ValueError` where their file is damaged."""
+        if not (self.folder / f"{split}-labels.npy").is_file():
+            return None
+        count = self.index["splits"][split]["count"]
+        return np.array(arrays.open_array(self.folder, f"{split}-labels", (count,), "int64"))
+
+    def check_vae(self, vae: Any) -> None:
+        """Raise `ValueError` unless the latents are those of this VAE, scaled as it says."""
+        if fingerprint(vae, dtype=torch.float32) != self.index["vae_fingerprint"]:
+            raise ValueError(f"The latents in {self.folder} were made by another VAE than this one.")
+        for name in ("scaling_factor", "shift_factor"):
+            made = self.index["vae"].get(name)
+            has = vae.config.get(name)
+            if made != has:
+                raise ValueError(f"The latents in {self.folder} were made with a {name} of {made}: this VAE has {has}.")
+
+
+def _differences(known: dict[str, Any], wanted: dict[str, Any], inside: str = "") -> list[str]:
+    """Return in words where a description differs from the one that is wanted."""
+    found: list[str] = []
+    for name, value in wanted.items():
+        has = known.get(name)
+        if isinstance(has, dict) and isinstance(value, dict):
+            found += _differences(has, value | dict.fromkeys(has.keys() - value.keys()), f"{inside}{name}.")
+        elif has != value:
+            hashes = len(str(has)) + len(str(value)) > 100
+            found.append(f"{inside}{name} differs" if hashes else f"{inside}{name} is {has} there, {value} here")
+    return found

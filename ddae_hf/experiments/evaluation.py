@@ -3,12 +3,15 @@
 All figures are taken between features of one network (see `extractors`), and cannot be compared with those of another.
 Where the data has some of the classes of a class-conditional checkpoint, name them with `class_label`, so that images
 of the same classes are compared; `all` takes every class in turn, and needs as many images as there are classes.
+
+The functions of features take float tensors, (N, C) of real images and (M, C) of generated ones. The two distances, in
+which the sets may change places, are those of torchmetrics, in float64, and need it (`ImportError`). Features of
+different widths, too few images, and values that are not finite raise `ValueError`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import os
 import tempfile
@@ -24,33 +27,29 @@ import torch
 from datasets import Dataset, Image
 from matplotlib.figure import Figure
 from PIL import Image as PILImage
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .arrays import described_folder, fill
 from .classes import draw_images
-from .devices import best_device
+from .data_files import list_folder
+from .devices import best_device, machine
 from .extractors import Extractor, check_extractor, open_extractor
 from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
-from .generation_metrics import frechet_distance, kernel_distance, precision_recall
-from .image_folder import image_extensions, list_folder
 from .images import Images, ImageSet
 from .options import option
 from .plots import image_grid
 from .report import in_memory
 from .results import GenerationReport
-from .run_facts import machine
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # the third neighbour of an image must be there
-KID_SUBSET_SIZE = 1000
-SHOWN = 36  # images of each set in the picture
-CHECKPOINT_FILES = ("model_index.json", "config.json")
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class EvaluationOptions(GenerationOptions):
-    """What is generated, and what it is compared with, by which features: see `evaluate_generation`."""
+    """Options of `evaluate_generation`: those of `generate`, and what its images are compared with."""
 
     num_images: int = option(50000, "Images to sample; of a folder of images all are taken.")
     extractor: str = option(help="ddae:PATH, transformers:PATH, inception or inception:FILE.")
@@ -59,9 +58,7 @@ class EvaluationOptions(GenerationOptions):
     extractor_batch_size: int = option(100, "Images whose features are computed at once.")
     reference_split: str = option("train", "Split of the real images to compare with.")
     max_reference_samples: int | None = option(None, "Use N images of it, of all classes.")
-    baseline_split: str | None = option(
-        None, "Also compare real images of this split, at most as many as generated ones."
-    )
+    baseline_split: str | None = option(None, "Also compare real images of this split, no more than generated ones.")
     features_dir: str | None = option(None, "Where features are kept, to be used again; by default nowhere.")
 
     def check(self) -> None:
@@ -88,9 +85,9 @@ class Compared:
 
     def batches(self, size: int) -> Iterator[list[PILImage.Image]]:
         """Yield the images, `size` at a time."""
-        count = len(self.images)
-        for start in tqdm(range(0, count, size), desc=f"Features of {self.name}", leave=False):
-            yield self.images.pil(range(start, min(start + size, count)))
+        numbers = range(len(self.images))
+        for start in tqdm(numbers[::size], desc=f"Features of {self.name}", leave=False):
+            yield self.images.pil(numbers[start : start + size])
 
 
 @dataclass(kw_only=True)
@@ -102,11 +99,10 @@ class GenerationResult(GenerationReport):
     def picture(self) -> Figure:
         """Return some generated images beside some of the reference."""
         figure = Figure(figsize=(12, 6))
-        counts = {"generated": self.results["generated"]["num_images"]}
-        counts[self.reference["name"]] = self.reference["num_images"]
-        for axes, (name, count) in zip(figure.subplots(1, 2), counts.items(), strict=True):
-            axes.imshow(image_grid(self.shown[name], columns=6), interpolation="nearest")
-            axes.set_title(f"{name}, {len(self.shown[name])} of {count:,}")
+        counts = (self.results["generated"]["num_images"], self.reference["num_images"])
+        for axes, (name, images), count in zip(figure.subplots(1, 2), self.shown.items(), counts, strict=True):
+            axes.imshow(image_grid(images, columns=6), interpolation="nearest")
+            axes.set_title(f"{name}, {len(images)} of {count:,}")
             axes.axis("off")
         return figure
 
@@ -128,8 +124,8 @@ def evaluate_generation(
         model: Checkpoint, folder or Hub id, in any layout, or a pipeline or a model; or a folder of images, and of
             folders of them, which are measured as they are.
         images: The real images.
-        options: What is generated, and how it is compared; `extractor` must be among them or the changes.
-        **changes: Fields of `EvaluationOptions` that differ from `options`.
+        options: Options, by default those of `EvaluationOptions`, which has none for `extractor`.
+        **changes: Fields of the options that are to be others.
 
     Returns:
         The figures; None in processes that only helped to sample.
@@ -139,10 +135,7 @@ def evaluate_generation(
         OSError: No such checkpoint, or no space left.
     """
     options = EvaluationOptions.of(options, changes)
-    result = compare_samples(model, Images.open(images, cache_dir=options.cache_dir), options)
-    if result is not None and options.output_dir is not None:
-        result.save(options.output_dir)
-    return result
+    return compare_samples(model, Images.open(images, cache_dir=options.cache_dir), options)
 
 
 def compare_samples(
@@ -164,10 +157,8 @@ def compare_samples(
             )  # fmt: skip
         generator: dict[str, Any] = {"images_dir": given}
         if pipeline is not None:
-            if options.output_dir is None and processes.num_processes > 1:
-                raise ValueError("output_dir is None: processes share images through a folder.")
             output = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-            paths = sample(pipeline, options, processes, Path(output) / "images").paths
+            paths = sample(pipeline, options, Path(output) / "images").paths
             generator = {"model_name_or_path": given, **made_by(pipeline, options)}
             generator["scheduler"] = type(pipeline.scheduler).__name__
             if (classes := chosen_classes(pipeline, options)) is not None:
@@ -179,13 +170,12 @@ def compare_samples(
         compared["generated"] = Compared("generated", ImageSet(files), GENERATED_VIEW)
         features = {role: kept_features(extractor, each, options) for role, each in compared.items()}
         both = [compared["generated"], compared["reference"]]
-        shown = {each.name: each.images.pil(draw_images(len(each.images), SHOWN)) for each in both}
-    reference, known = features.pop("reference"), images.opened_with
+        shown = {each.name: each.images.pil(draw_images(len(each.images), 36)) for each in both}
+    reference = features.pop("reference")
+    known = images.opened_with
     about = {"source": known.get("dataset_name") or known.get("train_data_dir"), "name": compared["reference"].name}
-    facts = machine(best_device(), processes.num_processes)
-    packages = ["torchmetrics", "pillow"] + ["torch-fidelity"] * extractor.name.startswith("inception")
-    facts["versions"] |= {name: importlib.metadata.version(name) for name in packages}
-    return GenerationResult(
+    libraries = ["torchmetrics", "pillow"] + ["torch-fidelity"] * extractor.name.startswith("inception")
+    result = GenerationResult(
         options={"model_name_or_path": given, **options.to_dict(), **known},
         generator=generator,
         extractor={"name": extractor.name, "width": extractor.width, **extractor.identity},
@@ -197,8 +187,11 @@ def compare_samples(
         },
         seconds=round(time.monotonic() - started, 1),
         shown=shown,
-        **facts,
+        **machine(best_device(), processes.num_processes, libraries),
     )
+    if options.output_dir is not None:
+        result.save(options.output_dir)
+    return result
 
 
 def real_images(images: Images, options: EvaluationOptions, count: int) -> dict[str, Compared]:
@@ -211,12 +204,12 @@ def real_images(images: Images, options: EvaluationOptions, count: int) -> dict[
 
 def is_images_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a local folder that is no checkpoint."""
-    return Path(path).is_dir() and not any((Path(path) / name).exists() for name in CHECKPOINT_FILES)
+    return Path(path).is_dir() and not any(Path(path, name).exists() for name in ("model_index.json", "config.json"))
 
 
 def find_images(folder: Path) -> list[Path]:
     """Return the images under a folder, in the order of their names, but not the grid that `generate.py` leaves."""
-    found = list_folder(folder, image_extensions())
+    found = list_folder(folder)
     if "grid.png" in found.files:
         found.files.remove("grid.png")
         found.skipped["grid.png"] += 1
@@ -225,30 +218,28 @@ def find_images(folder: Path) -> list[Path]:
     return [folder / path for path in found.files]
 
 
-def kept_features(extractor: Extractor, compared: Compared, options: EvaluationOptions) -> torch.Tensor:
+def kept_features(extractor: Extractor, compared: Compared, options: EvaluationOptions) -> Tensor:
     """Return features (N, C), from disk if they were computed before."""
-    images = compared.images
-    content = {"number": len(images), "sha256": images.hash}
+
+    def computed() -> Tensor:
+        return extractor.compute(compared.batches(options.extractor_batch_size), compared.view)
+
+    if options.features_dir is None:
+        return computed()
+    count = len(compared.images)
+    content = {"number": count, "sha256": compared.images.hash}
     identity = {"extractor": extractor.identity, "images": content, "view": compared.view}
-    reused = True
-
-    def batches(start: int, missing: list[str]) -> Iterator[dict[str, torch.Tensor]]:
-        nonlocal reused
-        reused = False
-        yield {"features": extractor.compute(compared.batches(options.extractor_batch_size), compared.view)[start:]}
-
-    with contextlib.ExitStack() as stack:
-        parent = options.features_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        folder = described_folder(Path(parent), identity)
-        features = fill(folder, {"features": (extractor.width,)}, len(images), batches)["features"]
-        if reused:
-            logger.info("Features of %s, %d images: reused from %s.", compared.name, len(images), folder)
-        return torch.from_numpy(np.array(features))
+    folder = described_folder(Path(options.features_dir), identity)
+    if (folder / "features.npy").exists():
+        logger.info("Features of %s, %d images: reused from %s.", compared.name, count, folder)
+    shapes = {"features": (extractor.width,)}
+    features = fill(folder, shapes, count, lambda start, missing: [{"features": computed()[start:]}])["features"]
+    return torch.from_numpy(np.array(features))
 
 
-def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
+def compare(reference: Tensor, features: Tensor) -> dict[str, Any]:
     """Return all figures of one set against the reference, from features (N, C) and (M, C)."""
-    size = min(KID_SUBSET_SIZE, len(reference), len(features))
+    size = min(1000, len(reference), len(features))
     kernel, spread = kernel_distance(reference, features, subset_size=size)
     whole = size == len(reference) == len(features)  # then every subset is the same
     device = best_device()
@@ -262,3 +253,114 @@ def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
         "precision": precision,
         "recall": recall,
     }
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Return the squared Frechet distance between Gaussians that have the means and covariances of two sets.
+
+    `|mean_1 - mean_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2))`, with covariances divided by N - 1 (Heusel et al.
+    2017, arXiv 1706.08500); with Inception features it is the FID. It falls as N grows: compare only figures of one N.
+    A set of no more than C images, for which it is far too large, is warned of.
+    """
+    _check(real, generated, fewest=2)
+    count, width = min(len(real), len(generated)), real.shape[1]
+    if count <= width:
+        what = f"{count} images came for features of {width} numbers: their covariance is singular, and the Frechet"
+        hint = f"Use more than {width}, or compare only figures of as many."
+        warnings.warn(f"{what} distance far larger than of many images. {hint}", stacklevel=2)
+    metric = _torchmetrics("Frechet", width).to(real.device)
+    # The distance does not depend on the origin; near it, covariances lose no digits to the mean's square.
+    origin = real.mean(0, dtype=torch.float64)
+    for features, is_real in ((real, True), (generated, False)):
+        for rows in features.split(4096):
+            metric.update(rows.double() - origin, real=is_real)
+    return metric.compute().item()
+
+
+def kernel_distance(
+    real: Tensor, generated: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return mean and standard deviation, over random subsets, of the kernel distance between two sets.
+
+    The squared maximum mean discrepancy with the kernel `(x . y / C + 1)^3` (Binkowski et al. 2018, arXiv 1801.01401);
+    with Inception features it is the KID. Its estimate is unbiased, so that it may be below 0. `subset_size` images of
+    each set, 2 or more, are in a subset, and `seed` draws them.
+    """
+    if subsets < 1 or subset_size < 2:
+        asked = f"{subsets} subsets of {subset_size} images are asked for"
+        raise ValueError(f"{asked}: allowed are 1 or more of at least 2.")
+    _check(real, generated, fewest=subset_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all extracted features")
+        metric = _torchmetrics("kernel", real.shape[1], subsets=1, subset_size=subset_size)
+    values = []
+    with torch.random.fork_rng(devices=[]):  # the metric, too, shuffles with the global generator
+        torch.default_generator.manual_seed(seed)
+        for _ in range(subsets):
+            for features, is_real in ((real, True), (generated, False)):
+                chosen = torch.randperm(len(features), device="cpu")[:subset_size]
+                metric.update(features[chosen.to(features.device)].double(), real=is_real)
+            values.append(metric.compute()[0])
+            metric.reset()
+    found = torch.stack(values)
+    return found.mean().item(), found.std(correction=0).item()
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3, *, chunk_size: int = 512) -> tuple[float, float]:
+    """Return improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 1).
+
+    They are the shares of generated images that lie among the real ones, and of real images that lie among the
+    generated ones: no further from one of them than that one's k-th nearest neighbour of its own set is (3 in the
+    paper). `chunk_size` rows of the distance table are held at a time, which changes no result.
+    """
+    if k < 1 or chunk_size < 1:
+        raise ValueError(f"k is {k} and chunk_size {chunk_size}: both must be at least 1.")
+    _check(real, generated, fewest=k + 1)
+    origin = real.mean(0, dtype=torch.float64)
+    real, generated = real.double() - origin, generated.double() - origin
+    # What float32 features do not tell apart is no distance, so that images that come several times are found.
+    rounding = 1e-7 * max(real.norm(dim=1).max(), generated.norm(dim=1).max())
+    radii, generated_radii = (_radii(features, k, chunk_size) + rounding for features in (real, generated))
+    precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, distances in _distances(generated, real, chunk_size):
+        precise += int((distances <= radii).any(1).sum())
+        recalled |= (distances <= generated_radii[rows, None]).any(0)
+    return precise / len(generated), recalled.double().mean().item()
+
+
+def _radii(features: Tensor, k: int, chunk_size: int) -> Tensor:
+    """Return each image's distance (N,) to its k-th nearest neighbour; the nearest of all is the image itself."""
+    found = [distances.kthvalue(k + 1, dim=1).values for _, distances in _distances(features, features, chunk_size)]
+    return torch.cat(found)
+
+
+def _distances(rows: Tensor, columns: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield Euclidean distances, some rows at a time, with the slice that says which."""
+    for start in range(0, len(rows), chunk_size):
+        part = slice(start, start + chunk_size)
+        yield part, torch.cdist(rows[part], columns, compute_mode="use_mm_for_euclid_dist")
+
+
+def _check(real: Tensor, generated: Tensor, fewest: int) -> None:
+    shapes = f"{tuple(real.shape)} and {tuple(generated.shape)}"
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        raise ValueError(f"Features have shapes {shapes}: they must be (N, C) and (M, C), of one network.")
+    if min(len(real), len(generated)) < fewest:
+        raise ValueError(f"Features have shapes {shapes}: there must be at least {fewest} images of each kind.")
+    for name, features in (("real", real), ("generated", generated)):
+        if bad := int((~torch.isfinite(features)).any(1).sum()):
+            what = f"{bad} of {len(features)} {name} images have features that are not finite: the network that"
+            raise ValueError(f"{what} computes them overflows on these images, or its weights are damaged.")
+
+
+def _torchmetrics(name: str, width: int, **options: Any) -> Any:
+    """Return a metric of torchmetrics that takes features in place of images."""
+    try:
+        from torchmetrics.image import fid, kid
+    except ImportError as error:
+        raise ImportError(f"This distance needs torchmetrics: pip install 'torchmetrics>=1.6' ({error}).") from error
+    metric: Any = fid.FrechetInceptionDistance if name == "Frechet" else kid.KernelInceptionDistance
+    identity: Any = torch.nn.Identity()
+    identity.num_features = width
+    # One process has all the features: it does not wait for others, which may have ended.
+    return metric(identity, sync_on_compute=False, **options)

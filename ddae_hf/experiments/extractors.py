@@ -101,7 +101,7 @@ def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) ->
         raise ValueError(f"its weights {missing[:3]} are missing.")
     if info["missing_keys"]:
         model.pooler = None  # it would be a random one
-    made_fast(model, best_device()).to(best_device()).eval()
+    made_fast(model, best_device()).to(best_device())
     processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir)
 
     @evaluating(model)

@@ -103,21 +103,17 @@ def export_features(
     check_space(folder, sum(values.nbytes for values in features.values()))
     labelled = {} if labels is None else {"label": labels}
     if options.format == "parquet":
-        _write_parquet(folder / "features.parquet", {"index": np.arange(len(inputs)), **labelled}, features)
+        columns: dict[str, Any] = {"index": np.arange(len(inputs)), **labelled}
+        for layer, values in features.items():
+            columns[layer] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        with written_whole(folder / "features.parquet") as new:
+            pq.write_table(pa.table(columns), new, row_group_size=ROW_GROUP)
     else:
         for name, values in {**features, **labelled}.items():
             with written_whole(folder / f"{name}.npy") as new, new.open("wb") as file:
                 np.save(file, values)
-    said = {"model_name_or_path": os.fspath(model) if isinstance(model, (str, os.PathLike)) else None}
-    said |= {**images.opened_with, **options.to_dict()}
+    source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    said = {"model_name_or_path": source, **images.opened_with, **options.to_dict()}
     about = {"options": said, "layers": layers, "sigma": sigma, "images": len(inputs), "class_names": chosen.names}
     write_json(folder / "features.json", about)
     return ExportedFeatures(folder, features, labels, chosen.names, sigma)
-
-
-def _write_parquet(path: Path, columns: dict[str, Any], features: dict[str, np.ndarray]) -> None:
-    """Write one row an image; features stay on the disk until their rows are written."""
-    for layer, values in features.items():
-        columns[layer] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-    with written_whole(path) as new:
-        pq.write_table(pa.table(columns), new, row_group_size=ROW_GROUP)

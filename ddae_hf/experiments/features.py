@@ -76,22 +76,12 @@ def batch_features(
     noise_seed: int = 0,
     view: int = 0,
 ) -> dict[str, Tensor]:
-    """Compute features of some images of a data set, with `model.config.num_noise_samples` draws of noise for each.
+    """Compute features (B, C) of some images of a data set, float32 on the model's device, by layer name.
 
-    Images that share one draw would be told apart at noise levels where fresh noise hides them. Features are those of
-    evaluation mode, in the type of the model's weights, whatever the caller's mode and autocast.
-
-    Args:
-        model: The model.
-        images: `pixel_values` (B, C, H, W).
-        indices: Their indices in the data set, B integers.
-        layers: Names of layers.
-        sigma: Noise level, scalar or (B,).
-        noise_seed: Seed of the noise.
-        view: Number of the draw; data sets that must not share noise take different ones.
-
-    Returns:
-        Features (B, C), float32 on the model's device, by layer name.
+    `images` are `pixel_values` (B, C, H, W), `indices` their places in the data set, and `sigma` is a scalar or (B,).
+    Each image has `model.config.num_noise_samples` draws of noise of its own: images that share one would be told apart
+    at noise levels where fresh noise hides them. Data sets that must not share noise take different views. Features are
+    those of evaluation mode, in the type of the model's weights, whatever the caller's mode and autocast.
     """
     config, shape = model.config, model.config.sample_shape
     noise = indexed_noise((config.num_noise_samples, *shape), indices, noise_seed, view).transpose(0, 1)
@@ -130,18 +120,11 @@ class FeatureCache:
     def features(
         self, images: Images, count: int, layers: Sequence[str], sigma: float, *, view: int = 0, data: dict[str, Any]
     ) -> dict[str, np.ndarray]:
-        """Return the features of a data set, computing those that are not there yet.
+        """Return the features (N, C) of a data set by layer, mapped from disk, computing those that are not there yet.
 
-        Args:
-            images: Called with an index, gives `pixel_values` in batches from that image on.
-            count: Number of images N.
-            layers: Names of layers.
-            sigma: Noise level.
-            view: Number of the draw.
-            data: What tells these images from others, as JSON: a hash of their files, how they were prepared.
-
-        Returns:
-            Features (N, C) by layer name, read-only, mapped from disk.
+        `images`, called with an index, gives `pixel_values` in batches from that image on, `count` in all. `data` tells
+        these images from others, as JSON: a hash of their files, how they were prepared. `view` is the number of the
+        draw of noise.
 
         Raises:
             ValueError: An unknown layer or noise level, another number of images than `count`, or a damaged file.

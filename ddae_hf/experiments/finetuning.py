@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import signal
 import tempfile
@@ -42,18 +41,16 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
 from .classes import draw_fraction
-from .devices import best_device, made_fast
+from .devices import best_device, machine, made_fast
 from .draws import indexed_noise, separate_randomness
-from .encoding import LatentInputs
+from .encoding import LatentFolder, LatentInputs
 from .features import FeatureCache
-from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
-from .latent_folder import LatentFolder
-from .models import Model, base_of, check_null_class, without_report
-from .options import Options, option
+from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
+from .models import Model, base_model, base_of, check_null_class, without_report
+from .options import option
 from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
-from .run_facts import base_model, machine
 from .run_folder import (
     OPTIONS,
     check_same_run,
@@ -65,8 +62,8 @@ from .run_folder import (
     step_of,
     write_options,
 )
-from .stopping import Interrupted, largest
-from .trainer import AVERAGED, BY_HASH, PROGRESS, WEIGHTS, FineTuner, LabelledRows
+from .stopping import Interrupted
+from .trainer import AVERAGED, BY_HASH, IN_TRAINING, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +73,12 @@ NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_st
 
 
 @dataclass(kw_only=True)
-class FinetuningOptions(Options):
+class FinetuningOptions(SplitOptions):
     """Options of `finetune`."""
 
     # What a resumed run may change, and is applied from then on; and what says only where things are.
-    MAY_CHANGE: ClassVar[set[str]] = set(
-        """learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm num_train_epochs max_train_steps
-        ema_decay noise_seed test_split max_test_samples torch_compile mixed_precision""".split()
+    MAY_CHANGE: ClassVar[frozenset[str]] = IN_TRAINING | set(
+        "num_train_epochs max_train_steps noise_seed test_split max_test_samples torch_compile".split()
     )
     PLACES: ClassVar[set[str]] = set(
         "output_dir resume_from_checkpoint checkpointing_steps cache_dir dataloader_num_workers report_to".split()
@@ -90,13 +86,8 @@ class FinetuningOptions(Options):
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
-    train_split: str = option("train", "Split to train on.")
-    test_split: str = option("test", "Split to test on.")
-    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
-    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
     label_fraction: float = option(1.0, "Part of each class's training images that is used.")
     latents_dir: str | None = option(None, "Folder of the images' latents, to train on in place of their pixels.")
-    cache_dir: str | None = option(None, "Where downloads are kept.")
     layer: str | None = option(None, "Where the classifier reads the network; by default the checkpoint's layer.")
     sigma: float | None = option(None, "Noise level of the images; by default the checkpoint's.")
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
@@ -135,10 +126,9 @@ class FinetuningOptions(Options):
             raise ValueError("mixed_precision fp16 needs a GPU.")
         if self.output_dir is None and (self.resume_from_checkpoint or self.report_to):
             raise ValueError("output_dir is not given: without it there is nothing to resume and no place for logs.")
-        trackers = get_available_reporting_integrations()
-        if self.report_to not in (None, "all", "none", *trackers):
-            there = ", ".join(trackers) or "none"
-            raise ValueError(f"report_to is {self.report_to}, which cannot be used: trackers here are {there}.")
+        trackers = ["all", "none", *get_available_reporting_integrations()]
+        if self.report_to not in (None, *trackers):
+            raise ValueError(f"report_to is {self.report_to}, which cannot be used: allowed are {', '.join(trackers)}.")
 
 
 @dataclass(kw_only=True)
@@ -199,15 +189,14 @@ def _finetune(
     processor = DDAEImageProcessor.from_pretrained(path, cache_dir=options.cache_dir)
     train, test = open_inputs(path, images, options, processor)
     classifier = made_fast(build_classifier(path, options, train.names), best_device())
-    chosen = draw_fraction(train.labels, options.label_fraction, options.seed)
+    chosen = check_finetuning(options, classifier.config, train.labels)
     rows = LabelledRows(train, chosen, train.folder.views("train") if isinstance(train, LatentInputs) else None)
-    check_sizes(options, classifier.config, len(rows))
     keeps = given["output_dir"] is not None
-    trainer = FineTuner(options, training_arguments(options, len(rows), keeps), classifier, rows)
-    trainer.known = {**rows.identity, "start": start_of(classifier, train), "options": given}
+    trainer = FineTuner(options, training_arguments(options, keeps), classifier, rows)
+    trainer.known = beginning(classifier, rows) | {"options": given}
     if resume is not None:
         trainer.restore(resume)
-        if finished := finished_run(options, given, resume.parent):
+        if finished := finished_run(options, given):
             return finished
     found: dict[str, Any] = train_further(trainer, given, resume) | figures_of(trainer, test)
     if isinstance(train, LatentInputs):
@@ -255,19 +244,18 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     return checkpoint
 
 
-def finished_run(options: FinetuningOptions, given: dict[str, Any], run: Path) -> FinetuningResult | None:
-    """Return what a complete run of the same options has left; its figures are written last.
-
-    Where only those of tests are others, these are done again.
-    """
-    if run.resolve() != Path(str(options.output_dir)).resolve() or not (run / FineTuningReport.file).is_file():
+def finished_run(options: FinetuningOptions, given: dict[str, Any]) -> FinetuningResult | None:
+    """Return what a complete run of the same options, those of tests included, has left; its figures come last."""
+    folder = Path(str(options.output_dir))
+    if not (folder / FinetuningResult.file).is_file():
         return None
-    report = FineTuningReport.read(run)
-    if any(report.options.get(name) != given[name] for name in given.keys() - options.PLACES - SIZES):
+    found = FinetuningResult.read(folder)
+    if any(found.options.get(name) != given[name] for name in given.keys() - options.PLACES - SIZES):
         return None
-    logger.info(f"{run} is complete: there is nothing left to do.")
-    classifier = DDAEForImageClassification.from_pretrained(run)
-    return FinetuningResult(**vars(report), classifier=classifier, processor=DDAEImageProcessor.from_pretrained(run))
+    logger.info(f"{folder} is complete: there is nothing left to do.")
+    found.classifier = DDAEForImageClassification.from_pretrained(folder)
+    found.processor = DDAEImageProcessor.from_pretrained(folder)
+    return found
 
 
 def open_inputs(
@@ -309,11 +297,14 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
     return classifier
 
 
-def start_of(classifier: DDAEForImageClassification, train: Inputs) -> str:
-    """Return a SHA-256 of what a run begins with, wherever it lies: the network and what it reads of images."""
+def beginning(classifier: DDAEForImageClassification, rows: LabelledRows) -> dict[str, Any]:
+    """Return what a run begins with, wherever it lies: hashes of its images, and of the network and what it reads."""
+    inputs = rows.inputs
     config = classifier.config
     start = FeatureCache("", classifier.ddae).identity | {"layer": config.layer, "sigma": config.sigma}
-    return hashlib.sha256(json.dumps([start, train.identity], sort_keys=True).encode()).hexdigest()
+    data = repr([inputs.images.hash, rows.rows.tolist(), inputs.labels[rows.rows].tolist()])
+    texts = {"data": data, "start": json.dumps([start, inputs.identity], sort_keys=True)}
+    return {"num_images": len(rows)} | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def with_vae(
@@ -327,25 +318,21 @@ def with_vae(
     return whole.to(classifier.device).eval()
 
 
-def check_sizes(options: FinetuningOptions, config: Any, count: int) -> None:
-    """Raise `ValueError` at options that do not go with the images' size or number."""
+def check_finetuning(options: FinetuningOptions, config: Any, labels: np.ndarray) -> np.ndarray:
+    """Return the images, of labels (N,), to train on, or raise `ValueError` where such a model cannot be trained so."""
+    rows = draw_fraction(labels, options.label_fraction, options.seed)
     if options.random_crop >= min(config.image_size):
         raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {config.image_size}.")
-    if config.feature_norm == "batch_norm" and count % options.batch_size == 1:
-        raise ValueError(f"{count} images leave a batch of one, which has no variance: change batch_size.")
+    if config.feature_norm == "batch_norm" and len(rows) % options.batch_size == 1:
+        raise ValueError(f"{len(rows)} images leave a batch of one, which has no variance: change batch_size.")
     if config.feature_norm == "batch_norm" and options.ema_decay is not None:
         raise ValueError("The checkpoint has a batch norm, whose statistics are not averaged: leave out ema_decay.")
+    training_arguments(options, keeps=True)
+    return rows
 
 
-def check_finetuning(options: FinetuningOptions, config: Any, labels: np.ndarray) -> None:
-    """Raise `ValueError` where a model of this configuration cannot be trained so on images of these labels (N,)."""
-    count = len(draw_fraction(labels, options.label_fraction, options.seed))
-    check_sizes(options, config, count)
-    training_arguments(options, count, True)
-
-
-def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> TrainingArguments:
-    """Return Trainer's arguments for so many images, with checkpoints if it `keeps` them."""
+def training_arguments(options: FinetuningOptions, keeps: bool) -> TrainingArguments:
+    """Return Trainer's arguments, with checkpoints if it `keeps` them."""
     arguments = TrainingArguments(
         str(options.output_dir), per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -363,9 +350,6 @@ def training_arguments(options: FinetuningOptions, count: int, keeps: bool) -> T
     )  # fmt: skip
     if arguments.n_gpu > 1:  # Trainer would split batches along the draws of noise
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
-    batches = math.ceil(math.ceil(count / options.batch_size) / arguments.world_size)
-    epoch = math.ceil(batches / options.gradient_accumulation_steps)
-    arguments.max_steps = options.max_train_steps or options.num_train_epochs * epoch
     return arguments
 
 
@@ -389,10 +373,9 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
             "resume_from_checkpoint latest goes on from it.",
             number,
         )
+    trainer.look()
     if trainer.average is not None:
         trainer.average.copy_to(trainer.learning.values())
-    if not largest(trainer.model.state_dict().values()).isfinite():
-        raise trainer.not_finite(float(trainer.losses[-1]) if trainer.losses else math.nan)
     total = trainer.total()
     seconds = total["seconds"] - trainer.before["seconds"]
     speed = trainer.images_seen / seconds if trainer.images_seen else total["images"] / trainer.before["seconds"]

@@ -6,7 +6,6 @@ Image number i comes from seed + i, whatever the batch size and the number of pr
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ from tqdm.auto import tqdm
 from ..checkpoints import plain_config
 from ..modeling_ddae import DDAEModel
 from ..networks import network_of
-from ..noise import change_scheduler, family
+from ..noise import change_scheduler, family_of
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
-from .arrays import read_json, write_text, written_whole
+from .arrays import read_json, write_json, written_whole
 from .devices import HELP, best_device, made_fast
 from .features import evaluating
 from .options import Options, option
@@ -35,14 +34,12 @@ from .options import Options, option
 # A generator's folder or Hub id, in any layout, or an open pipeline or model.
 Generator = str | os.PathLike[str] | DDAEPipeline | DDAEModel
 
-# What the images of a folder depend on, beside the weights.
-IMAGE_OPTIONS = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
-NOTE = "options.json"
+NOTE = "options.json"  # what the images of a folder depend on
 
 
 @dataclass(kw_only=True)
 class GenerationOptions(Options):
-    """What is generated, and how: see `generate`."""
+    """Options of `generate`."""
 
     num_images: int = option(64, "Images to generate.")
     batch_size: int = option(64, "Images that are sampled at once.")
@@ -71,25 +68,21 @@ class GenerationOptions(Options):
             raise ValueError("class_label names no class: give some, or leave it out.")
 
 
+@dataclass
 class Samples(Sequence[Image.Image]):
-    """Generated images by their numbers, `made` of them by this run; those in `paths` are opened when asked for."""
+    """Generated images by their numbers, `made` of them by this run: in memory, or in `paths`, to be opened."""
 
-    def __init__(self, images: Sequence[Image.Image | Path], made: int):
-        self._images, self.made = list(images), made
-
-    @property
-    def paths(self) -> list[Path]:
-        """Their files, none where they are in memory."""
-        return [image for image in self._images if isinstance(image, Path)]
+    images: list[Image.Image]
+    paths: list[Path]
+    made: int
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images or self.paths)
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(len(self))[number]]
-        image = self._images[number]
-        return Image.open(image) if isinstance(image, Path) else image
+        return self.images[number] if self.images else Image.open(self.paths[number])
 
 
 def generate(model: Generator, options: GenerationOptions | None = None, **changes: Any) -> Samples:
@@ -100,22 +93,20 @@ def generate(model: Generator, options: GenerationOptions | None = None, **chang
 
     Args:
         model: Checkpoint, folder or Hub id, in any layout; or a pipeline or a model, which stays on its device.
-        options: What to generate, and how.
-        **changes: Fields of `GenerationOptions` that differ from `options`.
+        options: Options, by default those of `GenerationOptions`.
+        **changes: Fields of the options that are to be others.
 
     Raises:
         ValueError: Options that cannot work, or a folder of images that were made otherwise.
         OSError: No such checkpoint, or no space left for the images.
     """
     options = GenerationOptions.of(options, changes)
-    processes = open_processes()
     pipeline = open_pipeline(model, options)
     if options.output_dir is not None:
-        return sample(pipeline, options, processes, Path(options.output_dir))
-    if processes.num_processes > 1:
-        raise ValueError(f"output_dir is None: {processes.num_processes} processes share images through a folder.")
+        return sample(pipeline, options, Path(options.output_dir))
     batches = tqdm(_batches(options), desc="Batches", leave=False)
-    return Samples([image for batch in batches for image in sample_batch(pipeline, options, batch)], options.num_images)
+    images = [image for batch in batches for image in sample_batch(pipeline, options, batch)]
+    return Samples(images, [], options.num_images)
 
 
 def open_processes() -> PartialState:
@@ -126,8 +117,11 @@ def open_processes() -> PartialState:
 def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     """Return a pipeline with a scheduler of its own, that which is asked for: of a path, on the best device there is.
 
-    A scheduler of another framework, classes that there are not, or another type than an open model's are refused.
+    A scheduler of another framework, classes that there are not, another type than an open model's, and processes that
+    have no folder to share images through are refused.
     """
+    if options.output_dir is None and (count := open_processes().num_processes) > 1:
+        raise ValueError(f"output_dir is None: {count} processes share images through a folder.")
     wanted = None if options.dtype is None else getattr(torch, options.dtype)
     if isinstance(model, DDAEModel):
         if reason := model.config.features_only:
@@ -141,8 +135,7 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     elif not isinstance(model, (str, os.PathLike)):
         raise ValueError(f"{type(model).__name__} generates nothing: give a path, a DDAEPipeline or a DDAEModel.")
     else:
-        kinds = {} if wanted is None else {"dtype": wanted}
-        pipeline = DDAEPipeline.from_pretrained(model, cache_dir=options.cache_dir, **kinds).to(best_device())
+        pipeline = DDAEPipeline.from_pretrained(model, dtype=wanted, cache_dir=options.cache_dir).to(best_device())
         pipeline.set_progress_bar_config(desc="Denoising", leave=False)
         made_fast(pipeline.denoiser, best_device())
         if pipeline.vae is not None:
@@ -150,7 +143,7 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     if options.scheduler:
         trained = pipeline.scheduler
         pipeline.scheduler = change_scheduler(trained, getattr(diffusers, options.scheduler))
-        if (kind := family(pipeline.scheduler)) != (wants := family(trained)):
+        if (kind := family_of(pipeline.scheduler).name) != (wants := family_of(trained).name):
             raise ValueError(f"scheduler {options.scheduler} is of {kind}, but the network was trained with {wants}.")
     chosen_classes(pipeline, options)
     return pipeline
@@ -179,40 +172,36 @@ def chosen_classes(pipeline: DDAEPipeline, options: GenerationOptions) -> list[i
 
 def made_by(pipeline: DDAEPipeline, options: GenerationOptions) -> dict[str, Any]:
     """Return what images depend on, as JSON, but for the null class and the scheduler."""
-    facts = {name: getattr(options, name) for name in IMAGE_OPTIONS}
+    names = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
+    facts = {name: getattr(options, name) for name in names}
     classes = [int(k) if k.lstrip("-").isdigit() else k for k in options.class_label or []]
     facts["class_label"] = classes[0] if len(classes) == 1 else classes or None  # as version 0.2.0 noted it
     return facts | {"weights": fingerprint(pipeline.denoiser, pipeline.vae, dtype=None)}
 
 
-def sample(pipeline: DDAEPipeline, options: GenerationOptions, processes: PartialState, folder: Path) -> Samples:
+def sample(pipeline: DDAEPipeline, options: GenerationOptions, folder: Path) -> Samples:
     """Write the images that a folder lacks, with a note of what they depend on, and return all.
 
     Batches have fixed members, and one that lacks an image is computed whole: another size may round differently.
     """
+    processes = open_processes()
     paths = [folder / f"{i:05d}.png" for i in range(options.num_images)]
     facts = made_by(pipeline, options)
     facts |= {"null_class": pipeline.null_class, "scheduler": plain_config(pipeline.scheduler)}
     _check_folder(folder, paths, facts)
-    lacking = sum(not path.exists() for path in paths)
-    batches = [batch for batch in _batches(options) if not all(paths[i].exists() for i in batch)]
+    lacking = {i for i, path in enumerate(paths) if not path.exists()}
+    batches = [batch for batch in _batches(options) if not lacking.isdisjoint(batch)]
     processes.wait_for_everyone()  # all count before any writes
     with processes.split_between_processes(batches) as own:
         for batch in tqdm(own, desc="Batches", disable=not processes.is_main_process):
             images = sample_batch(pipeline, options, batch)
-            path = folder / NOTE
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_text(path, json.dumps(facts, indent=2) + "\n")  # every process does
-                for path, image in zip(paths[batch.start : batch.stop], images, strict=True):
-                    if not path.exists():
-                        with written_whole(path) as partial:
-                            image.save(partial, format="PNG")
-            except OSError as error:
-                reason = f"{path} cannot be written: {error.strerror or error}"
-                raise OSError(f"{reason}. What is there is whole, and the same options go on from it.") from error
+            write_json(folder / NOTE, facts)  # every process does
+            for path, image in zip(paths[batch.start : batch.stop], images, strict=True):
+                if not path.exists():
+                    with written_whole(path) as partial:
+                        image.save(partial, format="PNG")
     processes.wait_for_everyone()
-    return Samples(paths, lacking)
+    return Samples([], paths, len(lacking))
 
 
 def sample_batch(pipeline: DDAEPipeline, options: GenerationOptions, numbers: Sequence[int]) -> list[Image.Image]:
@@ -233,8 +222,8 @@ def sample_batch(pipeline: DDAEPipeline, options: GenerationOptions, numbers: Se
 
 def _batches(options: GenerationOptions) -> list[range]:
     """Return the numbers of the images of every batch."""
-    count, size = options.num_images, options.batch_size
-    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+    numbers = range(options.num_images)
+    return [numbers[start : start + options.batch_size] for start in numbers[:: options.batch_size]]
 
 
 def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) -> None:
@@ -245,8 +234,10 @@ def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) ->
             raise ValueError(f"{folder} holds images without {NOTE}, which says how they were made: choose another.")
         return
     found = read_json(note)
-    names = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
-    values = {name: f" ({found.get(name)} there, {facts.get(name)} now)" for name in names}
-    if different := [n if n in ("weights", "scheduler") else n + values[n] for n in names]:
+    different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+    for i, name in enumerate(different):
+        if name not in ("weights", "scheduler"):
+            different[i] = f"{name} ({found.get(name)} there, {facts.get(name)} now)"
+    if different:
         what = f"The images in {folder} were made otherwise. What differs: {', '.join(different)}"
         raise ValueError(f"{what}. Choose another output_dir.")

@@ -1,14 +1,20 @@
-"""The images of a split: their labels, subsets, hash and pixels, and what becomes of damaged ones."""
+"""The images of a split: their labels, subsets, hash and pixels, and what becomes of damaged ones.
+
+Pixels are decoded when they are first asked for, kept where they fit, and scaled on the device.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from PIL import Image as PILImage
@@ -17,7 +23,17 @@ from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
 from .classes import Classes, draw_images
-from .pixels import HINT, Pixels, Rows, decode
+
+Rows = Sequence[int] | np.ndarray  # places of images
+SHARE = 4  # of the memory that is left, one part in so many may be filled
+HINT = " Replace it, or leave such images out with skip_bad_images."
+
+
+class DamagedImageError(ValueError):
+    """An image that cannot be read: what was said of it, alone, where a loader's worker sends a traceback as text."""
+
+    def __init__(self, words: str):
+        super().__init__(words.rpartition(f"{DamagedImageError.__name__}: ")[2].strip())
 
 
 class ImageSet:
@@ -119,10 +135,6 @@ class ImageSet:
             for number, file in zip(numbers, files, strict=True)
         ]
 
-    def pixels(self, processor: DDAEImageProcessor, keep: bool = True) -> Pixels:
-        """Return their pixels as a processor prepares them: with `keep` in memory, where they fit."""
-        return Pixels(self, processor, keep)
-
     def labelled(self) -> ImageSet:
         """Return these images, or raise `ValueError` if not each has a class, or a stream does not name the classes."""
         columns = columns_of(self.dataset)
@@ -140,12 +152,9 @@ class ImageSet:
         return self
 
     def stream(self, labels: bool = False, buffer_size: int | None = None, seed: int = 0) -> IterableDataset:
-        """Return a stream's rows: `image`, a PIL image, and `labels` if asked for.
+        """Return a stream's rows: `image`, a PIL image, and `labels` if asked for; one without raises `ValueError`.
 
-        Args:
-            labels: Whether to give labels; an image without one raises `ValueError`.
-            buffer_size: Images among which the next one is drawn; by default the order stays.
-            seed: Seed of the order, which changes with the epoch (`set_epoch`).
+        With a `buffer_size`, the next image is drawn from so many, by a seed that changes with the epoch (`set_epoch`).
         """
         columns = {self.image_column: "image"}
         count = 0
@@ -189,6 +198,73 @@ class ImageSet:
         return self.select(np.setdiff1d(np.arange(len(self)), list(reasons)))
 
 
+class Pixels:
+    """The pixels of an `ImageSet`, as integers from 0 to 255 that `scaled` makes floats of.
+
+    With `keep`, an image is decoded once, if all fit into memory. Where some have more than 8 bits, none are kept, and
+    batches with such images are floats.
+    """
+
+    def __init__(self, images: Any, processor: DDAEImageProcessor, keep: bool = True):
+        if processor.do_normalize and not processor.do_rescale:
+            reason = "images of files count from 0 to 255, leave it out"
+            raise ValueError(f"The image processor has do_rescale=False: {reason}.")
+        self.images, self.processor, self.keep = images, processor, keep
+        self.kept: tuple[Tensor, Tensor] | None = None  # of all images, and which of them are there
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Rows) -> Tensor:
+        """Return pixels (B, C, H, W) of the images at `indices`, in that order: uint8, or floats in [-1, 1]."""
+        rows, kept = torch.as_tensor(indices), self.kept
+        missing = rows if kept is None else rows[~kept[1][rows]]
+        if kept is not None and len(missing) == 0:
+            return kept[0][rows]
+        pixels = self._decode(missing)
+        if pixels.dtype != torch.uint8 or (kept is not None and pixels.shape[1:] != kept[0].shape[1:]):
+            self.keep, self.kept = False, None
+            return pixels if kept is None else self._decode(rows)
+        if kept is None:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of which keeps the images for itself
+            needed = len(self) * pixels[0].numel() * SHARE * processes
+            self.keep = self.keep and needed <= psutil.virtual_memory().available
+            if not self.keep:
+                return pixels
+            # Of empty memory only what is written to is taken.
+            room = torch.empty(len(self), *pixels.shape[1:], dtype=torch.uint8)
+            kept = self.kept = room, torch.zeros(len(self), dtype=torch.bool)
+        kept[0][missing] = pixels
+        kept[1][missing] = True
+        return kept[0][rows]
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        images = self.images.pil(rows.tolist())
+        counts = self.processor(
+            images, do_rescale=False, do_normalize=False, data_format="channels_first", return_tensors="pt"
+        )["pixel_values"]
+        return counts if counts.dtype == torch.uint8 else _scale(counts, self.processor)
+
+
+def scaled(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
+    """Return what the processor makes of pixels in uint8, on their device; floats are that already."""
+    return _scale(pixels, processor) if pixels.dtype == torch.uint8 else pixels
+
+
+def _scale(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
+    """Scale and shift in the processor's order, for every rounding follows from it; in place, which is far faster."""
+    if processor.do_rescale or processor.do_normalize:
+        pixels = pixels.float()
+    if processor.do_rescale:
+        pixels.mul_(processor.rescale_factor)
+    if processor.do_normalize:
+        for change, value in ((pixels.sub_, processor.image_mean), (pixels.div_, processor.image_std)):
+            # A number waits for no copy to the device.
+            one = isinstance(value, (int, float))
+            change(float(value) if one else torch.tensor(value, device=pixels.device).float().reshape(-1, 1, 1))
+    return pixels
+
+
 def columns_of(dataset: Dataset | IterableDataset) -> Features:
     """Return what the columns hold, or raise `ValueError` for a stream that does not say it."""
     if dataset.features is None:
@@ -205,6 +281,27 @@ def image_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
     if name is not None and name not in found:
         raise ValueError(f"There is no column of images {name!r}; columns are {dict(features)}.")
     return name or found[0]
+
+
+def decode(file: dict[str, Any] | None, feature: Image, where: str) -> PILImage.Image:
+    """Return the image of a file, given as its `path` and `bytes`, or raise an error that says which it is.
+
+    `where` is what is said of images that are no files of their own.
+    """
+    try:
+        if file is None:
+            raise ValueError("there is none")
+        return feature.decode_example(file)
+    except Exception as error:  # Pillow raises several kinds, most of which do not say of which file
+        path, content = (file or {}).get("path"), (file or {}).get("bytes")
+        if path and os.path.isfile(path):
+            where = f"The image {path}"
+        elif path:
+            where = f"{where} ({path})"
+        elif content:
+            where = f"{where} ({len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()[:16]})"
+        reason = str(error).partition(" <_io")[0].rstrip(".")  # without the name of an object
+        raise DamagedImageError(f"{where} cannot be read: {reason}.{HINT}") from error
 
 
 def _decoded_row(feature: Image, where: str, num_classes: int, row: dict[str, Any]) -> dict[str, Any]:

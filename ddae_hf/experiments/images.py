@@ -22,9 +22,8 @@ from ..image_processing_ddae import DDAEImageProcessor
 from .classes import Classes, find_label_column, warn_of_missing
 from .data_files import in_memory, read_source
 from .draws import augment_view
-from .image_set import ImageSet, columns_of, image_column
+from .image_set import ImageSet, Pixels, Rows, columns_of, image_column, scaled
 from .options import Options, option
-from .pixels import Rows, scaled
 
 
 @dataclass(kw_only=True)
@@ -48,6 +47,17 @@ class DataOptions(Options):
         )
         given = {name: value for name, value in self.to_dict().items() if value not in (None, False)}
         return Images(splits, self.image_column, self.label_column, self.skip_bad_images, given)
+
+
+@dataclass(kw_only=True)
+class SplitOptions(Options):
+    """Which images an experiment trains and tests on: see `labelled_splits`."""
+
+    train_split: str = option("train", "Split to train on.")
+    test_split: str = option("test", "Split to test on.")
+    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
+    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
 class Images:
@@ -235,7 +245,7 @@ class ImageInputs(Inputs):
         crop_padding: int = 0,
         seed: int = 0,
     ):
-        self.images, self.processor, self.pixels = images, processor, images.pixels(processor)
+        self.images, self.processor, self.pixels = images, processor, Pixels(images, processor)
         self.flip, self.crop_padding, self.seed = flip, crop_padding, seed
 
     @property

@@ -5,19 +5,21 @@ Multinomial logistic regression minimises, over weights W (K, C) and biases b (K
     mean_i cross_entropy(W z_i + b, y_i) + l2 / 2 ||W||^2.
 
 (scikit-learn's `LogisticRegression(C=c)` is this with l2 = 1 / (c N), for N images; of two classes, where it has one
-row of weights for the two here, with l2 = 2 / (c N).) Many such problems, one for every
-layer and every l2, are solved together by L-BFGS (Liu and Nocedal 1989), each with its own memory and step length.
-Features are read in pieces, so that what is mapped from disk is never in memory as a whole.
+row of weights for the two here, with l2 = 2 / (c N).) Features are read in pieces, so that what is mapped from disk is
+never in memory as a whole.
 
-L-BFGS works on whitened weights: with the features' correlation matrix Q diag(v) Q^T, the Hessian at W = 0 is at most
-(v / K + l2) along the columns of Q, and dividing by its root makes every problem a round one.
+All such problems, one for every layer and every l2, are solved together by L-BFGS (Liu and Nocedal 1989), each with its
+own memory and step length: torch's optimiser would take them for one. It works on whitened weights: with the features'
+correlation matrix Q diag(v) Q^T, the Hessian at W = 0 is at most (v / K + l2) along the columns of Q, and dividing by
+its root makes every problem a round one.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,25 +27,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lbfgs import HISTORY, minimise
-
 # A layer's features: an array (N, C) for every view, in memory or mapped from disk.
 Views = Sequence[np.ndarray]
+_Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _CHUNK_BYTES = 64 * 2**20
-_MEMORY_BYTES = 2**30  # for L-BFGS's history
+_HISTORY = 10  # steps that L-BFGS remembers
+_MEMORY_BYTES = 2**30  # for them
 _TOLERANCE = 1e-7  # where to stop: the estimated distance of a problem's loss from its optimum
 
 
 @dataclass
 class LinearProbes:
-    """Linear classifiers on one layer's features, one for every l2.
+    """Linear classifiers on one layer's features, one for each of L strengths of regularisation.
 
-    Attributes:
-        weight: (L, K, C), float64, for features as they are, not standardised.
-        bias: (L, K), float64.
-        loss: The objectives at these weights, (L,), float64.
-        converged: Whether each came to its end, (L,): see `lbfgs.minimise`.
+    `weight` (L, K, C) and `bias` (L, K) are for features as they are, not standardised; `loss` (L,) is the objectives
+    there, all float64. `converged` (L,) says which came to their end: see `minimise`.
     """
 
     weight: Tensor
@@ -66,16 +65,10 @@ class LinearProbes:
 
 
 def fit_logistic_regression(
-    features: Mapping[str, Views],
-    labels: np.ndarray,
-    l2: Sequence[float],
-    *,
-    num_classes: int | None = None,
-    indices: np.ndarray | None = None,
-    max_iterations: int = 500,
-    device: torch.device | str = "cpu",
+    features: Mapping[str, Views], labels: np.ndarray, l2: Sequence[float], *, num_classes: int | None = None,
+    indices: np.ndarray | None = None, max_iterations: int = 500, device: torch.device | str = "cpu",
     standardise: bool = True,
-) -> dict[str, LinearProbes]:
+) -> dict[str, LinearProbes]:  # fmt: skip
     """Return a multinomial logistic regression on each layer's features, with each of L strengths of regularisation.
 
     Args:
@@ -98,11 +91,10 @@ def fit_logistic_regression(
     fitted: dict[str, LinearProbes] = {}
     for width in {views[0].shape[1] for views in features.values()}:
         names = [name for name, views in features.items() if views[0].shape[1] == width]
-        together = max(1, _MEMORY_BYTES // (4 * len(l2) * classes * (width + 1) * (2 * HISTORY + 8)))
+        together = max(1, _MEMORY_BYTES // (4 * len(l2) * classes * (width + 1) * (2 * _HISTORY + 8)))
         for first in range(0, len(names), together):
             group = names[first : first + together]
-            chosen = [features[n] for n in group]
-            problem = _Problem(chosen, labels, rows, l2, classes, torch.device(device), standardise)
+            problem = _Problem([features[n] for n in group], labels, rows, l2, classes, device, standardise)
             fitted.update(zip(group, problem.solve(max_iterations), strict=True))
     return {name: fitted[name] for name in features}
 
@@ -135,24 +127,18 @@ class _Problem:
     """P x L problems of logistic regression on P layers' features; their variables are a matrix (P L, K C + K)."""
 
     def __init__(
-        self,
-        features: Sequence[Views],
-        labels: np.ndarray,
-        rows: np.ndarray,
-        l2: Sequence[float],
-        classes: int,
-        device: torch.device,
-        standardise: bool,
-    ):
+        self, features: Sequence[Views], labels: np.ndarray, rows: np.ndarray, l2: Sequence[float], classes: int,
+        device: torch.device | str, standardise: bool,
+    ):  # fmt: skip
         self.features, self.device, self.classes, self.standardise = features, device, classes, standardise
         self.rows, self.labels = np.sort(rows), torch.as_tensor(labels)
         self.probes, self.width = len(features), features[0][0].shape[1]
         self.l2 = torch.tensor(l2, dtype=torch.float32, device=device)
         self.count = len(rows) * len(features[0])
-        moments = self._moments()
-        self.mean, self.std = moments[0].float(), moments[1].float()
+        mean, std, correlations = self._moments()
+        self.mean, self.std = mean.float(), std.float()
         # (P, C, C) and, for every l2, (P, L, 1, C)
-        values, self.basis = (m.float() for m in torch.linalg.eigh(moments[2]))
+        values, self.basis = (m.float() for m in torch.linalg.eigh(correlations))
         self.root = (values.clamp_min(0)[:, None, None] / classes + self.l2[:, None, None]).rsqrt()
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -209,7 +195,7 @@ class _Problem:
         by_weight = (by_weight / self.count).view_as(weight) + self.l2[:, None, None] * weight
         by_whitened = (by_weight @ self.basis[:, None]) * self.root
         by_bias = by_bias * (math.sqrt(self.classes) / self.count)
-        parts = (by_whitened.reshape(len(loss.flatten()), -1), by_bias.reshape(len(loss.flatten()), -1))
+        parts = (by_whitened.reshape(len(variables), -1), by_bias.reshape(len(variables), -1))
         return loss.flatten(), torch.cat(parts, dim=1)
 
     def solve(self, max_iterations: int) -> list[LinearProbes]:
@@ -227,28 +213,85 @@ class _Problem:
         return [LinearProbes(*layer) for layer in zip(*parts, strict=True)]
 
 
+def minimise(
+    evaluate: _Evaluate, variables: Tensor, tolerance: float, max_iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimise B independent smooth functions by L-BFGS, each along its own direction and with its own step length.
+
+    `evaluate` gives their values (B,) and gradients (B, D) at variables (B, D), which start as they came. A function is
+    done when the quadratic model expects less than `tolerance` from its next step, or rounding lets no step descend.
+
+    Returns:
+        Variables (B, D), values (B,), and which functions are done (B,).
+    """
+    value, gradient = evaluate(variables)
+    history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_HISTORY)
+    scale = torch.ones_like(gradient[:, :1])
+    done = torch.zeros(len(variables), dtype=torch.bool, device=variables.device)
+    for _ in range(max_iterations):
+        direction = _direction(gradient, history, scale)
+        slope = (gradient * direction).sum(1)
+        done |= -0.5 * slope < tolerance
+        if done.all():
+            break
+        # What is done stays where it is, and keeps no other waiting.
+        direction, slope = direction * ~done[:, None], slope * ~done
+        step, new_value, new_gradient, found = _line_search(evaluate, variables, direction, value, slope)
+        done |= ~found  # down to rounding
+        moved = step[:, None] * direction
+        change = new_gradient - gradient
+        curvature = (moved * change).sum(1, keepdim=True)
+        # A pair without curvature would spoil the model: it is left out.
+        good = curvature > 1e-8 * moved.norm(dim=1, keepdim=True) * change.norm(dim=1, keepdim=True)
+        history.append((moved * good, change * good, torch.where(good, 1 / curvature, 0.0)))
+        scale = torch.where(good, curvature / change.square().sum(1, keepdim=True).clamp_min(1e-30), scale)
+        variables, value, gradient = variables + moved, new_value, new_gradient
+    return variables, value, done
+
+
+def _direction(gradient: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor) -> Tensor:
+    """Return minus the approximate inverse Hessian times the gradient (B, D): the two loops of L-BFGS."""
+    direction, shares = -gradient, []
+    for moved, change, inverse in reversed(history):
+        shares.append(inverse * (moved * direction).sum(1, keepdim=True))
+        direction = direction - shares[-1] * change
+    direction = direction * scale
+    for moved, change, inverse in history:
+        correction = inverse * (change * direction).sum(1, keepdim=True)
+        direction = direction + (shares.pop() - correction) * moved
+    return direction
+
+
+def _line_search(
+    evaluate: _Evaluate, variables: Tensor, direction: Tensor, value: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Halve each function's step until it descends (Armijo); one that never does keeps its place.
+
+    Returns steps (B,), values and gradients there, and which functions found a step.
+    """
+    step = torch.ones_like(slope)
+    for _ in range(20):
+        new_value, gradient = evaluate(variables + step[:, None] * direction)
+        found = new_value <= value + 1e-4 * step * slope
+        if found.all():
+            return step, new_value, gradient, found
+        step = torch.where(found, step, 0.5 * step)
+    step = torch.where(found, step, 0.0)
+    new_value, gradient = evaluate(variables + step[:, None] * direction)
+    return step, new_value, gradient, found
+
+
 def knn_predict(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    neighbours: Sequence[int],
-    *,
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, neighbours: Sequence[int], *,
     device: torch.device | str = "cpu",
-) -> dict[int, np.ndarray]:
+) -> dict[int, np.ndarray]:  # fmt: skip
     """Classify by the nearest training images: cosine similarity, votes weighted by exp(similarity / 0.07).
 
     The protocol and this temperature are those of Wu et al. 2018 (arXiv 1805.01978). Features are centred on the
     training images' mean first: pooled hidden states share a large offset, beside which all would look alike.
 
-    Args:
-        train: Features of the training images (N, C).
-        labels: Their classes (N,), from 0.
-        test: Features of the images to classify (M, C).
-        neighbours: Numbers of neighbours, each at most N.
-        device: Where to compute.
-
     Returns:
-        Predicted classes (M,) by number of neighbours.
+        Classes (M,) by number of neighbours, at most N, from features (N, C), their labels (N,) and features (M, C).
     """
     if not 1 <= min(neighbours) <= max(neighbours) <= len(train):
         raise ValueError(f"neighbours are {list(neighbours)}: allowed are 1 to the {len(train)} training images.")

@@ -31,8 +31,7 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
         **config: What its configuration is to say; None leaves it as it is. `vae=False` opens it without its VAE.
 
     Raises:
-        ValueError: Options beside a model that is open, which says them itself, or a class-conditional network without
-            a null class; something else than a model.
+        ValueError: No model, an open one that is not as asked for, or one of classes without a null class.
         OSError: No such checkpoint.
     """
     given = {name: value for name, value in config.items() if value is not None}
@@ -71,6 +70,11 @@ def base_of(model: Any) -> DDAEModel:
             "DDAEForImageClassification."
         )
     return base
+
+
+def base_model(checkpoint: Any) -> dict[str, Any]:
+    """Return the Hub repository that a run began with, as `base_model`; nothing of a folder, an object, or of None."""
+    return {"base_model": checkpoint} if isinstance(checkpoint, str) and not os.path.exists(checkpoint) else {}
 
 
 def ready(model: Any) -> Any:

@@ -44,10 +44,10 @@ def networks_to_train(options: Any, data: TrainingData, resume: Path | None) -> 
         return network, copy.deepcopy(network), scheduler
     source = read_checkpoint(start, cache_dir=options.cache_dir)
     data.check_vae_of(source)
-    average = source.load_denoiser(torch.float32)
+    average = source.load("denoiser", torch.float32)
     scheduler = build_scheduler(source.scheduler or SCHEDULER)
     if resume is not None:
-        return read_checkpoint(resume / "raw").load_denoiser(torch.float32), average, scheduler
+        return read_checkpoint(resume / "raw").load("denoiser", torch.float32), average, scheduler
     null_class = source.config.get("null_class", data.num_classes)
     if data.num_classes and null_class != data.num_classes:
         raise ValueError(f"The null class of {start} is {null_class}: it must be the last, {data.num_classes}.")

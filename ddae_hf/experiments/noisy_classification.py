@@ -19,11 +19,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -40,45 +41,37 @@ from ..augment import random_changes
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
 from ..weights import fingerprint
-from .accelerating import accelerated
 from .arrays import fill, read_json, write_json
 from .batches import Batches, whole
+from .devices import machine
 from .draws import POSTERIOR, indexed_noise, separate_randomness
 from .features import FeatureCache, batch_features
-from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
-from .models import Model, check_taps, open_model, open_processor
+from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
+from .models import Model, base_model, check_taps, open_model, open_processor
 from .noisy_networks import NoiseConditionalMLP, WideResNet
-from .options import Options, option
+from .options import option
 from .plots import curves
-from .progress import STATE
 from .report import in_memory
 from .results import NoisyReport
-from .run_facts import base_model, machine
-from .run_folder import check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
-from .stopping import Interrupted, largest, not_finite
+from .run_folder import STATE, check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
+from .stopping import largest, not_finite
 from .trainer import LabelledRows
-from .training import Loop
+from .training import Loop, accelerated
 
 MLP = "mlp"  # its folder
 WIDE_RESNET = "wide_resnet"  # likewise
-TEST_VIEW = noise_view(True, 0)  # of noise; training and test images never share one
-FIRST_TRAIN_VIEW = 2
+TEST_VIEW = noise_view(True, 0)  # of noise; those of training images begin at 2
 OF_RIVAL = ["wide_resnet_steps", "wide_resnet_learning_rate"]  # which hold for the steps that are to come
 # What stored features and the Wide ResNet both depend on.
 COMMON = ["sigma_min", "sigma_max", "random_flip", "random_crop", "seed"]
 
 
 @dataclass(kw_only=True)
-class NoisyOptions(Options):
+class NoisyOptions(SplitOptions):
     """Options of `classify_noisy`."""
 
     output_dir: str | None = option(None, "Folder of figures, weights and stored features; the same options resume.")
     features_dir: str | None = option(None, "Folder of test images' features, by default one in output_dir.")
-    train_split: str = option("train", "Split to train on.")
-    test_split: str = option("test", "Split to test on.")
-    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
-    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
-    cache_dir: str | None = option(None, "Where downloads are kept.")
     layers: list[str] | None = option(None, "Layers whose features are put side by side; by default the model's one.")
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
     sigma_min: float = option(0.02, "Lowest noise level to learn at.")
@@ -167,8 +160,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
             raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {sides}.")
         processor = open_processor(model, options.cache_dir)
         train, test = (ImageInputs(part, processor) for part in labelled_splits(images, options))
-        check_folders(folder, network, train, options)
-        study = Study(network, train, test, options, folder)
+        study = Study(network, train, test, options, folder, check_folders(folder, network, train, options))
         networks: dict[str, tuple[nn.Module, dict[str, Any]]] = {MLP: study.train_mlp()}
         if options.wide_resnet:
             networks[WIDE_RESNET] = study.train_wide_resnet()
@@ -194,8 +186,8 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
         return result
 
 
-def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyOptions) -> None:
-    """Note what the contents of each sub-folder depend on, or raise `ValueError` if one holds others."""
+def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyOptions) -> Path | None:
+    """Note what each sub-folder's contents depend on, or refuse others; return the Wide ResNet's last checkpoint."""
     content = {"images": train.images.hash, "labels": train.labels.tolist()}
     data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     shared = {"preprocessing": train.identity["preprocessing"], "data": data}
@@ -211,22 +203,19 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
         now = json.loads(json.dumps({name: getattr(options, name) for name in COMMON + names} | more))
         old = read_json(path) if path.exists() else now
         if different := sorted(name for name in now if now[name] != old.get(name)):
-            made = f"{path.parent} was made with other options ({', '.join(different)})"
-            raise ValueError(f"{made}: choose another output_dir.")
+            what = f"was made with other options ({', '.join(different)})"
+            raise ValueError(f"{path.parent} {what}: choose another output_dir.")
         write_json(path, now)
-    if (folder / WIDE_RESNET / "state.safetensors").exists() and not saved_checkpoints(folder / WIDE_RESNET):
-        made = f"{folder / WIDE_RESNET} holds a training of a version before 0.3.0, which this one does not resume"
+    if not options.wide_resnet:
+        return None
+    rival = folder / WIDE_RESNET
+    if (rival / "state.safetensors").exists() and not saved_checkpoints(rival):
+        made = f"{rival} holds a training of a version before 0.3.0, which this one does not resume"
         raise ValueError(f"{made}: delete that folder, or choose another output_dir.")
-    if options.wide_resnet:
-        rival_checkpoint(folder / WIDE_RESNET, options)
-
-
-def rival_checkpoint(folder: Path, options: NoisyOptions) -> Path | None:
-    """Return the Wide ResNet's checkpoint to go on from; raise `ValueError` if it is complete with other options."""
-    checkpoint = checkpoint_to_resume(folder, "latest", (*STATE, "model.safetensors", "options.json"))
+    checkpoint = checkpoint_to_resume(rival, "latest", (*STATE, "model.safetensors", "options.json"))
     if checkpoint is not None and step_of(checkpoint) >= options.wide_resnet_steps:
         now = {name: getattr(options, name) for name in OF_RIVAL}
-        check_same_run(now, read_json(checkpoint / "options.json"), (), folder)
+        check_same_run(now, read_json(checkpoint / "options.json"), (), rival)
     return checkpoint
 
 
@@ -251,6 +240,7 @@ class Study:
     test: Inputs
     options: NoisyOptions
     folder: Path  # of features and checkpoints
+    checkpoint: Path | None = None  # from which the Wide ResNet goes on
 
     def __post_init__(self) -> None:
         self.layers = self.options.layers or []
@@ -272,9 +262,8 @@ class Study:
                 images = random_changes(images, options.random_flip, options.random_crop)
                 if rows.start >= start:
                     level = sigmas[rows.start : rows.stop].to(self.model.device)
-                    number = FIRST_TRAIN_VIEW + view
-                    seed = options.noise_seed
-                    found = batch_features(self.model, images, rows, self.layers, level, noise_seed=seed, view=number)
+                    drawn = {"noise_seed": options.noise_seed, "view": 2 + view}
+                    found = batch_features(self.model, images, rows, self.layers, level, **drawn)
                     values = torch.cat([found[layer] for layer in self.layers], dim=1)
                     if not values.isfinite().all():
                         raise ValueError("Some features are no finite numbers: the network overflows, use float32.")
@@ -298,7 +287,7 @@ class Study:
         mlp.deviation.copy_(torch.from_numpy(np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-12))))
         optimizer = torch.optim.AdamW(mlp.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
         passes = [view for _ in range(options.num_train_epochs) for view in torch.randperm(len(stored)).tolist()]
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(passes))
+        schedule = CosineAnnealingLR(optimizer, len(passes))
         for view in tqdm(passes, desc="MLP"):
             for batch in torch.randperm(len(labels)).split(options.train_batch_size):
                 inputs = torch.from_numpy(stored[view][batch.numpy()]).to(device)
@@ -314,12 +303,11 @@ class Study:
     def train_wide_resnet(self) -> tuple[WideResNet, dict[str, Any]]:
         """Return the Wide ResNet trained on what the denoiser sees, from where an earlier run stopped."""
         options = self.options
-        folder = self.folder / WIDE_RESNET
         size = options.wide_resnet_batch_size
         steps = options.wide_resnet_steps
-        keeps = options.output_dir is not None
-        channels = self.model.config.sample_shape[0]
-        config = {"k": options.wide_resnet, "num_labels": len(self.train.names), "num_channels": channels}
+        kept = None if options.output_dir is None else self.folder / WIDE_RESNET
+        config = {"k": options.wide_resnet, "num_labels": len(self.train.names)}
+        config["num_channels"] = self.model.config.sample_shape[0]
         seed_by(options.seed)
         network: Any = WideResNet(**config).to(self.model.device)
         network.to(memory_format=torch.channels_last)
@@ -333,38 +321,27 @@ class Study:
 
         def loss(batch: dict[str, Tensor]) -> Tensor:
             noisy, sigma = self.noisy_batch(batch["pixel_values"], loop.progress.batches)
-            logits = network(
-                noisy.to(self.model.device, memory_format=torch.channels_last), sigma.to(self.model.device)
-            )
-            return F.cross_entropy(logits, batch["labels"].to(self.model.device))
+            logits = network(noisy.to(memory_format=torch.channels_last), sigma)
+            return F.cross_entropy(logits, batch["labels"].to(sigma.device))
 
         def save(partial: Path) -> None:
             save_model(network, str(partial / "model.safetensors"))
             write_json(partial / "options.json", {name: getattr(options, name) for name in OF_RIVAL})
 
-        checkpoint = rival_checkpoint(folder, options)
-        if checkpoint is not None:
-            load_model(network, checkpoint / "model.safetensors")
-        loader = DataLoader(
-            LabelledRows(self.train), batch_sampler=Batches(of_epoch, size), collate_fn=cast(Any, whole)
-        )
-        with accelerated(mixed_precision="no", place=False) as accelerator:
+        if self.checkpoint is not None:
+            load_model(network, self.checkpoint / "model.safetensors")
+        order = Batches(of_epoch, size)
+        loader = DataLoader(LabelledRows(self.train), batch_sampler=order, collate_fn=cast(Any, whole))
+        with accelerated(mixed_precision="no", device_placement=False) as accelerator:
             loop = Loop(
                 accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
-                schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-                    optimizer, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2
-                ),
-                output_dir=folder if keeps else None, checkpointing_steps=options.checkpointing_steps,
-                checkpoints_total_limit=2, save=save, desc=f"WRN-28-{options.wide_resnet}",
-                option="wide_resnet_learning_rate",
+                schedule=LambdaLR(optimizer, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2),
+                output_dir=kept, checkpointing_steps=options.checkpointing_steps, checkpoints_total_limit=2, save=save,
+                desc=f"WRN-28-{options.wide_resnet}", option="wide_resnet_learning_rate",
             )  # fmt: skip
-            loop.restore(checkpoint)
-            try:
-                loop.run(loss)
-            except Interrupted as stopped:  # here the same call resumes
-                came = f"{signal.Signals(stopped.signal).name} came: {saved_checkpoints(folder)[-1]} is saved"
-                raise Interrupted(f"{came}. The same options go on from it.", stopped.signal) from None
-            if keeps and (checkpoint is None or step_of(checkpoint) < steps):
+            loop.restore(self.checkpoint)
+            loop.run(loss)
+            if kept is not None and loop.resumed.steps < steps:
                 loop.checkpoint()
         return network.eval(), config
 
@@ -373,8 +350,9 @@ class Study:
         images = random_changes(images, self.options.random_flip, self.options.random_crop)
         sigma = log_uniform(self.options, len(images), [self.options.seed, step])
         noise = torch.randn(len(images), *self.model.config.sample_shape)
-        clean = self.model.encode(images.to(self.model.device), torch.randn_like(noise)).cpu()
-        return clean + sigma[:, None, None, None] * noise, sigma
+        device = self.model.device
+        clean = self.model.encode(images.to(device), torch.randn_like(noise)).cpu()
+        return (clean + sigma[:, None, None, None] * noise).to(device), sigma.to(device)
 
     @torch.no_grad()
     def accuracies(self, name: str, network: nn.Module) -> list[float]:
@@ -391,10 +369,7 @@ class Study:
         count = len(self.test)
         where = self.options.features_dir or self.folder / "features"
         cache = FeatureCache(where, self.model, self.options.noise_seed)
-
-        def images(start: int) -> Iterator[Tensor]:
-            return self.test.batches(size, start=start, title="test")
-
+        images = partial(self.test.batches, size, None, title="test")
         for number, sigma in enumerate(self.sigmas):
             found = cache.features(images, count, self.layers, sigma, view=TEST_VIEW, data=self.test.identity)
             for start in range(0, count, size):

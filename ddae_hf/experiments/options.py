@@ -30,35 +30,28 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]
 
 
-COUNT = Range("at least 1", lambda x: x >= 1)
-NOT_NEGATIVE = Range("at least 0", lambda x: x >= 0)
-POSITIVE = Range("positive", lambda x: x > 0)
-PROBABILITY = Range("between 0 and 1", lambda x: 0 <= x <= 1)
-INSIDE = Range("above 0 and below 1", lambda x: 0 < x < 1)
-PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
-DECAY = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
-SEED = Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)  # NumPy's global generator takes no other
-
 NAMES = {
-    COUNT: """batch_size train_batch_size total_batch_size online_batch_size wide_resnet_batch_size encode_batch_size
-        extractor_batch_size gradient_accumulation_steps num_train_epochs num_epochs max_train_steps wide_resnet_steps
-        checkpointing_steps checkpoints_total_limit held_out resolution low_resolution shuffle_buffer num_samples
-        num_inference_steps num_views num_draws num_noise_seeds num_noise_samples num_quality_images num_images
-        hidden_size num_hidden_layers few_labels max_samples max_train_samples max_test_samples max_selection_samples
-        max_reference_samples num_heads num_classes sample_size""",
-    NOT_NEGATIVE: """lr_warmup_steps adam_weight_decay weight_decay max_grad_norm kl_weight mixup sample_steps
-        random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",
-    POSITIVE: """learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2""",
-    PROBABILITY: "augment label_dropout low_resolution_share",
-    INSIDE: "validation_fraction",
-    PART: "label_fraction layer_decay",
-    DECAY: "adam_beta1 adam_beta2 ema_decay dropout label_smoothing lr_warmup_ratio",
-    SEED: "seed noise_seed",
+    Range("at least 1", lambda x: x >= 1): """batch_size train_batch_size total_batch_size online_batch_size
+        wide_resnet_batch_size encode_batch_size extractor_batch_size gradient_accumulation_steps num_train_epochs
+        num_epochs max_train_steps wide_resnet_steps checkpointing_steps checkpoints_total_limit held_out resolution
+        low_resolution shuffle_buffer num_samples num_inference_steps num_views num_draws num_noise_seeds
+        num_noise_samples num_quality_images num_images hidden_size num_hidden_layers few_labels max_samples
+        max_train_samples max_test_samples max_selection_samples max_reference_samples num_heads num_classes
+        sample_size""",
+    Range("at least 0", lambda x: x >= 0): """lr_warmup_steps adam_weight_decay weight_decay max_grad_norm kl_weight
+        mixup sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",
+    Range("positive", lambda x: x > 0): "learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2",
+    Range("between 0 and 1", lambda x: 0 <= x <= 1): "augment label_dropout low_resolution_share",
+    Range("above 0 and below 1", lambda x: 0 < x < 1): "validation_fraction",
+    Range("above 0 and at most 1", lambda x: 0 < x <= 1): "label_fraction layer_decay",
+    Range("at least 0 and below 1", lambda x: 0 <= x < 1): """adam_beta1 adam_beta2 ema_decay dropout label_smoothing
+        lr_warmup_ratio""",
+    Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32): "seed noise_seed",  # NumPy's are so
 }
+RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
 FOLDERS = ("output_dir", "features_dir", "latents_dir")
 # What to give in place of options of earlier versions.
 RENAMED = {"labels_per_class": "few_labels", "regularisation": "l2, 1 / (C N) for each C, with N training images"}
-RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
 
 
 class Table(dict[str, Any]):
@@ -107,12 +100,9 @@ def read_yaml(text: str) -> Any:
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
-    """Return a field of options.
+    """Return a field of options; a default that is a list or a mapping is copied for every object.
 
-    Args:
-        default: Its value unless given; a list or a mapping is copied for every object.
-        help: What it is, for `--help`.
-        **more: What argparse's `add_argument` is told beside it, such as `metavar`.
+    `help` says what it is, and `more` is what else argparse's `add_argument` is told, such as `metavar`.
     """
     metadata = {"help": help.replace("%", "%%"), **more}
     if isinstance(default, (list, dict)):
@@ -130,7 +120,6 @@ class Options:
             value = _typed(field.name, getattr(self, field.name), hints[field.name])
             if value == "" and field.name in ("output_dir", "features_dir"):  # `Path("")` is the working directory
                 raise ValueError(f"{field.name} is empty: give a folder, or leave it out.")
-            _check_range(field.name, value)
             if field.name in FOLDERS and value is not None:
                 check_folder(value, field.name)
             setattr(self, field.name, value)
@@ -144,8 +133,7 @@ class Options:
         """Return options with some of them changed, the defaults if none came.
 
         Raises:
-            ValueError: A change of something that is no option, with the nearest names; or of another type or range;
-                or an option that must be given and is not.
+            ValueError: What is no option, with the nearest names; another type or range; one that has to be given.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if wrong := [name for name in changes if name not in names]:
@@ -182,7 +170,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """Return a value as its type hint wants it, without changing what it says, or raise `ValueError`."""
+    """Return a value as its type hint and its range want it, without changing what it says, or raise `ValueError`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in parts:
@@ -204,20 +192,18 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if hint is float and number and isinstance(value, int) and abs(value) >= 2**1024:
         raise ValueError(f"{name} has {len(str(value))} digits: it must be finite.")
     if number and (hint is float or (hint is int and value % 1 == 0)):
-        return hint(value)
+        return _in_range(name, hint(value))
     if hint in (str, bool) and isinstance(value, hint):
         return value
     words = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
     raise ValueError(f"{name} is {value!r}: it must be {words.get(hint, hint)}.")
 
 
-def _check_range(name: str, given: Any) -> None:
-    """Raise `ValueError` for a number outside its range, and for any that is not finite."""
+def _in_range(name: str, value: float) -> float:
+    """Return a number, or raise `ValueError` for one outside its option's range, and for any that is not finite."""
     allowed = RANGES.get(name)
-    for value in given if isinstance(given, list) else [given]:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: it must be finite{f' and {allowed.words}' if allowed else ''}.")
-        if allowed is not None and not allowed.holds(value):
-            raise ValueError(f"{name} is {value}: it must be {allowed.words}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: it must be finite{f' and {allowed.words}' if allowed else ''}.")
+    if allowed is not None and not allowed.holds(value):
+        raise ValueError(f"{name} is {value}: it must be {allowed.words}.")
+    return value

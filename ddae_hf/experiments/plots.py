@@ -1,4 +1,4 @@
-"""The pictures of figures: drawn without pyplot, so that a notebook shows them and no window or backend is needed."""
+"""The pictures of figures, as objects of matplotlib: a notebook shows them, and no window or backend is needed."""
 
 from __future__ import annotations
 
@@ -54,19 +54,15 @@ def _accuracies(pairs: Sequence[Pair]) -> dict[tuple[str, float], float]:
 
 def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Figure:
     """Return a picture of true classes, the rows, by predicted ones, in percent of the row."""
-    from sklearn.metrics import confusion_matrix
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-    few = len(names) <= 20
     side = max(5.0, 0.6 * min(len(names), 40))
     figure = Figure(figsize=(side, side))
     axes = figure.subplots()
-    table = confusion_matrix(labels, predicted, labels=np.arange(len(names)), normalize="true")
-    axes.imshow(table, cmap="Blues")
-    for (i, j), value in np.ndenumerate(table) if few else ():
-        dark = value > (table.min() + table.max()) / 2
-        axes.text(j, i, f"{value:.0%}", ha="center", va="center", color="white" if dark else "black")
-    axes.set_xticks(range(len(names)), names, rotation="vertical")
-    axes.set_yticks(range(len(names)), names)
+    ConfusionMatrixDisplay.from_predictions(
+        labels, predicted, labels=np.arange(len(names)), display_labels=names, normalize="true", ax=axes, cmap="Blues",
+        include_values=len(names) <= 20, values_format=".0%", xticks_rotation="vertical", colorbar=False,
+    )  # fmt: skip
     axes.set(xlabel="Predicted", ylabel="True", title=f"Test accuracy {(labels == predicted).mean():.1%}")
     return figure
 

@@ -4,9 +4,8 @@
     result = pretrain(Images.open("uoft-cs/cifar10"), max_train_steps=1000, output_dir="runs/mine")
     result.pipeline(16).images
 
-The folder opens with `DDAEPipeline.from_pretrained` and `DDAEForImageClassification.from_pretrained` as the network of
-averaged (EMA) weights; the weights that the optimiser left are in its sub-folder `raw`, which opens alike. Both hold
-the VAE of the latents that they were trained on.
+The folder opens as the network of averaged (EMA) weights; the weights that the optimiser left are in its sub-folder
+`raw`, which opens alike. Both hold the VAE of the latents that they were trained on.
 """
 
 from __future__ import annotations
@@ -28,23 +27,19 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
 from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import this_process
 from .arrays import read_json, write_json, written_whole
-from .batches import BatchSizes, batch_sizes
-from .devices import fast_layout, made_fast
-from .encoding import one_view
+from .batches import Batch, clean_images
+from .choosing import choose, chosen_before
+from .encoding import LatentFolder, one_view
 from .images import Images
-from .latent_folder import LatentFolder
+from .models import base_model
 from .new_networks import check_networks, networks_to_train, new_networks, trained_on
 from .options import Table, option
-from .pixels import scaled
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
-from .progress import Progress
 from .report import in_memory
 from .results import PretrainingReport
-from .run_facts import base_model
-from .run_folder import check_same_run, saving, write_options
+from .run_folder import Progress, check_same_run, read_options, saving, write_options
 from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -63,7 +58,7 @@ class PretrainingOptions(TrainingOptions):
 
     # Beside these, the network and its scheduler are compared as they were built, the data by number and hash.
     may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
-        """denoiser scheduler vae resolution center_crop gradient_checkpointing adam_beta1 adam_beta2 adam_weight_decay
+        """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 adam_weight_decay
         adam_epsilon ema_decay sample_steps num_samples num_inference_steps sampler""".split()
     )
 
@@ -79,9 +74,7 @@ class PretrainingOptions(TrainingOptions):
         "Mean and standard deviation of log sigma, drawn from a normal distribution: for flow matching 0 1 are "
         "logit-normal times. By default each framework's own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
     )
-    low_resolution: int | None = option(
-        None, "Begin with images reduced to this side, by means of pixels: such steps cost less."
-    )
+    low_resolution: int | None = option(None, "Begin on images reduced to this side by means of pixels, in less time.")
     low_resolution_share: float = option(0.9, "Share of the steps that are of low_resolution.")
     shuffle_buffer: int = option(10000, "Images of a stream among which the next one is drawn.")
     gradient_checkpointing: bool = option(False, "Compute hidden states twice, in less memory.")
@@ -93,9 +86,7 @@ class PretrainingOptions(TrainingOptions):
     sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
     num_samples: int = option(64, "Images in the grid.")
     num_inference_steps: int = option(50, "Sampling steps of the grid.")
-    sampler: Literal["heun"] | None = option(
-        None, "EDM's second-order sampler for the grid, in place of the scheduler's steps."
-    )
+    sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler for the grid, not the scheduler's own.")
 
     def check(self) -> None:
         """Refuse what does not go together."""
@@ -124,25 +115,18 @@ class PretrainingResult(PretrainingReport):
     run: Pretraining | None = in_memory()
 
     def save(self, folder: str | Path) -> None:
-        """Write the networks, averaged and `raw`, the options and the report, or raise `OSError`.
-
-        Raises:
-            ValueError: The run was complete before, so its folder has them already.
-        """
+        """Write the networks, options and report (`OSError`); one that was complete before has them (`ValueError`)."""
         if self.run is None:
             raise ValueError(f"This run was complete before: {self.folder} has it.")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with saving(folder):
-            self.run.write(Path(folder))
-            self.write(folder)
+        with saving(folder) as path:
+            self.run.write(path)
+            self.write(path)
 
 
 def pretrain(
     images: Images | LatentFolder, options: PretrainingOptions | None = None, **changes: Any
 ) -> PretrainingResult:
-    """Train a denoiser, new or from a checkpoint.
-
-    Under `accelerate launch` every process calls this, and the main one writes.
+    """Train a denoiser, new or from a checkpoint; under `accelerate launch` every process calls this.
 
     Args:
         images: The data set, or a folder of its latents.
@@ -150,51 +134,38 @@ def pretrain(
         **changes: Fields of the options that are to be others.
 
     Returns:
-        What was measured, with the network. With `output_dir`, checkpoints, samples, the networks, the options and the
-        report are there as well.
+        What was measured, with the network; `output_dir` has it too, with checkpoints, samples and the options.
 
     Raises:
-        ValueError: Options or data that cannot work, a checkpoint that cannot be resumed, or a loss that is not finite
-            (`NotFinite`).
+        ValueError: Options, data or a checkpoint that cannot work, or a loss that is not finite (`NotFinite`).
         OSError: A file that cannot be read, or a folder that cannot be written to.
         Interrupted: A signal came, and a checkpoint was written.
     """
     options = PretrainingOptions.of(options, changes)
     resume = options.checkpoint(*WEIGHTS)
-    sizes = batch_sizes(options, this_process().num_processes)
-    data = training_data(images, options)
-    with options.accelerated(sizes) as accelerator:
-        run = Pretraining(options, accelerator, data, sizes, resume)
-        if run.loop.is_finished(PretrainingReport.file):
-            result = PretrainingResult.read(options.output_dir or "")
+    if not options.denoiser and options.init_from is None:
+        if not isinstance(images, LatentFolder):
+            images = Images.open(images, cache_dir=options.cache_dir)
+        options = choose(images, options) if resume is None else chosen_before(options, read_options(resume))
+    with options.accelerated() as accelerator:
+        run = Pretraining(options, accelerator, training_data(images, options), resume)
+        if result := run.loop.finished(PretrainingResult):
             result.pipeline = run.pipeline(run.average)
             return result
         return run.train()
 
 
 class Pretraining:
-    """A denoiser's training: its networks, data and loop, and what it leaves behind.
+    """A denoiser's training: its networks, data and loop, and what it leaves behind."""
 
-    Raises:
-        ValueError: Networks that cannot be trained so, or a checkpoint of another run.
-    """
-
-    def __init__(
-        self,
-        options: PretrainingOptions,
-        accelerator: Accelerator,
-        data: TrainingData,
-        sizes: BatchSizes,
-        resume: Path | None,
-    ):
+    def __init__(self, options: PretrainingOptions, accelerator: Accelerator, data: TrainingData, resume: Path | None):
         self.options, self.accelerator, self.data = options, accelerator, data
-        self.given = options.in_force(sizes, accelerator.mixed_precision, data.opened_with)
+        self.given = options.in_force(accelerator.mixed_precision, data.opened_with)
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
-        trained = None if resume is None else check_resumed(self.given, sizes, known, resume)
         network, self.average, self.scheduler = networks_to_train(options, data, resume)
-        if resume is not None and trained is not None:
-            self._check_same_run(trained, network, resume)
+        if resume is not None:
+            self._check_same_run(check_resumed(self.given, known, resume), network, resume)
         check_networks(options, network, self.scheduler, data)
         kind = network_of(network)
         kind.stop_own_dropping(network)
@@ -203,33 +174,26 @@ class Pretraining:
         if options.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.average.requires_grad_(False).eval()
-        logger.info(f"Training on {data.describe(network.config.sample_size)}.")
-        loader = data.batches(network.config, sizes, options)
-        rate = options.rate(sizes)
-        betas = (options.adam_beta1, options.adam_beta2)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), rate, betas, options.adam_epsilon, options.adam_weight_decay, fused=True
-        )
-        made_fast(network, accelerator.device)
+        what = "images" if data.described is None else f"latents, {data.described['views']} view(s) of each,"
+        logger.info(f"Training on {data.count or 'a stream of'} {what} with a side of {network.config.sample_size}.")
+        loader = data.batches(network.config, options)
+        adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
+        adam["weight_decay"] = options.adam_weight_decay
         self.loop = options.loop(
-            accelerator, network, optimizer, loader, sizes, known, resume, self.write, self.average, options.ema_decay
-        )
+            accelerator, network, loader, known, resume, adam,
+            save=self.write, average=self.average, ema_decay=options.ema_decay,
+        )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
     def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
         options, data = self.options, self.data
         latents = {"center_crop": False, **read_json(resume / LATENTS)} if (resume / LATENTS).is_file() else None
-        may_change = set(options.may_change)
-        may_change |= set() if options.low_resolution else {"low_resolution_share"}
-        if not options.class_conditional and not trained.get("class_conditional"):
-            may_change.add("label_dropout")
-        if data.latents is None:
-            may_change.discard("center_crop")
+        used = {"label_dropout": options.class_conditional, "low_resolution_share": options.low_resolution}
+        used |= {"center_crop": data.latents is None, "shuffle_buffer": data.count is None}
+        may_change = options.may_change.union(name for name in used if not used[name])
         if data.count is None:  # a stream has no hash, and its order depends on more
             may_change -= OF_STREAMS
-        else:
-            may_change.add("shuffle_buffer")
         now = {**self.given, "latents": data.described, "streaming": data.count is None}
         trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
         if not options.init_from and not trained.get("init_from"):
@@ -239,7 +203,7 @@ class Pretraining:
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch."""
         options, loop = self.options, self.loop
         batch["pixel_values"] = one_view(batch["pixel_values"])
@@ -264,11 +228,10 @@ class Pretraining:
         """Write the averaged network, the raw one in `raw`, how their images are prepared, and the options."""
         if self.data.described is not None and (folder / "state").is_dir():
             write_json(folder / LATENTS, self.data.described)
-        self.pipeline(self.loop.averaged()).save_pretrained(folder)
-        self.pipeline(self.loop.raw()).save_pretrained(folder / "raw")
         vae = None if self.data.vae is None else self.data.vae.config
         processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
-        for place in (folder, folder / "raw"):
+        for place, denoiser in ((folder, self.loop.averaged()), (folder / "raw", self.loop.raw())):
+            self.pipeline(denoiser).save_pretrained(place)
             processor.save_pretrained(place)
         write_options(self.given, folder)
 
@@ -278,9 +241,9 @@ class Pretraining:
 
     def sample(self, step: int) -> None:
         """Draw a grid from the averaged network, always from the same noise."""
+        options = self.options
         if not self.accelerator.is_main_process:
             return
-        options = self.options
         pipeline = self.pipeline(self.loop.averaged()).to(self.accelerator.device)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         found: Any = pipeline(
@@ -308,16 +271,16 @@ class Pretraining:
     def train(self) -> PretrainingResult:
         """Train, and leave checkpoints and samples, the final network and, last of all, the report."""
         options, loop, folder = self.options, self.loop, self.options.output_dir
-        main = self.accelerator.is_main_process
         every = options.sample_steps if folder else 0
         step = loop.progress.steps
         if every and step and step % every == 0 and not self.picture(step).is_file():  # interrupted before it was drawn
             self.sample(step)
         loop.run(self.loss, self.sample, every)
         self.accelerator.wait_for_everyone()
+        main = self.accelerator.is_main_process
         if main and folder:
-            with saving(folder):
-                self.write(Path(folder))
+            with saving(folder) as path:
+                self.write(path)
         if every and loop.progress.steps % every:
             self.sample(loop.progress.steps)
         result = PretrainingResult(
@@ -331,19 +294,15 @@ class Pretraining:
             **base_model(options.init_from),
         )
         if main and folder:
-            with saving(folder):
-                result.write(folder)
+            with saving(folder) as path:
+                result.write(path)
             logger.info(f"{result.images_per_second} images/s, loss {result.loss_last_100_batches}; saved {folder}.")
         return result
 
 
-def training_inputs(
-    options: PretrainingOptions, batch: dict[str, Tensor], network: Any
-) -> tuple[Tensor, Tensor | None]:
+def training_inputs(options: PretrainingOptions, batch: Batch, network: Any) -> tuple[Tensor, Tensor | None]:
     """Return clean images as floats, augmented if asked for, and what the network is told of them."""
-    pixels = batch["pixel_values"]
-    pixels = pixels.to(memory_format=fast_layout(pixels.device))
-    clean = scaled(pixels, DDAEImageProcessor.for_denoiser(network.config))
+    clean = clean_images(batch["pixel_values"], network.config)
     labels = batch.get("labels")
     if options.augment:
         clean, numbers = augment(clean, options.augment)

@@ -10,12 +10,10 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..checkpoints import Checkpoint, load_vae
 from ..image_processing_ddae import DDAEImageProcessor
-from ..latents import freeze
-from .batches import BatchSizes, image_batches, images_hash, row_batches
+from .batches import image_batches, images_hash, row_batches
 from .classes import draw_images, warn_of_missing
-from .encoding import latent_dataset
+from .encoding import LatentFolder, latent_dataset
 from .images import Images, ImageSet
-from .latent_folder import LatentFolder
 
 BY_ENCODE = "`encode` takes it, and the folder says what it was"
 BY_VIEWS = "latents are not changed; `encode` with mirror makes a second, mirrored view of each"
@@ -40,13 +38,6 @@ class TrainingData:
     described: dict[str, Any] | None = None  # what tells these latents from others of the same images
     center_crop: bool = True  # whether images of another shape are or were cut, not squashed
 
-    def describe(self, side: int) -> str:
-        """Return in words what a network with inputs of this side is trained on."""
-        if self.described is not None:
-            shape, views = "x".join(map(str, self.described["shape"])), self.described["views"]
-            return f"latents of {self.count} images, {shape} each, in {views} view{'s' * (views > 1)}"
-        return f"{'a stream of' if self.count is None else self.count} images of {side} pixels"
-
     def check_vae_of(self, source: Checkpoint) -> None:
         """Raise `ValueError` unless a checkpoint's denoiser works on what it is to be trained on."""
         if self.latents is None and source.vae is not None:
@@ -57,24 +48,23 @@ class TrainingData:
             )
         if self.latents is not None:
             try:
-                self.latents.check_vae(source.load_vae())
+                self.latents.check_vae(source.load("vae"))
             except ValueError as error:
                 raise ValueError(f"{source.path} cannot be trained on these latents. {error}") from error
 
-    def batches(self, config: Any, sizes: BatchSizes, options: Any) -> DataLoader[Any]:
+    def batches(self, config: Any, options: Any) -> DataLoader[Any]:
         """Return shuffled batches for a network of this configuration: see `image_batches`."""
         if isinstance(self.rows, ImageSet):
             processor = DDAEImageProcessor.for_denoiser(config, do_center_crop=self.center_crop)
-            return image_batches(self.rows, processor, sizes, options, labels=self.num_classes > 0)
-        return row_batches(self.rows, len(self.rows), sizes, options, default_collate)
+            return image_batches(self.rows, processor, options, labels=self.num_classes > 0)
+        return row_batches(self.rows, options, default_collate)
 
 
 def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
     """Return what a denoiser is to be trained on: a data set, or a folder of its latents.
 
     Raises:
-        ValueError: Images or latents that cannot be read, or without the labels asked for; options that latents have
-            no use for.
+        ValueError: Data that cannot be read or lack the labels asked for, or options of images with latents.
         OSError: The VAE of the latents is not where it was.
     """
     if isinstance(images, LatentFolder):
@@ -116,13 +106,13 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
     views = folder.views(split)
     if "vae_source" not in folder.index:
         raise ValueError(f"{folder.folder} was not made by `encode`, which says of what the latents are.")
-    if options.class_conditional and not folder.has_labels(split):
+    labels = folder.labels(split)
+    if options.class_conditional and labels is None:
         raise ValueError(
             f"{folder.folder} has no labels of the split {split!r}. Leave out class_conditional, or encode images of a "
             "data set with a label_column."
         )
-    labels = folder.labels(split) if folder.has_labels(split) else None
-    rows = latent_dataset(folder, split, labels if options.class_conditional else None, views)
+    rows = latent_dataset(folder, split, labels if options.class_conditional else None)
     if options.max_train_samples is not None and options.max_train_samples < len(rows):
         rows = rows.select(draw_images(len(rows) if labels is None else labels, options.max_train_samples))
     try:
@@ -131,13 +121,14 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
         hint = "" if options.vae else " If the VAE of the latents is elsewhere now, say where (vae)."
         raise ValueError(f"{error}{hint}") from error
     folder.check_vae(vae)
-    freeze(vae)
+    vae.requires_grad_(False).eval()
     vae.enable_slicing()  # pictures are decoded one by one
     names = folder.index["names"] if options.class_conditional else None
     if names:
         warn_of_missing(names, {split: rows.with_format(None)["labels"][:]})
     known = folder.index["splits"][split]
-    center_crop = known["preprocessing"].get("do_center_crop", False)  # version 0.1.0 squashed
+    described = {"shape": list(folder.shape), "views": views, "sample_posterior": folder.index["sample_posterior"]}
+    center_crop = described["center_crop"] = known["preprocessing"].get("do_center_crop", False)  # 0.1.0 squashed
     return TrainingData(
         rows=rows,
         facts=lambda: {**folder.index["dataset"], "num_images": len(rows)},
@@ -148,11 +139,6 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
         names=names,
         latents=folder,
         vae=vae,
-        described={
-            "shape": list(folder.shape),
-            "views": views,
-            "sample_posterior": folder.index["sample_posterior"],
-            "center_crop": center_crop,
-        },
+        described=described,
         center_crop=center_crop,
     )

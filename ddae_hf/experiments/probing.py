@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,6 @@ from ..hidden_states import hidden_size
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import accelerated
 from .batches import Batch, Batches
 from .classes import draw_images, draw_labels
 from .devices import made_fast
@@ -40,7 +40,7 @@ from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_re
 from .metrics import F1
 from .models import Model
 from .pairs import Pair, Probe
-from .training import Loop
+from .training import Loop, accelerated
 
 if TYPE_CHECKING:
     from .sweeping import SweepOptions
@@ -88,12 +88,11 @@ class Prober:
 
     Attributes:
         layers: The layers to choose from; `PIXELS` alone is what the network is fed, whatever the noise level.
-        sigmas: The noise levels to choose from.
         folder: Where features are kept.
         selection_views: The views of the training images that are chosen on; by default all of the options'.
         rows: Indices of the training images that are chosen with, sorted: those `fitted` and those `held_out`.
-        chosen_on: Indices of the images whose features are read to choose: of a single pair all, which are fitted on
-            afterwards anyway.
+        chosen_on: Indices of the images whose features are read to choose: `rows`, but of a single pair all, which are
+            fitted on afterwards anyway.
     """
 
     model: DDAEModel
@@ -122,11 +121,8 @@ class Prober:
         part = {} if rows is None else {"rows": hashlib.sha256(rows.tobytes()).hexdigest()}
         found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
         for view in range(options.num_views) if views is None else views:
-
-            def images(start: int, view: int = view) -> Iterable[Tensor]:
-                title = f"sigma {sigma:g}, {split} images, view {view}"
-                return inputs.batches(options.batch_size, rows, view=view, start=start, title=title)
-
+            title = f"sigma {sigma:g}, {split} images, view {view}"
+            images = partial(inputs.batches, options.batch_size, rows, view=view, title=title)
             if layers == [PIXELS]:
                 found[PIXELS].append(torch.cat([batch.flatten(1) for batch in images(0)]).numpy())
                 continue
@@ -192,8 +188,8 @@ class Prober:
         for pair in tqdm(pairs, desc=f"sigma {sigma:g}, other figures", leave=False):
             view = views[pair.layer][0]
             if options.knn:
-                truth = labels[self.fitted]
-                predicted = knn_predict(view[fitted], truth, view[tested], counts, device=self.model.device)
+                known = labels[self.fitted]
+                predicted = knn_predict(view[fitted], known, view[tested], counts, device=self.model.device)
                 for count, classes in predicted.items():
                     setattr(pair, f"knn_{count}", float((classes == labels[self.held_out]).mean()))
             if options.alignment:
@@ -217,11 +213,11 @@ class Prober:
     def few_labels(self, best: Pair) -> dict[str, list[float]]:
         """Return the pair's test accuracies with few labels a class, by their number, one for every draw of them."""
         options, labels, layer = self.options, self.labels["train"], best.layer
+        figures: dict[str, list[float]] = {}
         if not options.few_labels:
-            return {}
+            return figures
         train = self.features("train", [layer], best.sigma, options.noise_seed)
         test = self.features("test", [layer], best.sigma, options.noise_seed)[layer]
-        figures: dict[str, list[float]] = {}
         for per_class in options.few_labels:
             scores = figures[str(per_class)] = []
             for draw in range(options.num_draws):
@@ -265,18 +261,17 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
     steps = math.ceil(len(rows) / options.online_batch_size)
 
     def of_epoch(epoch: int) -> list[np.ndarray]:
-        order = np.random.default_rng([options.seed, epoch + 1]).permutation(rows)
-        return np.array_split(order, steps)
+        return np.array_split(np.random.default_rng([options.seed, epoch + 1]).permutation(rows), steps)
 
-    with accelerated(seed=options.seed, mixed_precision="no", place=False) as accelerator:
+    with accelerated(seed=options.seed, mixed_precision="no", device_placement=False) as accelerator:
         probes = OnlineProbes(widths, len(prober.train.names or ()), options.protocol == "batch_norm").to(model.device)
         numbers: Any = range(len(labels))  # of the images, which `loss` reads
         order = Batches(of_epoch, options.online_batch_size)
         loader = DataLoader(numbers, batch_sampler=order, collate_fn=lambda some: {"rows": torch.tensor(some)})
+        optimizer = torch.optim.Adam(probes.parameters(), lr=options.learning_rate)
         loop = Loop(
-            accelerator, probes, torch.optim.Adam(probes.parameters(), lr=options.learning_rate), loader,
-            total_steps=options.num_epochs * steps, seed=options.seed, desc=f"sigma {sigma:g}, training",
-            schedule=lambda optimizer: CosineAnnealingLR(optimizer, options.num_epochs * steps),
+            accelerator, probes, optimizer, loader, total_steps=options.num_epochs * steps, seed=options.seed,
+            schedule=CosineAnnealingLR(optimizer, options.num_epochs * steps), desc=f"sigma {sigma:g}, training",
         )  # fmt: skip
 
         def loss(batch: Batch) -> Tensor:
@@ -314,14 +309,10 @@ def make_classifier(
 ) -> DDAEForImageClassification:  # fmt: skip
     """Return a network with a linear classifier, in evaluation mode, on the CPU if the network is of a path.
 
-    Args:
-        model: The network: a checkpoint of any layout, opened in `dtype`, or an open model, whose weights are copied.
-        names: The names of K classes.
-        weight: (K, C), for features as they are; a `ValueError` if some are no finite numbers.
-        bias: (K,).
-        dtype: By default the checkpoint's own.
-        cache_dir: Where downloads are kept.
-        **config: What its configuration says, such as `layer`, `sigma` and `noise_seed`.
+    The network is a checkpoint of any layout, opened in `dtype`, by default its own, or an open model, whose weights
+    are copied. The classifier, `weight` (K, C) and `bias` (K,), is for features as they are, and tells K classes apart
+    by their `names`; weights that are no finite numbers are a `ValueError`. `config` is what the configuration says,
+    such as `layer`, `sigma` and `noise_seed`.
     """
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise ValueError("The classifier's weights are no finite numbers: it is not saved. Regularise it more.")
@@ -347,8 +338,8 @@ def save_classifier(
 ) -> None:  # fmt: skip
     """Write a classifier that `make_classifier` made of a model, as one folder.
 
-    It holds the generator as a pipeline, with its VAE where it has one, and beside it the classifier without their
-    weights; of a denoiser that was fine-tuned, and generates no more, the whole classifier.
+    It holds the generator as a pipeline, and beside it the classifier without its weights; of a denoiser that was
+    fine-tuned, and generates no more, the whole classifier.
     """
     base = classifier.ddae
     if classifier.config.features_only is not None or not still_generates(base.denoiser, vars(classifier.config)):

@@ -1,19 +1,36 @@
-"""Pushing what an experiment leaves to the Hub, with its card."""
+"""Publishing what an experiment leaves: its model card, and a push to the Hub.
+
+A card says what the checkpoint's own configuration and the reports beside it say (`results`): a fact that no file holds
+is not in it. Its words are in `model_card_template.md`, which asks a `_Card`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
+import yaml
+from huggingface_hub import EvalResultEntry, HfApi, ModelCard, constants, eval_result_entries_to_yaml, get_token
+from huggingface_hub.repocard_data import EvalResult, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 
-from .model_card import save_card
+from ..checkpoints import build_scheduler, read_checkpoint
+from ..configuration_ddae import DDAEConfig
+from ..networks import network_of, skeleton
+from ..noise import family_of
 from .options import Options, option
-from .results import PretrainingReport
+from .report import Figure, Report, markdown
+from .results import PretrainingReport, ProbeReport
 
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
 # What only this machine needs: training states, their unfinished copies, raw weights, features, locks.
 PRIVATE = ("checkpoint-*", "partial-*", "*.partial", "raw/*", "features/*", "levels/*", "*.lock")
 
@@ -37,10 +54,8 @@ class HubOptions(Options):
 def prepare(hub: HubOptions, output_dir: str | os.PathLike[str]) -> str | None:
     """Create the repository that is pushed to, before any long work, and return its full id, OWNER/NAME.
 
-    `hub.hub_model_id` is that id afterwards. Nothing is asked for, and None returned, without `push_to_hub`.
-
-    Raises:
-        ValueError: No token, no such owner, no connection, or a public repository that is to be private.
+    `hub.hub_model_id` is that id afterwards. Without `push_to_hub` this does nothing. A `ValueError` says that there is
+    no token, no such owner or no connection, or that the repository is public and is to be private.
     """
     if not hub.push_to_hub:
         return None
@@ -69,12 +84,7 @@ def publish(
 ) -> str | None:  # fmt: skip
     """Write a complete folder's card, push both if asked to, and return a sentence of where they are on the Hub.
 
-    Args:
-        hub: Where to push, as `prepare` left it.
-        folder: What is published.
-        message: Of the commit.
-        ignore: Patterns of files that stay here.
-        generator: The checkpoint that the network is of, the report of whose pretraining the card shows too.
+    What matches `ignore` stays here. The card also shows the pretraining of `generator`, which the network is of.
 
     Raises:
         ValueError: A folder without a checkpoint, or a push that failed; the error says how to push by hand.
@@ -96,3 +106,235 @@ def publish(
         text = f"{folder} is complete, but it was not pushed: {error}\nNothing is lost; to push it:\n\n    {command}"
         raise ValueError(text) from error
     return f"Pushed {folder} to {commit.repo_url}, commit {commit.oid[:8]}."
+
+
+def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> ModelCard:
+    """Return a checkpoint's card. `save_card` also puts its pictures where the card looks for them.
+
+    Args:
+        folder: The checkpoint, in any layout.
+        repo_id: The Hub repository that the card's code opens; by default the code opens `folder`, as it is given.
+        **options: `results`, other folders with results of this checkpoint; `model_name`, by default the repository's
+            or the folder's; `dataset_name` and `dataset_id` (on the Hub), over what the reports say of their data;
+            `base_model`, the Hub repository that this checkpoint was trained from; `license`, by the Hub's name of it.
+
+    Raises:
+        ValueError: A folder without a checkpoint, a file that is no report, or an id that no repository can have.
+    """
+    return _Card(Path(folder), repo_id, **options).render()
+
+
+def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> Path:
+    """Write a checkpoint's card, `README.md`, and return its path: see `make_card`.
+
+    Its accuracies on the Hub's data sets are in `.eval_results/*.yaml`. Those of an earlier card are replaced. Pictures
+    of other folders are copied into `images`.
+    """
+    card = _Card(Path(folder), repo_id, **options)
+    rendered = card.render()
+    for picture in card.pictures:
+        target = card.folder / card.link(picture)
+        if target != picture:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(picture, target)
+    for kind in ("sweep", *(report.kind for report in Report.kinds)):  # a sweep's name before it was a probe's
+        path = card.folder / ".eval_results" / f"{kind}.yaml"
+        path.unlink(missing_ok=True)
+        if entries := card.eval_result_entries(kind):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    rendered.save(card.folder / "README.md")
+    return card.folder / "README.md"
+
+
+def read_reports(folders: Iterable[Path]) -> tuple[PretrainingReport | None, list[Report]]:
+    """Return the pretraining, of the first folder that has it, and every evaluation and fine-tuning."""
+    training: PretrainingReport | None = None
+    reports: list[Report] = []
+    names = dict.fromkeys(kind.file for kind in Report.kinds)
+    for path in (folder / name for folder in folders for name in names if (folder / name).is_file()):
+        report = Report.read(path)
+        if isinstance(report, PretrainingReport):
+            training = training or report
+        elif report not in reports:  # a copy beside another checkpoint is no second run
+            reports.append(report)
+    return training, reports
+
+
+class _Card:
+    """A checkpoint and the results that its card shows."""
+
+    def __init__(
+        self, folder: Path, repo_id: str | None, *, results: Iterable[str | os.PathLike[str]] = (),
+        model_name: str | None = None, dataset_name: str | None = None, dataset_id: str | None = None,
+        base_model: str | None = None, license: str | None = None,
+    ):  # fmt: skip
+        folders: dict[Path, Path] = {}
+        for path in (folder, *map(Path, results)):
+            folders.setdefault(path.resolve(), path)
+            if not path.is_dir():
+                raise ValueError(f"{path} is no folder: give a checkpoint's folder, and folders of results.")
+        for repository in filter(None, (repo_id, dataset_id, base_model)):
+            validate_repo_id(repository)
+        self.folder, self.path = folder, repo_id or folder.as_posix()
+        self.checkpoint = read_checkpoint(folder)
+        self.is_classifier = "DDAEForImageClassification" in (self.checkpoint.config.get("architectures") or ())
+        self.config = DDAEConfig.from_dict(self.checkpoint.config)
+        self.training, self.reports = read_reports(folders.values())
+        self.all_reports = [*([self.training] if self.training else []), *self.reports]
+        self.kinds = {report.kind for report in self.reports}
+        # The grid of samples of the end of pretraining.
+        samples = self.training and Path(self.training.folder or "", "samples")
+        self.samples = max(samples.glob("step-*.png"), default=None) if samples else None
+        self.pictures = [self.samples] if self.samples else []
+        self.pictures += [picture for report in self.reports for picture in report.pictures_there()]
+        self.name = model_name or (repo_id or folder.resolve().name).split("/")[-1]
+        given = {"id": dataset_id, "name": dataset_name or (dataset_id and Path(dataset_id).name)}
+        self.given_dataset = {name: value for name, value in given.items() if value is not None}
+        self.base_model = base_model or self._fact("base_model")
+        before = folder / "README.md"  # which alone may name the licence
+        self.license = license or self._fact("license")
+        if self.license is None and before.is_file():
+            self.license = ModelCard.load(before).data.license
+        links = [self.link(picture) for picture in self.pictures]
+        if double := {link for link in links if links.count(link) > 1}:
+            raise ValueError(f"Two folders of results have the same name ({', '.join(double)}): rename one of them.")
+
+    def _fact(self, name: str) -> Any:
+        """Return what the report of what made this checkpoint, not of what began with it or came before it, says."""
+        own = [report for report in self.all_reports if report.folder == self.folder]
+        if name == "base_model":  # which gave the network's shape alone to one that began with random weights
+            own = [report for report in own if not report.options.get("from_scratch")]
+        places = (place for report in own for place in (vars(report), report.options))
+        return next((place[name] for place in places if place.get(name)), None)
+
+    def dataset(self, report: Report) -> dict[str, Any]:
+        return {**report.dataset, **self.given_dataset}
+
+    def link(self, picture: Path) -> str:
+        """Return a picture's path relative to the checkpoint; those of other folders have theirs in `images`."""
+        if picture.is_relative_to(self.folder):
+            return picture.relative_to(self.folder).as_posix()
+        parent = picture.parent.parent if picture.parent.name == "samples" else picture.parent
+        return f"images/{parent.name}-{picture.name}"
+
+    def figures(self, report: Report) -> list[EvalResult]:
+        """Return a report's main figures as the Hub knows them; of a classifier first its own accuracy."""
+        known, generated, section = self.dataset(report), report.kind == "generation", report.section()
+        figures = list(section.figures)
+        if self.is_classifier and section.saved is not None:
+            own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
+            figures.insert(0, Figure("accuracy", "Test accuracy, with the model's fixed noise", section.saved, own))
+        task = "unconditional-image-generation" if generated else "image-classification"
+        # What agrees in task, type, configuration and split is taken for one data set.
+        config = known.get("config") or (None if "id" in known else known.get("name"))
+        return [
+            EvalResult(
+                task_type=task, dataset_type=known.get("id", "local"),  # the Hub asks for a word here
+                dataset_name=known.get("name", "local"), dataset_config=config,
+                dataset_split=known.get("train_split" if generated else "test_split"), metric_type=figure.metric,
+                metric_name=figure.name, metric_value=figure.value, metric_args=figure.conditions,
+            )
+            for figure in figures
+        ]  # fmt: skip
+
+    def eval_result_entries(self, kind: str) -> list[EvalResultEntry]:
+        """Return the main accuracy of every report of a kind, on data that the Hub has."""
+        entries = []
+        for report in self.reports:
+            first = next((f for f in self.figures(report) if f.metric_type == "accuracy"), None)
+            if report.kind == kind and first is not None and "id" in self.dataset(report):
+                details = ", ".join(f"{name} {value}" for name, value in (first.metric_args or {}).items())
+                notes = f"{first.metric_name}, a fraction ({details})"
+                entries.append(EvalResultEntry(first.dataset_type, "default", first.metric_value, notes=notes))
+        return entries
+
+    def metadata(self) -> ModelCardData:
+        figures = [figure for report in self.reports for figure in self.figures(report)]
+        of_transformers = self.checkpoint.holds_model
+        task = "image-classification" if self.is_classifier else "image-feature-extraction"
+        ids = {known["id"] for report in self.all_reports if "id" in (known := self.dataset(report))}
+        return ModelCardData(
+            library_name="transformers" if of_transformers else "diffusers", tags=TAGS, license=self.license,
+            pipeline_tag=task if of_transformers else "unconditional-image-generation", base_model=self.base_model,
+            base_model_relation="finetune" if self.base_model else None, datasets=sorted(ids) or None,
+            metrics=list(dict.fromkeys(figure.metric_type for figure in figures)) or None,
+            model_name=self.name if figures else None, eval_results=figures or None,
+        )  # fmt: skip
+
+    def description(self) -> dict[str, Any]:
+        """Return what the checkpoint is, and how it is used."""
+        config, scheduler, own = self.config, self.checkpoint.scheduler, self.checkpoint.holds_model
+        probes = [report for report in self.reports if isinstance(report, ProbeReport)]
+        best = max(probes, key=lambda report: len(report.pairs)).best if probes else None
+        network, complete = network_of(config.denoiser), skeleton(config.denoiser).config
+        count, own_null = network.num_labels(complete), network.default_null_class(complete)
+        family = family_of(build_scheduler(scheduler)) if scheduler else None
+        sampler = next(iter(family.samplers), None) if family else None
+        return {
+            "family": family,
+            "layer": config.layer if own or best is None else best.layer,
+            "sigma": config.sigma if own or best is None else best.sigma,
+            "tap_is_measured": best is not None,
+            "conditional": count > 0 and own_null != 0,
+            "labels_needed": count > 0 and config.null_class is None and own_null is None,
+            "sampler": sampler,
+            "steps": 18 if sampler else self.training and self.training.options.get("num_inference_steps"),
+        }
+
+    def render(self) -> ModelCard:
+        template, environment = TEMPLATE.read_text(encoding="utf-8"), _environment_rows(self.all_reports)
+        card = ModelCard.from_template(
+            self.metadata(), template_str=template, card=self, **self.description(), environment=environment,
+            option_rows=_option_rows, table=markdown,
+        )  # fmt: skip
+        return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n")
+
+
+# Options that say where things are and how a run is watched, not how a network is trained.
+AROUND = """base cache_dir checkpointing_steps checkpoints_total_limit config dataloader_num_workers dataset_config_name
+    dataset_name dataset_revision gradient_checkpointing hub_model_id hub_private image_column init_from label_column
+    latents_dir license logging_dir model_name_or_path num_inference_steps num_samples output_dir
+    push_to_hub report_to resume_from_checkpoint sample_steps sampler shuffle_buffer skip_bad_images streaming
+    test_split torch_compile train_data_dir train_split vae""".split()
+
+
+def _option_rows(options: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """Return the options that a training depends on, without those that are off; nested ones by dotted names."""
+    rows = []
+    without_effect = {
+        "num_train_epochs": bool(options.get("max_train_steps")),
+        "label_dropout": not options.get("class_conditional"),
+        "low_resolution_share": not options.get("low_resolution"),
+    }
+    for name, value in options.items():
+        off = value is None or value is False or (isinstance(value, float) and value == 0)
+        if off or without_effect.get(name) or (not prefix and name in AROUND):
+            continue
+        if isinstance(value, Mapping):
+            rows += _option_rows(value, f"{prefix}{name}.")
+        else:
+            rows.append([f"`{prefix}{name}`", f"`{value if isinstance(value, str) else json.dumps(value)}`"])
+    return rows
+
+
+def _environment_rows(reports: Iterable[Report]) -> list[list[str]]:
+    """Return what reports say of the machine, the time and the versions."""
+    rows = []
+    for report in reports:
+        seconds = report.seconds_this_run if report.seconds is None else report.seconds
+        seconds = seconds.get("in_all") if isinstance(seconds, Mapping) else seconds
+        last = "" if report.seconds is not None else " (its last run)"
+        time = None if seconds is None else f"{seconds:,.0f} s, {seconds / 3600:.2f} h{last}"
+        found = {"hardware": report.hardware, "processes": report.processes, "threads": report.threads, "time": time}
+        found |= {"images/s": report.images_per_second, "versions": report.versions}
+        title = report.section().title.lower()
+        rows += [[title, name, words] for name, value in found.items() if (words := _words(value))]
+    return rows
+
+
+def _words(value: Any) -> str:
+    """Return a value of a file as text, names and values of a mapping one after the other."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items())
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,15 +1,16 @@
 """What every report has: it is read and written as JSON, printed as a Markdown table, and says its figures once.
 
-A `Section` holds the figures in words: `Report.table` prints it, and `model_card` renders it. Accuracies are fractions
-in files and percent in tables. Several values are shown as mean ± standard deviation (over n - 1).
+A `Section` holds the figures in words: `Report.table` prints it, and cards render it. Accuracies are fractions in files
+and percent in tables. Several values are shown as mean ± standard deviation (over n - 1).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -17,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from .arrays import write_json
-from .options import read_yaml
 
 
 class Figure(NamedTuple):
@@ -56,12 +56,10 @@ class Report:
 
     Attributes:
         options: The options that it ran with, by name.
-        dataset: What is known of the data: `name`, `id` on the Hub, `config`, `train_split`, `test_split`,
-            `num_images`.
+        dataset: `name`, `id` on the Hub, `config`, `train_split`, `test_split`, `num_images`, as far as they are known.
         base_model: The Hub repository that it began with.
         seconds: How long it took, of all its runs; or the seconds of its parts and `in_all`.
-        hardware: Names of the processor and the GPU; with `processes`, `threads` and `versions` what
-            `run_facts.machine` returns.
+        hardware: With `processes`, `threads` and `versions` what `devices.machine` returns.
         folder: Where it was read or written.
     """
 
@@ -88,7 +86,7 @@ class Report:
             Report.kinds.append(cls)
 
     @classmethod
-    def read(cls, path: str | Path) -> Self:
+    def read(cls, path: str | os.PathLike[str]) -> Self:
         """Return the report of a file, or of the first of a folder's that is of this class.
 
         Raises:
@@ -99,7 +97,12 @@ class Report:
         kinds = [kind for kind in reversed(Report.kinds) if issubclass(kind, cls) or issubclass(cls, kind)]
         if path.is_dir():
             path /= next((kind.file for kind in kinds if (path / kind.file).is_file()), kinds[0].file)
-        content = read_mapping(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}. Run what wrote it again, or remove it.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
         kinds = [kind for kind in kinds if kind.file == path.name] or kinds
         found = next((kind for kind in kinds if any(key in content for key in kind.telling)), None)
         if found is None:
@@ -132,7 +135,7 @@ class Report:
         """Return what the file holds; what is not known is left out."""
         return _plain(self)
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write the report, complete or not at all, and return its path."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -146,10 +149,10 @@ class Report:
     def table(self) -> str:
         """Return what was measured, and the figures as a Markdown table."""
         section = self.section()
-        text = f"{section.protocol}\n\n{markdown(section.head, section.rows)}"
+        parts = [section.protocol, markdown(section.head, section.rows)]
         if section.saved is not None:
-            text += f"\n\nThe saved classifier, with its fixed noise: {percent(section.saved)} %."
-        return text
+            parts.append(f"The saved classifier, with its fixed noise: {percent(section.saved)} %.")
+        return "\n\n".join(parts)
 
     def pictures_there(self) -> dict[Path, str]:
         """Return the pictures beside the file, and what they show."""
@@ -163,9 +166,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def percent(value: float) -> str:
-    """Return a fraction in percent, with two decimals."""
-    return f"{100 * value:.2f}"
+def percent(value: float | None) -> str:
+    """Return a fraction in percent, with two decimals, and nothing of None."""
+    return "" if value is None else f"{100 * value:.2f}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -178,18 +181,6 @@ def spread(values: Sequence[float]) -> str:
 def number(value: float | None) -> str:
     """Return a count with its thousands apart, another number with four digits, and nothing of None."""
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Return what a JSON or YAML file of names and values holds, or raise `ValueError`."""
-    load: Callable[[str], Any] = json.loads if path.suffix == ".json" else read_yaml
-    try:
-        content = load(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}. Run what wrote it again, or remove it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
-    return content
 
 
 def _in_file(kind: Any) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from .pairs import Pair, Point, Probe
-from .report import Figure, Report, Section, many, number, percent, read_mapping, spread
+from .report import Figure, Report, Section, many, number, percent, spread
+from .run_folder import OPTIONS, read_options
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
 
@@ -35,8 +36,8 @@ class PretrainingReport(Report):
 
     def complete(self) -> None:
         """Read the options too."""
-        path = Path(self.folder or "", "training_options.yaml")
-        self.options = read_mapping(path) if path.is_file() else self.options
+        if self.folder is not None and (self.folder / OPTIONS).is_file():
+            self.options = read_options(self.folder)
         super().complete()
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,11 +56,9 @@ class PretrainingReport(Report):
 
 @dataclass(kw_only=True)
 class VAEReport(PretrainingReport):
-    """A VAE's training.
+    """A VAE's training, with figures of held-out images and what latents are multiplied by, `scaling_factor`.
 
-    Attributes:
-        held_out: `psnr` (dB), `kl_nats_per_image`, `latent_mean`, `latent_std` and `num_images` of held-out images.
-        scaling_factor: What latents are multiplied by.
+    `held_out` has `psnr` (dB), `kl_nats_per_image`, `latent_mean`, `latent_std` and `num_images`.
     """
 
     kind = "vae"
@@ -80,8 +79,7 @@ class ProbeReport(Report, Probe):
     """Linear probes of a frozen network, and of what it is compared with.
 
     Attributes:
-        images: Numbers of images: `fitted` and `held_out` in choosing, `train` (both, and what was not chosen on) and
-            `test`.
+        images: Numbers: `fitted` and `held_out` in choosing, `train` (both, and what was not chosen on) and `test`.
         pairs: Every layer at every level.
         baselines: The same of `raw pixels` and of the `untrained network`.
     """
@@ -132,9 +130,9 @@ class ProbeReport(Report, Probe):
         return Section("Linear probe", self._protocol(), head, rows, figures, self.saved_classifier_test_accuracy)
 
     def _rows(self, name: str, probe: Probe) -> list[list[str]]:
-        f1 = "" if probe.test_f1 is None else percent(probe.test_f1)
         ours, theirs = [*self.test_accuracies.values()], [*probe.test_accuracies.values()]
-        found = [([name, probe.best.words, f"all {self.images['train']:,}", spread(theirs), f1], ours, theirs)]
+        row = [name, probe.best.words, f"all {self.images['train']:,}", spread(theirs), percent(probe.test_f1)]
+        found = [(row, ours, theirs)]
         for count, theirs in probe.few_label_test_accuracies.items():
             row = [name, probe.best.words, f"{count} a class", spread(theirs), ""]
             found.append((row, self.few_label_test_accuracies.get(count, []), theirs))
@@ -188,24 +186,23 @@ class CurveReport(Report):
 
     def section(self) -> Section:
         """Return every checkpoint's figures."""
-        rows = [
-            [f"{p.step:,}", p.words, percent(p.test_accuracy), number(p.test_loss), number(p.frechet_distance)]
-            for p in self.points
-        ]
+        rows = []
+        for point in self.points:
+            figures = [percent(point.test_accuracy), number(point.test_loss), number(point.frechet_distance)]
+            rows.append([f"{point.step:,}", point.words, *figures])
         head = ["step", "tap", "test accuracy", "loss on test images", "Frechet distance"]
         return Section("While training", "Of every checkpoint, the best pair's probe: test accuracy in %.", head, rows)
 
 
 @dataclass(kw_only=True)
 class FineTuningReport(Report):
-    """A denoiser and a linear classifier that were trained as one network.
+    """A denoiser and a linear classifier that were trained as one network, on `num_train_labels` labelled images.
 
     Attributes:
-        num_train_labels: Number of labelled images that it learnt from.
+        train_seconds: Of training alone, all runs together.
         test_accuracy: With the model's fixed noise; as are loss, macro F1, precision and recall.
         test_own_noise_accuracy: With noise of each image's own, likewise.
         saved_classifier_test_accuracy: On pixels, where it learnt from latents.
-        train_seconds: Of training alone, all runs together.
     """
 
     kind = "fine_tuning"
@@ -242,10 +239,8 @@ class FineTuningReport(Report):
         if self.options.get("latents_dir"):
             protocol += " It learnt from latents that were encoded before, which are also what these figures are of."
         names = [name for name in METRICS if getattr(self, f"test_{name}") is not None]
-        rows = []
-        for noise, key in (("the model's fixed noise", "test"), ("each image's own", "test_own_noise")):
-            values = [getattr(self, f"{key}_{name}") for name in names]
-            rows.append([noise, *("" if value is None else percent(value) for value in values)])
+        noises = {"the model's fixed noise": "test", "each image's own": "test_own_noise"}
+        rows = [[noise, *(percent(getattr(self, f"{key}_{name}")) for name in names)] for noise, key in noises.items()]
         where = {"layer": self.layer, "sigma": self.sigma, "num_train_labels": self.num_train_labels}
         figures = [Figure(name, f"Test {METRICS[name]}", getattr(self, f"test_{name}"), where) for name in names]
         head = ["noise", *(METRICS[name] for name in names)]
@@ -257,7 +252,6 @@ class NoisyReport(Report):
     """Classifiers of noisy images.
 
     Attributes:
-        num_train_images: Number of training images; `num_test_images` likewise.
         chance: Accuracy of guessing.
         noise_on: What the noise was added to, in words.
         trained_parameters: Number of parameters by classifier.

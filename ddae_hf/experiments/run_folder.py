@@ -1,8 +1,9 @@
-"""The folder of a training run: its checkpoints, which of them are whole, its options, and what resuming allows."""
+"""The folder of a training run: its checkpoints, how far they have come, which are whole, and what resuming allows."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -12,17 +13,22 @@ import shutil
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from .arrays import read_json, write_text
+from .arrays import read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
 OPTIONS = "training_options.yaml"
 FILES = "files.json"
+PROGRESS = Path("state") / "progress.json"
+WEIGHTS = "state/model.safetensors"  # where accelerate keeps them
+# What a checkpoint has beside weights, without which a run would not go on as it was.
+STATE = ("state/optimizer.bin", "state/random_states_0.pkl", PROGRESS.as_posix())
 # Words of safetensors and torch, whose errors of writing are no `OSError`.
 OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
 
@@ -51,7 +57,7 @@ def note_files(checkpoint: Path) -> None:
     """Write `files.json`, the size and SHA-256 of every file, which is the last to be written."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / FILES)
     known = {path.relative_to(checkpoint).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
-    write_text(checkpoint / FILES, json.dumps(known, indent=2) + "\n")
+    write_json(checkpoint / FILES, known)
 
 
 def _sha256(path: Path) -> str:
@@ -62,7 +68,7 @@ def _sha256(path: Path) -> str:
 def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
     """Return why a checkpoint cannot be resumed, in words, or None; `needed` are patterns that a file each must match.
 
-    Those of versions before 0.3.0 have no `files.json`: of these it is found what is missing or cut short.
+    Versions before 0.3.0 wrote no `files.json`: then it is found what is missing or cut short.
     """
     if missing := [pattern for pattern in needed if not any(checkpoint.glob(pattern))]:
         return f"it has no {', no '.join(missing)}"
@@ -96,18 +102,12 @@ def _is_cut_short(path: Path) -> bool:
 def checkpoint_to_resume(
     output_dir: str | os.PathLike[str], wanted: str | os.PathLike[str] | None, needed: Sequence[str]
 ) -> Path | None:
-    """Return the checkpoint to resume, or None for a fresh start.
-
-    Args:
-        output_dir: Folder of the run.
-        wanted: A checkpoint's folder, `latest` for the newest of the run that is whole, or None for a fresh start.
-        needed: Patterns of the files without which a run would not go on as it was.
+    """Return the checkpoint to resume: the one wanted, for `latest` the newest that is whole, or None to start afresh.
 
     Raises:
-        ValueError: A fresh start where there are checkpoints; a checkpoint that is not there, lacks something or is
-            damaged; `latest` where all are so.
+        ValueError: A fresh start where there are checkpoints; a checkpoint that is not there, is damaged or lacks one
+            of the files `needed`; `latest` where all are so.
     """
-    check_folder(output_dir)
     found = saved_checkpoints(output_dir)
     if wanted is None:
         if found:
@@ -169,6 +169,56 @@ def read_options(checkpoint: Path) -> dict[str, Any]:
     return options
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come, with all that it was resumed from."""
+
+    epoch: int = 0  # that it is in
+    batch: int = 0  # batches of this epoch that are done, each of all processes
+    batches: int = 0  # those of all epochs
+    images: int = 0
+    seconds: float = 0.0
+    num_images: int | None = None  # of the data set; of a stream nobody knows it
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the last batches, means over all processes
+    steps: int = 0  # of the optimiser
+    batch_images: int | None = None  # images of a batch of all processes
+    images_hash: str | None = None  # of the images or latents, where they are no stream
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Progress:
+        """Return how far a run had come when it wrote a checkpoint, of this version or of an earlier one."""
+        known = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        names = {field.name for field in dataclasses.fields(cls)}
+        progress = cls(**{name: value for name, value in known.items() if name in names})
+        if "steps" not in known:  # before version 0.3.0
+            progress.steps = step_of(checkpoint)
+            processes = len(list((checkpoint / "state").glob("random_states_*")))
+            progress.batch_images = read_options(checkpoint)["train_batch_size"] * processes
+        return progress
+
+    def count(self, images: int, last: bool) -> None:
+        """Add a batch, which may be the last of its epoch."""
+        self.batches += 1
+        self.images += images
+        self.epoch, self.batch = (self.epoch + 1, 0) if last else (self.epoch, self.batch + 1)
+
+    def cut_into(self, batch_images: int) -> None:
+        """Count in batches of another size, which the images done must fill, or raise `ValueError`."""
+        before = self.batch_images or batch_images
+        if self.batch * before % batch_images:
+            raise ValueError(
+                f"{self.batch * before} images of the epoch are done, which are no whole number of batches of "
+                f"{batch_images}: give the train_batch_size and the number of processes that the run began with."
+            )
+        self.batch = self.batch * before // batch_images
+        self.batches = self.batches * before // batch_images
+        self.batch_images = batch_images
+
+    def loss(self) -> float | None:
+        """Return the mean of the last losses; a checkpoint of version 0.1.0 has kept none."""
+        return fmean(self.losses) if self.losses else None
+
+
 def discard(folder: Path) -> None:
     """Remove a checkpoint: even where this is interrupted it is whole or not there."""
     if folder.is_symlink():
@@ -186,10 +236,12 @@ def clear_rubbish(output_dir: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def saving(output_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise `OSError` in one sentence where writing into a run's folder failed, as on a full disk; leave no rubbish."""
+def saving(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a run's folder, made if it is missing, to write to; where that fails, `OSError` is one sentence of it."""
+    folder = Path(output_dir)
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
     except Exception as error:
         reason = _disk_error(error)
         if reason is None:

@@ -17,11 +17,7 @@ SAME = 1.0  # seconds in which a launcher repeats a signal that its processes ha
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work that stopped on a signal; the text says what is kept and how to go on.
-
-    Attributes:
-        signal: The signal's number.
-    """
+    """Work that stopped on a signal, whose number is `signal`; the text says what is kept and how to go on."""
 
     def __init__(self, text: str, number: int = signal.SIGINT):
         super().__init__(text)
@@ -32,13 +28,10 @@ class Stopping:
     """Notes SIGINT (Ctrl-C) and SIGTERM while it is entered, for work that stops where it can be taken up again.
 
     A second signal acts as it did before. Threads other than the main one get no signals, and note none.
-
-    Attributes:
-        requested: The number of the signal that came, or None.
     """
 
     def __init__(self) -> None:
-        self.requested: int | None = None
+        self.requested: int | None = None  # number of the signal that came
         self._came = 0.0
         self._before: dict[int, Any] = {}
 
@@ -54,6 +47,13 @@ class Stopping:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def agreed(self, accelerator: Any) -> int | None:
+        """Return the number of the signal that came to any process, the same in all of them: every one must ask."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        mine = torch.tensor([self.requested or 0], device=accelerator.device)
+        return int(accelerator.gather(mine).max()) or None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
@@ -74,10 +74,7 @@ def largest(weights: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def look(accelerator: Any, losses: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]) -> tuple[list[float], bool]:
-    """Return the last losses, as means over all processes, and whether these and all weights are finite.
-
-    Every process must ask, and all get the same answer: none waits for one that has stopped.
-    """
+    """Return means over all processes of the last losses, and whether all of it is finite; every process must ask."""
     seen = accelerator.reduce(torch.stack([*(loss.float() for loss in losses), largest(weights)]), "mean")
     return seen[:-1].tolist(), bool(seen.isfinite().all())
 

@@ -2,6 +2,7 @@
 
 One pass over the images a noise level serves all layers. Layer, noise level and strength of regularisation are chosen
 on a part of the training images; test images are looked at once, with the chosen pair. A grid of one pair is a probe.
+`sweep_run` does so for every checkpoint of a training run, and measures its loss and its samples.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -25,38 +27,38 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from .arrays import read_json, write_json
-from .classes import draw_labels
-from .devices import HELP
+from .classes import draw_images, draw_labels
+from .devices import HELP, machine
 from .draws import separate_randomness
+from .evaluation import EvaluationOptions, compare_samples
+from .extractors import open_extractor
 from .features import FeatureCache
-from .images import ImageInputs, Images, Inputs, labelled_splits
-from .models import Model, check_taps, chosen_layers, open_model, open_processor, ready
-from .options import Options, option
-from .pairs import Pair
-from .plots import accuracy_over_sigma, confusion_table, heat_map
+from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
+from .models import Model, base_model, check_taps, chosen_layers, open_model, open_processor, ready
+from .options import option
+from .pairs import Pair, Point
+from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
-from .results import ProbeReport
-from .run_facts import base_model, machine
-from .run_folder import saving
+from .results import CurveReport, PretrainingReport, ProbeReport
+from .run_folder import saved_checkpoints, saving, step_of
 
+LOSS_IMAGES = 5000
 MOST_PIXELS = 2**14  # whose correlations are 2 GiB
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class SweepOptions(Options):
+class SweepOptions(SplitOptions):
     """Options of `sweep`."""
 
     encoded: ClassVar[bool] = False  # whether views are made beforehand, for every protocol
     classifier_dir: ClassVar[str] = "classifier"  # where in output_dir the classifier is
 
-    train_split: str = option("train", "Split to train on.")
-    test_split: str = option("test", "Split to test on.")
-    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
-    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
     layers: list[str] = option(["all"], "Names of layers, or `all`, `decoder`, or `own`, the checkpoint's.")
     sigmas: list[float] = option(
         [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's.", nargs="*"
@@ -87,7 +89,6 @@ class SweepOptions(Options):
     dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
     noise_seed: int = option(0, "First noise seed.")
     seed: int = option(0, "Seed of the validation split, the draws of labels and the untrained network.")
-    cache_dir: str | None = option(None, "Where downloads are kept.")
     output_dir: str | None = option(None, "Folder of the figures, the pictures and the best classifier.")
     features_dir: str | None = option(None, "Folder where features are kept; by default `features` in output_dir.")
 
@@ -146,7 +147,7 @@ class SweepResult(ProbeReport):
         return heat_map(self.pairs, self.best)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the classifier, so that `from_pretrained` opens the folder, and all figures: see `save_classifier`."""
+        """Write all figures and the classifier, so that `from_pretrained` opens the folder: see `save_classifier`."""
         self.save_figures(folder)
         with saving(folder):
             save_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
@@ -154,17 +155,14 @@ class SweepResult(ProbeReport):
     def save_figures(self, folder: str | os.PathLike[str]) -> None:
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
         with saving(folder):
-            self._write_figures(Path(folder))
-
-    def _write_figures(self, folder: Path) -> None:
-        path = self.write(folder).parent
-        self.heat_map().savefig(path / "heat_map.png", dpi=120)
-        accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
-        names = list((self.classifier.config.id2label or {}).values())
-        table = confusion_table(self.labels, self.predicted, names)
-        table.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
-        np.save(path / "test_predictions.npy", self.predicted)
-        np.save(path / "test_labels.npy", self.labels)
+            path = self.write(folder).parent
+            self.heat_map().savefig(path / "heat_map.png", dpi=120)
+            accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
+            names = list((self.classifier.config.id2label or {}).values())
+            table = confusion_table(self.labels, self.predicted, names)
+            table.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
+            np.save(path / "test_predictions.npy", self.predicted)
+            np.save(path / "test_labels.npy", self.labels)
 
 
 def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult:
@@ -187,8 +185,7 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
     opened = open_for(model, options)
     processor = open_processor(model, options.cache_dir)
     learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
-    known = images.facts(train, test)
-    return sweep_inputs(model, opened, learnt, tested, processor, options, dataset=known, given=images.opened_with)
+    return sweep_inputs(model, opened, images, learnt, tested, processor, options)
 
 
 def open_for(model: Model, options: SweepOptions) -> DDAEModel:
@@ -208,10 +205,7 @@ def check_sweep(
     model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
     folder: str | os.PathLike[str] = "", selection_views: Sequence[int] | None = None,
 ) -> Prober:  # fmt: skip
-    """Return the probes of a sweep, which keeps its features in `folder`, or raise `ValueError`.
-
-    That is of an unknown layer, a level outside the schedule, or too few images for what is asked.
-    """
+    """Return the probes of a sweep with features in `folder`, or raise `ValueError` where model or images forbid it."""
     layers = chosen_layers(model, options.layers)
     sigmas = list(dict.fromkeys(options.sigmas or [model.config.sigma]))
     check_taps(model, layers, sigmas)
@@ -237,22 +231,13 @@ def check_sweep(
 
 
 def sweep_inputs(
-    source: Model, model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
-    *, dataset: dict[str, Any], given: Mapping[str, Any], selection_views: Sequence[int] | None = None, **config: Any,
+    source: Model, model: DDAEModel, images: Images, train: Inputs, test: Inputs, processor: DDAEImageProcessor,
+    options: SweepOptions, selection_views: Sequence[int] | None = None, **config: Any,
 ) -> SweepResult:  # fmt: skip
-    """Sweep over images or latents: see `sweep`.
+    """Sweep over images or latents with an open model: see `sweep`.
 
-    Args:
-        source: What the classifier is made of: a checkpoint, or an open model.
-        model: The model that reads the inputs.
-        train: The training images.
-        test: The test images; of latents `test.images` are those that the classifier is given.
-        processor: The classifier's image processor.
-        options: The options.
-        dataset: What the report says of the data set.
-        given: What its options say of it.
-        selection_views: The views that the pair is chosen on; by default all.
-        **config: What the classifier's configuration says beside the pair, such as `sample_posterior`.
+    The classifier is made of `source`; `config` is what its configuration says beside the pair. The pair is chosen on
+    `selection_views` of the training images, by default on all.
     """
     started = time.monotonic()
     path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
@@ -275,12 +260,13 @@ def sweep_inputs(
     draws = model.config.num_noise_samples
     settled = {"random_flip": options.flips, "random_crop": options.crop_padding, "num_noise_samples": draws}
     result = SweepResult(
-        **vars(found), **machine(device), checkpoint=path, options={**given, **options.to_dict(), **settled},
+        **vars(found), **machine(device), checkpoint=path,
+        options={**images.opened_with, **options.to_dict(), **settled},
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
         pairs=pairs, baselines=baselines, saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-        dataset=dataset, **base_model(path), classifier=classifier, processor=processor, source=source,
-        labels=test.labels, predicted=fitted[2],
+        dataset=images.facts(train.images, test.images), **base_model(path), classifier=classifier,
+        processor=processor, source=source, labels=test.labels, predicted=fitted[2],
     )  # fmt: skip
     if kept is not None:
         folder = kept / options.classifier_dir
@@ -324,3 +310,96 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
                 write_json(path, level)
         pairs += [Pair(**row) for row in level["rows"]]
     return pairs
+
+
+@dataclass(kw_only=True)
+class CurveOptions(SweepOptions):
+    """Options of `sweep_run`: those of a sweep, and of what else is measured."""
+
+    quality_extractor: str | None = option(
+        None, "Over a training run, also measure samples, by this extractor of evaluate_generation.py."
+    )
+    num_quality_images: int = option(5000, "Samples of each checkpoint.")
+    num_inference_steps: int = option(50, "Sampling steps.")
+    sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler.")
+
+
+def sweep_run(
+    run: str | os.PathLike[str], images: Images, options: CurveOptions | None = None, **changes: Any
+) -> CurveReport:
+    """Sweep every checkpoint of a training run, and measure its loss on test images and its samples.
+
+    Args:
+        run: The run's folder, with a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself.
+        images: The labelled images.
+        options: With `output_dir`, each checkpoint's results are in a folder of its name there, `training_curve.json`
+            and `training_curve.png` beside them.
+        **changes: Fields of the options that are to be others.
+
+    Raises:
+        ValueError: A folder without checkpoints, options that cannot work, or images that cannot be read.
+        OSError: Not enough space on disk.
+    """
+    options = CurveOptions.of(options, changes)
+    images = Images.open(images, cache_dir=options.cache_dir)
+    checkpoints = training_checkpoints(run)
+    for checkpoint in checkpoints.values():
+        DDAEConfig.from_pretrained(checkpoint)  # refused now, and not after hours
+    train, test = labelled_splits(images, options)
+    processor = open_processor(next(iter(checkpoints.values())), options.cache_dir)
+    learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
+    kept = options.output_dir
+    features = options.features_dir or (kept and f"{kept}/features")
+    quality = extractor = None
+    if options.quality_extractor is not None:
+        quality = EvaluationOptions(
+            extractor=options.quality_extractor, num_images=options.num_quality_images,
+            num_inference_steps=options.num_inference_steps, sampler=options.sampler, seed=options.seed,
+            reference_split=options.train_split, features_dir=features, cache_dir=options.cache_dir,
+        )  # fmt: skip
+        extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir)
+    points = []
+    for step, checkpoint in tqdm(checkpoints.items(), desc="Checkpoints"):
+        folder = kept and f"{kept}/checkpoint-{step}"
+        own = dataclasses.replace(options, output_dir=folder, features_dir=features)
+        found = sweep_inputs(str(checkpoint), open_for(checkpoint, own), images, learnt, tested, processor, own)
+        accuracy, loss = found.test_accuracies[str(options.noise_seed)], test_loss(checkpoint, tested, options)
+        point = Point(step=step, test_accuracy=accuracy, test_loss=loss, **dataclasses.asdict(found.best))
+        if quality is not None:
+            where = dataclasses.replace(quality, output_dir=folder and f"{folder}/generation")
+            made: Any = compare_samples(str(checkpoint), images, where, extractor)
+            point.frechet_distance = made.results["generated"]["frechet_distance"]
+        points.append(point)
+        logger.info("Step %s:\n%s", step, found.table())
+    dataset = images.facts(train, test)
+    report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
+    if kept is not None:
+        report.write(kept)
+        curves_of_points(points).savefig(Path(kept, "training_curve.png"), dpi=120)
+    return report
+
+
+def training_checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return a training run's checkpoints by step, the final one included, or raise `ValueError` if it has none."""
+    found = {step_of(path): path for path in saved_checkpoints(run)}
+    results = Path(run, PretrainingReport.file)
+    if results.exists():
+        found.setdefault(read_json(results)["steps"], Path(run))
+    if not found:
+        raise ValueError(f"{run}: there is no folder `checkpoint-STEP` of a training run in it.")
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def test_loss(checkpoint: Path, test: Inputs, options: CurveOptions) -> float:
+    """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
+    model = open_model(checkpoint, dtype="float32", null_class=options.null_class)
+    generator = torch.Generator().manual_seed(options.seed)
+    losses = []
+    some = draw_images(test.labels, LOSS_IMAGES)
+    for images in test.batches(options.batch_size, some, title="loss on test images"):
+        clean = model.encode(images.to(model.device))
+        sigma = model.diffusion.family.draw(len(images), None, generator).to(model.device)
+        noise = torch.randn(clean.shape, generator=generator).to(model.device)
+        losses.append(model.diffusion.loss(clean, sigma=sigma, noise=noise).cpu())
+    return torch.cat(losses).mean().item()

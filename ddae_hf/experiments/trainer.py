@@ -6,7 +6,6 @@ of what it was trained with) and at last `files.json`, by which `run_folder` kno
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from .encoding import one_view
 from .images import Inputs
 from .metrics import classification_metrics
 from .run_folder import check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
-from .stopping import NotFinite, Stopping, check_weights, look, not_finite
+from .stopping import Stopping, check_weights, look, not_finite
 
 if TYPE_CHECKING:
     from .finetuning import FinetuningOptions
@@ -55,12 +54,15 @@ IN_TRAINING = frozenset(
 )
 
 
-def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
-    """Return how many layers lie before each parameter that the logits depend on.
+def parameter_groups(
+    model: DDAEForImageClassification, learning_rate: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return the optimiser's groups.
 
-    The depth of a parameter in a block is the number (from 1) of the first layer, in the order of `layer_names`, whose
-    hidden state has a gradient for it; what stands outside the blocks (first convolution, embeddings) has depth 0. The
-    classifier comes after the last layer. Parameters that are missing have no part in the logits.
+    The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
+    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). A parameter in a block is of the first layer, in the
+    order of `layer_names`, whose hidden state has a gradient for it; what stands outside the blocks (first convolution,
+    embeddings) comes before all layers, the classifier after them. Biases, gains and other vectors are not decayed.
     """
     blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
     names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
@@ -71,19 +73,8 @@ def parameter_depths(model: DDAEForImageClassification) -> dict[str, int]:
     for number, state in enumerate(states, start=1):
         for name in parameters_behind([state], names, seen):
             depths[name] = number if name.split(".")[2] in blocks else 0
-    return depths | {name: len(states) + 1 for name, _ in model.classifier.named_parameters(prefix="classifier")}
-
-
-def parameter_groups(
-    model: DDAEForImageClassification, learning_rate: float, layer_decay: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Return the optimiser's groups.
-
-    The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
-    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). Biases, gains and other vectors are not decayed.
-    """
-    depths = parameter_depths(model)
-    top = max(depths.values())
+    top = len(states) + 1
+    depths |= {name: top for name, _ in model.classifier.named_parameters(prefix="classifier")}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # what the logits depend on
@@ -95,10 +86,7 @@ def parameter_groups(
 
 
 class LabelledRows(Dataset[Any]):
-    """Labelled inputs by whole batches, as a loader asks for them; by default all, and of each the first view alone.
-
-    `noise` gives rows noise of their own, (B, draws, C, H, W).
-    """
+    """Labelled inputs by whole batches; by default all, of each the first view alone, and without `noise` of rows."""
 
     def __init__(
         self,
@@ -121,12 +109,6 @@ class LabelledRows(Dataset[Any]):
         batch["labels"] = torch.from_numpy(self.inputs.labels[rows])
         return batch if self.noise is None else batch | {"noise": self.noise(rows).transpose(0, 1)}
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """How many images these are, and a SHA-256 of them and their labels."""
-        content = [self.inputs.images.hash, self.rows.tolist(), self.inputs.labels[self.rows].tolist()]
-        return {"num_images": len(self), "data": hashlib.sha256(repr(content).encode()).hexdigest()}
-
 
 class Progress(ProgressCallback):
     """Trainer's progress bar, which prints nothing here, and what is done around every step."""
@@ -139,13 +121,12 @@ class Progress(ProgressCallback):
         """Put this run's options in the place of those that Trainer has restored from a checkpoint."""
         super().on_train_begin(args, state, control, **kwargs)
         state.compute_steps(args, state.max_steps)
-        schedule = self.trainer.lr_scheduler
+        schedule = kwargs["lr_scheduler"]
+        groups = kwargs["optimizer"].param_groups
         schedule.base_lrs = [rate for rate, _ in self.trainer.given]
-        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
-        groups = self.trainer.optimizer.param_groups
-        for group, rate, (_, weight_decay) in zip(groups, schedule._last_lr, self.trainer.given, strict=True):
-            group.update(lr=rate, weight_decay=weight_decay)
+        for group, (rate, weight_decay), factor in zip(groups, self.trainer.given, schedule.lr_lambdas, strict=True):
+            group.update(lr=rate * factor(schedule.last_epoch), weight_decay=weight_decay)
+        schedule._last_lr = [group["lr"] for group in groups]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the weights; save and stop if a signal came."""
@@ -158,11 +139,10 @@ class Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the loss, and stop if it is no number."""
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise self.trainer.not_finite(loss)
-        if loss and self.training_bar is not None:
-            self.training_bar.set_postfix(loss=f"{loss:.4f}")
+        if "loss" in logs:
+            self.trainer.look()
+            if self.training_bar is not None:
+                self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
 
 class FineTuner(Trainer):
@@ -173,8 +153,6 @@ class FineTuner(Trainer):
 
     model: Any
     optimizer: Any
-    lr_scheduler: Any
-    train_dataset: Any
     args: Any
 
     def __init__(
@@ -186,6 +164,8 @@ class FineTuner(Trainer):
                 callback.logging_dir = str(Path(str(arguments.output_dir)) / options.logging_dir)
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(self))
+        steps = math.ceil(len(self.get_train_dataloader()) / options.gradient_accumulation_steps)  # of an epoch
+        arguments.max_steps = options.max_train_steps or options.num_train_epochs * steps
         groups = parameter_groups(model, options.learning_rate, options.layer_decay, options.weight_decay)
         self.given = [(group["lr"], group["weight_decay"]) for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -195,7 +175,7 @@ class FineTuner(Trainer):
             self.average = EMAModel(self.learning.values(), decay=options.ema_decay, foreach=True)
         self.options = options
         self.stopping = Stopping()
-        self.losses: deque[Tensor] = deque(maxlen=100)  # of batches, looked at before a checkpoint is written
+        self.losses: deque[Tensor] = deque(maxlen=100)  # of batches
         self.batch = 0  # of this step
         self.images_seen = 0  # in this run
         self.known: dict[str, Any] = {}  # what checkpoints note beside: hashes of the images and the start, and options
@@ -228,10 +208,7 @@ class FineTuner(Trainer):
 
     def signal(self) -> int | None:
         """Return the number of the signal that came to any process, the same in all of them."""
-        if self.args.world_size == 1:
-            return self.stopping.requested
-        asked = torch.tensor([self.stopping.requested or 0], device=self.args.device)
-        return int(self.accelerator.gather(asked).max()) or None
+        return self.stopping.agreed(self.accelerator)
 
     def restore(self, checkpoint: Path) -> None:
         """Take over progress and averages, of which Trainer does not know; raise `ValueError` where it is another run.
@@ -239,33 +216,26 @@ class FineTuner(Trainer):
         With other processes or images Trainer would go on at another place.
         """
         self.before = read_json(checkpoint / PROGRESS)
-        check_weights(checkpoint, load_file(checkpoint / WEIGHTS).values())
+        averages = {} if self.average is None else load_file(checkpoint / AVERAGED)
+        check_weights(checkpoint, [*load_file(checkpoint / WEIGHTS).values(), *averages.values()])
         if self.average is not None:
-            saved = load_file(checkpoint / AVERAGED)
-            check_weights(checkpoint, saved.values())
             for name, value in zip(self.learning, self.average.shadow_params, strict=True):
-                value.copy_(saved[name])
+                value.copy_(averages[name])
             self.average.optimization_step = step_of(checkpoint)
+        trained = f"{checkpoint} was trained"
         processes = len(list(checkpoint.glob("rng_state*.pth")))
-        if processes != self.args.world_size:
-            now = self.args.world_size
-            raise ValueError(
-                f"{checkpoint} was trained by {processes} process(es), and here are {now}: start as many as then."
-            )
+        if processes != (now := self.args.world_size):
+            raise ValueError(f"{trained} by {processes} process(es), and here are {now}: start as many as then.")
         # Versions before 0.3.0 noted the number of images alone, or nothing.
-        different = [name for name, value in self.known.items() if self.before.get(name, value) != value]
-        if "num_images" in different or "data" in different:
-            raise ValueError(
-                f"{checkpoint} was trained on {self.before['num_images']} images, and here are "
-                f"{len(self.train_dataset)}, or others: give the same images, with the same labels."
-            )
+        different = {name for name, value in self.known.items() if self.before.get(name, value) != value}
+        if different & {"num_images", "data"}:
+            images = f"on {self.before['num_images']} images, and here are {self.known['num_images']}, or others"
+            raise ValueError(f"{trained} {images}: give the same images, with the same labels.")
         if step_of(checkpoint) > self.args.max_steps:
             raise ValueError(f"{checkpoint} is past the {self.args.max_steps} steps that are asked for: give more.")
         if "start" in different:
-            raise ValueError(
-                f"{checkpoint} was trained from another model_name_or_path, or on images or latents that are made "
-                "otherwise: give those that the run began with."
-            )
+            start = "from another model_name_or_path, or on images or latents that are made otherwise"
+            raise ValueError(f"{trained} {start}: give those that the run began with.")
         self._check_options(checkpoint)
 
     def _check_options(self, checkpoint: Path) -> None:
@@ -293,19 +263,16 @@ class FineTuner(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write a checkpoint, finite and whole or not at all, and drop the oldest others."""
-        averages = self.average.shadow_params if self.average else []
-        losses, finite = look(self.accelerator, self.losses, [*self.model.state_dict().values(), *averages])
-        if not finite:
-            raise self.not_finite(fmean(losses))
+        self.look()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with saving(folder.parent):
             try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process has written its random state
                 if self.is_world_process_zero():
-                    if averages:
-                        tensors = [value.contiguous() for value in averages]
-                        save_file(dict(zip(self.learning, tensors, strict=True)), folder / AVERAGED)
+                    if self.average is not None:
+                        averages = (value.contiguous() for value in self.average.shadow_params)
+                        save_file(dict(zip(self.learning, averages, strict=True)), folder / AVERAGED)
                     write_json(folder / PROGRESS, self.total() | self.known)
                     note_files(folder)
                     for old in [other for other in saved_checkpoints(folder.parent) if other != folder][:-1]:
@@ -315,11 +282,14 @@ class FineTuner(Trainer):
                     discard(folder)
                 raise
 
-    def not_finite(self, loss: float) -> NotFinite:
-        """Return what stops a training that has failed; the learning rate is the classifier's, the largest."""
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
-        found = saved_checkpoints(self.args.output_dir)
-        return not_finite(self.state.global_step, loss, rate, found[-1] if found else None)
+    def look(self) -> None:
+        """Raise `NotFinite` unless the last losses and all weights are finite."""
+        averages = self.average.shadow_params if self.average else []
+        losses, finite = look(self.accelerator, self.losses, [*self.model.state_dict().values(), *averages])
+        if not finite:
+            rate = max(group["lr"] for group in self.optimizer.param_groups)  # the classifier's
+            found = saved_checkpoints(self.args.output_dir)
+            raise not_finite(self.state.global_step, fmean(losses), rate, found[-1] if found else None)
 
 
 def _metrics(found: Any) -> dict[str, float]:

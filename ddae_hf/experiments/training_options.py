@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
-from torch import nn, optim
-from torch.utils.data import DataLoader
+from torch import nn
 
-from .accelerating import accelerated
 from .batches import BatchSizes
+from .devices import has_bfloat16, made_fast
 from .options import Options, option
-from .progress import STATE, Progress
-from .run_folder import checkpoint_to_resume, read_options
-from .training import Loop
+from .run_folder import STATE, Progress, checkpoint_to_resume, read_options
+from .training import Loop, accelerated, this_process
 
-Precision = Literal["no", "fp16", "bf16"]
+logger = logging.getLogger(__name__)
+
 # diffusers' `piecewise_constant` needs rules that no option gives.
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-# What may be another when a run is resumed; it holds from then on.
-MAY_CHANGE = frozenset(
-    """output_dir cache_dir dataset_name dataset_config_name train_data_dir latents_dir image_column label_column
-    skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps
-    num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm
-    mixed_precision allow_tf32 dataloader_num_workers checkpointing_steps checkpoints_total_limit
-    resume_from_checkpoint report_to logging_dir""".split()
-)
 
 
 @dataclass(kw_only=True)
 class TrainingOptions(Options):
     """What training a denoiser and training a VAE have in common."""
 
-    may_change: ClassVar[frozenset[str]] = MAY_CHANGE
+    # What may be another when a run is resumed; it holds from then on.
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        """output_dir cache_dir dataset_name dataset_config_name train_data_dir latents_dir image_column label_column
+        skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps
+        num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm
+        mixed_precision allow_tf32 dataloader_num_workers checkpointing_steps checkpoints_total_limit
+        resume_from_checkpoint report_to logging_dir""".split()
+    )
     default_batch: ClassVar[int] = 128
 
     output_dir: str | None = option(None, "Folder of checkpoints and results; without one there are none on disk.")
     train_split: str = option("train", "Split to train on.")
-    max_train_samples: int | None = option(
-        None, "Use N training images of all classes, always the same ones; of a stream the first N."
-    )
+    max_train_samples: int | None = option(None, "Use N images of all classes, always the same; a stream's first N.")
     cache_dir: str | None = option(None, "Where downloaded data is kept.")
     resolution: int | None = option(None, "Side of the square training images; by default the network's sample_size.")
     center_crop: bool | None = option(
@@ -55,9 +56,7 @@ class TrainingOptions(Options):
     total_batch_size: int | None = option(
         None, "Images a step, of all devices together; by default 128, or what train_batch_size comes to."
     )
-    train_batch_size: int | None = option(
-        None, "Images of a forward pass on each device; by default total_batch_size divided among them."
-    )
+    train_batch_size: int | None = option(None, "Images of a forward pass on each device; by default its whole share.")
     gradient_accumulation_steps: int | None = option(None, "Forward passes a step; by default as many as are needed.")
     num_train_epochs: int = option(100, "Times that all images are gone through.")
     max_train_steps: int | None = option(None, "Number of optimiser steps; overrides num_train_epochs.")
@@ -66,7 +65,7 @@ class TrainingOptions(Options):
     lr_scheduler: Schedule = option("constant_with_warmup", "How the learning rate changes.")
     lr_warmup_steps: int = option(500, "Steps in which it rises from 0.")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.")
-    mixed_precision: Precision | None = option(None, "By default what accelerate is configured for.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "By default as accelerate is configured.")
     allow_tf32: bool | None = option(None, "Compute float32 in TF32 on GPUs; by default as torch does.")
     dataloader_num_workers: int = option(
         0, "Processes that decode images, anew in each epoch; with 0 images that fit into memory are decoded once."
@@ -87,91 +86,104 @@ class TrainingOptions(Options):
         where = self.output_dir or self.resume_from_checkpoint
         return checkpoint_to_resume(where, self.resume_from_checkpoint, (*STATE, *weights)) if where else None
 
-    def accelerated(self, sizes: BatchSizes) -> AbstractContextManager[Accelerator]:
-        """Return what gives the run's `Accelerator`: see `accelerating.accelerated`."""
-        return accelerated(
-            mixed_precision=self.mixed_precision,
-            accumulation=sizes.accumulation,
-            allow_tf32=self.allow_tf32,
-            report_to=self.report_to,
-            output_dir=self.output_dir,
-            logging_dir=self.logging_dir,
-            tracked=self.to_dict(),
-        )
+    @cached_property
+    def sizes(self) -> BatchSizes:
+        """How many images a step has, and how they are shared out, or `ValueError` where they cannot be."""
+        total, each, passes = self.total_batch_size, self.train_batch_size, self.gradient_accumulation_steps
+        processes = this_process().num_processes
+        shares = processes * (each or 1) * (passes or 1)
+        total = total or (shares if each else self.default_batch)
+        if total % shares if None in (each, passes) else total != shares:
+            needed = f"a multiple of {shares}" if None in (each, passes) else f"{shares}, or one of the three left out"
+            raise ValueError(
+                f"total_batch_size is {total}: with train_batch_size {each}, gradient_accumulation_steps {passes} and "
+                f"{processes} process(es) it must be {needed}."
+            )
+        each = each or total // shares
+        passes = total // (each * processes)
+        logger.info(f"A step has {total} images: {each} x {processes} device(s) x {passes} forward pass(es).")
+        return BatchSizes(total, each, passes, processes)
 
-    def in_force(self, sizes: BatchSizes, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def accelerated(self) -> Iterator[Accelerator]:
+        """Give the run's `Accelerator`, or raise `ValueError` where the tracker or the precision is not to be had.
+
+        Afterwards TF32 and what `training.accelerated` names are as before, and the tracker has ended.
+        """
+        logs = self.output_dir and os.path.join(self.output_dir, self.logging_dir)
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = (matmul.allow_tf32, cudnn.allow_tf32) if self.allow_tf32 else None
+        with accelerated(
+            accumulation=self.sizes.accumulation,
+            mixed_precision=self.mixed_precision,
+            log_with=self.report_to,
+            project_config=ProjectConfiguration(self.output_dir, logs),
+        ) as accelerator:
+            if self.report_to and not accelerator.log_with:
+                raise ValueError(f"report_to is {self.report_to}: that tracker is not installed.")
+            if accelerator.mixed_precision == "bf16" and not has_bfloat16(accelerator.device):
+                logger.warning("This hardware has no bfloat16 arithmetic: mixed_precision no will be faster.")
+            try:
+                if self.report_to:
+                    accelerator.init_trackers("ddae_hf", {name: str(value) for name, value in self.to_dict().items()})
+                if before is not None:
+                    matmul.allow_tf32 = cudnn.allow_tf32 = True
+                yield accelerator
+            finally:
+                for tracker in accelerator.trackers:
+                    tracker.finish()
+                if before is not None:
+                    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+    def in_force(self, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options that a run has, plain data that `--config` takes again on any number of devices."""
-        given = {**opened_with, **self.to_dict(), "total_batch_size": sizes.total, "mixed_precision": precision}
+        given = {**opened_with, **self.to_dict(), "total_batch_size": self.sizes.total, "mixed_precision": precision}
         if given["train_batch_size"] is not None:
             given["gradient_accumulation_steps"] = None  # it follows from the two sizes
         return given
 
-    def rate(self, sizes: BatchSizes) -> float:
-        """Return the learning rate, which `scale_lr` multiplies by the images of a step."""
-        return self.learning_rate * (sizes.total if self.scale_lr else 1)
-
     def loop(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        optimizer: optim.Optimizer,
-        loader: DataLoader[Any],
-        sizes: BatchSizes,
-        data: Progress,
-        resume: Path | None,
-        save: Callable[[Path], None],
-        average: nn.Module | None = None,
-        ema_decay: float = 0.0,
-    ) -> Loop:
-        """Return a `Loop`, from the start or from a checkpoint, which keeps the weights if there is no average."""
-        steps = self.max_train_steps
-        if steps is None:
-            steps = self.num_train_epochs * max(1, (data.num_images or 0) // sizes.total)
+        self, accelerator: Accelerator, module: nn.Module, loader: Any, data: Progress, resume: Path | None,
+        adam: Mapping[str, Any], **more: Any,
+    ) -> Loop:  # fmt: skip
+        """Return a `Loop` as these options and `more` say, with AdamW, from the start or from a checkpoint."""
+        made_fast(module, accelerator.device)
+        rate = self.learning_rate * (self.sizes.total if self.scale_lr else 1)
+        optimizer = torch.optim.AdamW(module.parameters(), rate, fused=True, **adam)
+        steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // self.sizes.total)
         loop = Loop(
-            accelerator,
-            module,
-            optimizer,
-            loader,
-            total_steps=steps,
-            seed=self.seed,
-            schedule=lambda built: get_scheduler(self.lr_scheduler, built, None, self.lr_warmup_steps, steps),
-            max_grad_norm=self.max_grad_norm,
-            average=average,
-            ema_decay=ema_decay,
-            output_dir=self.output_dir,
-            checkpointing_steps=self.checkpointing_steps,
-            checkpoints_total_limit=self.checkpoints_total_limit,
-            save=save,
-            keep_weights=average is None,
-        )
+            accelerator, module, optimizer, loader, total_steps=steps, seed=self.seed,
+            schedule=get_scheduler(self.lr_scheduler, optimizer, None, self.lr_warmup_steps, steps),
+            max_grad_norm=self.max_grad_norm, output_dir=self.output_dir, checkpointing_steps=self.checkpointing_steps,
+            checkpoints_total_limit=self.checkpoints_total_limit, **more,
+        )  # fmt: skip
         loop.restore(resume)
         loop.progress.num_images = data.num_images
         loop.progress.images_hash = data.images_hash
         return loop
 
 
-def check_resumed(given: Mapping[str, Any], sizes: BatchSizes, data: Progress, checkpoint: Path) -> dict[str, Any]:
+def check_resumed(given: Mapping[str, Any], data: Progress, checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's options, or raise `ValueError` unless a run has its batches and images and a fit precision.
 
-    Else which images of its epoch are done would not be known. `data` has this run's `num_images` and `images_hash`.
+    `data` has this run's `num_images` and `images_hash`.
     """
     trained = {"center_crop": False, **read_options(checkpoint)}  # version 0.1.0 had no such option, and squashed
     before = Progress.read(checkpoint)
+    now = given["total_batch_size"]
     total = trained.get("total_batch_size")
     if total is None:
-        total = (before.batch_images or sizes.total) * (trained.get("gradient_accumulation_steps") or 1)
+        total = (before.batch_images or now) * (trained.get("gradient_accumulation_steps") or 1)
+    was = f"{checkpoint} was trained on"
     anew = "or begin another run, in another output_dir"
-    if total != sizes.total:
-        raise ValueError(
-            f"{checkpoint} was trained on {total} images a step (total_batch_size), and here are {sizes.total}: give "
-            f"total_batch_size {total}, {anew}."
-        )
+    if total != now:
+        here = f"and here are {now}: give total_batch_size {total}, {anew}"
+        raise ValueError(f"{was} {total} images a step (total_batch_size), {here}.")
     same = f"give the same images, {anew}."
-    if None not in (before.num_images, data.num_images) and before.num_images != data.num_images:
-        was = f"{checkpoint} was trained on {before.num_images} images"
-        raise ValueError(f"{was}, and here are {data.num_images}: {same}")
-    if None not in (before.images_hash, data.images_hash) and before.images_hash != data.images_hash:
-        raise ValueError(f"{checkpoint} was trained on other images, as many as these: {same}")
+    if data.num_images and before.num_images not in (None, data.num_images):
+        raise ValueError(f"{was} {before.num_images} images, and here are {data.num_images}: {same}")
+    if data.images_hash and before.images_hash not in (None, data.images_hash):
+        raise ValueError(f"{was} other images, as many as these: {same}")
     if given["mixed_precision"] == "fp16" and not (checkpoint / "state" / "scaler.pt").is_file():
         raise ValueError(
             f"mixed_precision was {trained.get('mixed_precision')} and is fp16: {checkpoint} has no scale of the "

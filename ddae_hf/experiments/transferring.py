@@ -10,7 +10,6 @@ import contextlib
 import copy
 import logging
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from ..configuration_ddae import DDAEConfig
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
 from .arrays import num_bytes, size
-from .encoding import LatentInputs, describe_splits, encode_views
+from .encoding import LatentFolder, LatentInputs, describe_splits, encode_views
 from .finetuning import FinetuningOptions, check_finetuning, finetune
 from .images import ImageInputs, Images, labelled_splits
-from .latent_folder import LatentFolder
 from .models import Model, open_model, open_processor
 from .options import Table, option
 from .probing import Prober
@@ -84,16 +82,14 @@ class TransferOptions(SweepOptions):
 def transfer(model: Model, images: Images, options: TransferOptions | None = None, **changes: Any) -> SweepResult:
     """Encode labelled images once, probe a denoiser of latents on them and, with `finetune`, train it further.
 
-    What this will take is logged before it begins; what was interrupted goes on where it stopped.
+    What this will take is logged before it begins; what was interrupted goes on where it stopped. The result is that of
+    the sweep, whose classifier takes images; the fine-tuned one is in `finetuned` in `output_dir`.
 
     Args:
         model: The model, or its checkpoint's folder or Hub id; with its VAE.
         images: The data set.
         options: Options, by default those of `TransferOptions`.
         **changes: Fields of the options that are to be others.
-
-    Returns:
-        The result of the sweep, whose classifier takes images. The fine-tuned one is in `finetuned` in `output_dir`.
 
     Raises:
         ValueError: A model without a VAE, options that cannot work, images that cannot be read, or a damaged file.
@@ -128,11 +124,11 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
             check_finetuning(
                 options.finetuning(prober.layers[0], prober.sigmas[0], where), denoiser.config, train.labels
             )
-        logger.info(features_use(prober, folder))
+        logger.info(features_use(prober, options))
         encode_views(folder, vae, pixels, options.encode_batch_size)
         result = sweep_inputs(
-            model, denoiser, learnt, tested, processor, options, dataset=images.facts(train, test),
-            given=images.opened_with, selection_views=FIRST, sample_posterior=options.sample_posterior,
+            model, denoiser, images, learnt, tested, processor, options, FIRST,
+            sample_posterior=options.sample_posterior,
         )  # fmt: skip
         if options.finetune is not None:
             finetune(model, images, options.finetuning(result.best.layer, result.best.sigma, where))
@@ -155,17 +151,15 @@ def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
     return bare, whole.vae
 
 
-def features_use(prober: Prober, folder: LatentFolder) -> str:
+def features_use(prober: Prober, options: TransferOptions) -> str:
     """Return what features of latents will take, and how often the denoiser will run, in words."""
-    options = prober.options
     if options.online:
         return "These probes keep no features: the denoiser runs on every image at each noise level and epoch."
     widths = [num_bytes((hidden_size(prober.model.denoiser, layer),), 1) for layer in prober.layers]
     choosing = len(prober.chosen_on) * len(prober.sigmas)
     probing = (len(prober.train) + len(prober.test)) * options.num_views * options.num_noise_seeds
-    free = size(shutil.disk_usage(folder.folder).free)
     return (
         f"To choose among {len(widths)} layers and {len(prober.sigmas)} noise levels, the denoiser runs on "
         f"{choosing:,} latents, whose features take {size(choosing * sum(widths))}; to probe the best pair, on "
-        f"{probing:,}, whose features take at most {size(probing * max(widths))}. {free} are free beside the latents."
+        f"{probing:,}, whose features take at most {size(probing * max(widths))}."
     )

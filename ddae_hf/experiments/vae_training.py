@@ -28,18 +28,14 @@ from torch import Tensor, nn
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
-from .accelerating import this_process
-from .batches import BatchSizes, batch_sizes, image_batches, images_hash
-from .devices import fast_layout, made_fast
+from .batches import Batch, clean_images, image_batches, images_hash
 from .draws import separate_randomness
 from .images import Images, ImageSet
 from .options import Table, option
-from .pixels import scaled
 from .plots import image_grid
-from .progress import WEIGHTS, Progress
 from .report import in_memory
 from .results import VAEReport
-from .run_folder import check_same_run, saving, write_options
+from .run_folder import WEIGHTS, Progress, check_same_run, saving, write_options
 from .training_options import Schedule, TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -76,6 +72,7 @@ class VAEOptions(TrainingOptions):
     def check(self) -> None:
         """Refuse an autoencoder that cannot be built."""
         super().check()
+        self.center_crop = self.center_crop is not False
         if derived := sorted(set(self.vae) & set(DERIVED)):
             raise ValueError(f"vae has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
         if unknown := sorted(set(self.vae) - set(inspect.signature(AutoencoderKL).parameters)):
@@ -100,9 +97,7 @@ class VAEResult(VAEReport):
 
     def save(self, folder: str | Path) -> None:
         """Write the autoencoder, some reconstructions, the options and the report, or raise `OSError`."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        with saving(folder):
+        with saving(folder) as path:
             self.vae.save_pretrained(path)
             write_options(self.options, path)
             if self.reconstructions is not None:
@@ -133,42 +128,39 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         **changes: Fields of the options that are to be others.
 
     Returns:
-        What was measured, with the autoencoder. With `output_dir`, checkpoints, the autoencoder, some reconstructions,
-        the options and the report are there as well.
+        What was measured, with the autoencoder; `output_dir` has it too, with checkpoints, some reconstructions and the
+        options.
 
     Raises:
-        ValueError: Options or images that cannot work, a checkpoint that cannot be resumed, or a loss that is not
-            finite (`NotFinite`).
+        ValueError: Options, images or a checkpoint that cannot work, or a loss that is not finite (`NotFinite`).
         OSError: A file that cannot be read, or a folder that cannot be written to.
         Interrupted: A signal came, and a checkpoint was written.
     """
     options = VAEOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
     resume = options.checkpoint(WEIGHTS)
-    sizes = batch_sizes(options, this_process().num_processes, options.default_batch)
-    train, held_out = split_images(images, options, sizes)
+    train, held_out = split_images(images, options)
     data = Progress(num_images=len(train), images_hash=images_hash(train))
-    center_crop = options.center_crop is not False
-    with options.accelerated(sizes) as accelerator:
-        given = options.in_force(sizes, accelerator.mixed_precision, images.opened_with) | {"center_crop": center_crop}
+    with options.accelerated() as accelerator:
+        given = options.in_force(accelerator.mixed_precision, images.opened_with)
         if resume is not None:
-            trained = check_resumed(given, sizes, data, resume)
-            check_same_run(given, trained, options.may_change - {"center_crop", "resolution"}, resume)
+            trained = check_resumed(given, data, resume)
+            check_same_run(given, trained, options.may_change, resume)
         vae = new_vae(options)
-        processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=center_crop)
-        loader = image_batches(train, processor, sizes, options)
-        optimizer = torch.optim.AdamW(vae.parameters(), options.rate(sizes), weight_decay=0.0, fused=True)
-        made_fast(vae, accelerator.device)
-        save = partial(write_options, given)
-        loop = options.loop(accelerator, Autoencoder(vae), optimizer, loader, sizes, data, resume, save)
-        if loop.is_finished(VAEReport.file):
-            finished = VAEResult.read(options.output_dir or "")
+        processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=bool(options.center_crop))
+        loader = image_batches(train, processor, options)
+        loop = options.loop(
+            accelerator, Autoencoder(vae), loader, data, resume, {"weight_decay": 0.0},
+            save=partial(write_options, given), keep_weights=True,
+        )  # fmt: skip
+        if finished := loop.finished(VAEResult):
             finished.vae = AutoencoderKL.from_pretrained(options.output_dir)
             return finished
         logger.info(f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out.")
 
-        def loss(batch: dict[str, Tensor]) -> Tensor:
-            clean = clean_images(batch["pixel_values"], vae, options.random_flip)
+        def loss(batch: Batch) -> Tensor:
+            clean = clean_images(batch["pixel_values"], vae.config)
+            clean = random_flip(clean) if options.random_flip else clean
             return reconstruction_loss(options, clean, *loop.module(clean))
 
         loop.run(loss)
@@ -195,11 +187,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
 
 
 def new_vae(options: VAEOptions) -> Any:
-    """Return the autoencoder, randomly initialised, that the options describe.
-
-    Raises:
-        ValueError: Options of it that do not go together.
-    """
+    """Return the autoencoder, randomly initialised, that the options describe, or raise `ValueError`."""
     levels = len(options.vae.get("block_out_channels", [64]))
     try:
         with separate_randomness(options.seed):
@@ -218,27 +206,20 @@ def new_vae(options: VAEOptions) -> Any:
     return vae
 
 
-def split_images(images: Images, options: VAEOptions, sizes: BatchSizes) -> tuple[ImageSet, ImageSet]:
+def split_images(images: Images, options: VAEOptions) -> tuple[ImageSet, ImageSet]:
     """Return the images to train on and those to measure on, both shuffled once."""
     chosen = images[options.train_split].take(options.max_train_samples)
-    needed = options.held_out + sizes.total
-    if len(chosen) < needed:
+    total = options.sizes.total
+    if len(chosen) < options.held_out + total:
         raise ValueError(
-            f"There are {len(chosen)} images: held_out {options.held_out} and a total_batch_size of {sizes.total} need "
-            f"{needed}. Lower one of them."
+            f"There are {len(chosen)} images: held_out {options.held_out} and a total_batch_size of {total} need "
+            f"{options.held_out + total}. Lower one of them."
         )
     order = np.random.default_rng(options.seed).permutation(len(chosen))
     held_out = chosen.select(order[: options.held_out])
     for row in range(len(held_out)):
         held_out.pil([row])  # which names a damaged one now, not after the training
     return chosen.select(order[options.held_out :]), held_out
-
-
-def clean_images(pixels: Tensor, vae: Any, flip: bool) -> Tensor:
-    """Return pixels as floats, half of the images mirrored if asked for."""
-    pixels = pixels.to(memory_format=fast_layout(pixels.device))
-    clean = scaled(pixels, DDAEImageProcessor.for_denoiser(vae.config))
-    return random_flip(clean) if flip else clean
 
 
 def reconstruction_loss(options: VAEOptions, clean: Tensor, reconstruction: Tensor, divergence: Tensor) -> Tensor:
@@ -254,13 +235,12 @@ def measure(vae: Any, images: ImageSet, options: VAEOptions) -> tuple[dict[str, 
 
     Reconstructions are of the posterior's mean, clipped to [-1, 1]. The latents' statistics are of a draw of each.
     """
-    processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=options.center_crop is not False)
+    processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=bool(options.center_crop))
     generator = torch.Generator().manual_seed(options.seed)
     ratios, divergences, latents = [], [], []
     pairs: list[Tensor] = []
-    for start in range(0, len(images), 100):
-        batch = images.pil(range(start, min(start + 100, len(images))))
-        clean = processor(batch, return_tensors="pt")["pixel_values"].to(vae.device)
+    for rows in torch.arange(len(images)).split(100):
+        clean = processor(images.pil(rows.tolist()), return_tensors="pt")["pixel_values"].to(vae.device)
         posterior = vae.encode(clean).latent_dist
         restored = vae.decode(posterior.mode()).sample.clamp(-1, 1)
         ratios.append(-10 * ((restored - clean) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10())

@@ -25,7 +25,7 @@ from ddae_hf.commands.parsing import parse
 from ddae_hf.commands.running import sentences  # noqa: E402
 from ddae_hf.experiments.images import DataOptions  # noqa: E402
 from ddae_hf.networks import network_of  # noqa: E402
-from ddae_hf.noise import family_of, sigma_range  # noqa: E402
+from ddae_hf.noise import family_of  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[DataOptions, DemoOptions]:
@@ -96,7 +96,7 @@ def generate_tab(demo: Demo) -> None:
 
 def classify_tab(demo: Demo) -> None:
     """Lay out the tab that classifies."""
-    (layer, sigma), (low, high) = demo.tap, sigma_range(demo.model.ddae.scheduler)
+    (layer, sigma), (low, high) = demo.tap, family_of(demo.model.ddae.scheduler).sigma_range()
     low, high = min(math.ceil(1000 * low) / 1000, sigma), min(high, max(3.0, sigma))
     with gr.Row():
         with gr.Column(scale=1, min_width=280):

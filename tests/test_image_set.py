@@ -1,6 +1,9 @@
-"""Pixels of images: the processor's numbers, decoded once where they fit."""
+"""Pixels of a split's images: the processor's numbers, decoded once where they fit."""
+
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -8,9 +11,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ddae_hf import DDAEImageProcessor
-from ddae_hf.experiments import pixels
-from ddae_hf.experiments.images import ImageInputs, Images, ImageSet
-from ddae_hf.experiments.pixels import Pixels, scaled
+from ddae_hf.experiments.image_set import ImageSet, Pixels, scaled
+from ddae_hf.experiments.images import ImageInputs, Images
 
 COUNT, SIDE = 12, 8
 
@@ -69,7 +71,7 @@ class Counted:
 def test_scaled_pixels_are_the_processors_to_the_bit(options):
     processor = DDAEImageProcessor(**{"size": {"height": SIDE, "width": SIDE}, "num_channels": 3} | options)
     images = pictures()
-    counts = data_set(images).pixels(processor).read(range(COUNT))
+    counts = Pixels(data_set(images), processor).read(range(COUNT))
     found, expected = scaled(counts, processor), processor(images, return_tensors="pt")["pixel_values"]
     assert counts.dtype == torch.uint8 and found.dtype == expected.dtype and torch.equal(found, expected)
     floats = torch.rand(2, 3, SIDE, SIDE)
@@ -79,12 +81,12 @@ def test_scaled_pixels_are_the_processors_to_the_bit(options):
 def test_a_processor_that_does_not_rescale_takes_no_files():
     """Their pixels are integers; with `do_normalize` they would end far outside [-1, 1]."""
     with pytest.raises(ValueError, match="do_rescale=False"):
-        data_set(pictures()).pixels(DDAEImageProcessor(do_rescale=False))
+        Pixels(data_set(pictures()), DDAEImageProcessor(do_rescale=False))
 
 
 def test_pixels_are_channels_first_whatever_the_processor_gives():
     last = DDAEImageProcessor(size=SIDE, data_format="channels_last", image_mean=[0.3, 0.4, 0.7])
-    found = scaled(data_set(pictures()).pixels(last).read(range(COUNT)), last)
+    found = scaled(Pixels(data_set(pictures()), last).read(range(COUNT)), last)
     assert torch.equal(found, last(pictures(), data_format="channels_first", return_tensors="pt")["pixel_values"])
 
 
@@ -105,7 +107,7 @@ def test_images_are_kept_only_where_they_fit_and_that_is_wanted(monkeypatch):
     needed = COUNT * 3 * SIDE * SIDE
 
     def decoded_in_two_passes(available, processes=1, **options):
-        monkeypatch.setattr(pixels, "available_memory", lambda: available)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         counted = Counted(pictures(), **options)
         for _ in range(2):
@@ -118,10 +120,6 @@ def test_images_are_kept_only_where_they_fit_and_that_is_wanted(monkeypatch):
     assert decoded_in_two_passes(8 * needed, processes=2) == COUNT
     assert decoded_in_two_passes(8 * needed - 1, processes=2) == 2 * COUNT
     assert decoded_in_two_passes(4 * needed, keep=False) == 2 * COUNT
-
-
-def test_the_memory_that_is_left_is_the_systems_own_figure():
-    assert 2**20 < pixels.available_memory() < 2**50
 
 
 def test_images_of_more_bits_are_floats_alone_and_among_others():
@@ -138,7 +136,7 @@ def test_images_that_are_not_resized_are_read_by_those_of_one_size():
     """Kept pixels have one shape: where it turns out not to be that of all, none are kept."""
     images = pictures()
     processor = DDAEImageProcessor(do_resize=False, do_center_crop=False, num_channels=3)
-    read = data_set(images).pixels(processor).read
+    read = Pixels(data_set(images), processor).read
     for indices in ([0, 3], [1, 4], [0, 3, 6]):
         expected = processor([images[i] for i in indices], return_tensors="pt")["pixel_values"]
         assert torch.equal(scaled(read(indices), processor), expected)

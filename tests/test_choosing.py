@@ -1,0 +1,56 @@
+"""The network that images suggest where none is described."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddae_hf.experiments import Images, PretrainingOptions, pretrain
+from ddae_hf.experiments.choosing import choose, unet
+from ddae_hf.networks import build_denoiser
+
+
+def pictures(count, width, height, mode="RGB"):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return Images.open([Image.fromarray(image).convert(mode) for image in pixels])
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "mode", "side", "channels"),
+    [(100, 120, "RGB", 32, 3), (28, 28, "L", 28, 1), (30, 40, "RGB", 28, 3), (8, 8, "L", 8, 1), (5, 9, "RGB", 8, 3)],
+)
+def test_resolution_and_channels_are_those_of_the_images(width, height, mode, side, channels, caplog):
+    with caplog.at_level(logging.INFO):
+        chosen = choose(pictures(70, width, height, mode), PretrainingOptions())
+    assert (chosen.resolution, chosen.denoiser["in_channels"], chosen.total_batch_size) == (side, channels, 64)
+    assert "No network is described" in caplog.text and f"at {side} pixels" in caplog.text
+
+
+def test_what_is_said_of_resolution_and_batches_stays():
+    chosen = choose(pictures(70, 40, 40), PretrainingOptions(resolution=16, train_batch_size=4))
+    assert (chosen.resolution, chosen.train_batch_size, chosen.total_batch_size) == (16, 4, None)
+    assert chosen.denoiser["sample_size"] == 16
+    with pytest.raises(ValueError, match="resolution is 15: give an even number"):
+        choose(pictures(2, 40, 40), PretrainingOptions(resolution=15))
+
+
+@pytest.mark.parametrize("side", [8, 16, 28, 32, 64, 128])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_networks_of_every_side_can_be_built(side, device):
+    described = unet(side, 3, device)
+    names = ("block_out_channels", "down_block_types", "up_block_types")
+    assert len({len(described[name]) for name in names}) == 1
+    assert described["down_block_types"].count("AttnDownBlock2D") == 1
+    if device == "cpu":
+        assert build_denoiser(dict(described)).num_parameters() < 4e6
+
+
+def test_a_run_that_is_resumed_keeps_its_network_and_its_batch(tmp_path, monkeypatch):
+    images = pictures(20, 8, 8, "L")
+    fast = {"output_dir": tmp_path, "sample_steps": 0, "num_samples": 1, "num_inference_steps": 1}
+    first = pretrain(images, max_train_steps=1, checkpointing_steps=1, **fast)
+    assert first.options["total_batch_size"] == 16
+    monkeypatch.setattr("ddae_hf.experiments.choosing.best_device", lambda: "cuda")  # which would choose another
+    again = pretrain(images, max_train_steps=2, resume_from_checkpoint="latest", **fast)
+    assert (again.steps, again.parameters, again.options["total_batch_size"]) == (2, first.parameters, 16)
