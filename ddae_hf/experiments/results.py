@@ -125,8 +125,8 @@ class ProbeReport(Report, Probe):
     """Linear probes of a frozen network, and of what it is compared with.
 
     Attributes:
-        images: Numbers of images: `fitted` and `held_out` in choosing, `train` (both, and what was not chosen on) and
-            `test`.
+        fingerprint: `weights.fingerprint` of the denoiser that was probed.
+        images: Numbers of images: `fitted` and `held_out` in choosing, `train` (also those not chosen on), `test`.
         pairs: Every layer at every level.
         baselines: The same of `raw pixels` and of the `untrained network`.
     """
@@ -139,6 +139,7 @@ class ProbeReport(Report, Probe):
     }
 
     checkpoint: str | None = None
+    fingerprint: str | None = None
     images: dict[str, int]
     pairs: list[Pair]
     baselines: dict[str, Probe] = many()
