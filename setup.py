@@ -40,13 +40,14 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["ddae_hf", "ddae_hf.experiments", "ddae_hf.commands"],
+    packages=["ddae_hf", "ddae_hf.experiments", "ddae_hf.demo", "ddae_hf.commands"],
     package_data={
         "ddae_hf": [
             "py.typed",
             "experiments/model_card_template.md",
             "commands/configs/*.yaml",
             "commands/configs/*/*.yaml",
+            "demo/template/*",
         ]
     },
     entry_points={"console_scripts": ["ddae = ddae_hf.commands.main:run"]},

@@ -1,10 +1,12 @@
-"""The demo, on a tiny checkpoint: a Space's folder served as it is, in a real browser; its parts by themselves."""
+"""`ddae demo` on a tiny checkpoint: a Space's folder served as it is, in a real browser; the page and its views."""
 
 import base64
 import io
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,28 +20,26 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler
 from PIL import Image
 
-import quickstart
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
+from ddae_hf.commands import main
+from ddae_hf.commands.parsing import parse
+from ddae_hf.experiments.digits import write_digits
 
 from . import commands
 from .conftest import make_unet
-from .ideal import Ideal, closed_form
 
-gr = pytest.importorskip("gradio")
-DEMO = Path(__file__).parent.parent / "examples" / "demo"
-sys.path.append(str(DEMO))
+pytest.importorskip("gradio")
 
-import app  # noqa: E402
-import denoising  # noqa: E402
-import make_space  # noqa: E402
-import pictures  # noqa: E402
-import views  # noqa: E402
+from ddae_hf.commands import demo as command  # noqa: E402
+from ddae_hf.demo import page as page_of_demo  # noqa: E402
+from ddae_hf.demo import space as laying  # noqa: E402
+from ddae_hf.demo import views  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
-SCHEDULERS = {"ddpm": DDIMScheduler, "edm": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 
 
 def pictures_in(text):
@@ -49,9 +49,9 @@ def pictures_in(text):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What `make quickstart` and a sweep write, at tiny size."""
+    """What `ddae quickstart` and `ddae sweep` write, at tiny size."""
     folder = tmp_path_factory.mktemp("run")
-    quickstart.write_digits(folder / "digits")
+    write_digits(folder / "digits")
     DDAEPipeline.for_denoiser(make_unet(**GREY), DDIMScheduler()).save_pretrained(folder / "checkpoint")
     options = ["--model_name_or_path", folder / "checkpoint", "--dataset_name", folder / "digits"]
     options += ["--output_dir", folder / "sweep", "--sigmas", "0.1", "1", "--num_noise_seeds", "1", "--l2", "1e-3"]
@@ -61,18 +61,24 @@ def run(tmp_path_factory):
     return folder
 
 
-def options_of(folder, space=None):
-    names = {"checkpoint": "checkpoint", "classifier": "classifier", "sweep": "sweep", "dataset_name": "digits"}
-    given = [f"--{name}={folder / part}" for name, part in names.items()]
-    if space:
-        return [*given, f"--output_dir={space}"]
-    return [*given, f"--features_dir={folder / 'features'}", "--max_train_samples=100", "--max_test_samples=100"]
+def options_of(folder):
+    names = {"model_name_or_path": "checkpoint", "classifier": "classifier", "sweep": "sweep", "dataset_name": "digits"}
+    return [*(f"--{name}={folder / part}" for name, part in names.items()), f"--features_dir={folder / 'features'}"]
+
+
+SMALL = ["--max_train_samples=100", "--max_test_samples=100"]
+
+
+def open_demo(folder, *changes):
+    """Return what the page shows."""
+    data, options = parse(command.KINDS, None, [*options_of(folder), *SMALL, *map(str, changes)])
+    return views.Demo(options, data.open())
 
 
 @pytest.fixture(scope="module")
 def space(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("space")
-    make_space.main(options_of(run, folder))
+    commands.run("demo", *options_of(run), "--max_test_samples", "90", "--space_dir", folder)
     return folder
 
 
@@ -254,8 +260,7 @@ def test_a_click_on_the_map_shows_a_pairs_figures(page, run):
 
 def test_a_training_image_is_its_own_nearest_neighbour(page, run, tmp_path):
     page.open_tab("Neighbours")
-    data, options = app.parse_arguments(options_of(run))
-    images = data.open()["train"].take(options.max_train_samples)
+    images = open_demo(run).images["train"].take(200)
     [image] = images.pil([7])
     image.resize((80, 80), Image.Resampling.NEAREST).save(tmp_path / "digit.png")
     page.upload(tmp_path / "digit.png")
@@ -276,60 +281,6 @@ def test_the_page_takes_nothing_from_elsewhere_and_breaks_nowhere(page, server, 
     assert "Traceback" not in (space / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("framework", SCHEDULERS)
-def test_a_stream_of_steps_ends_with_the_pipelines_images(framework):
-    pipeline = DDAEPipeline.for_denoiser(make_unet(**GREY), SCHEDULERS[framework]())
-    pipeline.set_progress_bar_config(disable=True)
-    seeded = {"batch_size": 2, "num_inference_steps": 6}
-    steps = list(
-        denoising.stream(denoising.own_pipeline(pipeline), 3, generator=torch.Generator().manual_seed(0), **seeded)
-    )
-    expected = pipeline(generator=torch.Generator().manual_seed(0), output_type="pt", **seeded).images
-    torch.testing.assert_close((steps[-1].images / 2 + 0.5).clamp(0, 1), expected)
-    assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
-    assert [step.number for step in steps if step.estimate is not None] == [1, 4, 6]
-    sigmas = [step.sigma for step in steps]
-    assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
-    torch.testing.assert_close(steps[-1].estimate, steps[-1].images[0])
-
-
-@pytest.mark.parametrize(("framework", "sampler"), [*((name, None) for name in SCHEDULERS), ("edm", "heun")])
-def test_a_perfect_networks_estimates_are_what_it_expects(framework, sampler):
-    options = {"clip_sample": False, "prediction_type": "v_prediction"} if framework == "ddpm" else {}
-    scheduler = SCHEDULERS[framework](**options)
-    ideal = Ideal(framework, options.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None))
-    pipeline = denoising.own_pipeline(DDAEPipeline(ideal, scheduler))
-    generator = torch.Generator().manual_seed(0)
-    steps = list(denoising.stream(pipeline, 5, generator=generator, num_inference_steps=5, sampler=sampler))
-    for step in steps[:-1]:
-        share = {"ddpm": (1 + step.sigma**2) ** -0.5, "edm": 1, "flow": 1 / (1 + step.sigma)}[framework]
-        torch.testing.assert_close(
-            step.estimate.double(), closed_form(step.images[0] / share, step.sigma), atol=2e-3, rtol=0
-        )
-
-
-def test_the_first_of_several_classes_is_estimated():
-    """At its first step, after which rounding makes batches of two sizes drift apart."""
-    unet, found = make_unet(**GREY, num_class_embeds=4), []
-    for options in ({"class_labels": [1, 2], "latents": LATENTS}, {"class_labels": 1, "latents": LATENTS[:1]}):
-        found.append(next(denoising.stream(DDAEPipeline(unet, DDIMScheduler()), 3, **options)).estimate)
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-2)
-
-
-LATENTS = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def test_closing_a_stream_ends_the_sampling():
-    pipeline = DDAEPipeline.for_denoiser(make_unet(**GREY), DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    calls = []
-    pipeline.denoiser.register_forward_hook(lambda *_: calls.append(None))
-    steps = denoising.stream(pipeline, 2, num_inference_steps=300)
-    assert next(steps).number == 1
-    steps.close()
-    assert len(calls) == 2  # a step's, and an estimate's
-
-
 @pytest.fixture(scope="module")
 def conditional(run, tmp_path_factory):
     """A demo of a class-conditional EDM checkpoint, without a sweep."""
@@ -338,17 +289,17 @@ def conditional(run, tmp_path_factory):
     denoiser = make_unet(**GREY, num_class_embeds=11, norm_num_groups=8)
     denoiser.conv_out.weight.data *= 10  # a class's part in a random network's answer is small beside 8 bits
     DDAEPipeline.for_denoiser(denoiser, EDMEulerScheduler(), null_class=10).save_pretrained(folder)
-    return app.open_demo(*app.parse_arguments([*options_of(run), f"--checkpoint={folder}", f"--sweep={folder}"]))
+    return open_demo(run, f"--model_name_or_path={folder}", f"--sweep={folder}")
 
 
 def test_only_what_a_checkpoint_takes_is_offered(run, conditional):
     def offered(demo):
-        fields = app.build(demo).config["components"]
+        fields = page_of_demo.build(demo).config["components"]
         return {field["props"].get("label") for field in fields if field["props"].get("visible")}
 
     special = {"Sampler", "Class", "Guidance"}
     assert special < offered(conditional)
-    assert special.isdisjoint(offered(app.open_demo(*app.parse_arguments(options_of(run)))))
+    assert special.isdisjoint(offered(open_demo(run)))
 
 
 def test_samplers_classes_and_guidance_change_the_images_and_what_cannot_work_is_told(conditional):
@@ -379,54 +330,111 @@ def test_two_visitors_at_once_get_what_each_would_get_alone(conditional):
     assert together == alone
 
 
-def test_without_a_sweep_the_page_names_the_command(conditional):
-    texts = " ".join(str(field["props"].get("value")) for field in app.build(conditional).config["components"])
-    assert "There is no sweep" in texts and "examples/sweep.py --model_name_or_path" in texts
-    assert f"--dataset_name {conditional.images.opened_with['dataset_name']}" in texts
+def texts_of(demo):
+    """The texts that the page of a demo holds."""
+    return " ".join(str(field["props"].get("value")) for field in page_of_demo.build(demo).config["components"])
 
 
-def test_feature_maps_show_the_channels_that_vary_most():
-    hidden = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(0))
-    maps, captions = pictures.feature_maps(hidden, 3)
-    assert [image.size for image in maps] == [(4, 4)] * 5 and captions[1] == "Mean of 5 channels"
-    spread = hidden.flatten(1).std(1).argsort(descending=True)[:3].tolist()
-    assert captions[2:] == [f"Channel {k}" for k in spread]
+def test_without_a_sweep_the_page_names_the_command(run, conditional):
+    texts = texts_of(conditional)
+    assert "There is no sweep" in texts and "ddae sweep --model_name_or_path" in texts
+    assert f"--dataset_name {run / 'digits'} --knn --output_dir {conditional.options.sweep}" in texts
 
 
-def test_text_from_outside_is_no_markup():
-    text = pictures.figures([Image.new("L", (2, 2))], ['<b>"'], 50) + pictures.notice("<b>")
-    assert "<b>" not in text and text.count("&lt;b&gt;") == 3
+def test_a_sweep_is_shown_of_this_very_network_alone(run, tmp_path):
+    shown = open_demo(run)
+    assert shown.sweep_missing == "" and "Click a pair" in texts_of(shown)
+    DDAEPipeline.for_denoiser(make_unet(seed=1, **GREY), DDIMScheduler()).save_pretrained(tmp_path / "checkpoint")
+    retrained = open_demo(run, f"--model_name_or_path={tmp_path / 'checkpoint'}")
+    assert retrained.sweep is None and "Click a pair" not in texts_of(retrained)
+    assert f"The sweep in `{run / 'sweep'}` is of another network than this one." in texts_of(retrained)
+    assert f"ddae sweep --model_name_or_path {tmp_path / 'checkpoint'}" in texts_of(retrained)
+    report = json.loads((run / "sweep" / "eval_results.json").read_text())
+    del report["fingerprint"]  # as earlier versions wrote it
+    (tmp_path / "eval_results.json").write_text(json.dumps(report))
+    old = open_demo(run, f"--sweep={tmp_path}")
+    assert old.sweep is None and "does not say of which network it is" in texts_of(old)
+
+
+def test_the_command_that_the_page_names_makes_the_sweep(run, tmp_path):
+    small = ["--layers", "mid_block", "--sigmas", "1", "--num_noise_seeds", "1", "--l2", "1e-3"]
+    missing = open_demo(run, f"--sweep={tmp_path / 'a sweep'}")
+    program, *words = shlex.split(missing.sweep_command())
+    assert program == "ddae" and missing.sweep is None
+    commands.run(*words, *small)
+    assert len(open_demo(run, f"--sweep={tmp_path / 'a sweep'}").pairs) == 1
+
+
+def test_a_space_is_laid_without_the_sweep_of_another_network(run, tmp_path, capsys):
+    DDAEPipeline.for_denoiser(make_unet(seed=1, **GREY), DDIMScheduler()).save_pretrained(tmp_path / "checkpoint")
+    space = tmp_path / "space"
+    other = ["--model_name_or_path", tmp_path / "checkpoint", "--space_dir", space]
+    commands.run("demo", *options_of(run), *other)
+    assert f"It has no sweep. The sweep in `{run / 'sweep'}` is of another network" in capsys.readouterr().out
+    assert not (space / "sweep").exists() and (space / "checkpoint").is_dir()
+
+
+def test_a_space_names_no_place_of_this_machine(run, space):
+    said = yaml.safe_load((space / "demo.yaml").read_text())
+    assert said == {**laying.PLACES, "max_test_samples": 90}
+    for path in (space / "demo.yaml", *space.glob("sweep/*.json")):
+        assert str(run) not in path.read_text()
 
 
 def test_options_that_cannot_work_are_refused(run, tmp_path, capsys):
-    def refuse(message, call, options):
+    def refuse(message, *options):
         with pytest.raises(SystemExit) as refusal:
-            call(options)
+            commands.run("demo", *options_of(run), *options)
         assert message in str(refusal.value) + capsys.readouterr().err
 
-    given = options_of(run)
-    refuse("make quickstart", app.parse_arguments, [*given, f"--checkpoint={app.RUN / 'nothing'}"])
-    refuse("batch_size is 0: it must be at least 1", app.parse_arguments, ["--batch_size", "0"])
-    space = options_of(run, tmp_path / "space")
-    refuse("There is no folder", make_space.main, [*space, f"--dataset_name={tmp_path / 'no'}"])
-    refuse("not empty", make_space.main, [*space, f"--output_dir={run}"])
+    for option in ("model_name_or_path", "classifier", "dataset_name"):
+        absent = views.RUN / "nothing"
+        refuse(f"There is no {absent}: `ddae quickstart` makes it, or name another with --{option}.",
+               f"--{option}={absent}")  # fmt: skip
+    refuse("batch_size is 0: it must be at least 1", "--batch_size", "0")
+    space = ["--space_dir", tmp_path / "space"]
+    refuse("which is no folder", *space, f"--dataset_name={tmp_path / 'no'}")
+    refuse("not empty", "--space_dir", run)
+    refuse("no split 'other'", *space, "--test_split", "other")
+    assert not (tmp_path / "space").exists()
     (tmp_path / "eval_results.json").write_text("{}")
-    with pytest.raises(ValueError, match="eval_results.json holds nothing: allowed are the results of"):
-        app.open_demo(*app.parse_arguments([*given, f"--sweep={tmp_path}"]))
+    refuse("eval_results.json holds nothing: allowed are the results of", *SMALL, f"--sweep={tmp_path}")
 
 
-def test_variables_name_what_a_space_shows(monkeypatch, run):
+def words_of(script, monkeypatch, *words):
+    """The words of the program that a script runs."""
+    given = []
+    monkeypatch.setattr(main, "main", given.append)
+    monkeypatch.setattr(sys, "argv", [str(script), *words])
+    monkeypatch.chdir(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+    return given[0]
+
+
+def test_variables_name_what_a_space_shows(monkeypatch, space):
     for name in ("CHECKPOINT", "CLASSIFIER", "DATASET_NAME"):
         monkeypatch.setenv(f"DDAE_{name}", f"someone/{name}")
-    data, options = app.parse_arguments([])
-    assert (options.checkpoint, options.classifier) == ("someone/CHECKPOINT", "someone/CLASSIFIER")
-    assert data.dataset_name == "someone/DATASET_NAME"
+    name, *words = words_of(space / "app.py", monkeypatch, "--port", "7")
+    data, options = parse(command.KINDS, None, words)
+    shown = options.model_name_or_path, options.classifier, data.dataset_name
+    assert name == "demo" and shown == ("someone/CHECKPOINT", "someone/CLASSIFIER", "someone/DATASET_NAME")
+    assert (options.sweep, options.port) == ("sweep", 7)
+
+
+def test_the_example_opens_the_page(run, monkeypatch):
+    opened = []
+    monkeypatch.setattr(command, "show", lambda *given: opened.append(given))
+    monkeypatch.setattr(sys, "argv", ["app.py", *options_of(run), *SMALL, "--port", "7"])
+    runpy.run_path(str(ROOT / "examples" / "demo" / "app.py"), run_name="__main__")
+    ((demo, host, port),) = opened
+    assert demo.sweep is not None and (host, port) == (None, 7)
 
 
 def test_a_space_asks_for_what_the_project_asks_for():
-    lines = (DEMO / "requirements.txt").read_text().split()
-    known = (DEMO.parent.parent / "setup.py").read_text()
-    versions = yaml.safe_load((DEMO / "README.md").read_text().split("---")[1])
+    template = ROOT / "ddae_hf" / "demo" / "template"
+    lines = (template / "requirements.txt").read_text().split()
+    known = (ROOT / "setup.py").read_text()
+    versions = yaml.safe_load((template / "README.md").read_text().split("---")[1])
     assert [line for line in lines if f'"{line}"' not in known] == [f"gradio=={versions['sdk_version']}"]
-    assert versions["sdk"] == "gradio" and (DEMO / versions["app_file"]).exists()
+    assert versions["sdk"] == "gradio" and (template / versions["app_file"]).exists()
     assert len(versions["short_description"]) <= 60

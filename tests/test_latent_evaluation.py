@@ -1,8 +1,6 @@
 """The scripts that evaluate, as a user runs them, on a checkpoint whose denoiser works on a VAE's latents."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,13 +21,11 @@ from ddae_hf.experiments.images import ImageInputs, Images, labelled_splits
 from ddae_hf.experiments.noisy_classification import TEST_VIEW, NoisyOptions, Study
 from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet
 from ddae_hf.experiments.trainer import AVERAGED, FineTuner
-from ddae_hf.latents import decode, encode
+from ddae_hf.latents import encode
 from ddae_hf.weights import fingerprint
 
 from . import commands
 from .conftest import drawn, make_unet, make_vae
-
-sys.path.append(str(Path(__file__).parent.parent / "examples" / "demo"))
 
 TRAIN, TEST, LAYER = 40, 20, "transformer_blocks.2"
 COUNTS = ["--max_train_samples", str(TRAIN), "--max_test_samples", str(TEST)]
@@ -297,21 +293,6 @@ def test_points_are_looked_up_by_maps_of_latents(latent_dit, vae, digits, tmp_pa
     results = json.loads((tmp_path / "eval_results.json").read_text())["results"]
     # What does not move is found but for noise, which is the two images' own.
     assert 0 < results["denoiser"]["mean_error"] < 3 and results["denoiser"]["pck@4"] > 0.9
-
-
-def test_the_demo_shows_decoded_latents(latent_dit, tested):
-    denoising = pytest.importorskip("denoising")
-    pipeline = DDAEPipeline.from_pretrained(latent_dit)
-    options = {"batch_size": 2, "class_labels": 1, "num_inference_steps": 4}
-    own = denoising.own_pipeline(pipeline)
-    steps = list(denoising.stream(own, 2, generator=torch.Generator().manual_seed(0), **options))
-    assert [step.estimate is not None for step in steps] == [True, False, False, True]
-    assert steps[0].estimate.shape == (4, 8, 8)
-    shown = denoising.visible(own.vae, steps[-1].images)
-    expected = pipeline(generator=torch.Generator().manual_seed(0), output_type="pt", **options).images
-    torch.testing.assert_close((shown / 2 + 0.5).clamp(0, 1), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(shown, decode(pipeline.vae, steps[-1].images))
 
 
 def test_the_card_of_a_network_with_features_only_has_no_code_that_generates(tmp_path):

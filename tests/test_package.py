@@ -42,6 +42,7 @@ EXPERIMENTS = [
     ["finetuning", "sweeping"],
     ["noisy_classification", "transferring"],
 ]
+DEMO = [["denoising", "pictures"], ["views"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 
 
@@ -91,7 +92,9 @@ def test_imports_go_one_way():
     flat = {"", *modules_of(PACKAGE)}
     check_order(PACKAGE / "experiments", EXPERIMENTS, lambda module: module in flat)
     rooms = {f"experiments.{name}" for name in modules_of(PACKAGE / "experiments")}
-    check_order(PACKAGE / "commands", COMMANDS, lambda module: module in flat | rooms | {"experiments"})
+    check_order(PACKAGE / "demo", DEMO, lambda module: module in flat | rooms)
+    rooms |= {"experiments", *(f"demo.{name}" for name in modules_of(PACKAGE / "demo"))}
+    check_order(PACKAGE / "commands", COMMANDS, lambda module: module in flat | rooms)
 
 
 def test_only_commands_know_of_command_lines_and_only_they_print():
@@ -99,6 +102,7 @@ def test_only_commands_know_of_command_lines_and_only_they_print():
     for folder, unknown in (
         (PACKAGE, {"accelerate", "argparse", "tqdm", "datasets"}),
         (PACKAGE / "experiments", {"argparse"}),
+        (PACKAGE / "demo", {"argparse"}),
     ):
         for path in folder.glob("*.py"):
             assert not unknown & {module.split(".")[0] for module in imports(path)}, path.name
@@ -145,7 +149,8 @@ def test_experiments_seed_nothing_globally():
 
 def test_no_two_modules_have_one_name_and_none_that_of_a_function_that_is_exported():
     """A lazy import would give the module; a command may be named after its experiment, as its script is."""
-    places = [PACKAGE, PACKAGE / "experiments", ROOT / "examples", ROOT / "benchmarks", ROOT / "model_cards"]
+    places = [PACKAGE, PACKAGE / "experiments", PACKAGE / "demo"]
+    places += [ROOT / "examples", ROOT / "benchmarks", ROOT / "model_cards"]
     names = [path.stem for place in places for path in place.glob("[!_]*.py")]
     assert {name for name in names if names.count(name) > 1} == set()
     rooms = {**modules_of(PACKAGE), **modules_of(PACKAGE / "experiments")}
@@ -187,6 +192,12 @@ for name in ("Images", "sweep", "finetune", "evaluate_generation"):
     assert done.stdout.count("which is not installed: pip install 'ddae_hf[experiments]'") == 4, (
         done.stdout + done.stderr
     )
+
+
+def test_a_demo_whose_library_is_missing_says_what_to_install():
+    code = "import sys; sys.modules['gradio'] = None; from ddae_hf.commands.main import main; main(['demo'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "ddae demo needs gradio, which is not installed: pip install 'ddae_hf[demo]'\n"
 
 
 def test_every_public_name_is_there_and_no_other_is():
@@ -309,6 +320,7 @@ def test_the_wheel_works_outside_the_clone(tmp_path):
     assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"bin", "ddae_hf"}
     assert (target / "ddae_hf" / "py.typed").exists()
     assert (target / "ddae_hf" / "experiments" / "model_card_template.md").exists()
+    assert (target / "ddae_hf" / "demo" / "template" / "app.py").exists()
 
 
 def test_modules_and_functions_are_read_in_one_sitting():

@@ -36,6 +36,7 @@ from ddae_hf.experiments.features import FeatureCache
 from ddae_hf.experiments.probing import classify
 from ddae_hf.experiments.results import CurveReport, ProbeReport
 from ddae_hf.hidden_states import decoder_layer_names, layer_names
+from ddae_hf.weights import fingerprint
 
 from . import commands
 from .conftest import make_dit, make_unet
@@ -95,6 +96,7 @@ def test_every_pair_is_probed_and_the_best_becomes_a_classifier(network, framewo
     pairs = {(row["layer"], row["sigma"]): row for row in report["pairs"]}
     denoiser = DDAEPipeline.from_pretrained(checkpoint).denoiser
     assert pairs.keys() == {(layer, sigma) for layer in decoder_layer_names(denoiser) for sigma in (0.1, 2)}
+    assert report["fingerprint"] == fingerprint(denoiser)
     best = report["best"]
     assert best["validation_accuracy"] == max(row["validation_accuracy"] for row in pairs.values())
     for row in pairs.values():

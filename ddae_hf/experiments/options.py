@@ -49,7 +49,7 @@ NAMES = {
     Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32): "seed noise_seed",  # NumPy's are so
 }
 RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
-FOLDERS = ("output_dir", "features_dir", "latents_dir")
+FOLDERS = ("output_dir", "features_dir", "latents_dir", "space_dir")
 # What to give in place of options of earlier versions.
 RENAMED = {"labels_per_class": "few_labels", "regularisation": "l2, 1 / (C N) for each C, with N training images"}
 
@@ -118,7 +118,7 @@ class Options:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = _typed(field.name, getattr(self, field.name), hints[field.name])
-            if value == "" and field.name in ("output_dir", "features_dir"):  # `Path("")` is the working directory
+            if value == "" and field.name in FOLDERS:  # `Path("")` is the working directory
                 raise ValueError(f"{field.name} is empty: give a folder, or leave it out.")
             if field.name in FOLDERS and value is not None:
                 check_folder(value, field.name)

@@ -79,6 +79,7 @@ class ProbeReport(Report, Probe):
     """Linear probes of a frozen network, and of what it is compared with.
 
     Attributes:
+        fingerprint: `weights.fingerprint` of the denoiser that was probed.
         images: Numbers: `fitted` and `held_out` in choosing, `train` (both, and what was not chosen on) and `test`.
         pairs: Every layer at every level.
         baselines: The same of `raw pixels` and of the `untrained network`.
@@ -92,6 +93,7 @@ class ProbeReport(Report, Probe):
     }
 
     checkpoint: str | None = None
+    fingerprint: str | None = None
     images: dict[str, int]
     pairs: list[Pair]
     baselines: dict[str, Probe] = many()

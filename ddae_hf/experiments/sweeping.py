@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
+from ..weights import fingerprint
 from .arrays import read_json, write_json
 from .classes import draw_images, draw_labels
 from .devices import HELP, machine
@@ -260,7 +261,7 @@ def sweep_inputs(
     draws = model.config.num_noise_samples
     settled = {"random_flip": options.flips, "random_crop": options.crop_padding, "num_noise_samples": draws}
     result = SweepResult(
-        **vars(found), **machine(device), checkpoint=path,
+        **vars(found), **machine(device), checkpoint=path, fingerprint=fingerprint(model.denoiser),
         options={**images.opened_with, **options.to_dict(), **settled},
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
         pairs=pairs, baselines=baselines, saved_classifier_test_accuracy=accuracy,

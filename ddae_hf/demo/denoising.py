@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddae_hf import DDAEPipeline
-from ddae_hf.diffusion import Diffusion
-from ddae_hf.latents import decode
-from ddae_hf.sampling import Step
+from ..diffusion import Diffusion
+from ..latents import decode
+from ..pipeline_ddae import DDAEPipeline
+from ..sampling import Step
 
 
 @dataclass
@@ -42,7 +42,7 @@ def own_pipeline(pipeline: DDAEPipeline) -> DDAEPipeline:
 
 
 @torch.no_grad()
-def stream(pipeline: DDAEPipeline, num_estimates: int, **options: Any) -> Iterator[Look]:
+def stream(pipeline: DDAEPipeline, num_estimates: int, **options: Any) -> Generator[Look, None, None]:
     """Sample and yield what there is after every step; closing the iterator stops the sampling.
 
     Args:

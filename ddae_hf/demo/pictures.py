@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddae_hf.experiments.results import Pair
+from ..experiments.pairs import Pair
 
 CSS = """
 .html-container {padding: 0 !important;}
@@ -38,7 +38,8 @@ CSS = """
 .map button[aria-pressed=true] {outline: 3px solid #ea580c;}
 """
 # Sequential colours from low to high, readable under black text below the middle and under white above it.
-LOW, HIGH = np.array([236, 243, 250]), np.array([8, 56, 120])
+LOW = np.array([236, 243, 250])
+HIGH = np.array([8, 56, 120])
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -55,7 +56,8 @@ def figures(images: Sequence[Image.Image], captions: Sequence[str], side: int) -
     for image, caption in zip(images, captions, strict=True):
         file = io.BytesIO()
         image.save(file, "PNG")
-        data, text = base64.b64encode(file.getvalue()).decode(), html.escape(caption)
+        data = base64.b64encode(file.getvalue()).decode()
+        text = html.escape(caption)
         cells.append(
             f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
         )
@@ -82,11 +84,11 @@ def feature_maps(hidden: Tensor, num_channels: int) -> tuple[list[Image.Image], 
     channels; then come the channels that vary most. Each fills its own range from dark to light.
     """
     hidden = hidden.detach().float().cpu()
-    size, points = hidden.shape[1:], hidden.flatten(1).T
+    points = hidden.flatten(1).T
     left, strength, _ = torch.linalg.svd(points - points.mean(0), full_matrices=False)
-    components = torch.zeros(3, *size)
+    components = torch.zeros(3, *hidden.shape[1:])
     found = (left * strength)[:, :3].T
-    components[: len(found)] = found.unflatten(1, size)
+    components[: len(found)] = found.unflatten(1, hidden.shape[1:])
     most = points.std(0, correction=0).topk(min(num_channels, len(hidden))).indices.tolist()
     maps = [components, hidden.mean(0, keepdim=True), *(hidden[k : k + 1] for k in most)]
     captions = ["Principal components", f"Mean of {len(hidden)} channels", *(f"Channel {k}" for k in most)]
@@ -95,7 +97,8 @@ def feature_maps(hidden: Tensor, num_channels: int) -> tuple[list[Image.Image], 
 
 def _full_range(image: Tensor) -> Tensor:
     """Stretch each channel of (C, H, W) to [-1, 1]."""
-    low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
+    low = image.amin((1, 2), keepdim=True)
+    high = image.amax((1, 2), keepdim=True)
     return 2 * (image - low) / (high - low).clamp(min=1e-12) - 1
 
 

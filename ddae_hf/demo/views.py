@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 import torch
-from denoising import own_pipeline, stream, visible
-from pictures import feature_maps, figures, heat_map, notice, progress, to_pil
 from PIL import Image, ImageOps
 
-from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.experiments.devices import best_device
-from ddae_hf.experiments.features import FeatureCache, batch_features
-from ddae_hf.experiments.images import ImageInputs, Images, labelled_splits, noise_view
-from ddae_hf.experiments.models import ready
-from ddae_hf.experiments.options import Options, option
-from ddae_hf.experiments.plots import image_grid
-from ddae_hf.experiments.results import ProbeReport
-from ddae_hf.networks import tap_of
+from ..experiments.devices import best_device
+from ..experiments.features import FeatureCache, batch_features
+from ..experiments.images import ImageInputs, Images, labelled_splits, noise_view
+from ..experiments.models import ready
+from ..experiments.options import Options, option
+from ..experiments.pairs import Pair
+from ..experiments.plots import image_grid
+from ..experiments.results import ProbeReport
+from ..image_processing_ddae import DDAEImageProcessor
+from ..modeling_ddae import DDAEForImageClassification
+from ..networks import tap_of
+from ..pipeline_ddae import DDAEPipeline
+from ..weights import fingerprint
+from .denoising import own_pipeline, stream, visible
+from .pictures import feature_maps, figures, heat_map, notice, progress, to_pil
 
-HERE = Path(__file__).resolve().parent
-RUN = HERE if (HERE / "checkpoint").is_dir() else Path("runs/quickstart")
+RUN = Path("runs/quickstart")  # where `ddae quickstart` writes
 MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-STRIP, CHANNELS, SECONDS_A_FRAME = 8, 6, 0.1
+STRIP = 8  # steps of which the network's estimate is shown
+CHANNELS = 6  # of a hidden state that are shown
+SECONDS_A_FRAME = 0.1
 FIGURES = {
     "validation_accuracy": "Linear probe, held-out images",
     "knn_20": "Nearest 20 images, held-out images",
@@ -40,7 +45,8 @@ FIGURES = {
     "alignment": "Alignment",
     "uniformity": "Uniformity",
 }
-OWN_SAMPLER, NO_CLASS = "the scheduler's", -1
+OWN_SAMPLER = "the scheduler's"
+NO_CLASS = -1
 
 
 def open_upload(path: str | None) -> Image.Image:
@@ -59,35 +65,42 @@ def open_upload(path: str | None) -> Image.Image:
     )
 
 
-def of_run(name: str, help: str) -> Any:
-    """Return the option of a path: of what lies in the run's folder, or what an environment variable names."""
-    variable = f"DDAE_{name.upper()}"
-    return field(
-        default_factory=lambda: os.environ.get(variable, str(RUN / name)),
-        metadata={"help": f"{help} Or ${variable}."},
-    )
+def sweep_of(denoiser: torch.nn.Module, folder: str) -> tuple[ProbeReport | None, str]:
+    """Return the sweep of this very network that a folder holds, or None and why there is none."""
+    if not (Path(folder) / ProbeReport.file).exists():
+        return None, f"There is no sweep in `{folder}`."
+    report = ProbeReport.read(folder)
+    if report.fingerprint is None:
+        return None, f"The sweep in `{folder}` does not say of which network it is."
+    if report.fingerprint != fingerprint(denoiser):
+        return None, f"The sweep in `{folder}` is of another network than this one."
+    return report, ""
 
 
 @dataclass(kw_only=True)
 class DemoOptions(Options):
     """What the page shows."""
 
-    checkpoint: str = of_run("checkpoint", "Generator, folder or Hub id, in any layout.")
-    classifier: str = of_run("classifier", "Classifier, folder or Hub id, as linear_probe.py or sweep.py save it.")
-    sweep: str = of_run("sweep", "Folder that sweep.py wrote.")
-    features_dir: str = of_run("features", "Folder where the features of the training images are kept.")
+    model_name_or_path: str = option(str(RUN / "checkpoint"), "Generator, folder or Hub id, in any layout.")
+    classifier: str = option(
+        str(RUN / "classifier"), "Classifier, folder or Hub id, as `ddae probe` or `ddae sweep` saves it."
+    )
+    sweep: str = option(str(RUN / "sweep"), "Folder that `ddae sweep` wrote.")
+    features_dir: str = option(str(RUN / "features"), "Folder where the features of the training images are kept.")
     train_split: str = option("train", "Split of the images that neighbours are found among.")
     test_split: str = option("test", "Split of the images to click on.")
     max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
     max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
     batch_size: int = option(250, "Of the pass that computes the features.")
     cache_dir: str | None = option(None, "Where downloads are kept.")
-    host: str | None = option(None, "Address to listen on; by default this machine's own alone.")
-    port: int | None = option(None, "Port; by default the first free one from 7860 on.")
 
 
 class Demo:
     """What the page shows: the two views of a denoiser, the images, the sweep. Nothing in it changes between calls.
+
+    Attributes:
+        sweep: The sweep of this very network, or None.
+        sweep_missing: Why there is none.
 
     Raises:
         ValueError: What cannot be opened, or images without labels.
@@ -95,17 +108,28 @@ class Demo:
     """
 
     def __init__(self, options: DemoOptions, images: Images):
-        self.options, self.images = options, images
-        self.pipeline = DDAEPipeline.from_pretrained(options.checkpoint, cache_dir=options.cache_dir).to(best_device())
-        self.model = DDAEForImageClassification.from_pretrained(options.classifier, cache_dir=options.cache_dir)
-        self.processor = DDAEImageProcessor.from_pretrained(options.classifier, cache_dir=options.cache_dir)
+        self.options = options
+        self.images = images
+        where: dict[str, Any] = {"cache_dir": options.cache_dir}
+        self.pipeline = DDAEPipeline.from_pretrained(options.model_name_or_path, **where).to(best_device())
+        self.model = DDAEForImageClassification.from_pretrained(options.classifier, **where)
+        self.processor = DDAEImageProcessor.from_pretrained(options.classifier, **where)
         ready(self.model.eval())
         if self.pipeline.vae is not None:
             self.pipeline.vae.enable_slicing()
         self.train, self.test = labelled_splits(images, options)
-        there = (Path(options.sweep) / ProbeReport.file).exists()
-        self.sweep = ProbeReport.read(options.sweep) if there else None
+        self.sweep, self.sweep_missing = sweep_of(self.pipeline.denoiser, options.sweep)
         self.features = torch.from_numpy(self.training_features())
+
+    def sweep_command(self) -> str:
+        """Return the command that makes the sweep."""
+        options = self.options
+        given = {"model_name_or_path": options.model_name_or_path, **self.images.opened_with}
+        for name in ("train_split", "test_split", "cache_dir"):
+            if getattr(options, name) != getattr(DemoOptions, name):
+                given[name] = getattr(options, name)
+        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+        return shlex.join(["ddae", "sweep", *words, "--knn", "--output_dir", options.sweep])
 
     @property
     def side(self) -> int:
@@ -126,7 +150,8 @@ class Demo:
     def training_features(self) -> np.ndarray:
         """Return the features (N, C) of the training images, from disk if they were computed before."""
         layer, sigma = self.tap
-        inputs, size = ImageInputs(self.train, self.processor), self.options.batch_size
+        inputs = ImageInputs(self.train, self.processor)
+        size = self.options.batch_size
         cache = FeatureCache(self.options.features_dir, self.model.ddae, self.model.config.noise_seed)
         found = cache.features(
             lambda start: inputs.batches(size, start=start, title="Features of the training images"),
@@ -157,9 +182,12 @@ class Demo:
             "sampler": None if sampler == OWN_SAMPLER else sampler,
             "guidance_scale": guidance,
         }
-        way: list[tuple[Image.Image, str]] = []
-        shown, shown_at, captions = "", 0.0, [f"seed {seed + i}" for i in range(count)]
-        vae, side = self.pipeline.vae, self.side
+        way: list[Image.Image] = []
+        levels: list[str] = []
+        shown = ""
+        shown_at = 0.0
+        captions = [f"seed {seed + i}" for i in range(count)]
+        vae = self.pipeline.vae
         try:
             with closing(stream(own_pipeline(self.pipeline), STRIP, **options)) as sampling:
                 for step in sampling:
@@ -169,14 +197,15 @@ class Demo:
                     if step.estimate is not None or vae is None:  # a VAE would take longer than the steps between
                         images = visible(vae, step.images)
                         images = images.clamp(-1, 1) if last else images
-                        shown = figures([to_pil(x) for x in images], captions, side)
+                        shown = figures([to_pil(x) for x in images], captions, self.side)
                     if step.estimate is not None:
                         pair = [to_pil(images[0]), to_pil(visible(vae, step.estimate[None])[0].clamp(-1, 1))]
-                        way.append((image_grid(pair, columns=1), f"sigma {step.sigma:.2g}"))
+                        way.append(image_grid(pair, columns=1))
+                        levels.append(f"sigma {step.sigma:.2g}")
                     shown_at = time.monotonic()
                     state = "done" if last else f"noise level sigma {step.sigma:.3g} is left"
                     bar = progress(step.number, step.total, f"Step {step.number} of {step.total}: {state}")
-                    yield bar, shown, figures(*zip(*way, strict=True), side)
+                    yield bar, shown, figures(way, levels, self.side)
         except ValueError as error:  # options that this checkpoint does not take
             yield notice(str(error)), "", ""
 
@@ -187,7 +216,9 @@ class Demo:
             image = open_upload(path)
         except ValueError as error:
             return None, notice(str(error)), ""
-        model, layer = self.model, self.tap[0]
+        model = self.model
+        vae = model.ddae.vae
+        layer, _ = self.tap
         clean = self.pixel_values(image)
         outputs = model(clean, sigma=sigma, output_hidden_states=[layer])
         probabilities = outputs.logits[0].float().softmax(-1).tolist()
@@ -195,16 +226,13 @@ class Demo:
         tap = tap_of(diffusion.denoiser, layer)
         grid = diffusion.network.on_grid(outputs.hidden_states[0], tap, model.config.sample_shape[1:])
         noisy, _ = diffusion.family.noisy(model.ddae.encode(clean), model.ddae.fixed_noise[:1], sigma)
-        noisy, vae = visible(model.ddae.vae, noisy), model.ddae.vae
+        noisy = visible(vae, noisy)
         captions = [f"The image, {clean.shape[-1]} x {clean.shape[-2]} pixels", f"With noise, sigma {sigma:g}"]
         captions[1] += "" if vae is None else ", on its latents; as the VAE decodes them"
         seen = figures([to_pil(clean[0]), to_pil(noisy[0])], captions, 150)
         names = (model.config.id2label[k] for k in range(len(probabilities)))
-        return (
-            dict(zip(names, probabilities, strict=True)),
-            seen,
-            figures(*feature_maps(grid[0], CHANNELS), 104),
-        )
+        made = figures(*feature_maps(grid[0], CHANNELS), 104)
+        return dict(zip(names, probabilities, strict=True)), seen, made
 
     def neighbours(self, path: str | None, count: int) -> str:
         """Return the training images whose features are the most like an image's."""
@@ -213,9 +241,12 @@ class Demo:
         except ValueError as error:
             return notice(str(error))
         layer, sigma = self.tap
-        seed, view = self.model.config.noise_seed, noise_view(True, 0)  # noise that no training image has
         pixels = self.pixel_values(image)
-        query = batch_features(self.model.ddae, pixels, [0], [layer], sigma, noise_seed=seed, view=view)[layer].cpu()
+        view = noise_view(True, 0)  # noise that no training image has
+        found = batch_features(
+            self.model.ddae, pixels, [0], [layer], sigma, noise_seed=self.model.config.noise_seed, view=view
+        )
+        query = found[layer].cpu()
         # Centred as in `knn_predict`: features share an offset beside which all are alike.
         mean = self.features.mean(0)
         likeness = torch.cosine_similarity(query - mean, self.features - mean)
@@ -225,18 +256,23 @@ class Demo:
         captions = [f"{name}, cosine {value:.2f}" for name, value in zip(names, nearest.values.tolist(), strict=True)]
         return figures([to_pil(pixels[0]), *images], ["Your image", *captions], 100)
 
+    @property
+    def pairs(self) -> list[Pair]:
+        """The pairs of layer and noise level that the sweep probed."""
+        return [] if self.sweep is None else self.sweep.pairs
+
     def pair_figures(self, layer: str, sigma: float) -> tuple[str, str]:
         """Return the sweep's table with a pair marked in it, and the pair's figures."""
-        pair = next((pair for pair in self.sweep.pairs if (pair.layer, pair.sigma) == (layer, sigma)), None)
+        pair = next((pair for pair in self.pairs if (pair.layer, pair.sigma) == (layer, sigma)), None)
         if pair is None:
-            return heat_map(self.sweep.pairs, None), "This pair was not swept."
+            return heat_map(self.pairs, None), "This pair was not swept."
         lines = [f"**{layer}, sigma {sigma:g}**\n"]
         for name, title in FIGURES.items():
             if (value := getattr(pair, name)) is not None:
                 lines.append(f"- {title}: {100 * value:.2f} %" if "held-out" in title else f"- {title}: {value:.4g}")
-        return heat_map(self.sweep.pairs, pair), "\n".join(lines)
+        return heat_map(self.pairs, pair), "\n".join(lines)
 
     def clicked_pair(self, event: gr.EventData) -> tuple[str, float, str, str]:
         """Return the pair whose button was clicked, and what `pair_figures` says of it."""
-        pair = self.sweep.pairs[int(event.pair)]
+        pair = self.pairs[int(event.pair)]
         return pair.layer, pair.sigma, *self.pair_figures(pair.layer, pair.sigma)

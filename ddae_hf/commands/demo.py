@@ -1,0 +1,57 @@
+"""Show a denoiser on a page: generate, classify, see layers and noise levels, find nearest neighbours.
+
+    ddae demo
+    ddae demo --space_dir runs/space
+
+By default the page shows what `ddae quickstart` wrote. With `--space_dir`, what it would show is laid as a folder that
+is a complete Space, in place of opening it. The folder runs as it is, with `python app.py`, and
+`hf upload NAME/SPACE runs/space . --repo-type space` publishes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..demo.page import show
+from ..demo.space import lay_space
+from ..demo.views import RUN, Demo, DemoOptions
+from ..experiments.images import DataOptions
+from ..experiments.options import option
+
+
+@dataclass(kw_only=True)
+class Arguments(DemoOptions):
+    """What the page shows, and where."""
+
+    host: str | None = option(None, "Address to listen on; by default this machine's own alone.")
+    port: int | None = option(None, "Port; by default the first free one from 7860 on.")
+    space_dir: str | None = option(None, "Folder to lay as a Space, new or empty, in place of opening the page.")
+
+
+KINDS = (DataOptions, Arguments)
+
+
+def main(data: DataOptions, options: Arguments) -> None:
+    """Run the command."""
+    if data.dataset_name is None and data.train_data_dir is None:
+        data.dataset_name = str(RUN / "digits")
+    refuse_missing(
+        model_name_or_path=options.model_name_or_path, classifier=options.classifier, dataset_name=data.dataset_name
+    )
+    if options.space_dir is None:
+        show(Demo(options, data.open(options.cache_dir)), options.host, options.port)
+        return
+    folder = Path(options.space_dir)
+    missing = lay_space(folder, data, options)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder} is a Space of {size / 1e6:.1f} MB; try it: cd {folder} && python app.py")
+    if missing:
+        print(f"It has no sweep. {missing}")
+
+
+def refuse_missing(**paths: str | None) -> None:
+    """Raise `ValueError` for an option that names what `ddae quickstart` writes, where that is not there."""
+    for name, value in paths.items():
+        if value is not None and Path(value).parent == RUN and not Path(value).exists():
+            raise ValueError(f"There is no {value}: `ddae quickstart` makes it, or name another with --{name}.")
