@@ -1,7 +1,9 @@
-r"""Train a denoiser on images: this is `ddae pretrain`, for those who launch a script.
+r"""Train a denoiser on images.
 
-accelerate launch examples/pretrain.py --config cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
+    accelerate launch examples/pretrain.py --config cifar10_ddpm_unet --dataset_name uoft-cs/cifar10 \
         --output_dir runs/cifar10_ddpm_unet
+
+This is `ddae pretrain`, as a script, and takes the same options.
 """
 
 import sys

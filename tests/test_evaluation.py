@@ -11,7 +11,6 @@ import subprocess
 import sys
 import warnings
 
-import evaluate_generation as script
 import numpy as np
 import pytest
 import scipy.linalg
@@ -150,7 +149,7 @@ def test_two_processes_share_the_images(checkpoint, extractor, digits, tmp_path)
     options += ["--dataset_name", str(digits), "--max_reference_samples", "40", "--num_inference_steps", "2"]
     options += ["--features_dir", str(tmp_path / "features"), "--output_dir"]
     commands.run("evaluate", *options, str(tmp_path / "one"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script.__file__]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ddae_hf", "evaluate"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *options, str(tmp_path / "two")], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

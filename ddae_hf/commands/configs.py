@@ -1,7 +1,9 @@
-"""List the configurations that `--config` takes by name, or show one with what its `base` brings.
+"""List the configurations that `--config` takes by name, or show one.
 
-ddae configs
-ddae configs cifar10_ddpm_unet
+    ddae configs
+    ddae configs cifar10_ddpm_unet
+
+What is shown has all options, those of its `base` too: saved as a file, it is a configuration to change.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from ..experiments.stopping import Interrupted
@@ -32,7 +33,7 @@ def run_command(command: ModuleType, words: Sequence[str]) -> None:
     with sentences():
         command.main(*options)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        PartialState().destroy_process_group()
 
 
 def usable_cores() -> int:
