@@ -57,7 +57,7 @@ def runs(digits, tmp_path_factory):
         with contextlib.redirect_stdout(io.StringIO()), threadpool_limits(1):
             commands.run(script, *options, *data, "--output_dir", root / name)
 
-    short = ["--max_train_steps", "3", "--train_batch_size", "16", "--num_samples", "4", "--num_inference_steps", "2"]
+    short = ["--max_train_steps", "3", "--train_batch_size", "16", "--grid_images", "4", "--num_inference_steps", "2"]
     run("pretrain", "pretrained", "--config", str(root / "network.yaml"), *short, "--mixed_precision", "no")
     labels = ["--few_labels", "7", "--num_draws", "3", "--num_noise_seeds", "2"]
     run("probe", "probe", *model, *FEW, *labels, "--sigmas", "0.11", "0.23", "--baselines")
@@ -266,7 +266,7 @@ def pushed(server, digits, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     data = ["--dataset_name", str(digits), "--max_train_samples", "120", "--push_to_hub"]
     probed = [*data, "--model_name_or_path", "tester/denoiser", "--max_test_samples", "50"]
-    options = ["--denoiser", json.dumps(TINY), "--train_batch_size", "16", "--num_samples", "4", "--license", "mit"]
+    options = ["--denoiser", json.dumps(TINY), "--train_batch_size", "16", "--grid_images", "4", "--license", "mit"]
     options += ["--max_train_steps", "2", "--checkpointing_steps", "1", "--num_inference_steps", "2"]
     tuned = ["--max_train_steps", "1", "--hub_model_id", "tester/other-name"]
     jobs = [

@@ -294,7 +294,8 @@ class _Card:
 # Options that say where things are and how a run is watched, not how a network is trained.
 AROUND = """base cache_dir checkpointing_steps checkpoints_total_limit config dataloader_num_workers dataset_config_name
     dataset_name dataset_revision gradient_checkpointing hub_model_id hub_private image_column init_from label_column
-    latents_dir license logging_dir model_name_or_path num_inference_steps num_samples output_dir
+    latents_dir license logging_dir model_name_or_path num_inference_steps grid_images
+    output_dir
     push_to_hub report_to resume_from_checkpoint sample_steps sampler shuffle_buffer skip_bad_images streaming
     test_split torch_compile train_data_dir train_split vae""".split()
 
