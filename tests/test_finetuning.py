@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import TrainerCallback
 
-from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments import Images, finetune, finetuning, trainer
 from ddae_hf.experiments.classes import draw_labels
 from ddae_hf.experiments.draws import indexed_noise
@@ -41,8 +41,8 @@ PAIRS = {
     "flow": (make_dit, {"in_channels": 1, "num_embeds_ada_norm": 0}, FlowMatchEulerDiscreteScheduler),
 }
 OPTIONS_OF_ALL = {
-    "max_train_samples": 100, "max_test_samples": 70, "train_batch_size": 32, "learning_rate": 1e-3, "random_flip": True,
-    "random_crop": 1, "label_smoothing": 0.1, "mixup": 0.4, "layer_decay": 0.8, "ema_decay": 0.9,
+    "max_train_samples": 100, "max_test_samples": 70, "train_batch_size": 32, "learning_rate": 1e-3,
+    "random_flip": True, "random_crop": 1, "label_smoothing": 0.1, "mixup": 0.4, "layer_decay": 0.8, "ema_decay": 0.9,
 }  # fmt: skip
 SIX = {"max_train_steps": 6, "checkpointing_steps": 3}
 LATEST = {"resume_from_checkpoint": "latest"}

@@ -209,5 +209,5 @@ def test_one_name_means_one_thing_everywhere():
         for field in dataclasses.fields(kind):
             kinds.setdefault(field.name, set()).add(frozenset(types_in(hints[field.name])))
     # What is built from options in a training is opened from a path elsewhere: old names of old scripts.
-    assert {name for name, found in kinds.items() if len(found) > 1} == {"scheduler", "vae"}
+    assert {name for name, found in kinds.items() if len(found) > 1} == {"scheduler"}
     assert not (set(RANGES) | set(FREE)) - set(kinds)

@@ -368,7 +368,7 @@ def test_a_model_keeps_its_mode(training, checkpoint, digits, tmp_path):
     expected = sweep(checkpoint, images, **SMALL | ONE).pairs
     assert sweep(model, images, **SMALL | ONE).pairs == expected and model.training == training
     assert model.denoiser.training == training
-    export_features(model, images, max_train_samples=10, output_dir=tmp_path)
+    export_features(model, images, max_samples=10, output_dir=tmp_path)
     with pytest.raises(ValueError, match="no layer"):
         classify_noisy(model, images, layers=["nowhere"])
     assert model.training == training and model.denoiser.training == training

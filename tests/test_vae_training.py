@@ -70,7 +70,7 @@ def test_a_run_says_how_it_was_made_and_what_came_out(trained):
     assert found["steps"] == 40 and found["images"] == 40 * 32 and found["held_out"]["num_images"] == 40
     assert found["dataset"]["num_images"] == 1437 - 40
     assert found["parameters"] == AutoencoderKL.from_pretrained(trained).num_parameters()
-    assert yaml.safe_load((trained / "training_options.yaml").read_text())["vae"] == TINY
+    assert yaml.safe_load((trained / "training_options.yaml").read_text())["autoencoder"] == TINY
     pairs = Image.open(trained / "reconstructions.png")
     assert pairs.size == (8 * 65 - 1, 8 * 65 - 1)
 
