@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ..image_processing_ddae import DDAEImageProcessor
 from .devices import fast_layout
 from .image_set import ImageSet, Pixels, scaled
 
+logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 HASHED = 4096  # images by which a data set is known again
 
@@ -110,6 +112,8 @@ def row_batches(rows: Any, options: Any, collate: Callable[[Any], Batch]) -> Dat
         raise ValueError(
             f"There are {count} images, fewer than a step's total_batch_size of {sizes.total}: give a smaller one."
         )
+    if count < sizes.total:
+        logger.warning(f"There are {count} images, not the {sizes.total} of total_batch_size: a step has them all.")
     used = count // sizes.total * sizes.total or count
 
     def of_epoch(epoch: int) -> Sequence[Tensor]:

@@ -153,6 +153,8 @@ def chosen_classes(pipeline: DDAEPipeline, options: GenerationOptions) -> list[i
     """Return the labels of the classes that images are of in turn, or None where no class is asked for."""
     given = options.class_label
     if given is None:
+        if options.guidance_scale != 1:
+            raise ValueError(f"guidance_scale is {options.guidance_scale}: guidance needs classes (class_label).")
         return None
     count = network_of(pipeline.denoiser).num_labels(pipeline.denoiser.config)
     if not count:
