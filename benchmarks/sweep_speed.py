@@ -102,7 +102,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 
 def check_steps(args: argparse.Namespace, shared: Shared, fitted: int) -> None:
     """Stop if a level has too few training steps to time."""
-    steps = shared.num_epochs * math.ceil(fitted / shared.online_batch_size)
+    steps = shared.num_train_epochs * math.ceil(fitted / shared.train_batch_size)
     if args.plain_steps + WARM_UP > steps:
         raise SystemExit(f"--plain_steps is {args.plain_steps}: {steps} steps a level allow {steps - WARM_UP}.")
 
@@ -149,7 +149,7 @@ class PaperProtocol:
         """Return the batches of the images at `rows`."""
         return DataLoader(
             ChangedImages(self.pixels[split][rows], self.labels[split][rows], training),
-            batch_size=self.shared.online_batch_size,
+            batch_size=self.shared.train_batch_size,
             shuffle=training,
             num_workers=self.args.workers,
             persistent_workers=training and self.args.workers > 0,
@@ -175,7 +175,7 @@ class PaperProtocol:
 
     def train(self, rows: np.ndarray, sigma: float) -> Iterator[nn.ModuleList]:
         """Train on the images at `rows`, and yield the linear layers after every step."""
-        heads, loader, epochs = self.heads(), self.batches("train", rows, training=True), self.shared.num_epochs
+        heads, loader, epochs = self.heads(), self.batches("train", rows, training=True), self.shared.num_train_epochs
         optimizer = torch.optim.Adam(heads.parameters(), lr=self.shared.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
         for images, labels in itertools.chain.from_iterable(itertools.repeat(loader, epochs)):
@@ -272,8 +272,8 @@ def run_seed(args: argparse.Namespace, options: list[str], prober: Prober, proto
 def summarise(seeds: dict[int, Any], prober: Prober, protocol: PaperProtocol) -> dict[str, Any]:
     """Return the figures of all seeds together."""
     shared, labels = prober.options, prober.labels["test"]
-    steps = [math.ceil(n / shared.online_batch_size) for n in (len(prober.fitted), len(prober.labels["train"]))]
-    per_level, last = (shared.num_epochs * n for n in steps)
+    steps = [math.ceil(n / shared.train_batch_size) for n in (len(prober.fitted), len(prober.labels["train"]))]
+    per_level, last = (shared.num_train_epochs * n for n in steps)
     image = torch.zeros(1, *prober.model.config.sample_shape, device=protocol.device)
     cost = gflop(partial(protocol.features, image, image, 0))
     passed = len(shared.sigmas) * len(prober.rows) * shared.num_views * prober.model.config.num_noise_samples
@@ -285,7 +285,7 @@ def summarise(seeds: dict[int, Any], prober: Prober, protocol: PaperProtocol) ->
         row |= {"plain_in_all": row["plain_levels"] + step * last}
         row |= {"ours_levels": ours["levels_seconds"], "ours_in_all": ours["seconds"]}
         row |= {f"ratio_{part}": row[f"plain_{part}"] / row[f"ours_{part}"] for part in ("levels", "in_all")}
-        row |= {"plain_gflop_per_second": shared.online_batch_size * cost / step}
+        row |= {"plain_gflop_per_second": shared.train_batch_size * cost / step}
         row |= {"ours_gflop_per_second": passed * cost / ours["levels_seconds"]}
         if plain:
             right = [np.array(way["predicted"]) == labels for way in (ours, plain)]
@@ -347,7 +347,7 @@ def report(args: argparse.Namespace, prober: Prober, results: dict[str, Any], se
         f"{images['held_out']:,} chosen on; {results['device']}, {results['threads']} thread(s).\n",
         time_table(found, results["limits"], shared.dtype),
         f"The paper's: {args.plain_steps} training steps timed a seed, times {found['steps_per_level']:,} a level "
-        f"({shared.num_epochs} epochs), times {levels} levels, and {found['steps_of_the_last_fit']:,} steps to fit the "
+        f"({shared.num_train_epochs} epochs), times {levels} levels, and {found['steps_of_the_last_fit']:,} to fit the "
         "best pair on all images;\nits predictions are left out. Ours: the whole command, its start included.\n",
     ]
     for seed, each in seeds.items():

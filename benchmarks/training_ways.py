@@ -162,7 +162,7 @@ class Plain:
         """Train, and yield the loss of every step."""
         args, network, scheduler = self.args, self.network, self.scheduler
         betas = (args.adam_beta1, args.adam_beta2)
-        adam = {"betas": betas, "eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
+        adam = {"betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
         optimizer = torch.optim.AdamW(network.parameters(), args.learning_rate, **adam)
         schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
         lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)

@@ -89,7 +89,7 @@ def test_changed_images():
 def test_sweep(checkpoint, digits, small_limits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep_speed, "PADDING", 0)  # half of an 8x8 image would be cut off
     options = data(checkpoint, digits, "--model_name_or_path") + ["--sigmas", "0.1", "1", "--plain_sigmas", "0.1"]
-    options += ["--num_epochs", "20", "--online_batch_size", "32", "--learning_rate", "0.05", "--batch_norm"]
+    options += ["--num_train_epochs", "20", "--train_batch_size", "32", "--learning_rate", "0.05", "--batch_norm"]
     options += ["--seeds", "0", "--plain_steps", "2", "--workers", "0", "--output_dir", str(tmp_path)]
     sweep_speed.main(options)
     results = json.loads((tmp_path / "results.json").read_text())

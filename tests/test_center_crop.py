@@ -165,7 +165,16 @@ def test_an_autoencoder_is_trained_and_measured_on_the_same(photographs, tmp_pat
 
     monkeypatch.setattr(vae_training, "clean_images", clean_images)
     tiny = {"in_channels": 1, "latent_channels": 2, "block_out_channels": [8, 8], "norm_num_groups": 4}
-    arguments = ["--dataset_name", photographs[0], "--vae", json.dumps(tiny), "--resolution", SIDE, "--held_out", 4]
+    arguments = [
+        "--dataset_name",
+        photographs[0],
+        "--autoencoder",
+        json.dumps(tiny),
+        "--resolution",
+        SIDE,
+        "--held_out",
+        4,
+    ]
     arguments += ["--train_batch_size", 8, "--max_train_steps", 1, "--checkpointing_steps", 1]
     arguments += ["--mixed_precision", "no"]
     found = {}

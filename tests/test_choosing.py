@@ -48,7 +48,7 @@ def test_networks_of_every_side_can_be_built(side, device):
 
 def test_a_run_that_is_resumed_keeps_its_network_and_its_batch(tmp_path, monkeypatch):
     images = pictures(20, 8, 8, "L")
-    fast = {"output_dir": tmp_path, "sample_steps": 0, "num_samples": 1, "num_inference_steps": 1}
+    fast = {"output_dir": tmp_path, "sample_steps": 0, "grid_images": 1, "num_inference_steps": 1}
     first = pretrain(images, max_train_steps=1, checkpointing_steps=1, **fast)
     assert first.options["total_batch_size"] == 16
     monkeypatch.setattr("ddae_hf.experiments.choosing.best_device", lambda: "cuda")  # which would choose another

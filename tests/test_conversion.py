@@ -325,7 +325,7 @@ def test_the_default_network_has_the_size_of_the_authors():
 def test_a_unet_has_the_hidden_states_of_the_original(unet_file, framework, tmp_path):
     path, state = unet_file
     commands.run(
-        "convert", str(path), "--framework", framework, "--sample_size", "8", "--output_dir", str(tmp_path / "out")
+        "convert", str(path), "--framework", framework, "--resolution", "8", "--output_dir", str(tmp_path / "out")
     )
     model = DDAEModel.from_pretrained(tmp_path / "out")
     torch.manual_seed(0)
@@ -622,7 +622,7 @@ def test_tensors_that_share_their_values_claim_no_large_network(tmp_path):
 
 def test_a_probe_of_features_alone_is_saved_whole(unet_file, tmp_path):
     commands.run(
-        "convert", str(unet_file[0]), "--framework", "edm", "--sample_size", "8", "--output_dir", str(tmp_path / "net")
+        "convert", str(unet_file[0]), "--framework", "edm", "--resolution", "8", "--output_dir", str(tmp_path / "net")
     )
     options = {"layer": "mid_block", "sigma": 0.1}
     processor = DDAEImageProcessor.from_pretrained(tmp_path / "net")

@@ -42,7 +42,7 @@ def images(digits):
 def encoded(vae, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
     vae.save_pretrained(folder / "vae")
-    options = ["--vae", folder / "vae", "--dataset_name", digits, "--max_train_samples", COUNT, "--mirror"]
+    options = ["--vae", folder / "vae", "--dataset_name", digits, "--max_samples", COUNT, "--mirror"]
     commands.run("encode", *options, "--output_dir", folder / "latents", "--batch_size", 4)
     return folder
 
@@ -67,13 +67,13 @@ def test_the_script_encodes_images_and_their_mirror_images(encoded, vae, digits)
 def test_nothing_is_computed_twice(encoded, vae, images, caplog):
     caplog.set_level(logging.INFO)
     files = {path: path.stat().st_mtime_ns for path in (encoded / "latents").glob("train-?.npy")}
-    options = EncodingOptions(max_train_samples=COUNT, mirror=True, output_dir=encoded / "latents")
+    options = EncodingOptions(max_samples=COUNT, mirror=True, output_dir=encoded / "latents")
     encode(encoded / "vae", images, options)
     encode(vae, images, options)  # the same VAE, as an object
     assert "0.0 MiB of them still to be computed" in caplog.text and "Encoded in" not in caplog.text
     assert len(files) == 2 and all(path.stat().st_mtime_ns == changed for path, changed in files.items())
     with pytest.raises(ValueError, match=r"splits.train.count is 10 there, 9 here; splits.train.images differs"):
-        encode(vae, images, options, max_train_samples=9)
+        encode(vae, images, options, max_samples=9)
 
 
 def test_latents_are_described_as_the_released_versions_did(encoded, vae, images, digits, tmp_path):
@@ -125,7 +125,7 @@ def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):
         (["--seed", "-1"], "seed is -1: it must be at least 0"),
         (["--vae", "nowhere/at/all"], "is not a folder"),
         (["--label_column", "image"], "no column of labels 'image'"),
-        (["--train_split", "validation"], "has no split 'validation'"),
+        (["--split", "validation"], "has no split 'validation'"),
         (["--output_dir", f"{__file__}/x"], f"output_dir is {__file__}/x, and {__file__} is a file: give a folder"),
     ],
 )
@@ -150,7 +150,7 @@ def test_an_option_that_there_is_not_gets_the_nearest(vae, images):
 
 def test_a_full_disk_and_damaged_latents_are_told_and_the_rest_stays(vae, images, tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
-    options = EncodingOptions(max_train_samples=COUNT, mirror=True, output_dir=tmp_path)
+    options = EncodingOptions(max_samples=COUNT, mirror=True, output_dir=tmp_path)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: Usage(10, 10, 0))
         with pytest.raises(OSError, match=r"are needed in .*, where 0.0 MiB are free: give another folder"):
@@ -169,7 +169,7 @@ def test_a_full_disk_and_damaged_latents_are_told_and_the_rest_stays(vae, images
 
 
 def test_an_interrupted_run_goes_on_and_leaves_the_vae_as_it_was(vae, images, tmp_path, monkeypatch):
-    options = EncodingOptions(max_train_samples=COUNT, batch_size=4, output_dir=tmp_path / "parts")
+    options = EncodingOptions(max_samples=COUNT, batch_size=4, output_dir=tmp_path / "parts")
     brief, calls = make_vae().to(torch.bfloat16), []
 
     def stop(*args):

@@ -41,7 +41,7 @@ def export(checkpoint, folder, *options):
 
 def test_parquet_and_npy_hold_the_same_features_with_their_labels(checkpoint, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_export, "ROW_GROUP", 15)
-    options = ["--dataset_name", str(digits), "--max_train_samples", "40", "--sigma", "0.3"]
+    options = ["--dataset_name", str(digits), "--max_samples", "40", "--sigma", "0.3"]
     options += ["--features_dir", str(tmp_path / "features")]
     export(checkpoint, tmp_path / "a", *options)
     with monkeypatch.context() as patched:
@@ -58,7 +58,7 @@ def test_parquet_and_npy_hold_the_same_features_with_their_labels(checkpoint, di
     about = json.loads((tmp_path / "a" / "features.json").read_text())
     assert about["sigma"] == 0.3 and about["images"] == 40 and about["class_names"][3] == "3"
     assert about["options"]["model_name_or_path"] == str(checkpoint)
-    assert about["options"]["dataset_name"] == str(digits) and about["options"]["max_train_samples"] == 40
+    assert about["options"]["dataset_name"] == str(digits) and about["options"]["max_samples"] == 40
 
 
 def test_a_notebook_gets_the_features_of_its_own_model_and_images(checkpoint, digits, tmp_path, capsys):
@@ -111,7 +111,7 @@ def test_what_is_not_there_is_refused(checkpoint, digits, tmp_path, capsys):
 
 def test_a_full_disk_and_damaged_features_are_told_and_the_rest_stays(checkpoint, images, tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
-    options = {"max_train_samples": 20, "layers": LAYERS, "output_dir": tmp_path / "out"}
+    options = {"max_samples": 20, "layers": LAYERS, "output_dir": tmp_path / "out"}
     before = {
         name: np.array(values) for name, values in export_features(checkpoint, images, **options).features.items()
     }

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import TrainerCallback
 
-from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments import Images, finetune, finetuning, trainer
-from ddae_hf.experiments.classes import draw_fraction
+from ddae_hf.experiments.classes import draw_labels
 from ddae_hf.experiments.draws import indexed_noise
 from ddae_hf.experiments.options import RANGES
 from ddae_hf.experiments.run_folder import FILES, OPTIONS
@@ -41,8 +41,8 @@ PAIRS = {
     "flow": (make_dit, {"in_channels": 1, "num_embeds_ada_norm": 0}, FlowMatchEulerDiscreteScheduler),
 }
 OPTIONS_OF_ALL = {
-    "max_train_samples": 100, "max_test_samples": 70, "batch_size": 32, "learning_rate": 1e-3, "random_flip": True,
-    "random_crop": 1, "label_smoothing": 0.1, "mixup": 0.4, "layer_decay": 0.8, "ema_decay": 0.9,
+    "max_train_samples": 100, "max_test_samples": 70, "train_batch_size": 32, "learning_rate": 1e-3,
+    "random_flip": True, "random_crop": 1, "label_smoothing": 0.1, "mixup": 0.4, "layer_decay": 0.8, "ema_decay": 0.9,
 }  # fmt: skip
 SIX = {"max_train_steps": 6, "checkpointing_steps": 3}
 LATEST = {"resume_from_checkpoint": "latest"}
@@ -258,7 +258,7 @@ def test_a_run_goes_on_in_other_batches_of_the_same_steps_and_in_another_precisi
     change = trainer.FineTuner.change
     watched = lambda self, images, labels: seen.append(labels) or change(self, images, labels)  # noqa: E731
     monkeypatch.setattr(trainer.FineTuner, "change", watched)
-    parts = {"batch_size": 16, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
+    parts = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
     for number, changes in enumerate(({}, parts)):
         folder = started(finetuned, tmp_path / str(number), 3)
         torch.save({}, folder / "checkpoint-3" / "scaler.pt")  # as fp16 leaves it
@@ -286,12 +286,12 @@ def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, d
     folder, _ = finetuned
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
         run(checkpoints / "ddpm", digits, folder, **SIX)
-    changes = {"random_flip": False, "seed": 2, "label_fraction": 0.5, "mixup": 0.0, "layer": "mid_block"}
+    changes = {"random_flip": False, "seed": 2, "few_labels": 5, "mixup": 0.0, "layer": "mid_block"}
     for name, value in changes.items():
         with pytest.raises(ValueError, match=f"other options: {name} was .* and is {value!r}. Resuming cannot change"):
             run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
-    for name, value, images in (("batch_size", 16, 16), ("gradient_accumulation_steps", 2, 64)):
-        with pytest.raises(ValueError, match=f"batch_size x gradient_accumulation_steps was 32 and is {images}"):
+    for name, value, images in (("train_batch_size", 16, 16), ("gradient_accumulation_steps", 2, 64)):
+        with pytest.raises(ValueError, match=f"train_batch_size x gradient_accumulation_steps was 32 and is {images}"):
             run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
     with pytest.raises(ValueError, match="was trained on 100 images, and here are 50, or others"):
         run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, max_train_samples=50)
@@ -474,7 +474,7 @@ def test_a_training_that_diverges_gives_no_classifier_where_nothing_is_saved_eit
     with pytest.raises(NotFinite, match="at step 3, .*none of it is saved"):
         finetune(
             str(checkpoints / "ddpm"), Images.open(str(digits)), max_train_samples=64, max_test_samples=20,
-            batch_size=16, max_train_steps=3, lr_warmup_ratio=0.0, learning_rate=1e30,
+            train_batch_size=16, max_train_steps=3, lr_warmup_ratio=0.0, learning_rate=1e30,
         )  # fmt: skip
 
 
@@ -512,7 +512,9 @@ def test_batches_that_are_accumulated_have_the_gradient_of_a_large_one(checkpoin
 
     with_callback(monkeypatch, Watch())
     for size, count in ((32, 1), (16, 2)):
-        result = run(checkpoints / "edm", digits, None, **options, batch_size=size, gradient_accumulation_steps=count)
+        result = run(
+            checkpoints / "edm", digits, None, **options, train_batch_size=size, gradient_accumulation_steps=count
+        )
         assert result.images == 32
     large, accumulated = found
     assert large.keys() == accumulated.keys() and len(large) > 10
@@ -523,7 +525,7 @@ def test_batches_that_are_accumulated_have_the_gradient_of_a_large_one(checkpoin
 def test_every_batch_of_a_step_has_noise_of_its_own(checkpoints, digits, monkeypatch):
     seeds, seed = [], torch.manual_seed
     monkeypatch.setattr(trainer.torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
-    options = {"max_train_steps": 2, "batch_size": 16, "gradient_accumulation_steps": 2}
+    options = {"max_train_steps": 2, "train_batch_size": 16, "gradient_accumulation_steps": 2}
     run(checkpoints / "flow", digits, None, **options)
     of_steps = [np.random.SeedSequence([0, step, 0, part]) for step in (0, 1) for part in (0, 1)]
     expected = [int(sequence.generate_state(1, np.uint64)[0]) for sequence in of_steps]
@@ -643,7 +645,7 @@ def test_what_learns_is_what_gets_a_gradient(checkpoints, name, layer):
 
 @pytest.fixture
 def tuner(checkpoints, tmp_path):
-    options = finetuning.FinetuningOptions(output_dir=tmp_path, batch_size=8, label_smoothing=0.1, mixup=0.5)
+    options = finetuning.FinetuningOptions(output_dir=tmp_path, train_batch_size=8, label_smoothing=0.1, mixup=0.5)
     arguments = finetuning.training_arguments(options, keeps=False)
     return trainer.FineTuner(options, arguments, make_model("ddpm", checkpoints), Dataset.from_dict({"labels": [0, 1]}))
 
@@ -670,21 +672,19 @@ def test_smoothing_alone_is_torchs(tuner, monkeypatch):
     torch.testing.assert_close(-(targets * logits.log_softmax(-1)).sum(-1).mean(), expected)
 
 
-def test_a_fraction_of_labels_is_one_of_every_class():
-    labels = np.repeat(np.arange(4), [100, 50, 10, 3])
-    tenth, fifth = draw_fraction(labels, 0.1, 0), draw_fraction(labels, 0.2, 0)
-    assert np.bincount(labels[tenth]).tolist() == [10, 5, 1, 1] and len(np.unique(tenth)) == 17
-    assert np.bincount(labels[fifth]).tolist() == [20, 10, 2, 1] and set(tenth) < set(fifth)
-    assert np.array_equal(tenth, draw_fraction(labels, 0.1, 0))
-    assert not np.array_equal(tenth, draw_fraction(labels, 0.1, 1))
-    assert np.array_equal(draw_fraction(labels, 1.0, 5), np.arange(163))
+def test_few_labels_are_those_that_a_probe_draws(checkpoints, digits):
+    labels = np.array(Images.open(digits)["train"].take(100).labels)
+    config = DDAEConfig.from_pretrained(checkpoints / "ddpm")
+    rows = finetuning.check_finetuning(finetuning.FinetuningOptions(few_labels=3, seed=2), config, labels)
+    assert np.array_equal(rows, np.sort(draw_labels(labels, 3, 2))) and np.bincount(labels[rows]).tolist() == [3] * 10
+    assert len(finetuning.check_finetuning(finetuning.FinetuningOptions(), config, labels)) == 100
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_fraction": 0}, "label_fraction is 0.0: it must be above 0 and at most 1"),
-        ({"label_fraction": 1.5}, "it must be above 0 and at most 1"),
+        ({"few_labels": 0}, "few_labels is 0: it must be at least 1"),
+        ({"few_labels": 1000}, "1000 labels a class are asked for: allowed are 1 to"),
         ({"layer_decay": 0}, "layer_decay is 0.0"),
         ({"label_smoothing": 1}, "it must be at least 0 and below 1"),
         ({"ema_decay": 1}, "ema_decay is 1.0"),
@@ -696,7 +696,7 @@ def test_a_fraction_of_labels_is_one_of_every_class():
         ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1: it must be at least 0"),
         ({"seed": -1}, "seed is -1"),
         ({"learning_rat": 1.0}, "here is no option 'learning_rat': the nearest are learning_rate"),
-        ({"batch_size": 1}, "mixup mixes the images of a batch"),
+        ({"train_batch_size": 1}, "mixup mixes the images of a batch"),
         ({"max_train_steps": 0}, "it must be at least 1"),
         ({"random_crop": 8}, "random_crop is 8: the images' sides are"),
         ({"layer": "up_blocks.8.resnets.0"}, "There is no layer 'up_blocks.8.resnets.0'"),
@@ -731,7 +731,7 @@ def test_half_precision_without_a_gpu_is_refused(checkpoints, digits, tmp_path, 
 def test_what_batch_statistics_cannot_do_is_refused(checkpoints, digits, tmp_path):
     make_model("ddpm", checkpoints, feature_norm="batch_norm").save_pretrained(tmp_path / "start")
     with pytest.raises(ValueError, match="100 images leave a batch of one"):
-        run(tmp_path / "start", digits, tmp_path / "out", batch_size=33)
+        run(tmp_path / "start", digits, tmp_path / "out", train_batch_size=33)
     with pytest.raises(ValueError, match="leave out ema_decay"):
         run(tmp_path / "start", digits, tmp_path / "out")
 

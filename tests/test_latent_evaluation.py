@@ -140,7 +140,17 @@ def test_a_probe_is_saved_with_generator_and_vae(latent_dit, vae, digits, tested
 
 
 def tune(checkpoint, digits, folder, *options):
-    arguments = ["--max_train_steps", "2", "--batch_size", "8", "--layer", LAYER, "--sigma", "0.2", "--layer_decay"]
+    arguments = [
+        "--max_train_steps",
+        "2",
+        "--train_batch_size",
+        "8",
+        "--layer",
+        LAYER,
+        "--sigma",
+        "0.2",
+        "--layer_decay",
+    ]
     commands.run(
         "finetune", *common(checkpoint, digits, folder), *COUNTS, *arguments, "0.8", "--ema_decay", "0.5", *options
     )
@@ -266,7 +276,7 @@ def test_the_rival_learns_from_latents_with_standard_normal_noise(latent_dit, va
 
 
 def test_exported_features_are_those_of_the_library(latent_dit, digits, tmp_path):
-    options = ["--max_train_samples", "10", "--layers", LAYER, "--sigma", "0.3", "--format", "npy", "--view", "2"]
+    options = ["--max_samples", "10", "--layers", LAYER, "--sigma", "0.3", "--format", "npy", "--view", "2"]
     commands.run("export", *common(latent_dit, digits, tmp_path), *options)
     images, labels = pixels_and_labels(latent_dit, digits, "train", 10)
     expected = extract_features(DDAEModel.from_pretrained(latent_dit), [images], [LAYER], 0.3, view=2)[LAYER]

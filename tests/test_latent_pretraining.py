@@ -30,14 +30,14 @@ def latents(digits, tmp_path_factory):
     """Forty digits and their mirror images as latents of 4x8x8, and the VAE that made them."""
     folder = tmp_path_factory.mktemp("encoded")
     make_vae().save_pretrained(folder / "vae")
-    options = ["--vae", str(folder / "vae"), "--dataset_name", str(digits), "--max_train_samples", str(COUNT)]
+    options = ["--vae", str(folder / "vae"), "--dataset_name", str(digits), "--max_samples", str(COUNT)]
     commands.run("encode", *options, "--mirror", "--output_dir", str(folder / "latents"))
     return folder / "latents"
 
 
 def train(latents, folder, *options):
     arguments = ["--latents_dir", str(latents), "--output_dir", str(folder), "--train_batch_size", "16", "--seed", "1"]
-    arguments += ["--lr_warmup_steps", "2", "--num_samples", "4", "--num_inference_steps", "2", "--sample_steps", "5"]
+    arguments += ["--lr_warmup_steps", "2", "--grid_images", "4", "--num_inference_steps", "2", "--sample_steps", "5"]
     denoiser = [] if "--init_from" in options else ["--denoiser", json.dumps(TINY)]
     commands.run("pretrain", *arguments, *denoiser, "--mixed_precision", "no", "--max_train_steps", "5", *options)
 

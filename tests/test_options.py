@@ -61,7 +61,7 @@ def test_every_number_that_is_named_has_its_range(name):
 
 
 def test_ranges_are_those_that_the_words_say():
-    for name, low, high in (("ema_decay", 0, 0.9999), ("augment", 0, 1), ("label_fraction", 1e-6, 1)):
+    for name, low, high in (("ema_decay", 0, 0.9999), ("augment", 0, 1), ("layer_decay", 1e-6, 1)):
         assert RANGES[name].holds(low) and RANGES[name].holds(high)
     for name, wrong in (("ema_decay", 1), ("adam_beta1", 1.0), ("validation_fraction", 1), ("seed", 2**32), ("l2", 0)):
         assert not RANGES[name].holds(wrong)
@@ -209,5 +209,5 @@ def test_one_name_means_one_thing_everywhere():
         for field in dataclasses.fields(kind):
             kinds.setdefault(field.name, set()).add(frozenset(types_in(hints[field.name])))
     # What is built from options in a training is opened from a path elsewhere: old names of old scripts.
-    assert {name for name, found in kinds.items() if len(found) > 1} == {"scheduler", "vae"}
+    assert {name for name, found in kinds.items() if len(found) > 1} == {"scheduler"}
     assert not (set(RANGES) | set(FREE)) - set(kinds)

@@ -52,7 +52,7 @@ def train(digits, folder, *options):
 
 def train_on(data, folder, *options):
     arguments = ["--dataset_name", str(data), "--output_dir", str(folder), "--denoiser", json.dumps(TINY)]
-    arguments += ["--seed", "1", "--lr_warmup_steps", "2", "--num_samples", "4", "--num_inference_steps", "2"]
+    arguments += ["--seed", "1", "--lr_warmup_steps", "2", "--grid_images", "4", "--num_inference_steps", "2"]
     commands.run("pretrain", *arguments, "--sample_steps", "4", "--mixed_precision", "no", "--random_flip", *options)
 
 
@@ -456,7 +456,7 @@ def test_every_configuration_describes_a_network_that_can_be_trained(path):
         (["--augment", "0.1", "--no-random_flip", "--denoiser", json.dumps(TINY_DIT)], "a DiTTransformer2DModel came"),
         (["--class_conditional", "--label_column", "image"], "no column of labels 'image'"),
         (["--sampler", "heun"], "sampler='heun' needs an EDMEulerScheduler, not a DDPMScheduler"),
-        (["--num_samples", "0"], "must be at least 1"),
+        (["--grid_images", "0"], "must be at least 1"),
         (["--num_inference_steps", "0"], "must be at least 1"),
         (["--num_inference_steps", "2000"], "2000"),
         (["--scheduler", '{"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": true}'], "`mu`"),
@@ -612,7 +612,7 @@ def test_pictures_go_to_the_tracker(noise_images, tmp_path, monkeypatch):
     started = PretrainingOptions.accelerated
     changed = lambda options: tracked(started(options), Tracker())  # noqa: E731
     monkeypatch.setattr(PretrainingOptions, "accelerated", changed)
-    options = {"sample_steps": 2, "num_samples": 4, "num_inference_steps": 1, "max_train_steps": 2}
+    options = {"sample_steps": 2, "grid_images": 4, "num_inference_steps": 1, "max_train_steps": 2}
     pretrain(noise_images, **{**small(str(tmp_path)), **options})
     assert Tracker.seen == {2: (1, 129, 129, 3)}
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*their covariance is singular")
 NETWORK = """denoiser: {sample_size: 8, in_channels: 1, out_channels: 1, block_out_channels: [32, 32],
   layers_per_block: 1, down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]}"""
 # Sizes that are unlike each other, so that a number in a card has one place it can come from.
-FEW = ["--max_train_samples", "211", "--max_test_samples", "97", "--batch_size", "64"]
+FEW = ["--max_train_samples", "211", "--max_test_samples", "97"]
 TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32], "layers_per_block": 1}
 TINY |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 COMMANDS = """
@@ -57,12 +57,36 @@ def runs(digits, tmp_path_factory):
         with contextlib.redirect_stdout(io.StringIO()), threadpool_limits(1):
             commands.run(script, *options, *data, "--output_dir", root / name)
 
-    short = ["--max_train_steps", "3", "--train_batch_size", "16", "--num_samples", "4", "--num_inference_steps", "2"]
+    short = ["--max_train_steps", "3", "--train_batch_size", "16", "--grid_images", "4", "--num_inference_steps", "2"]
     run("pretrain", "pretrained", "--config", str(root / "network.yaml"), *short, "--mixed_precision", "no")
     labels = ["--few_labels", "7", "--num_draws", "3", "--num_noise_seeds", "2"]
-    run("probe", "probe", *model, *FEW, *labels, "--sigmas", "0.11", "0.23", "--baselines")
-    run("sweep", "sweep", *model, *FEW, "--layers", "mid_block", "up_blocks.0.resnets.0", "--sigmas", "0.31", "0.17")
-    run("finetune", "tuned", *model, *FEW, "--max_train_steps", "2", "--learning_rate", "1e-3")
+    run("probe", "probe", *model, *FEW, *labels, "--batch_size", "64", "--sigmas", "0.11", "0.23", "--baselines")
+    run(
+        "sweep",
+        "sweep",
+        *model,
+        *FEW,
+        "--batch_size",
+        "64",
+        "--layers",
+        "mid_block",
+        "up_blocks.0.resnets.0",
+        "--sigmas",
+        "0.31",
+        "0.17",
+    )
+    run(
+        "finetune",
+        "tuned",
+        *model,
+        *FEW,
+        "--train_batch_size",
+        "64",
+        "--max_train_steps",
+        "2",
+        "--learning_rate",
+        "1e-3",
+    )
     images = ["--num_images", "23", "--max_reference_samples", "61", "--num_inference_steps", "2"]
     run("evaluate", "generation", *model, *images, "--extractor", f"ddae:{root / 'pretrained'}")
     torch.set_num_threads(threads)
@@ -266,7 +290,7 @@ def pushed(server, digits, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     data = ["--dataset_name", str(digits), "--max_train_samples", "120", "--push_to_hub"]
     probed = [*data, "--model_name_or_path", "tester/denoiser", "--max_test_samples", "50"]
-    options = ["--denoiser", json.dumps(TINY), "--train_batch_size", "16", "--num_samples", "4", "--license", "mit"]
+    options = ["--denoiser", json.dumps(TINY), "--train_batch_size", "16", "--grid_images", "4", "--license", "mit"]
     options += ["--max_train_steps", "2", "--checkpointing_steps", "1", "--num_inference_steps", "2"]
     tuned = ["--max_train_steps", "1", "--hub_model_id", "tester/other-name"]
     jobs = [
@@ -304,6 +328,16 @@ def test_every_script_pushes_its_result_and_not_what_only_training_needs(pushed,
         )
         assert any(path.endswith(".safetensors") for path in found)
         assert f"{server.url}/tester/{name}" in printed
+    kept = ("checkpoint-", "raw/", "features/", "levels/")  # all else that the runs wrote is pushed
+    for name, folder in {
+        "denoiser": "denoiser",
+        "probe": "probe",
+        "sweep": "sweep/classifier",
+        "other-name": "tuned",
+    }.items():
+        local = {str(path.relative_to(root / folder)) for path in (root / folder).rglob("*") if path.is_file()}
+        wanted = {path for path in local if not path.startswith(kept) and not path.endswith(".lock")}
+        assert files(server, name) - {".gitattributes"} == wanted
     weights = {("denoiser", "denoiser"): "unet/diffusion_pytorch_model.safetensors"}
     weights |= {("other-name", "tuned"): "model.safetensors"}
     for (name, folder), path in weights.items():
@@ -413,12 +447,17 @@ def test_a_push_that_fails_says_how_to_push_and_that_works(local, server, tmp_pa
     assert "README.md" in found and "unet/config.json" in found and not any("checkpoint" in path for path in found)
 
 
-def test_a_push_says_where_it_is(local, server, tmp_path, capsys):
+def test_a_push_says_where_it_is_and_takes_nothing_that_no_run_wrote(local, server, tmp_path, capsys):
     save_pipeline(tmp_path)
+    for name in (".env", "notes.txt", "unet/token.json", "model.pt", "photo.png", "checkpoint-3/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine alone")
     hub = options(hub_model_id="said")
     prepare(hub, tmp_path)
     assert publish(hub, tmp_path, "Push").startswith(f"Pushed {tmp_path} to {server.url}/tester/said, commit ")
     assert capsys.readouterr().out == ""
+    network = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
+    assert files(server, "said") - {".gitattributes"} == network | {"README.md", "model_index.json"}
 
 
 def test_a_card_is_written_without_a_push_too(local, server, tmp_path):

@@ -230,8 +230,8 @@ def test_more_views_are_trained_on_and_averaged(checkpoint, digits, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["paper", "batch_norm"])
 def test_online_protocols_train_on_fresh_noise(protocol, checkpoint, digits, tmp_path):
-    options = ["--sigmas", "0.1", "--protocol", protocol, "--num_epochs", "5", "--learning_rate", "0.3"]
-    options += ["--no-random_flip", "--random_crop", "0", "--online_batch_size", "32", "--layers", "mid_block"]
+    options = ["--sigmas", "0.1", "--protocol", protocol, "--num_train_epochs", "5", "--learning_rate", "0.3"]
+    options += ["--no-random_flip", "--random_crop", "0", "--train_batch_size", "32", "--layers", "mid_block"]
     options += ["--max_train_samples", "200", "--batch_size", "200"]
     report = run(checkpoint, digits, tmp_path, *options)
     assert report["test_accuracies"]["0"] > 0.2
@@ -249,7 +249,7 @@ def test_online_protocols_train_on_fresh_noise(protocol, checkpoint, digits, tmp
         (["--num_views", "0"], "num_views is 0: it must be at least 1"),
         (["--num_draws", "0"], "num_draws is 0: it must be at least 1"),
         (["--batch_size", "0"], "batch_size is 0: it must be at least 1"),
-        (["--protocol", "paper", "--num_epochs", "0"], "num_epochs is 0: it must be at least 1"),
+        (["--protocol", "paper", "--num_train_epochs", "0"], "num_train_epochs is 0: it must be at least 1"),
         (["--noise_seed", "-1"], "noise_seed is -1: it must be at least 0"),
         (["--random_crop", "-1"], "random_crop is -1: it must be at least 0"),
         (["--learning_rate", "0"], "learning_rate is 0.0: it must be positive"),
@@ -263,7 +263,7 @@ def test_online_protocols_train_on_fresh_noise(protocol, checkpoint, digits, tmp
         (["--protocol", "batch_norm", "--baselines"], "is of logistic regression, not of the protocol batch_norm"),
         (["--protocol", "best"], "invalid choice"),
         (["--checkpoints", "runs"], "Give one of model_name_or_path and checkpoints"),
-        (["--quality_extractor", "inception"], "quality_extractor measures samples over a training run: give"),
+        (["--extractor", "inception"], "extractor measures samples over a training run: give"),
         (["--output_dir", ""], "output_dir is empty: give a folder"),
         (["--features_dir", ""], "features_dir is empty: give a folder"),
         (["--layers", "up_blocks.7"], "no layer 'up_blocks.7'"),
@@ -368,7 +368,7 @@ def test_a_model_keeps_its_mode(training, checkpoint, digits, tmp_path):
     expected = sweep(checkpoint, images, **SMALL | ONE).pairs
     assert sweep(model, images, **SMALL | ONE).pairs == expected and model.training == training
     assert model.denoiser.training == training
-    export_features(model, images, max_train_samples=10, output_dir=tmp_path)
+    export_features(model, images, max_samples=10, output_dir=tmp_path)
     with pytest.raises(ValueError, match="no layer"):
         classify_noisy(model, images, layers=["nowhere"])
     assert model.training == training and model.denoiser.training == training
@@ -478,7 +478,7 @@ def run_folder(checkpoint, tmp_path):
 def test_a_training_run_is_drawn_over_its_steps(run_folder, digits, tmp_path):
     options = ["--checkpoints", run_folder, "--dataset_name", digits, "--output_dir", tmp_path / "sweep"]
     options += ["--max_train_samples", "100", "--max_test_samples", "50", "--sigmas", "0.1", "--num_noise_seeds", "1"]
-    options += ["--quality_extractor", f"ddae:{run_folder / 'checkpoint-20'}", "--num_quality_images", "50"]
+    options += ["--extractor", f"ddae:{run_folder / 'checkpoint-20'}", "--num_images", "50"]
     commands.run("sweep", *options, "--num_inference_steps", "2", "--layers", "mid_block")
     points = CurveReport.read(tmp_path / "sweep").points
     assert [point.step for point in points] == [3, 20]
@@ -512,7 +512,7 @@ def test_the_loss_is_of_images_of_all_classes(run_folder, digits, monkeypatch):
 def test_a_run_that_cannot_be_swept_is_refused_at_once(run_folder, digits, tmp_path):
     options = ["--dataset_name", digits, "--output_dir", tmp_path / "sweep", "--checkpoints"]
     with pytest.raises(SystemExit, match="extractor ddae:nowhere cannot be used"):
-        commands.run("sweep", *options, run_folder, "--quality_extractor", "ddae:nowhere")
+        commands.run("sweep", *options, run_folder, "--extractor", "ddae:nowhere")
     with pytest.raises(SystemExit, match="push_to_hub pushes one classifier"):
         commands.run("sweep", *options, run_folder, "--push_to_hub")
     (run_folder / "checkpoint-6").mkdir()

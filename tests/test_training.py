@@ -39,7 +39,7 @@ def pretrain_options(digits, folder):
     """Four batches of 25 an epoch, six steps, a checkpoint and samples after every second."""
     options = ["--dataset_name", digits, "--max_train_samples", 100, "--output_dir", folder, "--seed", 1]
     options += ["--denoiser", json.dumps(TINY), "--train_batch_size", 25, "--max_train_steps", 6]
-    options += ["--checkpointing_steps", 2, "--sample_steps", 2, "--num_samples", 1, "--num_inference_steps", 1]
+    options += ["--checkpointing_steps", 2, "--sample_steps", 2, "--grid_images", 1, "--num_inference_steps", 1]
     return [*options, "--lr_warmup_steps", 1, "--mixed_precision", "no"]
 
 

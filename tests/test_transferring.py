@@ -142,7 +142,7 @@ def test_online_probes_go_through_the_views(checkpoint, images, tmp_path, monkey
         return read(self, rows, view, numbers)
 
     monkeypatch.setattr(LatentInputs, "read", spy)
-    protocol = {"protocol": "paper", "num_epochs": 3, "num_views": 2, "layers": ["transformer_blocks.1"]}
+    protocol = {"protocol": "paper", "num_train_epochs": 3, "num_views": 2, "layers": ["transformer_blocks.1"]}
     transfer(checkpoint, images, chosen(tmp_path, **protocol))
     assert {view for split, view in seen if split == "train"} == {0, 1}
     assert {view for split, view in seen if split == "test"} == {0}
@@ -173,7 +173,7 @@ def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint,
     options = chosen(transferred, **VIEWS)
     with quiet(capsys):
         for _ in range(2):  # the second run finds it done
-            transfer(checkpoint, images, options, finetune={"max_train_steps": 2, "batch_size": 16})
+            transfer(checkpoint, images, options, finetune={"max_train_steps": 2, "train_batch_size": 16})
     report, best = figures(transferred / "finetuned"), figures(transferred)["best"]
     assert (report["layer"], report["sigma"]) == (best["layer"], best["sigma"])
     assert report["steps"] == 2 and report["saved_classifier_test_accuracy"] >= 0
@@ -217,7 +217,7 @@ def test_what_cannot_work_stops_before_anything_is_encoded(checkpoint, images, t
 
 def test_a_network_that_cannot_be_trained_so_is_refused_before_anything_is_encoded(checkpoint, images, tmp_path):
     model = DDAEModel.from_pretrained(checkpoint, feature_norm="batch_norm")
-    for options, message in (({"ema_decay": 0.9}, "leave out ema_decay"), ({"batch_size": 17}, "batch of one")):
+    for options, message in (({"ema_decay": 0.9}, "leave out ema_decay"), ({"train_batch_size": 17}, "batch of one")):
         with pytest.raises(ValueError, match=message):
             transfer(model, images, chosen(tmp_path), finetune=options)
     assert not list(tmp_path.glob("latents/*.npy"))

@@ -22,7 +22,7 @@ TINY |= {"mid_block_add_attention": False}
 
 
 def train(digits, folder, *options):
-    arguments = ["--dataset_name", str(digits), "--output_dir", str(folder), "--vae", json.dumps(TINY)]
+    arguments = ["--dataset_name", str(digits), "--output_dir", str(folder), "--autoencoder", json.dumps(TINY)]
     arguments += ["--resolution", "8", "--train_batch_size", "32", "--held_out", "40", "--lr_warmup_steps", "2"]
     commands.run(
         "train_vae", *arguments, "--learning_rate", "5e-3", "--mixed_precision", "no", "--random_flip", *options
@@ -70,7 +70,7 @@ def test_a_run_says_how_it_was_made_and_what_came_out(trained):
     assert found["steps"] == 40 and found["images"] == 40 * 32 and found["held_out"]["num_images"] == 40
     assert found["dataset"]["num_images"] == 1437 - 40
     assert found["parameters"] == AutoencoderKL.from_pretrained(trained).num_parameters()
-    assert yaml.safe_load((trained / "training_options.yaml").read_text())["vae"] == TINY
+    assert yaml.safe_load((trained / "training_options.yaml").read_text())["autoencoder"] == TINY
     pairs = Image.open(trained / "reconstructions.png")
     assert pairs.size == (8 * 65 - 1, 8 * 65 - 1)
 
@@ -98,18 +98,18 @@ def test_the_divergence_is_the_one_of_the_posterior_and_weighs_as_the_sum_over_a
 
 
 def options(**more):
-    return VAEOptions(vae=TINY, resolution=8, **more)
+    return VAEOptions(autoencoder=TINY, resolution=8, **more)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--resolution", "9"], "must be a multiple of 2"),
-        (["--vae", json.dumps(TINY | {"norm_num_groups": 3})], "num_groups"),
-        (["--vae", json.dumps(TINY | {"scaling_factor": 0.2})], "it is measured after the training"),
-        (["--vae", json.dumps(TINY | {"sample_size": 8})], "resolution gives it"),
-        (["--vae", json.dumps(TINY | {"channels": 8})], "no options ['channels']"),
-        (["--vae", "3"], "is no mapping"),
+        (["--autoencoder", json.dumps(TINY | {"norm_num_groups": 3})], "num_groups"),
+        (["--autoencoder", json.dumps(TINY | {"scaling_factor": 0.2})], "it is measured after the training"),
+        (["--autoencoder", json.dumps(TINY | {"sample_size": 8})], "resolution gives it"),
+        (["--autoencoder", json.dumps(TINY | {"channels": 8})], "no options ['channels']"),
+        (["--autoencoder", "3"], "is no mapping"),
         (["--held_out", "1430"], "There are 1437 images: held_out 1430 and a total_batch_size of 32"),
         (["--held_out", "0"], "must be at least 1"),
         (["--kl_weight", "-1"], "kl_weight is -1.0: it must be at least 0"),
@@ -130,7 +130,9 @@ def test_a_damaged_held_out_image_is_named_before_the_training(tmp_path, monkeyp
     (tmp_path / "30.png").write_bytes(b"<html>")
     monkeypatch.setattr("ddae_hf.experiments.training.Loop.run", lambda *args: pytest.fail("It has begun."))
     with pytest.raises(ValueError, match="30.png cannot be read"):
-        train_vae(Images.open(tmp_path), vae=TINY, resolution=8, held_out=36, total_batch_size=4, max_train_steps=1)
+        train_vae(
+            Images.open(tmp_path), autoencoder=TINY, resolution=8, held_out=36, total_batch_size=4, max_train_steps=1
+        )
 
 
 def test_a_checkpoint_is_resumed_as_it_was_begun(trained, digits):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..experiments.finetuning import FinetuningOptions, finetune
 from ..experiments.images import DataOptions
 from ..experiments.options import option
-from ..experiments.publishing import PRIVATE, HubOptions, prepare, publish
+from ..experiments.publishing import HubOptions, prepare, publish
 from .running import is_main_process
 
 
@@ -35,5 +35,5 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     result = finetune(options.model_name_or_path, data.open(options.cache_dir), options)
     if is_main_process():
         print(result.table())
-        said = publish(hub, options.output_dir, "Fine-tune", (*PRIVATE, f"{options.logging_dir}/*"))
+        said = publish(hub, options.output_dir, "Fine-tune")
         print(said or f"The classifier is in {options.output_dir}.")

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..experiments.options import Options, Table, read_yaml, unknown
-from ..experiments.run_folder import OPTIONS
+from ..experiments.run_folder import OPTIONS, with_present_names
 
 CONFIGS = Path(__file__).parent / "configs"
 # What `--help` puts together; what is named nowhere here is the experiment's own.
@@ -31,8 +31,7 @@ GROUPS = {
     "training": """total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps
         learning_rate scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio layer_decay adam_beta1 adam_beta2
         adam_epsilon weight_decay max_grad_norm label_smoothing ema_decay seed""",
-    "generation": """num_images class_label guidance_scale num_inference_steps sampler grid_images sample_steps
-        num_samples""",
+    "generation": """num_images class_label guidance_scale num_inference_steps sampler grid_images sample_steps""",
     "speed and memory": """batch_size encode_batch_size dtype mixed_precision allow_tf32 torch_compile
         gradient_checkpointing dataloader_num_workers""",
     "files": """output_dir features_dir space_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit
@@ -187,6 +186,7 @@ def _take_defaults(parser: Any, path: Path) -> None:
     """Make a file's options the defaults, each converted by the parser's own type."""
     options = read_config(path)
     if path.name == OPTIONS:
+        options = with_present_names(options)
         options.pop("config", None)  # which a run of 0.2.0 noted, with all that this file had said
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
     for name, value in options.items():

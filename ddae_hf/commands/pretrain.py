@@ -18,7 +18,7 @@ from ..experiments.encoding import LatentFolder
 from ..experiments.images import DataOptions, Images
 from ..experiments.options import option
 from ..experiments.pretraining import PretrainingOptions, pretrain
-from ..experiments.publishing import PRIVATE, HubOptions, prepare, publish
+from ..experiments.publishing import HubOptions, prepare, publish
 from .running import is_main_process
 
 
@@ -50,5 +50,5 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     result = pretrain(images, options)
     if is_main_process():
         print(result.table())
-        said = publish(hub, options.output_dir, "Pretrain", (*PRIVATE, f"{options.logging_dir}/*"))
+        said = publish(hub, options.output_dir, "Pretrain")
         print(said or f"The checkpoint is in {options.output_dir}.")

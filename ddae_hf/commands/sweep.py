@@ -30,8 +30,8 @@ class Arguments(CurveOptions):
         super().check()
         if (self.model_name_or_path is None) == (self.checkpoints is None):
             raise ValueError("Give one of model_name_or_path and checkpoints.")
-        if self.quality_extractor is not None and self.checkpoints is None:
-            raise ValueError("quality_extractor measures samples over a training run: give checkpoints with it.")
+        if self.extractor is not None and self.checkpoints is None:
+            raise ValueError("extractor measures samples over a training run: give checkpoints with it.")
 
 
 KINDS = (DataOptions, Arguments, HubOptions)

@@ -118,10 +118,3 @@ def draw_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
         allowed = f"allowed are 1 to {counts.min()}, which the smallest class has"
         raise ValueError(f"{per_class} labels a class are asked for: {allowed}.")
     return np.concatenate([rng.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in classes])
-
-
-def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return the sorted indices of this part of every class, at least one image of each; small parts lie in large."""
-    rng = np.random.default_rng(seed)
-    classes = [rng.permutation(np.flatnonzero(labels == k)) for k in np.unique(labels)]
-    return np.sort(np.concatenate([indices[: max(1, round(fraction * len(indices)))] for indices in classes]))

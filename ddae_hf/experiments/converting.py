@@ -31,7 +31,7 @@ class ConversionOptions(Options):
     framework: Literal["ddpm", "edm"] | None = option(
         None, "Of a U-Net of the DDAE paper's authors: what it was trained under; required, as the file is silent."
     )
-    sample_size: int | None = option(None, "Of such a U-Net: side of its images in pixels, by default 32.")
+    resolution: int | None = option(None, "Of such a U-Net: side of its images in pixels, by default 32.")
 
 
 @dataclass
@@ -83,7 +83,7 @@ def convert(
     written: Any
     found = conversion.convert(
         checkpoint, num_heads=options.num_heads, num_classes=options.num_classes,
-        framework=options.framework, sample_size=options.sample_size,
+        framework=options.framework, sample_size=options.resolution,
     )  # fmt: skip
     if found.config.get("features_only"):
         if vae is not None:

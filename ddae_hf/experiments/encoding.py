@@ -55,8 +55,8 @@ class EncodingOptions(Options):
     """Options of `encode`."""
 
     output_dir: str = option("runs/latents", "Folder of the latents.")
-    train_split: str = option("train", "Split to encode.")
-    max_train_samples: int | None = option(None, "Use N images of all classes, always the same ones.")
+    split: str = option("train", "Split to encode.")
+    max_samples: int | None = option(None, "Use N images of all classes, always the same ones.")
     resolution: int | None = option(None, "Side of the square images; by default the VAE's sample_size.")
     center_crop: bool = option(True, "Cut the centre of images of another shape; without it they are squashed.")
     mirror: bool = option(False, "Encode every image's mirror image too, as a second view.")
@@ -93,7 +93,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     processor = DDAEImageProcessor(
         size={"height": side, "width": side}, num_channels=vae.config.in_channels, do_center_crop=options.center_crop
     )
-    train = images[options.train_split].take(options.max_train_samples)
+    train = images[options.split].take(options.max_samples)
     inputs = {"train": _Mirrored(train, processor)}
     folder = LatentFolder.create(
         options.output_dir, vae, (side, side),

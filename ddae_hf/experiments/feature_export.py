@@ -34,8 +34,8 @@ class ExportOptions(Options):
     output_dir: str = option("runs/features_export", "Folder of the files.")
     features_dir: str | None = option(None, "Folder where features are kept; by default `cache` in output_dir.")
     format: Literal["parquet", "npy"] = option("parquet", "Kind of the files.")
-    train_split: str = option("train", "Split whose features are exported.")
-    max_train_samples: int | None = option(None, "Use N images of all classes, always the same ones.")
+    split: str = option("train", "Split whose features are exported.")
+    max_samples: int | None = option(None, "Use N images of all classes, always the same ones.")
     layers: list[str] = option(["own"], "Names of layers, `decoder`, `all`, or `own`, the checkpoint's one.")
     sigma: float | None = option(None, "Noise level; by default the checkpoint's.")
     view: int = option(0, "Number of the draw of noise; sweeps take 0 in training, 1 in tests.")
@@ -82,7 +82,7 @@ def export_features(
     """
     options = ExportOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
-    chosen = images[options.train_split].take(options.max_train_samples)
+    chosen = images[options.split].take(options.max_samples)
     labels = chosen.labels  # looked at before any long work
     network = open_model(
         model, dtype=options.dtype, cache_dir=options.cache_dir,

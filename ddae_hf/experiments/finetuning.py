@@ -1,7 +1,7 @@
 """Fine-tuning: a denoiser and a linear classifier on it are trained further as one network.
 
     from ddae_hf.experiments import Images, finetune
-    result = finetune("runs/cifar10_ddpm_unet", Images.open("uoft-cs/cifar10"), label_fraction=0.1, layer_decay=0.75)
+    result = finetune("runs/cifar10_ddpm_unet", Images.open("uoft-cs/cifar10"), few_labels=500, layer_decay=0.75)
     print(result.table())
     result.classifier.push_to_hub("me/classifier")
 
@@ -40,7 +40,7 @@ from ..cut import uncompiled
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
-from .classes import draw_fraction
+from .classes import draw_labels
 from .devices import best_device, machine, made_fast
 from .draws import indexed_noise, separate_randomness
 from .encoding import LatentFolder, LatentInputs
@@ -67,8 +67,8 @@ from .trainer import AVERAGED, BY_HASH, IN_TRAINING, PROGRESS, WEIGHTS, FineTune
 
 logger = logging.getLogger(__name__)
 
-SIZES = {"batch_size", "gradient_accumulation_steps"}
-STEP = "batch_size x gradient_accumulation_steps"  # the images of a step, which are what counts
+SIZES = {"train_batch_size", "gradient_accumulation_steps"}
+STEP = "train_batch_size x gradient_accumulation_steps"  # the images of a step, which are what counts
 NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", PROGRESS)
 
 
@@ -86,13 +86,13 @@ class FinetuningOptions(SplitOptions):
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
-    label_fraction: float = option(1.0, "Part of each class's training images that is used.")
+    few_labels: int | None = option(None, "Train on so many images of each class; by default on all.")
     latents_dir: str | None = option(None, "Folder of the images' latents, to train on in place of their pixels.")
     layer: str | None = option(None, "Where the classifier reads the network; by default the checkpoint's layer.")
     sigma: float | None = option(None, "Noise level of the images; by default the checkpoint's.")
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
     from_scratch: bool = option(False, "Start from random weights, to compare.")
-    batch_size: int = option(128, "Images that a device takes at a time.")
+    train_batch_size: int = option(128, "Images of a forward pass on each device.")
     gradient_accumulation_steps: int = option(1, "Batches of every device in a step.")
     num_train_epochs: int = option(10, "Passes over the training images.")
     max_train_steps: int | None = option(None, "Number of steps, in place of num_train_epochs.")
@@ -120,8 +120,8 @@ class FinetuningOptions(SplitOptions):
         for name in ("random_flip", "random_crop"):
             if self.latents_dir is not None and getattr(self, name):
                 raise ValueError(f"{name}: images in latents_dir were changed before they were encoded: leave it out.")
-        if self.mixup and self.batch_size < 2:
-            raise ValueError("mixup mixes the images of a batch: batch_size must be at least 2.")
+        if self.mixup and self.train_batch_size < 2:
+            raise ValueError("mixup mixes the images of a batch: train_batch_size must be at least 2.")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("mixed_precision fp16 needs a GPU.")
         if self.output_dir is None and (self.resume_from_checkpoint or self.report_to):
@@ -235,7 +235,7 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
         trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
         known = given, trained
-        now, before = (each | {STEP: each["batch_size"] * each["gradient_accumulation_steps"]} for each in known)
+        now, before = (each | {STEP: each["train_batch_size"] * each["gradient_accumulation_steps"]} for each in known)
         check_same_run(now, before, (options.MAY_CHANGE | options.PLACES | BY_HASH | SIZES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
     checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
@@ -320,11 +320,13 @@ def with_vae(
 
 def check_finetuning(options: FinetuningOptions, config: Any, labels: np.ndarray) -> np.ndarray:
     """Return the images, of labels (N,), to train on, or raise `ValueError` where such a model cannot be trained so."""
-    rows = draw_fraction(labels, options.label_fraction, options.seed)
+    rows = np.arange(len(labels))
+    if options.few_labels is not None:
+        rows = np.sort(draw_labels(labels, options.few_labels, options.seed))
     if options.random_crop >= min(config.image_size):
         raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {config.image_size}.")
-    if config.feature_norm == "batch_norm" and len(rows) % options.batch_size == 1:
-        raise ValueError(f"{len(rows)} images leave a batch of one, which has no variance: change batch_size.")
+    if config.feature_norm == "batch_norm" and len(rows) % options.train_batch_size == 1:
+        raise ValueError(f"{len(rows)} images leave a batch of one, which has no variance: change train_batch_size.")
     if config.feature_norm == "batch_norm" and options.ema_decay is not None:
         raise ValueError("The checkpoint has a batch norm, whose statistics are not averaged: leave out ema_decay.")
     training_arguments(options, keeps=True)
@@ -334,8 +336,9 @@ def check_finetuning(options: FinetuningOptions, config: Any, labels: np.ndarray
 def training_arguments(options: FinetuningOptions, keeps: bool) -> TrainingArguments:
     """Return Trainer's arguments, with checkpoints if it `keeps` them."""
     arguments = TrainingArguments(
-        str(options.output_dir), per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.gradient_accumulation_steps,
+        str(options.output_dir), per_device_train_batch_size=options.train_batch_size,
+        per_device_eval_batch_size=options.train_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         lr_scheduler_type="cosine", warmup_steps=options.lr_warmup_ratio, max_grad_norm=options.max_grad_norm,
         seed=options.seed, data_seed=options.seed, fp16=options.mixed_precision == "fp16",
         bf16=options.mixed_precision == "bf16", torch_compile=options.torch_compile, logging_steps=50,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import yaml
 
-from .run_folder import check_folder
+from .run_folder import SUCCESSORS, check_folder
 
 
 class Range(NamedTuple):
@@ -31,19 +31,18 @@ class Range(NamedTuple):
 
 
 NAMES = {
-    Range("at least 1", lambda x: x >= 1): """batch_size train_batch_size total_batch_size online_batch_size
+    Range("at least 1", lambda x: x >= 1): """batch_size train_batch_size total_batch_size
         wide_resnet_batch_size encode_batch_size extractor_batch_size gradient_accumulation_steps num_train_epochs
-        num_epochs max_train_steps wide_resnet_steps checkpointing_steps checkpoints_total_limit held_out resolution
-        low_resolution shuffle_buffer num_samples num_inference_steps num_views num_draws num_noise_seeds
-        num_noise_samples num_quality_images num_images hidden_size num_hidden_layers few_labels max_samples
-        max_train_samples max_test_samples max_selection_samples max_reference_samples num_heads num_classes
-        sample_size""",
-    Range("at least 0", lambda x: x >= 0): """lr_warmup_steps adam_weight_decay weight_decay max_grad_norm kl_weight
-        mixup sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",
+        max_train_steps wide_resnet_steps checkpointing_steps checkpoints_total_limit held_out resolution low_resolution
+        shuffle_buffer grid_images num_inference_steps num_views num_draws num_noise_seeds num_noise_samples num_images
+        hidden_size num_hidden_layers few_labels max_samples max_train_samples max_test_samples max_selection_samples
+        max_reference_samples num_heads num_classes""",
+    Range("at least 0", lambda x: x >= 0): """lr_warmup_steps weight_decay max_grad_norm kl_weight mixup
+        sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",
     Range("positive", lambda x: x > 0): "learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2",
     Range("between 0 and 1", lambda x: 0 <= x <= 1): "augment label_dropout low_resolution_share",
     Range("above 0 and below 1", lambda x: 0 < x < 1): "validation_fraction",
-    Range("above 0 and at most 1", lambda x: 0 < x <= 1): "label_fraction layer_decay",
+    Range("above 0 and at most 1", lambda x: 0 < x <= 1): "layer_decay",
     Range("at least 0 and below 1", lambda x: 0 <= x < 1): """adam_beta1 adam_beta2 ema_decay dropout label_smoothing
         lr_warmup_ratio""",
     Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32): "seed noise_seed",  # NumPy's are so
@@ -51,7 +50,11 @@ NAMES = {
 RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
 FOLDERS = ("output_dir", "features_dir", "latents_dir", "space_dir")
 # What to give in place of options of earlier versions.
-RENAMED = {"labels_per_class": "few_labels", "regularisation": "l2, 1 / (C N) for each C, with N training images"}
+RENAMED = {
+    **SUCCESSORS, "label_fraction": "few_labels", "labels_per_class": "few_labels", "num_epochs": "num_train_epochs",
+    "num_quality_images": "num_images", "online_batch_size": "train_batch_size", "out_features": "layers",
+    "quality_extractor": "extractor", "regularisation": "l2, 1 / (C N) for each C, with N training images",
+}  # fmt: skip
 
 
 class Table(dict[str, Any]):

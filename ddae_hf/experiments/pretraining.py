@@ -58,8 +58,8 @@ class PretrainingOptions(TrainingOptions):
 
     # Beside these, the network and its scheduler are compared as they were built, the data by number and hash.
     may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
-        """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 adam_weight_decay
-        adam_epsilon ema_decay sample_steps num_samples num_inference_steps sampler""".split()
+        """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 weight_decay
+        adam_epsilon ema_decay sample_steps grid_images num_inference_steps sampler""".split()
     )
 
     denoiser: Table = option({}, "Options of the network and its `_class_name`, as YAML.")
@@ -80,11 +80,11 @@ class PretrainingOptions(TrainingOptions):
     gradient_checkpointing: bool = option(False, "Compute hidden states twice, in less memory.")
     adam_beta1: float = option(0.9, "Decay of the gradient's mean.")
     adam_beta2: float = option(0.999, "Decay of its square's.")
-    adam_weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
     adam_epsilon: float = option(1e-8, "What AdamW's divisor is at least.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights after its ramp.")
     sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
-    num_samples: int = option(64, "Images in the grid.")
+    grid_images: int = option(64, "Images in the grid.")
     num_inference_steps: int = option(50, "Sampling steps of the grid.")
     sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler for the grid, not the scheduler's own.")
 
@@ -178,7 +178,7 @@ class Pretraining:
         logger.info(f"Training on {data.count or 'a stream of'} {what} with a side of {network.config.sample_size}.")
         loader = data.batches(network.config, options)
         adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
-        adam["weight_decay"] = options.adam_weight_decay
+        adam["weight_decay"] = options.weight_decay
         self.loop = options.loop(
             accelerator, network, loader, known, resume, adam,
             save=self.write, average=self.average, ema_decay=options.ema_decay,
@@ -247,8 +247,8 @@ class Pretraining:
         pipeline = self.pipeline(self.loop.averaged()).to(self.accelerator.device)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         found: Any = pipeline(
-            options.num_samples,
-            torch.arange(options.num_samples) % (pipeline.null_class or 1) if options.class_conditional else None,
+            options.grid_images,
+            torch.arange(options.grid_images) % (pipeline.null_class or 1) if options.class_conditional else None,
             torch.Generator("cpu").manual_seed(options.seed),
             num_inference_steps=options.num_inference_steps,
             sampler=options.sampler,

@@ -258,7 +258,7 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
     """
     options, model, labels = prober.options, prober.model, torch.from_numpy(prober.labels["train"])
     widths = {layer: hidden_size(model.denoiser, layer) for layer in layers}
-    steps = math.ceil(len(rows) / options.online_batch_size)
+    steps = math.ceil(len(rows) / options.train_batch_size)
 
     def of_epoch(epoch: int) -> list[np.ndarray]:
         return np.array_split(np.random.default_rng([options.seed, epoch + 1]).permutation(rows), steps)
@@ -266,12 +266,12 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
     with accelerated(seed=options.seed, mixed_precision="no", device_placement=False) as accelerator:
         probes = OnlineProbes(widths, len(prober.train.names or ()), options.protocol == "batch_norm").to(model.device)
         numbers: Any = range(len(labels))  # of the images, which `loss` reads
-        order = Batches(of_epoch, options.online_batch_size)
+        order = Batches(of_epoch, options.train_batch_size)
         loader = DataLoader(numbers, batch_sampler=order, collate_fn=lambda some: {"rows": torch.tensor(some)})
         optimizer = torch.optim.Adam(probes.parameters(), lr=options.learning_rate)
         loop = Loop(
-            accelerator, probes, optimizer, loader, total_steps=options.num_epochs * steps, seed=options.seed,
-            schedule=CosineAnnealingLR(optimizer, options.num_epochs * steps), desc=f"sigma {sigma:g}, training",
+            accelerator, probes, optimizer, loader, total_steps=options.num_train_epochs * steps, seed=options.seed,
+            schedule=CosineAnnealingLR(optimizer, options.num_train_epochs * steps), desc=f"sigma {sigma:g}, training",
         )  # fmt: skip
 
         def loss(batch: Batch) -> Tensor:

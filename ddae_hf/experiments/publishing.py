@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,15 @@ from .results import PretrainingReport, ProbeReport
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
-# What only this machine needs: training states, their unfinished copies, raw weights, features, locks.
-PRIVATE = ("checkpoint-*", "partial-*", "*.partial", "raw/*", "features/*", "levels/*", "*.lock")
+# What experiments write for others. All else stays: what only this machine needs, and what users keep beside it.
+PUBLISHED = (
+    "README.md", ".eval_results/*.yaml", "model_index.json", "config.json", "preprocessor_config.json",
+    "model.safetensors*", "head.safetensors", "*/config.json", "*/scheduler_config.json",
+    "*/diffusion_pytorch_model*.safetensors", "*/diffusion_pytorch_model*.safetensors.index.json",
+    "training_options.yaml", "train_results.json", "eval_results.json", "heat_map.png", "accuracy_over_sigma.png",
+    "confusion.png", "test_predictions.npy", "test_labels.npy", "samples/step-*.png", "images/*-step-*.png",
+)  # fmt: skip
+PRIVATE = ("checkpoint-*", "raw/*")  # of which some are named like these
 
 
 @dataclass(kw_only=True)
@@ -79,12 +86,11 @@ def prepare(hub: HubOptions, output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def publish(
-    hub: HubOptions, folder: str | os.PathLike[str], message: str, ignore: Sequence[str] = PRIVATE,
-    generator: str | os.PathLike[str] | None = None,
-) -> str | None:  # fmt: skip
+    hub: HubOptions, folder: str | os.PathLike[str], message: str, generator: str | os.PathLike[str] | None = None
+) -> str | None:
     """Write a complete folder's card, push both if asked to, and return a sentence of where they are on the Hub.
 
-    What matches `ignore` stays here. The card also shows the pretraining of `generator`, which the network is of.
+    What matches `PUBLISHED` is pushed. The card also shows the pretraining of `generator`, which the network is of.
 
     Raises:
         ValueError: A folder without a checkpoint, or a push that failed; the error says how to push by hand.
@@ -98,11 +104,13 @@ def publish(
         return None
     try:
         commit = HfApi().upload_folder(
-            repo_id=hub.hub_model_id, folder_path=str(folder), ignore_patterns=list(ignore), commit_message=message
-        )
+            repo_id=hub.hub_model_id, folder_path=str(folder), allow_patterns=list(PUBLISHED),
+            ignore_patterns=list(PRIVATE), commit_message=message,
+        )  # fmt: skip
     except Exception as error:  # the client raises a dozen kinds
-        excluded = [word for pattern in ignore for word in ("--exclude", pattern)]
-        command = shlex.join(["hf", "upload", hub.hub_model_id, str(folder), ".", *excluded])
+        chosen = [word for pattern in PUBLISHED for word in ("--include", pattern)]
+        chosen += [word for pattern in PRIVATE for word in ("--exclude", pattern)]
+        command = shlex.join(["hf", "upload", hub.hub_model_id, str(folder), ".", *chosen])
         text = f"{folder} is complete, but it was not pushed: {error}\nNothing is lost; to push it:\n\n    {command}"
         raise ValueError(text) from error
     return f"Pushed {folder} to {commit.repo_url}, commit {commit.oid[:8]}."
@@ -294,7 +302,8 @@ class _Card:
 # Options that say where things are and how a run is watched, not how a network is trained.
 AROUND = """base cache_dir checkpointing_steps checkpoints_total_limit config dataloader_num_workers dataset_config_name
     dataset_name dataset_revision gradient_checkpointing hub_model_id hub_private image_column init_from label_column
-    latents_dir license logging_dir model_name_or_path num_inference_steps num_samples output_dir
+    latents_dir license logging_dir model_name_or_path num_inference_steps grid_images
+    output_dir
     push_to_hub report_to resume_from_checkpoint sample_steps sampler shuffle_buffer skip_bad_images streaming
     test_split torch_compile train_data_dir train_split vae""".split()
 

@@ -23,6 +23,7 @@ from .arrays import read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+SUCCESSORS = {"adam_weight_decay": "weight_decay", "num_samples": "grid_images"}  # of options that versions noted
 OPTIONS = "training_options.yaml"
 FILES = "files.json"
 PROGRESS = Path("state") / "progress.json"
@@ -166,7 +167,19 @@ def read_options(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint / OPTIONS} cannot be read: {error}.") from error
     if not isinstance(options, dict):
         raise ValueError(f"{checkpoint / OPTIONS} must hold options, and holds {options!r}.")
-    return options
+    return with_present_names(options)
+
+
+def with_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that any version noted by the names that they have now."""
+    found = {SUCCESSORS.get(name, name): value for name, value in options.items()}
+    if isinstance(found.get("vae"), dict):  # of an autoencoder in training; elsewhere it is a checkpoint's path
+        found["autoencoder"] = found.pop("vae")
+    if "label_fraction" in found:  # of fine-tuning
+        found["train_batch_size"] = found.pop("batch_size", None)
+        if found["label_fraction"] == 1:
+            del found["label_fraction"]
+    return found
 
 
 @dataclasses.dataclass

@@ -70,9 +70,9 @@ class SweepOptions(SplitOptions):
         "Kind of probe: full-batch logistic regression on standardised features that are computed once; a linear layer "
         "trained with Adam on fresh noise, flips and crops, as in the paper; the same behind a batch norm.",
     )
-    num_epochs: int = option(15, "Epochs of the protocols that train online.")
+    num_train_epochs: int = option(15, "Epochs of the protocols that train online.")
     learning_rate: float = option(1e-3, "Their learning rate.")
-    online_batch_size: int = option(128, "Their batch size.")
+    train_batch_size: int = option(128, "Their images a step.")
     validation_fraction: float = option(0.2, "Share of the training images that is chosen on.")
     max_selection_samples: int | None = option(None, "Training images used for choosing; by default all.")
     num_views: int = option(1, "Views of each image, each with its own noise: trained on, averaged over in tests.")
@@ -294,9 +294,13 @@ def _classifier(
 def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     """Probe every noise level, and keep each one's figures in a folder, if any: an interrupted sweep goes on there."""
     options = prober.options
-    own = ("num_epochs", "learning_rate", "online_batch_size") if options.online else ("l2", "num_views")
-    names = ("protocol", "validation_fraction", "knn", "alignment", "changes", "max_selection_samples", *own)
+    names = ("protocol", "validation_fraction", "knn", "alignment", "changes", "max_selection_samples")
     known: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if options.online:  # by the names that these options had first, for the sake of what is kept
+        known |= {"num_epochs": options.num_train_epochs, "online_batch_size": options.train_batch_size}
+        known["learning_rate"] = options.learning_rate
+    else:
+        known |= {"l2": options.l2, "num_views": options.num_views}
     known |= {"data": prober.train.identity, "layers": prober.layers, "chosen_on": len(prober.chosen_on)}
     known["features"] = FeatureCache(folder or "", prober.model, options.noise_seed).identity
     known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
@@ -317,10 +321,10 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
 class CurveOptions(SweepOptions):
     """Options of `sweep_run`: those of a sweep, and of what else is measured."""
 
-    quality_extractor: str | None = option(
+    extractor: str | None = option(
         None, "Over a training run, also measure samples, by this extractor of `ddae evaluate`."
     )
-    num_quality_images: int = option(5000, "Samples of each checkpoint.")
+    num_images: int = option(5000, "Samples of each checkpoint.")
     num_inference_steps: int = option(50, "Sampling steps.")
     sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler.")
 
@@ -352,9 +356,9 @@ def sweep_run(
     kept = options.output_dir
     features = options.features_dir or (kept and f"{kept}/features")
     quality = extractor = None
-    if options.quality_extractor is not None:
+    if options.extractor is not None:
         quality = EvaluationOptions(
-            extractor=options.quality_extractor, num_images=options.num_quality_images,
+            extractor=options.extractor, num_images=options.num_images,
             num_inference_steps=options.num_inference_steps, sampler=options.sampler, seed=options.seed,
             reference_split=options.train_split, features_dir=features, cache_dir=options.cache_dir,
         )  # fmt: skip

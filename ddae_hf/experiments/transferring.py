@@ -64,7 +64,7 @@ class TransferOptions(SweepOptions):
             if settled := sorted(SETTLED & set(self.finetune)):
                 raise ValueError(f"finetune has {settled[0]}: leave it out, it follows from the transfer.")
             try:
-                self.finetuning(layer="", sigma=1.0, latents_dir="")
+                self.finetuning(layer="", sigma=1.0, latents_dir="latents")
             except ValueError as error:
                 raise ValueError(f"finetune: {error}") from error
 

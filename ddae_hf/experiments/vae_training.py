@@ -57,7 +57,7 @@ class VAEOptions(TrainingOptions):
 
     default_batch: ClassVar[int] = 64
 
-    vae: Table = option({}, "Options of diffusers' AutoencoderKL, as YAML.")
+    autoencoder: Table = option({}, "Options of diffusers' AutoencoderKL, as YAML.")
     resolution: int = option(32, "Side of the square training images.")
     held_out: int = option(1000, "Training images that are kept out to measure on.")
     loss: Literal["l1", "l2"] = option("l2", "Absolute or squared error of the reconstruction.")
@@ -73,17 +73,17 @@ class VAEOptions(TrainingOptions):
         """Refuse an autoencoder that cannot be built."""
         super().check()
         self.center_crop = self.center_crop is not False
-        if derived := sorted(set(self.vae) & set(DERIVED)):
-            raise ValueError(f"vae has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
-        if unknown := sorted(set(self.vae) - set(inspect.signature(AutoencoderKL).parameters)):
-            raise ValueError(f"vae: AutoencoderKL has no options {unknown}.")
-        widths = self.vae.get("block_out_channels", [64])
+        if derived := sorted(set(self.autoencoder) & set(DERIVED)):
+            raise ValueError(f"autoencoder has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
+        if unknown := sorted(set(self.autoencoder) - set(inspect.signature(AutoencoderKL).parameters)):
+            raise ValueError(f"autoencoder: AutoencoderKL has no options {unknown}.")
+        widths = self.autoencoder.get("block_out_channels", [64])
         if not (isinstance(widths, (list, tuple)) and widths):
-            raise ValueError(f"vae has block_out_channels {widths!r}: it must be a list, such as [16, 32, 64].")
+            raise ValueError(f"autoencoder has block_out_channels {widths!r}: it must be a list, such as [16, 32, 64].")
         factor = 2 ** (len(widths) - 1)
         if self.resolution % factor:
             raise ValueError(
-                f"resolution is {self.resolution}: the {len(widths)} block_out_channels of vae make latents {factor} "
+                f"resolution is {self.resolution}: the {len(widths)} block_out_channels of it make latents {factor} "
                 f"times smaller, so it must be a multiple of {factor}."
             )
 
@@ -188,18 +188,18 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
 
 def new_vae(options: VAEOptions) -> Any:
     """Return the autoencoder, randomly initialised, that the options describe, or raise `ValueError`."""
-    levels = len(options.vae.get("block_out_channels", [64]))
+    levels = len(options.autoencoder.get("block_out_channels", [64]))
     try:
         with separate_randomness(options.seed):
             vae: Any = AutoencoderKL(
-                **options.vae,
+                **options.autoencoder,
                 down_block_types=["DownEncoderBlock2D"] * levels,
                 up_block_types=["UpDecoderBlock2D"] * levels,
                 sample_size=options.resolution,
-                out_channels=options.vae.get("in_channels", 3),
+                out_channels=options.autoencoder.get("in_channels", 3),
             )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"vae: {error}") from error
+        raise ValueError(f"autoencoder: {error}") from error
     # Posteriors start narrow: with a deviation of one, their noise is what the first steps learn to overcome.
     last = vae.quant_conv if vae.config.use_quant_conv else vae.encoder.conv_out
     nn.init.constant_(last.bias.detach()[vae.config.latent_channels :], -6.0)
