@@ -59,12 +59,9 @@ COMMANDS = [*SHARED, [name for name in modules_of(PACKAGE / "commands") if [name
 
 
 def imports(path):
-    """Every module that a file imports, at its top or inside of a function, but for annotations alone."""
-    nodes = list(ast.walk(tree(path)))
-    checked = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    annotations = {inner for node in checked for inner in ast.walk(node)}
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node not in annotations:
+    """Every module that a file imports, at its top, inside of a function, or for annotations alone."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
             names = [node.module] if node.module else [alias.name if node.level == 1 else "" for alias in node.names]
             yield from ("." * node.level + name for name in names)
         elif isinstance(node, ast.Import):

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,9 +41,6 @@ from .metrics import F1
 from .models import Model
 from .pairs import Pair, Probe
 from .training import Loop, accelerated
-
-if TYPE_CHECKING:
-    from .sweeping import SweepOptions
 
 PIXELS = "pixels"  # the layer of what is no network's feature
 NEIGHBOURS = (20, 200)
@@ -98,7 +95,7 @@ class Prober:
     model: DDAEModel
     train: Inputs
     test: Inputs
-    options: SweepOptions
+    options: Any  # `SweepOptions`
     layers: list[str]
     sigmas: list[float]
     folder: str | os.PathLike[str] = ""

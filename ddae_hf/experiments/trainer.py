@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,9 +36,6 @@ from .images import Inputs
 from .metrics import classification_metrics
 from .run_folder import check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
 from .stopping import Stopping, check_weights, look, not_finite
-
-if TYPE_CHECKING:
-    from .finetuning import FinetuningOptions
 
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
@@ -155,9 +152,7 @@ class FineTuner(Trainer):
     optimizer: Any
     args: Any
 
-    def __init__(
-        self, options: FinetuningOptions, arguments: TrainingArguments, model: DDAEForImageClassification, dataset: Any
-    ):
+    def __init__(self, options: Any, arguments: TrainingArguments, model: DDAEForImageClassification, dataset: Any):
         super().__init__(model, arguments, cast(Any, whole), dataset, compute_metrics=_metrics)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
