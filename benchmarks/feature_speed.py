@@ -347,7 +347,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script."""
+    """Run the benchmark."""
     data, args = parse_arguments(argv)
     given = data.dataset_name is not None or data.train_data_dir is not None
     if (args.probe_checkpoint is not None) != given:

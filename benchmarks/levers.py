@@ -99,7 +99,7 @@ def training_variants(device: str, compiled: bool, batch_size: int, width: int) 
     network = paper_unet(width)
     layout = other_layout(device)
     changes: dict[str, dict[str, Any]] = {
-        "as pretrain.py does it, bfloat16": {},
+        "as ddae pretrain does it, bfloat16": {},
         "float32": {"dtype": torch.float32},
         LAYOUTS[layout]: {"layout": layout},
         "attention in plain steps": {"attention": "eager"},
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--device cuda: torch finds no such device; give cpu.")
     logging.set_verbosity_error()  # a denoiser is cast here as a whole, which diffusers warns of
     if args.device == "cpu":
-        keep_freed_memory()  # as the scripts do
+        keep_freed_memory()  # as the experiments do
     limits = measure.limits(args.device)
     options = {"device": args.device, "compiled": args.compile, "batch_size": args.batch_size}
     jobs = {

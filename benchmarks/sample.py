@@ -120,7 +120,7 @@ def open_pipeline(args: Arguments, path: str, framework: str, dtype: torch.dtype
 
 
 def open_ours(args: Arguments, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
-    """Return a pipeline as the scripts sample with it."""
+    """Return a pipeline as the commands sample with it."""
     pipeline = open_pipeline(args, path, framework, dtype)
     made_fast(pipeline.denoiser, args.device)
     return pipeline

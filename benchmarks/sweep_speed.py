@@ -389,7 +389,7 @@ def open_prober(shared: Shared, images: Images) -> Prober:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script."""
+    """Run the benchmark."""
     args, options, data, shared = parse_arguments(argv)
     with sentences():
         prober = open_prober(shared, data.open(shared.cache_dir))

@@ -63,12 +63,12 @@ class Way:
 
 WAYS = {
     "plain": Way("plain loop, float32", plain=True),
-    "float32": Way("pretrain.py, float32", ["--mixed_precision", "no"]),
-    "configured": Way("pretrain.py as its configuration says"),
-    "tf32": Way("pretrain.py, float32 with TF32", ["--mixed_precision", "no", "--allow_tf32"]),
-    "bfloat16": Way("pretrain.py, bfloat16", ["--mixed_precision", "bf16"]),
+    "float32": Way("ddae pretrain, float32", ["--mixed_precision", "no"]),
+    "configured": Way("ddae pretrain as its configuration says"),
+    "tf32": Way("ddae pretrain, float32 with TF32", ["--mixed_precision", "no", "--allow_tf32"]),
+    "bfloat16": Way("ddae pretrain, bfloat16", ["--mixed_precision", "bf16"]),
     "compiled": Way(
-        "pretrain.py, bfloat16, compiled", ["--mixed_precision", "bf16"], {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
+        "ddae pretrain, bfloat16, compiled", ["--mixed_precision", "bf16"], {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
     ),
 }
 

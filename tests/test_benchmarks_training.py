@@ -135,7 +135,7 @@ def test_pretraining_is_measured(digits, tmp_path, small_limits, capsys):
     differences = [a - b for a, b in zip(ours["losses"][8:], plain["losses"][8:], strict=True)]
     assert ours["difference"] == measure.interval(differences)
     assert plain["curve"]["images"][-1] == 15.5 * 32
-    assert "| pretrain.py, bfloat16 |" in capsys.readouterr().out
+    assert "| ddae pretrain, bfloat16 |" in capsys.readouterr().out
     assert (tmp_path / "pretrain.png").stat().st_size > 0
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from datasets import Image as ImageColumn
-from PIL import Image
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -197,34 +193,6 @@ def test_two_processes_train_as_one_does_with_their_images_together(coloured, tm
         for key, value in states.items():
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
         assert not torch.equal(states["ddae.denoiser.conv_in.weight"], start["ddae.denoiser.conv_in.weight"])
-
-
-def test_the_readmes_code_trains_with_trainer(layouts, tmp_path, monkeypatch):
-    """Its own code, on a tiny network and images of this machine."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Trainer(" in block)
-    colours = [Image.new("RGB", (9, 9), colour) for colour in ("red", "green", "blue")]
-    images = Dataset.from_dict({"img": 4 * colours, "label": 4 * [0, 1, 2]}).cast_column("img", ImageColumn())
-    for split in ("train", "test"):
-        images.to_parquet(tmp_path / "data" / f"{split}.parquet")
-    replacements = {
-        "google/ddpm-cifar10-32": str(layouts / "pipeline"),
-        "uoft-cs/cifar10": str(tmp_path / "data"),
-        "up_blocks.1.resnets.2": "up_blocks.0.attentions.0",
-    }
-    for name, here in replacements.items():
-        assert name in code
-        code = code.replace(name, here)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(code, names)
-    assert names["trainer"].state.global_step > 0
-    (saved,) = {path.parent for path in tmp_path.rglob("preprocessor_config.json") if "checkpoint" not in str(path)}
-    inputs = DDAEImageProcessor.from_pretrained(saved)(colours, return_tensors="pt")
-    opened = DDAEForImageClassification.from_pretrained(saved)
-    with torch.no_grad():
-        trained = names["model"].eval().cpu()(**inputs).logits
-        torch.testing.assert_close(opened(**inputs).logits, trained)
 
 
 def test_checkpointed_blocks_give_the_same_gradients(images):

@@ -208,7 +208,7 @@ def is_images_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the images under a folder, in the order of their names, but not the grid that `generate.py` leaves."""
+    """Return the images under a folder, in the order of their names, but not the grid that `ddae generate` leaves."""
     found = list_folder(folder)
     if "grid.png" in found.files:
         found.files.remove("grid.png")

@@ -101,7 +101,7 @@ class ProbeReport(Report, Probe):
 
     @classmethod
     def upgraded(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Return what `linear_probe.py` of 0.2.0 wrote as a sweep would have written it."""
+        """Return what a probe of version 0.2.0 wrote as a sweep would have written it."""
         images = content.get("images", {})
         if "results" not in content:  # a sweep of 0.1.0 did not say how many images it trained on
             return content | {"images": {"train": images.get("fitted", 0) + images.get("held_out", 0)} | images}

@@ -322,7 +322,7 @@ class CurveOptions(SweepOptions):
     """Options of `sweep_run`: those of a sweep, and of what else is measured."""
 
     extractor: str | None = option(
-        None, "Over a training run, also measure samples, by this extractor of evaluate_generation.py."
+        None, "Over a training run, also measure samples, by this extractor of `ddae evaluate`."
     )
     num_images: int = option(5000, "Samples of each checkpoint.")
     num_inference_steps: int = option(50, "Sampling steps.")
