@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,25 +15,6 @@ from ..pipeline_ddae import DDAEPipeline
 from ..sampling import Step
 
 
-@dataclass
-class Look:
-    """What there is to see after a step.
-
-    Attributes:
-        number: The step, from 1.
-        total: Number of steps.
-        sigma: Noise level that is left.
-        images: Noisy images or latents (B, C, H, W), as the scheduler keeps them; after the last step, those generated.
-        estimate: What the network takes the first of them for, (C, H, W), at some of the steps.
-    """
-
-    number: int
-    total: int
-    sigma: float
-    images: Tensor
-    estimate: Tensor | None
-
-
 def own_pipeline(pipeline: DDAEPipeline) -> DDAEPipeline:
     """Return a pipeline on the same network with a scheduler of its own, for schedulers count their steps."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -42,25 +22,19 @@ def own_pipeline(pipeline: DDAEPipeline) -> DDAEPipeline:
 
 
 @torch.no_grad()
-def stream(pipeline: DDAEPipeline, num_estimates: int, **options: Any) -> Generator[Look, None, None]:
-    """Sample and yield what there is after every step; closing the iterator stops the sampling.
+def stream(
+    pipeline: DDAEPipeline, num_estimates: int, **options: Any
+) -> Generator[tuple[Step, float, Tensor | None], None, None]:
+    """Sample with the options of the pipeline's `steps`; closing the iterator stops the sampling.
 
-    Args:
-        pipeline: The pipeline, used by nobody else meanwhile.
-        num_estimates: At how many steps, the first and the last among them, the network's estimate is computed.
-        **options: Those of the pipeline's `steps`.
-
-    Raises:
-        ValueError: What the pipeline refuses.
+    Yield every step, the noise level that is left after it and, at `num_estimates` of them, the first and the last
+    among these, what the network takes the first image for, (C, H, W). The pipeline is used by nobody else meanwhile.
     """
     diffusion = Diffusion(pipeline.denoiser, pipeline.scheduler, pipeline.null_class)
     for step in pipeline.steps(**options):
-        total = len(step.timesteps)
         sigma = 0.0 if step.following is None else diffusion.family.sigma(step.following).item()
-        estimate = None
-        if step.number in np.linspace(1, total, num_estimates).round():
-            estimate = estimate_of(step, diffusion, options.get("class_labels"))
-        yield Look(step.number, total, sigma, step.sample, estimate)
+        shown = step.number in np.linspace(1, len(step.timesteps), num_estimates).round()
+        yield step, sigma, estimate_of(step, diffusion, options.get("class_labels")) if shown else None
 
 
 def estimate_of(step: Step, diffusion: Diffusion, class_labels: Any) -> Tensor:

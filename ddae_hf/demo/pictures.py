@@ -69,12 +69,11 @@ def notice(message: str) -> str:
     return f'<p class="notice" role="alert">{html.escape(message)}</p>'
 
 
-def progress(done: int, total: int, text: str) -> str:
+def progress(done: int, total: int, state: str) -> str:
     """Return a bar that is filled so far, and a line below it."""
     bar = f'<div role="progressbar" aria-valuemax="{total}" aria-valuenow="{done}" aria-label="Steps">'
-    return (
-        f'<div class="steps">{bar}<div style="width: {100 * done / total:.1f}%"></div></div>{html.escape(text)}</div>'
-    )
+    bar += f'<div style="width: {100 * done / total:.1f}%"></div></div>'
+    return f'<div class="steps">{bar}{html.escape(f"Step {done} of {total}: {state}")}</div>'
 
 
 def feature_maps(hidden: Tensor, num_channels: int) -> tuple[list[Image.Image], list[str]]:

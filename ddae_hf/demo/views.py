@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 
 from ..experiments.devices import best_device
 from ..experiments.features import FeatureCache, batch_features
-from ..experiments.images import ImageInputs, Images, labelled_splits, noise_view
+from ..experiments.images import ImageInputs, Images, SplitOptions, labelled_splits, noise_view
 from ..experiments.models import ready
-from ..experiments.options import Options, option
+from ..experiments.options import option
 from ..experiments.pairs import Pair
 from ..experiments.plots import image_grid
 from ..experiments.results import ProbeReport
@@ -78,7 +78,7 @@ def sweep_of(denoiser: torch.nn.Module, folder: str) -> tuple[ProbeReport | None
 
 
 @dataclass(kw_only=True)
-class DemoOptions(Options):
+class DemoOptions(SplitOptions):
     """What the page shows."""
 
     model_name_or_path: str = option(str(RUN / "checkpoint"), "Generator, folder or Hub id, in any layout.")
@@ -89,10 +89,7 @@ class DemoOptions(Options):
     features_dir: str = option(str(RUN / "features"), "Folder where the features of the training images are kept.")
     train_split: str = option("train", "Split of the images that neighbours are found among.")
     test_split: str = option("test", "Split of the images to click on.")
-    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
-    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
     batch_size: int = option(250, "Of the pass that computes the features.")
-    cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
 class Demo:
@@ -104,7 +101,7 @@ class Demo:
 
     Raises:
         ValueError: What cannot be opened, or images without labels.
-        OSError: No such checkpoint, or no space left for the features.
+        OSError: No such checkpoint.
     """
 
     def __init__(self, options: DemoOptions, images: Images):
@@ -119,7 +116,6 @@ class Demo:
             self.pipeline.vae.enable_slicing()
         self.train, self.test = labelled_splits(images, options)
         self.sweep, self.sweep_missing = sweep_of(self.pipeline.denoiser, options.sweep)
-        self.features = torch.from_numpy(self.training_features())
 
     def sweep_command(self) -> str:
         """Return the command that makes the sweep."""
@@ -147,21 +143,18 @@ class Demo:
         """The layer and the noise level of the classifier."""
         return self.model.config.layer, self.model.config.sigma
 
-    def training_features(self) -> np.ndarray:
-        """Return the features (N, C) of the training images, from disk if they were computed before."""
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """The features (N, C) of the training images, from disk if they were computed before."""
         layer, sigma = self.tap
         inputs = ImageInputs(self.train, self.processor)
-        size = self.options.batch_size
         cache = FeatureCache(self.options.features_dir, self.model.ddae, self.model.config.noise_seed)
+        title = "Features of the training images"
         found = cache.features(
-            lambda start: inputs.batches(size, start=start, title="Features of the training images"),
-            len(inputs),
-            [layer],
-            sigma,
-            view=noise_view(False, 0),
-            data=inputs.identity,
-        )
-        return np.array(found[layer])
+            lambda start: inputs.batches(self.options.batch_size, start=start, title=title),
+            len(inputs), [layer], sigma, view=noise_view(False, 0), data=inputs.identity,
+        )  # fmt: skip
+        return torch.from_numpy(np.array(found[layer]))
 
     def pixel_values(self, image: Image.Image) -> torch.Tensor:
         """Return an image as the network takes it, (1, C, H, W)."""
@@ -174,38 +167,34 @@ class Demo:
         if seed is None:
             yield notice("Give a seed, a whole number from 0 on: image number i comes from seed + i."), "", ""
             return
-        options = {
-            "batch_size": count,
-            "num_inference_steps": steps,
-            "generator": [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)],
-            "class_labels": None if label == NO_CLASS else label,
-            "sampler": None if sampler == OWN_SAMPLER else sampler,
-            "guidance_scale": guidance,
-        }
+        seeds = range(seed, seed + count)
+        sampling = stream(
+            own_pipeline(self.pipeline), STRIP, batch_size=count, num_inference_steps=steps, guidance_scale=guidance,
+            generator=[torch.Generator("cpu").manual_seed(each) for each in seeds],
+            class_labels=None if label == NO_CLASS else label,
+            sampler=None if sampler == OWN_SAMPLER else sampler,
+        )  # fmt: skip
         way: list[Image.Image] = []
         levels: list[str] = []
         shown = ""
         shown_at = 0.0
-        captions = [f"seed {seed + i}" for i in range(count)]
         vae = self.pipeline.vae
         try:
-            with closing(stream(own_pipeline(self.pipeline), STRIP, **options)) as sampling:
-                for step in sampling:
-                    last = step.number == step.total
-                    if step.estimate is None and time.monotonic() - shown_at < SECONDS_A_FRAME:
-                        continue
-                    if step.estimate is not None or vae is None:  # a VAE would take longer than the steps between
-                        images = visible(vae, step.images)
-                        images = images.clamp(-1, 1) if last else images
-                        shown = figures([to_pil(x) for x in images], captions, self.side)
-                    if step.estimate is not None:
-                        pair = [to_pil(images[0]), to_pil(visible(vae, step.estimate[None])[0].clamp(-1, 1))]
-                        way.append(image_grid(pair, columns=1))
-                        levels.append(f"sigma {step.sigma:.2g}")
-                    shown_at = time.monotonic()
-                    state = "done" if last else f"noise level sigma {step.sigma:.3g} is left"
-                    bar = progress(step.number, step.total, f"Step {step.number} of {step.total}: {state}")
-                    yield bar, shown, figures(way, levels, self.side)
+            for step, sigma, estimate in sampling:
+                if estimate is None and time.monotonic() - shown_at < SECONDS_A_FRAME:
+                    continue
+                last = step.following is None
+                if estimate is not None or vae is None:  # a VAE would take longer than the steps between
+                    images = visible(vae, step.sample)
+                    images = images.clamp(-1, 1) if last else images
+                    shown = figures([to_pil(x) for x in images], [f"seed {each}" for each in seeds], self.side)
+                if estimate is not None:
+                    pair = [to_pil(images[0]), to_pil(visible(vae, estimate[None])[0].clamp(-1, 1))]
+                    way.append(image_grid(pair, columns=1))
+                    levels.append(f"sigma {sigma:.2g}")
+                shown_at = time.monotonic()
+                state = "done" if last else f"noise level sigma {sigma:.3g} is left"
+                yield progress(step.number, len(step.timesteps), state), shown, figures(way, levels, self.side)
         except ValueError as error:  # options that this checkpoint does not take
             yield notice(str(error)), "", ""
 
