@@ -42,7 +42,7 @@ EXPERIMENTS = [
     ["finetuning", "sweeping"],
     ["noisy_classification", "transferring"],
 ]
-DEMO = [["denoising", "pictures"], ["views"], ["page", "space"]]
+DEMO = [["pictures"], ["views"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 
 

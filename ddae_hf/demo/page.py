@@ -148,7 +148,12 @@ def sweep_tab(demo: Demo) -> None:
         sigmas = sorted({pair.sigma for pair in report.pairs})
         sigma = gr.Dropdown([(f"{s:g}", s) for s in sigmas], value=best.sigma, label="Noise level sigma", min_width=260)
     shown = gr.Markdown(text, elem_id="pair")
-    heat.select(demo.clicked_pair, None, [layer, sigma, heat, shown], api_visibility="private", **QUIET)
+
+    def clicked(event: gr.EventData) -> tuple[str, float, str, str]:
+        pair = report.pairs[int(event.pair)]
+        return pair.layer, pair.sigma, *demo.pair_figures(pair.layer, pair.sigma)
+
+    heat.select(clicked, None, [layer, sigma, heat, shown], api_visibility="private", **QUIET)
     chosen = [layer, sigma]
     gr.on([layer.input, sigma.input], demo.pair_figures, chosen, [heat, shown], api_visibility="private", **QUIET)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
+from ..diffusion import Diffusion
 from ..experiments.devices import best_device
 from ..experiments.features import FeatureCache, batch_features
 from ..experiments.images import ImageInputs, Images, SplitOptions, labelled_splits, noise_view
@@ -24,11 +25,12 @@ from ..experiments.pairs import Pair
 from ..experiments.plots import image_grid
 from ..experiments.results import ProbeReport
 from ..image_processing_ddae import DDAEImageProcessor
+from ..latents import decode
 from ..modeling_ddae import DDAEForImageClassification
 from ..networks import tap_of
 from ..pipeline_ddae import DDAEPipeline
+from ..sampling import Step
 from ..weights import fingerprint
-from .denoising import own_pipeline, stream, visible
 from .pictures import feature_maps, figures, heat_map, notice, progress, to_pil
 
 RUN = Path("runs/quickstart")  # where `ddae quickstart` writes
@@ -144,7 +146,7 @@ class Demo:
         return self.model.config.layer, self.model.config.sigma
 
     @cached_property
-    def features(self) -> torch.Tensor:
+    def features(self) -> Tensor:
         """The features (N, C) of the training images, from disk if they were computed before."""
         layer, sigma = self.tap
         inputs = ImageInputs(self.train, self.processor)
@@ -156,7 +158,7 @@ class Demo:
         )  # fmt: skip
         return torch.from_numpy(np.array(found[layer]))
 
-    def pixel_values(self, image: Image.Image) -> torch.Tensor:
+    def pixel_values(self, image: Image.Image) -> Tensor:
         """Return an image as the network takes it, (1, C, H, W)."""
         return self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
 
@@ -261,7 +263,42 @@ class Demo:
                 lines.append(f"- {title}: {100 * value:.2f} %" if "held-out" in title else f"- {title}: {value:.4g}")
         return heat_map(self.pairs, pair), "\n".join(lines)
 
-    def clicked_pair(self, event: gr.EventData) -> tuple[str, float, str, str]:
-        """Return the pair whose button was clicked, and what `pair_figures` says of it."""
-        pair = self.pairs[int(event.pair)]
-        return pair.layer, pair.sigma, *self.pair_figures(pair.layer, pair.sigma)
+
+def own_pipeline(pipeline: DDAEPipeline) -> DDAEPipeline:
+    """Return a pipeline on the same network with a scheduler of its own, for schedulers count their steps."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    return DDAEPipeline.for_denoiser(pipeline.denoiser, scheduler, pipeline.null_class, vae=pipeline.vae)
+
+
+@torch.no_grad()
+def stream(
+    pipeline: DDAEPipeline, num_estimates: int, **options: Any
+) -> Generator[tuple[Step, float, Tensor | None], None, None]:
+    """Sample with the options of the pipeline's `steps`; closing the iterator stops the sampling.
+
+    Yield every step, the noise level that is left after it and, at `num_estimates` of them, the first and the last
+    among these, what the network takes the first image for, (C, H, W). The pipeline is used by nobody else meanwhile.
+    """
+    diffusion = Diffusion(pipeline.denoiser, pipeline.scheduler, pipeline.null_class)
+    for step in pipeline.steps(**options):
+        sigma = 0.0 if step.following is None else diffusion.family.sigma(step.following).item()
+        shown = step.number in np.linspace(1, len(step.timesteps), num_estimates).round()
+        yield step, sigma, estimate_of(step, diffusion, options.get("class_labels")) if shown else None
+
+
+def estimate_of(step: Step, diffusion: Diffusion, class_labels: Any) -> Tensor:
+    """Return what the network takes the first image of a step for, (C, H, W); of the last step, that image."""
+    first = step.sample[:1]
+    if step.following is None:
+        return first[0]
+    conditions = diffusion.conditions(class_labels, len(step.sample), first.device)
+    conditions = {name: value[:1] for name, value in conditions.items()}
+    if step.sigma is None:
+        return diffusion.estimate(first, step.following, conditions)[0]
+    return diffusion.denoise(first, step.sigma, conditions)[0]
+
+
+@torch.no_grad()
+def visible(vae: Any, samples: Tensor) -> Tensor:
+    """Return samples (B, C, H, W) as images: what a VAE decodes, where they are its latents."""
+    return samples if vae is None else decode(vae, samples)
