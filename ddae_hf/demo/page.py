@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -12,7 +13,7 @@ import numpy as np
 from ..networks import network_of
 from ..noise import family_of
 from .pictures import CSS
-from .views import NO_CLASS, OWN_SAMPLER, Demo
+from .views import NO_CLASS, OWN_SAMPLER, Demo, pair_figures
 
 # How the page answers: without gradio's own progress; to whatever changes, of many changes to the last.
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
@@ -138,7 +139,8 @@ def sweep_tab(demo: Demo) -> None:
         f"`{best.layer}` at sigma {best.sigma:g}, was fitted again on all training images and then tested on "
         f"{images['test']:,} others: **{test:.2f} %**."
     )
-    table, text = demo.pair_figures(best.layer, best.sigma)
+    figures_of = partial(pair_figures, report.pairs)
+    table, text = figures_of(best.layer, best.sigma)
     told = "element.addEventListener('click', e => { const b = e.target.closest('[data-pair]');"
     told += " if (b) trigger('select', {pair: b.dataset.pair}); });"
     heat = gr.HTML(table, js_on_load=told)
@@ -149,13 +151,13 @@ def sweep_tab(demo: Demo) -> None:
         sigma = gr.Dropdown([(f"{s:g}", s) for s in sigmas], value=best.sigma, label="Noise level sigma", min_width=260)
     shown = gr.Markdown(text, elem_id="pair")
 
-    def clicked(event: gr.EventData) -> tuple[str, float, str, str]:
+    def clicked_pair(event: gr.EventData) -> tuple[str, float, str, str]:
         pair = report.pairs[int(event.pair)]
-        return pair.layer, pair.sigma, *demo.pair_figures(pair.layer, pair.sigma)
+        return pair.layer, pair.sigma, *figures_of(pair.layer, pair.sigma)
 
-    heat.select(clicked, None, [layer, sigma, heat, shown], api_visibility="private", **QUIET)
+    heat.select(clicked_pair, None, [layer, sigma, heat, shown], api_visibility="private", **QUIET)
     chosen = [layer, sigma]
-    gr.on([layer.input, sigma.input], demo.pair_figures, chosen, [heat, shown], api_visibility="private", **QUIET)
+    gr.on([layer.input, sigma.input], figures_of, chosen, [heat, shown], api_visibility="private", **QUIET)
 
 
 def neighbours_tab(demo: Demo) -> None:

@@ -57,14 +57,10 @@ def lay_space(folder: str | os.PathLike[str], data: DataOptions, options: DemoOp
     if demo.sweep is not None:
         # Its checkpoint and options name places of this machine.
         dataclasses.replace(demo.sweep, checkpoint=None, options={}).write(folder / "sweep")
-    text = yaml.safe_dump(space_options(data, options), sort_keys=False)
+    defaults = DataOptions().to_dict() | DemoOptions().to_dict()
+    del defaults["cache_dir"]
+    given = data.to_dict() | options.to_dict()
+    changed = {name: given[name] for name, default in defaults.items() if given[name] != default}
+    text = yaml.safe_dump(changed | PLACES, sort_keys=False)
     (folder / "demo.yaml").write_text(f"# What the page shows: options of `ddae demo`.\n{text}", encoding="utf-8")
     return demo.sweep_missing
-
-
-def space_options(data: DataOptions, options: DemoOptions) -> dict[str, object]:
-    """Return the options that differ from their defaults, with the places that things have in a Space."""
-    defaults = DataOptions().to_dict() | DemoOptions().to_dict()
-    given = data.to_dict() | options.to_dict()
-    del defaults["cache_dir"]
-    return {name: given[name] for name, default in defaults.items() if given[name] != default} | PLACES

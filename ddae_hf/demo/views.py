@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -247,21 +247,17 @@ class Demo:
         captions = [f"{name}, cosine {value:.2f}" for name, value in zip(names, nearest.values.tolist(), strict=True)]
         return figures([to_pil(pixels[0]), *images], ["Your image", *captions], 100)
 
-    @property
-    def pairs(self) -> list[Pair]:
-        """The pairs of layer and noise level that the sweep probed."""
-        return [] if self.sweep is None else self.sweep.pairs
 
-    def pair_figures(self, layer: str, sigma: float) -> tuple[str, str]:
-        """Return the sweep's table with a pair marked in it, and the pair's figures."""
-        pair = next((pair for pair in self.pairs if (pair.layer, pair.sigma) == (layer, sigma)), None)
-        if pair is None:
-            return heat_map(self.pairs, None), "This pair was not swept."
-        lines = [f"**{layer}, sigma {sigma:g}**\n"]
-        for name, title in FIGURES.items():
-            if (value := getattr(pair, name)) is not None:
-                lines.append(f"- {title}: {100 * value:.2f} %" if "held-out" in title else f"- {title}: {value:.4g}")
-        return heat_map(self.pairs, pair), "\n".join(lines)
+def pair_figures(pairs: Sequence[Pair], layer: str, sigma: float) -> tuple[str, str]:
+    """Return a sweep's table with a pair marked in it, and the pair's figures."""
+    pair = next((pair for pair in pairs if (pair.layer, pair.sigma) == (layer, sigma)), None)
+    if pair is None:
+        return heat_map(pairs, None), "This pair was not swept."
+    lines = [f"**{layer}, sigma {sigma:g}**\n"]
+    for name, title in FIGURES.items():
+        if (value := getattr(pair, name)) is not None:
+            lines.append(f"- {title}: {100 * value:.2f} %" if "held-out" in title else f"- {title}: {value:.4g}")
+    return heat_map(pairs, pair), "\n".join(lines)
 
 
 def own_pipeline(pipeline: DDAEPipeline) -> DDAEPipeline:
