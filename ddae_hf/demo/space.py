@@ -25,15 +25,10 @@ PLACES = {
 
 
 def lay_space(folder: str | os.PathLike[str], data: DataOptions, options: DemoOptions) -> str:
-    """Lay a Space's folder.
+    """Lay a Space in a folder, new or empty, and return why it has no sweep, or nothing if it has one.
 
-    Args:
-        folder: The folder, new or empty.
-        data: The images, of which `dataset_name` is a folder.
-        options: What the Space shows. They become its `demo.yaml`, with the places that things have in the Space.
-
-    Returns:
-        Why the Space has no sweep, or nothing if it has one.
+    The Space has the images, those of a folder that is `dataset_name`, and `options` as its `demo.yaml`, with the
+    places that things have in it.
 
     Raises:
         ValueError: A data set that is no folder, a folder that has something in it, or what cannot be opened.

@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +150,9 @@ class Demo:
         """The features (N, C) of the training images, from disk if they were computed before."""
         layer, sigma = self.tap
         inputs = ImageInputs(self.train, self.processor)
+        batches = partial(inputs.batches, self.options.batch_size, None, title="Features of the training images")
         cache = FeatureCache(self.options.features_dir, self.model.ddae, self.model.config.noise_seed)
-        title = "Features of the training images"
-        found = cache.features(
-            lambda start: inputs.batches(self.options.batch_size, start=start, title=title),
-            len(inputs), [layer], sigma, view=noise_view(False, 0), data=inputs.identity,
-        )  # fmt: skip
+        found = cache.features(batches, len(inputs), [layer], sigma, view=noise_view(False, 0), data=inputs.identity)
         return torch.from_numpy(np.array(found[layer]))
 
     def pixel_values(self, image: Image.Image) -> Tensor:
@@ -209,7 +206,7 @@ class Demo:
             return None, notice(str(error)), ""
         model = self.model
         vae = model.ddae.vae
-        layer, _ = self.tap
+        layer = model.config.layer
         clean = self.pixel_values(image)
         outputs = model(clean, sigma=sigma, output_hidden_states=[layer])
         probabilities = outputs.logits[0].float().softmax(-1).tolist()
@@ -221,9 +218,8 @@ class Demo:
         captions = [f"The image, {clean.shape[-1]} x {clean.shape[-2]} pixels", f"With noise, sigma {sigma:g}"]
         captions[1] += "" if vae is None else ", on its latents; as the VAE decodes them"
         seen = figures([to_pil(clean[0]), to_pil(noisy[0])], captions, 150)
-        names = (model.config.id2label[k] for k in range(len(probabilities)))
         made = figures(*feature_maps(grid[0], CHANNELS), 104)
-        return dict(zip(names, probabilities, strict=True)), seen, made
+        return {model.config.id2label[k]: value for k, value in enumerate(probabilities)}, seen, made
 
     def neighbours(self, path: str | None, count: int) -> str:
         """Return the training images whose features are the most like an image's."""

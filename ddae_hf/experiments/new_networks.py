@@ -45,11 +45,10 @@ PIXEL_BYTES = 80 * 2**10  # of memory in training, a pixel of an image, for the 
 
 
 def choose(images: Images | LatentFolder, options: Any) -> Any:
-    """Return options of `pretrain` with a network, a resolution and a batch, and say which in the log.
+    """Return options of `pretrain`, which had no `denoiser`, with a network, and say which in the log.
 
-    Args:
-        images: What is trained on; of images, the first ones are looked at, or some of all that are there.
-        options: Options without a `denoiser`; what they say of resolution and batches stays.
+    A resolution and a batch come with it where the options say nothing of them. Of a stream the first images are
+    looked at, otherwise some of all that are there.
 
     Raises:
         ValueError: An image that cannot be read, no images, or a resolution that no such network has.
@@ -105,11 +104,7 @@ def with_batch(options: Any, side: int, count: int | None, device: str) -> Any:
 
 
 def unet(side: int, channels: int, device: str) -> Table:
-    """Return the options of a U-Net for images of this side: levels are halved down to a side of 4 to 7.
-
-    Raises:
-        ValueError: A side that cannot be halved.
-    """
+    """Return the options of a U-Net, whose levels halve images down to a side of 4 to 7, or raise `ValueError`."""
     sides = [side]
     while sides[-1] % 2 == 0 and sides[-1] >= 8:
         sides.append(sides[-1] // 2)
