@@ -74,15 +74,10 @@ class Matches(NamedTuple):
 
 @dataclass(kw_only=True)
 class CorrespondenceResult(CorrespondenceReport):
-    """What `find_correspondences` found: the figures and, in memory, what the picture shows.
+    """What `find_correspondences` found: the figures and, in memory, what the picture shows."""
 
-    Attributes:
-        shown: The matches of the first two images.
-        errors: How far from their true places points were found, in pixels, by the way: (num_points,), float64.
-    """
-
-    shown: list[Matches] = in_memory()
-    errors: dict[str, Tensor] = in_memory()
+    shown: list[Matches] = in_memory()  # of the first two images
+    errors: dict[str, Tensor] = in_memory()  # by the way: pixels from the true places (num_points,), float64
 
     def picture(self) -> Figure:
         """Return a picture of two pairs, and of how many points are found within a distance."""
