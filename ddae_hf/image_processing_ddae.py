@@ -137,9 +137,8 @@ class DDAEImageProcessor(PilBackend):
         return super().fetch_images(image_url_or_urls)
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[np.ndarray]:
-        channels = kwargs["num_channels"]
-        layout = kwargs["input_data_format"]
-        found = list(_single_images(self.fetch_images(images), channels, layout))
+        images = self.fetch_images(images)
+        found = list(_single_images(images, kwargs["num_channels"], kwargs["input_data_format"]))
         if not found:
             raise ValueError("No image came: pass at least one.")
         return [self.process_image(image, **kwargs) for image in found]

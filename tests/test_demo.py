@@ -362,7 +362,7 @@ def test_the_command_that_the_page_names_makes_the_sweep(run, tmp_path):
     program, *words = shlex.split(missing.sweep_command())
     assert program == "ddae" and missing.sweep is None
     commands.run(*words, *small)
-    assert len(open_demo(run, f"--sweep={tmp_path / 'a sweep'}").pairs) == 1
+    assert len(open_demo(run, f"--sweep={tmp_path / 'a sweep'}").sweep.pairs) == 1
 
 
 def test_a_space_is_laid_without_the_sweep_of_another_network(run, tmp_path, capsys):

@@ -36,9 +36,10 @@ def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
     if data.dataset_name is None and data.train_data_dir is None:
         data.dataset_name = str(RUN / "digits")
-    refuse_missing(
-        model_name_or_path=options.model_name_or_path, classifier=options.classifier, dataset_name=data.dataset_name
-    )
+    for given, name in ((options, "model_name_or_path"), (options, "classifier"), (data, "dataset_name")):
+        value = getattr(given, name)
+        if value is not None and Path(value).parent == RUN and not Path(value).exists():
+            raise ValueError(f"There is no {value}: `ddae quickstart` makes it, or name another with --{name}.")
     if options.space_dir is None:
         show(Demo(options, data.open(options.cache_dir)), options.host, options.port)
         return
@@ -48,10 +49,3 @@ def main(data: DataOptions, options: Arguments) -> None:
     print(f"{folder} is a Space of {size / 1e6:.1f} MB; try it: cd {folder} && python app.py")
     if missing:
         print(f"It has no sweep. {missing}")
-
-
-def refuse_missing(**paths: str | None) -> None:
-    """Raise `ValueError` for an option that names what `ddae quickstart` writes, where that is not there."""
-    for name, value in paths.items():
-        if value is not None and Path(value).parent == RUN and not Path(value).exists():
-            raise ValueError(f"There is no {value}: `ddae quickstart` makes it, or name another with --{name}.")

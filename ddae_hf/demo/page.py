@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -12,19 +13,17 @@ import numpy as np
 from ..networks import network_of
 from ..noise import family_of
 from .pictures import CSS
-from .views import NO_CLASS, OWN_SAMPLER, Demo
+from .views import NO_CLASS, OWN_SAMPLER, Demo, pair_figures
+
+# How the page answers: without gradio's own progress; to whatever changes, of many changes to the last.
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
+LIVE = {"trigger_mode": "always_last", **QUIET}
 
 
 def show(demo: Demo, host: str | None = None, port: int | None = None) -> None:
-    """Serve the page until it is interrupted.
+    """Serve the page until it is interrupted, or raise `OSError` for a port that is not free.
 
-    Args:
-        demo: What it shows.
-        host: Address to listen on; by default this machine's own alone.
-        port: Port; by default the first free one from 7860 on.
-
-    Raises:
-        OSError: A port that is not free.
+    By default only this machine is listened to, on the first free port from 7860 on.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     # Fonts of the system: none is fetched.
@@ -98,14 +97,8 @@ def generate_tab(demo: Demo) -> None:
             images = gr.HTML(elem_id="images")
             gr.Markdown("**The first image on its way**: as it is (above), what the network takes it for (below)")
             way = gr.HTML(elem_id="way")
-    event = start.click(
-        demo.generate,
-        [count, steps, seed, sampler, label, guidance],
-        [bar, images, way],
-        show_progress="hidden",
-        concurrency_limit=2,
-        api_name="generate",
-    )
+    given = [count, steps, seed, sampler, label, guidance]
+    event = start.click(demo.generate, given, [bar, images, way], concurrency_limit=2, api_name="generate", **QUIET)
     stop.click(None, cancels=[event], api_visibility="private")
 
 
@@ -127,15 +120,8 @@ def classify_tab(demo: Demo) -> None:
             pooling = demo.model.config.pooling
             gr.Markdown(f"**What it makes of it**: hidden states at `{layer}`, whose {pooling} the classifier reads")
             maps = gr.HTML(elem_id="maps")
-    gr.on(
-        [image.change, level.change],
-        demo.classify,
-        [image, level],
-        [probabilities, seen, maps],
-        trigger_mode="always_last",
-        show_progress="hidden",
-        api_name="classify",
-    )
+    changes = [image.change, level.change]
+    gr.on(changes, demo.classify, [image, level], [probabilities, seen, maps], api_name="classify", **LIVE)
 
 
 def sweep_tab(demo: Demo) -> None:
@@ -153,7 +139,8 @@ def sweep_tab(demo: Demo) -> None:
         f"`{best.layer}` at sigma {best.sigma:g}, was fitted again on all training images and then tested on "
         f"{images['test']:,} others: **{test:.2f} %**."
     )
-    table, text = demo.pair_figures(best.layer, best.sigma)
+    figures_of = partial(pair_figures, report.pairs)
+    table, text = figures_of(best.layer, best.sigma)
     told = "element.addEventListener('click', e => { const b = e.target.closest('[data-pair]');"
     told += " if (b) trigger('select', {pair: b.dataset.pair}); });"
     heat = gr.HTML(table, js_on_load=told)
@@ -163,9 +150,14 @@ def sweep_tab(demo: Demo) -> None:
         sigmas = sorted({pair.sigma for pair in report.pairs})
         sigma = gr.Dropdown([(f"{s:g}", s) for s in sigmas], value=best.sigma, label="Noise level sigma", min_width=260)
     shown = gr.Markdown(text, elem_id="pair")
-    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    heat.select(demo.clicked_pair, None, [layer, sigma, heat, shown], **options)
-    gr.on([layer.input, sigma.input], demo.pair_figures, [layer, sigma], [heat, shown], **options)
+
+    def clicked_pair(event: gr.EventData) -> tuple[str, float, str, str]:
+        pair = report.pairs[int(event.pair)]
+        return pair.layer, pair.sigma, *figures_of(pair.layer, pair.sigma)
+
+    heat.select(clicked_pair, None, [layer, sigma, heat, shown], api_visibility="private", **QUIET)
+    chosen = [layer, sigma]
+    gr.on([layer.input, sigma.input], figures_of, chosen, [heat, shown], api_visibility="private", **QUIET)
 
 
 def neighbours_tab(demo: Demo) -> None:
@@ -175,16 +167,7 @@ def neighbours_tab(demo: Demo) -> None:
             image = image_field(demo)
             count = gr.Slider(1, 48, 12, step=1, label="Neighbours")
         with gr.Column(scale=2, min_width=320):
-            gr.Markdown(
-                f"**The most similar of {len(demo.features):,} training images**, by the cosine of their features"
-            )
+            total = f"{len(demo.features):,}"
+            gr.Markdown(f"**The most similar of {total} training images**, by the cosine of their features")
             found = gr.HTML(elem_id="found")
-    gr.on(
-        [image.change, count.change],
-        demo.neighbours,
-        [image, count],
-        found,
-        trigger_mode="always_last",
-        show_progress="hidden",
-        api_name="neighbours",
-    )
+    gr.on([image.change, count.change], demo.neighbours, [image, count], found, api_name="neighbours", **LIVE)

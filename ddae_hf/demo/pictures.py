@@ -69,12 +69,11 @@ def notice(message: str) -> str:
     return f'<p class="notice" role="alert">{html.escape(message)}</p>'
 
 
-def progress(done: int, total: int, text: str) -> str:
+def progress(done: int, total: int, state: str) -> str:
     """Return a bar that is filled so far, and a line below it."""
     bar = f'<div role="progressbar" aria-valuemax="{total}" aria-valuenow="{done}" aria-label="Steps">'
-    return (
-        f'<div class="steps">{bar}<div style="width: {100 * done / total:.1f}%"></div></div>{html.escape(text)}</div>'
-    )
+    bar += f'<div style="width: {100 * done / total:.1f}%"></div></div>'
+    return f'<div class="steps">{bar}{html.escape(f"Step {done} of {total}: {state}")}</div>'
 
 
 def feature_maps(hidden: Tensor, num_channels: int) -> tuple[list[Image.Image], list[str]]:
@@ -108,28 +107,22 @@ def heat_map(pairs: Sequence[Pair], chosen: Pair | None) -> str:
     Colours follow the logarithm of the error, as the best pairs lie close together. A button's `data-pair` is the
     number of its pair.
     """
-    layers = list(dict.fromkeys(pair.layer for pair in pairs))
-    sigmas = sorted({pair.sigma for pair in pairs})
-    number = {(pair.layer, pair.sigma): i for i, pair in enumerate(pairs)}
     accuracies = np.array([pair.validation_accuracy for pair in pairs])
     quality = -np.log(np.maximum(1 - accuracies, 1e-3))
-    share = (quality - quality.min()) / max(np.ptp(quality), 1e-12)
-
-    def cell(layer: str, sigma: float) -> str:
-        if (layer, sigma) not in number:
-            return "<td></td>"
-        i = number[layer, sigma]
-        red, green, blue = (LOW + share[i] * (HIGH - LOW)).round().astype(int)
-        style = f"background: rgb({red}, {green}, {blue}); color: {'white' if share[i] > 0.5 else 'black'}"
-        text = f"{html.escape(layer)}, sigma {sigma:g}: {100 * accuracies[i]:.2f} %"
-        marks = f'data-pair="{i}" title="{text}" aria-label="{text}" aria-pressed="{str(pairs[i] == chosen).lower()}"'
-        return f'<td><button {marks} style="{style}">{100 * accuracies[i]:.1f}</button></td>'
-
+    shares = (quality - quality.min()) / max(np.ptp(quality), 1e-12)
+    buttons = {}
+    for i, (pair, accuracy, share) in enumerate(zip(pairs, 100 * accuracies, shares, strict=True)):
+        red, green, blue = (LOW + share * (HIGH - LOW)).round().astype(int)
+        style = f"background: rgb({red}, {green}, {blue}); color: {'white' if share > 0.5 else 'black'}"
+        text = f"{html.escape(pair.layer)}, sigma {pair.sigma:g}: {accuracy:.2f} %"
+        marks = f'data-pair="{i}" title="{text}" aria-label="{text}" aria-pressed="{str(pair == chosen).lower()}"'
+        buttons[pair.layer, pair.sigma] = f'<button {marks} style="{style}">{accuracy:.1f}</button>'
+    sigmas = sorted({pair.sigma for pair in pairs})
     head = "".join(f'<th scope="col">{sigma:g}</th>' for sigma in sigmas)
-    rows = (
-        f'<tr><th scope="row">{html.escape(layer)}</th>{"".join(cell(layer, sigma) for sigma in sigmas)}</tr>'
-        for layer in layers
-    )
+    rows = []
+    for layer in dict.fromkeys(pair.layer for pair in pairs):
+        cells = "".join(f"<td>{buttons.get((layer, sigma), '')}</td>" for sigma in sigmas)
+        rows.append(f'<tr><th scope="row">{html.escape(layer)}</th>{cells}</tr>')
     return (
         f'<div class="map"><table><thead><tr><th scope="col">layer \\ sigma</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"

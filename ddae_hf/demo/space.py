@@ -9,11 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from ..experiments.images import DataOptions, labelled_splits
-from ..image_processing_ddae import DDAEImageProcessor
-from ..modeling_ddae import DDAEForImageClassification
-from ..pipeline_ddae import DDAEPipeline
-from .views import DemoOptions, sweep_of
+from ..experiments.images import DataOptions
+from .views import Demo, DemoOptions
 
 PACKAGE = Path(__file__).parent.parent
 TEMPLATE = Path(__file__).parent / "template"
@@ -28,15 +25,10 @@ PLACES = {
 
 
 def lay_space(folder: str | os.PathLike[str], data: DataOptions, options: DemoOptions) -> str:
-    """Lay a Space's folder.
+    """Lay a Space in a folder, new or empty, and return why it has no sweep, or nothing if it has one.
 
-    Args:
-        folder: The folder, new or empty.
-        data: The images, of which `dataset_name` is a folder.
-        options: What the Space shows. They become its `demo.yaml`, with the places that things have in the Space.
-
-    Returns:
-        Why the Space has no sweep, or nothing if it has one.
+    The Space has the images, those of a folder that is `dataset_name`, and `options` as its `demo.yaml`, with the
+    places that things have in it.
 
     Raises:
         ValueError: A data set that is no folder, a folder that has something in it, or what cannot be opened.
@@ -49,33 +41,21 @@ def lay_space(folder: str | os.PathLike[str], data: DataOptions, options: DemoOp
         raise ValueError(
             f"dataset_name is {data.dataset_name}, which is no folder: a Space holds its images, so give their folder."
         )
-    labelled_splits(data.open(options.cache_dir), options)
-    generator = DDAEPipeline.from_pretrained(options.model_name_or_path, cache_dir=options.cache_dir)
-    classifier = DDAEForImageClassification.from_pretrained(options.classifier, cache_dir=options.cache_dir)
-    processor = DDAEImageProcessor.from_pretrained(options.classifier, cache_dir=options.cache_dir)
-    report, missing = sweep_of(generator.denoiser, options.sweep)
+    demo = Demo(options, data.open(options.cache_dir))
     without_caches = shutil.ignore_patterns("__pycache__")
     shutil.copytree(TEMPLATE, folder, ignore=without_caches, dirs_exist_ok=True)
     shutil.copytree(PACKAGE, folder / "ddae_hf", ignore=without_caches)
-    generator.save_pretrained(folder / "checkpoint")
-    classifier.save_pretrained(folder / "classifier")
-    processor.save_pretrained(folder / "classifier")
+    demo.pipeline.save_pretrained(folder / "checkpoint")
+    demo.model.save_pretrained(folder / "classifier")
+    demo.processor.save_pretrained(folder / "classifier")
     shutil.copytree(data.dataset_name, folder / "images")
-    if report is not None:
-        report = dataclasses.replace(report, checkpoint=None, options={})  # which name places of this machine
-        report.write(folder / "sweep")
-    text = yaml.safe_dump(space_options(data, options), sort_keys=False)
+    if demo.sweep is not None:
+        # Its checkpoint and options name places of this machine.
+        dataclasses.replace(demo.sweep, checkpoint=None, options={}).write(folder / "sweep")
+    defaults = DataOptions().to_dict() | DemoOptions().to_dict()
+    del defaults["cache_dir"]
+    given = data.to_dict() | options.to_dict()
+    changed = {name: given[name] for name, default in defaults.items() if given[name] != default}
+    text = yaml.safe_dump(changed | PLACES, sort_keys=False)
     (folder / "demo.yaml").write_text(f"# What the page shows: options of `ddae demo`.\n{text}", encoding="utf-8")
-    return missing
-
-
-def space_options(data: DataOptions, options: DemoOptions) -> dict[str, object]:
-    """Return the options that differ from their defaults, with the places that things have in a Space."""
-    given = {
-        field.name: getattr(each, field.name)
-        for each, kind in ((data, DataOptions), (options, DemoOptions))
-        for field in dataclasses.fields(kind)
-        if getattr(each, field.name) != field.default
-    }
-    given.pop("cache_dir", None)
-    return given | PLACES
+    return demo.sweep_missing

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
+from ..diffusion import Diffusion
 from ..experiments.devices import best_device
 from ..experiments.features import FeatureCache, batch_features
-from ..experiments.images import ImageInputs, Images, labelled_splits, noise_view
+from ..experiments.images import ImageInputs, Images, SplitOptions, labelled_splits, noise_view
 from ..experiments.models import ready
-from ..experiments.options import Options, option
+from ..experiments.options import option
 from ..experiments.pairs import Pair
 from ..experiments.plots import image_grid
 from ..experiments.results import ProbeReport
 from ..image_processing_ddae import DDAEImageProcessor
+from ..latents import decode
 from ..modeling_ddae import DDAEForImageClassification
 from ..networks import tap_of
 from ..pipeline_ddae import DDAEPipeline
+from ..sampling import Step
 from ..weights import fingerprint
-from .denoising import own_pipeline, stream, visible
 from .pictures import feature_maps, figures, heat_map, notice, progress, to_pil
 
 RUN = Path("runs/quickstart")  # where `ddae quickstart` writes
@@ -78,7 +80,7 @@ def sweep_of(denoiser: torch.nn.Module, folder: str) -> tuple[ProbeReport | None
 
 
 @dataclass(kw_only=True)
-class DemoOptions(Options):
+class DemoOptions(SplitOptions):
     """What the page shows."""
 
     model_name_or_path: str = option(str(RUN / "checkpoint"), "Generator, folder or Hub id, in any layout.")
@@ -89,10 +91,7 @@ class DemoOptions(Options):
     features_dir: str = option(str(RUN / "features"), "Folder where the features of the training images are kept.")
     train_split: str = option("train", "Split of the images that neighbours are found among.")
     test_split: str = option("test", "Split of the images to click on.")
-    max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
-    max_test_samples: int | None = option(None, "Use N test images of all classes, always the same ones.")
     batch_size: int = option(250, "Of the pass that computes the features.")
-    cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
 class Demo:
@@ -104,7 +103,7 @@ class Demo:
 
     Raises:
         ValueError: What cannot be opened, or images without labels.
-        OSError: No such checkpoint, or no space left for the features.
+        OSError: No such checkpoint.
     """
 
     def __init__(self, options: DemoOptions, images: Images):
@@ -119,7 +118,6 @@ class Demo:
             self.pipeline.vae.enable_slicing()
         self.train, self.test = labelled_splits(images, options)
         self.sweep, self.sweep_missing = sweep_of(self.pipeline.denoiser, options.sweep)
-        self.features = torch.from_numpy(self.training_features())
 
     def sweep_command(self) -> str:
         """Return the command that makes the sweep."""
@@ -147,23 +145,17 @@ class Demo:
         """The layer and the noise level of the classifier."""
         return self.model.config.layer, self.model.config.sigma
 
-    def training_features(self) -> np.ndarray:
-        """Return the features (N, C) of the training images, from disk if they were computed before."""
+    @cached_property
+    def features(self) -> Tensor:
+        """The features (N, C) of the training images, from disk if they were computed before."""
         layer, sigma = self.tap
         inputs = ImageInputs(self.train, self.processor)
-        size = self.options.batch_size
+        batches = partial(inputs.batches, self.options.batch_size, None, title="Features of the training images")
         cache = FeatureCache(self.options.features_dir, self.model.ddae, self.model.config.noise_seed)
-        found = cache.features(
-            lambda start: inputs.batches(size, start=start, title="Features of the training images"),
-            len(inputs),
-            [layer],
-            sigma,
-            view=noise_view(False, 0),
-            data=inputs.identity,
-        )
-        return np.array(found[layer])
+        found = cache.features(batches, len(inputs), [layer], sigma, view=noise_view(False, 0), data=inputs.identity)
+        return torch.from_numpy(np.array(found[layer]))
 
-    def pixel_values(self, image: Image.Image) -> torch.Tensor:
+    def pixel_values(self, image: Image.Image) -> Tensor:
         """Return an image as the network takes it, (1, C, H, W)."""
         return self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
 
@@ -174,38 +166,34 @@ class Demo:
         if seed is None:
             yield notice("Give a seed, a whole number from 0 on: image number i comes from seed + i."), "", ""
             return
-        options = {
-            "batch_size": count,
-            "num_inference_steps": steps,
-            "generator": [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)],
-            "class_labels": None if label == NO_CLASS else label,
-            "sampler": None if sampler == OWN_SAMPLER else sampler,
-            "guidance_scale": guidance,
-        }
+        seeds = range(seed, seed + count)
+        sampling = stream(
+            own_pipeline(self.pipeline), STRIP, batch_size=count, num_inference_steps=steps, guidance_scale=guidance,
+            generator=[torch.Generator("cpu").manual_seed(each) for each in seeds],
+            class_labels=None if label == NO_CLASS else label,
+            sampler=None if sampler == OWN_SAMPLER else sampler,
+        )  # fmt: skip
         way: list[Image.Image] = []
         levels: list[str] = []
         shown = ""
         shown_at = 0.0
-        captions = [f"seed {seed + i}" for i in range(count)]
         vae = self.pipeline.vae
         try:
-            with closing(stream(own_pipeline(self.pipeline), STRIP, **options)) as sampling:
-                for step in sampling:
-                    last = step.number == step.total
-                    if step.estimate is None and time.monotonic() - shown_at < SECONDS_A_FRAME:
-                        continue
-                    if step.estimate is not None or vae is None:  # a VAE would take longer than the steps between
-                        images = visible(vae, step.images)
-                        images = images.clamp(-1, 1) if last else images
-                        shown = figures([to_pil(x) for x in images], captions, self.side)
-                    if step.estimate is not None:
-                        pair = [to_pil(images[0]), to_pil(visible(vae, step.estimate[None])[0].clamp(-1, 1))]
-                        way.append(image_grid(pair, columns=1))
-                        levels.append(f"sigma {step.sigma:.2g}")
-                    shown_at = time.monotonic()
-                    state = "done" if last else f"noise level sigma {step.sigma:.3g} is left"
-                    bar = progress(step.number, step.total, f"Step {step.number} of {step.total}: {state}")
-                    yield bar, shown, figures(way, levels, self.side)
+            for step, sigma, estimate in sampling:
+                if estimate is None and time.monotonic() - shown_at < SECONDS_A_FRAME:
+                    continue
+                last = step.following is None
+                if estimate is not None or vae is None:  # a VAE would take longer than the steps between
+                    images = visible(vae, step.sample)
+                    images = images.clamp(-1, 1) if last else images
+                    shown = figures([to_pil(x) for x in images], [f"seed {each}" for each in seeds], self.side)
+                if estimate is not None:
+                    pair = [to_pil(images[0]), to_pil(visible(vae, estimate[None])[0].clamp(-1, 1))]
+                    way.append(image_grid(pair, columns=1))
+                    levels.append(f"sigma {sigma:.2g}")
+                shown_at = time.monotonic()
+                state = "done" if last else f"noise level sigma {sigma:.3g} is left"
+                yield progress(step.number, len(step.timesteps), state), shown, figures(way, levels, self.side)
         except ValueError as error:  # options that this checkpoint does not take
             yield notice(str(error)), "", ""
 
@@ -218,7 +206,7 @@ class Demo:
             return None, notice(str(error)), ""
         model = self.model
         vae = model.ddae.vae
-        layer, _ = self.tap
+        layer = model.config.layer
         clean = self.pixel_values(image)
         outputs = model(clean, sigma=sigma, output_hidden_states=[layer])
         probabilities = outputs.logits[0].float().softmax(-1).tolist()
@@ -230,9 +218,8 @@ class Demo:
         captions = [f"The image, {clean.shape[-1]} x {clean.shape[-2]} pixels", f"With noise, sigma {sigma:g}"]
         captions[1] += "" if vae is None else ", on its latents; as the VAE decodes them"
         seen = figures([to_pil(clean[0]), to_pil(noisy[0])], captions, 150)
-        names = (model.config.id2label[k] for k in range(len(probabilities)))
         made = figures(*feature_maps(grid[0], CHANNELS), 104)
-        return dict(zip(names, probabilities, strict=True)), seen, made
+        return {model.config.id2label[k]: value for k, value in enumerate(probabilities)}, seen, made
 
     def neighbours(self, path: str | None, count: int) -> str:
         """Return the training images whose features are the most like an image's."""
@@ -256,23 +243,54 @@ class Demo:
         captions = [f"{name}, cosine {value:.2f}" for name, value in zip(names, nearest.values.tolist(), strict=True)]
         return figures([to_pil(pixels[0]), *images], ["Your image", *captions], 100)
 
-    @property
-    def pairs(self) -> list[Pair]:
-        """The pairs of layer and noise level that the sweep probed."""
-        return [] if self.sweep is None else self.sweep.pairs
 
-    def pair_figures(self, layer: str, sigma: float) -> tuple[str, str]:
-        """Return the sweep's table with a pair marked in it, and the pair's figures."""
-        pair = next((pair for pair in self.pairs if (pair.layer, pair.sigma) == (layer, sigma)), None)
-        if pair is None:
-            return heat_map(self.pairs, None), "This pair was not swept."
-        lines = [f"**{layer}, sigma {sigma:g}**\n"]
-        for name, title in FIGURES.items():
-            if (value := getattr(pair, name)) is not None:
-                lines.append(f"- {title}: {100 * value:.2f} %" if "held-out" in title else f"- {title}: {value:.4g}")
-        return heat_map(self.pairs, pair), "\n".join(lines)
+def pair_figures(pairs: Sequence[Pair], layer: str, sigma: float) -> tuple[str, str]:
+    """Return a sweep's table with a pair marked in it, and the pair's figures."""
+    pair = next((pair for pair in pairs if (pair.layer, pair.sigma) == (layer, sigma)), None)
+    if pair is None:
+        return heat_map(pairs, None), "This pair was not swept."
+    lines = [f"**{layer}, sigma {sigma:g}**\n"]
+    for name, title in FIGURES.items():
+        if (value := getattr(pair, name)) is not None:
+            lines.append(f"- {title}: {100 * value:.2f} %" if "held-out" in title else f"- {title}: {value:.4g}")
+    return heat_map(pairs, pair), "\n".join(lines)
 
-    def clicked_pair(self, event: gr.EventData) -> tuple[str, float, str, str]:
-        """Return the pair whose button was clicked, and what `pair_figures` says of it."""
-        pair = self.pairs[int(event.pair)]
-        return pair.layer, pair.sigma, *self.pair_figures(pair.layer, pair.sigma)
+
+def own_pipeline(pipeline: DDAEPipeline) -> DDAEPipeline:
+    """Return a pipeline on the same network with a scheduler of its own, for schedulers count their steps."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    return DDAEPipeline.for_denoiser(pipeline.denoiser, scheduler, pipeline.null_class, vae=pipeline.vae)
+
+
+@torch.no_grad()
+def stream(
+    pipeline: DDAEPipeline, num_estimates: int, **options: Any
+) -> Generator[tuple[Step, float, Tensor | None], None, None]:
+    """Sample with the options of the pipeline's `steps`; closing the iterator stops the sampling.
+
+    Yield every step, the noise level that is left after it and, at `num_estimates` of them, the first and the last
+    among these, what the network takes the first image for, (C, H, W). The pipeline is used by nobody else meanwhile.
+    """
+    diffusion = Diffusion(pipeline.denoiser, pipeline.scheduler, pipeline.null_class)
+    for step in pipeline.steps(**options):
+        sigma = 0.0 if step.following is None else diffusion.family.sigma(step.following).item()
+        shown = step.number in np.linspace(1, len(step.timesteps), num_estimates).round()
+        yield step, sigma, estimate_of(step, diffusion, options.get("class_labels")) if shown else None
+
+
+def estimate_of(step: Step, diffusion: Diffusion, class_labels: Any) -> Tensor:
+    """Return what the network takes the first image of a step for, (C, H, W); of the last step, that image."""
+    first = step.sample[:1]
+    if step.following is None:
+        return first[0]
+    conditions = diffusion.conditions(class_labels, len(step.sample), first.device)
+    conditions = {name: value[:1] for name, value in conditions.items()}
+    if step.sigma is None:
+        return diffusion.estimate(first, step.following, conditions)[0]
+    return diffusion.denoise(first, step.sigma, conditions)[0]
+
+
+@torch.no_grad()
+def visible(vae: Any, samples: Tensor) -> Tensor:
+    """Return samples (B, C, H, W) as images: what a VAE decodes, where they are its latents."""
+    return samples if vae is None else decode(vae, samples)

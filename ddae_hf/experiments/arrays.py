@@ -211,9 +211,8 @@ def _read_rows(folder: Path) -> dict[str, Rows]:
     return {n: it for n, it in rows.items() if (folder / f"{n}.npy").exists() or _unfinished(folder, n).exists()}
 
 
-def _write_rows(folder: Path, rows: Mapping[str, Rows]) -> None:
-    known = {name: dataclasses.asdict(it) for name, it in rows.items()}
-    write_text(folder / "rows.json", json.dumps(known) + "\n")
+def _write_rows(folder: Path, rows: dict[str, Rows]) -> None:
+    write_text(folder / "rows.json", json.dumps(rows, default=dataclasses.asdict) + "\n")
 
 
 def _state(path: Path, rows: Rows) -> tuple[Any, ...]:

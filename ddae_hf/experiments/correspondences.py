@@ -64,32 +64,20 @@ class CorrespondenceOptions(Options):
 
 
 class Matches(NamedTuple):
-    """Points of an image, looked up in its warped copy; places are complex (P,), in pixels from 0, x + iy.
+    """Points of an image, looked up in its warped copy; places are complex (P,), in pixels from 0, x + iy."""
 
-    Attributes:
-        pair: The image and the copy (2, C, H, W), in [-1, 1].
-        points: Places in the image, whole numbers.
-        places: The true places in the copy.
-        found: Those that every way finds, by its name.
-    """
-
-    pair: Tensor
-    points: Tensor
-    places: Tensor
-    found: dict[str, Tensor]
+    pair: Tensor  # the image and the copy (2, C, H, W), in [-1, 1]
+    points: Tensor  # places in the image, whole numbers
+    places: Tensor  # the true places in the copy
+    found: dict[str, Tensor]  # those that every way finds, by its name
 
 
 @dataclass(kw_only=True)
 class CorrespondenceResult(CorrespondenceReport):
-    """What `find_correspondences` found: the figures and, in memory, what the picture shows.
+    """What `find_correspondences` found: the figures and, in memory, what the picture shows."""
 
-    Attributes:
-        shown: The matches of the first two images.
-        errors: How far from their true places points were found, in pixels, by the way: (num_points,), float64.
-    """
-
-    shown: list[Matches] = in_memory()
-    errors: dict[str, Tensor] = in_memory()
+    shown: list[Matches] = in_memory()  # of the first two images
+    errors: dict[str, Tensor] = in_memory()  # by the way: pixels from the true places (num_points,), float64
 
     def picture(self) -> Figure:
         """Return a picture of two pairs, and of how many points are found within a distance."""
@@ -132,22 +120,19 @@ def find_correspondences(
     backbones = open_backbones(model, options)
     processor = open_processor(model, options.cache_dir)
     pixel_values = processor(chosen.pil(range(len(chosen))), return_tensors="pt")["pixel_values"]
-    config = backbones["denoiser"].config
-    shown = []
-    parts: dict[str, list[Tensor]] = {}
+    shown: list[Matches] = []
+    distances = []
     for index, image in enumerate(tqdm(pixel_values, desc="Pairs")):
-        warp = Warp(image.shape[-2:], options.seed, index)
-        noise = torch.cat([indexed_noise(config.sample_shape, [index], options.seed, view) for view in (0, 1)])
-        matches = look_up(backbones, image, warp, noise)
-        for way, places in matches.found.items():
-            parts.setdefault(way, []).append((places - matches.places).abs())
+        matches = look_up(backbones, image, options.seed, index)
+        distances.append({way: (places - matches.places).abs() for way, places in matches.found.items()})
         if index < 2:
             shown.append(matches)
-    errors = {way: torch.cat(each) for way, each in parts.items()}
+    errors = {way: torch.cat([each[way] for each in distances]) for way in distances[0]}
     results = {}
     for way, error in errors.items():
         results[way] = {f"pck@{radius}": share_within(error, radius) for radius in RADII}
         results[way]["mean_error"] = error.mean().item()
+    config = backbones["denoiser"].config
     path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
     given = DataOptions().to_dict() | images.opened_with | {"model_name_or_path": path}
     result = CorrespondenceResult(
@@ -181,8 +166,11 @@ def open_backbones(model: Model, options: CorrespondenceOptions) -> dict[str, DD
     return {"denoiser": trained, "random weights": made_fast(untrained, network.device).to(network.device)}
 
 
-def look_up(backbones: dict[str, DDAEBackbone], image: Tensor, warp: Warp, noise: Tensor) -> Matches:
-    """Look points of an image (C, H, W) up in its warped copy, by networks with noise (2, ...), and by colours."""
+def look_up(backbones: dict[str, DDAEBackbone], image: Tensor, seed: int, index: int) -> Matches:
+    """Look points of an image (C, H, W) up in its warped copy, by networks and by colours."""
+    warp = Warp(image.shape[-2:], seed, index)
+    shape = backbones["denoiser"].config.sample_shape
+    noise = torch.cat([indexed_noise(shape, [index], seed, view) for view in (0, 1)])
     pair = torch.stack([image, warp(image)])
     ways = {name: dense_features(backbone, pair, noise) for name, backbone in backbones.items()}
     ways["5x5 patches"] = F.unfold(F.pad(pair, [2] * 4, mode="replicate"), 5).unflatten(2, warp.size)

@@ -14,10 +14,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
-
-def digits() -> Splits:
+def digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return scikit-learn's digits by split, 80 % of 1,797 for training: images (N, 8, 8) in uint8 and labels (N,)."""
     found = load_digits()
     images = np.round(found.images * 255 / 16).astype(np.uint8)
@@ -46,13 +44,13 @@ class Judge:
     """
 
     def __init__(self) -> None:
-        splits = digits()
-        images = _pixels(splits["train"][0])
+        (train, labels), (test, test_labels) = digits().values()
+        images = _pixels(train)
         shuffled = np.random.default_rng(0).permuted(images, axis=1)
         none = np.full(len(images), 10)
         self._machine = CalibratedClassifierCV(SVC(), ensemble=False)
-        self._machine.fit(np.concatenate([images, shuffled]), np.concatenate([splits["train"][1], none]))
-        self.accuracy = 100 * self._machine.score(_pixels(splits["test"][0]), splits["test"][1])
+        self._machine.fit(np.concatenate([images, shuffled]), np.concatenate([labels, none]))
+        self.accuracy = 100 * self._machine.score(_pixels(test), test_labels)
 
     def recognised(self, images: np.ndarray | Sequence[Image.Image]) -> int:
         """Return how many of the images (N, 8, 8) are named as a digit with a confidence over 0.9."""
