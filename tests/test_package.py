@@ -28,8 +28,8 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "data_files", "devices", "digits", "draws", "metrics", "stopping"],
-    ["classes", "noisy_networks", "run_folder"],
+    ["arrays", "data_files", "devices", "draws", "metrics", "stopping"],
+    ["classes", "digits", "noisy_networks", "run_folder"],
     ["options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
