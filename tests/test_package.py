@@ -1,8 +1,10 @@
 """The package as a whole: who imports whom, what is public, the wheel outside the clone."""
 
 import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +30,8 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "data_files", "devices", "digits", "draws", "metrics", "stopping"],
-    ["classes", "noisy_networks", "run_folder"],
+    ["arrays", "data_files", "devices", "draws", "metrics", "stopping"],
+    ["classes", "digits", "noisy_networks", "run_folder"],
     ["options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
@@ -298,26 +300,96 @@ def test_families_are_told_by_their_methods_alone():
         assert not any(isinstance(key, ast.Name) for table in tables for key in table.keys)
 
 
-def test_the_wheel_works_outside_the_clone(tmp_path):
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder of the installed wheel, which is built of a copy: `build/` of the clone may hold what is gone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(PACKAGE, source / "ddae_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("ddae_hf-*.whl")
-    target = tmp_path / "site"
+    subprocess.run([*build, "--wheel-dir", folder, source], check=True, capture_output=True)
+    (wheel,) = folder.glob("ddae_hf-*.whl")
+    target = folder / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
     subprocess.run(install, check=True, capture_output=True)
+    return target
+
+
+def outside_the_clone(target, folder, *words):
+    """What a process prints, and what it says beside that, in a folder where only the installed wheel is to be had."""
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode(), done.stderr.decode()  # with the carriage returns of progress bars
+
+
+def test_the_wheel_works_outside_the_clone(installed, tmp_path):
     code = "import ddae_hf; from ddae_hf.experiments import Images, make_card; from ddae_hf.commands import parsing; "
     code += "c = ddae_hf.DDAEConfig(); print(ddae_hf.__file__, ddae_hf.__version__, c.layer)"
-    environment = {**os.environ, "PYTHONPATH": str(target)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [
-        str(target / "ddae_hf" / "__init__.py"),
+    said, _ = outside_the_clone(installed, tmp_path, "-c", code)
+    assert said.split() == [
+        str(installed / "ddae_hf" / "__init__.py"),
         ddae_hf.__version__,
         "up_blocks.1.resnets.2",
     ]
-    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"bin", "ddae_hf"}
-    assert (target / "ddae_hf" / "py.typed").exists()
-    assert (target / "ddae_hf" / "experiments" / "model_card_template.md").exists()
-    assert (target / "ddae_hf" / "demo" / "template" / "app.py").exists()
+
+
+def test_the_wheel_has_every_file_of_the_package_and_no_other(installed):
+    def files(folder):
+        return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+    assert files(installed / "ddae_hf") == files(PACKAGE)
+    known = ("py.typed", "experiments/model_card_template.md", "commands/configs/digits.yaml", "demo/template/app.py")
+    for name in known:
+        assert (installed / "ddae_hf" / name).is_file()
+    assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"bin", "ddae_hf"}
+    (entries,) = installed.glob("ddae_hf-*.dist-info/entry_points.txt")
+    assert entries.read_text().split("\n")[:2] == ["[console_scripts]", "ddae = ddae_hf.commands.main:run"]
+
+
+AS_IN_PYTHON = """
+from ddae_hf.experiments import Images, sweep
+images = Images.open("runs/quickstart/digits")
+options = {"max_train_samples": 100, "max_test_samples": 20, "num_noise_seeds": 1}
+result = sweep("runs/quickstart/checkpoint", images, layers=["decoder"], sigmas=[0.1, 0.2], **options)
+print(result.table())
+result.heat_map().savefig("runs/heat_map.png")
+print("best:", result.best.layer)
+result.save("runs/classifier")
+"""
+
+
+@pytest.mark.slow
+def test_all_that_is_installed_is_at_work_outside_the_clone(installed, tmp_path):
+    """And says nothing that is not this package's own, in processes whose output is read from files."""
+
+    def ddae(*words):
+        said, log = outside_the_clone(installed, tmp_path, "-m", "ddae_hf", *words)
+        assert not re.search(r"LOAD REPORT|Warning|RANK|not passed|Traceback|Loading", log), log
+        assert "\n\n" not in re.sub(r"[^\n]*\r", "", log), log  # no empty lines, as bars inside of bars leave them
+        return said
+
+    few = ("--max_train_samples", "100", "--max_test_samples", "20")
+    made = ("--model_name_or_path", "runs/quickstart/checkpoint")
+    digits = ("--dataset_name", "runs/quickstart/digits")
+    assert re.search(r"It prints: \d\n$", ddae("quickstart", "--max_train_steps", "3"))
+    ddae("sweep", *made, *digits, *few, "--sigmas", "0.1", "0.2", "--layers", "decoder")
+    assert (tmp_path / "runs" / "sweep" / "heat_map.png").is_file()
+    ddae("generate", *made, "--num_images", "2", "--num_inference_steps", "2")
+    assert (tmp_path / "runs" / "samples" / "00001.png").is_file()
+    ddae("finetune", *made, *digits, *few, "--max_train_steps", "1")
+    assert (tmp_path / "runs" / "finetuned" / "eval_results.json").is_file()
+    assert "digits_flow_dit" in ddae("configs") and "DiTTransformer2DModel" in ddae("configs", "digits_flow_dit")
+    ddae("pretrain", "--config", "digits_flow_dit", *digits, "--max_train_steps", "1", "--sample_steps", "0")
+    assert "DiTTransformer2DModel" in (tmp_path / "runs" / "pretrain" / "model_index.json").read_text()
+    said, _ = outside_the_clone(installed, tmp_path, "-c", AS_IN_PYTHON)
+    best = re.search(r"^best: (\S+)$", said, re.MULTILINE)[1]
+    assert best in said.partition("best:")[0] and (tmp_path / "runs" / "heat_map.png").is_file()
+    assert json.loads((tmp_path / "runs" / "classifier" / "config.json").read_text())["layer"] == best
+    console, _ = outside_the_clone(installed, tmp_path, str(installed / "bin" / "ddae"), "--version")
+    assert console == f"ddae_hf {ddae_hf.__version__}\n"
 
 
 def test_modules_and_functions_are_read_in_one_sitting():

@@ -1,12 +1,21 @@
 """How commands end."""
 
+import contextlib
+import logging
+import os
+import re
 import signal
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
-from ddae_hf.commands.running import sentences
+from ddae_hf.commands import configs, running
+from ddae_hf.commands.running import run_command, sentences, show_log, usable_cores
 from ddae_hf.experiments.stopping import Interrupted, Stopping
 
 
@@ -59,3 +68,76 @@ def test_who_takes_sigterm_already_gets_it():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert came == [signal.SIGTERM]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux says which cores are this process's")
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [
+        ("max 100000\n", 8),
+        ("150000 100000\n", 2),
+        ("400000 100000\n", 4),
+        ("20000 100000\n", 1),
+        ("1600000 100000\n", 8),
+        (None, 8),
+    ],
+)
+def test_a_container_can_have_fewer_cores_than_its_machine(limit, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(running, "CPU_LIMIT", tmp_path / "cpu.max")
+    if limit is not None:
+        running.CPU_LIMIT.write_text(limit)
+    assert usable_cores() == cores
+
+
+def test_a_command_takes_no_more_threads_than_cores_unless_its_user_says_how_many(monkeypatch, capsys):
+    threads = []
+    monkeypatch.setattr(running, "usable_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    run_command(configs, [])
+    assert threads == []  # as the environment of these tests says
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run_command(configs, [])
+    assert threads == [2]
+
+
+@contextlib.contextmanager
+def root_logger():
+    """Give the root logger without handlers, as a new process has it, and leave it as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = []
+    try:
+        yield root
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+
+
+def test_a_line_of_the_log_stands_by_itself_beside_a_progress_bar(capsys):
+    class Command:
+        """Opens a file as libraries do, and logs in the middle of long work."""
+
+        __name__ = "ddae_hf.commands.working"
+        KINDS = configs.KINDS
+
+        @staticmethod
+        def main(*options):
+            for library in (diffusers_logging, transformers_logging):
+                list(library.tqdm(range(3), desc="Loading"))
+            for _ in tqdm(range(2), desc="Training", miniters=1, mininterval=0):
+                logging.getLogger("ddae_hf.experiments").info("Saved it.")
+
+    with root_logger():
+        run_command(Command, [])
+    said = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert sum(re.fullmatch(r"\d\d:\d\d:\d\d Saved it\.", line) is not None for line in said) == 2
+    assert any("Training" in line for line in said) and not any("Loading" in line for line in said)
+
+
+@pytest.mark.parametrize(("first", "level"), [(True, logging.INFO), (False, logging.ERROR)])
+def test_of_several_processes_one_shows_the_log(first, level):
+    with root_logger() as root:
+        show_log(first)
+        assert root.level == level

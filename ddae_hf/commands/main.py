@@ -44,8 +44,8 @@ def run() -> None:
     package does, and so the program starts itself again. What the user has set stays.
     """
     waits = any(name in os.environ for name in WAITING) or os.environ.get("OMP_NUM_THREADS") == "1"
-    helps = len(sys.argv) < 2 or not {"-h", "--help"}.isdisjoint(sys.argv)
-    if sys.platform == "linux" and not waits and not helps:
+    computes = len(sys.argv) > 1 and {"-h", "--help", "--version"}.isdisjoint(sys.argv)
+    if sys.platform == "linux" and computes and not waits:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     main()

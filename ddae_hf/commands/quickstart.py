@@ -22,8 +22,11 @@ from ..experiments.arrays import write_json
 from ..experiments.digits import Judge, digits, shuffled_pixels, write_digits
 from ..experiments.options import Options, option
 from ..experiments.plots import image_grid
+from ..experiments.results import PretrainingReport
 from .main import main as run
+from .parsing import find_config, read_config
 
+CONFIG = "digits"
 NUM_SAMPLES = 100
 CLASSIFY = """\
 from PIL import Image; from ddae_hf import DDAEForImageClassification as Model, DDAEImageProcessor as Processor
@@ -47,11 +50,13 @@ def main(options: Arguments) -> None:
     """Run the command."""
     folder = Path(options.output_dir)
     data, checkpoint, samples, classifier = (folder / n for n in ("digits", "checkpoint", "samples", "classifier"))
-    if not data.exists():
-        write_digits(data)
-    steps = [] if options.max_train_steps is None else ["--max_train_steps", options.max_train_steps]
+    check_steps(checkpoint, options.max_train_steps)
+    write_digits(data)
+    steps: list[Any] = []
+    if options.max_train_steps is not None:  # the last step's checkpoint says that nothing is left to train
+        steps = ["--max_train_steps", options.max_train_steps, "--checkpointing_steps", options.max_train_steps]
     model = ["--model_name_or_path", checkpoint]
-    show("pretrain", "--config", "digits", "--dataset_name", data, *steps, "--resume_from_checkpoint", "latest",
+    show("pretrain", "--config", CONFIG, "--dataset_name", data, *steps, "--resume_from_checkpoint", "latest",
          "--output_dir", checkpoint)  # fmt: skip
     show("generate", *model, "--num_images", NUM_SAMPLES, "--batch_size", NUM_SAMPLES, "--output_dir", samples)
     show("probe", *model, "--dataset_name", data, "--sigmas", 0.1, 0.2, "--num_noise_samples", 4,
@@ -60,6 +65,19 @@ def main(options: Arguments) -> None:
     print(f"The checkpoint, a generator:        {checkpoint}")
     print(f"The same network as a classifier:   {classifier}")
     classify(folder / "test_image.png", classifier)
+
+
+def check_steps(checkpoint: Path, wanted: int | None) -> None:
+    """Raise `ValueError` if a finished training had other steps: the samples beside it would be of an older network."""
+    if not (checkpoint / PretrainingReport.file).is_file():
+        return
+    done = PretrainingReport.read(checkpoint).steps
+    wanted = wanted or read_config(find_config(CONFIG))["max_train_steps"]
+    if done != wanted:
+        raise ValueError(
+            f"{checkpoint} was trained for {done} steps, and {wanted} are asked for: give max_train_steps {done}, "
+            "which keeps it, or another output_dir."
+        )
 
 
 def show(name: str, *options: Any) -> None:

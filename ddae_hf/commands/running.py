@@ -14,12 +14,15 @@ from types import ModuleType
 
 import torch
 from accelerate import PartialState
+from diffusers.utils import logging as diffusers_logging
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..experiments.stopping import Interrupted
 from .parsing import parse
 
 logger = logging.getLogger(__name__)
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, or `max`, in a period of so many
 INTERRUPTED = "Interrupted: the same command goes on from what is kept, or starts again where nothing is."
 
 
@@ -30,7 +33,7 @@ def run_command(command: ModuleType, words: Sequence[str]) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     show_log(is_main_process())
-    with sentences():
+    with sentences(), logging_redirect_tqdm():  # each line of the log by itself, above the progress bars
         command.main(*options)
     if torch.distributed.is_initialized():
         PartialState().destroy_process_group()
@@ -39,8 +42,7 @@ def run_command(command: ModuleType, words: Sequence[str]) -> None:
 def usable_cores() -> int:
     """Return on how many cores this process may compute, which a container's limit can make fewer than there are."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
+    quota, _, period = CPU_LIMIT.read_text().partition(" ") if CPU_LIMIT.is_file() else ("max", "", "")
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
@@ -56,7 +58,8 @@ def show_log(main_process: bool = True) -> None:
     for name in ("accelerate", "httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()  # what is missing from a checkpoint is looked at by the experiments
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of opening files, as the next
+    diffusers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

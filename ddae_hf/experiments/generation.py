@@ -136,7 +136,7 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
         raise ValueError(f"{type(model).__name__} generates nothing: give a path, a DDAEPipeline or a DDAEModel.")
     else:
         pipeline = DDAEPipeline.from_pretrained(model, dtype=wanted, cache_dir=options.cache_dir).to(best_device())
-        pipeline.set_progress_bar_config(desc="Denoising", leave=False)
+        pipeline.set_progress_bar_config(desc="Denoising", leave=False, disable=None)
         made_fast(pipeline.denoiser, best_device())
         if pipeline.vae is not None:
             pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
@@ -195,7 +195,7 @@ def sample(pipeline: DDAEPipeline, options: GenerationOptions, folder: Path) -> 
     batches = [batch for batch in _batches(options) if not lacking.isdisjoint(batch)]
     processes.wait_for_everyone()  # all count before any writes
     with processes.split_between_processes(batches) as own:
-        for batch in tqdm(own, desc="Batches", disable=not processes.is_main_process):
+        for batch in tqdm(own, desc="Batches", disable=not own or not processes.is_main_process):
             images = sample_batch(pipeline, options, batch)
             write_json(folder / NOTE, facts)  # every process does
             for path, image in zip(paths[batch.start : batch.stop], images, strict=True):

@@ -244,7 +244,7 @@ class Pretraining:
         if not self.accelerator.is_main_process:
             return
         pipeline = self.pipeline(self.loop.averaged()).to(self.accelerator.device)
-        pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+        pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=None)
         found: Any = pipeline(
             options.grid_images,
             torch.arange(options.grid_images) % (pipeline.null_class or 1) if options.class_conditional else None,

@@ -306,7 +306,7 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     pairs: list[Pair] = []
-    for sigma in tqdm(prober.sigmas, desc="Noise levels"):
+    for sigma in tqdm(prober.sigmas, desc="Noise levels", disable=None):
         path = None if folder is None else folder / f"sigma-{sigma}.json"
         level = read_json(path) if path is not None and path.exists() else {}
         if level.get("key") != key:
@@ -364,7 +364,7 @@ def sweep_run(
         )  # fmt: skip
         extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir)
     points = []
-    for step, checkpoint in tqdm(checkpoints.items(), desc="Checkpoints"):
+    for step, checkpoint in tqdm(checkpoints.items(), desc="Checkpoints", disable=None):
         folder = kept and f"{kept}/checkpoint-{step}"
         own = dataclasses.replace(options, output_dir=folder, features_dir=features)
         found = sweep_inputs(str(checkpoint), open_for(checkpoint, own), images, learnt, tested, processor, own)

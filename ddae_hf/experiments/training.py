@@ -43,8 +43,13 @@ LOOKS = 10  # steps between two looks at losses and weights
 
 
 def this_process() -> PartialState:
-    """Return accelerate's state of this process among all, as an `Accelerator` sets it up."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    """Return accelerate's state of this process among all, as an `Accelerator` sets it up.
+
+    Without GPUs accelerate would let launched processes run as strangers, unless told to use the processor.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    without = not (alone or torch.accelerator.is_available())
+    return PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @contextlib.contextmanager
