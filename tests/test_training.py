@@ -45,7 +45,16 @@ def pretrain_options(digits, folder):
 
 def vae_options(digits, folder):
     options = ["--dataset_name", digits, "--max_train_samples", 120, "--held_out", 20, "--output_dir", folder]
-    options += ["--vae", json.dumps(TINY_VAE), "--resolution", 8, "--train_batch_size", 25, "--max_train_steps", 6]
+    options += [
+        "--autoencoder",
+        json.dumps(TINY_VAE),
+        "--resolution",
+        8,
+        "--train_batch_size",
+        25,
+        "--max_train_steps",
+        6,
+    ]
     return [*options, "--checkpointing_steps", 2, "--lr_warmup_steps", 1, "--mixed_precision", "no"]
 
 
@@ -369,7 +378,7 @@ def test_two_processes_go_on_where_one_stopped_and_stop_together(digits, tmp_pat
     stops = [*pretrain_options(digits, tmp_path / "stops"), "--sample_steps", 0, "--max_train_steps", 20]
     stops += ["--checkpointing_steps", 100]
     command += [str(tmp_path / "two.py"), json.dumps([both, fails, stops], default=str)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -49,11 +49,13 @@ NAMES = {
 }
 RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
 FOLDERS = ("output_dir", "features_dir", "latents_dir", "space_dir")
-# What to give in place of options of earlier versions.
+# What to give in place of options of earlier versions, where there is such an option.
 RENAMED = {
-    **SUCCESSORS, "label_fraction": "few_labels", "labels_per_class": "few_labels", "num_epochs": "num_train_epochs",
-    "num_quality_images": "num_images", "online_batch_size": "train_batch_size", "out_features": "layers",
-    "quality_extractor": "extractor", "regularisation": "l2, 1 / (C N) for each C, with N training images",
+    **SUCCESSORS, "batch_size": "train_batch_size", "checkpoint": "model_name_or_path", "label_fraction": "few_labels",
+    "labels_per_class": "few_labels", "max_train_samples": "max_samples", "num_epochs": "num_train_epochs",
+    "num_images": "max_samples", "num_quality_images": "num_images", "online_batch_size": "train_batch_size",
+    "out_features": "layers", "quality_extractor": "extractor", "sample_size": "resolution", "train_split": "split",
+    "regularisation": "l2, 1 / (C N) for each C, with N training images", "vae": "autoencoder",
 }  # fmt: skip
 
 
@@ -159,7 +161,7 @@ class Options:
 def unknown(name: Any, names: Iterable[str]) -> str:
     """Return that there is no such option, and which are like it, or what it is called now."""
     names = sorted(names)
-    if name in RENAMED:
+    if name in RENAMED and RENAMED[name].partition(",")[0] in names:
         return f"there is no option {name!r} any more: give {RENAMED[name]}."
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     which = f"the nearest are {', '.join(near)}" if near else f"allowed are {', '.join(names)}"

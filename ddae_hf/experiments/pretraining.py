@@ -295,7 +295,9 @@ class Pretraining:
         if main and folder:
             with saving(folder) as path:
                 result.write(path)
-            logger.info(f"{result.images_per_second} images/s, loss {result.loss_last_100_batches}; saved {folder}.")
+            logger.info(
+                f"{result.images_per_second} images/s, loss {result.loss_last_100_batches:.4f}; saved {folder}."
+            )
         return result
 
 
