@@ -62,7 +62,7 @@ class SweepOptions(SplitOptions):
 
     layers: list[str] = option(["all"], "Names of layers, or `all`, `decoder`, or `own`, the checkpoint's.")
     sigmas: list[float] = option(
-        [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's.", nargs="*"
+        [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's."
     )
     l2: list[float] = option([1e-5, 1e-4, 1e-3, 1e-2], "Strengths of regularisation.")
     protocol: Literal["logistic_regression", "paper", "batch_norm"] = option(
@@ -81,7 +81,7 @@ class SweepOptions(SplitOptions):
     num_noise_seeds: int = option(3, "Noise seeds that the best pair is tested with.")
     knn: bool = option(False, "Also classify by the nearest 20 and, of as many images, 200.")
     alignment: bool = option(False, "Also measure alignment and uniformity.")
-    few_labels: list[int] = option([], "Also probe with so many labels a class, such as 1 5 10 100.", nargs="*")
+    few_labels: list[int] = option([], "Also probe with so many labels a class, such as 1 5 10 100.")
     num_draws: int = option(5, "Draws of those labels.")
     baselines: bool = option(False, "Also probe raw pixels, and the same network untrained.")
     num_noise_samples: int | None = option(None, "Draws of noise that every view's features are averaged over.")
