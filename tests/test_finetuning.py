@@ -412,7 +412,9 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         with_callback(patch, At(2, lambda model: os.kill(os.getpid(), number)))
-        with pytest.raises(Interrupted, match=f"{number.name} came: .*checkpoint-2 is saved. .* goes on") as stopped:
+        with pytest.raises(
+            Interrupted, match=f"{number.name} after step 2 .*checkpoint-2 is saved. .* go on"
+        ) as stopped:
             run(checkpoints / "ddpm", digits, tmp_path, **SIX)
     assert stopped.value.signal == number and signal.getsignal(number) == before
     assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"] and not (tmp_path / RESULTS).exists()

@@ -167,6 +167,19 @@ def damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"{what}: what is missing is made again.")
 
 
+def differences(known: Mapping[str, Any], wanted: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Return in words where a description differs from the one that is wanted."""
+    found: list[str] = []
+    for name, value in wanted.items():
+        has = known.get(name)
+        if isinstance(has, dict) and isinstance(value, dict):
+            found += differences(has, value | dict.fromkeys(has.keys() - value.keys()), f"{inside}{name}.")
+        elif has != value:
+            hashes = len(str(has)) + len(str(value)) > 100
+            found.append(f"{inside}{name} differs" if hashes else f"{inside}{name} is {has} there, {value} here")
+    return found
+
+
 def described_folder(parent: Path, identity: Mapping[str, Any]) -> Path:
     """Return the folder of what is described so, made if it is missing: named by a hash of its `identity.json`."""
     text = json.dumps(identity, indent=2, sort_keys=True)

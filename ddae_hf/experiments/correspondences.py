@@ -35,8 +35,8 @@ from ..configuration_ddae import DDAEConfig
 from .devices import machine, made_fast
 from .draws import indexed_noise, separate_randomness
 from .features import evaluating
-from .images import DataOptions, Images
-from .models import Model, base_model, check_taps, open_model, open_processor
+from .images import Images
+from .models import Model, check_taps, open_model, open_processor, report_facts
 from .options import Options, option
 from .report import in_memory
 from .results import CorrespondenceReport
@@ -148,13 +148,10 @@ def find_correspondences(
     for way, error in errors.items():
         results[way] = {f"pck@{radius}": share_within(error, radius) for radius in RADII}
         results[way]["mean_error"] = error.mean().item()
-    path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-    given = DataOptions().to_dict() | images.opened_with | {"model_name_or_path": path}
     result = CorrespondenceResult(
-        options=given | options.to_dict(), layers=config.out_features, sigma=config.sigma, num_images=len(chosen),
-        num_points=len(error), results=results, seconds=round(time.monotonic() - started, 1),
-        dataset=images.facts(chosen), **base_model(path), **machine(backbones["denoiser"].device.type),
-        shown=shown, errors=errors,
+        layers=config.out_features, sigma=config.sigma, num_images=len(chosen), num_points=len(error), results=results,
+        seconds=round(time.monotonic() - started, 1), shown=shown, errors=errors,
+        **report_facts(model, images, options, chosen), **machine(backbones["denoiser"].device.type),
     )  # fmt: skip
     if options.output_dir is not None:
         result.save(options.output_dir)

@@ -43,6 +43,7 @@ from .draws import POSTERIOR, indexed_noise
 from .features import evaluating
 from .image_set import Rows
 from .images import ImageInputs, Images, ImageSet, Inputs
+from .models import path_of
 from .options import Options, option
 
 INDEX = "latents.json"
@@ -84,7 +85,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     """
     options = EncodingOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
-    source = os.fspath(vae) if isinstance(vae, (str, os.PathLike)) else None
+    source = path_of(vae)
     if source is not None:
         vae = load_vae(source, cache_dir=options.cache_dir)
     side = options.resolution or vae.config.sample_size
@@ -260,7 +261,7 @@ class LatentFolder:
                     arrays.write_text(path, text)
         known = arrays.read_json(path)
         wanted = json.loads(text)
-        if found := _differences(known, {name: wanted[name] for name in index}):
+        if found := arrays.differences(known, {name: wanted[name] for name in index}):
             raise ValueError(f"{folder} holds other latents ({'; '.join(found)}): give another folder, or delete it.")
         if known != wanted:
             arrays.write_text(path, text)
@@ -354,16 +355,3 @@ class LatentFolder:
             has = vae.config.get(name)
             if made != has:
                 raise ValueError(f"The latents in {self.folder} were made with a {name} of {made}: this VAE has {has}.")
-
-
-def _differences(known: dict[str, Any], wanted: dict[str, Any], inside: str = "") -> list[str]:
-    """Return in words where a description differs from the one that is wanted."""
-    found: list[str] = []
-    for name, value in wanted.items():
-        has = known.get(name)
-        if isinstance(has, dict) and isinstance(value, dict):
-            found += _differences(has, value | dict.fromkeys(has.keys() - value.keys()), f"{inside}{name}.")
-        elif has != value:
-            hashes = len(str(has)) + len(str(value)) > 100
-            found.append(f"{inside}{name} differs" if hashes else f"{inside}{name} is {has} there, {value} here")
-    return found

@@ -37,6 +37,7 @@ from .devices import best_device, machine
 from .extractors import Extractor, check_extractor, open_extractor
 from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
 from .images import Images, ImageSet
+from .models import path_of
 from .options import option
 from .plots import image_grid
 from .report import in_memory
@@ -144,7 +145,7 @@ def compare_samples(
     """Do what `evaluate_generation` does, with an extractor that is open already, if one came."""
     started = time.monotonic()
     processes = open_processes()
-    given = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    given = path_of(model)
     with contextlib.ExitStack() as stack:
         compared: dict[str, Compared] = {}
         paths = find_images(Path(given)) if given is not None and is_images_folder(given) else None

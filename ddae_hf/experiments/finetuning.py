@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import tempfile
 import time
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ from .run_folder import (
     step_of,
     write_options,
 )
-from .stopping import Interrupted
+from .stopping import interrupted
 from .trainer import AVERAGED, BY_HASH, IN_TRAINING, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
@@ -370,12 +369,8 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     else:
         with trainer.stopping if keeps else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if number := trainer.signal():
-        raise Interrupted(
-            f"{signal.Signals(number).name} came: {saved_checkpoints(output)[-1]} is saved. The same command with "
-            "resume_from_checkpoint latest goes on from it.",
-            number,
-        )
+    if number := trainer.stopping.agreed(trainer.accelerator):
+        raise interrupted(number, trainer.state.global_step, trainer.args.max_steps, saved_checkpoints(output)[-1])
     trainer.look()
     if trainer.average is not None:
         trainer.average.copy_to(trainer.learning.values())

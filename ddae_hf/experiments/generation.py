@@ -26,7 +26,7 @@ from ..networks import network_of
 from ..noise import change_scheduler, family_of
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
-from .arrays import read_json, write_json, written_whole
+from .arrays import differences, read_json, write_json, written_whole
 from .devices import HELP, best_device, made_fast
 from .features import evaluating
 from .options import Options, option
@@ -234,10 +234,7 @@ def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) ->
             raise ValueError(f"{folder} holds images without {NOTE}, which says how they were made: choose another.")
         return
     found = read_json(note)
-    different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
-    for i, name in enumerate(different):
-        if name not in ("weights", "scheduler"):
-            different[i] = f"{name} ({found.get(name)} there, {facts.get(name)} now)"
-    if different:
-        what = f"The images in {folder} were made otherwise. What differs: {', '.join(different)}"
-        raise ValueError(f"{what}. Choose another output_dir.")
+    if different := differences(found, dict.fromkeys(found) | facts):
+        raise ValueError(
+            f"The images in {folder} were made otherwise ({'; '.join(different)}): choose another output_dir."
+        )

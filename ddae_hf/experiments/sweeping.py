@@ -39,7 +39,7 @@ from .evaluation import EvaluationOptions, compare_samples
 from .extractors import open_extractor
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
-from .models import Model, base_model, check_taps, chosen_layers, open_model, open_processor, ready
+from .models import Model, check_taps, chosen_layers, open_for, open_model, open_processor, path_of, ready, report_facts
 from .options import option
 from .pairs import Pair, Point
 from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map
@@ -189,14 +189,6 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
     return sweep_inputs(model, opened, images, learnt, tested, processor, options)
 
 
-def open_for(model: Model, options: SweepOptions) -> DDAEModel:
-    """Return the model that a sweep reads."""
-    return open_model(
-        model, dtype=options.dtype, cache_dir=options.cache_dir,
-        null_class=options.null_class, num_noise_samples=options.num_noise_samples,
-    )  # fmt: skip
-
-
 def changed_inputs(images: Any, processor: DDAEImageProcessor, options: SweepOptions) -> ImageInputs:
     """Return images as a network's inputs, whose views after the first are changed as the options say."""
     return ImageInputs(images, processor, flip=options.flips, crop_padding=options.crop_padding, seed=options.seed)
@@ -241,7 +233,6 @@ def sweep_inputs(
     `selection_views` of the training images, by default on all.
     """
     started = time.monotonic()
-    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
     kept = None if options.output_dir is None else Path(options.output_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(separate_randomness())
@@ -253,21 +244,22 @@ def sweep_inputs(
         found, fitted = prober.tested(pairs, options.num_noise_seeds)
         baselines = prober.baselines() if options.baselines else {}
         device = model.device.type
-        if path is not None:
+        if path_of(source) is not None:
             model.cpu()  # the whole classifier takes its place
         config |= {"layer": found.best.layer, "sigma": found.best.sigma, "noise_seed": options.noise_seed}
         config |= {name: getattr(model.config, name) for name in ("num_noise_samples", "null_class")}
         classifier, accuracy = _classifier(source, prober, processor, fitted, config)
     draws = model.config.num_noise_samples
-    settled = {"random_flip": options.flips, "random_crop": options.crop_padding, "num_noise_samples": draws}
+    settled = dataclasses.replace(
+        options, random_flip=options.flips, random_crop=options.crop_padding, num_noise_samples=draws
+    )
     result = SweepResult(
-        **vars(found), **machine(device), checkpoint=path, fingerprint=fingerprint(model.denoiser),
-        options={**images.opened_with, **options.to_dict(), **settled},
+        **vars(found), **machine(device), checkpoint=path_of(source), fingerprint=fingerprint(model.denoiser),
+        **report_facts(source, images, settled, train.images, test.images),
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
         pairs=pairs, baselines=baselines, saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-        dataset=images.facts(train.images, test.images), **base_model(path), classifier=classifier,
-        processor=processor, source=source, labels=test.labels, predicted=fitted[2],
+        classifier=classifier, processor=processor, source=source, labels=test.labels, predicted=fitted[2],
     )  # fmt: skip
     if kept is not None:
         folder = kept / options.classifier_dir
@@ -285,7 +277,7 @@ def _classifier(
     make = partial(make_classifier, source, names, *fitted[:2], cache_dir=options.cache_dir, **config)
     classifier = make()
     user = classifier if options.dtype is None else make(dtype=getattr(torch, options.dtype))
-    if isinstance(source, (str, os.PathLike)):
+    if path_of(source) is not None:
         user = ready(user)
     predicted = classify(user, prober.test.images, processor, options.batch_size)
     return classifier, float((predicted == prober.labels["test"]).mean())

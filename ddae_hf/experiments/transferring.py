@@ -23,7 +23,7 @@ from .arrays import num_bytes, size
 from .encoding import LatentFolder, LatentInputs, describe_splits, encode_views
 from .finetuning import FinetuningOptions, check_finetuning, finetune
 from .images import ImageInputs, Images, labelled_splits
-from .models import Model, open_model, open_processor
+from .models import Model, open_for, open_processor, path_of
 from .options import Table, option
 from .probing import Prober
 from .sweeping import SweepOptions, SweepResult, check_sweep, sweep_inputs
@@ -111,7 +111,7 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
         folder = LatentFolder.create(
             where, vae, sides, describe_splits(pixels, options.num_views, views if options.num_views > 1 else {}),
             sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
-            vae_source=os.fspath(model) if isinstance(model, (str, os.PathLike)) else None,
+            vae_source=path_of(model),
         )  # fmt: skip
         if folder.shape != denoiser.config.sample_shape:
             what = f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes"
@@ -137,11 +137,10 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
 
 def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
     """Return a denoiser of latents as a model that takes them in place of images, and their VAE."""
-    named: Any = {"num_noise_samples": options.num_noise_samples, "null_class": options.null_class}
     if isinstance(model, (str, os.PathLike)):
         vae = load_vae(model, cache_dir=options.cache_dir).requires_grad_(False)  # as that of an open model
-        return open_model(model, dtype=options.dtype, cache_dir=options.cache_dir, vae=False, **named), vae
-    whole = open_model(model, dtype=options.dtype, **named)
+        return open_for(model, options, vae=False), vae
+    whole = open_for(model, options)
     if whole.vae is None:
         raise ValueError("The model has no vae: open it with the VAE that its denoiser was trained with.")
     bare = copy.copy(whole)
