@@ -113,13 +113,7 @@ class CorrespondenceResult(CorrespondenceReport):
 def find_correspondences(
     model: Model, images: Images, options: CorrespondenceOptions | None = None, **changes: Any
 ) -> CorrespondenceResult:
-    """Look points of images up in warped copies of them.
-
-    Args:
-        model: The model, or its checkpoint's folder or Hub id, in any layout.
-        images: The data set, whose images need no labels.
-        options: Options, by default those of `CorrespondenceOptions`.
-        **changes: Fields of the options that are to be others.
+    """Look points of images, which need no labels, up in warped copies of them.
 
     Raises:
         ValueError: Options that cannot work, or images that cannot be read.

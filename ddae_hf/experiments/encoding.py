@@ -70,14 +70,9 @@ class EncodingOptions(Options):
 def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder:
     """Encode a split's images by a VAE once, with their labels beside them where they have any; return the folder.
 
-    Its split is `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and latents
-    that are there are not computed again.
-
-    Args:
-        vae: An `AutoencoderKL`; or a folder or Hub id of one, or of a checkpoint that has one.
-        images: The data set.
-        options: Options, by default those of `EncodingOptions`.
-        **changes: Fields of the options that are to be others.
+    The VAE is an `AutoencoderKL`, or a folder or Hub id of one, or of a checkpoint that has one. The folder's split is
+    `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and latents that are there
+    are not computed again.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, a folder of other latents, or a damaged file.

@@ -116,17 +116,11 @@ class GenerationResult(GenerationReport):
 def evaluate_generation(
     model: Generator, images: Images, options: EvaluationOptions | None = None, **changes: Any
 ) -> GenerationResult | None:
-    """Compare generated images with real ones.
+    """Compare real images with those of a checkpoint, a pipeline or a model, or with the images of a folder.
 
-    With `output_dir` images are sampled into its folder `images`: see `generate`; the figures and a picture are left
-    beside it. Features are kept in `features_dir`, each array beside a JSON file that says what they are of.
-
-    Args:
-        model: Checkpoint, folder or Hub id, in any layout, or a pipeline or a model; or a folder of images, and of
-            folders of them, which are measured as they are.
-        images: The real images.
-        options: Options, by default those of `EvaluationOptions`, which has none for `extractor`.
-        **changes: Fields of the options that are to be others.
+    A folder of images may hold folders of them. With `output_dir` images are sampled into its folder `images`: see
+    `generate`; the figures and a picture are left beside it. Features are kept in `features_dir`, each array beside a
+    JSON file that says what they are of.
 
     Returns:
         The figures; None in processes that only helped to sample.

@@ -69,12 +69,6 @@ def export_features(
 
     They are computed into `features_dir` first: an interrupted run goes on, and what a sweep has left there is used.
 
-    Args:
-        model: The model, or its checkpoint's folder or Hub id.
-        images: The data set.
-        options: Options, by default those of `ExportOptions`.
-        **changes: Fields of the options that are to be others.
-
     Raises:
         ValueError: Options that cannot work, images that cannot be read, or a damaged file.
         OSError: No such checkpoint, or not enough space on disk.

@@ -147,16 +147,10 @@ class FinetuningResult(FineTuningReport):
 def finetune(
     model: Model, images: Images, options: FinetuningOptions | None = None, **changes: Any
 ) -> FinetuningResult:
-    """Train a denoiser further as a classifier, and test it once.
+    """Train a denoiser further as a classifier of labelled images, and test it once.
 
     With `output_dir` everything is left there, with checkpoints, one of them on SIGTERM and Ctrl-C. Of the processes of
     `accelerate launch`, which all call this, the first writes.
-
-    Args:
-        model: The checkpoint, or an open model, whose weights stay as they are.
-        images: The data set, whose images have labels.
-        options: Options, by default those of `FinetuningOptions`.
-        **changes: Fields of the options that are to be others.
 
     Raises:
         ValueError: Options that cannot work, a run to resume that would become another, a training that diverges.

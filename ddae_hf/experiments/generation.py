@@ -86,15 +86,11 @@ class Samples(Sequence[Image.Image]):
 
 
 def generate(model: Generator, options: GenerationOptions | None = None, **changes: Any) -> Samples:
-    """Generate images, and return them in each of the launched processes.
+    """Generate images by a checkpoint, or by a pipeline or a model, which stays on its device.
 
-    With `output_dir` they are its files 00000.png, ..., those that are there already are not made again, and launched
-    processes (`accelerate launch`, `torchrun`) share the work. Global random states play no part, and stay as they are.
-
-    Args:
-        model: Checkpoint, folder or Hub id, in any layout; or a pipeline or a model, which stays on its device.
-        options: Options, by default those of `GenerationOptions`.
-        **changes: Fields of the options that are to be others.
+    Each of the launched processes returns all of them. With `output_dir` they are its files 00000.png, ..., those that
+    are there already are not made again, and launched processes (`accelerate launch`, `torchrun`) share the work.
+    Global random states play no part, and stay as they are.
 
     Raises:
         ValueError: Options that cannot work, or a folder of images that were made otherwise.

@@ -133,13 +133,7 @@ class NoisyResult(NoisyReport):
 
 
 def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = None, **changes: Any) -> NoisyResult:
-    """Train both classifiers of noisy images, and test them at every level.
-
-    Args:
-        model: The checkpoint of the frozen denoiser, or an open model.
-        images: The data set, whose images have labels.
-        options: Options, by default those of `NoisyOptions`.
-        **changes: Fields of the options that are to be others.
+    """Train both classifiers of noisy images, which have labels, and test them at every level.
 
     Raises:
         ValueError: Options that cannot work, a folder of other options, or a training that diverges.

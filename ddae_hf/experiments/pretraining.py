@@ -126,12 +126,7 @@ class PretrainingResult(PretrainingReport):
 def pretrain(
     images: Images | LatentFolder, options: PretrainingOptions | None = None, **changes: Any
 ) -> PretrainingResult:
-    """Train a denoiser, new or from a checkpoint; under `accelerate launch` every process calls this.
-
-    Args:
-        images: The data set, or a folder of its latents.
-        options: Options, by default those of `PretrainingOptions`.
-        **changes: Fields of the options that are to be others.
+    """Train a denoiser on images or a folder of latents; under `accelerate launch` every process calls this.
 
     Returns:
         What was measured, with the network; `output_dir` has it too, with checkpoints, samples and the options.

@@ -167,14 +167,10 @@ class SweepResult(ProbeReport):
 
 
 def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult:
-    """Probe every pair of layer and noise level, test the best, and make it a classifier.
+    """Probe every pair of layer and noise level on labelled images, test the best, and make it a classifier.
 
-    Args:
-        model: The model, or its checkpoint's folder or Hub id, in any layout.
-        images: The labelled images.
-        options: With `output_dir`, everything is kept there, and an interrupted sweep goes on; without, features lie in
-            a temporary folder.
-        **changes: Fields of the options that are to be others.
+    With `output_dir` everything is kept there, and an interrupted sweep goes on; without, features lie in a temporary
+    folder.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, or a damaged file.
@@ -326,12 +322,9 @@ def sweep_run(
 ) -> CurveReport:
     """Sweep every checkpoint of a training run, and measure its loss on test images and its samples.
 
-    Args:
-        run: The run's folder, with a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself.
-        images: The labelled images.
-        options: With `output_dir`, each checkpoint's results are in a folder of its name there, `training_curve.json`
-            and `training_curve.png` beside them.
-        **changes: Fields of the options that are to be others.
+    The run's folder has a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself. With
+    `output_dir`, each checkpoint's results are in a folder of its name there, `training_curve.json` and
+    `training_curve.png` beside them.
 
     Raises:
         ValueError: A folder without checkpoints, options that cannot work, or images that cannot be read.

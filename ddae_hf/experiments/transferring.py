@@ -82,14 +82,9 @@ class TransferOptions(SweepOptions):
 def transfer(model: Model, images: Images, options: TransferOptions | None = None, **changes: Any) -> SweepResult:
     """Encode labelled images once, probe a denoiser of latents on them and, with `finetune`, train it further.
 
-    What this will take is logged before it begins; what was interrupted goes on where it stopped. The result is that of
-    the sweep, whose classifier takes images; the fine-tuned one is in `finetuned` in `output_dir`.
-
-    Args:
-        model: The model, or its checkpoint's folder or Hub id; with its VAE.
-        images: The data set.
-        options: Options, by default those of `TransferOptions`.
-        **changes: Fields of the options that are to be others.
+    The model has its VAE with it. What this will take is logged before it begins; what was interrupted goes on where it
+    stopped. The result is that of the sweep, whose classifier takes images; the fine-tuned one is in `finetuned` in
+    `output_dir`.
 
     Raises:
         ValueError: A model without a VAE, options that cannot work, images that cannot be read, or a damaged file.
