@@ -37,7 +37,7 @@ EXPERIMENTS = [
     ["results"],
     ["batches", "plots"],
     ["correspondences", "generation", "pretraining_data", "publishing", "trainer", "training"],
-    ["choosing", "evaluation", "new_networks", "training_options"],
+    ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
     ["noisy_classification", "transferring"],

@@ -29,11 +29,10 @@ from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
 from .batches import Batch, clean_images
-from .choosing import choose, chosen_before
 from .encoding import LatentFolder, one_view
 from .images import Images
 from .models import base_model
-from .new_networks import check_networks, networks_to_train, new_networks, trained_on
+from .new_networks import check_networks, choose, chosen_before, networks_to_train, new_networks, trained_on
 from .options import Table, option
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data

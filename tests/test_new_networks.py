@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ddae_hf.experiments import Images, PretrainingOptions, pretrain
-from ddae_hf.experiments.choosing import choose, unet
+from ddae_hf.experiments.new_networks import choose, unet
 from ddae_hf.networks import build_denoiser
 
 
@@ -51,6 +51,6 @@ def test_a_run_that_is_resumed_keeps_its_network_and_its_batch(tmp_path, monkeyp
     fast = {"output_dir": tmp_path, "sample_steps": 0, "grid_images": 1, "num_inference_steps": 1}
     first = pretrain(images, max_train_steps=1, checkpointing_steps=1, **fast)
     assert first.options["total_batch_size"] == 16
-    monkeypatch.setattr("ddae_hf.experiments.choosing.best_device", lambda: "cuda")  # which would choose another
+    monkeypatch.setattr("ddae_hf.experiments.new_networks.best_device", lambda: "cuda")  # which would choose another
     again = pretrain(images, max_train_steps=2, resume_from_checkpoint="latest", **fast)
     assert (again.steps, again.parameters, again.options["total_batch_size"]) == (2, first.parameters, 16)
