@@ -268,17 +268,17 @@ def test_a_folder_of_other_options_is_refused(trained, checkpoints, digits, tmp_
         run(checkpoints / "ddpm", digits, folder, layers=["mid_block"], seed=5)
     with pytest.raises(ValueError, match=r"wide_resnet was made with other options \(wide_resnet_batch_size is"):
         run(checkpoints / "ddpm", digits, folder, **TWO, wide_resnet_batch_size=9)
-    with pytest.raises(ValueError, match=r"\(scheduler\)"):  # its weights are the same
+    with pytest.raises(ValueError, match=r"\(scheduler differs\)"):  # its weights are the same
         run(checkpoints / "flow", digits, folder, **TWO)
     DDAEPipeline.for_denoiser(make_unet(seed=1, **GREY), DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\(weights\)"):
+    with pytest.raises(ValueError, match=r"\(weights differs\)"):
         run(tmp_path, digits, folder, **TWO)
     changed = tmp_path / "changed"
     shutil.copytree(digits, changed)
     run(checkpoints / "ddpm", changed, tmp_path / "out", **TWO)
     rows = Dataset.from_parquet(str(digits / "train.parquet")).select(range(100, 300))
     rows.to_parquet(changed / "train.parquet")
-    with pytest.raises(ValueError, match=r"\(data\)"):  # the same folder's name, other images in it
+    with pytest.raises(ValueError, match=r"\(data differs\)"):  # the same folder's name, other images in it
         run(checkpoints / "ddpm", changed, tmp_path / "out", **TWO)
 
 

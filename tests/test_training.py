@@ -45,7 +45,16 @@ def pretrain_options(digits, folder):
 
 def vae_options(digits, folder):
     options = ["--dataset_name", digits, "--max_train_samples", 120, "--held_out", 20, "--output_dir", folder]
-    options += ["--vae", json.dumps(TINY_VAE), "--resolution", 8, "--train_batch_size", 25, "--max_train_steps", 6]
+    options += [
+        "--autoencoder",
+        json.dumps(TINY_VAE),
+        "--resolution",
+        8,
+        "--train_batch_size",
+        25,
+        "--max_train_steps",
+        6,
+    ]
     return [*options, "--checkpointing_steps", 2, "--lr_warmup_steps", 1, "--mixed_precision", "no"]
 
 

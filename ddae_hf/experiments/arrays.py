@@ -30,6 +30,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+StrPath = str | os.PathLike[str]
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Batches = Callable[[int, list[str]], Iterable[Mapping[str, Tensor]]]
@@ -172,7 +173,7 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any], inside: str
     found: list[str] = []
     for name, value in wanted.items():
         has = known.get(name)
-        if isinstance(has, dict) and isinstance(value, dict):
+        if isinstance(has, dict) and isinstance(value, dict) and has.get("_class_name") == value.get("_class_name"):
             found += differences(has, value | dict.fromkeys(has.keys() - value.keys()), f"{inside}{name}.")
         elif has != value:
             hashes = len(str(has)) + len(str(value)) > 100

@@ -16,7 +16,6 @@ colours: of single pixels, and of patches, which a gentle warp hardly changes an
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from tqdm.auto import tqdm
 
 from ..backbone_ddae import DDAEBackbone
 from ..configuration_ddae import DDAEConfig
+from .arrays import StrPath
 from .devices import machine, made_fast
 from .draws import indexed_noise, separate_randomness
 from .features import evaluating
@@ -104,7 +104,7 @@ class CorrespondenceResult(CorrespondenceReport):
         last.legend()
         return figure
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write `eval_results.json` and `correspondence.png`."""
         with saving(folder):
             self.picture().savefig(self.write(Path(folder)).parent / "correspondence.png", dpi=90)

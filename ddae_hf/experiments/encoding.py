@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -211,7 +210,7 @@ class LatentFolder:
             `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: arrays.StrPath):
         self.folder = Path(folder)
         if not (self.folder / INDEX).is_file():
             raise ValueError(f"{folder} holds no latents: it has no {INDEX}.")
@@ -220,7 +219,7 @@ class LatentFolder:
     @classmethod
     def create(
         cls,
-        folder: str | os.PathLike[str],
+        folder: arrays.StrPath,
         vae: Any,
         image_size: tuple[int, int],
         splits: dict[str, Any],

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 import time
 import warnings
@@ -30,7 +29,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arrays import described_folder, fill
+from .arrays import StrPath, described_folder, fill
 from .classes import draw_images
 from .data_files import list_folder
 from .devices import best_device, machine
@@ -107,7 +106,7 @@ class GenerationResult(GenerationReport):
             axes.axis("off")
         return figure
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write `generation_results.json`, and the picture as `grid.png`."""
         self.write(Path(folder))
         self.picture().savefig(Path(folder) / "grid.png", dpi=120, bbox_inches="tight")
@@ -197,7 +196,7 @@ def real_images(images: Images, options: EvaluationOptions, count: int) -> dict[
     return {role: Compared(f"real ({split})", images[split].take(most), view) for role, split, most, view in wanted}
 
 
-def is_images_folder(path: str | os.PathLike[str]) -> bool:
+def is_images_folder(path: StrPath) -> bool:
     """Return whether a path is a local folder that is no checkpoint."""
     return Path(path).is_dir() and not any(Path(path, name).exists() for name in ("model_index.json", "config.json"))
 

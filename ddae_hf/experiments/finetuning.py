@@ -39,6 +39,7 @@ from ..cut import uncompiled
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
+from .arrays import StrPath
 from .classes import draw_labels
 from .devices import best_device, machine, made_fast
 from .draws import indexed_noise, separate_randomness
@@ -51,6 +52,7 @@ from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
 from .run_folder import (
+    OF_PLACES,
     OPTIONS,
     check_same_run,
     checkpoint_to_resume,
@@ -75,13 +77,10 @@ NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_st
 class FinetuningOptions(SplitOptions):
     """Options of `finetune`."""
 
-    # What a resumed run may change, and is applied from then on; and what says only where things are.
+    # What a resumed run may change, and is applied from then on.
     MAY_CHANGE: ClassVar[frozenset[str]] = IN_TRAINING | set(
         "num_train_epochs max_train_steps noise_seed test_split max_test_samples torch_compile".split()
     )
-    PLACES: ClassVar[set[str]] = set(
-        "output_dir resume_from_checkpoint checkpointing_steps cache_dir dataloader_num_workers report_to".split()
-    ) | {"logging_dir"}
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
@@ -137,7 +136,7 @@ class FinetuningResult(FineTuningReport):
     classifier: DDAEForImageClassification = in_memory()
     processor: DDAEImageProcessor = in_memory()
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write a folder that `DDAEForImageClassification.from_pretrained` opens, with `eval_results.json`."""
         self.classifier.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -229,7 +228,7 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
         known = given, trained
         now, before = (each | {STEP: each["train_batch_size"] * each["gradient_accumulation_steps"]} for each in known)
-        check_same_run(now, before, (options.MAY_CHANGE | options.PLACES | BY_HASH | SIZES) - begins, run)
+        check_same_run(now, before, (options.MAY_CHANGE | OF_PLACES | BY_HASH | SIZES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
     checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
     if checkpoint is not None and not (run / OPTIONS).is_file():
@@ -243,7 +242,7 @@ def finished_run(options: FinetuningOptions, given: dict[str, Any]) -> Finetunin
     if not (folder / FinetuningResult.file).is_file():
         return None
     found = FinetuningResult.read(folder)
-    if any(found.options.get(name) != given[name] for name in given.keys() - options.PLACES - SIZES):
+    if any(found.options.get(name) != given[name] for name in given.keys() - OF_PLACES - SIZES):
         return None
     logger.info(f"{folder} is complete: there is nothing left to do.")
     found.classifier = DDAEForImageClassification.from_pretrained(folder)

@@ -26,13 +26,13 @@ from ..networks import network_of
 from ..noise import change_scheduler, family_of
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
-from .arrays import differences, read_json, write_json, written_whole
+from .arrays import StrPath, differences, read_json, write_json, written_whole
 from .devices import HELP, best_device, made_fast
 from .features import evaluating
 from .options import Options, option
 
 # A generator's folder or Hub id, in any layout, or an open pipeline or model.
-Generator = str | os.PathLike[str] | DDAEPipeline | DDAEModel
+Generator = StrPath | DDAEPipeline | DDAEModel
 
 NOTE = "options.json"  # what the images of a folder depend on
 

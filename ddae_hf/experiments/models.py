@@ -14,11 +14,12 @@ from ..hidden_states import decoder_layer_names
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEModel
 from ..noise import family_of
+from .arrays import StrPath
 from .devices import best_device, made_fast
 from .draws import separate_randomness
 
 # A checkpoint's folder or Hub id, in any layout, or an open model.
-Model = str | os.PathLike[str] | DDAEModel
+Model = StrPath | DDAEModel
 
 
 def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None = None, **config: Any) -> DDAEModel:

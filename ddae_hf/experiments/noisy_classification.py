@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ from ..augment import random_changes
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
 from ..weights import fingerprint
-from .arrays import differences, fill, read_json, write_json
+from .arrays import StrPath, differences, fill, read_json, write_json
 from .batches import Batches, whole
 from .devices import machine
 from .draws import POSTERIOR, indexed_noise, seed_by, separate_randomness
@@ -123,7 +122,7 @@ class NoisyResult(NoisyReport):
         lines["chance"] = np.full(len(sigmas), 100 * self.chance)
         return curves(sigmas, lines, title=title, xlabel=level, ylabel="test accuracy (%)", errors=errors)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write the networks into `mlp` and `wide_resnet`, `accuracy.png`, and at last `eval_results.json`."""
         for name, (network, config) in self.networks.items():
             write_json(Path(folder, name, "config.json"), config)

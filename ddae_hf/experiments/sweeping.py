@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..weights import fingerprint
-from .arrays import read_json, write_json
+from .arrays import StrPath, read_json, write_json
 from .classes import draw_images, draw_labels
 from .devices import HELP, machine
 from .draws import separate_randomness
@@ -147,13 +146,13 @@ class SweepResult(ProbeReport):
         """Return a picture of the accuracy on held-out images over layers and noise levels."""
         return heat_map(self.pairs, self.best)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write all figures and the classifier, so that `from_pretrained` opens the folder: see `save_classifier`."""
         self.save_figures(folder)
         with saving(folder):
             save_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
 
-    def save_figures(self, folder: str | os.PathLike[str]) -> None:
+    def save_figures(self, folder: StrPath) -> None:
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
         with saving(folder):
             path = self.write(folder).parent
@@ -192,7 +191,7 @@ def changed_inputs(images: Any, processor: DDAEImageProcessor, options: SweepOpt
 
 def check_sweep(
     model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
-    folder: str | os.PathLike[str] = "", selection_views: Sequence[int] | None = None,
+    folder: StrPath = "", selection_views: Sequence[int] | None = None,
 ) -> Prober:  # fmt: skip
     """Return the probes of a sweep with features in `folder`, or raise `ValueError` where model or images forbid it."""
     layers = chosen_layers(model, options.layers)
@@ -317,9 +316,7 @@ class CurveOptions(SweepOptions):
     sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler.")
 
 
-def sweep_run(
-    run: str | os.PathLike[str], images: Images, options: CurveOptions | None = None, **changes: Any
-) -> CurveReport:
+def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None, **changes: Any) -> CurveReport:
     """Sweep every checkpoint of a training run, and measure its loss on test images and its samples.
 
     The run's folder has a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself. With
@@ -369,7 +366,7 @@ def sweep_run(
     return report
 
 
-def training_checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
+def training_checkpoints(run: StrPath) -> dict[int, Path]:
     """Return a training run's checkpoints by step, the final one included, or raise `ValueError` if it has none."""
     found = {step_of(path): path for path in saved_checkpoints(run)}
     results = Path(run, PretrainingReport.file)

@@ -35,17 +35,14 @@ from .draws import seed_by
 from .encoding import one_view
 from .images import Inputs
 from .metrics import classification_metrics
-from .run_folder import check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
+from .run_folder import OF_DATA, check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
 from .stopping import Stopping, check_weights, look, not_finite
 
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
 PROGRESS = "progress.json"
 # Options that may be others where the same comes of them, which hashes in a checkpoint tell.
-BY_HASH = frozenset(
-    """model_name_or_path dataset_name dataset_config_name train_data_dir image_column label_column skip_bad_images
-    train_split max_train_samples latents_dir""".split()
-)
+BY_HASH = OF_DATA | {"model_name_or_path"}
 # What a run that has reached its last step cannot take over any more.
 IN_TRAINING = frozenset(
     "learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm ema_decay mixed_precision".split()

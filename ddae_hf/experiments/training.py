@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import time
 from collections import deque
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .arrays import write_json
+from .arrays import StrPath, write_json
 from .batches import Batch, Batches
 from .devices import machine
 from .draws import seed_by, separate_randomness
@@ -83,7 +82,7 @@ class Loop:
     max_grad_norm: float = 0.0  # the largest norm of the gradient; 0 leaves it as it is
     average: Any = None  # a copy of the module, to hold averaged weights
     ema_decay: float = 0.0  # of the averages, after its ramp
-    output_dir: str | os.PathLike[str] | None = None  # without one there are no checkpoints, and signals act as always
+    output_dir: StrPath | None = None  # without one there are no checkpoints, and signals act as always
     checkpointing_steps: int | None = None  # steps between two checkpoints
     checkpoints_total_limit: int | None = None  # how many of the newest are kept; by default all
     save: Callable[[Path], object] | None = None  # writes weights, such as those of `average`, into checkpoints

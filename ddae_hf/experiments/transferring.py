@@ -28,11 +28,9 @@ from .options import Table, option
 from .probing import Prober
 from .sweeping import SweepOptions, SweepResult, check_sweep, sweep_inputs
 
-# What the transfer itself says of the fine-tuning.
-SETTLED = set(
-    """output_dir layer sigma latents_dir resume_from_checkpoint train_split test_split max_train_samples
-    max_test_samples null_class""".split()
-)
+# What the transfer itself says of the fine-tuning: what is its own there, and its splits.
+SETTLED = {"output_dir", "layer", "sigma", "latents_dir", "resume_from_checkpoint"}
+SHARED = {"train_split", "test_split", "max_train_samples", "max_test_samples", "null_class"}
 FIRST = [0]  # the view that the pair is chosen on: the images as they are
 logger = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ class TransferOptions(SweepOptions):
         if self.finetune is not None:
             if self.output_dir is None:
                 raise ValueError("finetune needs an output_dir, where its classifier and its checkpoints are kept.")
-            if settled := sorted(SETTLED & set(self.finetune)):
+            if settled := sorted((SETTLED | SHARED) & set(self.finetune)):
                 raise ValueError(f"finetune has {settled[0]}: leave it out, it follows from the transfer.")
             try:
                 self.finetuning(layer="", sigma=1.0, latents_dir="latents")
@@ -72,9 +70,8 @@ class TransferOptions(SweepOptions):
         """Return the options of the fine-tuning that goes on from a pair, those of `finetune` last."""
         shared = FinetuningOptions(
             output_dir=f"{self.output_dir}/finetuned", layer=layer, sigma=sigma, latents_dir=latents_dir,
-            resume_from_checkpoint="latest", train_split=self.train_split, test_split=self.test_split,
-            max_train_samples=self.max_train_samples, max_test_samples=self.max_test_samples,
-            null_class=self.null_class, seed=self.seed, noise_seed=self.noise_seed, cache_dir=self.cache_dir,
+            resume_from_checkpoint="latest",
+            **{name: getattr(self, name) for name in (*SHARED, "seed", "noise_seed", "cache_dir")},
         )  # fmt: skip
         return FinetuningOptions.of(shared, self.finetune or {})
 
