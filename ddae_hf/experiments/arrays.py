@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -179,6 +180,16 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any], inside: str
             hashes = len(str(has)) + len(str(value)) > 100
             found.append(f"{inside}{name} differs" if hashes else f"{inside}{name} is {has} there, {value} here")
     return found
+
+
+@contextlib.contextmanager
+def kept_or_temporary(folder: StrPath | None) -> Iterator[Path]:
+    """Give a folder or, where none is asked for, a temporary one, which is gone afterwards."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="ddae_hf_") as temporary:
+        yield Path(temporary)
 
 
 def described_folder(parent: Path, identity: Mapping[str, Any]) -> Path:

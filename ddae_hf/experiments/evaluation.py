@@ -11,9 +11,7 @@ different widths, too few images, and values that are not finite raise `ValueErr
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arrays import StrPath, described_folder, fill
+from .arrays import StrPath, described_folder, fill, kept_or_temporary
 from .classes import draw_images
 from .data_files import list_folder
 from .devices import best_device, machine
@@ -139,7 +137,7 @@ def compare_samples(
     started = time.monotonic()
     processes = open_processes()
     given = path_of(model)
-    with contextlib.ExitStack() as stack:
+    with kept_or_temporary(options.output_dir) as folder:
         compared: dict[str, Compared] = {}
         paths = find_images(Path(given)) if given is not None and is_images_folder(given) else None
         pipeline = open_pipeline(model, options) if paths is None else None
@@ -151,8 +149,7 @@ def compare_samples(
             )  # fmt: skip
         generator: dict[str, Any] = {"images_dir": given}
         if pipeline is not None:
-            output = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-            paths = sample(pipeline, options, Path(output) / "images").paths
+            paths = sample(pipeline, options, folder / "images").paths
             generator = {"model_name_or_path": given, **made_by(pipeline, options)}
             generator["scheduler"] = type(pipeline.scheduler).__name__
             if (classes := chosen_classes(pipeline, options)) is not None:

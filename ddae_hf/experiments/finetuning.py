@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,7 @@ from ..cut import uncompiled
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
-from .arrays import StrPath
+from .arrays import StrPath, kept_or_temporary
 from .classes import draw_labels
 from .devices import best_device, machine, made_fast
 from .draws import indexed_noise, separate_randomness
@@ -159,19 +158,18 @@ def finetune(
     options = FinetuningOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
     given = DataOptions().to_dict() | images.opened_with | options.to_dict()
-    with separate_randomness(), contextlib.ExitStack() as stack:
+    with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:
         if isinstance(model, (str, os.PathLike)):
             path = given["model_name_or_path"] = os.fspath(model)
         else:  # is opened as all others are
             base_of(model)
             given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
-            path = stack.enter_context(tempfile.TemporaryDirectory())
+            path = str(stack.enter_context(kept_or_temporary(None)))
             saved = copy.copy(uncompiled(model))
             saved.config = copy.deepcopy(model.config)  # into which saving writes
             saved.save_pretrained(path)
         resume = to_resume(options, given)
-        folder = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        return _finetune(path, images, dataclasses.replace(options, output_dir=folder), given, resume)
+        return _finetune(path, images, dataclasses.replace(options, output_dir=str(folder)), given, resume)
 
 
 def _finetune(

@@ -14,11 +14,9 @@ are. Test images, each with noise of its own, serve for the final figures alone.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ from ..augment import random_changes
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
 from ..weights import fingerprint
-from .arrays import StrPath, differences, fill, read_json, write_json
+from .arrays import StrPath, differences, fill, kept_or_temporary, read_json, write_json
 from .batches import Batches, whole
 from .devices import machine
 from .draws import POSTERIOR, indexed_noise, seed_by, separate_randomness
@@ -142,8 +140,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
     options = NoisyOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
     started = time.monotonic()
-    with separate_randomness(), contextlib.ExitStack() as stack:
-        folder = Path(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+    with separate_randomness(), kept_or_temporary(options.output_dir) as folder:
         network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))

@@ -7,13 +7,11 @@ on a part of the training images; test images are looked at once, with the chose
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..weights import fingerprint
-from .arrays import StrPath, read_json, write_json
+from .arrays import StrPath, kept_or_temporary, read_json, write_json
 from .classes import draw_images, draw_labels
 from .devices import HELP, machine
 from .draws import separate_randomness
@@ -229,10 +227,7 @@ def sweep_inputs(
     """
     started = time.monotonic()
     kept = None if options.output_dir is None else Path(options.output_dir)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(separate_randomness())
-        folder = options.features_dir or (kept and str(kept / "features"))
-        folder = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="ddae_features_"))
+    with separate_randomness(), kept_or_temporary(options.features_dir or (kept and kept / "features")) as folder:
         prober = check_sweep(model, train, test, processor, options, folder, selection_views)
         pairs = sweep_levels(prober, kept and kept / "levels")
         levels_done = time.monotonic()

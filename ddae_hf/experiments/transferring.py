@@ -6,20 +6,17 @@ the denoiser alone reads the latents from the disk, in a sweep. `finetune` then 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..checkpoints import load_vae
 from ..configuration_ddae import DDAEConfig
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
-from .arrays import num_bytes, size
+from .arrays import kept_or_temporary, num_bytes, size
 from .encoding import LatentFolder, LatentInputs, describe_splits, encode_views
 from .finetuning import FinetuningOptions, check_finetuning, finetune
 from .images import ImageInputs, Images, labelled_splits
@@ -95,11 +92,8 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
     sides = processor.size["height"], processor.size["width"]
     views: Any = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
     pixels = {"train": ImageInputs(train, processor, **views), "test": ImageInputs(test, processor, **views)}
-    with contextlib.ExitStack() as stack:
-        where = options.latents_dir
-        if where is None:
-            kept = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-            where = str(Path(kept) / "latents")
+    with kept_or_temporary(options.output_dir) as kept:
+        where = options.latents_dir or str(kept / "latents")
         folder = LatentFolder.create(
             where, vae, sides, describe_splits(pixels, options.num_views, views if options.num_views > 1 else {}),
             sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
