@@ -90,7 +90,7 @@ def parse(
                 hidden = argparse.SUPPRESS
                 parser.add_argument(no, dest=action.dest, action="store_false", default=hidden, help=hidden)
         elif action.type is Table:
-            action.type = _table
+            action.type = str  # its dataclass reads it
     config = "YAML file of options, or a configuration's name (`ddae configs`): what differs from the defaults."
     parser.add_argument("--config", help=config)
     _group(parser)
@@ -139,14 +139,6 @@ def find_config(name: str) -> Path:
         hint = f"the nearest are {', '.join(near)}" if near else "`ddae configs` lists them"
         raise ValueError(f"config is {name}: there is no such file, and no configuration of this name; {hint}.")
     return known[name]
-
-
-def _table(text: str) -> Table:
-    """Return a mapping given as YAML; argparse shows the reasons of no other kind of error."""
-    try:
-        return Table(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
