@@ -741,7 +741,7 @@ def test_what_batch_statistics_cannot_do_is_refused(checkpoints, digits, tmp_pat
 def test_every_number_has_a_range():
     """But for the level, which is checked with the network."""
     hints = finetuning.FinetuningOptions.__annotations__
-    numbers = {name for name, hint in hints.items() if "int" in hint or "float" in hint}
+    numbers = {name for name, hint in hints.items() if "int" in str(hint) or "float" in str(hint)}
     assert numbers - set(RANGES) == {"sigma"} and len(numbers) > 15
 
 

@@ -346,7 +346,7 @@ def test_levels_are_log_uniform_in_their_range():
 
 def test_every_number_has_a_range():
     hints = NoisyOptions.__annotations__
-    numbers = {name for name, hint in hints.items() if "int" in hint or "float" in hint}
+    numbers = {name for name, hint in hints.items() if "int" in str(hint) or "float" in str(hint)}
     assert numbers - set(RANGES) == {"sigmas"} and len(numbers) > 15
 
 
