@@ -6,6 +6,8 @@
 What is shown has all options, those of its `base` too: saved as a file, it is a configuration to change.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -7,6 +7,8 @@ What the file holds is seen from its content; which files are known, and how exa
 `docs/converting.md`. Nothing that a file names is run.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 

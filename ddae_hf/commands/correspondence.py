@@ -6,6 +6,8 @@ r"""Find the points of an image again in a warped copy of it, by a denoiser's ma
 See `ddae_hf.experiments.find_correspondences`. Figures go to `eval_results.json`, a picture to `correspondence.png`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.correspondences import CorrespondenceOptions, find_correspondences

@@ -8,6 +8,8 @@ is a complete Space, in place of opening it. The folder runs as it is, with `pyt
 `hf upload NAME/SPACE runs/space . --repo-type space` publishes it.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 

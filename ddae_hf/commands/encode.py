@@ -7,6 +7,8 @@ Latents are kept in float16: 8 KiB an image of 256 pixels with the usual VAE, in
 An interrupted run goes on where it stopped. Labels are kept beside them where the data set has any.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.encoding import EncodingOptions, encode

@@ -9,6 +9,8 @@ with the same command, and several processes share it: `accelerate launch -m dda
 images that are there already. `--extractor` is `ddae:PATH`, `transformers:PATH` or `inception`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.evaluation import EvaluationOptions, evaluate_generation, is_images_folder

@@ -7,6 +7,8 @@ r"""Write the features of a data set's images to parquet or npy files, for use e
 has left in `--features_dir` are used.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.feature_export import ExportOptions, export_features

@@ -6,6 +6,8 @@ r"""Fine-tune a denoiser and a linear classifier on it as one network: see `ddae
 The output folder opens with `DDAEForImageClassification.from_pretrained`, and holds `eval_results.json`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.finetuning import FinetuningOptions, finetune

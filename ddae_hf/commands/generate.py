@@ -7,6 +7,8 @@ there already is not made again. Several GPUs share the work: `accelerate launch
 takes labels or, where the checkpoint has them, names of classes: `--class_label 207 "tabby cat"`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 

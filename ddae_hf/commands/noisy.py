@@ -7,6 +7,8 @@ See `ddae_hf.experiments.classify_noisy`. The output folder holds `accuracy.png`
 weights in `mlp` and `wide_resnet`. The same command resumes.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.images import DataOptions

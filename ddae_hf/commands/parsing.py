@@ -1,5 +1,7 @@
 """Options from the command line and from YAML files."""
 
+from __future__ import annotations
+
 import argparse
 import copy
 import dataclasses

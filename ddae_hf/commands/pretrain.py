@@ -10,6 +10,8 @@ network of averaged (EMA) weights; the weights that the optimiser left are in it
 Both hold the VAE of the latents that they were trained on.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.encoding import LatentFolder

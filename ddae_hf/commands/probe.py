@@ -9,6 +9,8 @@ are given, the pair is chosen on a part of the training images, never on test im
 are kept there too, where an interrupted run goes on; they are not pushed.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -7,6 +7,8 @@ Features are kept in `--features_dir`: another run, another kind of probe or an 
 there. With `--checkpoints RUN`, every checkpoint of a training run is swept.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.images import DataOptions

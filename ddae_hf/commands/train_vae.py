@@ -6,6 +6,8 @@ The output folder opens with diffusers' `AutoencoderKL.from_pretrained`, and `dd
 `scaling_factor` is measured.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.images import DataOptions

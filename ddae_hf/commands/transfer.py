@@ -7,6 +7,8 @@ See `ddae_hf.experiments.transfer`. What this will take is said before it begins
 stopped. `--finetune '{num_train_epochs: 5}'` then trains the network itself.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from ..experiments.images import DataOptions

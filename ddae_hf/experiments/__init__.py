@@ -13,6 +13,8 @@ prints, parses arguments or leaves global random generators changed. Names are i
 beside `ddae_hf` itself is installed by `pip install 'ddae_hf[experiments]'`.
 """
 
+from __future__ import annotations
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

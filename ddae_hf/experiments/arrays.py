@@ -9,6 +9,8 @@ Rows are looked at again before they are used: those of an unfinished array when
 when it is opened for the first time. An array becomes `NAME.npy` when it is whole, so that whoever reads needs no lock.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import hashlib

@@ -1,5 +1,7 @@
 """Batches to train on, of images, a stream or latents, each epoch's in an order of its own."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple

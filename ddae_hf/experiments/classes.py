@@ -1,5 +1,7 @@
 """The classes of a data set: which column says them, their names and numbers, and drawing images of all of them."""
 
+from __future__ import annotations
+
 import re
 import warnings
 from collections.abc import Mapping, Sequence

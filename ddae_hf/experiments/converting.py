@@ -1,5 +1,7 @@
 """A published checkpoint of another code base becomes a folder that `ddae_hf` opens: `convert`."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

@@ -8,6 +8,8 @@ Tables: the name of a file or of a folder on its way is that of its split: `test
 names, all files are the split `train`.
 """
 
+from __future__ import annotations
+
 import csv
 import glob
 import json

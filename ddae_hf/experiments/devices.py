@@ -1,5 +1,7 @@
 """What a network computes on, which decides how fast it is: the device, its type, layout and memory, the libraries."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import importlib.metadata

@@ -1,5 +1,7 @@
 """Handwritten digits: a small data set that scikit-learn brings along, and a judge of generated digits."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 

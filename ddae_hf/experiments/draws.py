@@ -3,6 +3,8 @@
 Batch size, order and number of processes play no part, so that data sets can be gone through in any pieces.
 """
 
+from __future__ import annotations
+
 import contextlib
 import random
 from collections.abc import Iterable, Iterator

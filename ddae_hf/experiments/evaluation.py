@@ -9,6 +9,8 @@ which the sets may change places, are those of torchmetrics, in float64, and nee
 different widths, too few images, and values that are not finite raise `ValueError`.
 """
 
+from __future__ import annotations
+
 import logging
 import time
 import warnings

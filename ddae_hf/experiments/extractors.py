@@ -9,6 +9,8 @@
   this path has not been run by us.
 """
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -5,6 +5,8 @@ column of lists of float32 a layer, named like it. As `npy` they are `LAYER.npy`
 `features.json`, which says what they are of.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -4,6 +4,8 @@ What is random about an image's features depends on (noise seed, image index, vi
 latent is a draw, that draw. Batches, interruptions and the number of processes play no part.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path

@@ -11,6 +11,8 @@ own. The VAE of a denoiser of latents is never trained, nor drawn at random; wit
 and every step draws one of the stored views of each latent.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dataclasses

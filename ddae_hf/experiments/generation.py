@@ -3,6 +3,8 @@
 Image number i comes from seed + i, whatever the batch size and the number of processes.
 """
 
+from __future__ import annotations
+
 import copy
 import os
 from collections.abc import Sequence

@@ -14,6 +14,8 @@ correlation matrix Q diag(v) Q^T, the Hessian at W = 0 is at most (v / K + l2) a
 its root makes every problem a round one.
 """
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections import deque

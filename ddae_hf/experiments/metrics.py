@@ -4,6 +4,8 @@ Names, arguments and results are those of evaluate's metrics, and scikit-learn c
 as `macro`, the plain mean over them, unless `average` says otherwise, and what cannot be divided is 0.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, ClassVar
 

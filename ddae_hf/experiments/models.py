@@ -1,5 +1,7 @@
 """Opening the model that an experiment reads: from a path or as an object, with the layers and levels asked for."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os

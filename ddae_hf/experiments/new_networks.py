@@ -5,6 +5,8 @@ U-Net of Ho et al. 2020 (arXiv:2006.11239), its number of levels by the side of 
 fiftieth of its arithmetic. Both attend where the side is at most 16.
 """
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import inspect

@@ -12,6 +12,8 @@ step. It is shown what the denoiser is shown: of a checkpoint with a VAE the noi
 are. Test images, each with noise of its own, serve for the final figures alone.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json

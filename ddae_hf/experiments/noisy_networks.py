@@ -1,5 +1,7 @@
 """The classifiers that `classify_noisy` trains; both are told the noise level."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding

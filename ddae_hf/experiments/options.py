@@ -4,6 +4,8 @@ An option has one name, one meaning and one range wherever it stands: `RANGES` h
 options says its fields with `option`, and what only several of them together forbid in `check`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import difflib
 import math

@@ -1,5 +1,7 @@
 """Layers at noise levels, and how probes of them did: what the reports of probes are made of."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from .report import many

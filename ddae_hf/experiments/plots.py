@@ -1,5 +1,7 @@
 """The pictures of figures, as objects of matplotlib: a notebook shows them, and no window or backend is needed."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

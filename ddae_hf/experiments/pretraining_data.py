@@ -1,5 +1,7 @@
 """What a denoiser is trained on: images of a data set, or the latents that `encode` made of them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,6 +5,8 @@ Its features come from `Inputs`, images or latents, and are kept on disk: the ne
 the paper's probes, `OnlineProbes`, are trained by gradient descent with a forward pass of the network for every batch.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import math

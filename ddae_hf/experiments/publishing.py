@@ -4,6 +4,8 @@ A card says what the checkpoint's own configuration and the reports beside it sa
 is not in it. Its words are in `model_card_template.md`, which asks a `_Card`.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import shlex

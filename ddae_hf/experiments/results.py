@@ -3,6 +3,8 @@
 Files of version 0.2.0 are read into the same classes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

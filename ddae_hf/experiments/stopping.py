@@ -1,5 +1,7 @@
 """How long work stops before its end: on a signal, with what there is kept, or at numbers that are not finite."""
 
+from __future__ import annotations
+
 import math
 import signal
 import threading

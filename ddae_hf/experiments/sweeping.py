@@ -5,6 +5,8 @@ on a part of the training images; test images are looked at once, with the chose
 `sweep_run` does so for every checkpoint of a training run, and measures its loss and its samples.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json

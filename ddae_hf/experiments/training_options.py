@@ -1,5 +1,7 @@
 """What training a denoiser and training a VAE have in common: options, the loop that follows from them, resuming."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os

@@ -4,6 +4,8 @@ Every image, and changed copies of it, are resized to the size that the network 
 the denoiser alone reads the latents from the disk, in a sweep. `finetune` then trains the network itself.
 """
 
+from __future__ import annotations
+
 import copy
 import logging
 import os

@@ -10,6 +10,8 @@ posterior from a standard normal distribution (Rombach et al. 2022, arXiv:2112.1
 adversarial terms: details that the latents have no room for come back blurred.
 """
 
+from __future__ import annotations
+
 import inspect
 import logging
 from dataclasses import dataclass
