@@ -42,10 +42,10 @@ from ddae_hf.commands.running import sentences
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.images import DataOptions, Images, Inputs, labelled_splits
-from ddae_hf.experiments.models import open_processor
+from ddae_hf.experiments.models import open_for, open_processor
 from ddae_hf.experiments.options import option
 from ddae_hf.experiments.probing import Prober
-from ddae_hf.experiments.sweeping import SweepOptions, changed_inputs, check_sweep, open_for
+from ddae_hf.experiments.sweeping import SweepOptions, changed_inputs, check_sweep
 from ddae_hf.hidden_states import hidden_size
 
 from .measure import (

@@ -135,7 +135,7 @@ def test_a_resumed_run_gives_the_same_figures(measure, checkpoint, extractor, tm
     assert measure(*options)["results"] == first["results"]
     assert {path.name: path.read_bytes() for path in images.glob("*.png")} == before and len(before) == 11
     assert (images / "00000.png").stat().st_mtime_ns == kept
-    with pytest.raises(SystemExit, match=r"differs: seed \(0 there, 5 now\)"):
+    with pytest.raises(SystemExit, match=r"made otherwise \(seed is 0 there, 5 here\)"):
         measure(*options, "--seed", "5")
 
 

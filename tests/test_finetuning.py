@@ -412,7 +412,9 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         with_callback(patch, At(2, lambda model: os.kill(os.getpid(), number)))
-        with pytest.raises(Interrupted, match=f"{number.name} came: .*checkpoint-2 is saved. .* goes on") as stopped:
+        with pytest.raises(
+            Interrupted, match=f"{number.name} after step 2 .*checkpoint-2 is saved. .* go on"
+        ) as stopped:
             run(checkpoints / "ddpm", digits, tmp_path, **SIX)
     assert stopped.value.signal == number and signal.getsignal(number) == before
     assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"] and not (tmp_path / RESULTS).exists()
@@ -739,7 +741,7 @@ def test_what_batch_statistics_cannot_do_is_refused(checkpoints, digits, tmp_pat
 def test_every_number_has_a_range():
     """But for the level, which is checked with the network."""
     hints = finetuning.FinetuningOptions.__annotations__
-    numbers = {name for name, hint in hints.items() if "int" in hint or "float" in hint}
+    numbers = {name for name, hint in hints.items() if "int" in str(hint) or "float" in str(hint)}
     assert numbers - set(RANGES) == {"sigma"} and len(numbers) > 15
 
 

@@ -109,14 +109,17 @@ def test_only_commands_know_of_command_lines_and_only_they_print():
             assert not used & {"print", "input", "SystemExit", "sys.exit", "exit", "quit", "argparse"}, path.name
 
 
-SEEDING = """torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed torch.cuda.manual_seed_all random.seed
-    np.random.seed numpy.random.seed set_seed accelerate.utils.set_seed transformers.set_seed""".split()
+SEEDING = """seed_by torch.manual_seed torch.random.manual_seed torch.cuda.manual_seed torch.cuda.manual_seed_all
+    random.seed np.random.seed numpy.random.seed set_seed accelerate.utils.set_seed transformers.set_seed""".split()
 # Functions that seed inside of their caller's `separate_randomness`, and where that stands.
 SEEDED_BY_CALLERS = {
     "training.steps": "training",
     "trainer.compute_loss": "finetuning",
     "finetuning.build_classifier": "finetuning",
-    "noisy_classification.seed_by": "noisy_classification",
+    "noisy_classification.stored_view": "noisy_classification",
+    "noisy_classification.batches": "noisy_classification",
+    "noisy_classification.train_mlp": "noisy_classification",
+    "noisy_classification.train_wide_resnet": "noisy_classification",
 }
 
 

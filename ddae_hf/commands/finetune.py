@@ -35,5 +35,4 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     result = finetune(options.model_name_or_path, data.open(options.cache_dir), options)
     if is_main_process():
         print(result.table())
-        said = publish(hub, options.output_dir, "Fine-tune")
-        print(said or f"The classifier is in {options.output_dir}.")
+        print(publish(hub, options.output_dir, "Fine-tune") or f"The classifier is in {options.output_dir}.")

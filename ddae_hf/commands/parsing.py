@@ -90,7 +90,7 @@ def parse(
                 hidden = argparse.SUPPRESS
                 parser.add_argument(no, dest=action.dest, action="store_false", default=hidden, help=hidden)
         elif action.type is Table:
-            action.type = _table
+            action.type = str  # its dataclass reads it
     config = "YAML file of options, or a configuration's name (`ddae configs`): what differs from the defaults."
     parser.add_argument("--config", help=config)
     _group(parser)
@@ -102,9 +102,8 @@ def parse(
     first.add_argument("--config")
     path = first.parse_known_args(words)[0].config
     try:
-        if path is not None:
-            _take_defaults(parser, find_config(path))
-        found, others = parser.parse_known_args(words)
+        of_file = {} if path is None else _of_file(find_config(path), parser)
+        found, others = parser.parse_known_args(words, argparse.Namespace(**of_file))
         given = vars(found)
         if others:
             raise ValueError(unknown(others[0].removeprefix("--").partition("=")[0].replace("-", "_"), given))
@@ -142,14 +141,6 @@ def find_config(name: str) -> Path:
     return known[name]
 
 
-def _table(text: str) -> Table:
-    """Return a mapping given as YAML; argparse shows the reasons of no other kind of error."""
-    try:
-        return Table(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return a YAML file's options over those of the files beside it that its `base` names, later ones first.
 
@@ -182,41 +173,28 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     return options
 
 
-def _take_defaults(parser: Any, path: Path) -> None:
-    """Make a file's options the defaults, each converted by the parser's own type."""
+def _of_file(path: Path, parser: Any) -> dict[str, Any]:
+    """Return a file's options as their dataclasses take them, which the command line then need not give."""
     options = read_config(path)
     if path.name == OPTIONS:
         options = with_present_names(options)
         options.pop("config", None)  # which a run of 0.2.0 noted, with all that this file had said
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
+    found = {}
     for name, value in options.items():
         if name not in actions:
             raise ValueError(f"{path}: {unknown(name, actions)}")
         if value is not None:
-            parser.set_defaults(**{name: _converted(parser, actions[name], value)})
             actions[name].required = False
+            found[name] = _as_meant(actions[name], value)
+    return found
 
 
-def _converted(parser: Any, action: argparse.Action, value: Any) -> Any:
-    """Return a YAML value as the command line would have given it: `1e-4`, which YAML reads as text, is a number."""
+def _as_meant(action: argparse.Action, value: Any) -> Any:
+    """Return what a file says of an option, where YAML takes it for something else, or of a list for its one item."""
     if isinstance(value, bool) and action.choices:
-        return "yes" if value else "no"  # YAML takes these words, unquoted, for true and false
-    if action.const is True:
-        if not isinstance(value, bool):
-            raise ValueError(f"{action.dest} is {value!r}: allowed are true and false.")
-        return value
-    if isinstance(value, bool):
-        raise ValueError(f"{action.dest} is {value!r}: it is neither true nor false.")
-    if isinstance(value, dict):
-        return Table(value)
-    many = action.nargs == "+"
-    if isinstance(value, list) and not many:
-        raise ValueError(f"{action.dest} is {value!r}: it takes one value.")
-    items = value if isinstance(value, list) else [value]
-    if action.type is str and not all(isinstance(item, (str, int)) for item in items):
-        raise ValueError(f"{action.dest} is {value!r}: put text in quotes.")
-    try:
-        converted = [parser._get_value(action, str(item)) for item in items]
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{action.dest}: {error.message}.") from error
-    return converted if many else converted[0]
+        return "yes" if value else "no"  # words that YAML takes, unquoted, for true and false
+    if action.nargs == "+":
+        items = value if isinstance(value, list) else [value]
+        return [str(item) if action.type is str and type(item) is int else item for item in items]
+    return str(value) if action.type is str and type(value) is int else value

@@ -50,5 +50,4 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     result = pretrain(images, options)
     if is_main_process():
         print(result.table())
-        said = publish(hub, options.output_dir, "Pretrain")
-        print(said or f"The checkpoint is in {options.output_dir}.")
+        print(publish(hub, options.output_dir, "Pretrain") or f"The checkpoint is in {options.output_dir}.")

@@ -28,7 +28,7 @@ class Arguments(SweepOptions):
     model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
     output_dir: str = option("runs/classifier", "Folder of the classifier and its figures.")
     layers: list[str] = option(["own"], "Layers to choose from, or `all`, `decoder`, or `own`, the checkpoint's.")
-    sigmas: list[float] = option([], "Noise levels to choose from; with none the checkpoint's.", nargs="*")
+    sigmas: list[float] = option([], "Noise levels to choose from; with none the checkpoint's.")
     max_selection_samples: int | None = option(10000, "Training images used for choosing.")
     num_noise_seeds: int = option(1, "Noise seeds that the best pair is tested with.")
 

@@ -6,9 +6,11 @@
     result = sweep("google/ddpm-cifar10-32", images, sigmas=[0.02, 0.05, 0.1, 0.2])
     print(result.table())
 
-A model is a checkpoint's folder or Hub id, or an open one. Options are a dataclass, `SweepOptions`, or its fields by
-name, or both. Nothing here prints, parses arguments or leaves global random generators changed. Names are imported when
-first used; what they need beside `ddae_hf` itself is installed by `pip install 'ddae_hf[experiments]'`.
+All experiments are called alike, `sweep(model, images, options=None, **changes)`. A model is a checkpoint's folder or
+Hub id, in any layout, or an open one, whose weights stay as they are. Images are those of `Images.open`, or what it
+takes. Options are a dataclass, by default `SweepOptions()`, in which `changes` replaces fields by name. Nothing here
+prints, parses arguments or leaves global random generators changed. Names are imported when first used; what they need
+beside `ddae_hf` itself is installed by `pip install 'ddae_hf[experiments]'`.
 """
 
 from __future__ import annotations

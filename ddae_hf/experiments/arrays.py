@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+StrPath = str | os.PathLike[str]
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Batches = Callable[[int, list[str]], Iterable[Mapping[str, Tensor]]]
@@ -165,6 +167,29 @@ def damaged(path: Path, reason: str) -> ValueError:
     """Return the error to raise where a file of ours is not what was written."""
     what = f"{path} is damaged ({reason}). Delete this file, or delete this folder, {path.parent}"
     return ValueError(f"{what}: what is missing is made again.")
+
+
+def differences(known: Mapping[str, Any], wanted: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Return in words where a description differs from the one that is wanted."""
+    found: list[str] = []
+    for name, value in wanted.items():
+        has = known.get(name)
+        if isinstance(has, dict) and isinstance(value, dict) and has.get("_class_name") == value.get("_class_name"):
+            found += differences(has, value | dict.fromkeys(has.keys() - value.keys()), f"{inside}{name}.")
+        elif has != value:
+            hashes = len(str(has)) + len(str(value)) > 100
+            found.append(f"{inside}{name} differs" if hashes else f"{inside}{name} is {has} there, {value} here")
+    return found
+
+
+@contextlib.contextmanager
+def kept_or_temporary(folder: StrPath | None) -> Iterator[Path]:
+    """Give a folder or, where none is asked for, a temporary one, which is gone afterwards."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="ddae_hf_") as temporary:
+        yield Path(temporary)
 
 
 def described_folder(parent: Path, identity: Mapping[str, Any]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +15,8 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEModel
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
+from .arrays import StrPath
 from .options import Options, option
-
-Folder = str | os.PathLike[str]
 
 
 @dataclass(kw_only=True)
@@ -58,7 +56,7 @@ class Converted:
 
 
 def convert(
-    checkpoint: Folder, output_dir: Folder, options: ConversionOptions | None = None, **changes: Any
+    checkpoint: StrPath, output_dir: StrPath, options: ConversionOptions | None = None, **changes: Any
 ) -> Converted:
     """Convert a published checkpoint; what its file holds is seen from its content, and nothing that it names is run.
 

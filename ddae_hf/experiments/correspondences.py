@@ -16,7 +16,6 @@ colours: of single pixels, and of patches, which a gentle warp hardly changes an
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +31,12 @@ from tqdm.auto import tqdm
 
 from ..backbone_ddae import DDAEBackbone
 from ..configuration_ddae import DDAEConfig
+from .arrays import StrPath
 from .devices import machine, made_fast
 from .draws import indexed_noise, separate_randomness
 from .features import evaluating
-from .images import DataOptions, Images
-from .models import Model, base_model, check_taps, open_model, open_processor
+from .images import Images
+from .models import Model, check_taps, open_model, open_processor, report_facts
 from .options import Options, option
 from .report import in_memory
 from .results import CorrespondenceReport
@@ -92,7 +92,7 @@ class CorrespondenceResult(CorrespondenceReport):
         last.legend()
         return figure
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write `eval_results.json` and `correspondence.png`."""
         with saving(folder):
             self.picture().savefig(self.write(Path(folder)).parent / "correspondence.png", dpi=90)
@@ -101,13 +101,7 @@ class CorrespondenceResult(CorrespondenceReport):
 def find_correspondences(
     model: Model, images: Images, options: CorrespondenceOptions | None = None, **changes: Any
 ) -> CorrespondenceResult:
-    """Look points of images up in warped copies of them.
-
-    Args:
-        model: The model, or its checkpoint's folder or Hub id, in any layout.
-        images: The data set, whose images need no labels.
-        options: Options, by default those of `CorrespondenceOptions`.
-        **changes: Fields of the options that are to be others.
+    """Look points of images, which need no labels, up in warped copies of them.
 
     Raises:
         ValueError: Options that cannot work, or images that cannot be read.
@@ -133,13 +127,10 @@ def find_correspondences(
         results[way] = {f"pck@{radius}": share_within(error, radius) for radius in RADII}
         results[way]["mean_error"] = error.mean().item()
     config = backbones["denoiser"].config
-    path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-    given = DataOptions().to_dict() | images.opened_with | {"model_name_or_path": path}
     result = CorrespondenceResult(
-        options=given | options.to_dict(), layers=config.out_features, sigma=config.sigma, num_images=len(chosen),
-        num_points=len(error), results=results, seconds=round(time.monotonic() - started, 1),
-        dataset=images.facts(chosen), **base_model(path), **machine(backbones["denoiser"].device.type),
-        shown=shown, errors=errors,
+        layers=config.out_features, sigma=config.sigma, num_images=len(chosen), num_points=len(error), results=results,
+        seconds=round(time.monotonic() - started, 1), shown=shown, errors=errors,
+        **report_facts(model, images, options, chosen), **machine(backbones["denoiser"].device.type),
     )  # fmt: skip
     if options.output_dir is not None:
         result.save(options.output_dir)

@@ -41,6 +41,11 @@ def separate_randomness(seed: int | None = None) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+def seed_by(*numbers: int) -> None:
+    """Make what torch's global generators draw from here on depend on these numbers alone."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
 def index_generator(seed: int, view: int, index: int, purpose: int = NOISE) -> np.random.Generator:
     """Return the random generator of an image, by its non-negative index in its data set, for one view and purpose."""
     return np.random.default_rng([seed, view, int(index), *([purpose] if purpose else [])])

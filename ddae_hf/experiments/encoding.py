@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from .draws import POSTERIOR, indexed_noise
 from .features import evaluating
 from .image_set import Rows
 from .images import ImageInputs, Images, ImageSet, Inputs
+from .models import path_of
 from .options import Options, option
 
 INDEX = "latents.json"
@@ -69,14 +69,9 @@ class EncodingOptions(Options):
 def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder:
     """Encode a split's images by a VAE once, with their labels beside them where they have any; return the folder.
 
-    Its split is `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and latents
-    that are there are not computed again.
-
-    Args:
-        vae: An `AutoencoderKL`; or a folder or Hub id of one, or of a checkpoint that has one.
-        images: The data set.
-        options: Options, by default those of `EncodingOptions`.
-        **changes: Fields of the options that are to be others.
+    The VAE is an `AutoencoderKL`, or a folder or Hub id of one, or of a checkpoint that has one. The folder's split is
+    `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and latents that are there
+    are not computed again.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, a folder of other latents, or a damaged file.
@@ -84,7 +79,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     """
     options = EncodingOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
-    source = os.fspath(vae) if isinstance(vae, (str, os.PathLike)) else None
+    source = path_of(vae)
     if source is not None:
         vae = load_vae(source, cache_dir=options.cache_dir)
     side = options.resolution or vae.config.sample_size
@@ -215,7 +210,7 @@ class LatentFolder:
             `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: arrays.StrPath):
         self.folder = Path(folder)
         if not (self.folder / INDEX).is_file():
             raise ValueError(f"{folder} holds no latents: it has no {INDEX}.")
@@ -224,7 +219,7 @@ class LatentFolder:
     @classmethod
     def create(
         cls,
-        folder: str | os.PathLike[str],
+        folder: arrays.StrPath,
         vae: Any,
         image_size: tuple[int, int],
         splits: dict[str, Any],
@@ -260,7 +255,7 @@ class LatentFolder:
                     arrays.write_text(path, text)
         known = arrays.read_json(path)
         wanted = json.loads(text)
-        if found := _differences(known, {name: wanted[name] for name in index}):
+        if found := arrays.differences(known, {name: wanted[name] for name in index}):
             raise ValueError(f"{folder} holds other latents ({'; '.join(found)}): give another folder, or delete it.")
         if known != wanted:
             arrays.write_text(path, text)
@@ -354,16 +349,3 @@ class LatentFolder:
             has = vae.config.get(name)
             if made != has:
                 raise ValueError(f"The latents in {self.folder} were made with a {name} of {made}: this VAE has {has}.")
-
-
-def _differences(known: dict[str, Any], wanted: dict[str, Any], inside: str = "") -> list[str]:
-    """Return in words where a description differs from the one that is wanted."""
-    found: list[str] = []
-    for name, value in wanted.items():
-        has = known.get(name)
-        if isinstance(has, dict) and isinstance(value, dict):
-            found += _differences(has, value | dict.fromkeys(has.keys() - value.keys()), f"{inside}{name}.")
-        elif has != value:
-            hashes = len(str(has)) + len(str(value)) > 100
-            found.append(f"{inside}{name} differs" if hashes else f"{inside}{name} is {has} there, {value} here")
-    return found

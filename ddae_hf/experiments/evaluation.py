@@ -11,10 +11,7 @@ different widths, too few images, and values that are not finite raise `ValueErr
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,13 +27,14 @@ from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arrays import described_folder, fill
+from .arrays import StrPath, described_folder, fill, kept_or_temporary
 from .classes import draw_images
 from .data_files import list_folder
 from .devices import best_device, machine
 from .extractors import Extractor, check_extractor, open_extractor
 from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
 from .images import Images, ImageSet
+from .models import path_of
 from .options import option
 from .plots import image_grid
 from .report import in_memory
@@ -106,7 +104,7 @@ class GenerationResult(GenerationReport):
             axes.axis("off")
         return figure
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write `generation_results.json`, and the picture as `grid.png`."""
         self.write(Path(folder))
         self.picture().savefig(Path(folder) / "grid.png", dpi=120, bbox_inches="tight")
@@ -115,17 +113,11 @@ class GenerationResult(GenerationReport):
 def evaluate_generation(
     model: Generator, images: Images, options: EvaluationOptions | None = None, **changes: Any
 ) -> GenerationResult | None:
-    """Compare generated images with real ones.
+    """Compare real images with those of a checkpoint, a pipeline or a model, or with the images of a folder.
 
-    With `output_dir` images are sampled into its folder `images`: see `generate`; the figures and a picture are left
-    beside it. Features are kept in `features_dir`, each array beside a JSON file that says what they are of.
-
-    Args:
-        model: Checkpoint, folder or Hub id, in any layout, or a pipeline or a model; or a folder of images, and of
-            folders of them, which are measured as they are.
-        images: The real images.
-        options: Options, by default those of `EvaluationOptions`, which has none for `extractor`.
-        **changes: Fields of the options that are to be others.
+    A folder of images may hold folders of them. With `output_dir` images are sampled into its folder `images`: see
+    `generate`; the figures and a picture are left beside it. Features are kept in `features_dir`, each array beside a
+    JSON file that says what they are of.
 
     Returns:
         The figures; None in processes that only helped to sample.
@@ -144,8 +136,8 @@ def compare_samples(
     """Do what `evaluate_generation` does, with an extractor that is open already, if one came."""
     started = time.monotonic()
     processes = open_processes()
-    given = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-    with contextlib.ExitStack() as stack:
+    given = path_of(model)
+    with kept_or_temporary(options.output_dir) as folder:
         compared: dict[str, Compared] = {}
         paths = find_images(Path(given)) if given is not None and is_images_folder(given) else None
         pipeline = open_pipeline(model, options) if paths is None else None
@@ -157,8 +149,7 @@ def compare_samples(
             )  # fmt: skip
         generator: dict[str, Any] = {"images_dir": given}
         if pipeline is not None:
-            output = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-            paths = sample(pipeline, options, Path(output) / "images").paths
+            paths = sample(pipeline, options, folder / "images").paths
             generator = {"model_name_or_path": given, **made_by(pipeline, options)}
             generator["scheduler"] = type(pipeline.scheduler).__name__
             if (classes := chosen_classes(pipeline, options)) is not None:
@@ -202,7 +193,7 @@ def real_images(images: Images, options: EvaluationOptions, count: int) -> dict[
     return {role: Compared(f"real ({split})", images[split].take(most), view) for role, split, most, view in wanted}
 
 
-def is_images_folder(path: str | os.PathLike[str]) -> bool:
+def is_images_folder(path: StrPath) -> bool:
     """Return whether a path is a local folder that is no checkpoint."""
     return Path(path).is_dir() and not any(Path(path, name).exists() for name in ("model_index.json", "config.json"))
 

@@ -7,7 +7,6 @@ column of lists of float32 a layer, named like it. As `npy` they are `LAYER.npy`
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from .arrays import check_space, write_json, written_whole
 from .devices import HELP
 from .features import FeatureCache
 from .images import ImageInputs, Images
-from .models import Model, check_taps, chosen_layers, open_model, open_processor
+from .models import Model, check_taps, chosen_layers, open_for, open_processor, path_of
 from .options import Options, option
 
 ROW_GROUP = 10_000
@@ -70,12 +69,6 @@ def export_features(
 
     They are computed into `features_dir` first: an interrupted run goes on, and what a sweep has left there is used.
 
-    Args:
-        model: The model, or its checkpoint's folder or Hub id.
-        images: The data set.
-        options: Options, by default those of `ExportOptions`.
-        **changes: Fields of the options that are to be others.
-
     Raises:
         ValueError: Options that cannot work, images that cannot be read, or a damaged file.
         OSError: No such checkpoint, or not enough space on disk.
@@ -84,10 +77,7 @@ def export_features(
     images = Images.open(images, cache_dir=options.cache_dir)
     chosen = images[options.split].take(options.max_samples)
     labels = chosen.labels  # looked at before any long work
-    network = open_model(
-        model, dtype=options.dtype, cache_dir=options.cache_dir,
-        num_noise_samples=options.num_noise_samples, null_class=options.null_class,
-    )  # fmt: skip
+    network = open_for(model, options)
     layers = chosen_layers(network, options.layers)
     sigma = network.config.sigma if options.sigma is None else options.sigma
     check_taps(network, layers, [sigma])
@@ -112,8 +102,7 @@ def export_features(
         for name, values in {**features, **labelled}.items():
             with written_whole(folder / f"{name}.npy") as new, new.open("wb") as file:
                 np.save(file, values)
-    source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-    said = {"model_name_or_path": source, **images.opened_with, **options.to_dict()}
+    said = {"model_name_or_path": path_of(model), **images.opened_with, **options.to_dict()}
     about = {"options": said, "layers": layers, "sigma": sigma, "images": len(inputs), "class_names": chosen.names}
     write_json(folder / "features.json", about)
     return ExportedFeatures(folder, features, labels, chosen.names, sigma)

@@ -7,7 +7,6 @@ latent is a draw, that draw. Batches, interruptions and the number of processes 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..hidden_states import check_layers, hidden_size, pool_hidden_states
 from ..modeling_ddae import DDAEModel
 from ..noise import family_of
 from ..weights import fingerprint
-from .arrays import described_folder, fill
+from .arrays import StrPath, described_folder, fill
 from .draws import POSTERIOR, indexed_noise
 
 Images = Callable[[int], Iterable[Tensor]]
@@ -102,7 +101,7 @@ class FeatureCache:
     The model is on the device to use. It may change: whenever features are asked for, its weights are hashed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], model: DDAEModel, noise_seed: int = 0):
+    def __init__(self, folder: StrPath, model: DDAEModel, noise_seed: int = 0):
         self.folder, self.model, self.noise_seed = Path(folder), model, noise_seed
 
     @property

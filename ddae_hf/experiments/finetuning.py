@@ -20,8 +20,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +38,7 @@ from ..cut import uncompiled
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
+from .arrays import StrPath, kept_or_temporary
 from .classes import draw_labels
 from .devices import best_device, machine, made_fast
 from .draws import indexed_noise, separate_randomness
@@ -52,6 +51,7 @@ from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
 from .run_folder import (
+    OF_PLACES,
     OPTIONS,
     check_same_run,
     checkpoint_to_resume,
@@ -62,7 +62,7 @@ from .run_folder import (
     step_of,
     write_options,
 )
-from .stopping import Interrupted
+from .stopping import interrupted
 from .trainer import AVERAGED, BY_HASH, IN_TRAINING, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
@@ -76,13 +76,10 @@ NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_st
 class FinetuningOptions(SplitOptions):
     """Options of `finetune`."""
 
-    # What a resumed run may change, and is applied from then on; and what says only where things are.
+    # What a resumed run may change, and is applied from then on.
     MAY_CHANGE: ClassVar[frozenset[str]] = IN_TRAINING | set(
         "num_train_epochs max_train_steps noise_seed test_split max_test_samples torch_compile".split()
     )
-    PLACES: ClassVar[set[str]] = set(
-        "output_dir resume_from_checkpoint checkpointing_steps cache_dir dataloader_num_workers report_to".split()
-    ) | {"logging_dir"}
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
@@ -138,7 +135,7 @@ class FinetuningResult(FineTuningReport):
     classifier: DDAEForImageClassification = in_memory()
     processor: DDAEImageProcessor = in_memory()
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write a folder that `DDAEForImageClassification.from_pretrained` opens, with `eval_results.json`."""
         self.classifier.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -148,16 +145,10 @@ class FinetuningResult(FineTuningReport):
 def finetune(
     model: Model, images: Images, options: FinetuningOptions | None = None, **changes: Any
 ) -> FinetuningResult:
-    """Train a denoiser further as a classifier, and test it once.
+    """Train a denoiser further as a classifier of labelled images, and test it once.
 
     With `output_dir` everything is left there, with checkpoints, one of them on SIGTERM and Ctrl-C. Of the processes of
     `accelerate launch`, which all call this, the first writes.
-
-    Args:
-        model: The checkpoint, or an open model, whose weights stay as they are.
-        images: The data set, whose images have labels.
-        options: Options, by default those of `FinetuningOptions`.
-        **changes: Fields of the options that are to be others.
 
     Raises:
         ValueError: Options that cannot work, a run to resume that would become another, a training that diverges.
@@ -167,19 +158,18 @@ def finetune(
     options = FinetuningOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
     given = DataOptions().to_dict() | images.opened_with | options.to_dict()
-    with separate_randomness(), contextlib.ExitStack() as stack:
+    with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:
         if isinstance(model, (str, os.PathLike)):
             path = given["model_name_or_path"] = os.fspath(model)
         else:  # is opened as all others are
             base_of(model)
             given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
-            path = stack.enter_context(tempfile.TemporaryDirectory())
+            path = str(stack.enter_context(kept_or_temporary(None)))
             saved = copy.copy(uncompiled(model))
             saved.config = copy.deepcopy(model.config)  # into which saving writes
             saved.save_pretrained(path)
         resume = to_resume(options, given)
-        folder = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        return _finetune(path, images, dataclasses.replace(options, output_dir=folder), given, resume)
+        return _finetune(path, images, dataclasses.replace(options, output_dir=str(folder)), given, resume)
 
 
 def _finetune(
@@ -236,7 +226,7 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
         known = given, trained
         now, before = (each | {STEP: each["train_batch_size"] * each["gradient_accumulation_steps"]} for each in known)
-        check_same_run(now, before, (options.MAY_CHANGE | options.PLACES | BY_HASH | SIZES) - begins, run)
+        check_same_run(now, before, (options.MAY_CHANGE | OF_PLACES | BY_HASH | SIZES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
     checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
     if checkpoint is not None and not (run / OPTIONS).is_file():
@@ -250,7 +240,7 @@ def finished_run(options: FinetuningOptions, given: dict[str, Any]) -> Finetunin
     if not (folder / FinetuningResult.file).is_file():
         return None
     found = FinetuningResult.read(folder)
-    if any(found.options.get(name) != given[name] for name in given.keys() - options.PLACES - SIZES):
+    if any(found.options.get(name) != given[name] for name in given.keys() - OF_PLACES - SIZES):
         return None
     logger.info(f"{folder} is complete: there is nothing left to do.")
     found.classifier = DDAEForImageClassification.from_pretrained(folder)
@@ -370,12 +360,8 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     else:
         with trainer.stopping if keeps else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if number := trainer.signal():
-        raise Interrupted(
-            f"{signal.Signals(number).name} came: {saved_checkpoints(output)[-1]} is saved. The same command with "
-            "resume_from_checkpoint latest goes on from it.",
-            number,
-        )
+    if number := trainer.stopping.agreed(trainer.accelerator):
+        raise interrupted(number, trainer.state.global_step, trainer.args.max_steps, saved_checkpoints(output)[-1])
     trainer.look()
     if trainer.average is not None:
         trainer.average.copy_to(trainer.learning.values())

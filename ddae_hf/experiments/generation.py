@@ -26,13 +26,13 @@ from ..networks import network_of
 from ..noise import change_scheduler, family_of
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
-from .arrays import read_json, write_json, written_whole
+from .arrays import StrPath, differences, read_json, write_json, written_whole
 from .devices import HELP, best_device, made_fast
 from .features import evaluating
 from .options import Options, option
 
 # A generator's folder or Hub id, in any layout, or an open pipeline or model.
-Generator = str | os.PathLike[str] | DDAEPipeline | DDAEModel
+Generator = StrPath | DDAEPipeline | DDAEModel
 
 NOTE = "options.json"  # what the images of a folder depend on
 
@@ -86,15 +86,11 @@ class Samples(Sequence[Image.Image]):
 
 
 def generate(model: Generator, options: GenerationOptions | None = None, **changes: Any) -> Samples:
-    """Generate images, and return them in each of the launched processes.
+    """Generate images by a checkpoint, or by a pipeline or a model, which stays on its device.
 
-    With `output_dir` they are its files 00000.png, ..., those that are there already are not made again, and launched
-    processes (`accelerate launch`, `torchrun`) share the work. Global random states play no part, and stay as they are.
-
-    Args:
-        model: Checkpoint, folder or Hub id, in any layout; or a pipeline or a model, which stays on its device.
-        options: Options, by default those of `GenerationOptions`.
-        **changes: Fields of the options that are to be others.
+    Each of the launched processes returns all of them. With `output_dir` they are its files 00000.png, ..., those that
+    are there already are not made again, and launched processes (`accelerate launch`, `torchrun`) share the work.
+    Global random states play no part, and stay as they are.
 
     Raises:
         ValueError: Options that cannot work, or a folder of images that were made otherwise.
@@ -236,10 +232,7 @@ def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) ->
             raise ValueError(f"{folder} holds images without {NOTE}, which says how they were made: choose another.")
         return
     found = read_json(note)
-    different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
-    for i, name in enumerate(different):
-        if name not in ("weights", "scheduler"):
-            different[i] = f"{name} ({found.get(name)} there, {facts.get(name)} now)"
-    if different:
-        what = f"The images in {folder} were made otherwise. What differs: {', '.join(different)}"
-        raise ValueError(f"{what}. Choose another output_dir.")
+    if different := differences(found, dict.fromkeys(found) | facts):
+        raise ValueError(
+            f"The images in {folder} were made otherwise ({'; '.join(different)}): choose another output_dir."
+        )

@@ -14,11 +14,12 @@ from ..hidden_states import decoder_layer_names
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEModel
 from ..noise import family_of
+from .arrays import StrPath
 from .devices import best_device, made_fast
 from .draws import separate_randomness
 
 # A checkpoint's folder or Hub id, in any layout, or an open model.
-Model = str | os.PathLike[str] | DDAEModel
+Model = StrPath | DDAEModel
 
 
 def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None = None, **config: Any) -> DDAEModel:
@@ -53,6 +54,14 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
     return found
 
 
+def open_for(model: Model, options: Any, **config: Any) -> DDAEModel:
+    """Return the model that an experiment of features reads, as its options say: see `open_model`."""
+    return open_model(
+        model, dtype=options.dtype, cache_dir=options.cache_dir,
+        null_class=options.null_class, num_noise_samples=options.num_noise_samples, **config,
+    )  # fmt: skip
+
+
 def open_processor(model: Model, cache_dir: str | None = None) -> DDAEImageProcessor:
     """Return the image processor of a checkpoint or, of an open model, the one that its network asks for."""
     if isinstance(model, (str, os.PathLike)):
@@ -72,9 +81,24 @@ def base_of(model: Any) -> DDAEModel:
     return base
 
 
+def path_of(model: Any) -> str | None:
+    """Return a checkpoint's folder or Hub id; nothing of an open model."""
+    return os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+
+
 def base_model(checkpoint: Any) -> dict[str, Any]:
     """Return the Hub repository that a run began with, as `base_model`; nothing of a folder, an object, or of None."""
     return {"base_model": checkpoint} if isinstance(checkpoint, str) and not os.path.exists(checkpoint) else {}
+
+
+def report_facts(model: Model, images: Any, options: Any, *used: Any) -> dict[str, Any]:
+    """Return what a report says of what it came of: `options`, `dataset` with the splits that were used, `base_model`.
+
+    `images` are `Images`, and `used` are one or two of its splits.
+    """
+    path = path_of(model)
+    given = {"model_name_or_path": path, **images.opened_with, **options.to_dict()}
+    return {"options": given, "dataset": images.facts(*used), **base_model(path)}
 
 
 def ready(model: Any) -> Any:

@@ -14,12 +14,9 @@ are. Test images, each with noise of its own, serve for the final figures alone.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,13 +38,13 @@ from ..augment import random_changes
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
 from ..weights import fingerprint
-from .arrays import fill, read_json, write_json
+from .arrays import StrPath, differences, fill, kept_or_temporary, read_json, write_json
 from .batches import Batches, whole
 from .devices import machine
-from .draws import POSTERIOR, indexed_noise, separate_randomness
+from .draws import POSTERIOR, indexed_noise, seed_by, separate_randomness
 from .features import FeatureCache, batch_features
-from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
-from .models import Model, base_model, check_taps, open_model, open_processor
+from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
+from .models import Model, check_taps, open_model, open_processor, report_facts
 from .noisy_networks import NoiseConditionalMLP, WideResNet
 from .options import option
 from .plots import curves
@@ -123,7 +120,7 @@ class NoisyResult(NoisyReport):
         lines["chance"] = np.full(len(sigmas), 100 * self.chance)
         return curves(sigmas, lines, title=title, xlabel=level, ylabel="test accuracy (%)", errors=errors)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write the networks into `mlp` and `wide_resnet`, `accuracy.png`, and at last `eval_results.json`."""
         for name, (network, config) in self.networks.items():
             write_json(Path(folder, name, "config.json"), config)
@@ -133,13 +130,7 @@ class NoisyResult(NoisyReport):
 
 
 def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = None, **changes: Any) -> NoisyResult:
-    """Train both classifiers of noisy images, and test them at every level.
-
-    Args:
-        model: The checkpoint of the frozen denoiser, or an open model.
-        images: The data set, whose images have labels.
-        options: Options, by default those of `NoisyOptions`.
-        **changes: Fields of the options that are to be others.
+    """Train both classifiers of noisy images, which have labels, and test them at every level.
 
     Raises:
         ValueError: Options that cannot work, a folder of other options, or a training that diverges.
@@ -148,11 +139,8 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
     """
     options = NoisyOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
-    given = DataOptions().to_dict() | images.opened_with
-    given["model_name_or_path"] = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
     started = time.monotonic()
-    with separate_randomness(), contextlib.ExitStack() as stack:
-        folder = Path(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+    with separate_randomness(), kept_or_temporary(options.output_dir) as folder:
         network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))
@@ -167,7 +155,6 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
         titles = {MLP: "MLP on the denoiser", WIDE_RESNET: f"WRN-28-{options.wide_resnet}"}
         trained = [(titles[name], name, trained) for name, (trained, _) in networks.items()]
         result = NoisyResult(
-            options=given | options.to_dict(),
             num_train_images=len(train),
             num_test_images=len(test),
             chance=1 / len(train.names),
@@ -175,9 +162,8 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
             trained_parameters={title: sum(p.numel() for p in found.parameters()) for title, _, found in trained},
             test_accuracies={title: study.accuracies(name, found) for title, name, found in trained},
             seconds_this_run=round(time.monotonic() - started, 1),
-            dataset=images.facts(train.images, test.images),
             networks=networks,
-            **base_model(given["model_name_or_path"]),
+            **report_facts(model, images, options, train.images, test.images),
             **machine(network.device.type),
         )
         if options.output_dir is not None:
@@ -202,8 +188,8 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
         path = folder / name / "options.json"
         now = json.loads(json.dumps({name: getattr(options, name) for name in COMMON + names} | more))
         old = read_json(path) if path.exists() else now
-        if different := sorted(name for name in now if now[name] != old.get(name)):
-            what = f"was made with other options ({', '.join(different)})"
+        if different := differences(old, now):
+            what = f"was made with other options ({'; '.join(different)})"
             raise ValueError(f"{path.parent} {what}: choose another output_dir.")
         write_json(path, now)
     if not options.wide_resnet:
@@ -224,11 +210,6 @@ def log_uniform(options: NoisyOptions, count: int, seed: list[int]) -> Tensor:
     low, high = np.log((options.sigma_min, options.sigma_max))
     sigmas = np.exp(np.random.default_rng(seed).uniform(low, high, count))
     return torch.from_numpy(sigmas.clip(options.sigma_min, options.sigma_max)).float()  # inside of the schedule
-
-
-def seed_by(*seed: int) -> None:
-    """Make what is random from here on depend on these numbers alone."""
-    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
 
 
 @dataclass

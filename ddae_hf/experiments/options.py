@@ -190,7 +190,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{name} is {value!r}: it must be a list.")
         return [_typed(name, item, parts[0]) for item in value]
     if isinstance(hint, type) and issubclass(hint, Table):
-        return hint(value)
+        try:
+            return hint(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

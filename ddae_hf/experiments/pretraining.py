@@ -38,15 +38,11 @@ from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
 from .report import in_memory
 from .results import PretrainingReport
-from .run_folder import Progress, check_same_run, read_options, saving, write_options
+from .run_folder import OF_DATA, Progress, check_same_run, read_options, saving, write_options
 from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
 
-OF_STREAMS = frozenset(
-    """dataset_name dataset_config_name train_data_dir train_split image_column label_column skip_bad_images
-    max_train_samples dataloader_num_workers""".split()
-)
 LATENTS = Path("state") / "latents.json"
 WEIGHTS = ("model_index.json", "raw/model_index.json", "*/diffusion_pytorch_model*", "raw/*/diffusion_pytorch_model*")
 
@@ -125,12 +121,7 @@ class PretrainingResult(PretrainingReport):
 def pretrain(
     images: Images | LatentFolder, options: PretrainingOptions | None = None, **changes: Any
 ) -> PretrainingResult:
-    """Train a denoiser, new or from a checkpoint; under `accelerate launch` every process calls this.
-
-    Args:
-        images: The data set, or a folder of its latents.
-        options: Options, by default those of `PretrainingOptions`.
-        **changes: Fields of the options that are to be others.
+    """Train a denoiser on images or a folder of latents; under `accelerate launch` every process calls this.
 
     Returns:
         What was measured, with the network; `output_dir` has it too, with checkpoints, samples and the options.
@@ -192,7 +183,7 @@ class Pretraining:
         used |= {"center_crop": data.latents is None, "shuffle_buffer": data.count is None}
         may_change = options.may_change.union(name for name in used if not used[name])
         if data.count is None:  # a stream has no hash, and its order depends on more
-            may_change -= OF_STREAMS
+            may_change -= OF_DATA | {"dataloader_num_workers"}
         now = {**self.given, "latents": data.described, "streaming": data.count is None}
         trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
         if not options.init_from and not trained.get("init_from"):

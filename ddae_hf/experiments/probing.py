@@ -30,6 +30,7 @@ from ..hidden_states import hidden_size
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..pipeline_ddae import DDAEPipeline
+from .arrays import StrPath
 from .batches import Batch, Batches
 from .classes import draw_images, draw_labels
 from .devices import made_fast
@@ -98,7 +99,7 @@ class Prober:
     options: Any  # `SweepOptions`
     layers: list[str]
     sigmas: list[float]
-    folder: str | os.PathLike[str] = ""
+    folder: StrPath = ""
     selection_views: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -330,7 +331,7 @@ def make_classifier(
 
 
 def save_classifier(
-    folder: str | os.PathLike[str], classifier: DDAEForImageClassification, model: Model,
+    folder: StrPath, classifier: DDAEForImageClassification, model: Model,
     processor: DDAEImageProcessor, cache_dir: str | None = None,
 ) -> None:  # fmt: skip
     """Write a classifier that `make_classifier` made of a model, as one folder.

@@ -7,7 +7,6 @@ is not in it. Its words are in `model_card_template.md`, which asks a `_Card`.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -25,9 +24,11 @@ from ..checkpoints import build_scheduler, read_checkpoint
 from ..configuration_ddae import DDAEConfig
 from ..networks import network_of, skeleton
 from ..noise import family_of
+from .arrays import StrPath
 from .options import Options, option
 from .report import Figure, Report, markdown
 from .results import PretrainingReport, ProbeReport
+from .run_folder import OF_DATA, OF_PLACES
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
@@ -58,7 +59,7 @@ class HubOptions(Options):
             raise ValueError(f"{name} is given without push_to_hub: give both or neither.")
 
 
-def prepare(hub: HubOptions, output_dir: str | os.PathLike[str]) -> str | None:
+def prepare(hub: HubOptions, output_dir: StrPath) -> str | None:
     """Create the repository that is pushed to, before any long work, and return its full id, OWNER/NAME.
 
     `hub.hub_model_id` is that id afterwards. Without `push_to_hub` this does nothing. A `ValueError` says that there is
@@ -85,9 +86,7 @@ def prepare(hub: HubOptions, output_dir: str | os.PathLike[str]) -> str | None:
     return repository
 
 
-def publish(
-    hub: HubOptions, folder: str | os.PathLike[str], message: str, generator: str | os.PathLike[str] | None = None
-) -> str | None:
+def publish(hub: HubOptions, folder: StrPath, message: str, generator: StrPath | None = None) -> str | None:
     """Write a complete folder's card, push both if asked to, and return a sentence of where they are on the Hub.
 
     What matches `PUBLISHED` is pushed. The card also shows the pretraining of `generator`, which the network is of.
@@ -116,7 +115,7 @@ def publish(
     return f"Pushed {folder} to {commit.repo_url}, commit {commit.oid[:8]}."
 
 
-def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> ModelCard:
+def make_card(folder: StrPath, *, repo_id: str | None = None, **options: Any) -> ModelCard:
     """Return a checkpoint's card. `save_card` also puts its pictures where the card looks for them.
 
     Args:
@@ -132,7 +131,7 @@ def make_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **o
     return _Card(Path(folder), repo_id, **options).render()
 
 
-def save_card(folder: str | os.PathLike[str], *, repo_id: str | None = None, **options: Any) -> Path:
+def save_card(folder: StrPath, *, repo_id: str | None = None, **options: Any) -> Path:
     """Write a checkpoint's card, `README.md`, and return its path: see `make_card`.
 
     Its accuracies on the Hub's data sets are in `.eval_results/*.yaml`. Those of an earlier card are replaced. Pictures
@@ -173,7 +172,7 @@ class _Card:
     """A checkpoint and the results that its card shows."""
 
     def __init__(
-        self, folder: Path, repo_id: str | None, *, results: Iterable[str | os.PathLike[str]] = (),
+        self, folder: Path, repo_id: str | None, *, results: Iterable[StrPath] = (),
         model_name: str | None = None, dataset_name: str | None = None, dataset_id: str | None = None,
         base_model: str | None = None, license: str | None = None,
     ):  # fmt: skip
@@ -300,12 +299,11 @@ class _Card:
 
 
 # Options that say where things are and how a run is watched, not how a network is trained.
-AROUND = """base cache_dir checkpointing_steps checkpoints_total_limit config dataloader_num_workers dataset_config_name
-    dataset_name dataset_revision gradient_checkpointing hub_model_id hub_private image_column init_from label_column
-    latents_dir license logging_dir model_name_or_path num_inference_steps grid_images
-    output_dir
-    push_to_hub report_to resume_from_checkpoint sample_steps sampler shuffle_buffer skip_bad_images streaming
-    test_split torch_compile train_data_dir train_split vae""".split()
+AROUND = (OF_DATA - {"max_train_samples"} | OF_PLACES).union(
+    """base checkpoints_total_limit config dataset_revision gradient_checkpointing hub_model_id hub_private init_from
+    license model_name_or_path num_inference_steps grid_images push_to_hub sample_steps sampler shuffle_buffer
+    streaming test_split torch_compile vae""".split()
+)
 
 
 def _option_rows(options: Mapping[str, Any], prefix: str = "") -> list[list[str]]:

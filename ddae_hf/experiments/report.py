@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from .arrays import write_json
+from .arrays import StrPath, write_json
 
 
 class Figure(NamedTuple):
@@ -86,7 +85,7 @@ class Report:
             Report.kinds.append(cls)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Self:
+    def read(cls, path: StrPath) -> Self:
         """Return the report of a file, or of the first of a folder's that is of this class.
 
         Raises:
@@ -135,7 +134,7 @@ class Report:
         """Return what the file holds; what is not known is left out."""
         return _plain(self)
 
-    def write(self, folder: str | os.PathLike[str]) -> Path:
+    def write(self, folder: StrPath) -> Path:
         """Write the report, complete or not at all, and return its path."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import zipfile
@@ -19,11 +18,20 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from .arrays import read_json, write_json, write_text
+from .arrays import StrPath, read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
 SUCCESSORS = {"adam_weight_decay": "weight_decay", "num_samples": "grid_images"}  # of options that versions noted
+# Options that say which images are trained on, and options that say where a run is and how it is watched.
+OF_DATA = frozenset(
+    """dataset_name dataset_config_name train_data_dir image_column label_column skip_bad_images train_split
+    max_train_samples latents_dir""".split()
+)
+OF_PLACES = frozenset(
+    """output_dir cache_dir dataloader_num_workers checkpointing_steps resume_from_checkpoint report_to
+    logging_dir""".split()
+)
 OPTIONS = "training_options.yaml"
 FILES = "files.json"
 PROGRESS = Path("state") / "progress.json"
@@ -34,7 +42,7 @@ STATE = ("state/optimizer.bin", "state/random_states_0.pkl", PROGRESS.as_posix()
 OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
 
 
-def check_folder(folder: str | os.PathLike[str], option: str = "output_dir") -> None:
+def check_folder(folder: StrPath, option: str = "output_dir") -> None:
     """Raise `ValueError` if the folder that an option names is a file, or lies in one."""
     path = Path(folder).absolute()
     there = next(p for p in (path, *path.parents) if p.exists())
@@ -42,7 +50,7 @@ def check_folder(folder: str | os.PathLike[str], option: str = "output_dir") -> 
         raise ValueError(f"{option} is {folder}, and {there} is a file: give a folder.")
 
 
-def saved_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+def saved_checkpoints(output_dir: StrPath) -> list[Path]:
     """Return the folders `checkpoint-STEP`, oldest first."""
     # Others, such as a copy `checkpoint-9-best`, are the user's.
     folders = [f for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
@@ -100,9 +108,7 @@ def _is_cut_short(path: Path) -> bool:
     return path.suffix in (".bin", ".pt", ".pth", ".pkl") and not zipfile.is_zipfile(path)
 
 
-def checkpoint_to_resume(
-    output_dir: str | os.PathLike[str], wanted: str | os.PathLike[str] | None, needed: Sequence[str]
-) -> Path | None:
+def checkpoint_to_resume(output_dir: StrPath, wanted: StrPath | None, needed: Sequence[str]) -> Path | None:
     """Return the checkpoint to resume: the one wanted, for `latest` the newest that is whole, or None to start afresh.
 
     Raises:
@@ -240,7 +246,7 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder.rename(folder.with_name(f"partial-{folder.name}")))
 
 
-def clear_rubbish(output_dir: str | os.PathLike[str]) -> None:
+def clear_rubbish(output_dir: StrPath) -> None:
     """Remove what interrupted writing has left."""
     for rubbish in Path(output_dir).glob("partial-checkpoint*"):
         shutil.rmtree(rubbish)
@@ -249,7 +255,7 @@ def clear_rubbish(output_dir: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def saving(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+def saving(output_dir: StrPath) -> Iterator[Path]:
     """Give a run's folder, made if it is missing, to write to; where that fails, `OSError` is one sentence of it."""
     folder = Path(output_dir)
     try:

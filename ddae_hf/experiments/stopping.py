@@ -64,6 +64,15 @@ class Stopping:
             signal.raise_signal(number)
 
 
+def interrupted(number: int, step: int, total: int, checkpoint: Path | None) -> Interrupted:
+    """Return what ends a training that a signal came to, when a checkpoint is written."""
+    return Interrupted(
+        f"Stopped by {signal.Signals(number).name} after step {step} of {total}: {checkpoint} is saved. The same "
+        "options go on from it, with resume_from_checkpoint latest where that is one of them.",
+        number,
+    )
+
+
 class NotFinite(ValueError):
     """A loss or weights that are not finite."""
 

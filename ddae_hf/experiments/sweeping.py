@@ -7,14 +7,11 @@ on a part of the training images; test images are looked at once, with the chose
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +28,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..weights import fingerprint
-from .arrays import read_json, write_json
+from .arrays import StrPath, kept_or_temporary, read_json, write_json
 from .classes import draw_images, draw_labels
 from .devices import HELP, machine
 from .draws import separate_randomness
@@ -39,7 +36,7 @@ from .evaluation import EvaluationOptions, compare_samples
 from .extractors import open_extractor
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
-from .models import Model, base_model, check_taps, chosen_layers, open_model, open_processor, ready
+from .models import Model, check_taps, chosen_layers, open_for, open_model, open_processor, path_of, ready, report_facts
 from .options import option
 from .pairs import Pair, Point
 from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map
@@ -62,7 +59,7 @@ class SweepOptions(SplitOptions):
 
     layers: list[str] = option(["all"], "Names of layers, or `all`, `decoder`, or `own`, the checkpoint's.")
     sigmas: list[float] = option(
-        [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's.", nargs="*"
+        [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's."
     )
     l2: list[float] = option([1e-5, 1e-4, 1e-3, 1e-2], "Strengths of regularisation.")
     protocol: Literal["logistic_regression", "paper", "batch_norm"] = option(
@@ -81,7 +78,7 @@ class SweepOptions(SplitOptions):
     num_noise_seeds: int = option(3, "Noise seeds that the best pair is tested with.")
     knn: bool = option(False, "Also classify by the nearest 20 and, of as many images, 200.")
     alignment: bool = option(False, "Also measure alignment and uniformity.")
-    few_labels: list[int] = option([], "Also probe with so many labels a class, such as 1 5 10 100.", nargs="*")
+    few_labels: list[int] = option([], "Also probe with so many labels a class, such as 1 5 10 100.")
     num_draws: int = option(5, "Draws of those labels.")
     baselines: bool = option(False, "Also probe raw pixels, and the same network untrained.")
     num_noise_samples: int | None = option(None, "Draws of noise that every view's features are averaged over.")
@@ -147,13 +144,13 @@ class SweepResult(ProbeReport):
         """Return a picture of the accuracy on held-out images over layers and noise levels."""
         return heat_map(self.pairs, self.best)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write all figures and the classifier, so that `from_pretrained` opens the folder: see `save_classifier`."""
         self.save_figures(folder)
         with saving(folder):
             save_classifier(folder, self.classifier, self.source, self.processor, self.options["cache_dir"])
 
-    def save_figures(self, folder: str | os.PathLike[str]) -> None:
+    def save_figures(self, folder: StrPath) -> None:
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
         with saving(folder):
             path = self.write(folder).parent
@@ -167,14 +164,10 @@ class SweepResult(ProbeReport):
 
 
 def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult:
-    """Probe every pair of layer and noise level, test the best, and make it a classifier.
+    """Probe every pair of layer and noise level on labelled images, test the best, and make it a classifier.
 
-    Args:
-        model: The model, or its checkpoint's folder or Hub id, in any layout.
-        images: The labelled images.
-        options: With `output_dir`, everything is kept there, and an interrupted sweep goes on; without, features lie in
-            a temporary folder.
-        **changes: Fields of the options that are to be others.
+    With `output_dir` everything is kept there, and an interrupted sweep goes on; without, features lie in a temporary
+    folder.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, or a damaged file.
@@ -189,14 +182,6 @@ def sweep(model: Model, images: Images, options: SweepOptions | None = None, **c
     return sweep_inputs(model, opened, images, learnt, tested, processor, options)
 
 
-def open_for(model: Model, options: SweepOptions) -> DDAEModel:
-    """Return the model that a sweep reads."""
-    return open_model(
-        model, dtype=options.dtype, cache_dir=options.cache_dir,
-        null_class=options.null_class, num_noise_samples=options.num_noise_samples,
-    )  # fmt: skip
-
-
 def changed_inputs(images: Any, processor: DDAEImageProcessor, options: SweepOptions) -> ImageInputs:
     """Return images as a network's inputs, whose views after the first are changed as the options say."""
     return ImageInputs(images, processor, flip=options.flips, crop_padding=options.crop_padding, seed=options.seed)
@@ -204,7 +189,7 @@ def changed_inputs(images: Any, processor: DDAEImageProcessor, options: SweepOpt
 
 def check_sweep(
     model: DDAEModel, train: Inputs, test: Inputs, processor: DDAEImageProcessor, options: SweepOptions,
-    folder: str | os.PathLike[str] = "", selection_views: Sequence[int] | None = None,
+    folder: StrPath = "", selection_views: Sequence[int] | None = None,
 ) -> Prober:  # fmt: skip
     """Return the probes of a sweep with features in `folder`, or raise `ValueError` where model or images forbid it."""
     layers = chosen_layers(model, options.layers)
@@ -241,33 +226,30 @@ def sweep_inputs(
     `selection_views` of the training images, by default on all.
     """
     started = time.monotonic()
-    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
     kept = None if options.output_dir is None else Path(options.output_dir)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(separate_randomness())
-        folder = options.features_dir or (kept and str(kept / "features"))
-        folder = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="ddae_features_"))
+    with separate_randomness(), kept_or_temporary(options.features_dir or (kept and kept / "features")) as folder:
         prober = check_sweep(model, train, test, processor, options, folder, selection_views)
         pairs = sweep_levels(prober, kept and kept / "levels")
         levels_done = time.monotonic()
         found, fitted = prober.tested(pairs, options.num_noise_seeds)
         baselines = prober.baselines() if options.baselines else {}
         device = model.device.type
-        if path is not None:
+        if path_of(source) is not None:
             model.cpu()  # the whole classifier takes its place
         config |= {"layer": found.best.layer, "sigma": found.best.sigma, "noise_seed": options.noise_seed}
         config |= {name: getattr(model.config, name) for name in ("num_noise_samples", "null_class")}
         classifier, accuracy = _classifier(source, prober, processor, fitted, config)
     draws = model.config.num_noise_samples
-    settled = {"random_flip": options.flips, "random_crop": options.crop_padding, "num_noise_samples": draws}
+    settled = dataclasses.replace(
+        options, random_flip=options.flips, random_crop=options.crop_padding, num_noise_samples=draws
+    )
     result = SweepResult(
-        **vars(found), **machine(device), checkpoint=path, fingerprint=fingerprint(model.denoiser),
-        options={**images.opened_with, **options.to_dict(), **settled},
+        **vars(found), **machine(device), checkpoint=path_of(source), fingerprint=fingerprint(model.denoiser),
+        **report_facts(source, images, settled, train.images, test.images),
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
         pairs=pairs, baselines=baselines, saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-        dataset=images.facts(train.images, test.images), **base_model(path), classifier=classifier,
-        processor=processor, source=source, labels=test.labels, predicted=fitted[2],
+        classifier=classifier, processor=processor, source=source, labels=test.labels, predicted=fitted[2],
     )  # fmt: skip
     if kept is not None:
         folder = kept / options.classifier_dir
@@ -285,7 +267,7 @@ def _classifier(
     make = partial(make_classifier, source, names, *fitted[:2], cache_dir=options.cache_dir, **config)
     classifier = make()
     user = classifier if options.dtype is None else make(dtype=getattr(torch, options.dtype))
-    if isinstance(source, (str, os.PathLike)):
+    if path_of(source) is not None:
         user = ready(user)
     predicted = classify(user, prober.test.images, processor, options.batch_size)
     return classifier, float((predicted == prober.labels["test"]).mean())
@@ -329,17 +311,12 @@ class CurveOptions(SweepOptions):
     sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler.")
 
 
-def sweep_run(
-    run: str | os.PathLike[str], images: Images, options: CurveOptions | None = None, **changes: Any
-) -> CurveReport:
+def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None, **changes: Any) -> CurveReport:
     """Sweep every checkpoint of a training run, and measure its loss on test images and its samples.
 
-    Args:
-        run: The run's folder, with a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself.
-        images: The labelled images.
-        options: With `output_dir`, each checkpoint's results are in a folder of its name there, `training_curve.json`
-            and `training_curve.png` beside them.
-        **changes: Fields of the options that are to be others.
+    The run's folder has a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself. With
+    `output_dir`, each checkpoint's results are in a folder of its name there, `training_curve.json` and
+    `training_curve.png` beside them.
 
     Raises:
         ValueError: A folder without checkpoints, options that cannot work, or images that cannot be read.
@@ -384,7 +361,7 @@ def sweep_run(
     return report
 
 
-def training_checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
+def training_checkpoints(run: StrPath) -> dict[int, Path]:
     """Return a training run's checkpoints by step, the final one included, or raise `ValueError` if it has none."""
     found = {step_of(path): path for path in saved_checkpoints(run)}
     results = Path(run, PretrainingReport.file)

@@ -31,20 +31,18 @@ from ..modeling_ddae import DDAEForImageClassification
 from .arrays import read_json, write_json
 from .batches import whole
 from .devices import fast_layout
+from .draws import seed_by
 from .encoding import one_view
 from .images import Inputs
 from .metrics import classification_metrics
-from .run_folder import check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
+from .run_folder import OF_DATA, check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
 from .stopping import Stopping, check_weights, look, not_finite
 
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
 PROGRESS = "progress.json"
 # Options that may be others where the same comes of them, which hashes in a checkpoint tell.
-BY_HASH = frozenset(
-    """model_name_or_path dataset_name dataset_config_name train_data_dir image_column label_column skip_bad_images
-    train_split max_train_samples latents_dir""".split()
-)
+BY_HASH = OF_DATA | {"model_name_or_path"}
 # What a run that has reached its last step cannot take over any more.
 IN_TRAINING = frozenset(
     "learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm ema_decay mixed_precision".split()
@@ -131,7 +129,7 @@ class Progress(ProgressCallback):
         self.trainer.batch = 0
         if self.trainer.average is not None:
             self.trainer.average.step(self.trainer.learning.values())
-        if self.trainer.signal():
+        if self.trainer.stopping.agreed(self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -181,8 +179,7 @@ class FineTuner(Trainer):
         """Return the loss, in training on changed images and targets."""
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        state = [self.options.seed, self.state.global_step, self.args.process_index, self.batch]
-        torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1, np.uint64)[0]))
+        seed_by(self.options.seed, self.state.global_step, self.args.process_index, self.batch)
         inputs = inputs | self.change(one_view(inputs["pixel_values"]), inputs["labels"])
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         self.batch += 1
@@ -200,10 +197,6 @@ class FineTuner(Trainer):
         # Label smoothing (Szegedy et al. 2016, arXiv 1512.00567).
         targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), self.options.label_smoothing)
         return {"pixel_values": images, "labels": targets}
-
-    def signal(self) -> int | None:
-        """Return the number of the signal that came to any process, the same in all of them."""
-        return self.stopping.agreed(self.accelerator)
 
     def restore(self, checkpoint: Path) -> None:
         """Take over progress and averages, of which Trainer does not know; raise `ValueError` where it is another run.

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import os
 import shutil
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -29,12 +27,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .arrays import write_json
+from .arrays import StrPath, write_json
 from .batches import Batch, Batches
 from .devices import machine
-from .draws import separate_randomness
+from .draws import seed_by, separate_randomness
 from .run_folder import PROGRESS, Progress, clear_rubbish, discard, note_files, saved_checkpoints, saving
-from .stopping import Interrupted, Stopping, check_weights, look, not_finite
+from .stopping import Stopping, check_weights, interrupted, look, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +88,7 @@ class Loop:
     max_grad_norm: float = 0.0  # the largest norm of the gradient; 0 leaves it as it is
     average: Any = None  # a copy of the module, to hold averaged weights
     ema_decay: float = 0.0  # of the averages, after its ramp
-    output_dir: str | os.PathLike[str] | None = None  # without one there are no checkpoints, and signals act as always
+    output_dir: StrPath | None = None  # without one there are no checkpoints, and signals act as always
     checkpointing_steps: int | None = None  # steps between two checkpoints
     checkpoints_total_limit: int | None = None  # how many of the newest are kept; by default all
     save: Callable[[Path], object] | None = None  # writes weights, such as those of `average`, into checkpoints
@@ -188,12 +186,7 @@ class Loop:
                 if saved:
                     self.checkpoint()
                 if number is not None:
-                    raise Interrupted(
-                        f"Stopped by {signal.Signals(number).name} after step {step} of {self.total_steps}: "
-                        f"{self.last_checkpoint} is saved. The same options go on from it, with "
-                        "resume_from_checkpoint latest where that is one of them.",
-                        number,
-                    )
+                    raise interrupted(number, step, self.total_steps, self.last_checkpoint)
                 if drawn and sample is not None:
                     sample(step)
         self._count_seconds()
@@ -205,8 +198,7 @@ class Loop:
             return
         accelerator, progress = self.accelerator, self.progress
         for batch in self.batches():
-            sequence = np.random.SeedSequence([self.seed, progress.batches, accelerator.process_index])
-            torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+            seed_by(self.seed, progress.batches, accelerator.process_index)
             with accelerator.accumulate(self.module):
                 found = loss(batch)
                 accelerator.backward(found)

@@ -20,7 +20,7 @@ from torch import nn
 from .batches import BatchSizes
 from .devices import has_bfloat16, made_fast
 from .options import Options, option
-from .run_folder import STATE, Progress, checkpoint_to_resume, read_options
+from .run_folder import OF_DATA, OF_PLACES, STATE, Progress, checkpoint_to_resume, read_options
 from .training import Loop, accelerated, this_process
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,10 @@ class TrainingOptions(Options):
     """What training a denoiser and training a VAE have in common."""
 
     # What may be another when a run is resumed; it holds from then on.
-    may_change: ClassVar[frozenset[str]] = frozenset(
-        """output_dir cache_dir dataset_name dataset_config_name train_data_dir latents_dir image_column label_column
-        skip_bad_images train_split max_train_samples total_batch_size train_batch_size gradient_accumulation_steps
-        num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm
-        mixed_precision allow_tf32 dataloader_num_workers checkpointing_steps checkpoints_total_limit
-        resume_from_checkpoint report_to logging_dir""".split()
+    may_change: ClassVar[frozenset[str]] = (OF_DATA | OF_PLACES).union(
+        """total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps
+        learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm mixed_precision allow_tf32
+        checkpoints_total_limit""".split()
     )
     default_batch: ClassVar[int] = 128
 

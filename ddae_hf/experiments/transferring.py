@@ -6,33 +6,28 @@ the denoiser alone reads the latents from the disk, in a sweep. `finetune` then 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..checkpoints import load_vae
 from ..configuration_ddae import DDAEConfig
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
-from .arrays import num_bytes, size
+from .arrays import kept_or_temporary, num_bytes, size
 from .encoding import LatentFolder, LatentInputs, describe_splits, encode_views
 from .finetuning import FinetuningOptions, check_finetuning, finetune
 from .images import ImageInputs, Images, labelled_splits
-from .models import Model, open_model, open_processor
+from .models import Model, open_for, open_processor, path_of
 from .options import Table, option
 from .probing import Prober
 from .sweeping import SweepOptions, SweepResult, check_sweep, sweep_inputs
 
-# What the transfer itself says of the fine-tuning.
-SETTLED = set(
-    """output_dir layer sigma latents_dir resume_from_checkpoint train_split test_split max_train_samples
-    max_test_samples null_class""".split()
-)
+# What the transfer itself says of the fine-tuning: what is its own there, and its splits.
+SETTLED = {"output_dir", "layer", "sigma", "latents_dir", "resume_from_checkpoint"}
+SHARED = {"train_split", "test_split", "max_train_samples", "max_test_samples", "null_class"}
 FIRST = [0]  # the view that the pair is chosen on: the images as they are
 logger = logging.getLogger(__name__)
 
@@ -61,7 +56,7 @@ class TransferOptions(SweepOptions):
         if self.finetune is not None:
             if self.output_dir is None:
                 raise ValueError("finetune needs an output_dir, where its classifier and its checkpoints are kept.")
-            if settled := sorted(SETTLED & set(self.finetune)):
+            if settled := sorted((SETTLED | SHARED) & set(self.finetune)):
                 raise ValueError(f"finetune has {settled[0]}: leave it out, it follows from the transfer.")
             try:
                 self.finetuning(layer="", sigma=1.0, latents_dir="latents")
@@ -72,9 +67,8 @@ class TransferOptions(SweepOptions):
         """Return the options of the fine-tuning that goes on from a pair, those of `finetune` last."""
         shared = FinetuningOptions(
             output_dir=f"{self.output_dir}/finetuned", layer=layer, sigma=sigma, latents_dir=latents_dir,
-            resume_from_checkpoint="latest", train_split=self.train_split, test_split=self.test_split,
-            max_train_samples=self.max_train_samples, max_test_samples=self.max_test_samples,
-            null_class=self.null_class, seed=self.seed, noise_seed=self.noise_seed, cache_dir=self.cache_dir,
+            resume_from_checkpoint="latest",
+            **{name: getattr(self, name) for name in (*SHARED, "seed", "noise_seed", "cache_dir")},
         )  # fmt: skip
         return FinetuningOptions.of(shared, self.finetune or {})
 
@@ -82,14 +76,9 @@ class TransferOptions(SweepOptions):
 def transfer(model: Model, images: Images, options: TransferOptions | None = None, **changes: Any) -> SweepResult:
     """Encode labelled images once, probe a denoiser of latents on them and, with `finetune`, train it further.
 
-    What this will take is logged before it begins; what was interrupted goes on where it stopped. The result is that of
-    the sweep, whose classifier takes images; the fine-tuned one is in `finetuned` in `output_dir`.
-
-    Args:
-        model: The model, or its checkpoint's folder or Hub id; with its VAE.
-        images: The data set.
-        options: Options, by default those of `TransferOptions`.
-        **changes: Fields of the options that are to be others.
+    The model has its VAE with it. What this will take is logged before it begins; what was interrupted goes on where it
+    stopped. The result is that of the sweep, whose classifier takes images; the fine-tuned one is in `finetuned` in
+    `output_dir`.
 
     Raises:
         ValueError: A model without a VAE, options that cannot work, images that cannot be read, or a damaged file.
@@ -103,15 +92,12 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
     sides = processor.size["height"], processor.size["width"]
     views: Any = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
     pixels = {"train": ImageInputs(train, processor, **views), "test": ImageInputs(test, processor, **views)}
-    with contextlib.ExitStack() as stack:
-        where = options.latents_dir
-        if where is None:
-            kept = options.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-            where = str(Path(kept) / "latents")
+    with kept_or_temporary(options.output_dir) as kept:
+        where = options.latents_dir or str(kept / "latents")
         folder = LatentFolder.create(
             where, vae, sides, describe_splits(pixels, options.num_views, views if options.num_views > 1 else {}),
             sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
-            vae_source=os.fspath(model) if isinstance(model, (str, os.PathLike)) else None,
+            vae_source=path_of(model),
         )  # fmt: skip
         if folder.shape != denoiser.config.sample_shape:
             what = f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes"
@@ -137,11 +123,10 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
 
 def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
     """Return a denoiser of latents as a model that takes them in place of images, and their VAE."""
-    named: Any = {"num_noise_samples": options.num_noise_samples, "null_class": options.null_class}
     if isinstance(model, (str, os.PathLike)):
         vae = load_vae(model, cache_dir=options.cache_dir).requires_grad_(False)  # as that of an open model
-        return open_model(model, dtype=options.dtype, cache_dir=options.cache_dir, vae=False, **named), vae
-    whole = open_model(model, dtype=options.dtype, **named)
+        return open_for(model, options, vae=False), vae
+    whole = open_for(model, options)
     if whole.vae is None:
         raise ValueError("The model has no vae: open it with the VAE that its denoiser was trained with.")
     bare = copy.copy(whole)

@@ -122,11 +122,6 @@ class Autoencoder(nn.Module):
 def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any) -> VAEResult:
     """Train an autoencoder, and measure it on images that it never saw.
 
-    Args:
-        images: The data set.
-        options: Options, by default those of `VAEOptions`.
-        **changes: Fields of the options that are to be others.
-
     Returns:
         What was measured, with the autoencoder; `output_dir` has it too, with checkpoints, some reconstructions and the
         options.
