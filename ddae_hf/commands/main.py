@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "quickstart": "pretrain, generate and classify handwritten digits, in a minute or two",
+    "quickstart": "pretrain, generate and classify handwritten digits, in a few minutes",
     "pretrain": "train a denoiser on images, which need no labels, or on latents",
     "generate": "generate images into a folder",
     "probe": "train a linear classifier on a denoiser's hidden states",
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"ddae_hf {__version__}")
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.5)
-        which = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(COMMANDS)}"
-        raise SystemExit(f"ddae: there is no command {words[0]!r}: {which}.")
+        near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.5) or COMMANDS
+        print(f"ddae: there is no command {words[0]!r}. Near to it: {', '.join(near)}.", file=sys.stderr)
+        raise SystemExit(2)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and name not in SHARED:
         raise SystemExit(

@@ -1,4 +1,4 @@
-"""Pretrain a denoiser on real handwritten digits, generate from it and classify with it, in a minute or two on a CPU.
+"""Pretrain a denoiser on real handwritten digits, generate from it and classify with it, in a few minutes on a CPU.
 
     ddae quickstart
 
@@ -40,7 +40,9 @@ class Arguments(Options):
     """Where to, and how long."""
 
     output_dir: str = option("runs/quickstart", "Folder of all that is made; what it holds already is kept.")
-    max_train_steps: int | None = option(None, "Steps in place of the configuration's 560, to try it out.")
+    max_train_steps: int | None = option(
+        None, "Steps in place of the configuration's 560, to try it out: a folder keeps to its number."
+    )
 
 
 KINDS = (Arguments,)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +58,7 @@ def show_log(main_process: bool = True) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
     for name in ("accelerate", "httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.formatwarning = lambda message, *where: f"{message}\n"  # a sentence, without the line of code
     transformers_logging.set_verbosity_error()  # what is missing from a checkpoint is looked at by the experiments
     transformers_logging.disable_progress_bar()  # of opening files, as the next
     diffusers_logging.disable_progress_bar()

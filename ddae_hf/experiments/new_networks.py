@@ -78,7 +78,7 @@ def choose(images: Images | LatentFolder, options: Any) -> Any:
         options = with_batch(options, side, count, device)
     denoiser = unet(side, channels, device)
     logger.info(
-        f"No network is described. For {seen} on {'a GPU' if device == 'cuda' else 'a processor'} it is a U-Net of "
+        f"No network is described. For {seen} on a {'GPU' if device == 'cuda' else 'CPU'} it is a U-Net of "
         f"{denoiser['block_out_channels']} channels at {side} pixels: denoiser, resolution or config give another."
     )
     return dataclasses.replace(options, denoiser=denoiser)

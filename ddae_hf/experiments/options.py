@@ -51,10 +51,11 @@ RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.sp
 FOLDERS = ("output_dir", "features_dir", "latents_dir", "space_dir")
 # What to give in place of options of earlier versions, where there is such an option.
 RENAMED = {
-    **SUCCESSORS, "batch_size": "train_batch_size", "checkpoint": "model_name_or_path", "label_fraction": "few_labels",
-    "labels_per_class": "few_labels", "max_train_samples": "max_samples", "num_epochs": "num_train_epochs",
-    "num_images": "max_samples", "num_quality_images": "num_images", "online_batch_size": "train_batch_size",
-    "out_features": "layers", "quality_extractor": "extractor", "sample_size": "resolution", "train_split": "split",
+    **SUCCESSORS, "batch_size": "train_batch_size", "checkpoint": "model_name_or_path",
+    "label_fraction": "few_labels, the number a class", "labels_per_class": "few_labels",
+    "max_train_samples": "max_samples", "num_epochs": "num_train_epochs", "num_images": "max_samples",
+    "num_quality_images": "num_images", "online_batch_size": "train_batch_size", "out_features": "layers",
+    "quality_extractor": "extractor", "sample_size": "resolution", "train_split": "split",
     "regularisation": "l2, 1 / (C N) for each C, with N training images", "vae": "autoencoder",
 }  # fmt: skip
 

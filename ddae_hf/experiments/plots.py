@@ -77,7 +77,7 @@ def curves(
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):
         axes.errorbar(x, y, (errors or {}).get(label), fmt=style, capsize=3, label=label)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log")
-    axes.set_xticks(x, [f"{value:g}" for value in x])
+    axes.set_xticks(x, [f"{value:.2g}" for value in x])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()

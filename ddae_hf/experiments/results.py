@@ -172,6 +172,11 @@ class ProbeReport(Report, Probe):
             text += f" Mean ± standard deviation over {', or '.join(spreads)}."
         if draws and len(self.pairs) > 1:
             text += " Where labels are few, layer and noise level were chosen with all labels."
+        near = [(getattr(pair, name), name[4:], pair) for name in ("knn_20", "knn_200") for pair in self.pairs]
+        if known := [found for found in near if found[0] is not None]:
+            share, count, pair = max(known, key=lambda found: found[0])
+            text += f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma "
+            text += f"{pair.sigma:g}: {percent(share)} %."
         return text
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import zipfile
@@ -32,6 +33,7 @@ OF_PLACES = frozenset(
     """output_dir cache_dir dataloader_num_workers checkpointing_steps resume_from_checkpoint report_to
     logging_dir""".split()
 )
+TRAINED = "train_results.json"  # of a training that is finished
 OPTIONS = "training_options.yaml"
 FILES = "files.json"
 PROGRESS = Path("state") / "progress.json"
@@ -48,6 +50,8 @@ def check_folder(folder: StrPath, option: str = "output_dir") -> None:
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir():
         raise ValueError(f"{option} is {folder}, and {there} is a file: give a folder.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option} is {folder}, and {there} may not be written to: give another folder.")
 
 
 def saved_checkpoints(output_dir: StrPath) -> list[Path]:
@@ -112,16 +116,21 @@ def checkpoint_to_resume(output_dir: StrPath, wanted: StrPath | None, needed: Se
     """Return the checkpoint to resume: the one wanted, for `latest` the newest that is whole, or None to start afresh.
 
     Raises:
-        ValueError: A fresh start where there are checkpoints; a checkpoint that is not there, is damaged or lacks one
-            of the files `needed`; `latest` where all are so.
+        ValueError: A fresh start where there are checkpoints, or a finished training; a checkpoint that is not there,
+            is damaged or lacks one of the files `needed`; `latest` where all are so.
     """
     found = saved_checkpoints(output_dir)
+    if wanted is None and found:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of an earlier run: resume it (resume_from_checkpoint latest), or choose "
+            "another output_dir."
+        )
+    if wanted in (None, "latest") and not found and (Path(output_dir) / TRAINED).is_file():
+        raise ValueError(
+            f"{output_dir} holds an earlier training, of which no checkpoint is left to go on from: choose another "
+            "output_dir, or delete that one."
+        )
     if wanted is None:
-        if found:
-            raise ValueError(
-                f"{output_dir} holds checkpoints of an earlier run: resume it (resume_from_checkpoint latest), or "
-                "choose another output_dir."
-            )
         return None
     if str(wanted) != "latest":
         if not Path(wanted).is_dir():

@@ -149,6 +149,8 @@ class TrainingOptions(Options):
         rate = self.learning_rate * (self.sizes.total if self.scale_lr else 1)
         optimizer = torch.optim.AdamW(module.parameters(), rate, fused=True, **adam)
         steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // self.sizes.total)
+        if self.lr_warmup_steps >= steps:
+            logger.warning(f"The learning rate rises in lr_warmup_steps {self.lr_warmup_steps}, and there are {steps}.")
         loop = Loop(
             accelerator, module, optimizer, loader, total_steps=steps, seed=self.seed,
             schedule=get_scheduler(self.lr_scheduler, optimizer, None, self.lr_warmup_steps, steps),
