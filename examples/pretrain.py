@@ -8,7 +8,7 @@ This is `ddae pretrain`, as a script, and takes the same options.
 
 import sys
 
-from ddae_hf.commands.main import main
+from ddae_hf.commands.main import run
 
 if __name__ == "__main__":
-    main(["pretrain", *sys.argv[1:]])
+    run(["pretrain", *sys.argv[1:]])

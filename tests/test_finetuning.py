@@ -755,3 +755,17 @@ def test_the_command_is_a_caller(checkpoints, digits, tmp_path, capsys):
     assert "The classifier is in" in capsys.readouterr().out and (tmp_path / "README.md").is_file()
     with pytest.raises(SystemExit, match="holds checkpoints of an earlier run"):
         commands.run("finetune", "--config", config, *options)
+
+
+def test_an_earlier_run_on_a_part_of_the_labels_is_refused_by_name(finetuned, checkpoints, digits, tmp_path):
+    folder, _ = finetuned
+    shutil.copytree(folder, tmp_path / "run")
+    noted = yaml.safe_load((folder / OPTIONS).read_text())
+    noted["batch_size"] = noted.pop("train_batch_size")
+    for part, message in ((0.1, "a label_fraction of 0.1, which is no option any more"), (1.0, None)):
+        (tmp_path / "run" / OPTIONS).write_text(yaml.safe_dump({**noted, "label_fraction": part}))
+        if message is None:  # all labels, and the old name of the batch's size
+            assert run(checkpoints / "ddpm", digits, tmp_path / "run", **SIX, **LATEST).steps == 6
+            continue
+        with pytest.raises(ValueError, match=message):
+            run(checkpoints / "ddpm", digits, tmp_path / "run", **SIX, **LATEST)

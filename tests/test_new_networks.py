@@ -1,12 +1,14 @@
 """The network that images suggest where none is described."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ddae_hf.experiments import Images, PretrainingOptions, pretrain
+from ddae_hf.experiments import Images, PretrainingOptions, new_networks, pretrain
 from ddae_hf.experiments.new_networks import choose, unet
 from ddae_hf.networks import build_denoiser
 
@@ -54,3 +56,17 @@ def test_a_run_that_is_resumed_keeps_its_network_and_its_batch(tmp_path, monkeyp
     monkeypatch.setattr("ddae_hf.experiments.new_networks.best_device", lambda: "cuda")  # which would choose another
     again = pretrain(images, max_train_steps=2, resume_from_checkpoint="latest", **fast)
     assert (again.steps, again.parameters, again.options["total_batch_size"]) == (2, first.parameters, 16)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize(("count", "side"), [(None, 64), (50_000, 32), (20, 32), (2, 8)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_batch_can_be_shared_by_any_number_of_devices(processes, count, side, device, monkeypatch):
+    monkeypatch.setattr(new_networks, "this_process", lambda: SimpleNamespace(num_processes=processes))
+    memory = SimpleNamespace(total_memory=12 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: memory)
+    options = new_networks.with_batch(PretrainingOptions(), side, count, device)
+    shared = options.train_batch_size * processes
+    assert options.total_batch_size % shared == 0 and options.total_batch_size <= max(128, shared)
+    fitting = 0.7 * memory.total_memory / (new_networks.PIXEL_BYTES * side**2)
+    assert options.train_batch_size <= (fitting if device == "cuda" else 128)

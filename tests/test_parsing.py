@@ -26,7 +26,7 @@ class Some(Options):
     name: str | None = option(None, "Its name.")
     denoiser: Table = option(Table(), "Its network.")
     few_labels: list[int] = option([], "Labels a class.")
-    l2: list[float] = option([], "Strengths.")
+    l2: list[float] = option([], "Strengths.", nargs="*")
 
     def check(self):
         if self.name == "wrong":
@@ -200,3 +200,8 @@ def test_help_tells_every_option_and_its_default(capsys):
         "--config CONFIG",
     ):
         assert words in text, words
+
+
+def test_a_list_may_be_empty_where_its_option_says_so(config, capsys):
+    assert some("--l2").l2 == [] == some("--config", config("l2: []")).l2
+    assert "expected at least one argument" in refused(capsys, "--few_labels")

@@ -449,8 +449,11 @@ def test_a_push_that_fails_says_how_to_push_and_that_works(local, server, tmp_pa
 
 def test_a_push_says_where_it_is_and_takes_nothing_that_no_run_wrote(local, server, tmp_path, capsys):
     save_pipeline(tmp_path)
-    for name in (".env", "notes.txt", "unet/token.json", "model.pt", "photo.png", "checkpoint-3/config.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        *(".env", "notes.txt", "unet/token.json", "model.pt", "photo.png", "checkpoint-3/config.json"),
+        *("private/config.json", "model.safetensors.bak", "old/raw/config.json", "samples/step-1/private.png"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine alone")
     hub = options(hub_model_id="said")
     prepare(hub, tmp_path)

@@ -36,19 +36,20 @@ EXTRAS = {"demo": "demo"}  # of the package, where a command needs another than 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def run() -> None:
-    """Run the command of this process's words, with threads that leave the processor while they wait.
+def run(argv: Sequence[str] | None = None) -> None:
+    """Run a command, by default that of this process's words, with threads that leave the processor while they wait.
 
     torch's threads spin at every barrier. That gains a little on an idle machine and costs several times as much where
     other programs are on the cores. The OpenMP library reads its settings when it is loaded, which importing this
     package does, and so the program starts itself again. What the user has set stays.
     """
     waits = any(name in os.environ for name in WAITING) or os.environ.get("OMP_NUM_THREADS") == "1"
-    computes = len(sys.argv) > 1 and {"-h", "--help", "--version"}.isdisjoint(sys.argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    computes = words and words[0] != "configs" and {"-h", "--help", "--version"}.isdisjoint(words)
     if sys.platform == "linux" and computes and not waits:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    main()
+    main(words)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,14 +79,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Several can share {', '.join(SHARED)}."
         )
     try:
-        from .running import run_command
+        from . import running
 
-        run_command(importlib.import_module(f".{name.replace('-', '_')}", __package__), words[1:])
+        command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
             raise
         extra = f"pip install 'ddae_hf[{EXTRAS.get(name, 'experiments')}]'"
         raise SystemExit(f"ddae {name} needs {error.name}, which is not installed: {extra}") from error
+    running.run_command(command, words[1:])
 
 
 def overview() -> str:

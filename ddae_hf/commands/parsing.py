@@ -50,6 +50,8 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)"
         return action.help if action.default in (None, [], {}) else super()._get_help_string(action)
 
 
@@ -83,12 +85,16 @@ def parse(
         usage="%(prog)s [options]",
     )  # fmt: skip
     known = list(parser._option_string_actions)
+    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
+    many = {field.name for field in fields if field.metadata.get("nargs") == "*"}
     for action in list(parser._actions):
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True  # also where the default is None
             for no in {f"--no-{action.dest}", f"--no-{action.dest.replace('_', '-')}"} - {*known}:
                 hidden = argparse.SUPPRESS
                 parser.add_argument(no, dest=action.dest, action="store_false", default=hidden, help=hidden)
+        elif action.dest in many:  # the parser makes one value out of none
+            action.nargs = "*"
         elif action.type is Table:
             action.type = str  # its dataclass reads it
     config = "YAML file of options, or a configuration's name (`ddae configs`): what differs from the defaults."
@@ -194,7 +200,7 @@ def _as_meant(action: argparse.Action, value: Any) -> Any:
     """Return what a file says of an option, where YAML takes it for something else, or of a list for its one item."""
     if isinstance(value, bool) and action.choices:
         return "yes" if value else "no"  # words that YAML takes, unquoted, for true and false
-    if action.nargs == "+":
+    if action.nargs in ("+", "*"):
         items = value if isinstance(value, list) else [value]
         return [str(item) if action.type is str and type(item) is int else item for item in items]
     return str(value) if action.type is str and type(value) is int else value

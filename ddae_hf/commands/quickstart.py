@@ -52,6 +52,8 @@ def main(options: Arguments) -> None:
     """Run the command."""
     folder = Path(options.output_dir)
     data, checkpoint, samples, classifier = (folder / n for n in ("digits", "checkpoint", "samples", "classifier"))
+    if samples.exists() and not (checkpoint / PretrainingReport.file).is_file():
+        raise ValueError(f"{samples} holds images of a network that is gone: remove that folder, and start again.")
     check_steps(checkpoint, options.max_train_steps)
     write_digits(data)
     steps: list[Any] = []

@@ -44,11 +44,12 @@ def build(demo: Demo) -> gr.Blocks:
     layer, sigma = demo.tap
     parameters = sum(p.numel() for p in demo.pipeline.denoiser.parameters())
     what = "an image" if demo.pipeline.vae is None else "an image's latents"
+    title = "One network generates and classifies" if demo.one_network else "One network generates, another classifies"
     with gr.Blocks(title="DDAE", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
-            "# One network generates and classifies\n"
-            f"A denoiser of {parameters / 1e6:.2g} million parameters. Started from noise, it draws images; its hidden "
-            f"states at `{layer}`, with noise of sigma {sigma:g} on {what}, are what a linear classifier reads."
+            f"# {title}\nA denoiser of {parameters / 1e6:.2g} million parameters. Started from noise, it draws images; "
+            f"its hidden states at `{layer}`, with noise of sigma {sigma:g} on {what}, are what a linear classifier "
+            "reads."
         )
         for title, lay_out in (
             ("Generate", generate_tab),

@@ -98,7 +98,8 @@ class Demo:
     """What the page shows: the two views of a denoiser, the images, the sweep. Nothing in it changes between calls.
 
     Attributes:
-        sweep: The sweep of this very network, or None.
+        one_network: Whether generator and classifier are of the same weights.
+        sweep: The sweep of the generator's network, or None.
         sweep_missing: Why there is none.
 
     Raises:
@@ -117,6 +118,7 @@ class Demo:
         if self.pipeline.vae is not None:
             self.pipeline.vae.enable_slicing()
         self.train, self.test = labelled_splits(images, options)
+        self.one_network = fingerprint(self.model.ddae.denoiser) == fingerprint(self.pipeline.denoiser)
         self.sweep, self.sweep_missing = sweep_of(self.pipeline.denoiser, options.sweep)
 
     def sweep_command(self) -> str:

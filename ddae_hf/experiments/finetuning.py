@@ -223,6 +223,11 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     run = Path(options.output_dir) if wanted in (None, "latest") else Path(wanted).parent
     if wanted is not None and (run / OPTIONS).is_file():
         trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
+        if "label_fraction" in trained:
+            raise ValueError(
+                f"{run} was trained on a label_fraction of {trained['label_fraction']}, which is no option any more: "
+                "begin another run, with few_labels, in another output_dir."
+            )
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
         known = given, trained
         now, before = (each | {STEP: each["train_batch_size"] * each["gradient_accumulation_steps"]} for each in known)

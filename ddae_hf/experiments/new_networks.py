@@ -94,13 +94,15 @@ def chosen_before(options: Any, known: dict[str, Any]) -> Any:
 
 def with_batch(options: Any, side: int, count: int | None, device: str) -> Any:
     """Return options with a batch that images of this number (None: not known) and side, and a GPU's memory, allow."""
-    total = BATCH if count is None or count >= BATCH else 2 ** int(math.log2(count))
-    if device == "cpu":
-        return dataclasses.replace(options, total_batch_size=total)
-    memory = torch.cuda.get_device_properties(0).total_memory
-    fitting = max(1, int(0.7 * memory / (PIXEL_BYTES * side**2)))
-    each = min(total // this_process().num_processes, 2 ** int(math.log2(fitting)))
-    return dataclasses.replace(options, total_batch_size=total, train_batch_size=max(1, each))
+    processes = this_process().num_processes
+    total = BATCH if count is None or count >= BATCH else count
+    each = total // processes
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+        each = min(each, int(0.7 * memory / (PIXEL_BYTES * side**2)))
+    each = 2 ** int(math.log2(max(1, each)))
+    total = max(1, total // (each * processes)) * each * processes
+    return dataclasses.replace(options, total_batch_size=total, train_batch_size=each)
 
 
 def unet(side: int, channels: int, device: str) -> Table:

@@ -32,15 +32,17 @@ from .run_folder import OF_DATA, OF_PLACES
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
-# What experiments write for others. All else stays: what only this machine needs, and what users keep beside it.
+# What experiments write for others, as `Path.glob` takes it. All else in a folder stays: what only this machine needs,
+# and what users keep beside it.
 PUBLISHED = (
     "README.md", ".eval_results/*.yaml", "model_index.json", "config.json", "preprocessor_config.json",
-    "model.safetensors*", "head.safetensors", "*/config.json", "*/scheduler_config.json",
-    "*/diffusion_pytorch_model*.safetensors", "*/diffusion_pytorch_model*.safetensors.index.json",
-    "training_options.yaml", "train_results.json", "eval_results.json", "heat_map.png", "accuracy_over_sigma.png",
-    "confusion.png", "test_predictions.npy", "test_labels.npy", "samples/step-*.png", "images/*-step-*.png",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "head.safetensors",
+    "scheduler/scheduler_config.json", "training_options.yaml", "train_results.json", "eval_results.json",
+    "heat_map.png", "accuracy_over_sigma.png", "confusion.png", "test_predictions.npy", "test_labels.npy",
+    "samples/step-*.png", "images/*-step-*.png",
+    *(f"{part}/config.json" for part in ("unet", "transformer", "vae")),
+    *(f"{part}/diffusion_pytorch_model*.safetensors*" for part in ("unet", "transformer", "vae")),
 )  # fmt: skip
-PRIVATE = ("checkpoint-*", "raw/*")  # of which some are named like these
 
 
 @dataclass(kw_only=True)
@@ -101,14 +103,13 @@ def publish(hub: HubOptions, folder: StrPath, message: str, generator: StrPath |
         raise ValueError(f"{folder} is complete, but for its card: {error}") from error
     if not hub.push_to_hub or hub.hub_model_id is None:
         return None
+    files = sorted(str(path.relative_to(folder)) for kind in PUBLISHED for path in Path(folder).glob(kind))
     try:
         commit = HfApi().upload_folder(
-            repo_id=hub.hub_model_id, folder_path=str(folder), allow_patterns=list(PUBLISHED),
-            ignore_patterns=list(PRIVATE), commit_message=message,
-        )  # fmt: skip
+            repo_id=hub.hub_model_id, folder_path=str(folder), allow_patterns=files, commit_message=message
+        )
     except Exception as error:  # the client raises a dozen kinds
-        chosen = [word for pattern in PUBLISHED for word in ("--include", pattern)]
-        chosen += [word for pattern in PRIVATE for word in ("--exclude", pattern)]
+        chosen = [word for file in files for word in ("--include", file)]
         command = shlex.join(["hf", "upload", hub.hub_model_id, str(folder), ".", *chosen])
         text = f"{folder} is complete, but it was not pushed: {error}\nNothing is lost; to push it:\n\n    {command}"
         raise ValueError(text) from error

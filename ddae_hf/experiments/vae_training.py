@@ -1,7 +1,8 @@
 """Training a small variational autoencoder on images, which need no labels, for denoisers that work on latents.
 
     from ddae_hf.experiments import Images, train_vae
-    result = train_vae(Images.open("uoft-cs/cifar10"), vae={"block_out_channels": [32, 64]}, output_dir="runs/vae")
+    images = Images.open("uoft-cs/cifar10")
+    result = train_vae(images, autoencoder={"block_out_channels": [32, 64]}, output_dir="runs/vae")
     print(result.table())
 
 The folder opens with diffusers' `AutoencoderKL.from_pretrained`, and `encode` takes it; its `scaling_factor` is

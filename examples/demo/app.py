@@ -7,7 +7,7 @@ This is `ddae demo`, as a script, and takes the same options.
 
 import sys
 
-from ddae_hf.commands.main import main
+from ddae_hf.commands.main import run
 
 if __name__ == "__main__":
-    main(["demo", *sys.argv[1:]])
+    run(["demo", *sys.argv[1:]])

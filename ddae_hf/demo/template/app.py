@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from ddae_hf.commands.main import main
+from ddae_hf.commands.main import run
 
 VARIABLES = {
     "DDAE_CHECKPOINT": "model_name_or_path",
@@ -20,4 +20,4 @@ VARIABLES = {
 if __name__ == "__main__":
     os.chdir(Path(__file__).resolve().parent)
     named = [f"--{option}={os.environ[variable]}" for variable, option in VARIABLES.items() if variable in os.environ]
-    main(["demo", "--config", "demo.yaml", *named, *sys.argv[1:]])
+    run(["demo", "--config", "demo.yaml", *named, *sys.argv[1:]])
