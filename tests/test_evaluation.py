@@ -254,7 +254,7 @@ def test_images_are_found_through_links_and_the_rest_is_said(tmp_path):
         (["--images_dir", "somewhere"], "Give one of model_name_or_path and images_dir"),
         (["--num_images", "3"], "num_images is 3: it must be at least 4"),
         (["--extractor_batch_size", "0"], "extractor_batch_size is 0: it must be at least 1"),
-        (["--scheduler", "Adam"], "diffusers has no such scheduler"),
+        (["--sampling_scheduler", "Adam"], "diffusers has no such scheduler"),
         (["--baseline_split", "holdout"], "has no split 'holdout'"),
         (["--baseline_split", "train"], "baseline_split is 'train', as reference_split: compare other images"),
         (["--features_dir", __file__], "features_dir is .* is a file: give a folder"),

@@ -48,7 +48,7 @@ def test_every_option_says_what_it_is_and_no_old_name_is_one():
             assert field.metadata["help"].endswith("."), f"{command}: {field.name}"
     every = {field.name for command in COMMANDS for field in fields_of(command)}
     # Old names of some commands that others have.
-    elsewhere = {"batch_size", "checkpoint", "max_train_samples", "num_images", "train_split", "vae"}
+    elsewhere = {"batch_size", "checkpoint", "max_train_samples", "num_images", "scheduler", "train_split", "vae"}
     assert every & RENAMED.keys() == elsewhere
     grouped = [name for names in GROUPS.values() for name in names.split()]
     assert len(grouped) == len(set(grouped)) and set(grouped) <= every

@@ -150,8 +150,11 @@ def test_a_folder_of_version_0_2_0_goes_on(conditional, tmp_path):
         ({"class_label": 3}, "the denoiser is unconditional"),
         ({"class_label": "all"}, "the denoiser is unconditional"),
         ({"guidance_scale": 2}, r"guidance needs classes \(class_label\)"),
-        ({"scheduler": "EDMEulerScheduler"}, "EDMEulerScheduler is of edm, but the network was trained with ddpm"),
-        ({"scheduler": "Adam"}, "diffusers has no such scheduler"),
+        (
+            {"sampling_scheduler": "EDMEulerScheduler"},
+            "EDMEulerScheduler is of edm, but the network was trained with ddpm",
+        ),
+        ({"sampling_scheduler": "Adam"}, "diffusers has no such scheduler"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"seed": -1}, "seed is -1: it must be at least 0"),
         ({"dtype": "float16"}, "dtype is 'float16': allowed are float32, bfloat16"),

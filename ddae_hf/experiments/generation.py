@@ -44,7 +44,9 @@ class GenerationOptions(Options):
     num_images: int = option(64, "Images to generate.")
     batch_size: int = option(64, "Images that are sampled at once.")
     num_inference_steps: int = option(100, "Sampling steps.")
-    scheduler: str | None = option(None, "Another diffusers scheduler of the same framework, such as DDIMScheduler.")
+    sampling_scheduler: str | None = option(
+        None, "Another diffusers scheduler of the same framework, such as DDIMScheduler."
+    )
     sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler, in place of the scheduler's steps.")
     class_label: list[str] | None = option(None, "Classes to generate in turn, by number or name, or `all`.")
     guidance_scale: float = option(1.0, "Strength of classifier-free guidance; at 1 there is none.")
@@ -61,9 +63,9 @@ class GenerationOptions(Options):
 
     def check(self) -> None:
         """Refuse schedulers that diffusers has not, and an empty list of classes."""
-        known = getattr(diffusers, self.scheduler or "DDIMScheduler", None)
+        known = getattr(diffusers, self.sampling_scheduler or "DDIMScheduler", None)
         if not (isinstance(known, type) and issubclass(known, diffusers.SchedulerMixin)):
-            raise ValueError(f"scheduler is {self.scheduler}: diffusers has no such scheduler.")
+            raise ValueError(f"sampling_scheduler is {self.sampling_scheduler}: diffusers has no such scheduler.")
         if self.class_label == []:
             raise ValueError("class_label names no class: give some, or leave it out.")
 
@@ -136,11 +138,12 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
         made_fast(pipeline.denoiser, best_device())
         if pipeline.vae is not None:
             pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
-    if options.scheduler:
+    if options.sampling_scheduler:
         trained = pipeline.scheduler
-        pipeline.scheduler = change_scheduler(trained, getattr(diffusers, options.scheduler))
+        pipeline.scheduler = change_scheduler(trained, getattr(diffusers, options.sampling_scheduler))
         if (kind := family_of(pipeline.scheduler).name) != (wants := family_of(trained).name):
-            raise ValueError(f"scheduler {options.scheduler} is of {kind}, but the network was trained with {wants}.")
+            given = f"sampling_scheduler {options.sampling_scheduler} is of {kind}"
+            raise ValueError(f"{given}, but the network was trained with {wants}.")
     chosen_classes(pipeline, options)
     return pipeline
 

@@ -55,7 +55,8 @@ RENAMED = {
     "label_fraction": "few_labels, the number a class", "labels_per_class": "few_labels",
     "max_train_samples": "max_samples", "num_epochs": "num_train_epochs", "num_images": "max_samples",
     "num_quality_images": "num_images", "online_batch_size": "train_batch_size", "out_features": "layers",
-    "quality_extractor": "extractor", "sample_size": "resolution", "train_split": "split",
+    "quality_extractor": "extractor", "sample_size": "resolution", "scheduler": "sampling_scheduler",
+    "train_split": "split",
     "regularisation": "l2, 1 / (C N) for each C, with N training images", "vae": "autoencoder",
 }  # fmt: skip
 
