@@ -149,6 +149,7 @@ def test_a_command_starts_itself_again_unless_its_user_has_said_how_threads_wait
     assert start("sweep", OMP_NUM_THREADS="2")[1] == "PASSIVE"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only there does the program start itself again")
 def test_a_real_process_starts_itself_again_once():
     code = "import os; from ddae_hf.commands.main import run; "

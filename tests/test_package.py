@@ -180,6 +180,7 @@ def test_experiments_are_imported_when_they_are_first_used():
     assert libraries == "set()" or "accelerate" in libraries  # which diffusers imports for itself
 
 
+@pytest.mark.slow
 def test_an_experiment_whose_libraries_are_missing_says_what_to_install():
     code = """import sys
 sys.modules.update(dict.fromkeys(["datasets", "sklearn", "evaluate", "matplotlib", "torchmetrics"]))

@@ -401,6 +401,7 @@ def test_an_augmented_network_is_saved_as_a_plain_one_and_resumes_exactly(digits
         assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_saved_as_a_plain_one(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
     train(digits, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1", "--sample_steps", "0")

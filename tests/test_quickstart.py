@@ -111,6 +111,7 @@ def test_other_steps_than_those_of_a_finished_training_are_refused_before_anythi
     assert files(folder) == before
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_interrupted(folder, tmp_path, caplog):
     """Here after the training, and in the middle of writing the digits."""
     shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
