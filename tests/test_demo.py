@@ -423,7 +423,7 @@ def test_variables_name_what_a_space_shows(monkeypatch, space):
 
 def test_the_example_opens_the_page(run, monkeypatch):
     opened = []
-    monkeypatch.setattr(command, "show", lambda *given: opened.append(given))
+    monkeypatch.setattr(page_of_demo, "show", lambda *given: opened.append(given))
     monkeypatch.setattr(sys, "argv", ["app.py", *options_of(run), *SMALL, "--port", "7"])
     runpy.run_path(str(ROOT / "examples" / "demo" / "app.py"), run_name="__main__")
     ((demo, host, port),) = opened

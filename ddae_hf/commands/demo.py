@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..demo.page import show
 from ..demo.space import lay_space
 from ..demo.views import RUN, Demo, DemoOptions
 from ..experiments.images import DataOptions
@@ -29,11 +28,17 @@ class Arguments(DemoOptions):
     space_dir: str | None = option(None, "Folder to lay as a Space, new or empty, in place of opening the page.")
 
 
+INSTALL = "pip install 'ddae_hf[demo]'"
 KINDS = (DataOptions, Arguments)
 
 
 def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
+    if options.space_dir is None:
+        try:
+            from ..demo.page import show  # which a Space that is laid needs not
+        except ModuleNotFoundError as error:
+            raise ValueError(f"ddae demo needs {error.name}, which is not installed: {INSTALL}") from error
     if data.dataset_name is None and data.train_data_dir is None:
         data.dataset_name = str(RUN / "digits")
     for given, name in ((options, "model_name_or_path"), (options, "classifier"), (data, "dataset_name")):
