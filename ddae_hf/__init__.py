@@ -6,6 +6,7 @@ imported when it is first used.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from .pipeline_ddae import DDAEPipeline
 
 __version__ = "0.3.0"
+# Folder of a small checkpoint that ships with the package: it draws and classifies handwritten digits.
+DIGITS_CHECKPOINT = str(Path(__file__).parent / "digits_checkpoint")
 
 __all__ = [
+    "DIGITS_CHECKPOINT",
     "DDAEBackbone",
     "DDAEConfig",
     "DDAEForImageClassification",

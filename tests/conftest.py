@@ -173,9 +173,9 @@ def layouts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """scikit-learn's digits as the quickstart writes them."""
-    from ddae_hf.experiments.digits import write_digits
+    """scikit-learn's digits as a data set."""
+    from ddae_hf.experiments import digits as room
 
     folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
+    room.write_digits(folder, room.digits())
     return folder

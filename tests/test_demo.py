@@ -26,7 +26,7 @@ from PIL import Image
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.commands import main
 from ddae_hf.commands.parsing import parse
-from ddae_hf.experiments.digits import write_digits
+from ddae_hf.experiments.digits import digits, write_digits
 
 from . import commands
 from .conftest import make_unet
@@ -51,7 +51,7 @@ def pictures_in(text):
 def run(tmp_path_factory):
     """What `ddae quickstart` and `ddae sweep` write, at tiny size."""
     folder = tmp_path_factory.mktemp("run")
-    write_digits(folder / "digits")
+    write_digits(folder / "digits", digits())
     DDAEPipeline.for_denoiser(make_unet(**GREY), DDIMScheduler()).save_pretrained(folder / "checkpoint")
     options = ["--model_name_or_path", folder / "checkpoint", "--dataset_name", folder / "digits"]
     options += ["--output_dir", folder / "sweep", "--sigmas", "0.1", "1", "--num_noise_seeds", "1", "--l2", "1e-3"]
