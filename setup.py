@@ -49,6 +49,8 @@ setup(
             "commands/configs/*.yaml",
             "commands/configs/*/*.yaml",
             "demo/template/*",
+            "digits_checkpoint/*",
+            "digits_checkpoint/*/*",
         ]
     },
     entry_points={"console_scripts": ["ddae = ddae_hf.commands.main:run"]},

@@ -33,7 +33,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             defaults are close to the paper's best levels: 0.05 on images (0.047 for DDPM, 0.060 for EDM), and 0.42 on
             latents (DiT-XL/2 on CIFAR-10).
         timestep: The noise level as the denoiser is fed it (0-based), in place of `sigma`; stored as `sigma`.
-        pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions.
+        pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions, or `"mean_2x2"`, over
+            each quarter of them: see `pool_hidden_states`.
         feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters.
         noise_seed: Seed of the fixed noise used in evaluation, that of `sample_posterior` included.
         num_noise_samples: Draws of noise that features are averaged over.
@@ -147,8 +148,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Number of channels at `layer`, the width of its features."""
-        return hidden_size(skeleton(self.denoiser), str(self.layer))
+        """Width of the features: the number of channels at `layer`, four times with the pooling `"mean_2x2"`."""
+        return hidden_size(skeleton(self.denoiser), str(self.layer), self.pooling)
 
     @property
     def stage_names(self) -> list[str]:

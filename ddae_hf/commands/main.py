@@ -32,7 +32,7 @@ COMMANDS = {
     "configs": "list the configurations that --config takes by name",
 }
 SHARED = ("pretrain", "generate", "evaluate", "finetune", "train-vae")  # which several processes can share
-EXTRAS = {"demo": "demo", "quickstart": "quickstart"}  # of the package, where a command needs another than `experiments`
+EXTRAS = {"demo": "demo", "quickstart": "quickstart"}  # where not `experiments`
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 

@@ -23,7 +23,6 @@ from sklearn.svm import SVC
 
 from .arrays import written_whole
 
-
 MAX_VALUES = 64  # an image, for the judge
 Splits: TypeAlias = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -67,9 +66,10 @@ def write_digits(folder: Path, splits: Splits) -> None:
 
 
 class Judge:
-    """A support vector machine on pixels, or on their first 64 principal components, that names an image as a digit or none.
+    """A support vector machine on pixels, which names an image as a digit, or as none.
 
-    Its eleventh class is training digits with their pixels shuffled, so that what is no digit need not be named as one.
+    Of images with more pixels it reads the first 64 principal components. Its eleventh class is training digits with
+    their pixels shuffled, so that what is no digit need not be named as one.
 
     Attributes:
         accuracy: On the test digits, in %.

@@ -38,6 +38,11 @@ class ExportOptions(Options):
     layers: list[str] = option(["own"], "Names of layers, `decoder`, `all`, or `own`, the checkpoint's one.")
     sigma: float | None = option(None, "Noise level; by default the checkpoint's.")
     view: int = option(0, "Number of the draw of noise; sweeps take 0 in training, 1 in tests.")
+    pooling: Literal["mean", "max", "mean_2x2"] | None = option(
+        None,
+        "How hidden states become features: their mean, maximum, or the means of their four quarters, which tell "
+        "where something is in images that are aligned; by default the checkpoint's.",
+    )
     num_noise_samples: int = option(1, "Draws of noise that features are averaged over.")
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
     noise_seed: int = option(0, "Seed of the noise.")

@@ -139,4 +139,5 @@ class FeatureCache:
                 indices = range(start, start := start + len(batch))
                 yield batch_features(self.model, batch, indices, missing, sigma, noise_seed=self.noise_seed, view=view)
 
-        return fill(folder, {layer: (hidden_size(self.model.denoiser, layer),) for layer in layers}, count, batches)
+        denoiser, pooling = self.model.denoiser, self.model.config.pooling
+        return fill(folder, {layer: (hidden_size(denoiser, layer, pooling),) for layer in layers}, count, batches)

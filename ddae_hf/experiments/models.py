@@ -58,7 +58,7 @@ def open_for(model: Model, options: Any, **config: Any) -> DDAEModel:
     """Return the model that an experiment of features reads, as its options say: see `open_model`."""
     return open_model(
         model, dtype=options.dtype, cache_dir=options.cache_dir,
-        null_class=options.null_class, num_noise_samples=options.num_noise_samples, **config,
+        null_class=options.null_class, num_noise_samples=options.num_noise_samples, pooling=options.pooling, **config,
     )  # fmt: skip
 
 

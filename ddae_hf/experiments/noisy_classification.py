@@ -231,7 +231,7 @@ class Study:
         """Return the training images' features (N, C) in a draw, kept on disk, and their levels (N,)."""
         options = self.options
         sigmas = log_uniform(options, len(self.train), [options.noise_seed, view])
-        size = sum(hidden_size(self.model.denoiser, layer) for layer in self.layers)
+        size = sum(hidden_size(self.model.denoiser, layer, self.model.config.pooling) for layer in self.layers)
 
         def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
             seed_by(options.seed, view)

@@ -255,7 +255,7 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
     Every epoch has fresh noise, flips and crops; the optimiser is Adam, on a cosine schedule.
     """
     options, model, labels = prober.options, prober.model, torch.from_numpy(prober.labels["train"])
-    widths = {layer: hidden_size(model.denoiser, layer) for layer in layers}
+    widths = {layer: hidden_size(model.denoiser, layer, model.config.pooling) for layer in layers}
     steps = math.ceil(len(rows) / options.train_batch_size)
 
     def of_epoch(epoch: int) -> list[np.ndarray]:

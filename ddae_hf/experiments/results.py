@@ -164,6 +164,8 @@ class ProbeReport(Report, Probe):
             others = f", the others {' and '.join(changes)} at random" if changes else ""
             text += f" Each image came in {options['num_views']} views, the first as it is{others}; those of test "
             text += "images are averaged over."
+        if options.get("pooling") == "mean_2x2":
+            text += " Features are the means of the four quarters of a hidden state."
         if options.get("num_noise_samples", 1) > 1:
             text += f" Features are averaged over {options['num_noise_samples']} draws of noise an image."
         draws = max(map(len, self.few_label_test_accuracies.values()), default=0)

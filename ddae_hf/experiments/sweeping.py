@@ -81,6 +81,11 @@ class SweepOptions(SplitOptions):
     few_labels: list[int] = option([], "Also probe with so many labels a class, such as 1 5 10 100.")
     num_draws: int = option(5, "Draws of few_labels.")
     baselines: bool = option(False, "Also probe raw pixels, and the same network untrained.")
+    pooling: Literal["mean", "max", "mean_2x2"] | None = option(
+        None,
+        "How hidden states become features: their mean, maximum, or the means of their four quarters, which tell "
+        "where something is in images that are aligned; by default the checkpoint's.",
+    )
     num_noise_samples: int | None = option(None, "Draws of noise that every view's features are averaged over.")
     null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
     batch_size: int = option(250, "Images at a time.")
@@ -237,12 +242,12 @@ def sweep_inputs(
         if path_of(source) is not None:
             model.cpu()  # the whole classifier takes its place
         config |= {"layer": found.best.layer, "sigma": found.best.sigma, "noise_seed": options.noise_seed}
-        config |= {name: getattr(model.config, name) for name in ("num_noise_samples", "null_class")}
+        config |= {name: getattr(model.config, name) for name in ("num_noise_samples", "null_class", "pooling")}
         classifier, accuracy = _classifier(source, prober, processor, fitted, config)
-    draws = model.config.num_noise_samples
     settled = dataclasses.replace(
-        options, random_flip=options.flips, random_crop=options.crop_padding, num_noise_samples=draws
-    )
+        options, random_flip=options.flips, random_crop=options.crop_padding, pooling=model.config.pooling,
+        num_noise_samples=model.config.num_noise_samples,
+    )  # fmt: skip
     result = SweepResult(
         **vars(found), **machine(device), checkpoint=path_of(source), fingerprint=fingerprint(model.denoiser),
         **report_facts(source, images, settled, train.images, test.images),

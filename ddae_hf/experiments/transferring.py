@@ -140,7 +140,8 @@ def features_use(prober: Prober, options: TransferOptions) -> str:
     """Return what features of latents will take, and how often the denoiser will run, in words."""
     if options.online:
         return "These probes keep no features: the denoiser runs on every image at each noise level and epoch."
-    widths = [num_bytes((hidden_size(prober.model.denoiser, layer),), 1) for layer in prober.layers]
+    pooling = prober.model.config.pooling
+    widths = [num_bytes((hidden_size(prober.model.denoiser, layer, pooling),), 1) for layer in prober.layers]
     choosing = len(prober.chosen_on) * len(prober.sigmas)
     probing = (len(prober.train) + len(prober.test)) * options.num_views * options.num_noise_seeds
     return (
