@@ -20,7 +20,8 @@ OTHERS = "this experiment"
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Return a page's text with options in place of its marks, and without links to files that the site has not."""
     markdown = markdown.replace("<!-- options of all commands -->", "\n\n".join(map(_command, COMMANDS)))
-    markdown = re.sub(r"<!-- options: (\w+) -->", lambda mark: _table([getattr(experiments, mark[1])]), markdown)
+    markdown = re.sub(r"<!-- options: (\w+) -->", lambda mark: _options(mark[1]), markdown)
+    markdown = markdown.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     folder, root = Path(page.file.abs_src_path).parent, Path(config.docs_dir)
 
     def inside(link: re.Match[str]) -> str:
@@ -33,20 +34,25 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def _command(name: str) -> str:
     """Return a section of a command: what `--help` says of it, and its options by what they are about."""
     module = importlib.import_module(f"ddae_hf.commands.{name.replace('-', '_')}")
-    says = re.sub(r"^ {4}(.*\n?)", r"    \1", inspect.cleandoc(module.__doc__ or ""), flags=re.MULTILINE)
     named = {option: title for title, options in GROUPS.items() for option in options.split()}
-    parts = [f"### ddae {name}", says]
+    fields = [field for kind in module.KINDS for field in dataclasses.fields(kind)]
+    parts = [f"### ddae {name}", inspect.cleandoc(module.__doc__ or "")]
     for title in (*GROUPS, OTHERS):
-        if table := _table(module.KINDS, lambda option: named.get(option, OTHERS) == title):  # noqa: B023
-            parts += [f"**{title[0].upper()}{title[1:]}**", table]
+        if found := [field for field in fields if named.get(field.name, OTHERS) == title]:
+            parts += [f"**{title[0].upper()}{title[1:]}**", _table(found, "--")]
     return "\n\n".join(parts)
 
 
-def _table(kinds: Sequence[type], wanted: Any = lambda option: True) -> str:
-    """Return the options of dataclasses that are wanted as a table, or nothing if there are none."""
-    fields = [field for kind in kinds for field in dataclasses.fields(kind) if wanted(field.name)]
-    rows = [f"| `{field.name}` | {_default(field)} | {_help(field)} |" for field in fields]
-    return "\n".join(["| option | default | what it is |", "|---|---|---|", *rows]) if rows else ""
+def _options(name: str) -> str:
+    """Return a section of a dataclass of options, which signatures link to."""
+    kind = getattr(experiments, name)
+    return f"### {name} {{#{kind.__module__}.{name}}}\n\n{_table(dataclasses.fields(kind))}"
+
+
+def _table(fields: Sequence[dataclasses.Field[Any]], before: str = "") -> str:
+    """Return options as a table, with what stands before their names."""
+    rows = [f"| `{before}{field.name}` | {_default(field)} | {_help(field)} |" for field in fields]
+    return "\n".join(["| option | default | what it is |", "|---|---|---|", *rows])
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
