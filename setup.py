@@ -24,6 +24,9 @@ DEMO = [*QUICKSTART, "gradio>=6.31"]
 DEVELOPMENT = [
     *DEMO,
     "build>=1.2",
+    "mkdocs-material>=9.8",
+    "mkdocstrings>=1.0",
+    "mkdocstrings-python>=2.0",
     "mypy>=1.15",
     "onnxruntime>=1.32",
     "onnxscript>=0.7",

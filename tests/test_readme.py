@@ -1,7 +1,8 @@
-"""The README's Python, every line of it as it stands there, beside tiny checkpoints under the names that it has."""
+"""The Python of the README and of the guides, every line as it stands there, beside tiny checkpoints of its names."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,16 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, D
 
 from .conftest import make_dit, make_unet, make_vae
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+BLOCKS = {page.stem: re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL) for page in PAGES}
 CIFAR = "google/ddpm-cifar10-32"
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """What the README opens, tiny: with the blocks that the named layers are of, and images of the named columns."""
-    root = tmp_path_factory.mktemp("readme")
+    """What the pages open, tiny: with the blocks that the named layers are of, and images of the named columns."""
+    root = tmp_path_factory.mktemp("pages")
     digits = DDPMPipeline(make_unet(in_channels=1, out_channels=1), DDIMScheduler())
     generator, classifier = root / "runs/quickstart/checkpoint", root / "runs/quickstart/classifier"
     digits.save_pretrained(generator)
@@ -46,25 +48,31 @@ def here(tmp_path_factory):
         pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
         columns = {"img": [Image.fromarray(each) for each in pixels], "label": 4 * [0, 1, 2]}
         Dataset.from_dict(columns, features).to_parquet(root / f"uoft-cs/cifar10/{split}.parquet")
+    for name in ("cat", "dog"):
+        Image.fromarray(pixels[0]).resize((40, 30)).save(root / f"{name}.png")
     return root
 
 
-def test_the_readmes_code_runs(here, monkeypatch):
-    """From top to bottom, as its reader goes; a push is noted, and not made."""
-    monkeypatch.chdir(here)
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
+def test_the_code_of_a_page_runs(page, here, tmp_path, monkeypatch):
+    """From top to bottom, as its reader goes, in a folder of its own; a push is noted, and not made."""
+    shutil.copytree(here, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     pushed = []
     monkeypatch.setattr(DDAEForImageClassification, "push_to_hub", lambda self, name: pushed.append(name))
     names = {"pixel_values": torch.rand(2, 3, 16, 16) * 2 - 1}
-    for number, code in enumerate(BLOCKS, start=1):
+    for number, code in enumerate(BLOCKS[page], start=1):
         if "save_head" in code:  # of a classifier, and of its generator
             names["model"] = DDAEForImageClassification.from_pretrained(CIFAR, num_labels=3)
             names["pipeline"] = DDAEPipeline.from_pretrained(CIFAR)
-        exec(compile(code, f"README.md, block {number}", "exec"), names)
+        exec(compile(code, f"{page}.md, block {number}", "exec"), names)
         if "Trainer(" in code:
             check_training(names)
         if "save_head" in code:
-            check_saved(names["model"], names["pixel_values"])
-    assert pushed == ["me/classifier"] and Path("map.png").is_file()
+            check_saved(names["model"], torch.rand(2, 3, 16, 16) * 2 - 1)
+        for file in re.findall(r'^[^#\n]*\.(?:save|savefig)\("([^"]+)"\)', code, re.MULTILINE):
+            assert Path(file).exists(), file
+    assert pushed == (["me/classifier"] if any("push_to_hub(" in code for code in BLOCKS[page]) else [])
 
 
 def check_training(names):

@@ -4,7 +4,7 @@
     ddae convert model_1999.pth --framework ddpm --output_dir runs/ddpm_unet
 
 What the file holds is seen from its content; which files are known, and how exact their conversions are, says
-`docs/converting.md`. Nothing that a file names is run.
+`docs/guides/converting.md`. Nothing that a file names is run.
 """
 
 from __future__ import annotations

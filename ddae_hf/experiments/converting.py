@@ -61,7 +61,7 @@ def convert(
     """Convert a published checkpoint; what its file holds is seen from its content, and nothing that it names is run.
 
     Args:
-        checkpoint: The file; `docs/converting.md` has those that are known, and how exact their conversions are.
+        checkpoint: The file; `docs/guides/converting.md` has those that are known, and how exact their conversions are.
         output_dir: Folder to write, which must not hold anything yet.
         options: What the file does not say.
         **changes: Fields of the options that are to be others.

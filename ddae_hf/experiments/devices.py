@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory that tensors free for the next ones, however large, until the process ends.
 
     By default the kernel clears every page of tensors above 32 MiB: up to a third of a forward pass of large batches
-    (docs/performance.md). Where `MALLOC_...` or `GLIBC_TUNABLES` in the environment set it up, it stays so.
+    (docs/appendix/performance.md). Where `MALLOC_...` or `GLIBC_TUNABLES` in the environment set it up, it stays so.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not chosen:
