@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart demo model-cards test test-slow test-minimum check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
+.PHONY: quickstart demo digits-checkpoint model-cards test test-slow test-minimum check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -48,6 +48,17 @@ docs: $(VENV)/.installed  ## The site of docs/, into build/site; a link that lea
 
 wheel: $(VENV)/.installed  ## Build the wheel.
 	$(BIN)/python -m build --wheel --outdir dist .
+
+digits-checkpoint: $(VENV)/.installed  ## Train the checkpoint that ships with the package, on MNIST: half an hour on two CPU cores.
+	$(BIN)/python -c "from pathlib import Path; from ddae_hf.experiments.digits import mnist, write_digits; \
+		write_digits(Path('runs/digits_checkpoint/digits'), mnist())"
+	$(BIN)/ddae pretrain --config mnist --max_train_steps 6000 --ema_decay 0.999 --checkpointing_steps 1000 \
+		--sample_steps 2000 --dataset_name runs/digits_checkpoint/digits --output_dir runs/digits_checkpoint/checkpoint \
+		--resume_from_checkpoint latest
+	$(BIN)/ddae sweep --model_name_or_path runs/digits_checkpoint/checkpoint --pooling mean_2x2 --knn --baselines \
+		--few_labels 1 3 10 30 100 --num_draws 10 --dataset_name runs/digits_checkpoint/digits \
+		--output_dir runs/digits_checkpoint/sweep
+	$(BIN)/python model_cards/ship.py
 
 digits-frameworks: $(VENV)/.installed  ## Every framework with every network on handwritten digits, side by side.
 	$(BIN)/python -m benchmarks.digits_frameworks --output_dir runs/digits_frameworks

@@ -521,3 +521,15 @@ def test_a_run_that_cannot_be_swept_is_refused_at_once(run_folder, digits, tmp_p
     with pytest.raises(SystemExit, match="no folder `checkpoint-STEP`"):
         commands.run("sweep", *options, tmp_path)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_another_pooling_has_features_of_its_own_and_goes_along_with_the_classifier(checkpoint, digits, tmp_path):
+    plain = run(checkpoint, digits, tmp_path)
+    quarters = run(checkpoint, digits, tmp_path, "--pooling", "mean_2x2")  # what is kept there is of the mean
+    assert quarters["pairs"] != plain["pairs"]
+    assert "means of the four quarters" in ProbeReport.read(tmp_path).table()
+    classifier = DDAEForImageClassification.from_pretrained(tmp_path / "classifier")
+    channels = DDAEModel.from_pretrained(checkpoint, layer=quarters["best"]["layer"]).config.hidden_size
+    assert classifier.config.pooling == "mean_2x2" and classifier.classifier.in_features == 4 * channels
+    tested = quarters["test_accuracies"]["0"]
+    assert abs(quarters["saved_classifier_test_accuracy"] - tested) < 0.1
