@@ -144,7 +144,7 @@ def test_a_stream_is_refused_in_words(vae, digits, tmp_path):
 
 
 def test_an_option_that_there_is_not_gets_the_nearest(vae, images):
-    with pytest.raises(ValueError, match="there is no option 'mirrored': the nearest are mirror"):
+    with pytest.raises(ValueError, match="there is no option 'mirrored': the nearest is mirror"):
         encode(vae, images, mirrored=True)
 
 
