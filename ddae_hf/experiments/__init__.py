@@ -18,8 +18,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .libraries import not_installed
-
 _ROOMS = {
     "converting": ("ConversionOptions", "convert"),
     "correspondences": ("CorrespondenceOptions", "find_correspondences"),
@@ -72,6 +70,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
             raise
+        from .libraries import not_installed
+
         raise ImportError(not_installed(f"{__name__}.{name}", error.name, "experiments")) from error
     globals()[name] = value
     return value
