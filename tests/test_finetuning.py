@@ -1,7 +1,6 @@
 """Fine-tuning: its rules one by one, and its runs, at tiny size, on real digits."""
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -149,24 +148,6 @@ def test_an_open_model_gives_what_its_checkpoint_gives_and_stays_as_it_is(checkp
     result.save(tmp_path)
     assert_same(tmp_path, tmp_path, "model.safetensors")
     assert accuracies(tmp_path, digits, 70)[0] == pytest.approx(result.test_accuracy)
-
-
-def test_that_the_classifier_is_new_is_not_reported(checkpoints, digits):
-    records = []
-    reporting = logging.getLogger("transformers.modeling_utils")
-    handler = logging.Handler()
-    handler.emit = records.append
-    reporting.addHandler(handler)
-    try:
-        level = reporting.getEffectiveLevel()
-        reporting.setLevel(logging.WARNING)
-        run(checkpoints / "flow", digits, None, max_train_steps=1)
-        assert not records and not reporting.filters
-        make_model("flow", checkpoints)
-        assert "LOAD REPORT" in records[0].getMessage()
-    finally:
-        reporting.removeHandler(handler)
-        reporting.setLevel(level)
 
 
 # Resuming
@@ -703,7 +684,7 @@ def test_few_labels_are_those_that_a_probe_draws(checkpoints, digits):
         ({"random_crop": 8}, "random_crop is 8: the images' sides are"),
         ({"layer": "up_blocks.8.resnets.0"}, "There is no layer 'up_blocks.8.resnets.0'"),
         ({"sigma": 1e9}, "outside the schedule"),
-        ({"sigma": -1.0}, "sigma -1.0 is outside the schedule"),
+        ({"sigma": -1.0}, "sigma is -1.0: it must be at least 0"),
         ({"null_class": 3}, "takes no labels"),
         ({"max_train_samples": 1}, "are all of one class"),
         ({"test_split": "train"}, "test on other images"),
@@ -739,10 +720,9 @@ def test_what_batch_statistics_cannot_do_is_refused(checkpoints, digits, tmp_pat
 
 
 def test_every_number_has_a_range():
-    """But for the level, which is checked with the network."""
     hints = finetuning.FinetuningOptions.__annotations__
     numbers = {name for name, hint in hints.items() if "int" in str(hint) or "float" in str(hint)}
-    assert numbers - set(RANGES) == {"sigma"} and len(numbers) > 15
+    assert numbers <= set(RANGES) and len(numbers) > 15
 
 
 def test_the_command_is_a_caller(checkpoints, digits, tmp_path, capsys):

@@ -267,8 +267,8 @@ def test_online_protocols_train_on_fresh_noise(protocol, checkpoint, digits, tmp
         (["--output_dir", ""], "output_dir is empty: give a folder"),
         (["--features_dir", ""], "features_dir is empty: give a folder"),
         (["--layers", "up_blocks.7"], "no layer 'up_blocks.7'"),
-        (["--sigmas", "1000"], "sigma"),
-        (["--sigmas", "-1"], "sigma"),
+        (["--sigmas", "1000"], "sigma 1000.0 is outside the schedule"),
+        (["--sigmas", "-1"], "sigmas is -1.0: it must be at least 0"),
         (["--few_labels", "100"], "100 labels a class are asked for: allowed are 1 to"),
         (["--test_split", "train"], "test_split is 'train', as train_split"),
         (["--validation_fraction", "0.999"], "leave 0 to fit on and 300 to choose on"),
@@ -296,7 +296,7 @@ def test_what_the_data_or_the_network_forbid_is_refused_at_once(checkpoint, digi
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="output_dir is .* is a file: give a folder"):
         SweepOptions(output_dir=tmp_path / "file")
-    with pytest.raises(ValueError, match="here is no option 'sigma': the nearest are sigmas"):
+    with pytest.raises(ValueError, match="here is no option 'sigma': the nearest is sigmas"):
         sweep(checkpoint, same, sigma=[0.1])
     assert not list(tmp_path.rglob("*.npy"))
 

@@ -511,6 +511,31 @@ def full_inside_torch(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(tmp_path):
+    def another(step):
+        if step == 5:
+            (tmp_path / "partial-checkpoint").mkdir()  # as if it were being written
+            with pytest.raises(ValueError, match=f"^Another training is at work in {tmp_path}: choose another output"):
+                run_loop(tmp_path)
+            assert (tmp_path / "partial-checkpoint").is_dir()
+
+    (tmp_path / "partial-checkpoint-3").mkdir()  # of a run that was killed
+    assert run_loop(tmp_path, after=another).progress.steps == 40
+    assert {f.name for f in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (10, 20, 30, 40)}
+    assert run_loop(tmp_path, resume="latest", total=50).progress.steps == 50
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_any_step(tmp_path, monkeypatch):
+    def refused(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    steps = []
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(OSError, match="run could not be written to: Permission denied"):
+        run_loop(tmp_path / "run", after=steps.append)
+    assert not steps
+
+
 @pytest.mark.parametrize("fails", [full, full_inside_safetensors, full_inside_torch])
 def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(tmp_path, fails):
     saved = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..demo.space import lay_space
 from ..demo.views import RUN, Demo, DemoOptions
 from ..experiments.images import DataOptions
+from ..experiments.libraries import not_installed
 from ..experiments.options import option
 
 
@@ -28,7 +29,6 @@ class Arguments(DemoOptions):
     space_dir: str | None = option(None, "Folder to lay as a Space, new or empty, in place of opening the page.")
 
 
-INSTALL = "pip install 'ddae_hf[demo]'"
 KINDS = (DataOptions, Arguments)
 
 
@@ -38,7 +38,7 @@ def main(data: DataOptions, options: Arguments) -> None:
         try:
             from ..demo.page import show  # which a Space that is laid needs not
         except ModuleNotFoundError as error:
-            raise ValueError(f"ddae demo needs {error.name}, which is not installed: {INSTALL}") from error
+            raise ValueError(not_installed("ddae demo", error.name, "demo")) from error
     if data.dataset_name is None and data.train_data_dir is None:
         data.dataset_name = str(RUN / "digits")
     for given, name in ((options, "model_name_or_path"), (options, "classifier"), (data, "dataset_name")):

@@ -34,6 +34,7 @@ from .devices import best_device, machine
 from .extractors import Extractor, check_extractor, open_extractor
 from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
 from .images import Images, ImageSet
+from .libraries import pip_line
 from .models import path_of
 from .options import option
 from .plots import image_grid
@@ -349,7 +350,8 @@ def _torchmetrics(name: str, width: int, **options: Any) -> Any:
     try:
         from torchmetrics.image import fid, kid
     except ImportError as error:
-        raise ImportError(f"This distance needs torchmetrics: pip install 'torchmetrics>=1.6' ({error}).") from error
+        line = pip_line("experiments", "torchmetrics")
+        raise ImportError(f"This distance needs torchmetrics: {line} ({error}).") from error
     metric: Any = fid.FrechetInceptionDistance if name == "Frechet" else kid.KernelInceptionDistance
     identity: Any = torch.nn.Identity()
     identity.num_features = width
