@@ -82,8 +82,8 @@ def main(options: Arguments) -> None:
     announce(f"2 of 4: it draws {NUM_SAMPLES} digits, from noise", 10)
     show("generate", *model, "--num_images", NUM_SAMPLES, "--batch_size", NUM_SAMPLES, "--output_dir", samples)
     announce("3 of 4: a linear classifier reads its features, beside raw pixels and an untrained network", 60)
-    show("probe", *model, "--dataset_name", data, "--sigmas", 0.1, 0.2, "--few_labels", 10, "--baselines",
-         "--output_dir", classifier)  # fmt: skip
+    show("probe", *model, "--dataset_name", data, "--sigmas", 0.1, 0.2, "--pooling", "mean_2x2", "--few_labels", 10,
+         "--baselines", "--output_dir", classifier)  # fmt: skip
     announce("4 of 4: what came out", 10)
     compare(folder, digits, [Image.open(samples / f"{number:05d}.png") for number in range(NUM_SAMPLES)])
     classify(folder / "test_image.png", digits, classifier)
