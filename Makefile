@@ -9,7 +9,9 @@ PARALLEL := --numprocesses 2 --dist loadfile
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	@echo "Everything that the project needs is downloaded into $(VENV): about 0.5 GB. On Linux torch brings CUDA's"
+	@echo "libraries, some gigabytes more, unless pip is configured to find a build without them."
+	$(BIN)/pip install $(if $(CI),--quiet) --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
