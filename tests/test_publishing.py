@@ -212,13 +212,13 @@ def test_facts_that_runs_add_are_shown(runs, digits, tmp_path):
     (folder / "train_results.json").write_text(json.dumps(results))
     card = make_card(folder)
     assert make_card(runs / "tuned", results=[folder]).data.base_model is None  # it is the folder's own
-    assert card.data.datasets == ["someone/digits"] and "on Digits (split `train`, 1,437 images)" in card.text
+    assert card.data.datasets == ["someone/digits"] and "on 1,437 images of Digits, split `train`," in card.text
     assert "| pretraining | hardware | processor Some CPU, cores 2 |" in card.text
     assert "| pretraining | time | 7,200 s, 2.00 h |" in card.text and "torch 9.8" in card.text and "4,242" in card.text
     assert card.data.base_model == "someone/before"
     del results["dataset"]
     (folder / "train_results.json").write_text(json.dumps(results))
-    assert f"without labels on {digits.name} (split `train`) for" in make_card(folder).text  # not its whole path
+    assert f"without labels on {digits.name}, split `train`, for" in make_card(folder).text  # not its whole path
 
 
 def test_what_cannot_be_is_refused(runs, layouts, tmp_path):

@@ -146,7 +146,8 @@ class ProbeReport(Report, Probe):
     def _protocol(self) -> str:
         options, images = self.options, self.images
         probe = options.get("protocol", "logistic_regression").replace("_", " ")
-        text = f"Test accuracy, in %, of linear probes ({probe}) on the frozen network, on {images['test']:,} test images. "
+        text = f"Test accuracy, in %, of linear probes ({probe}) on the frozen network, on {images['test']:,} test "
+        text += "images. "
         if len(self.pairs) > 1:
             text += (
                 f"The best of {len(self.pairs)} pairs of layer and noise level was chosen on {images['held_out']:,} "
@@ -239,8 +240,8 @@ class FineTuningReport(Report):
         """Return the test figures."""
         start = "random" if self.options.get("from_scratch") else "pretrained"
         protocol = (
-            f"Figures are in %, on {self.num_test_images:,} test images. The whole network was trained from {start} weights on "
-            f"{self.num_train_labels:,} labelled images in {self.steps:,} steps (seed {self.options['seed']}); it is "
+            f"Figures are in %, on {self.num_test_images:,} test images. The whole network was trained from {start} "
+            f"weights on {self.num_train_labels:,} labelled images in {self.steps:,} steps (seed {self.options['seed']}); it is "
             f"read at `{self.layer}`, sigma {self.sigma:.3g}."
         )
         if self.options.get("latents_dir"):
@@ -387,9 +388,8 @@ class GenerationReport(Report):
             text += " The kernel distance is a mean ± standard deviation over subsets."
         if "num_inference_steps" in generator:
             sampler = generator["sampler"] or generator["scheduler"]
-            text += f" The images were sampled by {sampler} in {generator['num_inference_steps']} steps, with seeds from "
-            text += f"{generator['seed']}"
-            text += _weights(generator)
+            text += f" The images were sampled by {sampler} in {generator['num_inference_steps']} steps, "
+            text += f"with seeds from {generator['seed']}{_weights(generator)}"
             if generator.get("class_label") is not None:
                 labels, (made, asked) = generator["class_label"], generator["num_classes"]
                 names = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
