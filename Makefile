@@ -43,8 +43,10 @@ check: $(VENV)/.installed  ## Lint, formatting, types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ddae_hf
 
-wheel: $(VENV)/.installed  ## Build the wheel.
-	$(BIN)/python -m build --wheel --outdir dist .
+wheel: $(VENV)/.installed  ## Build the source distribution and the wheel, and check what PyPI would show of them.
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 
 digits-frameworks: $(VENV)/.installed  ## Every framework with every network on handwritten digits, side by side.
 	$(BIN)/python -m benchmarks.digits_frameworks --output_dir runs/digits_frameworks

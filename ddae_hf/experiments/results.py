@@ -241,8 +241,8 @@ class FineTuningReport(Report):
         start = "random" if self.options.get("from_scratch") else "pretrained"
         protocol = (
             f"Figures are in %, on {self.num_test_images:,} test images. The whole network was trained from {start} "
-            f"weights on {self.num_train_labels:,} labelled images in {self.steps:,} steps (seed {self.options['seed']}); it is "
-            f"read at `{self.layer}`, sigma {self.sigma:.3g}."
+            f"weights on {self.num_train_labels:,} labelled images in {self.steps:,} steps (seed "
+            f"{self.options['seed']}); it is read at `{self.layer}`, sigma {self.sigma:.3g}."
         )
         if self.options.get("latents_dir"):
             protocol += " It learnt from latents that were encoded before, which are also what these figures are of."
