@@ -380,8 +380,8 @@ class GenerationReport(Report):
         generator, extractor = self.generator, self.extractor
         tap = f"`{extractor['layer']}` at sigma {extractor['sigma']:.3g}, " if "layer" in extractor else ""
         text = (
-            f"Compared with {self.reference['num_images']:,} real images ({self.reference['name']}), by the features of "
-            f"`{self.features}` ({tap}{extractor['width']} numbers per image{_weights(extractor)}). Figures can be "
+            f"Compared with {self.reference['num_images']:,} real images ({self.reference['name']}), by the features "
+            f"of `{self.features}` ({tap}{extractor['width']} numbers per image{_weights(extractor)}). Figures can be "
             "compared only on the same features, for as many images and with the same reference."
         )
         if any(found.get("kernel_distance_std_over_subsets") for found in self.results.values()):
