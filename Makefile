@@ -48,8 +48,10 @@ check: $(VENV)/.installed  ## Lint, formatting, types.
 docs: $(VENV)/.installed  ## The site of docs/, into build/site; a link that leads nowhere ends it.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-wheel: $(VENV)/.installed  ## Build the wheel.
-	$(BIN)/python -m build --wheel --outdir dist .
+wheel: $(VENV)/.installed  ## Build the source distribution and the wheel, and check what PyPI would show of them.
+	rm -rf build/lib build/bdist* dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 
 digits-checkpoint: $(VENV)/.installed  ## Train the checkpoint that ships with the package, on MNIST: half an hour on two CPU cores.
 	$(BIN)/python -c "from pathlib import Path; from ddae_hf.experiments.digits import mnist, write_digits; \

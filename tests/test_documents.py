@@ -19,9 +19,11 @@ from .test_package import imports
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("ddae_hf", "benchmarks", "model_cards", "examples")
-DOCUMENTS = [ROOT / "README.md", *(path for place in ("docs", *PLACES) for path in (ROOT / place).rglob("*.md"))]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCUMENTS += [path for place in ("docs", *PLACES, ".github") for path in (ROOT / place).rglob("*.md")]
 MODULES = [path for place in PLACES for path in (ROOT / place).rglob("*.py")]
 OTHERS = [ROOT / "Makefile", *(ROOT / "ddae_hf" / "commands" / "configs").rglob("*.yaml")]
+OTHERS += (ROOT / ".github").rglob("*.yml")
 TEXTS = {path.relative_to(ROOT).as_posix(): path for path in sorted([*DOCUMENTS, *MODULES, *OTHERS])}
 COMMAND = re.compile(r"(?:^|[\s/(])(?:ddae|-m ddae_hf) +([a-z][\w-]*)(?![\w.])(.*)")
 BENCHMARK = re.compile(r"-m benchmarks\.(\w+)(.*)")

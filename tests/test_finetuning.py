@@ -190,8 +190,17 @@ def test_a_finished_run_resumes_to_the_same_figures(finetuned, checkpoints, digi
     folder, result = finetuned
     again = run(checkpoints / "ddpm", digits, tmp_path, **SIX, resume_from_checkpoint=folder / "checkpoint-6")
     assert again.test_loss == result.test_loss and again.images == result.images
-    before = json.loads((folder / "checkpoint-6" / PROGRESS).read_text())
-    assert again.images_per_second == pytest.approx(result.images / before["seconds"], abs=0.1)
+
+
+def test_the_rate_is_that_of_the_whole_training_and_not_of_its_last_run(finetuned, checkpoints, digits, tmp_path):
+    """Three steps are left after three that took ten seconds, and they take a fraction of one."""
+    run_folder = started(finetuned, tmp_path / "slow", 3)
+    path = run_folder / "checkpoint-3" / PROGRESS
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 10.0}))
+    (run_folder / "checkpoint-3" / FILES).unlink()
+    again = run(checkpoints / "ddpm", digits, run_folder, **SIX, **LATEST)
+    assert again.images == 164 and again.train_seconds >= 10
+    assert again.images_per_second == pytest.approx(164 / again.train_seconds, rel=0.02)
 
 
 def test_a_complete_run_is_left_as_it_is(finetuned, checkpoints, digits, caplog, monkeypatch):

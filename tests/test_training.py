@@ -58,6 +58,9 @@ def vae_options(digits, folder):
     return [*options, "--checkpointing_steps", 2, "--lr_warmup_steps", 1, "--mixed_precision", "no"]
 
 
+TRAININGS = {"pretrain": pretrain_options, "train-vae": vae_options}
+
+
 @pytest.fixture(scope="module")
 def pretrained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
@@ -197,6 +200,20 @@ def test_the_checkpoint_just_saved_is_kept_whatever_lies_beside_it(pretrained, d
     assert {f.name for f in tmp_path.glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4-best", "checkpoint-6"}
 
 
+@pytest.mark.parametrize("name", ["pretrain", "train-vae"])
+def test_the_rate_is_that_of_the_whole_training_and_not_of_its_last_run(name, request, digits, tmp_path):
+    """Two steps are left after four that took ten seconds, and they take a fraction of one."""
+    whole = request.getfixturevalue("pretrained" if name == "pretrain" else "vae")
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / PROGRESS
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 10.0}))
+    (tmp_path / "checkpoint-4" / FILES).unlink()
+    commands.run(name, *TRAININGS[name](digits, tmp_path), "--resume_from_checkpoint", "latest")
+    results = json.loads((tmp_path / "train_results.json").read_text())
+    assert results["images"] == 150 and results["images_this_run"] == 50 and results["seconds"] >= 10
+    assert results["images_per_second"] == pytest.approx(150 / results["seconds"], rel=0.02)
+
+
 class Killed(BaseException):
     """What ends a program at once."""
 
@@ -273,9 +290,6 @@ def spoilt(steps_of, at):
             yield step
 
     return steps
-
-
-TRAININGS = {"pretrain": pretrain_options, "train_vae": vae_options}
 
 
 @pytest.mark.parametrize("name", TRAININGS)

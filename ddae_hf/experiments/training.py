@@ -278,8 +278,8 @@ class Loop:
             "images_this_run": images,
             "seconds": round(progress.seconds, 1),
             "seconds_this_run": round(seconds, 1),
-            # Where nothing was left to train, the rate until then.
-            "images_per_second": round(images / seconds if images else progress.images / self.resumed.seconds, 1),
+            # Of the whole training, as a resumed run may have little left to do.
+            "images_per_second": round(progress.images / progress.seconds, 1),
             **machine(self.accelerator.device.type, self.accelerator.num_processes),
         }
 
