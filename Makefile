@@ -63,6 +63,7 @@ digits-checkpoint: $(VENV)/.installed  ## Train the checkpoint that ships with t
 		--few_labels 1 3 10 30 100 --num_draws 10 --dataset_name runs/digits_checkpoint/digits \
 		--output_dir runs/digits_checkpoint/sweep
 	$(BIN)/python model_cards/ship.py
+	$(BIN)/python model_cards/render.py
 
 digits-frameworks: $(VENV)/.installed  ## Every framework with every network on handwritten digits, side by side.
 	$(BIN)/python -m benchmarks.digits_frameworks --output_dir runs/digits_frameworks
