@@ -26,8 +26,8 @@ def kept(outputs):
     for output in outputs:
         data = output.get("data", {})
         if output.get("name") == "stderr":
-            lines = re.split(r"[\r\n]+", output["text"])
-            output["text"] = "\n".join(line for line in lines if not BAR.search(line)).strip("\x1b[A\n ")
+            lines = re.split(r"[\r\n]+|\x1b\[A", output["text"])  # a bar below another moves the cursor up
+            output["text"] = "\n".join(line for line in lines if not BAR.search(line)).strip()
             if not output["text"]:
                 continue
         if "<progress" in data.get("text/html", "") or "application/vnd.jupyter.widget-view+json" in data:
@@ -61,6 +61,7 @@ def execute(path):
                 "PYTHONWARNINGS": "ignore:IProgress not found",
             }
         )
+    notebook.metadata.language_info = nbformat.from_dict({"name": "python"})  # of any version
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = kept(cell.outputs)
