@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart demo digits-checkpoint model-cards test test-slow test-minimum check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
+.PHONY: quickstart demo digits-checkpoint model-cards notebooks test test-slow test-minimum check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed  ## A page on the quickstart's network: generate, class
 
 model-cards: $(VENV)/.installed  ## Write the cards of the checkpoints in runs/ again.
 	$(BIN)/python model_cards/render.py
+
+notebooks: $(VENV)/.installed  ## Run the notebooks of examples/ from top to bottom, and keep what they show.
+	$(BIN)/python examples/notebooks/execute.py
 
 test: $(VENV)/.installed  ## The default tests, on two processes.
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -24,10 +24,13 @@ DEMO = [*QUICKSTART, "gradio>=6.31"]
 DEVELOPMENT = [
     *DEMO,
     "build>=1.2",
+    "ipykernel>=6.29",
     "mkdocs-material>=9.8",
     "mkdocstrings>=1.0",
     "mkdocstrings-python>=2.0",
     "mypy>=1.15",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "onnxruntime>=1.32",
     "onnxscript>=0.7",
     "pytest>=8.3",

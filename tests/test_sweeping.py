@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -320,6 +321,8 @@ def test_a_notebook_sweeps_a_path_or_an_object_and_leaves_nothing(checkpoint, di
     assert "layer and noise level were chosen with all labels" in result.table()
     result.heat_map().savefig(tmp_path / "map.png")
     assert min(Image.open(tmp_path / "map.png").size) > 200
+    shown = Image.open(io.BytesIO(result.heat_map()._repr_png_()))  # as the last line of a cell is
+    assert shown.format == "PNG" and min(shown.size) > 200
     pixels = result.processor(images["test"].pil(range(60)), return_tensors="pt")["pixel_values"]
     for found, folder in ((result, tmp_path / "of_path"), (other, tmp_path / "of_object")):
         found.save(folder)

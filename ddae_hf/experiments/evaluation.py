@@ -37,7 +37,7 @@ from .images import Images, ImageSet
 from .libraries import pip_line
 from .models import path_of
 from .options import option
-from .plots import image_grid
+from .plots import Picture, image_grid
 from .report import in_memory
 from .results import GenerationReport
 
@@ -97,7 +97,7 @@ class GenerationResult(GenerationReport):
 
     def picture(self) -> Figure:
         """Return some generated images beside some of the reference."""
-        figure = Figure(figsize=(12, 6))
+        figure = Picture(figsize=(12, 6))
         counts = (self.results["generated"]["num_images"], self.reference["num_images"])
         for axes, (name, images), count in zip(figure.subplots(1, 2), self.shown.items(), counts, strict=True):
             axes.imshow(image_grid(images, columns=6), interpolation="nearest")
