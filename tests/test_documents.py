@@ -254,7 +254,10 @@ def test_places_of_changes_are_there():
 def test_lines_of_prose_are_of_one_width():
     for path in [*DOCUMENTS, *NOTEBOOKS, ROOT / "CHANGELOG.md"]:
         generated = (
-            path.parent.name == "model_cards" and path.name != "README.md" or path.name == "model_card_template.md"
+            path.parent.name == "model_cards"
+            and path.name != "README.md"
+            or path.parent.name == "digits_checkpoint"
+            or path.name == "model_card_template.md"
         )
         for line in () if generated else written(path).splitlines():
             assert len(line) <= 120 or line.startswith("|") or "](http" in line, f"{path.name}: {line}"
