@@ -162,7 +162,7 @@ def classify_section(demo: Demo, page: gr.Blocks, image: gr.State) -> Any:
             maps = gr.HTML(elem_id="maps")
             gr.Markdown(f"**The most similar of {len(demo.train):,} training images**, by the cosine of their features")
             found = gr.HTML(elem_id="found")
-            count = unchecked(gr.Slider(1, MAX_NEIGHBOURS, 9, step=1, label="Neighbours"))
+            count = unchecked(gr.Slider(1, MAX_NEIGHBOURS, 8, step=1, label="Neighbours"))
             gr.Markdown(
                 f"The classifier was fitted at sigma {sigma:g}: at other levels the features are not those it knows. "
                 "The warning and the neighbours are always by the features at that level."
@@ -202,11 +202,11 @@ def sweep_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> 
     )
     number = next(i for i, each in enumerate(report.pairs) if (each.layer, each.sigma) == (best.layer, best.sigma))
     chosen = gr.State(number)
-    heat = gr.HTML(heat_map(report.pairs, report.pairs[number]), js_on_load=script("buttons"), elem_id="heat")
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            text = gr.Markdown(pair_figures(report.pairs[number]), elem_id="pair")
+        with gr.Column(scale=3, min_width=320):
+            heat = gr.HTML(heat_map(report.pairs, report.pairs[number]), js_on_load=script("buttons"), elem_id="heat")
         with gr.Column(scale=2, min_width=320):
+            text = gr.Markdown(pair_figures(report.pairs[number]), elem_id="pair")
             gr.Markdown("**Your image in this layer at this level**")
             maps = gr.HTML(elem_id="pair-maps")
 

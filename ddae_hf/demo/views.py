@@ -47,7 +47,7 @@ MAX_NEIGHBOURS = 48
 MAX_SEED = 2**31
 SKETCHED = 64  # pixels, the largest images that are drawn on the page
 STRIP = 8  # steps of which the network's estimate is shown
-CHANNELS = 6  # of a hidden state that are shown
+CHANNELS = 5  # of a hidden state that are shown
 SECONDS_A_FRAME = 0.1
 FIGURES = {
     "validation_accuracy": "Linear probe, held-out images",
