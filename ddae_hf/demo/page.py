@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .views import (
     OWN_SAMPLER,
     STEPS,
     Demo,
+    Reading,
     pair_figures,
 )
 
@@ -158,9 +159,9 @@ def classify_section(demo: Demo, page: gr.Blocks, image: gr.State) -> Any:
                     seen = gr.HTML(elem_id="seen")
                     level = sigma_field(demo)
             pooling = demo.model.config.pooling
-            gr.Markdown(f"**What it makes of it**: hidden states at `{layer}`, whose {pooling} the classifier reads")
+            gr.Markdown(f"**What it makes of it**: hidden states at `{layer}`, pooled (`{pooling}`) for the classifier")
             maps = gr.HTML(elem_id="maps")
-            gr.Markdown(f"**The most similar of {len(demo.train):,} training images**, by the cosine of their features")
+            gr.Markdown(f"**The nearest of {len(demo.train):,} training images**, by the distance of their features")
             found = gr.HTML(elem_id="found")
             count = unchecked(gr.Slider(1, MAX_NEIGHBOURS, 8, step=1, label="Neighbours"))
             gr.Markdown(
@@ -169,17 +170,20 @@ def classify_section(demo: Demo, page: gr.Blocks, image: gr.State) -> Any:
             )
     shown = [probabilities, warning, seen, maps, found]
 
-    def read(pixels: Tensor | None, *numbers: Any) -> tuple[Any, ...]:
+    def read(pixels: Tensor | None, *numbers: Any) -> Iterator[Reading]:
         if pixels is None:
-            return None, notice("No image yet: draw one, open a file, or click on a test image."), "", "", ""
-        return demo.read(pixels, *numbers)
+            yield Reading(warning=notice("No image yet: draw one, open a file, or click on a test image."))
+            return
+        yield from demo.read(pixels, *numbers)
 
-    def pick(level: Any, count: Any, event: gr.EventData) -> tuple[Any, ...]:
+    def pick(level: Any, count: Any, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
         try:
             pixels = demo.pick(event._data)
         except ValueError as error:
-            return None, None, notice(str(error)), "", "", ""
-        return pixels, *demo.read(pixels, level, count)
+            yield None, *Reading(warning=notice(str(error)))
+            return
+        for reading in demo.read(pixels, level, count):
+            yield pixels, *reading
 
     numbers = [level, count]
     gr.on([page.load, level.input, count.input], read, [image, *numbers], shown, **LIVE)

@@ -66,7 +66,7 @@ def pad(examples: Sequence[Image.Image], chosen: int, drawing: bool, max_bytes: 
     clear = '<button data-clear type="button">Clear</button>'
     return (
         f'<div class="pad" data-max-bytes="{max_bytes}">{paper * drawing}<div class="tools">{clear * drawing}'
-        '<label>Open an image file<input type="file" accept="image/*" aria-label="Image file"></label></div>'
+        '<label>Open a file<input type="file" accept="image/*" aria-label="Image file"></label></div>'
         '<p class="notice" role="alert" hidden></p>'
         f"<p>Or click one of these images, which the network was not trained on:</p>{choices(examples, chosen)}</div>"
     )
@@ -89,10 +89,10 @@ def spots(
 
 
 def heated(image: Image.Image, likeness: Tensor) -> Image.Image:
-    """Return a picture on which places of high likeness (H, W) glow, the upper half of them more and more."""
-    middle, highest = likeness.median(), likeness.max()
-    shares = ((likeness - middle) / (highest - middle).clamp(min=1e-12)).clamp(0, 1).square()[..., None].numpy()
-    ground = 0.75 * np.asarray(as_rgb(image), float)
+    """Return a picture on which the tenth of places of the highest likeness (H, W) glow, the more the higher."""
+    low, high = likeness.quantile(0.9), likeness.max()
+    shares = ((likeness - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)[..., None].numpy()
+    ground = 0.6 * np.asarray(as_rgb(image), float)
     return Image.fromarray((ground + 0.9 * shares * (HEAT - ground)).round().astype(np.uint8))
 
 

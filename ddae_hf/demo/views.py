@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from ..modeling_ddae import DDAEForImageClassification
 from ..networks import tap_of
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
-from .novelty import Novelty
+from .nearness import Nearness
 from .pictures import feature_maps, figures, heat_map, heated, notice, progress, spots, to_pil
 from .steps import own_pipeline, stream, visible
 from .uploads import as_mnist, open_upload
@@ -107,6 +107,16 @@ def check_number(name: str, value: Any, low: int, high: int) -> None:
     """Raise `ValueError` unless a field holds a whole number of a range."""
     if not isinstance(value, (int, float)) or value != int(value) or not low <= value <= high:
         raise ValueError(f"{name} is {'empty' if value is None else value}: give a whole number from {low} to {high}.")
+
+
+class Reading(NamedTuple):
+    """What is said of an image: probabilities by class, and pieces of HTML."""
+
+    probabilities: dict[str, float] | None = None
+    warning: str = ""  # or why nothing is said
+    seen: str = ""  # the image as the network sees it
+    maps: str = ""  # what the network makes of it
+    neighbours: str = ""  # the training images that are nearest to it
 
 
 class Demo:
@@ -199,14 +209,13 @@ class Demo:
         return torch.from_numpy(np.array(found[layer]))
 
     @cached_property
-    def features(self) -> Tensor:
-        """The features (N, C) of the training images."""
-        return self.features_of(self.train, noise_view(False, 0))
-
-    @cached_property
-    def novelty(self) -> Novelty:
+    def nearness(self) -> Nearness:
         """How far an image is from all training images, and how far test images are."""
-        return Novelty(self.features, self.features_of(self.test, noise_view(True, 0)))
+        train, test = (
+            self.features_of(images, noise_view(held_out, 0))
+            for images, held_out in ((self.train, False), (self.test, True))
+        )
+        return Nearness(train, test)
 
     @cached_property
     def first_samples(self) -> tuple[str, str, str]:
@@ -271,13 +280,8 @@ class Demo:
             yield notice(str(error)), "", ""
 
     @torch.no_grad()
-    def read(self, pixels: Tensor, sigma: float, count: int) -> tuple[dict[str, float] | None, str, str, str, str]:
-        """Return what the classifier says of an image (1, C, H, W) and how far to trust it.
-
-        Returns:
-            The classes' probabilities; a warning, or a message and nothing else; what the network sees; what it makes
-            of that; and the training images whose features are the most like the image's.
-        """
+    def read(self, pixels: Tensor, sigma: float, count: int) -> Iterator[Reading]:
+        """Yield what the classifier says of an image (1, C, H, W), and then how far to trust it."""
         model = self.model
         diffusion = model.ddae.diffusion
         pixels = pixels.to(model.device)
@@ -285,10 +289,11 @@ class Demo:
             check_number("Neighbours", count, 1, MAX_NEIGHBOURS)
             diffusion.family.check_sigma(sigma)
         except ValueError as error:
-            return None, notice(str(error)), "", "", ""
-        outputs = model(pixels, sigma=sigma, output_hidden_states=[model.config.layer])
+            yield Reading(warning=notice(str(error)))
+            return
+        layer, level = self.tap
+        outputs = model(pixels, sigma=sigma, output_hidden_states=[layer])
         probabilities = outputs.logits[0].float().softmax(-1).tolist()
-        named = {model.config.id2label[k]: value for k, value in enumerate(probabilities)}
         clean = model.ddae.encode(pixels)
         noise = model.ddae.fixed_noise[:1]
         noisy, _ = diffusion.family.noisy(clean, noise, sigma)
@@ -299,37 +304,34 @@ class Demo:
             f"With noise, sigma {sigma:g}",
             "Denoised",
         ]
-        layer, level = self.tap
-        view = noise_view(True, 0)  # noise that no training image has
-        query = batch_features(model.ddae, pixels, [0], [layer], level, noise_seed=model.config.noise_seed, view=view)[
-            layer
-        ].cpu()
-        return (
-            named,
-            self.warning(query),
-            figures([to_pil(x[0]) for x in seen], captions, 104),
-            self.layer_maps(pixels, layer, sigma),
-            self.neighbours(query, count),
+        reading = Reading(
+            probabilities={model.config.id2label[k]: value for k, value in enumerate(probabilities)},
+            seen=figures([to_pil(x[0]) for x in seen], captions, 104),
+            maps=self.layer_maps(pixels, layer, sigma),
         )
+        if "nearness" not in vars(self):  # which takes seconds the first time
+            yield reading
+        found = batch_features(
+            model.ddae, pixels, [0], [layer], level, noise_seed=model.config.noise_seed,
+            view=noise_view(True, 0),  # noise that no training image has
+        )  # fmt: skip
+        query = found[layer].cpu()
+        yield reading._replace(warning=self.warning(query), neighbours=self.neighbours(query, count))
 
     def warning(self, query: Tensor) -> str:
         """Return a warning if features (1, C) are those of no image that the network knows, and else nothing."""
-        distance = self.novelty.distance(query).item()
-        limit = self.novelty.threshold
-        if distance <= limit:
+        times = self.nearness.strangeness(query)
+        if times <= 1:
             return ""
-        return notice(f"{UNKNOWN} (Its features are {distance / limit:.1f} times as far from those of training images "
-                      "as 99 in 100 test images are at most.)")  # fmt: skip
+        far = f"By its features it is {times:.1f} times as far from the training images as 99 in 100 test images are."
+        return notice(f"{UNKNOWN} {far}")
 
     def neighbours(self, query: Tensor, count: int) -> str:
-        """Return the training images whose features are the most like given ones (1, C)."""
-        # Centred as in `knn_predict`: features share an offset beside which all are alike.
-        mean = self.features.mean(0)
-        likeness = torch.cosine_similarity(query - mean, self.features - mean)
-        nearest = likeness.topk(min(count, len(likeness)))
-        images = self.train.pil(nearest.indices.tolist())
-        names = [self.train.names[label] for label in self.train.labels[nearest.indices.numpy()]]
-        captions = [f"{name}, cosine {value:.2f}" for name, value in zip(names, nearest.values.tolist(), strict=True)]
+        """Return the training images whose features are nearest to given ones (1, C)."""
+        distances, places = (found[0] for found in self.nearness.nearest(query, count))
+        images = self.train.pil(places.tolist())
+        names = [self.train.names[label] for label in self.train.labels[places.numpy()]]
+        captions = [f"{name}, at {distance:.1f}" for name, distance in zip(names, distances.tolist(), strict=True)]
         return figures(images, captions, self.side)
 
     @torch.no_grad()
