@@ -35,7 +35,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private", **QUIET}
 LIVE: dict[str, Any] = {"trigger_mode": "always_last", **PRIVATE}
 CHOSEN = 3  # the example that is classified at first
-BESIDE = 5  # the one that it is compared with
+BESIDE = 8  # the one that it is compared with
 
 
 def show(demo: Demo, host: str | None = None, port: int | None = None) -> None:

@@ -78,8 +78,8 @@ def sweep_of(denoiser: torch.nn.Module, folder: str) -> tuple[ProbeReport | None
 class DemoOptions(SplitOptions):
     """What the page shows."""
 
-    model_name_or_path: str = option(
-        DIGITS_CHECKPOINT, "Generator, folder or Hub id, in any layout; by default the package's own, of digits."
+    model_name_or_path: str | None = option(
+        None, "Generator, folder or Hub id, in any layout; by default the package's own, of handwritten digits."
     )
     classifier: str | None = option(
         None, "Classifier, folder or Hub id, as `ddae probe` or `ddae sweep` saves it; by default the generator's."
@@ -91,16 +91,14 @@ class DemoOptions(SplitOptions):
     batch_size: int = option(250, "Of the pass that computes the features.")
 
 
-def classifier_of(options: DemoOptions) -> str:
-    """Return the folder or Hub id of the classifier, or raise `ValueError` if what is named is none."""
-    path = options.classifier or options.model_name_or_path
-    config = DDAEConfig.from_pretrained(path, cache_dir=options.cache_dir)
+def check_classifier(path: str, cache_dir: str | None) -> None:
+    """Raise `ValueError` if a folder or a repository of the Hub has no classifier."""
+    config = DDAEConfig.from_pretrained(path, cache_dir=cache_dir)
     if DDAEForImageClassification.__name__ not in (config.architectures or ()):
         raise ValueError(
             f"{path} has no classifier: `ddae probe --model_name_or_path {path}` with --output_dir makes one; name it "
             "with --classifier."
         )
-    return path
 
 
 def check_number(name: str, value: Any, low: int, high: int) -> None:
@@ -123,6 +121,7 @@ class Demo:
     """What the page shows: the two views of a denoiser, the images, the sweep. Nothing in it changes between calls.
 
     Attributes:
+        checkpoint: Where the generator is.
         one_network: Whether generator and classifier are of the same weights.
         sweep: The sweep of the generator's network, or None.
         sweep_missing: Why there is none.
@@ -136,8 +135,10 @@ class Demo:
         self.options = options
         self.images = images
         where: dict[str, Any] = {"cache_dir": options.cache_dir}
-        classifier = classifier_of(options)
-        self.pipeline = DDAEPipeline.from_pretrained(options.model_name_or_path, **where).to(best_device())
+        self.checkpoint = options.model_name_or_path or DIGITS_CHECKPOINT
+        classifier = options.classifier or self.checkpoint
+        check_classifier(classifier, options.cache_dir)
+        self.pipeline = DDAEPipeline.from_pretrained(self.checkpoint, **where).to(best_device())
         self.model = DDAEForImageClassification.from_pretrained(classifier, **where)
         self.processor = DDAEImageProcessor.from_pretrained(classifier, **where)
         ready(self.model.eval())
@@ -156,7 +157,7 @@ class Demo:
     def sweep_command(self) -> str:
         """Return the command that makes the sweep."""
         options = self.options
-        given = {"model_name_or_path": options.model_name_or_path, **self.images.opened_with}
+        given = {"model_name_or_path": self.checkpoint, **self.images.opened_with}
         for name in ("train_split", "test_split", "cache_dir"):
             if getattr(options, name) != getattr(DemoOptions, name):
                 given[name] = getattr(options, name)
@@ -181,11 +182,14 @@ class Demo:
 
     @property
     def dense_layer(self) -> str:
-        """The layer whose features two images are compared by at first: the decoder's last at half of their size."""
-        names = self.model.ddae.layer_names()
-        denoiser = self.model.ddae.denoiser
-        halved = [name for name in names if tap_of(denoiser, name).stride == 2]
-        return (halved or [self.tap[0]])[-1]
+        """The layer whose features two images are compared by at first: the encoder's last of a quarter of their size.
+
+        Its features tell parts of what is shown apart; those of larger layers, edges and strokes. A network without an
+        encoder has the classifier's layer.
+        """
+        taps = {name: tap_of(self.model.ddae.denoiser, name) for name in self.model.ddae.layer_names()}
+        encoder = [name for name, tap in taps.items() if name.startswith("down_blocks.") and tap.stride <= 4]
+        return (encoder or [self.tap[0]])[-1]
 
     @property
     def sketched(self) -> bool:
