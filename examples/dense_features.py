@@ -12,7 +12,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from ddae_hf import DDAEBackbone, DDAEImageProcessor
-from ddae_hf.experiments.correspondences import main_directions
+from ddae_hf.experiments import main_directions
 
 NUM_IMAGES = 8
 SIDE = 96  # of an image in the picture, in pixels

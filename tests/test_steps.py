@@ -21,7 +21,8 @@ def test_a_stream_of_steps_ends_with_the_pipelines_images(framework):
     pipeline = DDAEPipeline.for_denoiser(make_unet(**GREY), SCHEDULERS[framework]())
     pipeline.set_progress_bar_config(disable=True)
     seeded = {"batch_size": 2, "num_inference_steps": 6}
-    steps = list(sampling.stream(sampling.own_pipeline(pipeline), 3, generator=torch.Generator().manual_seed(0), **seeded))
+    own = sampling.own_pipeline(pipeline)
+    steps = list(sampling.stream(own, 3, generator=torch.Generator().manual_seed(0), **seeded))
     expected = pipeline(generator=torch.Generator().manual_seed(0), output_type="pt", **seeded).images
     last, _, final = steps[-1]
     torch.testing.assert_close((last.sample / 2 + 0.5).clamp(0, 1), expected)

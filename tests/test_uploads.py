@@ -49,7 +49,7 @@ def test_where_and_how_large_it_is_drawn_plays_no_part(side):
 
 
 def test_digits_of_mnist_stay_what_they_are():
-    """They were made so, and turned to drawings come back; up to rounding, which makes a pixel's difference in places."""
+    """They were made so, and turned to drawings come back, up to a pixel's difference in places by rounding."""
     for pixels in mnist()["test"][0][:50]:
         paper = ImageOps.invert(Image.fromarray(pixels))
         again = np.asarray(uploads.as_mnist(paper), float)
