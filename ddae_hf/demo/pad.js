@@ -10,7 +10,8 @@ function send(given) {
   for (const button of element.querySelectorAll("[data-example]")) {
     button.setAttribute("aria-pressed", String(button.dataset.example === given.example));
   }
-  trigger("select", given);
+  props.value = JSON.stringify(given); // of many changes the last is answered, by what is there then
+  trigger("input");
 }
 
 let clear = () => {};

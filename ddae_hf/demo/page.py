@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ HERE = Path(__file__).parent
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private", **QUIET}
 LIVE: dict[str, Any] = {"trigger_mode": "always_last", **PRIVATE}
+EACH: dict[str, Any] = {"trigger_mode": "multiple", **PRIVATE}  # what a click says is not kept for the last of many
 CHOSEN = 3  # the example that is classified at first
 BESIDE = 8  # the one that it is compared with
 
@@ -146,9 +148,8 @@ def classify_section(demo: Demo, page: gr.Blocks, image: gr.State) -> Any:
     layer, sigma = demo.tap
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            drawn = gr.HTML(
-                pad(demo.examples, CHOSEN % len(demo.examples), demo.sketched, MAX_BYTES), js_on_load=script("pad")
-            )
+            paper = pad(demo.examples, CHOSEN % len(demo.examples), demo.sketched, MAX_BYTES)
+            drawn = gr.HTML(html_template=paper, js_on_load=script("pad"))
         with gr.Column(scale=3, min_width=320):
             warning = gr.HTML(elem_id="warning")
             with gr.Row():
@@ -176,9 +177,9 @@ def classify_section(demo: Demo, page: gr.Blocks, image: gr.State) -> Any:
             return
         yield from demo.read(pixels, *numbers)
 
-    def pick(level: Any, count: Any, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+    def pick(given: str, level: Any, count: Any) -> Iterator[tuple[Any, ...]]:
         try:
-            pixels = demo.pick(event._data)
+            pixels = demo.pick(json.loads(given))
         except ValueError as error:
             yield None, *Reading(warning=notice(str(error)))
             return
@@ -187,7 +188,7 @@ def classify_section(demo: Demo, page: gr.Blocks, image: gr.State) -> Any:
 
     numbers = [level, count]
     gr.on([page.load, level.input, count.input], read, [image, *numbers], shown, **LIVE)
-    return drawn.select(pick, numbers, [image, *shown], **LIVE)
+    return drawn.input(pick, [drawn, *numbers], [image, *shown], **LIVE)
 
 
 def sweep_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> None:
@@ -218,7 +219,7 @@ def sweep_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> 
         pair = int(event.pair)
         return pair, *demo.pair(pair, pixels)
 
-    heat.select(click, [image], [chosen, heat, text, maps], **LIVE)
+    heat.select(click, [image], [chosen, heat, text, maps], **EACH)
     follow(page, picked, lambda pair, pixels: demo.pair(pair, pixels)[2], [chosen, image], [maps])
 
 
@@ -256,8 +257,8 @@ def dense_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> 
         return other, choices(demo.examples, other), compare(pixels, other, layer, level, point)
 
     gr.on([layer.input, level.input], compare, [image, other, layer, level, point], compared, **LIVE)
-    compared.select(click, [image, other, layer, level], [point, compared], **LIVE)
-    strip.select(beside, [image, layer, level, point], [other, strip, compared], **LIVE)
+    compared.select(click, [image, other, layer, level], [point, compared], **EACH)
+    strip.select(beside, [image, layer, level, point], [other, strip, compared], **EACH)
 
     def anew(*chosen: Any) -> tuple[None, str]:
         return None, compare(*chosen, None)

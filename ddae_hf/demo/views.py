@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -381,8 +382,8 @@ class Demo:
         first, second = at_pixels(maps, size)
         found = match(first, second, torch.tensor([complex(x, y)]))[0]
         likeness = torch.einsum("c,chw->hw", first[:, y, x], second)
-        colours = [to_pil(2 * each - 1) for each in main_directions(maps)]
-        shown = [to_pil(image[0]), heated(to_pil(images[1]), likeness), *colours]
+        colours = F.interpolate(main_directions(maps), tuple(size), mode="bilinear")
+        shown = [to_pil(image[0]), heated(to_pil(images[1]), likeness), *(to_pil(2 * each - 1) for each in colours)]
         captions = ["Click a point of your image", "Here the features are most like that point's"]
         captions += ["Main directions of the features: like colours, like features", "The same directions here"]
         places = [(x, y), (int(found.real), int(found.imag)), None, None]
