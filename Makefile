@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart demo model-cards test test-slow test-minimum check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
+.PHONY: quickstart demo digits-checkpoint model-cards notebooks test test-slow test-minimum check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	@echo "Everything that the project needs is downloaded into $(VENV): about 0.5 GB. On Linux torch brings CUDA's"
+	@echo "libraries, some gigabytes more, unless pip is configured to find a build without them."
+	$(BIN)/pip install $(if $(CI),--quiet) --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -21,6 +23,9 @@ demo: $(VENV)/.installed  ## A page to look at: draw, classify, explore.
 
 model-cards: $(VENV)/.installed  ## Write the cards of the checkpoints in runs/ again.
 	$(BIN)/python model_cards/render.py
+
+notebooks: $(VENV)/.installed  ## Run the notebooks of examples/ from top to bottom, and keep what they show.
+	$(BIN)/python examples/notebooks/execute.py
 
 test: $(VENV)/.installed  ## The default tests, on two processes.
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -42,8 +47,22 @@ check: $(VENV)/.installed  ## Lint, formatting, types.
 docs: $(VENV)/.installed  ## The site of docs/, into build/site; a link that leads nowhere ends it.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-wheel: $(VENV)/.installed  ## Build the wheel.
-	$(BIN)/python -m build --wheel --outdir dist .
+wheel: $(VENV)/.installed  ## Build the source distribution and the wheel, and check what PyPI would show of them.
+	rm -rf build/lib build/bdist* dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+digits-checkpoint: $(VENV)/.installed  ## Train the checkpoint that ships with the package, on MNIST: half an hour on two CPU cores.
+	$(BIN)/python -c "from pathlib import Path; from ddae_hf.experiments.digits import mnist, write_digits; \
+		write_digits(Path('runs/digits_checkpoint/digits'), mnist())"
+	$(BIN)/ddae pretrain --config mnist --max_train_steps 6000 --ema_decay 0.999 --checkpointing_steps 1000 \
+		--sample_steps 2000 --dataset_name runs/digits_checkpoint/digits --output_dir runs/digits_checkpoint/checkpoint \
+		--resume_from_checkpoint latest
+	$(BIN)/ddae sweep --model_name_or_path runs/digits_checkpoint/checkpoint --pooling mean_2x2 --knn --baselines \
+		--few_labels 1 3 10 30 100 --num_draws 10 --dataset_name runs/digits_checkpoint/digits \
+		--output_dir runs/digits_checkpoint/sweep
+	$(BIN)/python model_cards/ship.py
+	$(BIN)/python model_cards/render.py
 
 digits-frameworks: $(VENV)/.installed  ## Every framework with every network on handwritten digits, side by side.
 	$(BIN)/python -m benchmarks.digits_frameworks --output_dir runs/digits_frameworks

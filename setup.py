@@ -24,16 +24,20 @@ DEMO = [*QUICKSTART, "gradio>=6.31"]
 DEVELOPMENT = [
     *DEMO,
     "build>=1.2",
+    "ipykernel>=6.29",
     "mkdocs-material>=9.8",
     "mkdocstrings>=1.0",
     "mkdocstrings-python>=2.0",
     "mypy>=1.15",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "onnxruntime>=1.32",
     "onnxscript>=0.7",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.11",
     "selenium>=4.51",
+    "twine>=7.0",
     "types-PyYAML",
 ]
 
@@ -43,7 +47,7 @@ setup(
     description="Denoising diffusion autoencoders for Hugging Face: one network generates and classifies images",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     packages=["ddae_hf", "ddae_hf.experiments", "ddae_hf.demo", "ddae_hf.commands"],
     package_data={
         "ddae_hf": [
@@ -79,9 +83,22 @@ setup(
         "demo": DEMO,
         "dev": DEVELOPMENT,
     },
+    keywords="diffusion, autoencoder, self-supervised learning, representation learning, image generation, "
+    "image classification, Hugging Face, diffusers, transformers",
+    project_urls={"Paper": "https://arxiv.org/abs/2303.09769"},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
 )

@@ -201,9 +201,8 @@ def pool_hidden_states(hidden: Tensor, pooling: str = "mean") -> Tensor:
 def _square(tokens: Tensor) -> Tensor:
     side = math.isqrt(tokens.shape[1])
     if side**2 != tokens.shape[1]:
-        raise ValueError(
-            f"pooling is 'mean_2x2', and there are {tokens.shape[1]} tokens, which are no square: use 'mean'."
-        )
+        count = tokens.shape[1]
+        raise ValueError(f"pooling is 'mean_2x2', and {count} tokens came, which are no square: use 'mean' or 'max'.")
     return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import os
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +102,9 @@ class DDAEPreTrainedModel(PreTrainedModel):
             return made
         wants_info = kwargs.pop("output_loading_info", False)
         state = kwargs.pop("state_dict", None)
-        # A new classifier of other classes than the checkpoint's may be asked for.
-        anew = kwargs.get("ignore_mismatched_sizes") and {"num_labels", "id2label"} & set(kwargs)
+        # A new classifier, of other classes than the checkpoint's, may be asked for.
+        asked = bool({"num_labels", "id2label"} & set(kwargs))
+        anew = asked and bool(kwargs.get("ignore_mismatched_sizes"))
         checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
         config = kwargs.pop("config", None)
         scheduler = kwargs.get("scheduler", checkpoint.scheduler)
@@ -118,20 +123,23 @@ class DDAEPreTrainedModel(PreTrainedModel):
         if state is None and not checkpoint.opens_in_transformers:
             config = copy.deepcopy(config)
             state, dtype = cls._read_parts(checkpoint, config, dtype)
-        opened: Any = super().from_pretrained(
-            checkpoint.path if state is None else None,
-            *model_args,
-            config=config,
-            state_dict=state and plain_state(state),
-            dtype=dtype,
-            variant=checkpoint.variant,
-            use_safetensors=True,
-            output_loading_info=True,
-            **(checkpoint.hub if state is None else {}),
-            **kwargs,
-        )
-        model, info = opened
-        model._check_loaded(checkpoint, info, bool(anew))
+        with _load_reports(checkpoint.path) as reports:
+            opened: Any = super().from_pretrained(
+                checkpoint.path if state is None else None,
+                *model_args,
+                config=config,
+                state_dict=state and plain_state(state),
+                dtype=dtype,
+                variant=checkpoint.variant,
+                use_safetensors=True,
+                output_loading_info=True,
+                **(checkpoint.hub if state is None else {}),
+                **kwargs,
+            )
+            model, info = opened
+            model._check_loaded(checkpoint, info, anew)
+            if asked:  # nothing but the classifier that was asked for is missing
+                reports.clear()
         model.restrict_gradients()  # loading has made new parameters
         return (model, info) if wants_info else model
 
@@ -219,6 +227,32 @@ class DDAEPreTrainedModel(PreTrainedModel):
                 'trained: use gradient_checkpointing_kwargs={"use_reentrant": False}, the default.'
             )
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _load_reports(where: str) -> Iterator[list[logging.LogRecord]]:
+    """Give a list of what transformers reports of a load in this thread, and log what it then holds, with its source.
+
+    transformers itself names no source where it is handed a state dict.
+    """
+    reporting = logging.getLogger("transformers.modeling_utils")
+    thread = threading.get_ident()
+    reports: list[logging.LogRecord] = []
+
+    def is_other(record: logging.LogRecord) -> bool:
+        if record.thread != thread or "LOAD REPORT" not in record.getMessage():
+            return True
+        reports.append(record)
+        return False
+
+    reporting.addFilter(is_other)
+    try:
+        yield reports
+    finally:
+        reporting.removeFilter(is_other)
+        for record in reports:
+            record.msg = record.msg.replace("from: None\n", f"from: {where}\n")
+            reporting.handle(record)
 
 
 def use_attention(denoiser: nn.Module, implementation: str | None) -> None:

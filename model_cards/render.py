@@ -14,15 +14,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from ddae_hf import DIGITS_CHECKPOINT
 from ddae_hf.experiments import save_card
 
 HERE = Path(__file__).parent
-DIGITS = "scikit-learn's digits"
 CIFAR = "CIFAR-10 (JPEG copy)"
 # A card's name: the checkpoint, other folders with its results, the name of the data.
 CARDS = {
-    "digits": ("quickstart/checkpoint", ["quickstart/classifier", "quickstart/sweep"], DIGITS),
-    "digits_classifier": ("quickstart/classifier", ["quickstart/checkpoint"], DIGITS),
     "cifar10_cpu": ("cifar10_cpu", ["cifar10_cpu_classifier", "cifar10_cpu_sweep"], CIFAR),
     "cifar10_cpu_classifier": ("cifar10_cpu_sweep/classifier", ["cifar10_cpu_sweep", "cifar10_cpu"], CIFAR),
     "cifar10_latent_dit": ("cifar10_latent_dit", ["cifar10_latent_transfer"], CIFAR),
@@ -50,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the cards of the checkpoints that this project trained.")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="Folder of the runs.")
     runs = parser.parse_args(argv).runs_dir
+    copy_card(Path(DIGITS_CHECKPOINT) / "README.md", "digits")  # which ship.py wrote
     for name, (checkpoint, others, dataset_name) in CARDS.items():
         if not (runs / checkpoint).is_dir():
             print(f"{name}: {runs / checkpoint} is not there.")

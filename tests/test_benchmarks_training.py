@@ -190,7 +190,7 @@ def test_pretraining_refuses_what_the_plain_loop_has_not(option, message, tmp_pa
     [
         (["--minutes", "0"], "must be positive"),
         (["--seeds", "1", "1"], "must be different"),
-        (["--sigma_s", "0.1"], "there is no option 'sigma_s': the nearest are sigmas"),
+        (["--sigma_s", "0.1"], "there is no option 'sigma_s': the nearest is sigmas"),
         (["--features_dir", "elsewhere"], "leave it out"),
         (["--l2", "-1"], "it must be positive"),
     ],

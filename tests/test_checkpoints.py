@@ -1,8 +1,10 @@
 """Every layout opens everywhere; what cannot be opened is refused by name."""
 
 import json
+import logging
 import shutil
 import sys
+import threading
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from ddae_hf import (
 )
 from ddae_hf.checkpoints import plain_config, read_checkpoint
 from ddae_hf.networks import build_denoiser
+from ddae_hf.pretrained_ddae import _load_reports
 from ddae_hf.weights import fingerprint
 
 from .conftest import make_dit, make_unet, make_vae
@@ -161,6 +164,65 @@ def test_missing_tensors_of_a_dit_or_a_vae_are_named(tmp_path, part, name):
         # What the caller gives is not looked for.
         given = getattr(pipeline, part)
         assert getattr(DDAEPipeline.from_pretrained(folder, **{part: given}), part) is given
+
+
+@pytest.fixture
+def reports():
+    """What transformers reports of loading, as it comes."""
+    reporting, found = logging.getLogger("transformers.modeling_utils"), []
+    handler, level = logging.Handler(), reporting.level
+    handler.emit = lambda record: found.append(record.getMessage())
+    reporting.addHandler(handler)
+    reporting.setLevel(logging.WARNING)
+    yield found
+    assert not reporting.filters
+    reporting.removeHandler(handler)
+    reporting.setLevel(level)
+
+
+@pytest.mark.parametrize("labels", [{"num_labels": 3}, {"id2label": {0: "cat", 1: "dog", 2: "owl"}}])
+def test_a_new_classifier_that_was_asked_for_is_not_reported(layouts, tmp_path, reports, labels):
+    model = DDAEForImageClassification.from_pretrained(layouts / "pipeline", **labels)
+    assert model.classifier.out_features == 3
+    model.save_pretrained(tmp_path / "three")
+    five = {"id2label": dict(enumerate("abcde")), "label2id": {name: i for i, name in enumerate("abcde")}}
+    DDAEForImageClassification.from_pretrained(tmp_path / "three", ignore_mismatched_sizes=True, **five)
+    for cls in (DDAEModel, DDAEBackbone):
+        cls.from_pretrained(layouts / "pipeline")
+    assert not reports
+
+
+def test_what_else_is_missing_is_reported_with_where_it_is_missing(layouts, tmp_path, reports):
+    DDAEForImageClassification.from_pretrained(layouts / "pipeline")  # as if it were a classifier's checkpoint
+    model = DDAEForImageClassification.from_pretrained(layouts / "pipeline", num_labels=3)
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="look at the above report"):
+        DDAEForImageClassification.from_pretrained(tmp_path / "whole", id2label=dict(enumerate("abcde")))
+    change(tmp_path / "whole" / "model.safetensors", without("ddae.denoiser.conv_in.bias"))
+    with pytest.raises(ValueError, match="lacks 1 of the"):
+        DDAEForImageClassification.from_pretrained(tmp_path / "whole", num_labels=3)
+    places = (layouts / "pipeline", tmp_path / "whole", tmp_path / "whole")
+    tensors = ("classifier.weight", "classifier.weight", "ddae.denoiser.conv_in.bias")
+    assert len(reports) == 3
+    for report, place, tensor in zip(reports, places, tensors, strict=True):
+        assert "LOAD REPORT" in report and f"from: {place}\n" in report and tensor in report
+
+
+def test_reports_of_other_threads_come_as_they_are(layouts, reports):
+    """While this one opens a checkpoint whose report is held back."""
+    reporting = logging.getLogger("transformers.modeling_utils")
+
+    def other():
+        reporting.warning("Another LOAD REPORT from: None\n")
+
+    with _load_reports("here") as held:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        reporting.warning("A LOAD REPORT from: None\n")
+        reporting.warning("Something else")
+        assert len(held) == 1
+    assert reports == ["Another LOAD REPORT from: None\n", "Something else", "A LOAD REPORT from: here\n"]
 
 
 def test_only_a_new_classifiers_own_tensors_may_be_missing(layouts, tmp_path):

@@ -120,7 +120,8 @@ def test_results_that_a_version_wrote_are_shown_by_the_present_card(saved, versi
     assert report.test_accuracies == {"0": figures["test_accuracy"]} and report.test_f1 == figures["test_f1"]
     card = make_card(folder, repo_id="tester/probe", license="mit", base_model="tester/base")
     assert card.data.to_dict() == ModelCard.load(folder / "README.md").data.to_dict()
-    assert "| DDAE | `mid_block`, sigma 0.3 | all 64 | 87.50 | 75.00 |" in card.text and "has 81.25 %" in card.text
+    assert "| DDAE | `mid_block`, sigma 0.3 | all 64 | 87.50 | 75.00 |" in card.text
+    assert "accuracy of 81.25 %" in card.text
 
 
 # What each root's folders answer where `ddae_hf` cannot be imported. Each has a process of its own, since diffusers

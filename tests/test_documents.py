@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import shlex
 import tokenize
@@ -19,10 +20,13 @@ from .test_package import imports
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("ddae_hf", "benchmarks", "model_cards", "examples")
-DOCUMENTS = [ROOT / "README.md", *(path for place in ("docs", *PLACES) for path in (ROOT / place).rglob("*.md"))]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCUMENTS += [path for place in ("docs", *PLACES, ".github") for path in (ROOT / place).rglob("*.md")]
+NOTEBOOKS = [*(ROOT / "examples" / "notebooks").glob("*.ipynb")]
 MODULES = [path for place in PLACES for path in (ROOT / place).rglob("*.py")]
 OTHERS = [ROOT / "Makefile", *(ROOT / "ddae_hf" / "commands" / "configs").rglob("*.yaml")]
-TEXTS = {path.relative_to(ROOT).as_posix(): path for path in sorted([*DOCUMENTS, *MODULES, *OTHERS])}
+OTHERS += (ROOT / ".github").rglob("*.yml")
+TEXTS = {path.relative_to(ROOT).as_posix(): path for path in sorted([*DOCUMENTS, *NOTEBOOKS, *MODULES, *OTHERS])}
 COMMAND = re.compile(r"(?:^|[\s/(])(?:ddae|-m ddae_hf) +([a-z][\w-]*)(?![\w.])(.*)")
 BENCHMARK = re.compile(r"-m benchmarks\.(\w+)(.*)")
 # Options of other programs, and `--conf`, by which a docstring says what is no option.
@@ -51,7 +55,15 @@ def strings(path):
 def texts(name):
     """The texts of a file."""
     path = TEXTS[name]
-    return tuple(strings(path)) if path.suffix == ".py" else (path.read_text(encoding="utf-8"),)
+    return tuple(strings(path)) if path.suffix == ".py" else (written(path),)
+
+
+def written(path):
+    """What a file says; of a notebook its cells."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
 
 
 def joined(text):
@@ -64,7 +76,7 @@ def lines_of_code(name):
     for text in texts(name):
         if name == "Makefile":
             found = re.findall(r"^\t@?(.*)$", joined(text).replace("$(BIN)/", ""), re.MULTILINE)
-        elif name.endswith(".md"):
+        elif name.endswith((".md", ".ipynb")):
             blocks = re.findall(r"^ *```bash\n(.*?)^ *```", joined(text), re.MULTILINE | re.DOTALL)
             found = [line for block in blocks for line in block.splitlines()]
         else:
@@ -183,8 +195,8 @@ def slug(heading):
 
 
 def test_links_lead_somewhere():
-    for path in [*DOCUMENTS, ROOT / "CHANGELOG.md"]:
-        text = path.read_text(encoding="utf-8")
+    for path in [*DOCUMENTS, *NOTEBOOKS, ROOT / "CHANGELOG.md"]:
+        text = written(path)
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
             if not re.match(r"https?:|\{\{", link):
                 file, _, anchor = link.partition("#")
@@ -240,9 +252,12 @@ def test_places_of_changes_are_there():
 
 
 def test_lines_of_prose_are_of_one_width():
-    for path in [*DOCUMENTS, ROOT / "CHANGELOG.md"]:
+    for path in [*DOCUMENTS, *NOTEBOOKS, ROOT / "CHANGELOG.md"]:
         generated = (
-            path.parent.name == "model_cards" and path.name != "README.md" or path.name == "model_card_template.md"
+            path.parent.name == "model_cards"
+            and path.name != "README.md"
+            or path.parent.name == "digits_checkpoint"
+            or path.name == "model_card_template.md"
         )
-        for line in () if generated else path.read_text(encoding="utf-8").splitlines():
+        for line in () if generated else written(path).splitlines():
             assert len(line) <= 120 or line.startswith("|") or "](http" in line, f"{path.name}: {line}"

@@ -76,6 +76,13 @@ def test_nothing_is_computed_twice(encoded, vae, images, caplog):
         encode(vae, images, options, max_samples=9)
 
 
+def test_the_log_has_the_data_sets_own_name_of_a_split(vae, images, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = encode(vae, images, split="test", max_samples=3, output_dir=tmp_path)
+    assert "Latents of 3 test images x 1 views" in caplog.text and "train" not in caplog.text
+    assert list(folder.index["splits"]) == ["train"]  # for whoever trains on it
+
+
 def test_latents_are_described_as_the_released_versions_did(encoded, vae, images, digits, tmp_path):
     """Otherwise folders that they wrote could not be continued."""
     digest = hashlib.sha256()
@@ -144,7 +151,7 @@ def test_a_stream_is_refused_in_words(vae, digits, tmp_path):
 
 
 def test_an_option_that_there_is_not_gets_the_nearest(vae, images):
-    with pytest.raises(ValueError, match="there is no option 'mirrored': the nearest are mirror"):
+    with pytest.raises(ValueError, match="there is no option 'mirrored': the nearest is mirror"):
         encode(vae, images, mirrored=True)
 
 

@@ -226,6 +226,20 @@ def test_pooling_is_over_positions_in_float32():
         pool_hidden_states(maps[0, 0])
 
 
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (7, 7), (5, 8), (1, 3)])
+def test_quarters_are_those_of_torchs_own_pooling(height, width):
+    maps = torch.randn(3, 5, height, width)
+    expected = torch.nn.functional.adaptive_avg_pool2d(maps, 2).flatten(1)
+    torch.testing.assert_close(pool_hidden_states(maps, "mean_2x2"), expected)
+    if height == width:
+        torch.testing.assert_close(pool_hidden_states(maps.flatten(2).transpose(1, 2), "mean_2x2"), expected)
+
+
+def test_quarters_of_tokens_need_a_square():
+    with pytest.raises(ValueError, match="12 tokens came, which are no square"):
+        pool_hidden_states(torch.randn(2, 12, 4), "mean_2x2")
+
+
 DIT_INPUTS = (torch.randn(3, 3, 8, 8), torch.tensor([3.0, 20.0, 700.0]))
 LABELS = {"class_labels": torch.tensor([0, 4, 5])}
 

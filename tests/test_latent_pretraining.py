@@ -96,7 +96,8 @@ def test_results_and_card_say_what_was_trained_on(trained, digits):
         commands.run("pretrain", "--config", trained / "training_options.yaml")
     card = str(make_card(trained))
     assert "for images of 16 x 16 pixels and 3 channels" in card
-    assert f"with labels as its condition only, on {digits.name}, split `train`, {COUNT} images, for 5 steps" in card
+    trained_on = f"{COUNT} images of {digits.name}, split `train`, for 5 steps"
+    assert f"with class labels as its condition only on {trained_on}" in card
 
 
 def test_an_interrupted_run_resumes_exactly(trained, latents, tmp_path):

@@ -87,7 +87,7 @@ def test_the_configuration_says_what_the_script_takes():
     ("options", "message"),
     [
         (["--layers", "up_blocks.8.resnets.0"], "There is no layer"),
-        (["--sigmas", "-1"], "outside the schedule"),
+        (["--sigmas", "1000"], "outside the schedule"),
         (["--label_column", "image"], "no column of labels 'image'"),
         (["--test_split", "holdout"], "has no split 'holdout'"),
         (["--few_labels", "1000"], "the smallest class has"),

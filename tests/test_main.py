@@ -14,6 +14,7 @@ import ddae_hf
 from ddae_hf import __main__ as module
 from ddae_hf.commands import main as program
 from ddae_hf.commands import running
+from ddae_hf.experiments.libraries import not_installed
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,8 +100,7 @@ def test_a_missing_library_is_named_with_what_installs_it(name, extra, monkeypat
         monkeypatch.setattr(importlib, "import_module", importing)
 
     missing("a_library.of_parts")
-    said = f"ddae {name} needs a_library.of_parts, which is not installed: pip install 'ddae_hf[{extra}]'"
-    assert refused(name) == said
+    assert refused(name) == not_installed(f"ddae {name}", "a_library.of_parts", extra)
     missing("ddae_hf.experiments.gone")  # a fault of this package
     with pytest.raises(ModuleNotFoundError):
         program.main([name])

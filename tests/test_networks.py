@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -13,6 +14,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from PIL import Image
 from torch import nn
 
 from ddae_hf import (
@@ -26,6 +28,7 @@ from ddae_hf import (
 from ddae_hf.checkpoints import build_scheduler, plain_config
 from ddae_hf.cut import Cut, Recorder, identity
 from ddae_hf.diffusion import Diffusion
+from ddae_hf.experiments import Images, pretrain
 from ddae_hf.hidden_states import learning_parameters
 from ddae_hf.labels import drop_labels
 from ddae_hf.network_class import NetworkClass, Tap
@@ -234,3 +237,11 @@ def test_adding_a_network(two_blocks, scheduler, images, tmp_path):
     assert torch.equal(again(images).logits, model(images).logits)
     assert "blocks.1.weight" not in learning_parameters(json.dumps(model.config.denoiser), ("blocks.0",))
     assert Diffusion(two_blocks, scheduler).loss(images).isfinite().all()
+
+
+def test_a_network_that_was_added_is_trained(two_blocks):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    images = Images.open([Image.fromarray(each) for each in pixels])
+    options = {"mixed_precision": "no", "max_train_steps": 1, "train_batch_size": 4}
+    result = pretrain(images, denoiser={"_class_name": "TwoBlocks"}, **options)
+    assert type(result.pipeline.denoiser) is TwoBlocks and result.steps == 1

@@ -347,7 +347,7 @@ def test_levels_are_log_uniform_in_their_range():
 def test_every_number_has_a_range():
     hints = NoisyOptions.__annotations__
     numbers = {name for name, hint in hints.items() if "int" in str(hint) or "float" in str(hint)}
-    assert numbers - set(RANGES) == {"sigmas"} and len(numbers) > 15
+    assert numbers <= set(RANGES) and len(numbers) > 15
 
 
 @pytest.mark.parametrize(
@@ -356,9 +356,9 @@ def test_every_number_has_a_range():
         ({"layers": ["mid_block", "up_blocks.8.resnets.0"]}, "There is no layer 'up_blocks.8.resnets.0'"),
         ({"sigma_min": 0.001, "sigmas": None}, "outside the schedule"),
         ({"sigma_max": 1000, "sigmas": None}, "outside the schedule"),
-        ({"sigma_min": 2, "sigma_max": 1}, "0 < min < max must hold"),
+        ({"sigma_min": 2, "sigma_max": 1}, "sigma_min is 2 and sigma_max 1: the first must be the smaller one"),
         ({"sigmas": [0.001, 1]}, "they must lie between sigma_min and sigma_max"),
-        ({"sigmas": [-1]}, "they must lie between sigma_min and sigma_max"),
+        ({"sigmas": [-1]}, "sigmas is -1.0: it must be at least 0"),
         ({"num_views": 0}, "num_views is 0: it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"wide_resnet": -1}, "wide_resnet is -1: it must be at least 0"),

@@ -16,8 +16,8 @@ from ddae_hf import experiments
 from ddae_hf.experiments import options as room
 from ddae_hf.experiments.options import RANGES, Options, Table, option, read_yaml
 
-# Numbers whose range is not one for all: a network's schedule or layers, or another option says what they may be.
-FREE = """sigma sigmas extractor_sigma log_sigma""".split()
+# A number without a range: a mean of logarithms, which may be negative, and a standard deviation, which may not.
+FREE = ["log_sigma"]
 
 
 @dataclass(kw_only=True)
@@ -83,7 +83,8 @@ def test_ranges_are_those_that_the_words_say():
         ({"learning_rate": "1e-4"}, "learning_rate is '1e-4': it must be a number."),
         ({"sigmas": 0.1}, "sigmas is 0.1: it must be a list."),
         ({"sigmas": "0.1"}, "sigmas is '0.1': it must be a list."),
-        ({"sigmas": [0.1, math.nan]}, "sigmas is nan: it must be finite."),
+        ({"sigmas": [0.1, math.nan]}, "sigmas is nan: it must be finite and at least 0."),
+        ({"sigmas": [0, -0.1, math.nan]}, "sigmas is -0.1: it must be at least 0."),
         ({"sigmas": [None]}, "sigmas is None: it must be a number."),
         ({"dtype": "float64"}, "dtype is 'float64': allowed are float32, bfloat16."),
         ({"push": 1}, "push is 1: it must be true or false."),
@@ -129,10 +130,12 @@ def test_options_are_copied_not_shared():
 
 
 def test_a_wrong_name_gets_the_nearest_right_one():
-    with pytest.raises(ValueError, match="there is no option 'sigma': the nearest are sigmas"):
+    with pytest.raises(ValueError, match="there is no option 'sigma': the nearest is sigmas.$"):
         Some.of(some(), {"sigma": [0.1]})
-    with pytest.raises(ValueError, match="no option 'learning_rat': the nearest are learning_rate"):
+    with pytest.raises(ValueError, match="no option 'learning_rat': the nearest is learning_rate.$"):
         Some.of(None, {"learning_rat": 0.1})
+    with pytest.raises(ValueError, match="no option 'dename': the nearest are name, denoiser.$"):
+        Some.of(None, {"dename": 0.1})
     with pytest.raises(ValueError, match="no option 'zzzz': allowed are batch_size, denoiser"):
         Some.of(None, {"zzzz": 0.1})
     with pytest.raises(ValueError, match="options are Others: give Some, or its fields by name"):

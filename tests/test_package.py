@@ -13,6 +13,7 @@ import pytest
 
 import ddae_hf
 from ddae_hf import experiments
+from ddae_hf.experiments.libraries import not_installed, pip_line
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ddae_hf"
@@ -30,7 +31,7 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "data_files", "devices", "draws", "metrics", "stopping"],
+    ["arrays", "data_files", "devices", "draws", "libraries", "metrics", "stopping"],
     ["classes", "digits", "noisy_networks", "run_folder"],
     ["options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
@@ -192,20 +193,30 @@ for name in ("Images", "sweep", "finetune", "evaluate_generation"):
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.count("which is not installed: pip install 'ddae_hf[experiments]'") == 4, (
-        done.stdout + done.stderr
+    lines = re.findall(
+        r"^ddae_hf\.experiments\.\w+ needs ([\w.]+), which is not installed: (.*)$", done.stdout, re.MULTILINE
     )
+    assert lines == [(module, pip_line("experiments", module)) for module, _ in lines], done.stdout + done.stderr
+    assert len(lines) == 4 and 'pip install "datasets>=' in lines[0][1]
 
 
 def test_a_demo_whose_library_is_missing_says_what_to_install():
     code = "import sys; sys.modules['gradio'] = None; from ddae_hf.commands.main import main; main(['demo'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr == "ddae demo needs gradio, which is not installed: pip install 'ddae_hf[demo]'\n"
+    assert done.stderr == not_installed("ddae demo", "gradio", "demo") + "\n" and '"gradio>=' in done.stderr
 
 
 def test_every_public_name_is_there_and_no_other_is():
-    assert ddae_hf.__all__ == sorted(
-        ["DDAEBackbone", "DDAEConfig", "DDAEModel", "DDAEForImageClassification", "DDAEImageProcessor", "DDAEPipeline"]
+    assert sorted(ddae_hf.__all__) == sorted(
+        [
+            "DIGITS_CHECKPOINT",
+            "DDAEBackbone",
+            "DDAEConfig",
+            "DDAEModel",
+            "DDAEForImageClassification",
+            "DDAEImageProcessor",
+            "DDAEPipeline",
+        ]
         + [
             "add_noise",
             "sigma_to_timestep",

@@ -123,7 +123,7 @@ def test_a_configuration_takes_over_what_its_base_says(config):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("batch_siz: 3", "there is no option 'batch_siz': the nearest are batch_size"),
+        ("batch_siz: 3", "there is no option 'batch_siz': the nearest is batch_size"),
         ("batch_size: 3\nbatch_size: 4", "'batch_size' comes twice"),
         ("denoiser: {a: 1, a: 2}", "'a' comes twice"),
         ("denoiser: &d {a: 1}\nname: *d", "aliases"),
@@ -163,8 +163,8 @@ def test_a_wrong_file_ends_the_program_with_a_sentence(config, capsys, text, mes
         (["--batch_size", "0"], "batch_size is 0: it must be at least 1."),
         (["--learning_rate", "nan"], "learning_rate is nan"),
         (["--batch_size", "1.5"], "invalid int value: '1.5'"),
-        (["--conf", "x.yaml"], "there is no option 'conf': the nearest are config"),
-        (["--batch", "3"], "there is no option 'batch': the nearest are batch_size"),
+        (["--conf", "x.yaml"], "there is no option 'conf': the nearest is config"),
+        (["--batch", "3"], "there is no option 'batch': the nearest is batch_size"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file."),
         (["--config"], "expected one argument"),
         (["--mixed_precision", "fp8"], "invalid choice"),

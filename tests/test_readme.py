@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline
 from PIL import Image
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
+from ddae_hf.experiments.results import ProbeReport
 
+from . import commands
 from .conftest import make_dit, make_unet, make_vae
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +76,38 @@ def test_the_code_of_a_page_runs(page, here, tmp_path, monkeypatch):
         for file in re.findall(r'^[^#\n]*\.(?:save|savefig)\("([^"]+)"\)', code, re.MULTILINE):
             assert Path(file).exists(), file
     assert pushed == (["me/classifier"] if any("push_to_hub(" in code for code in BLOCKS[page]) else [])
+
+
+# What shortens the commands; the rest of a line is as it stands in the README.
+SHORTER = {
+    "pretrain": "--max_train_steps 2 --checkpointing_steps 2 --sample_steps 2 --num_inference_steps 2",
+    "generate": "--num_images 2 --num_inference_steps 2",
+    "sweep": "--sigmas 0.1 --layers own --num_noise_seeds 1 --num_draws 2",
+}
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch):
+    """One after the other, on folders of images; the others install, and are the make targets that tests compare."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 6)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "labelled" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (9, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    shutil.copytree(tmp_path / "labelled" / "train", tmp_path / "photos")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    run = [line[1:] for line in lines if line[:1] == ["ddae"]]
+    assert [line[0] for line in run] == ["pretrain", "generate", "sweep"]
+    assert {line[0] for line in lines if line} == {"ddae", "pip", "make"}
+    for words in run:
+        commands.run(words[0], *words[1:], *SHORTER[words[0]].split())
+    assert len([*Path("runs/mine_samples").glob("0*.png")]) == 2
+    report = ProbeReport.read("runs/mine_sweep")
+    assert report.images == {"fitted": 38, "held_out": 10, "train": 48, "test": 12} and report.baselines
 
 
 def check_training(names):

@@ -149,7 +149,7 @@ def test_a_new_figure_of_generation_shows_by_itself():
     assert "`ddae:net` (`mid_block` at sigma 0.5, 64 numbers" in section.protocol  # no path of a machine
     assert section.rows[0][3] == "2 ± 0.1" and section.rows[1][3] == "2"
     assert "the classes 1, 2 (images of the first 50 of 60), guidance 2" in section.protocol
-    assert "by heun in 18 steps, seeds from 0, weights `abababababababab`" in section.protocol
+    assert "by heun in 18 steps, with seeds from 0, weights `abababababababab`" in section.protocol
     assert [figure.metric for figure in section.figures] == ["frechet_distance"]
 
 

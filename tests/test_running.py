@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +19,10 @@ from transformers.utils import logging as transformers_logging
 from ddae_hf.commands import configs, running
 from ddae_hf.commands.running import run_command, sentences, show_log, usable_cores
 from ddae_hf.experiments.stopping import Interrupted, Stopping
+
+from .test_sweeping import save_checkpoint
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_what_a_user_can_mend_is_a_sentence_and_the_rest_a_traceback():
@@ -134,6 +140,26 @@ def test_a_line_of_the_log_stands_by_itself_beside_a_progress_bar(capsys):
     said = re.split(r"[\r\n]+", capsys.readouterr().err)
     assert sum(re.fullmatch(r"\d\d:\d\d:\d\d Saved it\.", line) is not None for line in said) == 2
     assert any("Training" in line for line in said) and not any("Loading" in line for line in said)
+
+
+OTHERS = ("LOAD REPORT", "values were not passed", "[RANK 0]", "UserWarning", "FutureWarning")
+
+
+def test_commands_show_bars_and_their_own_log_and_nothing_of_others(digits, tmp_path):
+    """In a new process, as a user starts it: libraries warn when they are imported and where nobody has warned yet."""
+    checkpoint = save_checkpoint(tmp_path / "checkpoint")
+    given = ["--model_name_or_path", checkpoint, "--dataset_name", str(digits), "--max_train_samples", "60"]
+    given += ["--max_test_samples", "20", "--output_dir"]
+    lines = [["probe", *given, str(tmp_path / "probed")]]
+    lines += [["finetune", *given, str(tmp_path / "finetuned"), "--max_train_steps", "1"]]
+    code = f"from ddae_hf.commands.main import main\nfor words in {lines!r}:\n    main(words)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "finetuned" / "eval_results.json").is_file(), done.stderr
+    assert [words for words in OTHERS if words in done.stderr + done.stdout] == []
+    bar, log = r".*(\d+%\|| \d+ examples ).*", r"\d\d:\d\d:\d\d .+"
+    said = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
+    assert [line for line in said if not re.fullmatch(f"{bar}|{log}", line)] == []
+    assert sum(re.fullmatch(bar, line) is not None for line in said) >= 4
 
 
 @pytest.mark.parametrize(("first", "level"), [(True, logging.INFO), (False, logging.ERROR)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -267,8 +268,8 @@ def test_online_protocols_train_on_fresh_noise(protocol, checkpoint, digits, tmp
         (["--output_dir", ""], "output_dir is empty: give a folder"),
         (["--features_dir", ""], "features_dir is empty: give a folder"),
         (["--layers", "up_blocks.7"], "no layer 'up_blocks.7'"),
-        (["--sigmas", "1000"], "sigma"),
-        (["--sigmas", "-1"], "sigma"),
+        (["--sigmas", "1000"], "sigma 1000.0 is outside the schedule"),
+        (["--sigmas", "-1"], "sigmas is -1.0: it must be at least 0"),
         (["--few_labels", "100"], "100 labels a class are asked for: allowed are 1 to"),
         (["--test_split", "train"], "test_split is 'train', as train_split"),
         (["--validation_fraction", "0.999"], "leave 0 to fit on and 300 to choose on"),
@@ -296,7 +297,7 @@ def test_what_the_data_or_the_network_forbid_is_refused_at_once(checkpoint, digi
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="output_dir is .* is a file: give a folder"):
         SweepOptions(output_dir=tmp_path / "file")
-    with pytest.raises(ValueError, match="here is no option 'sigma': the nearest are sigmas"):
+    with pytest.raises(ValueError, match="here is no option 'sigma': the nearest is sigmas"):
         sweep(checkpoint, same, sigma=[0.1])
     assert not list(tmp_path.rglob("*.npy"))
 
@@ -320,6 +321,8 @@ def test_a_notebook_sweeps_a_path_or_an_object_and_leaves_nothing(checkpoint, di
     assert "layer and noise level were chosen with all labels" in result.table()
     result.heat_map().savefig(tmp_path / "map.png")
     assert min(Image.open(tmp_path / "map.png").size) > 200
+    shown = Image.open(io.BytesIO(result.heat_map()._repr_png_()))  # as the last line of a cell is
+    assert shown.format == "PNG" and min(shown.size) > 200
     pixels = result.processor(images["test"].pil(range(60)), return_tensors="pt")["pixel_values"]
     for found, folder in ((result, tmp_path / "of_path"), (other, tmp_path / "of_object")):
         found.save(folder)
@@ -521,3 +524,15 @@ def test_a_run_that_cannot_be_swept_is_refused_at_once(run_folder, digits, tmp_p
     with pytest.raises(SystemExit, match="no folder `checkpoint-STEP`"):
         commands.run("sweep", *options, tmp_path)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_another_pooling_has_features_of_its_own_and_goes_along_with_the_classifier(checkpoint, digits, tmp_path):
+    plain = run(checkpoint, digits, tmp_path)
+    quarters = run(checkpoint, digits, tmp_path, "--pooling", "mean_2x2")  # what is kept there is of the mean
+    assert quarters["pairs"] != plain["pairs"]
+    assert "means of the four quarters" in ProbeReport.read(tmp_path).table()
+    classifier = DDAEForImageClassification.from_pretrained(tmp_path / "classifier")
+    channels = DDAEModel.from_pretrained(checkpoint, layer=quarters["best"]["layer"]).config.hidden_size
+    assert classifier.config.pooling == "mean_2x2" and classifier.classifier.in_features == 4 * channels
+    tested = quarters["test_accuracies"]["0"]
+    assert abs(quarters["saved_classifier_test_accuracy"] - tested) < 0.1

@@ -58,6 +58,9 @@ def vae_options(digits, folder):
     return [*options, "--checkpointing_steps", 2, "--lr_warmup_steps", 1, "--mixed_precision", "no"]
 
 
+TRAININGS = {"pretrain": pretrain_options, "train-vae": vae_options}
+
+
 @pytest.fixture(scope="module")
 def pretrained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
@@ -197,6 +200,20 @@ def test_the_checkpoint_just_saved_is_kept_whatever_lies_beside_it(pretrained, d
     assert {f.name for f in tmp_path.glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4-best", "checkpoint-6"}
 
 
+@pytest.mark.parametrize("name", ["pretrain", "train-vae"])
+def test_the_rate_is_that_of_the_whole_training_and_not_of_its_last_run(name, request, digits, tmp_path):
+    """Two steps are left after four that took ten seconds, and they take a fraction of one."""
+    whole = request.getfixturevalue("pretrained" if name == "pretrain" else "vae")
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / PROGRESS
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 10.0}))
+    (tmp_path / "checkpoint-4" / FILES).unlink()
+    commands.run(name, *TRAININGS[name](digits, tmp_path), "--resume_from_checkpoint", "latest")
+    results = json.loads((tmp_path / "train_results.json").read_text())
+    assert results["images"] == 150 and results["images_this_run"] == 50 and results["seconds"] >= 10
+    assert results["images_per_second"] == pytest.approx(150 / results["seconds"], rel=0.02)
+
+
 class Killed(BaseException):
     """What ends a program at once."""
 
@@ -273,9 +290,6 @@ def spoilt(steps_of, at):
             yield step
 
     return steps
-
-
-TRAININGS = {"pretrain": pretrain_options, "train_vae": vae_options}
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -509,6 +523,31 @@ def full_inside_torch(folder):
         torch.save(torch.zeros(100_000), folder / "optimizer.bin")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(tmp_path):
+    def another(step):
+        if step == 5:
+            (tmp_path / "partial-checkpoint").mkdir()  # as if it were being written
+            with pytest.raises(ValueError, match=f"^Another training is at work in {tmp_path}: choose another output"):
+                run_loop(tmp_path)
+            assert (tmp_path / "partial-checkpoint").is_dir()
+
+    (tmp_path / "partial-checkpoint-3").mkdir()  # of a run that was killed
+    assert run_loop(tmp_path, after=another).progress.steps == 40
+    assert {f.name for f in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (10, 20, 30, 40)}
+    assert run_loop(tmp_path, resume="latest", total=50).progress.steps == 50
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_any_step(tmp_path, monkeypatch):
+    def refused(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    steps = []
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(OSError, match="run could not be written to: Permission denied"):
+        run_loop(tmp_path / "run", after=steps.append)
+    assert not steps
 
 
 @pytest.mark.parametrize("fails", [full, full_inside_safetensors, full_inside_torch])

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..demo.space import lay_space
 from ..demo.views import RUN, Demo, DemoOptions
 from ..experiments.images import DataOptions
+from ..experiments.libraries import not_installed
 from ..experiments.options import option
 
 
@@ -30,7 +31,6 @@ class Arguments(DemoOptions):
     space_dir: str | None = option(None, "Folder to lay as a Space, new or empty, in place of opening the page.")
 
 
-INSTALL = "pip install 'ddae_hf[demo]'"
 KINDS = (DataOptions, Arguments)
 
 
@@ -46,7 +46,7 @@ def main(data: DataOptions, options: Arguments) -> None:
 
                 write_digits(Path(data.dataset_name), mnist())
     except ModuleNotFoundError as error:
-        raise ValueError(f"ddae demo needs {error.name}, which is not installed: {INSTALL}") from error
+        raise ValueError(not_installed("ddae demo", error.name, "demo")) from error
     if options.space_dir is None:
         show(Demo(options, data.open(options.cache_dir)), options.host, options.port)
         return

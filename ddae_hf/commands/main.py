@@ -85,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
             raise
-        extra = f"pip install 'ddae_hf[{EXTRAS.get(name, 'experiments')}]'"
-        raise SystemExit(f"ddae {name} needs {error.name}, which is not installed: {extra}") from error
+        from ..experiments.libraries import not_installed  # which `ddae --help` needs not
+
+        raise SystemExit(not_installed(f"ddae {name}", error.name, EXTRAS.get(name, "experiments"))) from error
     running.run_command(command, words[1:])
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from ..experiments.options import Options, Table, read_yaml, unknown
+from ..experiments.options import Options, Table, nearest, read_yaml, unknown
 from ..experiments.run_folder import OPTIONS, with_present_names
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -143,7 +143,7 @@ def find_config(name: str) -> Path:
     known = {file.stem: file for file in CONFIGS.glob("*.yaml")}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"the nearest are {', '.join(near)}" if near else "`ddae configs` lists them"
+        hint = nearest(near) or "`ddae configs` lists them"
         raise ValueError(f"config is {name}: there is no such file, and no configuration of this name; {hint}.")
     return known[name]
 

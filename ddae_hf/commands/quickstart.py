@@ -22,6 +22,7 @@ from ..experiments.arrays import write_json
 from ..experiments.digits import Judge, Splits, mnist, shuffled_pixels, write_digits
 from ..experiments.options import Options, option
 from ..experiments.plots import image_grid
+from ..experiments.report import markdown, spread
 from ..experiments.results import PretrainingReport, ProbeReport
 from .main import main as run
 from .parsing import find_config, read_config
@@ -82,15 +83,25 @@ def main(options: Arguments) -> None:
     announce(f"2 of 4: it draws {NUM_SAMPLES} digits, from noise", 10)
     show("generate", *model, "--num_images", NUM_SAMPLES, "--batch_size", NUM_SAMPLES, "--output_dir", samples)
     announce("3 of 4: a linear classifier reads its features, beside raw pixels and an untrained network", 60)
-    show("probe", *model, "--dataset_name", data, "--sigmas", 0.1, 0.2, "--few_labels", 10, "--baselines",
-         "--output_dir", classifier)  # fmt: skip
+    show("probe", *model, "--dataset_name", data, "--sigmas", 0.1, 0.2, "--pooling", "mean_2x2", "--few_labels", 10,
+         "--baselines", "--output_dir", classifier)  # fmt: skip
     announce("4 of 4: what came out", 10)
     compare(folder, digits, [Image.open(samples / f"{number:05d}.png") for number in range(NUM_SAMPLES)])
     classify(folder / "test_image.png", digits, classifier)
-    print(f"\n{ProbeReport.read(classifier).table()}")
+    print(f"\nTest accuracy of linear probes, in %:\n\n{summary(ProbeReport.read(classifier))}")
     print(f"\nThe checkpoint, a generator:        {checkpoint}")
     print(f"The same network as a classifier:   {classifier}")
     print(NEXT.format(folder=folder, data=data, checkpoint=checkpoint, classifier=classifier))
+
+
+def summary(report: ProbeReport) -> str:
+    """Return the test accuracies of the network's features and of what they are compared with, as a small table."""
+    rows = [
+        [name, *map(spread, ([*probe.test_accuracies.values()], *probe.few_label_test_accuracies.values()))]
+        for name, probe in {"hidden states": report, **report.baselines}.items()
+    ]
+    few = [f"{count} labels a class" for count in report.few_label_test_accuracies]
+    return markdown(["features", f"all {report.images['train']:,} labels", *few], rows)
 
 
 def check_steps(checkpoint: Path, wanted: int) -> None:

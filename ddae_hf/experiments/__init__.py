@@ -10,7 +10,7 @@ All experiments are called alike, `sweep(model, images, options=None, **changes)
 Hub id, in any layout, or an open one, whose weights stay as they are. Images are those of `Images.open`, or what it
 takes. Options are a dataclass, by default `SweepOptions()`, in which `changes` replaces fields by name. Nothing here
 prints, parses arguments or leaves global random generators changed. Names are imported when first used; what they need
-beside `ddae_hf` itself is installed by `pip install 'ddae_hf[experiments]'`.
+beside `ddae_hf` itself is installed by `pip install '.[experiments]'`, from a clone.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
             raise
-        raise ImportError(
-            f"ddae_hf.experiments.{name} needs {error.name}, which is not installed: pip install 'ddae_hf[experiments]'"
-        ) from error
+        from .libraries import not_installed
+
+        raise ImportError(not_installed(f"{__name__}.{name}", error.name, "experiments")) from error
     globals()[name] = value
     return value
 

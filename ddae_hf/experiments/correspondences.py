@@ -38,6 +38,7 @@ from .features import evaluating
 from .images import Images
 from .models import Model, check_taps, open_model, open_processor, report_facts
 from .options import Options, option
+from .plots import Picture
 from .report import in_memory
 from .results import CorrespondenceReport
 from .run_folder import saving
@@ -81,7 +82,7 @@ class CorrespondenceResult(CorrespondenceReport):
 
     def picture(self) -> Figure:
         """Return a picture of two pairs, and of how many points are found within a distance."""
-        figure = Figure(figsize=(11, 3), layout="constrained")
+        figure = Picture(figsize=(11, 3), layout="constrained")
         *panels, last = figure.subplots(1, len(self.shown) + 1)
         for axes, matches in zip(panels, self.shown, strict=True):
             draw_pair(axes, matches)

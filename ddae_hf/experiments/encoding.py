@@ -121,7 +121,10 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
             folder.write_labels(split, known.labels)
     splits = folder.index["splits"]
     count = sum(known["count"] * known["views"] for known in splits.values())
-    of = ", ".join(f"{known['count']:,} {name} images x {known['views']} views" for name, known in splits.items())
+    given = {name: known.images.split for name, known in inputs.items()}  # what the data set calls them
+    of = ", ".join(
+        f"{known['count']:,} {given[name]} images x {known['views']} views" for name, known in splits.items()
+    )
     logger.info(
         f"Latents of {of}: {count:,} of {'x'.join(map(str, folder.shape))}, "
         f"{arrays.size(arrays.num_bytes(folder.shape, count, DTYPE))} on disk in {folder.folder}, "
@@ -135,7 +138,7 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
     try:
         for split, described in splits.items():
             for view in range(described["views"]):
-                title = f"Encoding {split} images, view {view}"
+                title = f"Encoding {given[split]} images, view {view}"
                 views = partial(inputs[split].batches, batch_size, None, view=view, title=title)
                 folder.encode(vae, split, view, views)
     finally:

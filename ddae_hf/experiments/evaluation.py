@@ -34,9 +34,10 @@ from .devices import best_device, machine
 from .extractors import Extractor, check_extractor, open_extractor
 from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
 from .images import Images, ImageSet
+from .libraries import pip_line
 from .models import path_of
 from .options import option
-from .plots import image_grid
+from .plots import Picture, image_grid
 from .report import in_memory
 from .results import GenerationReport
 
@@ -96,7 +97,7 @@ class GenerationResult(GenerationReport):
 
     def picture(self) -> Figure:
         """Return some generated images beside some of the reference."""
-        figure = Figure(figsize=(12, 6))
+        figure = Picture(figsize=(12, 6))
         counts = (self.results["generated"]["num_images"], self.reference["num_images"])
         for axes, (name, images), count in zip(figure.subplots(1, 2), self.shown.items(), counts, strict=True):
             axes.imshow(image_grid(images, columns=6), interpolation="nearest")
@@ -349,7 +350,8 @@ def _torchmetrics(name: str, width: int, **options: Any) -> Any:
     try:
         from torchmetrics.image import fid, kid
     except ImportError as error:
-        raise ImportError(f"This distance needs torchmetrics: pip install 'torchmetrics>=1.6' ({error}).") from error
+        line = pip_line("experiments", "torchmetrics")
+        raise ImportError(f"This distance needs torchmetrics: {line} ({error}).") from error
     metric: Any = fid.FrechetInceptionDistance if name == "Frechet" else kid.KernelInceptionDistance
     identity: Any = torch.nn.Identity()
     identity.num_features = width

@@ -30,6 +30,7 @@ from ..image_processing_ddae import as_rgb
 from ..weights import fingerprint
 from .devices import best_device, made_fast
 from .features import evaluating, extract_features
+from .libraries import pip_line
 from .models import open_model, open_processor
 
 # Of images in batches and the number of the draw of noise; returns features (N, C).
@@ -128,7 +129,7 @@ def _inception(path: str, layer: None, sigma: None, cache_dir: str | None) -> tu
         from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     except ImportError as error:
         needed = "it needs torch-fidelity, and that a torchvision of your torch's build"
-        raise ValueError(f"{needed}: pip install torchvision torch-fidelity ({error}).") from error
+        raise ValueError(f"{needed}: {pip_line('inception', error.name)} ({error}).") from error
     if path.endswith(".safetensors"):
         state = load_file(path)
     elif path:

@@ -45,7 +45,7 @@ from .draws import indexed_noise, separate_randomness
 from .encoding import LatentFolder, LatentInputs
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
-from .models import Model, base_model, base_of, check_null_class, without_report
+from .models import Model, base_model, base_of, check_null_class
 from .options import option
 from .probing import classify
 from .report import in_memory
@@ -286,8 +286,7 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
             classifier.ddae.vae.load_state_dict(load_vae(path, cache_dir=options.cache_dir).state_dict())
     else:
         config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-        with without_report():
-            classifier = DDAEForImageClassification.from_pretrained(path, **config)
+        classifier = DDAEForImageClassification.from_pretrained(path, **config)
     check_null_class(classifier.ddae)
     return classifier
 
@@ -371,14 +370,12 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     if trainer.average is not None:
         trainer.average.copy_to(trainer.learning.values())
     total = trainer.total()
-    seconds = total["seconds"] - trainer.before["seconds"]
-    speed = trainer.images_seen / seconds if trainer.images_seen else total["images"] / trainer.before["seconds"]
     return {
         "steps": trainer.state.global_step,
         "images": total["images"],
         "train_seconds": round(total["seconds"], 1),
-        "train_seconds_this_run": round(seconds, 1),
-        "images_per_second": round(speed, 1),
+        "train_seconds_this_run": round(total["seconds"] - trainer.before["seconds"], 1),
+        "images_per_second": round(total["images"] / total["seconds"], 1),  # of the whole training
     }
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -128,18 +126,3 @@ def check_taps(model: DDAEModel, layers: Iterable[str], sigmas: Iterable[float])
         model.config.from_dict(model.config.to_dict(), layer=layer)
     for sigma in sigmas:
         family_of(model.scheduler).check_sigma(sigma)
-
-
-@contextlib.contextmanager
-def without_report() -> Iterator[None]:
-    """Keep transformers from reporting that the classifier is new: whatever else is missing is refused."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    reporting = logging.getLogger("transformers.modeling_utils")
-    reporting.addFilter(is_other)
-    try:
-        yield
-    finally:
-        reporting.removeFilter(is_other)

@@ -193,7 +193,7 @@ def check_networks(options: Any, denoiser: Any, scheduler: Any, data: TrainingDa
         )
     if not data.num_classes and network.is_conditional(denoiser):
         raise ValueError("This network is class-conditional: train it with class_conditional.")
-    if config.out_channels not in (None, config.in_channels):
+    if config.get("out_channels") not in (None, config.in_channels):
         raise ValueError("Only networks with as many output as input channels can be trained.")
     # These refuse what cannot work.
     family_of(scheduler).check_sampler(options.sampler)

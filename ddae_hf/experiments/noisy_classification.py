@@ -98,7 +98,7 @@ class NoisyOptions(SplitOptions):
         low = self.sigma_min
         high = self.sigma_max
         if low >= high:
-            raise ValueError(f"sigma_min is {low:g} and sigma_max {high:g}: 0 < min < max must hold.")
+            raise ValueError(f"sigma_min is {low:g} and sigma_max {high:g}: the first must be the smaller one.")
         self.sigmas = sorted(self.sigmas or np.geomspace(low, high, 8).tolist())
         if self.sigmas[0] < low or self.sigmas[-1] > high:
             raise ValueError(f"sigmas are {self.sigmas}: they must lie between sigma_min and sigma_max.")

@@ -38,7 +38,8 @@ NAMES = {
         hidden_size num_hidden_layers few_labels max_samples max_train_samples max_test_samples max_selection_samples
         max_reference_samples num_heads num_classes""",
     Range("at least 0", lambda x: x >= 0): """lr_warmup_steps weight_decay max_grad_norm kl_weight mixup
-        sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale""",
+        sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale sigma sigmas
+        extractor_sigma""",
     Range("positive", lambda x: x > 0): "learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2",
     Range("between 0 and 1", lambda x: 0 <= x <= 1): "augment label_dropout low_resolution_share",
     Range("above 0 and below 1", lambda x: 0 < x < 1): "validation_fraction",
@@ -166,8 +167,12 @@ def unknown(name: Any, names: Iterable[str]) -> str:
     if name in RENAMED and RENAMED[name].partition(",")[0] in names:
         return f"there is no option {name!r} any more: give {RENAMED[name]}."
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    which = f"the nearest are {', '.join(near)}" if near else f"allowed are {', '.join(names)}"
-    return f"there is no option {name!r}: {which}."
+    return f"there is no option {name!r}: {nearest(near) or 'allowed are ' + ', '.join(names)}."
+
+
+def nearest(near: Sequence[str]) -> str:
+    """Return in words which names are the nearest to one that there is not; nothing where none came."""
+    return f"the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}" if near else ""
 
 
 def _plain(value: Any) -> Any:

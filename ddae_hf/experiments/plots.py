@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,13 +16,22 @@ from ..image_processing_ddae import as_rgb
 from .pairs import Pair, Point
 
 
+class Picture(Figure):
+    """A figure that a notebook shows, also where nobody has told matplotlib that it is in one."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
 def heat_map(pairs: Sequence[Pair], best: Pair) -> Figure:
     """Return a picture of validation accuracy over layers and noise levels, the best pair framed."""
     accuracy = _accuracies(pairs)
     layers, sigmas = (list(dict.fromkeys(names)) for names in zip(*accuracy, strict=True))
     table = np.array([[accuracy[layer, sigma] for sigma in sigmas] for layer in layers])
     size = (max(6.0, 2.8 + 0.72 * len(sigmas)), max(2.4, 1.4 + 0.36 * len(layers)))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(sigmas)), [f"{sigma:g}" for sigma in sigmas])
@@ -57,7 +67,7 @@ def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[s
     from sklearn.metrics import ConfusionMatrixDisplay
 
     side = max(5.0, 0.6 * min(len(names), 40))
-    figure = Figure(figsize=(side, side))
+    figure = Picture(figsize=(side, side))
     axes = figure.subplots()
     ConfusionMatrixDisplay.from_predictions(
         labels, predicted, labels=np.arange(len(names)), display_labels=names, normalize="true", ax=axes, cmap="Blues",
@@ -72,7 +82,7 @@ def curves(
     errors: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:  # fmt: skip
     """Return a picture of lines, with the errors of some of them, over noise levels, with a tick at each."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Picture(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):
         axes.errorbar(x, y, (errors or {}).get(label), fmt=style, capsize=3, label=label)
@@ -91,7 +101,7 @@ def curves_of_points(points: Sequence[Point]) -> Figure:
     panels["loss on test images"] = [point.test_loss for point in points]
     if points[0].frechet_distance is not None:
         panels["Frechet distance"] = [point.frechet_distance for point in points]
-    figure = Figure(figsize=(6, 0.8 + 2 * len(panels)), layout="constrained")
+    figure = Picture(figsize=(6, 0.8 + 2 * len(panels)), layout="constrained")
     for (title, y), axis in zip(panels.items(), figure.subplots(len(panels), sharex=True), strict=True):
         best = y.index((max if title == "test accuracy (%)" else min)(y))
         axis.plot(steps, y, "o-")

@@ -58,6 +58,7 @@ class Report:
         dataset: `name`, `id` on the Hub, `config`, `train_split`, `test_split`, `num_images`, as far as they are known.
         base_model: The Hub repository that it began with.
         seconds: How long it took, of all its runs; or the seconds of its parts and `in_all`.
+        images_per_second: Images that were trained on, over the seconds of training of all runs together.
         hardware: With `processes`, `threads` and `versions` what `devices.machine` returns.
         folder: Where it was read or written.
     """

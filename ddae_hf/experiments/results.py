@@ -146,7 +146,8 @@ class ProbeReport(Report, Probe):
     def _protocol(self) -> str:
         options, images = self.options, self.images
         probe = options.get("protocol", "logistic_regression").replace("_", " ")
-        text = f"Test accuracy in %, {images['test']:,} test images, of linear probes ({probe}) on the frozen network. "
+        text = f"Test accuracy, in %, of linear probes ({probe}) on the frozen network, on {images['test']:,} test "
+        text += "images. "
         if len(self.pairs) > 1:
             text += (
                 f"The best of {len(self.pairs)} pairs of layer and noise level was chosen on {images['held_out']:,} "
@@ -167,7 +168,7 @@ class ProbeReport(Report, Probe):
         if options.get("pooling") == "mean_2x2":
             text += " Features are the means of the four quarters of a hidden state."
         if options.get("num_noise_samples", 1) > 1:
-            text += f" Features are averaged over {options['num_noise_samples']} draws of noise an image."
+            text += f" Features are averaged over {options['num_noise_samples']} draws of noise per image."
         draws = max(map(len, self.few_label_test_accuracies.values()), default=0)
         counts = {"noise seeds": len(self.test_accuracies), "draws of few labels": draws}
         if spreads := [f"{count} {name}" for name, count in counts.items() if count > 1]:
@@ -241,9 +242,9 @@ class FineTuningReport(Report):
         """Return the test figures."""
         start = "random" if self.options.get("from_scratch") else "pretrained"
         protocol = (
-            f"In %, {self.num_test_images:,} test images. The whole network was trained from {start} weights on "
-            f"{self.num_train_labels:,} labelled images in {self.steps:,} steps (seed {self.options['seed']}); it is "
-            f"read at `{self.layer}`, sigma {self.sigma:.3g}."
+            f"Figures are in %, on {self.num_test_images:,} test images. The whole network was trained from {start} "
+            f"weights on {self.num_train_labels:,} labelled images in {self.steps:,} steps (seed "
+            f"{self.options['seed']}); it is read at `{self.layer}`, sigma {self.sigma:.3g}."
         )
         if self.options.get("latents_dir"):
             protocol += " It learnt from latents that were encoded before, which are also what these figures are of."
@@ -284,7 +285,7 @@ class NoisyReport(Report):
             [f"{sigma:.3g}", *(percent(values[i]) for values in self.test_accuracies.values())]
             for i, sigma in enumerate(self.options["sigmas"])
         ]
-        protocol = f"Test accuracy in %, {self.num_test_images:,} test images under noise of level sigma on "
+        protocol = f"Test accuracy, in %, on {self.num_test_images:,} test images, under noise of level sigma on "
         return Section("Noisy images", f"{protocol}{self.noise_on}.", ["sigma", *self.test_accuracies], rows)
 
 
@@ -381,16 +382,16 @@ class GenerationReport(Report):
         generator, extractor = self.generator, self.extractor
         tap = f"`{extractor['layer']}` at sigma {extractor['sigma']:.3g}, " if "layer" in extractor else ""
         text = (
-            f"Against {self.reference['num_images']:,} real images ({self.reference['name']}), on the features of "
-            f"`{self.features}` ({tap}{extractor['width']} numbers an image{_weights(extractor)}). Figures compare "
-            "only on the same features, for as many images and against the same reference."
+            f"Compared with {self.reference['num_images']:,} real images ({self.reference['name']}), by the features "
+            f"of `{self.features}` ({tap}{extractor['width']} numbers per image{_weights(extractor)}). Figures can be "
+            "compared only on the same features, for as many images and with the same reference."
         )
         if any(found.get("kernel_distance_std_over_subsets") for found in self.results.values()):
             text += " The kernel distance is a mean ± standard deviation over subsets."
         if "num_inference_steps" in generator:
             sampler = generator["sampler"] or generator["scheduler"]
-            text += f" Sampled by {sampler} in {generator['num_inference_steps']} steps, seeds from {generator['seed']}"
-            text += _weights(generator)
+            text += f" The images were sampled by {sampler} in {generator['num_inference_steps']} steps, "
+            text += f"with seeds from {generator['seed']}{_weights(generator)}"
             if generator.get("class_label") is not None:
                 labels, (made, asked) = generator["class_label"], generator["num_classes"]
                 names = ", ".join(map(str, labels)) if isinstance(labels, list) else labels

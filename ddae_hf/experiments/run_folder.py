@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from .arrays import StrPath, read_json, write_json, write_text
@@ -278,6 +279,28 @@ def saving(output_dir: StrPath) -> Iterator[Path]:
         kept = saved_checkpoints(output_dir)
         last = f"{kept[-1]} is the last checkpoint: make room, and resume it" if kept else "Make room, and start again"
         raise OSError(f"{output_dir} could not be written to: {reason}. {last}.") from error
+
+
+@contextlib.contextmanager
+def alone_in(output_dir: StrPath) -> Iterator[None]:
+    """Keep other trainings out of a run's folder, made if it is missing, and clear it of what interrupted ones left.
+
+    Raises:
+        ValueError: Another training is at work there.
+        OSError: The folder cannot be written to.
+    """
+    with saving(output_dir) as folder:
+        lock = FileLock(folder / "training.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another training is at work in {output_dir}: choose another output_dir.") from error
+    try:
+        clear_rubbish(output_dir)
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _disk_error(error: BaseException | None) -> str | None:

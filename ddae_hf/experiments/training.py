@@ -31,7 +31,7 @@ from .arrays import StrPath, write_json
 from .batches import Batch, Batches
 from .devices import machine
 from .draws import seed_by, separate_randomness
-from .run_folder import PROGRESS, Progress, clear_rubbish, discard, note_files, saved_checkpoints, saving
+from .run_folder import PROGRESS, Progress, alone_in, discard, note_files, saved_checkpoints, saving
 from .stopping import Stopping, check_weights, interrupted, look, not_finite
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,6 @@ class Loop:
 
         The module has its weights already, but for `keep_weights`. What options say of the optimiser is this run's.
         """
-        if self.folder is not None and self.accelerator.is_main_process:
-            clear_rubbish(self.folder)
         if checkpoint is None:
             return
         groups = self.optimizer.param_groups
@@ -166,12 +164,12 @@ class Loop:
         Raises:
             NotFinite: A loss or weights that are no finite numbers; nothing of them is saved.
             Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written.
-            OSError: A checkpoint could not be written.
-            ValueError: An epoch without a batch.
+            OSError: The folder, or a checkpoint, could not be written.
+            ValueError: An epoch without a batch, or another training in the folder.
         """
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(initial=self.progress.steps, total=self.total_steps, desc=self.desc, disable=hidden)
-        with contextlib.nullcontext() if self.folder is None else Stopping() as stopping, bar:
+        with self._alone(), contextlib.nullcontext() if self.folder is None else Stopping() as stopping, bar:
             for step in self.steps(loss):
                 bar.update()
                 looks = step % LOOKS == 0 or step == self.total_steps
@@ -190,6 +188,12 @@ class Loop:
                 if drawn and sample is not None:
                     sample(step)
         self._count_seconds()
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other trainings out of the folder, where there is one: the first process does so for all."""
+        if self.folder is None or not self.accelerator.is_main_process:
+            return contextlib.nullcontext()
+        return alone_in(self.folder)
 
     def steps(self, loss: Callable[[Any], Tensor]) -> Iterator[int]:
         """Train, and yield the number of every step that is done, up to the last."""
@@ -258,7 +262,8 @@ class Loop:
         report = kind.read(self.folder)
         if report.steps != self.total_steps:
             return None
-        logger.info(f"{self.folder} is complete, after {self.total_steps} steps: there is nothing left to do.")
+        with self._alone():
+            logger.info(f"{self.folder} is complete, after {self.total_steps} steps: there is nothing left to do.")
         return report
 
     def facts(self) -> dict[str, Any]:
@@ -273,8 +278,8 @@ class Loop:
             "images_this_run": images,
             "seconds": round(progress.seconds, 1),
             "seconds_this_run": round(seconds, 1),
-            # Where nothing was left to train, the rate until then.
-            "images_per_second": round(images / seconds if images else progress.images / self.resumed.seconds, 1),
+            # Of the whole training, as a resumed run may have little left to do.
+            "images_per_second": round(progress.images / progress.seconds, 1),
             **machine(self.accelerator.device.type, self.accelerator.num_processes),
         }
 
