@@ -18,11 +18,7 @@ $(VENV)/.installed: requirements.txt setup.py
 quickstart: $(VENV)/.installed  ## Pretrain, generate and classify handwritten digits.
 	$(BIN)/ddae quickstart
 
-# The sweep computes only what it has not kept, and of another network everything.
-demo: $(VENV)/.installed  ## A page on the quickstart's network: generate, classify, explore.
-	test -f runs/quickstart/classifier/config.json || $(BIN)/ddae quickstart
-	$(BIN)/ddae sweep --knn --model_name_or_path runs/quickstart/checkpoint --dataset_name runs/quickstart/digits \
-		--output_dir runs/quickstart/sweep
+demo: $(VENV)/.installed  ## A page to look at: draw, classify, explore.
 	$(BIN)/ddae demo
 
 model-cards: $(VENV)/.installed  ## Write the cards of the checkpoints in runs/ again.

@@ -55,6 +55,8 @@ setup(
             "experiments/model_card_template.md",
             "commands/configs/*.yaml",
             "commands/configs/*/*.yaml",
+            "demo/*.css",
+            "demo/*.js",
             "demo/template/*",
             "digits_checkpoint/*",
             "digits_checkpoint/*/*",

@@ -12,22 +12,11 @@ from datasets import load_dataset
 from PIL import Image
 
 from ddae_hf import DDAEBackbone, DDAEImageProcessor
+from ddae_hf.experiments import main_directions
 
 NUM_IMAGES = 8
 SIDE = 96  # of an image in the picture, in pixels
 FRAME = 4
-
-
-def main_directions(maps):
-    """Project feature maps (B, C, H, W) on their three main directions over all places: (B, 3, H, W), in [0, 1]."""
-    places = maps.movedim(1, -1).flatten(0, -2)
-    places = places - places.mean(0)
-    torch.manual_seed(0)  # `pca_lowrank` draws where it begins
-    _, _, directions = torch.pca_lowrank(places, q=3, center=False)
-    shares = places @ directions
-    low, high = shares.quantile(0.02, 0), shares.quantile(0.98, 0)
-    shares = ((shares - low) / (high - low)).clamp(0, 1)
-    return shares.reshape(len(maps), *maps.shape[-2:], 3).movedim(-1, 1)
 
 
 def row(images):

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddae_hf import DDAEModel, DDAEPipeline
-from ddae_hf.experiments import Images, correspondences, find_correspondences
+from ddae_hf.experiments import Images, correspondences, find_correspondences, main_directions
 from ddae_hf.experiments.correspondences import Warp, match, pixels
 from ddae_hf.experiments.results import CorrespondenceReport
 
@@ -119,3 +119,15 @@ def test_wrong_options_are_refused(checkpoint, digits, tmp_path, capsys):
         run(checkpoint, digits, tmp_path / "out", "--max_samples", "0")
     assert "max_samples is 0: it must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_main_directions_are_those_of_most_variance_of_all_images_together():
+    maps = torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps *= torch.tensor([1, 30, 1, 300, 3])[:, None, None]
+    shown = main_directions(maps)
+    assert shown.shape == (2, 3, 8, 8) and shown.min() == 0 and shown.max() == 1
+    for direction, channel in enumerate([3, 1, 4]):
+        pair = torch.stack([shown[:, direction].flatten(), maps[:, channel].flatten()])
+        assert torch.corrcoef(pair)[0, 1] > 0.95
+    torch.testing.assert_close(main_directions(maps + 7), shown, atol=1e-3, rtol=0)
+    assert main_directions(maps[:, :2])[:, 2].max() == 0  # of two channels there is no third

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import ClassLabel, Dataset
 from diffusers import DDIMScheduler, EDMEulerScheduler
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
+from sklearn.datasets import load_sample_images
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.commands import main
@@ -37,6 +39,7 @@ from ddae_hf.commands import demo as command  # noqa: E402
 from ddae_hf.demo import page as page_of_demo  # noqa: E402
 from ddae_hf.demo import space as laying  # noqa: E402
 from ddae_hf.demo import views  # noqa: E402
+from ddae_hf.demo.uploads import as_mnist  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 GREY = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
@@ -66,6 +69,7 @@ def options_of(folder):
     return [*(f"--{name}={folder / part}" for name, part in names.items()), f"--features_dir={folder / 'features'}"]
 
 
+WHITE = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="
 SMALL = ["--max_train_samples=100", "--max_test_samples=100"]
 
 
@@ -123,7 +127,7 @@ class Page:
         raise AssertionError(f"The page says: {self.driver.find_element('tag name', 'body').text}")
 
     def set_number(self, label, value):
-        (field,) = self.wait(lambda: self.find(f"input[type=number][aria-label*='{label}']"))
+        field = self.wait(lambda: self.find(f"input[type=number][aria-label*='{label}']"))[0]
         self.driver.execute_script("arguments[0].select()", field)
         field.send_keys(f"{value}\t")
 
@@ -131,20 +135,26 @@ class Page:
         """Click the first visible element of a selector, with this text if one is given."""
         self.wait(lambda: [e for e in self.find(selector) if text in (None, e.text)])[0].click()
 
-    def open_tab(self, name):
-        self.click("button[role=tab]", name)
-
     def upload(self, path):
-        self.wait(lambda: self.find("button[aria-label='Upload file'], .upload button"))
-        (field,) = [
-            field
-            for field in self.driver.find_elements("css selector", ".upload input[type=file]")
-            if field.find_element("xpath", "./ancestor::*[@role='tabpanel'][1]").is_displayed()
-        ]
+        (field,) = self.driver.find_elements("css selector", ".pad input[type=file]")
         field.send_keys(str(path))
 
+    def text(self, selector):
+        return "\n".join(element.text for element in self.find(selector))
+
+    def draw(self, selector, *points):
+        """Press a button at a place from the centre of an element, draw a line to others, and let go."""
+        from selenium.webdriver import ActionChains
+
+        (element,) = self.find(selector)
+        (x, y), *rest = points
+        moves = ActionChains(self.driver, duration=20).move_to_element_with_offset(element, x, y).click_and_hold()
+        for point in rest:
+            moves.move_to_element_with_offset(element, *point)
+        moves.release().perform()
+
     def pictures(self, selector):
-        return [image.get_attribute("src") for image in self.find(f"{selector} .figures img")]
+        return [image.get_attribute("src") for image in self.find(f"{selector} figure img")]
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +182,19 @@ def page(server, space, tmp_path_factory):
         driver.quit()
 
 
+def test_images_are_there_when_the_page_opens(page, space):
+    """Drawn, classified, looked at in a layer and compared, without a click."""
+    page.wait(lambda: "Step 50 of 50: done" in page.text("#bar"))
+    page.wait(lambda: page.pictures("#found") and page.pictures("#pair-maps") and page.pictures("#compared"))
+    assert len(page.pictures("#images")) == 16 and len(page.pictures("#seen")) == 3
+    assert page.text("[data-testid='label-output-value']") in [str(digit) for digit in range(10)]
+
+
 def test_generating_shows_steps_and_ends_with_the_pipelines_images(page, space):
     page.set_number("Images", 3)
     page.set_number("Steps", 12)
     page.click("#start")
-    page.wait(lambda: "Step 12 of 12: done" in "".join(e.text for e in page.find("#bar")))
+    page.wait(lambda: "Step 12 of 12: done" in page.text("#bar"))
     found = pictures_in("".join(page.pictures("#images")))
     seeds = [torch.Generator().manual_seed(i) for i in range(3)]
     expected = DDAEPipeline.from_pretrained(space / "checkpoint")(3, generator=seeds, num_inference_steps=12).images
@@ -210,68 +228,126 @@ def test_sampling_can_be_stopped_and_started_again(page):
     page.click("#stop")
 
 
+def test_a_number_that_cannot_be_is_answered_in_words(page):
+    page.set_number("Seed", -5)
+    page.click("#start")
+    page.wait(lambda: "Seed is -5: give a whole number from 0 to 2147483648." in page.text("#bar"))
+    page.set_number("Seed", 0)
+
+
+def read_by_hand(space, image):
+    """What the checkpoint of a Space says of an image: its name, and the probability in %."""
+    model = DDAEForImageClassification.from_pretrained(space / "classifier")
+    inputs = DDAEImageProcessor.from_pretrained(space / "classifier")(image, return_tensors="pt")
+    with torch.no_grad():
+        probabilities = model(**inputs).logits.softmax(-1)[0]
+    name = model.config.id2label[probabilities.argmax().item()]
+    return inputs["pixel_values"][0, 0], name, f"{100 * probabilities.max():.0f}%"
+
+
 def test_an_uploaded_image_is_classified_and_a_bad_file_gets_a_message(page, run, space, tmp_path):
-    page.open_tab("Classify")
     bad = {"text.png": b"no image", "empty.png": b"", "cut.png": (run / "sweep" / "heat_map.png").read_bytes()[:999]}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
-    for name in [*bad, "huge.png"]:
+    (tmp_path / "large.png").write_bytes(bytes(16_000_000))
+    said = {"huge.png": "81 million pixels", "large.png": "16 MB: send one of at most 15 MB"}
+    for name in [*bad, *said]:
+        page.click("[data-example]")
+        page.wait(lambda: page.pictures("#found") and page.pictures("#compared"))
         page.upload(tmp_path / name)
-        message = "81 million pixels" if name == "huge.png" else "holds no image that can be read"
-        page.wait(lambda message=message: message in "".join(e.text for e in page.find(".notice")))
-        page.click("button[aria-label='Remove Image']")
-        page.wait(lambda: "No image yet" in "".join(e.text for e in page.find(".notice")))
+        message = said.get(name, "holds no image that can be read")
+        page.wait(lambda message=message: message in page.text(".notice"))
     digit = Image.open(run / "sweep" / "heat_map.png").convert("RGBA").rotate(90, expand=True)
     digit.save(tmp_path / "photo.png")
+    before = page.wait(lambda: page.pictures("#seen"))
     page.upload(tmp_path / "photo.png")
-    page.wait(lambda: len(page.pictures("#seen")) == 2 and len(page.pictures("#maps")) == 8)
-    model = DDAEForImageClassification.from_pretrained(space / "classifier")
-    inputs = DDAEImageProcessor.from_pretrained(space / "classifier")(digit, return_tensors="pt")
-    with torch.no_grad():
-        probabilities = model(**inputs).logits.softmax(-1)[0]
-    best = model.config.id2label[probabilities.argmax().item()]
-    shown = page.find("[data-testid='label-output-value']")[0].text
-    assert shown == best and f"{100 * probabilities.max():.0f}%" in page.find("#probabilities")[0].text
-    clean, noisy = (np.asarray(image, float) for image in pictures_in("".join(page.pictures("#seen"))))
+    seen = page.wait(lambda: (found := page.pictures("#seen")) != before and found)
+    pixels, name, share = read_by_hand(space, digit)
+    page.wait(lambda: page.text("[data-testid='label-output-value']") == name)
+    assert share in page.text("#probabilities") and len(page.pictures("#maps")) == 7
+    clean, noisy, _ = (np.asarray(image, float) for image in pictures_in("".join(seen)))
     assert clean.shape == noisy.shape == (8, 8) and not np.allclose(clean, noisy, atol=5)
-    np.testing.assert_allclose(clean / 127.5 - 1, inputs["pixel_values"][0, 0], atol=0.01)
+    np.testing.assert_allclose(clean / 127.5 - 1, pixels, atol=0.01)
 
 
-def test_a_click_on_the_map_shows_a_pairs_figures(page, run):
-    page.open_tab("Layers and noise")
+def test_a_drawing_is_classified_while_it_is_drawn(page, space):
+    page.click("[data-example]")
+    page.wait(lambda: page.pictures("#found"))
+    before = page.wait(lambda: page.pictures("#seen"))
+    page.draw(".pad canvas", (-60, -80), (0, -70), (50, -80), (40, -20), (10, 40), (-10, 90), (20, 95), (60, 80))
+    page.wait(lambda: page.pictures("#seen") != before)
+    drawn = page.driver.execute_script("return document.querySelector('.pad canvas').toDataURL()")
+    [paper] = pictures_in(drawn)
+    pixels, name, share = read_by_hand(space, as_mnist(paper, 8))
+    expected = np.asarray(pixels) * 127.5 + 127.5
+    page.wait(lambda: np.allclose(np.asarray(pictures_in(page.pictures("#seen")[0])[0]), expected, atol=1))
+    page.wait(lambda: page.text("[data-testid='label-output-value']") == name)
+    assert share in page.text("#probabilities")
+    page.wait(lambda: np.allclose(np.asarray(pictures_in(page.pictures("#compared")[0])[0]), expected, atol=1))
+    page.click("[data-clear]")
+    [cleared] = pictures_in(page.driver.execute_script("return document.querySelector('.pad canvas').toDataURL()"))
+    assert cleared.convert("L").getextrema() == (255, 255)
+
+
+def test_a_click_on_the_map_shows_a_pairs_figures_and_the_image_there(page, run):
     pairs = json.loads((run / "sweep" / "eval_results.json").read_text())["pairs"]
     assert len(page.wait(lambda: page.find(".map button"))) == len(pairs)
-    for number in (0, len(pairs) - 1):
+    looks = set()
+    for number, example in ((0, 2), (len(pairs) - 1, 6)):
         pair = pairs[number]
         figure = f"{100 * pair['validation_accuracy']:.2f} %"
         assert figure in page.find(f".map [data-pair='{number}']")[0].get_attribute("title")
         page.click(f".map [data-pair='{number}']")
         title = f"{pair['layer']}, sigma {pair['sigma']:g}"
-        page.wait(lambda title=title: title in page.find("#pair")[0].text)
-        assert figure in page.find("#pair")[0].text
+        page.wait(lambda title=title: title in page.text("#pair"))
+        assert figure in page.text("#pair")
         (marked,) = page.find(".map [aria-pressed=true]")
         assert marked.get_attribute("data-pair") == str(number)
-        assert [field.get_attribute("value") for field in page.find("[role=tabpanel] input")] == [
-            pair["layer"],
-            f"{pair['sigma']:g}",
-        ]
+        looks.add(tuple(page.pictures("#pair-maps")))
+        page.click(f"#classify [data-example='{example}']")
+        page.wait(lambda: tuple(page.pictures("#pair-maps")) not in looks)
+    assert len(looks) == 2
+
+
+def test_a_click_on_a_point_looks_it_up_in_the_other_image(page):
+    def rings():
+        return [element.get_attribute("style") for element in page.find("#compared i")]
+
+    page.click("#classify [data-example='4']")
+    page.click("#dense [data-example='4']")  # the same image
+    page.wait(lambda: len(page.find("#dense [data-example='4'][aria-pressed=true]")) == 1)
+    before = rings()
+    page.draw("#compared [data-clicked]", (10, 10))  # in the pixel below its middle and right of it
+    page.wait(lambda: rings() != before)
+    assert rings()[0] == "left: 56.25%; top: 56.25%;"
 
 
 def test_a_training_image_is_its_own_nearest_neighbour(page, run, tmp_path):
-    page.open_tab("Neighbours")
     images = open_demo(run).images["train"].take(200)
     [image] = images.pil([7])
     image.resize((80, 80), Image.Resampling.NEAREST).save(tmp_path / "digit.png")
+    before = page.wait(lambda: page.pictures("#found"))
     page.upload(tmp_path / "digit.png")
-    found = page.wait(lambda: page.pictures("#found"))
-    assert len(found) == 13
-    near = pictures_in("".join(found))
-    assert np.array_equal(near[1], image)
-    captions = [element.text for element in page.find("#found figcaption")][1:]
+    found = page.wait(lambda: (found := page.pictures("#found")) != before and found)
+    assert len(found) == 8 and np.array_equal(pictures_in(found[0])[0], image)
+    captions = [element.text for element in page.find("#found figcaption")]
     assert captions[0].startswith(images.names[images.labels[7]] + ",")
     values = [float(text.rpartition(" ")[2]) for text in captions]
-    assert values == sorted(values, reverse=True)
+    assert values == sorted(values)
+
+
+def test_on_a_phone_nothing_is_beside_the_page_and_answers_follow_their_questions(page):
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        page.wait(lambda: page.driver.execute_script("return innerWidth") == 390)
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
+        parts = ["#start", "#images", ".pad", "#probabilities", "#seen", "#found", "#heat", "#pair-maps", "#compared"]
+        tops = [page.find(part)[0].location["y"] for part in parts]
+        assert tops == sorted(tops)
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_page_takes_nothing_from_elsewhere_and_breaks_nowhere(page, server, space):
@@ -311,7 +387,35 @@ def test_samplers_classes_and_guidance_change_the_images_and_what_cannot_work_is
     for other in ((views.OWN_SAMPLER, none, 1), (views.OWN_SAMPLER, 4, 1), (views.OWN_SAMPLER, 3, 4), ("heun", 3, 1)):
         assert final(*other)[1] != plain[1]
     assert "guidance needs" in final(views.OWN_SAMPLER, none, 2)[0]
-    assert "Give a seed" in next(conditional.generate(2, 3, None, views.OWN_SAMPLER, none, 1))[0]
+    for changed, message in (
+        ({"seed": None}, "Seed is empty"),
+        ({"count": 65}, "Images is 65"),
+        ({"steps": 1.5}, "1.5"),
+    ):
+        given = {"count": 2, "steps": 3, "seed": 0} | changed
+        assert message in next(conditional.generate(**given, sampler=views.OWN_SAMPLER, label=none, guidance=1))[0]
+
+
+def test_numbers_and_pictures_that_cannot_be_are_answered_in_words(conditional):
+    pixels = conditional.pick({"example": "1"})
+    for sigma, count, message in (
+        (-1, 8, "sigma"),
+        (1e9, 8, "sigma"),
+        (0.1, 0, "Neighbours is 0"),
+        (0.1, None, "empty"),
+    ):
+        [reading] = conditional.read(pixels, sigma, count)
+        assert message in reading.warning and reading.probabilities is None
+    assert "sigma" in conditional.compare(pixels, 0, "mid_block", 1e9, None)
+    with pytest.raises(ValueError, match="Nothing is drawn"):
+        conditional.pick({"drawing": WHITE})
+
+
+def test_the_answer_comes_before_what_takes_longer(run):
+    demo = open_demo(run, f"--features_dir={run / 'other features'}")
+    first, last = demo.read(demo.pick({"example": 0}), 0.1, 8)
+    assert first.probabilities == last.probabilities and not first.neighbours and len(pictures_in(last.neighbours)) == 8
+    assert len(list(demo.read(demo.pick({"example": 1}), 0.1, 8))) == 1
 
 
 def test_two_visitors_at_once_get_what_each_would_get_alone(conditional):
@@ -381,16 +485,26 @@ def test_a_space_names_no_place_of_this_machine(run, space):
         assert str(run) not in path.read_text()
 
 
+def rename_classes(folder, *names):
+    """Give the digits of a folder these classes, of which they have the numbers."""
+    for path in folder.glob("*.parquet"):
+        dataset = Dataset.from_parquet(str(path))
+        features = dataset.features.copy()
+        features["label"] = ClassLabel(names=list(names))
+        Dataset.from_dict(dataset.to_dict(), features).to_parquet(path)
+
+
 def test_options_that_cannot_work_are_refused(run, tmp_path, capsys):
     def refuse(message, *options):
         with pytest.raises(SystemExit) as refusal:
             commands.run("demo", *options_of(run), *options)
         assert message in str(refusal.value) + capsys.readouterr().err
 
-    for option in ("model_name_or_path", "classifier", "dataset_name"):
-        absent = views.RUN / "nothing"
-        refuse(f"There is no {absent}: `ddae quickstart` makes it, or name another with --{option}.",
-               f"--{option}={absent}")  # fmt: skip
+    refuse("has no classifier: `ddae probe --model_name_or_path", f"--classifier={run / 'checkpoint'}")
+    images = tmp_path / "images"
+    write_digits(images, {name: (some[0], some[1] % 2) for name, some in digits().items()})
+    rename_classes(images, "even", "odd")
+    refuse("name the images that it was fitted on, with --dataset_name", f"--dataset_name={images}")
     refuse("batch_size is 0: it must be at least 1", "--batch_size", "0")
     space = ["--space_dir", tmp_path / "space"]
     refuse("which is no folder", *space, f"--dataset_name={tmp_path / 'no'}")
@@ -428,6 +542,38 @@ def test_the_example_opens_the_page(run, monkeypatch):
     runpy.run_path(str(ROOT / "examples" / "demo" / "app.py"), run_name="__main__")
     ((demo, host, port),) = opened
     assert demo.sweep is not None and (host, port) == (None, 7)
+
+
+def address_of(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_without_options_the_page_shows_the_packages_own_network_and_says_what_it_does_not_know(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page_of_demo, "show", lambda *given: opened.append(given))
+    commands.run("demo", "--max_train_samples", "1000", "--max_test_samples", "500")
+    ((demo, _, _),) = opened
+    assert demo.one_network and demo.sweep is not None and demo.sketched
+
+    def last(given):
+        *_, reading = demo.read(demo.pick(given), demo.tap[1], 5)
+        return reading
+
+    readings = [last({"example": digit}) for digit in range(10)]
+    best = [max(reading.probabilities, key=reading.probabilities.get) for reading in readings]
+    assert sum(name == str(digit) for digit, name in enumerate(best)) >= 7
+    assert sum(views.UNKNOWN in reading.warning for reading in readings) <= 1
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    strange = [Image.fromarray(noise), *map(Image.fromarray, load_sample_images().images)]
+    for image in [*strange, *map(ImageOps.invert, demo.examples)]:
+        assert views.UNKNOWN in last({"file": address_of(image)}).warning
+    paper = Image.new("L", (280, 280), 255)
+    ImageDraw.Draw(paper).line([(90, 60), (190, 60), (130, 220)], fill=0, width=22, joint="curve")
+    drawn = last({"drawing": address_of(paper)})
+    assert max(drawn.probabilities, key=drawn.probabilities.get) == "7" and drawn.warning == ""
 
 
 def test_a_space_asks_for_what_the_project_asks_for():

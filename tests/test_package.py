@@ -45,7 +45,7 @@ EXPERIMENTS = [
     ["finetuning", "sweeping"],
     ["noisy_classification", "transferring"],
 ]
-DEMO = [["pictures"], ["views"], ["page", "space"]]
+DEMO = [["nearness", "pictures", "steps", "uploads"], ["views"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 
 

@@ -1,10 +1,12 @@
 """Show a denoiser on a page: generate, classify, see layers and noise levels, find nearest neighbours.
 
     ddae demo
+    ddae demo --model_name_or_path runs/quickstart/checkpoint --classifier runs/quickstart/classifier
     ddae demo --space_dir runs/space
 
-By default the page shows what `ddae quickstart` wrote. With `--space_dir`, what it would show is laid as a folder that
-is a complete Space, in place of opening it. The folder runs as it is, with `python app.py`, and
+By default the page shows the small network of handwritten digits that comes with the package, its sweep, and digits of
+MNIST: nothing has to be trained before. With `--space_dir`, what it would show is laid as a folder that is a complete
+Space, in place of opening it. The folder runs as it is, with `python app.py`, and
 `hf upload NAME/SPACE runs/space . --repo-type space` publishes it.
 """
 
@@ -34,17 +36,17 @@ KINDS = (DataOptions, Arguments)
 
 def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
-    if options.space_dir is None:
-        try:
+    try:
+        if options.space_dir is None:
             from ..demo.page import show  # which a Space that is laid needs not
-        except ModuleNotFoundError as error:
-            raise ValueError(not_installed("ddae demo", error.name, "demo")) from error
-    if data.dataset_name is None and data.train_data_dir is None:
-        data.dataset_name = str(RUN / "digits")
-    for given, name in ((options, "model_name_or_path"), (options, "classifier"), (data, "dataset_name")):
-        value = getattr(given, name)
-        if value is not None and Path(value).parent == RUN and not Path(value).exists():
-            raise ValueError(f"There is no {value}: `ddae quickstart` makes it, or name another with --{name}.")
+        if data.dataset_name is None and data.train_data_dir is None:
+            data.dataset_name = str(RUN / "digits")
+            if not Path(data.dataset_name).exists():
+                from ..experiments.digits import mnist, write_digits  # which a Space that runs needs not
+
+                write_digits(Path(data.dataset_name), mnist())
+    except ModuleNotFoundError as error:
+        raise ValueError(not_installed("ddae demo", error.name, "demo")) from error
     if options.space_dir is None:
         show(Demo(options, data.open(options.cache_dir)), options.host, options.port)
         return

@@ -1,23 +1,43 @@
-"""The page: a Gradio app on which one network generates and classifies images."""
+"""The page: a Gradio app on which one network generates and classifies images, one section below the other."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from functools import partial
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
+from torch import Tensor
 
 from ..networks import network_of
 from ..noise import family_of
-from .pictures import CSS
-from .views import NO_CLASS, OWN_SAMPLER, Demo, pair_figures
+from .pictures import choices, heat_map, notice, pad
+from .uploads import MAX_BYTES
+from .views import (
+    FIRST,
+    MAX_IMAGES,
+    MAX_NEIGHBOURS,
+    MAX_SEED,
+    MAX_STEPS,
+    NO_CLASS,
+    OWN_SAMPLER,
+    STEPS,
+    Demo,
+    Reading,
+    pair_figures,
+)
 
+HERE = Path(__file__).parent
 # How the page answers: without gradio's own progress; to whatever changes, of many changes to the last.
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
-LIVE = {"trigger_mode": "always_last", **QUIET}
+PRIVATE: dict[str, Any] = {"api_visibility": "private", **QUIET}
+LIVE: dict[str, Any] = {"trigger_mode": "always_last", **PRIVATE}
+EACH: dict[str, Any] = {"trigger_mode": "multiple", **PRIVATE}  # what a click says is not kept for the last of many
+CHOSEN = 3  # the example that is classified at first
+BESIDE = 8  # the one that it is compared with
 
 
 def show(demo: Demo, host: str | None = None, port: int | None = None) -> None:
@@ -32,9 +52,10 @@ def show(demo: Demo, host: str | None = None, port: int | None = None) -> None:
         server_name=host,
         server_port=port,
         theme=theme,
-        css=CSS,
+        css_paths=HERE / "page.css",
         run_history=False,
         max_file_size="20mb",
+        show_error=True,  # what was not foreseen is said too
         ssr_mode=False,
     )
 
@@ -47,128 +68,205 @@ def build(demo: Demo) -> gr.Blocks:
     title = "One network generates and classifies" if demo.one_network else "One network generates, another classifies"
     with gr.Blocks(title="DDAE", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
-            f"# {title}\nA denoiser of {parameters / 1e6:.2g} million parameters. Started from noise, it draws images; "
-            f"its hidden states at `{layer}`, with noise of sigma {sigma:g} on {what}, are what a linear classifier "
-            "reads."
+            f"# {title}\nA denoiser of {parameters / 1e6:.2g} million parameters, trained to remove noise from images, "
+            f"without labels. Started from noise, it draws. Its hidden states at `{layer}`, with noise of sigma "
+            f"{sigma:g} on {what}, are all that a linear classifier reads."
         )
-        for title, lay_out in (
-            ("Generate", generate_tab),
-            ("Classify", classify_tab),
-            ("Layers and noise", sweep_tab),
-            ("Neighbours", neighbours_tab),
-        ):
-            with gr.Tab(title, elem_id=lay_out.__name__):
-                lay_out(demo)
+        image = gr.State(demo.pick({"example": CHOSEN % len(demo.examples)}))
+        with section("generate", "From noise to images"):
+            generate_section(demo, page)
+        with section("classify", "From an image to its class"):
+            picked = classify_section(demo, page, image)
+        with section("sweep", "Which layer, which noise level?"):
+            sweep_section(demo, page, image, picked)
+        with section("dense", "What the features say of every point"):
+            dense_section(demo, page, image, picked)
     return page
 
 
-def image_field(demo: Demo) -> gr.Image:
-    """Return a field for an image, with a test image of each class below it to click on."""
-    field: Any = gr.Image(type="filepath", format="png", label="Image", height=230, elem_classes="upload")
-    # gradio would open the file itself, and show a trace where it holds no image.
-    field.preprocess = lambda payload: payload and payload.path
-    labels = demo.test.labels
-    images = demo.test.pil([np.flatnonzero(labels == k)[0] for k in np.unique(labels)[:10]])
-    gr.Examples([[image] for image in images], [field], label="Test images", examples_per_page=10)
+def section(name: str, title: str) -> gr.Column:
+    """Return a part of the page under a heading."""
+    column = gr.Column(elem_id=name, elem_classes="section")
+    with column:
+        gr.Markdown(f"## {title}")
+    return column
+
+
+def script(name: str) -> str:
+    """Return the script of an element."""
+    return (HERE / f"{name}.js").read_text(encoding="utf-8")
+
+
+def unchecked(field: Any) -> Any:
+    """Return a field of numbers whose values the views check: gradio would answer with an error of its own."""
+    field.preprocess = lambda value: value
     return field
 
 
-def generate_tab(demo: Demo) -> None:
-    """Lay out the tab that generates."""
+def generate_section(demo: Demo, page: gr.Blocks) -> None:
+    """Lay out what generates."""
     pipeline = demo.pipeline
     names = demo.class_names
     labels = range(network_of(pipeline.denoiser).num_labels(pipeline.denoiser.config))
     classes = [(names.get(k, str(k)), k) for k in labels if k != pipeline.null_class]
     has_null = pipeline.null_class is not None
-    choices = [("any", NO_CLASS)] * has_null + classes if classes else [("any", NO_CLASS)]
+    offered = [("any", NO_CLASS)] * has_null + classes if classes else [("any", NO_CLASS)]
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            count = gr.Slider(1, 64, 16, step=1, label="Images")
-            steps = gr.Slider(1, 250, 50, step=1, label="Steps")
-            seed = gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed")
+        with gr.Column(scale=1, min_width=260):
+            count = unchecked(gr.Slider(1, MAX_IMAGES, FIRST, step=1, label="Images"))
+            steps = unchecked(gr.Slider(1, MAX_STEPS, STEPS, step=1, label="Steps"))
+            seed = unchecked(gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed"))
             others = family_of(pipeline.scheduler).samplers
             sampler = gr.Radio([OWN_SAMPLER, *others], value=OWN_SAMPLER, label="Sampler", visible=bool(others))
-            label = gr.Dropdown(choices, value=choices[0][1], label="Class", visible=bool(classes))
+            label = gr.Dropdown(offered, value=offered[0][1], label="Class", visible=bool(classes))
             guidance = gr.Slider(1, 6, 1, step=0.1, label="Guidance", visible=bool(classes) and has_null)
             with gr.Row():
-                start = gr.Button("Generate", variant="primary", elem_id="start")
-                stop = gr.Button("Stop", variant="stop", elem_id="stop")
+                start = gr.Button("Generate", variant="primary", elem_id="start", min_width=100)
+                stop = gr.Button("Stop", elem_id="stop", min_width=100)
         with gr.Column(scale=3, min_width=320):
-            bar = gr.HTML("Press Generate: noise becomes images, step by step.", elem_id="bar")
+            bar = gr.HTML("Drawing the first images …", elem_id="bar")
             images = gr.HTML(elem_id="images")
             gr.Markdown("**The first image on its way**: as it is (above), what the network takes it for (below)")
             way = gr.HTML(elem_id="way")
     given = [count, steps, seed, sampler, label, guidance]
-    event = start.click(demo.generate, given, [bar, images, way], concurrency_limit=2, api_name="generate", **QUIET)
+    shown = [bar, images, way]
+    event = start.click(demo.generate, given, shown, concurrency_limit=2, api_name="generate", **QUIET)
     stop.click(None, cancels=[event], api_visibility="private")
+    page.load(lambda: demo.first_samples, None, shown, **PRIVATE)
 
 
-def classify_tab(demo: Demo) -> None:
-    """Lay out the tab that classifies."""
-    layer, sigma = demo.tap
+def sigma_field(demo: Demo) -> gr.Slider:
+    """Return a field for a noise level, from the lowest that the scheduler has on."""
+    _, sigma = demo.tap
     lowest, highest = family_of(demo.model.ddae.scheduler).sigma_range()
     low = min(math.ceil(1000 * lowest) / 1000, sigma)
-    high = min(highest, max(3.0, sigma))
+    return unchecked(gr.Slider(low, min(highest, max(3.0, sigma)), sigma, step=0.001, label="Noise level sigma"))
+
+
+def classify_section(demo: Demo, page: gr.Blocks, image: gr.State) -> Any:
+    """Lay out what classifies, and return the event of another image."""
+    layer, sigma = demo.tap
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            image = image_field(demo)
-            level = gr.Slider(low, high, sigma, step=0.001, label="Noise level sigma")
-            gr.Markdown(f"The classifier was fitted at sigma {sigma:g}: at others its features are not those it knows.")
-        with gr.Column(scale=2, min_width=320):
-            probabilities = gr.Label(num_top_classes=5, label="Class probabilities", elem_id="probabilities")
-            gr.Markdown("**What the network sees**")
-            seen = gr.HTML(elem_id="seen")
+        with gr.Column(scale=1, min_width=260):
+            paper = pad(demo.examples, CHOSEN % len(demo.examples), demo.sketched, MAX_BYTES)
+            drawn = gr.HTML(html_template=paper, js_on_load=script("pad"))
+        with gr.Column(scale=3, min_width=320):
+            warning = gr.HTML(elem_id="warning")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=260):
+                    probabilities = gr.Label(num_top_classes=5, label="Class probabilities", elem_id="probabilities")
+                with gr.Column(scale=3, min_width=320):
+                    gr.Markdown("**What the network sees**, and what it takes that for")
+                    seen = gr.HTML(elem_id="seen")
+                    level = sigma_field(demo)
             pooling = demo.model.config.pooling
-            gr.Markdown(f"**What it makes of it**: hidden states at `{layer}`, whose {pooling} the classifier reads")
+            gr.Markdown(f"**What it makes of it**: hidden states at `{layer}`, pooled (`{pooling}`) for the classifier")
             maps = gr.HTML(elem_id="maps")
-    changes = [image.change, level.change]
-    gr.on(changes, demo.classify, [image, level], [probabilities, seen, maps], api_name="classify", **LIVE)
+            gr.Markdown(f"**The nearest of {len(demo.train):,} training images**, by the distance of their features")
+            found = gr.HTML(elem_id="found")
+            count = unchecked(gr.Slider(1, MAX_NEIGHBOURS, 8, step=1, label="Neighbours"))
+            gr.Markdown(
+                f"The classifier was fitted at sigma {sigma:g}: at other levels the features are not those it knows. "
+                "The warning and the neighbours are always by the features at that level."
+            )
+    shown = [probabilities, warning, seen, maps, found]
+
+    def read(pixels: Tensor | None, *numbers: Any) -> Iterator[Reading]:
+        if pixels is None:
+            yield Reading(warning=notice("No image yet: draw one, open a file, or click on a test image."))
+            return
+        yield from demo.read(pixels, *numbers)
+
+    def pick(given: str, level: Any, count: Any) -> Iterator[tuple[Any, ...]]:
+        try:
+            pixels = demo.pick(json.loads(given))
+        except ValueError as error:
+            yield None, *Reading(warning=notice(str(error)))
+            return
+        for reading in demo.read(pixels, level, count):
+            yield pixels, *reading
+
+    numbers = [level, count]
+    gr.on([page.load, level.input, count.input], read, [image, *numbers], shown, **LIVE)
+    return drawn.input(pick, [drawn, *numbers], [image, *shown], **LIVE)
 
 
-def sweep_tab(demo: Demo) -> None:
-    """Lay out the tab of layers and noise levels."""
+def sweep_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> None:
+    """Lay out layers and noise levels."""
     report = demo.sweep
     if report is None:
         gr.Markdown(f"{demo.sweep_missing} This makes one:\n\n```bash\n{demo.sweep_command()}\n```")
         return
     best = report.best
-    images = report.images
     test = 100 * next(iter(report.test_accuracies.values()))
     gr.Markdown(
-        f"Accuracy (%) of a linear probe on {images['held_out']:,} held-out training images, for every layer and noise "
-        "level; colours follow the logarithm of the error. Click a pair for its figures. The best, "
-        f"`{best.layer}` at sigma {best.sigma:g}, was fitted again on all training images and then tested on "
-        f"{images['test']:,} others: **{test:.2f} %**."
+        f"Accuracy (%) of a linear probe on {report.images['held_out']:,} held-out training images, for every layer "
+        "and noise level; colours follow the logarithm of the error. **Click a pair** to see your image there. The "
+        f"best, `{best.layer}` at sigma {best.sigma:g}, was fitted again on all training images and then tested on "
+        f"{report.images['test']:,} others: **{test:.2f} %**."
     )
-    figures_of = partial(pair_figures, report.pairs)
-    table, text = figures_of(best.layer, best.sigma)
-    told = "element.addEventListener('click', e => { const b = e.target.closest('[data-pair]');"
-    told += " if (b) trigger('select', {pair: b.dataset.pair}); });"
-    heat = gr.HTML(table, js_on_load=told)
+    number = next(i for i, each in enumerate(report.pairs) if (each.layer, each.sigma) == (best.layer, best.sigma))
+    chosen = gr.State(number)
     with gr.Row():
-        layers = list(dict.fromkeys(pair.layer for pair in report.pairs))
-        layer = gr.Dropdown(layers, value=best.layer, label="Layer", min_width=260)
-        sigmas = sorted({pair.sigma for pair in report.pairs})
-        sigma = gr.Dropdown([(f"{s:g}", s) for s in sigmas], value=best.sigma, label="Noise level sigma", min_width=260)
-    shown = gr.Markdown(text, elem_id="pair")
+        with gr.Column(scale=3, min_width=320):
+            heat = gr.HTML(heat_map(report.pairs, report.pairs[number]), js_on_load=script("buttons"), elem_id="heat")
+        with gr.Column(scale=2, min_width=320):
+            text = gr.Markdown(pair_figures(report.pairs[number]), elem_id="pair")
+            gr.Markdown("**Your image in this layer at this level**")
+            maps = gr.HTML(elem_id="pair-maps")
 
-    def clicked_pair(event: gr.EventData) -> tuple[str, float, str, str]:
-        pair = report.pairs[int(event.pair)]
-        return pair.layer, pair.sigma, *figures_of(pair.layer, pair.sigma)
+    def click(pixels: Tensor | None, event: gr.EventData) -> tuple[Any, ...]:
+        pair = int(event.pair)
+        return pair, *demo.pair(pair, pixels)
 
-    heat.select(clicked_pair, None, [layer, sigma, heat, shown], api_visibility="private", **QUIET)
-    chosen = [layer, sigma]
-    gr.on([layer.input, sigma.input], figures_of, chosen, [heat, shown], api_visibility="private", **QUIET)
+    heat.select(click, [image], [chosen, heat, text, maps], **EACH)
+    follow(page, picked, lambda pair, pixels: demo.pair(pair, pixels)[2], [chosen, image], [maps])
 
 
-def neighbours_tab(demo: Demo) -> None:
-    """Lay out the tab of nearest neighbours."""
+def dense_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> None:
+    """Lay out features at every point of two images."""
+    gr.Markdown(
+        "Features have a place: click a point of your image, and see which points of another have features like it. "
+        "Nothing was trained for this."
+    )
+    other = gr.State(BESIDE % len(demo.examples))
+    point = gr.State(None)
+    compared = gr.HTML(elem_id="compared", js_on_load=script("spots"))
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image = image_field(demo)
-            count = gr.Slider(1, 48, 12, step=1, label="Neighbours")
-        with gr.Column(scale=2, min_width=320):
-            total = f"{len(demo.features):,}"
-            gr.Markdown(f"**The most similar of {total} training images**, by the cosine of their features")
-            found = gr.HTML(elem_id="found")
-    gr.on([image.change, count.change], demo.neighbours, [image, count], found, api_name="neighbours", **LIVE)
+            gr.Markdown("The other image")
+            strip = gr.HTML(choices(demo.examples, BESIDE % len(demo.examples)), js_on_load=script("buttons"))
+        with gr.Column(scale=1, min_width=280):
+            layers = demo.model.ddae.layer_names()
+            layer = gr.Dropdown(layers, value=demo.dense_layer, label="Layer")
+            level = sigma_field(demo)
+
+    def compare(pixels: Tensor | None, *rest: Any) -> str:
+        return "" if pixels is None else demo.compare(pixels, *rest)
+
+    def click(
+        pixels: Tensor | None, other: int, layer: str, level: float, event: gr.EventData
+    ) -> tuple[tuple[float, float], str]:
+        place = (float(event.x), float(event.y))
+        return place, compare(pixels, other, layer, level, place)
+
+    def beside(
+        pixels: Tensor | None, layer: str, level: float, point: tuple[float, float] | None, event: gr.EventData
+    ) -> tuple[int, str, str]:
+        other = int(event.example)
+        return other, choices(demo.examples, other), compare(pixels, other, layer, level, point)
+
+    gr.on([layer.input, level.input], compare, [image, other, layer, level, point], compared, **LIVE)
+    compared.select(click, [image, other, layer, level], [point, compared], **EACH)
+    strip.select(beside, [image, layer, level, point], [other, strip, compared], **EACH)
+
+    def anew(*chosen: Any) -> tuple[None, str]:
+        return None, compare(*chosen, None)
+
+    follow(page, picked, anew, [image, other, layer, level], [point, compared])
+
+
+def follow(page: gr.Blocks, picked: Any, answer: Callable[..., Any], given: list[Any], shown: list[Any]) -> None:
+    """Answer when the page opens, and after every other image."""
+    page.load(answer, given, shown, **LIVE)
+    picked.then(answer, given, shown, **LIVE)

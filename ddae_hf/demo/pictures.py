@@ -12,34 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..experiments.correspondences import main_directions
 from ..experiments.pairs import Pair
+from ..image_processing_ddae import as_rgb
 
-CSS = """
-.html-container {padding: 0 !important;}
-.figures {display: flex; flex-wrap: wrap; gap: 10px;}
-.figures figure {margin: 0; width: var(--side); max-width: 100%;}
-.figures img {width: 100%; display: block; border-radius: 4px; border: 1px solid var(--border-color-primary);}
-.figures figcaption {font-size: 0.8rem; line-height: 1.3; padding-top: 3px; opacity: 0.75;}
-.gradio-container img {image-rendering: pixelated;}
-.upload img {width: 100%; height: 100%; object-fit: contain;}
-.notice {padding: 10px 14px; border-left: 4px solid #c2410c; background: var(--block-background-fill);}
-.steps {margin-bottom: 10px;}
-.steps [role=progressbar] {height: 8px; margin: 6px 0; border-radius: 4px; background: var(--border-color-primary);}
-.steps [role=progressbar] div {height: 100%; border-radius: 4px; background: var(--color-accent);}
-.map {overflow-x: auto;}
-.map table {border-collapse: separate; border-spacing: 2px; margin: 0;}
-.map table, .map tr, .map th, .map td {border: none !important;}
-.map th {font-weight: 500; font-size: 0.8rem; padding: 2px 8px; white-space: nowrap;}
-.map thead th {text-align: center;}
-.map tbody th {text-align: right; position: sticky; left: 0; background: var(--background-fill-primary);}
-.map td {padding: 0;}
-.map button {width: 100%; min-width: 52px; padding: 7px 4px; font-size: 0.85rem; border-radius: 3px;}
-.map button:hover, .map button:focus-visible {outline: 2px solid var(--body-text-color);}
-.map button[aria-pressed=true] {outline: 3px solid #ea580c;}
-"""
 # Sequential colours from low to high, readable under black text below the middle and under white above it.
 LOW = np.array([236, 243, 250])
 HIGH = np.array([8, 56, 120])
+HEAT = np.array([255, 106, 0])  # of what is most like
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -50,18 +30,70 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
 
 
+def picture(image: Image.Image, text: str) -> str:
+    """Return an image as an element that holds it, with a text for who cannot see it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
+
+
 def figures(images: Sequence[Image.Image], captions: Sequence[str], side: int) -> str:
     """Return pictures in a row that wraps, each `side` pixels wide, with what is written below them."""
-    cells = []
-    for image, caption in zip(images, captions, strict=True):
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        text = html.escape(caption)
-        cells.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-        )
+    cells = [
+        f"<figure>{picture(image, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for image, caption in zip(images, captions, strict=True)
+    ]
     return f'<div class="figures" style="--side: {side}px">{"".join(cells)}</div>'
+
+
+def choices(images: Sequence[Image.Image], chosen: int) -> str:
+    """Return pictures to choose among, as buttons: `data-example` is the number of a button's picture."""
+    buttons = [
+        f'<button data-example="{i}" aria-pressed="{str(i == chosen).lower()}" aria-label="Test image {i + 1}">'
+        f"{picture(image, '')}</button>"
+        for i, image in enumerate(images)
+    ]
+    return f'<div class="choices">{"".join(buttons)}</div>'
+
+
+def pad(examples: Sequence[Image.Image], chosen: int, drawing: bool, max_bytes: int) -> str:
+    """Return what an image is given on: paper to draw on if that is wanted, a file, and examples; see `pad.js`."""
+    paper = (
+        '<div class="paper"><canvas width="280" height="280" aria-label="Paper to draw on"></canvas>'
+        "<span>Draw here</span></div>"
+    )
+    clear = '<button data-clear type="button">Clear</button>'
+    return (
+        f'<div class="pad" data-max-bytes="{max_bytes}">{paper * drawing}<div class="tools">{clear * drawing}'
+        '<label>Open a file<input type="file" accept="image/*" aria-label="Image file"></label></div>'
+        '<p class="notice" role="alert" hidden></p>'
+        f"<p>Or click one of these images, which the network was not trained on:</p>{choices(examples, chosen)}</div>"
+    )
+
+
+def spots(
+    images: Sequence[Image.Image], captions: Sequence[str], places: Sequence[tuple[int, int] | None],
+    size: Sequence[int],
+) -> str:  # fmt: skip
+    """Return pictures of (height, width) pixels side by side, a ring around a pixel (x, y) of some; see `spots.js`."""
+    cells = []
+    for number, (image, caption, place) in enumerate(zip(images, captions, places, strict=True)):
+        ring = ""
+        if place is not None:
+            left, top = (100 * (at + 0.5) / side for at, side in zip(place, (size[1], size[0]), strict=True))
+            ring = f'<i style="left: {left:.2f}%; top: {top:.2f}%"></i>'
+        ground = f'<div class="ground"{" data-clicked" * (number == 0)}>{picture(image, caption)}{ring}</div>'
+        cells.append(f"<figure>{ground}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return f'<div class="spots">{"".join(cells)}</div>'
+
+
+def heated(image: Image.Image, likeness: Tensor) -> Image.Image:
+    """Return a picture on which the tenth of places of the highest likeness (H, W) glow, the more the higher."""
+    low, high = likeness.quantile(0.9), likeness.max()
+    shares = ((likeness - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)[..., None].numpy()
+    ground = 0.6 * np.asarray(as_rgb(image), float)
+    return Image.fromarray((ground + 0.9 * shares * (HEAT - ground)).round().astype(np.uint8))
 
 
 def notice(message: str) -> str:
@@ -79,19 +111,15 @@ def progress(done: int, total: int, state: str) -> str:
 def feature_maps(hidden: Tensor, num_channels: int) -> tuple[list[Image.Image], list[str]]:
     """Return pictures of a hidden state (C, H, W), with captions.
 
-    The first is its three principal components over positions as red, green and blue, the second its mean over
-    channels; then come the channels that vary most. Each fills its own range from dark to light.
+    The first is its three main directions over positions as red, green and blue, the second its mean over channels;
+    then come the channels that vary most. Each fills its own range from dark to light.
     """
     hidden = hidden.detach().float().cpu()
-    points = hidden.flatten(1).T
-    left, strength, _ = torch.linalg.svd(points - points.mean(0), full_matrices=False)
-    components = torch.zeros(3, *hidden.shape[1:])
-    found = (left * strength)[:, :3].T
-    components[: len(found)] = found.unflatten(1, hidden.shape[1:])
-    most = points.std(0, correction=0).topk(min(num_channels, len(hidden))).indices.tolist()
-    maps = [components, hidden.mean(0, keepdim=True), *(hidden[k : k + 1] for k in most)]
-    captions = ["Principal components", f"Mean of {len(hidden)} channels", *(f"Channel {k}" for k in most)]
-    return [to_pil(_full_range(x)) for x in maps], captions
+    directions = 2 * main_directions(hidden[None])[0] - 1
+    most = hidden.flatten(1).std(1, correction=0).topk(min(num_channels, len(hidden))).indices.tolist()
+    maps = [directions, *(_full_range(x) for x in (hidden.mean(0, keepdim=True), *(hidden[k : k + 1] for k in most)))]
+    captions = ["Main directions", f"Mean of {len(hidden)} channels", *(f"Channel {k}" for k in most)]
+    return [to_pil(x) for x in maps], captions
 
 
 def _full_range(image: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from .. import DIGITS_CHECKPOINT
 from ..experiments.images import DataOptions
 from .views import Demo, DemoOptions
 
@@ -44,7 +45,8 @@ def lay_space(folder: str | os.PathLike[str], data: DataOptions, options: DemoOp
     demo = Demo(options, data.open(options.cache_dir))
     without_caches = shutil.ignore_patterns("__pycache__")
     shutil.copytree(TEMPLATE, folder, ignore=without_caches, dirs_exist_ok=True)
-    shutil.copytree(PACKAGE, folder / "ddae_hf", ignore=without_caches)
+    apart = shutil.ignore_patterns("__pycache__", Path(DIGITS_CHECKPOINT).name)  # the Space has what it shows beside it
+    shutil.copytree(PACKAGE, folder / "ddae_hf", ignore=apart)
     demo.pipeline.save_pretrained(folder / "checkpoint")
     demo.model.save_pretrained(folder / "classifier")
     demo.processor.save_pretrained(folder / "classifier")

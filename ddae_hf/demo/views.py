@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from ..diffusion import Diffusion
+from .. import DIGITS_CHECKPOINT
+from ..configuration_ddae import DDAEConfig
+from ..experiments.correspondences import at_pixels, main_directions, match
 from ..experiments.devices import best_device
+from ..experiments.draws import indexed_noise
 from ..experiments.features import FeatureCache, batch_features
+from ..experiments.image_set import ImageSet
 from ..experiments.images import ImageInputs, Images, SplitOptions, labelled_splits, noise_view
 from ..experiments.models import ready
 from ..experiments.options import option
@@ -25,19 +30,25 @@ from ..experiments.pairs import Pair
 from ..experiments.plots import image_grid
 from ..experiments.results import ProbeReport
 from ..image_processing_ddae import DDAEImageProcessor
-from ..latents import decode
 from ..modeling_ddae import DDAEForImageClassification
 from ..networks import tap_of
 from ..pipeline_ddae import DDAEPipeline
-from ..sampling import Step
 from ..weights import fingerprint
-from .pictures import feature_maps, figures, heat_map, notice, progress, to_pil
+from .nearness import Nearness
+from .pictures import feature_maps, figures, heat_map, heated, notice, progress, spots, to_pil
+from .steps import own_pipeline, stream, visible
+from .uploads import as_mnist, open_upload
 
-RUN = Path("runs/quickstart")  # where `ddae quickstart` writes
-MAX_PIXELS = 50_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+RUN = Path("runs/demo")  # where what the page needs is kept
+FIRST = 16  # images that are drawn before anyone asks
+STEPS = 50
+MAX_IMAGES = 64
+MAX_STEPS = 250
+MAX_NEIGHBOURS = 48
+MAX_SEED = 2**31
+SKETCHED = 64  # pixels, the largest images that are drawn on the page
 STRIP = 8  # steps of which the network's estimate is shown
-CHANNELS = 6  # of a hidden state that are shown
+CHANNELS = 5  # of a hidden state that are shown
 SECONDS_A_FRAME = 0.1
 FIGURES = {
     "validation_accuracy": "Linear probe, held-out images",
@@ -49,22 +60,7 @@ FIGURES = {
 }
 OWN_SAMPLER = "the scheduler's"
 NO_CLASS = -1
-
-
-def open_upload(path: str | None) -> Image.Image:
-    """Return the image in a file, turned upright; raise `ValueError`, to be read by who sent it, if there is none."""
-    if path is None:
-        raise ValueError("No image yet: upload one, or click an example.")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if (pixels := image.width * image.height) <= MAX_PIXELS:
-                return ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow raises a dozen kinds
-        raise ValueError("This file holds no image that can be read: send a PNG, JPEG or WebP file.") from error
-    raise ValueError(
-        f"This image has {pixels / 1e6:.0f} million pixels, and at most {MAX_PIXELS / 1e6:.0f} are taken: make it "
-        "smaller. The network sees a few pixels of it anyway."
-    )
+UNKNOWN = "This looks like nothing that the network was trained on; the answer below means little."
 
 
 def sweep_of(denoiser: torch.nn.Module, folder: str) -> tuple[ProbeReport | None, str]:
@@ -83,21 +79,50 @@ def sweep_of(denoiser: torch.nn.Module, folder: str) -> tuple[ProbeReport | None
 class DemoOptions(SplitOptions):
     """What the page shows."""
 
-    model_name_or_path: str = option(str(RUN / "checkpoint"), "Generator, folder or Hub id, in any layout.")
-    classifier: str = option(
-        str(RUN / "classifier"), "Classifier, folder or Hub id, as `ddae probe` or `ddae sweep` saves it."
+    model_name_or_path: str | None = option(
+        None, "Generator, folder or Hub id, in any layout; by default the package's own, of handwritten digits."
     )
-    sweep: str = option(str(RUN / "sweep"), "Folder that `ddae sweep` wrote.")
-    features_dir: str = option(str(RUN / "features"), "Folder where the features of the training images are kept.")
+    classifier: str | None = option(
+        None, "Classifier, folder or Hub id, as `ddae probe` or `ddae sweep` saves it; by default the generator's."
+    )
+    sweep: str | None = option(None, "Folder that `ddae sweep` wrote; by default the classifier's.")
+    features_dir: str = option(str(RUN / "features"), "Folder where the features of the images are kept.")
     train_split: str = option("train", "Split of the images that neighbours are found among.")
     test_split: str = option("test", "Split of the images to click on.")
     batch_size: int = option(250, "Of the pass that computes the features.")
+
+
+def check_classifier(path: str, cache_dir: str | None) -> None:
+    """Raise `ValueError` if a folder or a repository of the Hub has no classifier."""
+    config = DDAEConfig.from_pretrained(path, cache_dir=cache_dir)
+    if DDAEForImageClassification.__name__ not in (config.architectures or ()):
+        raise ValueError(
+            f"{path} has no classifier: `ddae probe --model_name_or_path {path}` with --output_dir makes one; name it "
+            "with --classifier."
+        )
+
+
+def check_number(name: str, value: Any, low: int, high: int) -> None:
+    """Raise `ValueError` unless a field holds a whole number of a range."""
+    if not isinstance(value, (int, float)) or value != int(value) or not low <= value <= high:
+        raise ValueError(f"{name} is {'empty' if value is None else value}: give a whole number from {low} to {high}.")
+
+
+class Reading(NamedTuple):
+    """What is said of an image: probabilities by class, and pieces of HTML."""
+
+    probabilities: dict[str, float] | None = None
+    warning: str = ""  # or why nothing is said
+    seen: str = ""  # the image as the network sees it
+    maps: str = ""  # what the network makes of it
+    neighbours: str = ""  # the training images that are nearest to it
 
 
 class Demo:
     """What the page shows: the two views of a denoiser, the images, the sweep. Nothing in it changes between calls.
 
     Attributes:
+        checkpoint: Where the generator is.
         one_network: Whether generator and classifier are of the same weights.
         sweep: The sweep of the generator's network, or None.
         sweep_missing: Why there is none.
@@ -111,25 +136,34 @@ class Demo:
         self.options = options
         self.images = images
         where: dict[str, Any] = {"cache_dir": options.cache_dir}
-        self.pipeline = DDAEPipeline.from_pretrained(options.model_name_or_path, **where).to(best_device())
-        self.model = DDAEForImageClassification.from_pretrained(options.classifier, **where)
-        self.processor = DDAEImageProcessor.from_pretrained(options.classifier, **where)
+        self.checkpoint = options.model_name_or_path or DIGITS_CHECKPOINT
+        classifier = options.classifier or self.checkpoint
+        check_classifier(classifier, options.cache_dir)
+        self.pipeline = DDAEPipeline.from_pretrained(self.checkpoint, **where).to(best_device())
+        self.model = DDAEForImageClassification.from_pretrained(classifier, **where)
+        self.processor = DDAEImageProcessor.from_pretrained(classifier, **where)
         ready(self.model.eval())
         if self.pipeline.vae is not None:
             self.pipeline.vae.enable_slicing()
         self.train, self.test = labelled_splits(images, options)
+        known = list(self.model.config.id2label.values())
+        if not set(known) & set(self.train.names):
+            raise ValueError(
+                f"The classes of the images are {self.train.names[:10]}, and the classifier's {known[:10]}: name "
+                "the images that it was fitted on, with --dataset_name or --train_data_dir."
+            )
         self.one_network = fingerprint(self.model.ddae.denoiser) == fingerprint(self.pipeline.denoiser)
-        self.sweep, self.sweep_missing = sweep_of(self.pipeline.denoiser, options.sweep)
+        self.sweep, self.sweep_missing = sweep_of(self.pipeline.denoiser, options.sweep or classifier)
 
     def sweep_command(self) -> str:
         """Return the command that makes the sweep."""
         options = self.options
-        given = {"model_name_or_path": options.model_name_or_path, **self.images.opened_with}
+        given = {"model_name_or_path": self.checkpoint, **self.images.opened_with}
         for name in ("train_split", "test_split", "cache_dir"):
             if getattr(options, name) != getattr(DemoOptions, name):
                 given[name] = getattr(options, name)
         words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-        return shlex.join(["ddae", "sweep", *words, "--knn", "--output_dir", options.sweep])
+        return shlex.join(["ddae", "sweep", *words, "--knn", "--output_dir", options.sweep or str(RUN / "sweep")])
 
     @property
     def side(self) -> int:
@@ -147,26 +181,77 @@ class Demo:
         """The layer and the noise level of the classifier."""
         return self.model.config.layer, self.model.config.sigma
 
+    @property
+    def dense_layer(self) -> str:
+        """The layer whose features two images are compared by at first: the encoder's last of a quarter of their size.
+
+        Its features tell parts of what is shown apart; those of larger layers, edges and strokes. A network without an
+        encoder has the classifier's layer.
+        """
+        taps = {name: tap_of(self.model.ddae.denoiser, name) for name in self.model.ddae.layer_names()}
+        encoder = [name for name, tap in taps.items() if name.startswith("down_blocks.") and tap.stride <= 4]
+        return (encoder or [self.tap[0]])[-1]
+
+    @property
+    def sketched(self) -> bool:
+        """Whether the network's images can be drawn on the page: small square grey ones."""
+        channels, height, width = self.model.config.sample_shape
+        return self.pipeline.vae is self.model.ddae.vae is None and channels == 1 and height == width <= SKETCHED
+
     @cached_property
-    def features(self) -> Tensor:
-        """The features (N, C) of the training images, from disk if they were computed before."""
+    def examples(self) -> list[Image.Image]:
+        """Test images to click on: the first of each of ten classes."""
+        labels = self.test.labels
+        return self.test.pil([np.flatnonzero(labels == k)[0] for k in np.unique(labels)[:10]])
+
+    def features_of(self, images: ImageSet, view: int) -> Tensor:
+        """Return the features (N, C) of images, from disk if they were computed before."""
         layer, sigma = self.tap
-        inputs = ImageInputs(self.train, self.processor)
-        batches = partial(inputs.batches, self.options.batch_size, None, title="Features of the training images")
+        inputs = ImageInputs(images, self.processor)
+        batches = partial(inputs.batches, self.options.batch_size, None, title="Features of the images")
         cache = FeatureCache(self.options.features_dir, self.model.ddae, self.model.config.noise_seed)
-        found = cache.features(batches, len(inputs), [layer], sigma, view=noise_view(False, 0), data=inputs.identity)
+        found = cache.features(batches, len(inputs), [layer], sigma, view=view, data=inputs.identity)
         return torch.from_numpy(np.array(found[layer]))
 
-    def pixel_values(self, image: Image.Image) -> Tensor:
-        """Return an image as the network takes it, (1, C, H, W)."""
-        return self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
+    @cached_property
+    def nearness(self) -> Nearness:
+        """How far an image is from all training images, and how far test images are."""
+        train, test = (
+            self.features_of(images, noise_view(held_out, 0))
+            for images, held_out in ((self.train, False), (self.test, True))
+        )
+        return Nearness(train, test)
+
+    @cached_property
+    def first_samples(self) -> tuple[str, str, str]:
+        """What `generate` ends with before anyone asks for something else."""
+        *_, last = self.generate(FIRST, STEPS, 0, OWN_SAMPLER, NO_CLASS, 1)
+        return last
+
+    def pick(self, given: Mapping[str, Any]) -> Tensor:
+        """Return the image that was drawn, sent, or clicked on, as the network takes it: (1, C, H, W).
+
+        Raises:
+            ValueError: It is none; the message is for who sent it.
+        """
+        if "example" in given:
+            image = self.examples[int(given["example"])]
+        elif "drawing" in given:
+            image = as_mnist(open_upload(given["drawing"]), self.model.config.image_size[0])
+        else:
+            image = open_upload(given["file"])
+        return self.processor(image, return_tensors="pt")["pixel_values"]
 
     def generate(
-        self, count: int, steps: int, seed: int | None, sampler: str, label: int, guidance: float
+        self, count: int, steps: int, seed: int, sampler: str, label: int, guidance: float
     ) -> Iterator[tuple[str, str, str]]:
         """Yield how far it is, the images, and the first one's way, after steps of the sampling."""
-        if seed is None:
-            yield notice("Give a seed, a whole number from 0 on: image number i comes from seed + i."), "", ""
+        try:
+            check_number("Images", count, 1, MAX_IMAGES)
+            check_number("Steps", steps, 1, MAX_STEPS)
+            check_number("Seed", seed, 0, MAX_SEED)
+        except ValueError as error:
+            yield notice(str(error)), "", ""
             return
         seeds = range(seed, seed + count)
         sampling = stream(
@@ -200,99 +285,115 @@ class Demo:
             yield notice(str(error)), "", ""
 
     @torch.no_grad()
-    def classify(self, path: str | None, sigma: float) -> tuple[dict[str, float] | None, str, str]:
-        """Return the classes' probabilities, what the network sees, and what it makes of it."""
-        try:
-            image = open_upload(path)
-        except ValueError as error:
-            return None, notice(str(error)), ""
+    def read(self, pixels: Tensor, sigma: float, count: int) -> Iterator[Reading]:
+        """Yield what the classifier says of an image (1, C, H, W), and then how far to trust it."""
         model = self.model
-        vae = model.ddae.vae
-        layer = model.config.layer
-        clean = self.pixel_values(image)
-        outputs = model(clean, sigma=sigma, output_hidden_states=[layer])
-        probabilities = outputs.logits[0].float().softmax(-1).tolist()
         diffusion = model.ddae.diffusion
-        tap = tap_of(diffusion.denoiser, layer)
-        grid = diffusion.network.on_grid(outputs.hidden_states[0], tap, model.config.sample_shape[1:])
-        noisy, _ = diffusion.family.noisy(model.ddae.encode(clean), model.ddae.fixed_noise[:1], sigma)
-        noisy = visible(vae, noisy)
-        captions = [f"The image, {clean.shape[-1]} x {clean.shape[-2]} pixels", f"With noise, sigma {sigma:g}"]
-        captions[1] += "" if vae is None else ", on its latents; as the VAE decodes them"
-        seen = figures([to_pil(clean[0]), to_pil(noisy[0])], captions, 150)
-        made = figures(*feature_maps(grid[0], CHANNELS), 104)
-        return {model.config.id2label[k]: value for k, value in enumerate(probabilities)}, seen, made
-
-    def neighbours(self, path: str | None, count: int) -> str:
-        """Return the training images whose features are the most like an image's."""
+        pixels = pixels.to(model.device)
         try:
-            image = open_upload(path)
+            check_number("Neighbours", count, 1, MAX_NEIGHBOURS)
+            diffusion.family.check_sigma(sigma)
+        except ValueError as error:
+            yield Reading(warning=notice(str(error)))
+            return
+        layer, level = self.tap
+        outputs = model(pixels, sigma=sigma, output_hidden_states=[layer])
+        probabilities = outputs.logits[0].float().softmax(-1).tolist()
+        clean = model.ddae.encode(pixels)
+        noise = model.ddae.fixed_noise[:1]
+        noisy, _ = diffusion.family.noisy(clean, noise, sigma)
+        denoised = diffusion.denoise(clean + sigma * noise, sigma, diffusion.conditions(None, 1, clean.device))
+        seen = [pixels, visible(model.ddae.vae, noisy), visible(model.ddae.vae, denoised).clamp(-1, 1)]
+        captions = [
+            f"Image, {pixels.shape[-1]} x {pixels.shape[-2]} pixels",
+            f"With noise, sigma {sigma:g}",
+            "Denoised",
+        ]
+        reading = Reading(
+            probabilities={model.config.id2label[k]: value for k, value in enumerate(probabilities)},
+            seen=figures([to_pil(x[0]) for x in seen], captions, 104),
+            maps=self.layer_maps(pixels, layer, sigma),
+        )
+        if "nearness" not in vars(self):  # which takes seconds the first time
+            yield reading
+        found = batch_features(
+            model.ddae, pixels, [0], [layer], level, noise_seed=model.config.noise_seed,
+            view=noise_view(True, 0),  # noise that no training image has
+        )  # fmt: skip
+        query = found[layer].cpu()
+        yield reading._replace(warning=self.warning(query), neighbours=self.neighbours(query, count))
+
+    def warning(self, query: Tensor) -> str:
+        """Return a warning if features (1, C) are those of no image that the network knows, and else nothing."""
+        times = self.nearness.strangeness(query)
+        if times <= 1:
+            return ""
+        far = f"By its features it is {times:.1f} times as far from the training images as 99 in 100 test images are."
+        return notice(f"{UNKNOWN} {far}")
+
+    def neighbours(self, query: Tensor, count: int) -> str:
+        """Return the training images whose features are nearest to given ones (1, C)."""
+        distances, places = (found[0] for found in self.nearness.nearest(query, count))
+        images = self.train.pil(places.tolist())
+        names = [self.train.names[label] for label in self.train.labels[places.numpy()]]
+        captions = [f"{name}, at {distance:.1f}" for name, distance in zip(names, distances.tolist(), strict=True)]
+        return figures(images, captions, self.side)
+
+    @torch.no_grad()
+    def on_grid(self, images: Tensor, layer: str, sigma: float) -> Tensor:
+        """Return the hidden states (B, C, h, w) of images (B, C, H, W), each with noise of its own."""
+        model = self.model.ddae
+        diffusion = model.diffusion
+        shape = model.config.sample_shape
+        noise = torch.cat([indexed_noise(shape, [0], model.config.noise_seed, view) for view in range(len(images))])
+        clean = model.encode(images.to(model.device))
+        found = model.read_layers(clean, [layer], sigma=sigma, noise=noise.to(model.device))[layer]
+        return diffusion.network.on_grid(found, tap_of(diffusion.denoiser, layer), shape[1:])
+
+    def layer_maps(self, image: Tensor, layer: str, sigma: float) -> str:
+        """Return the feature maps of an image (1, C, H, W) in a layer, at a noise level."""
+        return figures(*feature_maps(self.on_grid(image, layer, sigma)[0], CHANNELS), 104)
+
+    def pair(self, number: int, image: Tensor | None) -> tuple[str, str, str]:
+        """Return the sweep's table with a pair marked in it, its figures, and an image's feature maps there."""
+        assert self.sweep is not None
+        pair = self.sweep.pairs[number]
+        maps = "" if image is None else self.layer_maps(image, pair.layer, pair.sigma)
+        return heat_map(self.sweep.pairs, pair), pair_figures(pair), maps
+
+    def compare(self, image: Tensor, example: int, layer: str, sigma: float, point: tuple[float, float] | None) -> str:
+        """Return an image (1, C, H, W) beside a test image, both by a layer's features, and where a point is found.
+
+        `point` is a place in the image, of its width and height; without one it is where the image is least like its
+        mean.
+        """
+        try:
+            self.model.ddae.diffusion.family.check_sigma(sigma)
         except ValueError as error:
             return notice(str(error))
-        layer, sigma = self.tap
-        pixels = self.pixel_values(image)
-        view = noise_view(True, 0)  # noise that no training image has
-        found = batch_features(
-            self.model.ddae, pixels, [0], [layer], sigma, noise_seed=self.model.config.noise_seed, view=view
-        )
-        query = found[layer].cpu()
-        # Centred as in `knn_predict`: features share an offset beside which all are alike.
-        mean = self.features.mean(0)
-        likeness = torch.cosine_similarity(query - mean, self.features - mean)
-        nearest = likeness.topk(min(count, len(likeness)))
-        images = self.train.pil(nearest.indices.tolist())
-        names = [self.train.names[label] for label in self.train.labels[nearest.indices.numpy()]]
-        captions = [f"{name}, cosine {value:.2f}" for name, value in zip(names, nearest.values.tolist(), strict=True)]
-        return figures([to_pil(pixels[0]), *images], ["Your image", *captions], 100)
+        images = torch.cat([image, self.pick({"example": example})])
+        size = images.shape[-2:]
+        if point is None:
+            place = int((image[0] - image.mean((0, 2, 3))[:, None, None]).abs().sum(0).argmax())
+            x, y = place % size[1], place // size[1]
+        else:
+            x, y = (min(int(share * side), side - 1) for share, side in zip(point, size[::-1], strict=True))
+        maps = self.on_grid(images, layer, sigma)
+        first, second = at_pixels(maps, size)
+        found = match(first, second, torch.tensor([complex(x, y)]))[0]
+        likeness = torch.einsum("c,chw->hw", first[:, y, x], second)
+        colours = F.interpolate(main_directions(maps), tuple(size), mode="bilinear")
+        shown = [to_pil(image[0]), heated(to_pil(images[1]), likeness), *(to_pil(2 * each - 1) for each in colours)]
+        captions = ["Click a point of your image", "Here the features are most like that point's"]
+        captions += ["Main directions of the features: like colours, like features", "The same directions here"]
+        places = [(x, y), (int(found.real), int(found.imag)), None, None]
+        return spots(shown, captions, places, size)
 
 
-def pair_figures(pairs: Sequence[Pair], layer: str, sigma: float) -> tuple[str, str]:
-    """Return a sweep's table with a pair marked in it, and the pair's figures."""
-    pair = next((pair for pair in pairs if (pair.layer, pair.sigma) == (layer, sigma)), None)
-    if pair is None:
-        return heat_map(pairs, None), "This pair was not swept."
-    lines = [f"**{layer}, sigma {sigma:g}**\n"]
+def pair_figures(pair: Pair) -> str:
+    """Return the figures of a pair of a sweep."""
+    lines = [f"**{pair.layer}, sigma {pair.sigma:g}**\n"]
     for name, title in FIGURES.items():
         if (value := getattr(pair, name)) is not None:
             lines.append(f"- {title}: {100 * value:.2f} %" if "held-out" in title else f"- {title}: {value:.4g}")
-    return heat_map(pairs, pair), "\n".join(lines)
-
-
-def own_pipeline(pipeline: DDAEPipeline) -> DDAEPipeline:
-    """Return a pipeline on the same network with a scheduler of its own, for schedulers count their steps."""
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    return DDAEPipeline.for_denoiser(pipeline.denoiser, scheduler, pipeline.null_class, vae=pipeline.vae)
-
-
-@torch.no_grad()
-def stream(
-    pipeline: DDAEPipeline, num_estimates: int, **options: Any
-) -> Generator[tuple[Step, float, Tensor | None], None, None]:
-    """Sample with the options of the pipeline's `steps`; closing the iterator stops the sampling.
-
-    Yield every step, the noise level that is left after it and, at `num_estimates` of them, the first and the last
-    among these, what the network takes the first image for, (C, H, W). The pipeline is used by nobody else meanwhile.
-    """
-    diffusion = Diffusion(pipeline.denoiser, pipeline.scheduler, pipeline.null_class)
-    for step in pipeline.steps(**options):
-        sigma = 0.0 if step.following is None else diffusion.family.sigma(step.following).item()
-        shown = step.number in np.linspace(1, len(step.timesteps), num_estimates).round()
-        yield step, sigma, estimate_of(step, diffusion, options.get("class_labels")) if shown else None
-
-
-def estimate_of(step: Step, diffusion: Diffusion, class_labels: Any) -> Tensor:
-    """Return what the network takes the first image of a step for, (C, H, W); of the last step, that image."""
-    first = step.sample[:1]
-    if step.following is None:
-        return first[0]
-    conditions = diffusion.conditions(class_labels, len(step.sample), first.device)
-    conditions = {name: value[:1] for name, value in conditions.items()}
-    if step.sigma is None:
-        return diffusion.estimate(first, step.following, conditions)[0]
-    return diffusion.denoise(first, step.sigma, conditions)[0]
-
-
-@torch.no_grad()
-def visible(vae: Any, samples: Tensor) -> Tensor:
-    """Return samples (B, C, H, W) as images: what a VAE decodes, where they are its latents."""
-    return samples if vae is None else decode(vae, samples)
+    return "\n".join(lines)

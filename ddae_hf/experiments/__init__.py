@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 _ROOMS = {
     "converting": ("ConversionOptions", "convert"),
-    "correspondences": ("CorrespondenceOptions", "find_correspondences"),
+    "correspondences": ("CorrespondenceOptions", "find_correspondences", "main_directions"),
     "encoding": ("EncodingOptions", "encode"),
     "evaluation": ("EvaluationOptions", "evaluate_generation"),
     "feature_export": ("ExportOptions", "export_features"),
@@ -40,13 +40,13 @@ __all__ = [
     "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "EncodingOptions", "EvaluationOptions",
     "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions", "PretrainingOptions", "Report",
     "SweepOptions", "TransferOptions", "VAEOptions", "classify_noisy", "convert", "encode", "evaluate_generation",
-    "export_features", "find_correspondences", "finetune", "generate", "make_card", "pretrain", "save_card", "sweep",
-    "sweep_run", "train_vae", "transfer",
+    "export_features", "find_correspondences", "finetune", "generate", "main_directions", "make_card", "pretrain",
+    "save_card", "sweep", "sweep_run", "train_vae", "transfer",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .converting import ConversionOptions, convert
-    from .correspondences import CorrespondenceOptions, find_correspondences
+    from .correspondences import CorrespondenceOptions, find_correspondences, main_directions
     from .encoding import EncodingOptions, encode
     from .evaluation import EvaluationOptions, evaluate_generation
     from .feature_export import ExportOptions, export_features

@@ -218,8 +218,29 @@ def dense_features(backbone: DDAEBackbone, images: Tensor, noise: Tensor) -> Ten
     """Return features (B, C, H, W) of images, of length 1 at every layer."""
     with evaluating(backbone):
         maps = backbone(images.to(backbone.device), noise=noise.to(backbone.device)).feature_maps
-    maps = [F.interpolate(hidden.float(), images.shape[-2:], mode="bilinear") for hidden in maps]
-    return torch.cat([F.normalize(hidden, dim=1) for hidden in maps], dim=1).cpu()
+    return torch.cat([at_pixels(hidden, images.shape[-2:]) for hidden in maps], dim=1)
+
+
+def at_pixels(hidden: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a layer's feature maps (B, C, h, w) at every pixel of images of a size, of length 1, on the CPU."""
+    return F.normalize(F.interpolate(hidden.float(), tuple(size), mode="bilinear"), dim=1).cpu()
+
+
+def main_directions(maps: Tensor) -> Tensor:
+    """Project feature maps (B, C, H, W) on their three main directions over all places: (B, 3, H, W), in [0, 1].
+
+    The directions are principal components of all images together, so that places of like features have like colours
+    in each; of each component the lowest and the highest 2 % of places are cut off.
+    """
+    places = maps.detach().float().cpu().movedim(1, -1).flatten(0, -2)
+    places = places - places.mean(0)
+    directions = torch.linalg.svd(places, full_matrices=False).Vh[:3]
+    shares = torch.zeros(len(places), 3)
+    signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()  # which the decomposition leaves open
+    shares[:, : len(directions)] = places @ (directions * signs).T
+    low, high = shares.quantile(0.02, 0), shares.quantile(0.98, 0)
+    shares = ((shares - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return shares.reshape(len(maps), *maps.shape[-2:], 3).movedim(-1, 1)
 
 
 def match(original: Tensor, warped: Tensor, points: Tensor) -> Tensor:
