@@ -19,10 +19,10 @@ FRAME = 4
 
 
 def main_directions(maps):
-    """Project feature maps (B, C, H, W) on their three main directions over all places: (B, 3, H, W), in [0, 1]."""
+    """Project feature maps (B, C, H, W) onto their three main directions over all places: (B, 3, H, W), in [0, 1]."""
     places = maps.movedim(1, -1).flatten(0, -2)
     places = places - places.mean(0)
-    torch.manual_seed(0)  # `pca_lowrank` draws where it begins
+    torch.manual_seed(0)  # `pca_lowrank` starts from a random draw
     _, _, directions = torch.pca_lowrank(places, q=3, center=False)
     shares = places @ directions
     low, high = shares.quantile(0.02, 0), shares.quantile(0.98, 0)
@@ -45,7 +45,8 @@ def main():
     parser.add_argument("--data", default="runs/quickstart/digits", help="with the column `image`")
     arguments = parser.parse_args()
 
-    # `stage_names` are all layers in the order in which they are computed: here one of three quarters, and the last.
+    # `stage_names` are all layers in the order in which they are computed. Here are the one at three quarters of them,
+    # and the last.
     names = DDAEBackbone.from_pretrained(arguments.checkpoint).stage_names
     layers = [names[3 * len(names) // 4], names[-1]]
     backbone = DDAEBackbone.from_pretrained(arguments.checkpoint, out_features=layers, sigma=0.1)

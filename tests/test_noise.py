@@ -358,7 +358,7 @@ def test_edms_ends_as_they_are_printed_are_inside():
 def test_levels_that_cannot_be_are_refused(images, options):
     scheduler = EDMEulerScheduler()
     scheduler.register_to_config(**options)
-    with pytest.raises(ValueError, match="they must be positive, and sigma_min the smaller"):
+    with pytest.raises(ValueError, match="they must be positive, and sigma_min must be smaller"):
         family_of(scheduler).sigma_range()
 
 

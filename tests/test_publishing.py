@@ -224,7 +224,7 @@ def test_facts_that_runs_add_are_shown(runs, digits, tmp_path):
 def test_what_cannot_be_is_refused(runs, layouts, tmp_path):
     with pytest.raises(ValueError, match="nowhere is no folder"):
         make_card(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no checkpoint that ddae_hf can open"):
+    with pytest.raises(ValueError, match="not a checkpoint that ddae_hf can open"):
         make_card(tmp_path)
     with pytest.raises(ValueError, match="nothing is no folder"):
         make_card(layouts / "flat", results=[tmp_path / "nothing"])

@@ -3,8 +3,8 @@
     ddae demo
     ddae demo --space_dir runs/space
 
-By default the page shows what `ddae quickstart` wrote. With `--space_dir`, what it would show is laid as a folder that
-is a complete Space, in place of opening it. The folder runs as it is, with `python app.py`, and
+By default the page shows what `ddae quickstart` wrote. With `--space_dir`, the command opens no page, but writes a
+folder that is a complete Space of it. The folder runs as it is, with `python app.py`, and
 `hf upload NAME/SPACE runs/space . --repo-type space` publishes it.
 """
 
@@ -24,9 +24,9 @@ from ..experiments.options import option
 class Arguments(DemoOptions):
     """What the page shows, and where."""
 
-    host: str | None = option(None, "Address to listen on; by default this machine's own alone.")
+    host: str | None = option(None, "Address to listen on; by default only this machine can open the page.")
     port: int | None = option(None, "Port; by default the first free one from 7860 on.")
-    space_dir: str | None = option(None, "Folder to lay as a Space, new or empty, in place of opening the page.")
+    space_dir: str | None = option(None, "New or empty folder to write a Space to, in place of opening the page.")
 
 
 KINDS = (DataOptions, Arguments)
@@ -36,7 +36,7 @@ def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
     if options.space_dir is None:
         try:
-            from ..demo.page import show  # which a Space that is laid needs not
+            from ..demo.page import show  # writing a Space does not need it
         except ModuleNotFoundError as error:
             raise ValueError(not_installed("ddae demo", error.name, "demo")) from error
     if data.dataset_name is None and data.train_data_dir is None:
@@ -51,6 +51,6 @@ def main(data: DataOptions, options: Arguments) -> None:
     folder = Path(options.space_dir)
     missing = lay_space(folder, data, options)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder} is a Space of {size / 1e6:.1f} MB; try it: cd {folder} && python app.py")
+    print(f"{folder} is a Space of {size / 1e6:.1f} MB. To try it: cd {folder} && python app.py")
     if missing:
         print(f"It has no sweep. {missing}")
