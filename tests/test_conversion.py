@@ -472,7 +472,7 @@ def test_a_small_file_cannot_claim_a_large_network(tmp_path):
     claims = {
         "blocks": (state | {"blocks.19999.x": torch.zeros(1)}, "not numbered from 0 on"),
         "positions": (state | {"pos_embed": expanded}, "pos_embed of shape .* has fewer values"),
-        "kernel": (state | {"x_embedder.proj.weight": torch.zeros(64)}, "must have four sides"),
+        "kernel": (state | {"x_embedder.proj.weight": torch.zeros(64)}, "it must have four dimensions"),
         "classes": ({"ema": state, "args": argparse.Namespace(num_classes="ten")}, "not laid out as networks"),
     }
     for name, (content, reason) in claims.items():
@@ -606,7 +606,7 @@ def test_tensors_that_share_their_values_claim_no_large_network(tmp_path):
     state, values = dit_state(depth=1), torch.zeros(200_000)
     shared = {f"blocks.{i}.attn.qkv.weight": values.view(400, 500) for i in range(100)}
     torch.save(state | shared, tmp_path / "shared.pt")
-    with pytest.raises(ValueError, match="The tensors share their values: they claim .* bytes of"):
+    with pytest.raises(ValueError, match="The tensors share their values: they claim .* bytes, but the file holds"):
         convert(tmp_path / "shared.pt", num_heads=4)
     wide = {"x_embedder.proj.weight": torch.zeros(200_000, 4, 1, 1), "pos_embed": torch.zeros(1, 16, 200_000)}
     torch.save(state | wide, tmp_path / "wide.pt")
