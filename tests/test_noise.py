@@ -298,7 +298,7 @@ def test_levels_can_be_mapped_over(scheduler, images):
 
 def test_one_level_or_one_an_image_comes(scheduler, images):
     for sigma in (torch.full((4,), 0.5), torch.full((5, 1, 1, 1), 0.5)):
-        with pytest.raises(ValueError, match="for 5 images: pass a scalar, or one each"):
+        with pytest.raises(ValueError, match="for 5 images: pass a scalar, or one sigma for each image"):
             add_noise(scheduler, images, images, sigma)
 
 

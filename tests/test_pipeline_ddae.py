@@ -111,7 +111,7 @@ def test_callbacks_see_and_change_the_latents(pipeline):
     ("options", "message"),
     [
         ({"batch_size": 0}, "at least 1"),
-        ({"num_inference_steps": 0}, "num_inference_steps is 0: it must be at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0: it must be a whole number of at least 1"),
         ({"output_type": "jpeg"}, "allowed are 'pil'"),
         ({"batch_size": 2.0}, "batch_size is 2.0: it must be a whole number of at least 1"),
         ({"batch_size": True}, "batch_size is True"),

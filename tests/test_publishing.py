@@ -474,5 +474,5 @@ def test_a_card_is_written_without_a_push_too(local, server, tmp_path):
     save_card(tmp_path)  # keeps what nothing but the card says
     assert yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1]) == written
     assert len(server.requests) == before
-    with pytest.raises(ValueError, match="is complete, but for its card: .* no checkpoint"):
+    with pytest.raises(ValueError, match="is complete, but for its card: .* not a checkpoint"):
         publish(HubOptions(), tmp_path / "scheduler", "Nothing")
