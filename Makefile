@@ -9,8 +9,8 @@ PARALLEL := --numprocesses 2 --dist loadfile
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	@echo "Everything that the project needs is downloaded into $(VENV): about 0.5 GB. On Linux torch brings CUDA's"
-	@echo "libraries, some gigabytes more, unless pip is configured to find a build without them."
+	@echo "Everything that the project needs is downloaded into $(VENV): about 0.5 GB. On Linux, torch also brings CUDA's"
+	@echo "libraries, which are some gigabytes more, unless pip is configured to find a build without them."
 	$(BIN)/pip install $(if $(CI),--quiet) --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -21,30 +21,30 @@ quickstart: $(VENV)/.installed  ## Pretrain, generate and classify handwritten d
 demo: $(VENV)/.installed  ## A page to look at: draw, classify, explore.
 	$(BIN)/ddae demo
 
-model-cards: $(VENV)/.installed  ## Write the cards of the checkpoints in runs/ again.
+model-cards: $(VENV)/.installed  ## Rewrite the cards of the checkpoints in runs/.
 	$(BIN)/python model_cards/render.py
 
 notebooks: $(VENV)/.installed  ## Run the notebooks of examples/ from top to bottom, and keep what they show.
 	$(BIN)/python examples/notebooks/execute.py
 
-test: $(VENV)/.installed  ## The default tests, on two processes.
+test: $(VENV)/.installed  ## Run the default tests, on two processes.
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-slow: $(VENV)/.installed  ## The tests that take minutes.
+test-slow: $(VENV)/.installed  ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow
 
-test-minimum:  ## The default tests on the oldest supported versions, with the same torch.
+test-minimum:  ## Run the default tests on the oldest supported versions, with the same torch.
 	$(PYTHON) -m venv $(VENV)-minimum
 	$(VENV)-minimum/bin/pip install --quiet --requirement requirements-minimum.txt
 	$(VENV)-minimum/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	$(VENV)-minimum/bin/python -m pytest $(PARALLEL)
 
-check: $(VENV)/.installed  ## Lint, formatting, types.
+check: $(VENV)/.installed  ## Check lint, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ddae_hf
 
-docs: $(VENV)/.installed  ## The site of docs/, into build/site; a link that leads nowhere ends it.
+docs: $(VENV)/.installed  ## Build the site of docs/ into build/site; a broken link stops it.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel: $(VENV)/.installed  ## Build the source distribution and the wheel, and check what PyPI would show of them.
@@ -64,7 +64,7 @@ digits-checkpoint: $(VENV)/.installed  ## Train the checkpoint that ships with t
 	$(BIN)/python model_cards/ship.py
 	$(BIN)/python model_cards/render.py
 
-digits-frameworks: $(VENV)/.installed  ## Every framework with every network on handwritten digits, side by side.
+digits-frameworks: $(VENV)/.installed  ## Compare every framework with every network on handwritten digits.
 	$(BIN)/python -m benchmarks.digits_frameworks --output_dir runs/digits_frameworks
 
 cifar10-cpu: $(VENV)/.installed  ## Recreate the CPU checkpoint and its figures: make cifar10-cpu DDAE_CIFAR10_DIR=...
@@ -90,7 +90,7 @@ cifar10-latent: $(VENV)/.installed  ## Train the small VAE and latent DiT and tr
 	$(BIN)/ddae transfer --model_name_or_path runs/cifar10_latent_dit --dataset_name "$(DDAE_CIFAR10_DIR)" \
 		--layers decoder --batch_size 500 --encode_batch_size 64 --few_labels 1 10 100 --output_dir runs/cifar10_latent_transfer
 
-cifar10-speedrun: $(VENV)/.installed  ## On one GPU: train from scratch for good features, and probe them: make cifar10-speedrun DDAE_CIFAR10_DIR=...
+cifar10-speedrun: $(VENV)/.installed  ## Train from scratch for good features on one GPU, and probe them: make cifar10-speedrun DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
 	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
 		--dynamo_backend inductor -m ddae_hf pretrain --config cifar10_speedrun \
@@ -98,7 +98,7 @@ cifar10-speedrun: $(VENV)/.installed  ## On one GPU: train from scratch for good
 	$(BIN)/ddae sweep --model_name_or_path runs/cifar10_speedrun --dataset_name "$(DDAE_CIFAR10_DIR)" --dtype bfloat16 \
 		--max_selection_samples 20000 --num_noise_samples 4 --num_views 2 --random_flip --batch_size 1000 --output_dir runs/cifar10_speedrun_sweep
 
-benchmarks: $(VENV)/.installed  ## Speed, side by side (needs the checkpoint of cifar10-cpu): make benchmarks DDAE_CIFAR10_DIR=...
+benchmarks: $(VENV)/.installed  ## Measure speed (this needs the checkpoint of cifar10-cpu): make benchmarks DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
 	$(BIN)/python -m benchmarks.levers --compile
 	$(BIN)/python -m benchmarks.feature_speed --compile --probe_checkpoint runs/cifar10_cpu --dataset_name "$(DDAE_CIFAR10_DIR)"

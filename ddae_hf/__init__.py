@@ -1,7 +1,7 @@
 """Denoising diffusion autoencoders: one checkpoint that generates images and classifies them.
 
-Importing it makes transformers' Auto classes, and so its pipelines, know the model type `ddae`. `DDAEPipeline` is
-imported when it is first used.
+Importing the package registers the model type `ddae` with transformers' Auto classes, which its pipelines use.
+`DDAEPipeline` is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
-# The top level has a stand-in for it where torchvision is missing, in older versions.
+# In older versions, transformers' top level has only a stand-in for it where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .backbone_ddae import DDAEBackbone

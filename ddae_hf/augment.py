@@ -1,8 +1,8 @@
-"""Changes of training images: mirrors, crops, mixtures, and augmentation that the network is told of.
+"""Changes to training images: mirrors, crops, mixtures, and augmentation that the network is told about.
 
-All take and return images (B, C, H, W), floats in [-1, 1]; `random_flip`, `random_crop` and `mixup` take latents too.
-What is random is drawn from torch's global generators, which whoever trains seeds, where `augment` is given none of its
-own: what happens to an image depends on its batch.
+All functions take and return images (B, C, H, W), floats in [-1, 1]; `random_flip`, `random_crop` and `mixup` take
+latents too. Random numbers come from torch's global generators, which the training code seeds, unless `augment` is
+given a generator of its own. What happens to an image therefore depends on its batch.
 """
 
 from __future__ import annotations
@@ -40,14 +40,18 @@ def random_flip(images: Tensor) -> Tensor:
 def random_crop(images: Tensor, padding: int) -> Tensor:
     """Shift each image (B, C, H, W) by up to `padding` pixels, uniformly; reflections fill its edges.
 
-    As Wide ResNets are trained (Zagoruyko and Komodakis 2016, arXiv 1605.07146). `augment_view` fills with black.
+    Wide ResNets are trained in this way (Zagoruyko and Komodakis 2016, arXiv 1605.07146). `augment_view` fills with
+    black instead.
 
     Raises:
         ValueError: A padding that is negative, or not below both sides of the images.
     """
     count, channels, height, width = images.shape
     if not 0 <= padding < min(height, width):
-        raise ValueError(f"The padding is {padding}: images of {height}x{width} pixels allow 0 to their sides less 1.")
+        raise ValueError(
+            f"The padding is {padding}: it must be at least 0, and smaller than both sides of the images, which have "
+            f"{height}x{width} pixels."
+        )
     padded = F.pad(images, [padding] * 4, mode="reflect")
     offsets = torch.randint(2 * padding + 1, (2, count, 1), device=images.device)
     rows = offsets[0] + torch.arange(height, device=images.device)
@@ -60,18 +64,18 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
 def random_changes(images: Tensor, flip: bool, crop_padding: int) -> Tensor:
     """Change images (B, C, H, W) by `random_flip`, if `flip`, then by `random_crop`, if `crop_padding` is not 0.
 
-    Nothing is drawn for what is not asked for.
+    No random numbers are drawn for a change that is not asked for.
     """
     images = random_flip(images) if flip else images
     return random_crop(images, crop_padding) if crop_padding else images
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Average each image and its target with another's of the batch, in the same proportion.
+    """Average each image with another image of the batch, and their targets in the same proportion.
 
-    Mixup (Zhang et al. 2018, arXiv 1710.09412) of images (B, C, H, W) and probabilities (B, K), both float32. A share
-    for each image is drawn from Beta(alpha, alpha), `alpha` above 0: near 0 most images stay almost whole, at 1 every
-    share is as likely as any other. Shares and partners are drawn on the CPU.
+    This is mixup (Zhang et al. 2018, arXiv 1710.09412) of images (B, C, H, W) and probabilities (B, K), both float32. A
+    share for each image is drawn from Beta(alpha, alpha), where `alpha` is above 0. Near 0 most images stay almost
+    whole; at 1 every share is equally likely. Shares and partners are drawn on the CPU.
     """
     share = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images.device)
     other = torch.randperm(len(images)).to(images.device)
@@ -99,24 +103,24 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Transform images at random, and say how: augmentation that does not leak into what the network generates.
 
-    Karras et al. 2022 (arXiv 2206.00364, appendix F.2, table 6). Each image is mirrored left to right half of the time,
-    and with a small probability each is mirrored upside down, scaled, rotated, stretched along a random direction, and
-    shifted. Nine numbers say what was done; zeros say that nothing was, and with zeros the network generates and is
-    read.
+    This follows Karras et al. 2022 (arXiv 2206.00364, appendix F.2, table 6). Each image is mirrored left to right half
+    of the time, and with a small probability each is mirrored upside down, scaled, rotated, stretched along a random
+    direction, and shifted. Nine numbers say what was done. Zeros say that nothing was done; the network is given zeros
+    when it generates images and when its hidden states are read.
 
     The paper filters with wavelets and learns a linear map of the numbers. Here images are resampled once, bicubically,
     and the numbers are added to the time embedding, so that a stock `UNet2DModel` takes them without new weights.
 
     Args:
         images: Images (B, C, H, W) in [-1, 1], of equal height and width.
-        probability: That of each transformation but the mirror left to right. At 0 nothing is changed at all.
+        probability: Probability of each transformation except the mirror left to right. At 0 nothing is changed at all.
         generator: Random generator on the images' device.
 
     Returns:
         The images (B, C, H, W), mirrored at their borders where something beyond them comes into view, and labels
         (B, 9), float32: mirrored left to right (0 or 1); upside down (0 or 1); logarithm of the scale in units of its
-        deviation; cosine minus one and sine of the rotation; the same logarithm of the stretch times cosine and sine of
-        its direction; shift to the right and downwards in units of its deviation.
+        deviation; cosine minus one and sine of the rotation; logarithm of the stretch in units of its deviation, times
+        cosine and sine of its direction; shift to the right and downwards in units of its deviation.
 
     Raises:
         ValueError: A probability outside [0, 1], or images that are not square.
@@ -148,7 +152,8 @@ def augment(
             stretch * direction.cos(), stretch * direction.sin(), right, down,
         ], dim=1,
     )  # fmt: skip
-    # Where a pixel comes from, in coordinates from -1 to 1 to the right and downwards: changes undone, the last first.
+    # These matrices say where a pixel comes from, in coordinates from -1 to 1 to the right and downwards: they undo the
+    # changes, the last one first.
     origin = (
         _scaling(1, 1 - 2 * upside_down, scale)
         @ _scaling(_SCALE**-scale, _SCALE**-scale, scale)
@@ -161,7 +166,7 @@ def augment(
 
 
 def _resample(images: Tensor, origin: Tensor, changed: Tensor) -> Tensor:
-    """Fetch pixels from where matrices (B, 3, 3) say; images that are not `changed` (B,) stay exactly what they are."""
+    """Fetch pixels from where matrices (B, 3, 3) say; images that are not `changed` (B,) stay exactly as they are."""
     places = F.affine_grid(origin.float()[:, :2], list(images.shape), align_corners=False)
     moved = F.grid_sample(images.float(), places, mode="bicubic", padding_mode="reflection", align_corners=False)
     # Bicubic interpolation overshoots at edges.

@@ -18,11 +18,12 @@ from .pretrained_ddae import DDAEPreTrainedModel
 class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
     """Feature maps of the layers that `out_features` or `out_indices` name, as transformers' backbones give them.
 
-    `stage_names` are the denoiser's layers in forward order, `channels` the widths of those asked for. Opens every
-    layout of checkpoint: `DDAEBackbone.from_pretrained(repo, out_features=["mid_block", "up_blocks.2.attentions.0"])`.
+    `stage_names` are the denoiser's layers in forward order, and `channels` the widths of the layers asked for. Every
+    layout of checkpoint opens:
+    `DDAEBackbone.from_pretrained(repo, out_features=["mid_block", "up_blocks.2.attentions.0"])`.
     Nothing after the deepest of `out_features` is computed or asks for gradients: to train with deeper maps, name them
-    when the backbone is made. As in `DDAEModel`, evaluation adds fixed noise of `config.sigma`, and training fresh
-    noise.
+    when the backbone is made. As in `DDAEModel`, evaluation adds fixed noise at the level `config.sigma`, and training
+    adds fresh noise.
     """
 
     has_attentions = False
@@ -38,7 +39,7 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         self.post_init()
 
     def restrict_gradients(self) -> None:
-        """Ask for gradients of what the feature maps depend on alone: see `DDAEModel.restrict_gradients`."""
+        """Ask for gradients only of what the feature maps depend on: see `DDAEModel.restrict_gradients`."""
         self.ddae.restrict_gradients(self.config.out_features)
 
     def forward(
@@ -56,8 +57,9 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         """Return feature maps; for the arguments see `DDAEModel.forward`.
 
         Returns:
-            `feature_maps`, for each of `out_features` a tensor (B, channels, height, width); a DiT's tokens are laid
-            out on the grid of its patches. With `output_hidden_states` the raw hidden states of all `stage_names` too.
+            `feature_maps`, a tensor (B, channels, height, width) for each of `out_features`; a DiT's tokens are laid
+            out on the grid of its patches. With `output_hidden_states`, also the raw hidden states of all
+            `stage_names`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

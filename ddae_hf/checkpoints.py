@@ -1,14 +1,14 @@
 """Checkpoints: which layout a folder or Hub repository has, and how its parts map to a denoiser and a scheduler.
 
 - *whole*: `config.json` (`model_type: ddae`, `weights: whole`) and `model.safetensors`, as our models save themselves.
-- *head*: the same with `weights: head` and `head.safetensors`, a classifier alone, whose denoiser has the weights of
-  its base: the pipeline in the same folder, or another checkpoint. Version 0.1.0 wrote no `weights`, and meant a head
-  wherever there was a `head.safetensors`.
+- *head*: the same with `weights: head` and `head.safetensors`, a classifier alone. Its denoiser takes its weights from
+  a base, which is the pipeline in the same folder or another checkpoint. Version 0.1.0 wrote no `weights`, and meant a
+  head wherever there was a `head.safetensors`.
 - *pipeline*: `model_index.json`, `unet/` or `transformer/`, `scheduler/`, and `vae/` where the denoiser works on
   latents, as `DDAEPipeline` and diffusers save.
 - *flat*: `model_index.json`, `config.json`, `scheduler_config.json` and weights side by side, as in
   `google/ddpm-cifar10-32`.
-- *model*: `config.json` (`_class_name`) and weights, as `UNet2DModel.save_pretrained` or DiT's saves.
+- *model*: `config.json` (`_class_name`) and weights, as `save_pretrained` of a `UNet2DModel` or a DiT writes them.
 
 Only safetensors are read: nothing is unpickled here. `conversion` reads published checkpoints in other formats.
 """
@@ -60,7 +60,7 @@ GENERATOR_FINGERPRINTS = {"generator_fingerprint": torch.bfloat16, "generator_fi
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """Return a diffusers config, or that of a network or scheduler, as JSON would hold it, without private keys."""
+    """Return a diffusers config, or a network's or scheduler's, as JSON would hold it, without private keys."""
     if hasattr(config, "config"):
         config = {**config.config, "_class_name": type(uncompiled(config)).__name__}
     kept = {k: v for k, v in dict(config).items() if not k.startswith("_") or k == "_class_name"}
@@ -75,13 +75,14 @@ def build_scheduler(config: dict[str, Any]) -> Any:
     try:
         return cls.from_config(config)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"scheduler: {name} cannot be built so: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"scheduler: {name} cannot be built from this config: {reason}") from error
 
 
 def still_generates(denoiser: torch.nn.Module, config: Mapping[str, Any]) -> bool:
-    """Return whether a denoiser is the generator that a configuration's fingerprints are of.
+    """Return whether a denoiser is the generator whose fingerprints a configuration holds.
 
-    It may have been stored in half precision since, by rounding it once to bfloat16 or to float16.
+    It may have been rounded once since then, to bfloat16 or to float16, to be stored in half precision.
     """
     known = {dtype: config.get(name) for name, dtype in GENERATOR_FINGERPRINTS.items()}
     return any(value is not None and fingerprint(denoiser, dtype=dtype) == value for dtype, value in known.items())
@@ -89,33 +90,33 @@ def still_generates(denoiser: torch.nn.Module, config: Mapping[str, Any]) -> boo
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """What a folder or repository holds, without its weights: as diffusers saves it, where no subclass knows better.
+    """What a folder or repository holds, without its weights. This class is for what diffusers saves.
 
-    A `part` is what has weights: `"denoiser"` or `"vae"`.
+    Subclasses are for what this package's models save. A `part` is what has weights: `"denoiser"` or `"vae"`.
     """
 
     path: str
     hub: dict[str, Any]  # which sub-folder and revision, and how they are reached
-    config: dict[str, Any]  # what is known of a `DDAEConfig`
+    config: dict[str, Any]  # the entries of a `DDAEConfig` that are known
     variant: str | None = None  # which of several sets of weights, such as "fp16" or "ema"
     folders: dict[str, str] = field(default_factory=dict)  # where each part's weights are, if in a sub-folder
     has_index: bool = False  # whether there is a `model_index.json`, which diffusers' pipelines open
-    head: str | None = None  # the local path of a classifier's own weights, where the others are those of `base`
+    head: str | None = None  # the local path of a classifier's own weights, where the others are in `base`
     base: Checkpoint | None = None
-    holds_model = False  # whether it is a model of this package, in transformers' layout; otherwise diffusers'
-    keeps_dtype = False  # whether a model opens in the type that its config says, not in that of its weights
+    holds_model = False  # whether it is a model of this package, in transformers' layout and not in diffusers'
+    keeps_dtype = False  # whether a model opens in the type that its config says, not in the type of its weights
     opens_in_transformers = False  # whether transformers can open it by itself
     weights_name = DIFFUSERS_FILE
 
     def __post_init__(self) -> None:
-        """Give the configs of the parts names of their own."""
+        """Give each part's config an attribute of its own."""
         self.denoiser: dict[str, Any] = self.config.get("denoiser", {})
         self.scheduler: dict[str, Any] | None = self.config.get("scheduler")
         self.vae: dict[str, Any] | None = self.config.get("vae")
 
     @property
     def opens_in_diffusers(self) -> bool:
-        """Whether diffusers can open it by itself: it finds variants in sub-folders alone."""
+        """Whether diffusers can open it by itself: it finds variants only in sub-folders."""
         finds_weights = "denoiser" in self.folders or self.variant is None
         return self.has_index and finds_weights and not self.hub.get("subfolder")
 
@@ -124,15 +125,15 @@ class Checkpoint:
         return [self, *([] if self.base is None else self.base.chain())]
 
     def generator(self, given: Collection[str]) -> Checkpoint:
-        """Return the checkpoint that a pipeline opens, to which the components in `given` come from elsewhere."""
+        """Return the checkpoint that a pipeline opens; the components in `given` come from elsewhere."""
         return self
 
     def compiled_state(self) -> dict[str, torch.Tensor] | None:
-        """Return a model's tensors by their present names, where version 0.1.0 saved it compiled."""
+        """Return a model's tensors under their present names if version 0.1.0 saved it compiled, otherwise None."""
         return None
 
     def scheduler_or_default(self, of_latents: bool) -> Any:
-        """Return its scheduler, or with a warning DDPM's, where it has a network alone."""
+        """Return its scheduler or, with a warning, DDPM's where it holds a network alone."""
         if self.scheduler is not None:
             return build_scheduler(self.scheduler)
         warnings.warn(
@@ -140,20 +141,20 @@ class Checkpoint:
             "0.02, 1000 timesteps, noise prediction). If it was trained otherwise, pass `scheduler=`.",
             stacklevel=4,
         )
-        return new_scheduler("ddpm", clip_sample=not of_latents)  # which have no bounds
+        return new_scheduler("ddpm", clip_sample=not of_latents)  # latents have no bounds
 
     def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
-        """Load a part with its weights, by default in the type that they are stored in, or return None without it.
+        """Load a part with its weights, by default in the type that they are stored in; None if there is no such part.
 
-        Errors are those of `check`, and `ValueError` for a classifier's base whose weights have changed.
+        It raises what `check` raises, and `ValueError` for a classifier's base whose weights have changed.
         """
         return None if self.config.get(part) is None else self._read(part, dtype, *self.check(part))
 
     def check(self, part: str) -> tuple[list[str], str | None]:
-        """Return the local paths of the files of a part's weights, which hold every tensor of it, and their variant.
+        """Return the local paths of a part's files of weights, which hold all of its tensors, and their variant.
 
         Raises:
-            ValueError: No weights in safetensors, two sets of them that cannot be told apart, or tensors missing.
+            ValueError: No weights in safetensors, two sets of them that cannot be told apart, or missing tensors.
         """
         expected = plain_state(skeleton(self.config[part]))
         files, variant = self.weight_files(part)
@@ -161,8 +162,8 @@ class Checkpoint:
         return files, variant
 
     def weight_files(self, part: str = "denoiser") -> tuple[list[str], str | None]:
-        """Return the local paths of the files of a part's weights, and their variant."""
-        # A VAE without weights of the variant has those of none, as in diffusers' pipelines.
+        """Return the local paths of a part's files of weights, and their variant."""
+        # A VAE that lacks the variant is opened with its plain weights, as in diffusers' pipelines.
         wanted = [self.variant] if part == "denoiser" else [self.variant, None]
         return weight_files(self.path, self.weights_name, inside(self.hub, self.folders.get(part, "")), *wanted)
 
@@ -191,7 +192,7 @@ class WholeCheckpoint(Checkpoint):
     weights_name = WHOLE_FILE
 
     def compiled_state(self) -> dict[str, torch.Tensor] | None:
-        """Return its tensors by their present names, if any of them has that of a compiled network."""
+        """Return its tensors under their present names if any was saved under a compiled network's, otherwise None."""
         files, _ = self.weight_files()
         if not any(COMPILED in name for name in tensor_names(files)):
             return None
@@ -220,13 +221,13 @@ class HeadCheckpoint(Checkpoint):
 
     @property
     def keeps_dtype(self) -> bool:  # type: ignore[override]
-        """Whether it says its type, which version 0.1.0 did not."""
+        """Whether its config says its type, which version 0.1.0 did not write."""
         return self.config.get("weights") == "head"
 
     def generator(self, given: Collection[str]) -> Checkpoint:
-        """Return its base, which opens as it does without a classifier beside it.
+        """Return its base, which opens as it would without a classifier beside it.
 
-        A base elsewhere has to be the one that the classifier was trained on, but for the components in `given`.
+        A base elsewhere must be the one that the classifier was trained on, except for the components in `given`.
         """
         if location(self.base.path, **self.base.hub) == location(self.path, **self.hub):
             return replace(self.base, variant=self.variant)
@@ -240,8 +241,8 @@ class HeadCheckpoint(Checkpoint):
         """Load a network of the base, if it is the one that the classifier was trained on."""
         if part == "denoiser" and self.variant is not None:
             raise ValueError(
-                f"variant is {self.variant!r}, but {self.path} is a classifier without its denoiser, which names "
-                f"the variant of its base {self.base.path} itself: leave `variant` out."
+                f"variant is {self.variant!r}, but {self.path} is a classifier without its denoiser, and it "
+                f"names the variant of its base {self.base.path} itself: leave `variant` out."
             )
         network = self.base.load(part)
         if network is None:
@@ -250,14 +251,14 @@ class HeadCheckpoint(Checkpoint):
         if fingerprint(network, dtype=None) != head_metadata(self.head).get(known):
             raise ValueError(
                 f"The weights of {self.base.path} are not those that the classifier in {self.head} was trained on: "
-                "they have changed since. Bring back the base as it was, or train a classifier on it as it is."
+                "they have changed since. Restore the base as it was, or train a new classifier on it as it is now."
             )
         # The network's own `to` would log a warning about an empty list.
         return network if dtype is None else torch.nn.Module.to(network, dtype)
 
 
 def take_checkpoint(path: Any, arguments: dict[str, Any]) -> tuple[Checkpoint, Any]:
-    """Take out of the arguments of a `from_pretrained` what says how to open; return the checkpoint and its type."""
+    """Remove from the arguments of a `from_pretrained` those on loading; return the checkpoint and the type wanted."""
     given = {name: arguments.pop(name, None) for name in LOADING_ARGUMENTS}
     if given["use_safetensors"] is False:
         raise ValueError("use_safetensors is False, but only safetensors weights are read: leave it out.")
@@ -272,8 +273,8 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Find out the layout of a checkpoint in a folder or Hub repository, and read its configurations, not its weights.
 
-    `hub` are `revision`, `token`, `cache_dir`, `subfolder` and the other arguments that say where files are, `behind`
-    the places of the heads whose base it is.
+    `hub` holds `revision`, `token`, `cache_dir`, `subfolder` and the other arguments that say where files are. `behind`
+    holds the places of the heads whose base this checkpoint is.
 
     Raises:
         ValueError: No known layout, or a denoiser that is not supported.
@@ -291,8 +292,8 @@ def read_checkpoint(
         return Checkpoint(path=path, hub=hub, config={"denoiser": denoiser}, variant=variant)
     refuse_offline("A configuration", path, hub)
     raise ValueError(
-        f"{path} is no checkpoint that ddae_hf can open: it has neither a model_index.json (a diffusers pipeline) nor "
-        "a config.json of a DDAE model or of a diffusers denoiser "
+        f"{path} is not a checkpoint that ddae_hf can open: it has neither a model_index.json (a diffusers pipeline) "
+        "nor a config.json of a DDAE model or of a diffusers denoiser "
         f"(found: {config.get('model_type', 'another config.json') if config else 'no config.json'})."
     )
 
@@ -305,7 +306,7 @@ def _read_model(
         raise ValueError(f"{path} is incomplete: its config.json describes no {missing[0]}.")
     weights = config.get("weights")
     if weights not in (None, *WEIGHTS):
-        raise ValueError(f"{path} says `weights: {weights!r}`: known are {', '.join(WEIGHTS)}.")
+        raise ValueError(f"{path} says `weights: {weights!r}`: allowed are {', '.join(WEIGHTS)}.")
     head = None if weights == "whole" else find_file(path, HEAD_FILE, **hub)
     if weights == "head" and head is None:
         refuse_offline(HEAD_FILE, path, hub)
@@ -320,7 +321,7 @@ def _read_model(
     elif here in behind:
         raise ValueError(
             f"The classifier in {path} is its own base, directly or by way of others: none of them holds the "
-            "denoiser. Bring back the generative checkpoint that was the base, or train the classifier again."
+            "denoiser. Restore the generative checkpoint that was the base, or train the classifier again."
         )
     else:
         there = {**hub, "revision": known.get("revision"), "subfolder": known.get("subfolder")}
@@ -352,7 +353,7 @@ def _read_pipeline(
     check_denoiser_class((denoiser or {"_class_name": classes[name]})["_class_name"], f"{where}: its `{name}`")
     if others := sorted(set(classes) - {name, "scheduler", "vae"}):
         raise ValueError(
-            f"{where} has components beside its denoiser, scheduler and vae ({', '.join(others)}), which are not "
+            f"{where} has components besides its denoiser, scheduler and vae ({', '.join(others)}), which are not "
             "supported: allowed are pipelines such as DDPMPipeline, DDIMPipeline, DiTPipeline and DDAEPipeline."
         )
     scheduler = read_json(path, "scheduler_config.json", inside(hub, "scheduler" if own_config else ""))
@@ -374,9 +375,9 @@ def _read_pipeline(
 
 
 def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:
-    """Load a VAE: the `AutoencoderKL` that a folder or Hub repository holds itself or in `vae/`, or a checkpoint's.
+    """Load a VAE: the `AutoencoderKL` in a folder or Hub repository, in its `vae/`, or in the checkpoint that it is.
 
-    Errors are those of `read_checkpoint`, and `ValueError` where none of these is there.
+    It raises what `read_checkpoint` raises, and `ValueError` where there is no VAE.
     """
     path, hub = os.fspath(path), where_files_are(hub)
     for folder in ("vae", ""):

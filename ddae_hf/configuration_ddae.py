@@ -23,31 +23,34 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of `DDAEModel`, `DDAEForImageClassification` and `DDAEBackbone`.
 
     Args:
-        denoiser: The denoiser's diffusers config with its `_class_name`; by default the paper's 35.7 M U-Net.
-        scheduler: The scheduler's, likewise; by default `DDPMScheduler`'s own.
+        denoiser: The denoiser's diffusers config with its `_class_name`; by default the paper's U-Net of 35.7 M
+            parameters.
+        scheduler: The scheduler's diffusers config, likewise; by default that of a plain `DDPMScheduler`.
         vae: The diffusers config of the `AutoencoderKL` that makes latents of images, where the denoiser works on them.
-            Without it, what the denoiser works on are the model's images.
+            Without it, the model's images are whatever the denoiser works on.
         sample_posterior: Whether latents are draws from the VAE's distribution in place of its mean.
-        layer: The tap, a name out of `layer_names(denoiser)`; by default the decoder's middle one.
+        layer: The tap, one of the names in `layer_names(denoiser)`; by default the decoder's middle one.
         sigma: Noise level of the tap: standard deviation of the noise on images in [-1, 1], or on scaled latents. The
             defaults are close to the paper's best levels: 0.05 on images (0.047 for DDPM, 0.060 for EDM), and 0.42 on
             latents (DiT-XL/2 on CIFAR-10).
-        timestep: The noise level as the denoiser is fed it (0-based), in place of `sigma`; stored as `sigma`.
+        timestep: The noise level as the (0-based) timestep that the denoiser is fed, in place of `sigma`; it is stored
+            as `sigma`.
         pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions, or `"mean_2x2"`, over
             each quarter of them: see `pool_hidden_states`.
         feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters.
-        noise_seed: Seed of the fixed noise used in evaluation, that of `sample_posterior` included.
-        num_noise_samples: Draws of noise that features are averaged over.
-        null_class: The label that stands for none in a class-conditional U-Net; a DiT's is its last.
-        generator_fingerprint: `weights.fingerprint` of the pretrained denoiser; set when one is opened.
-        generator_fingerprint_float16: The same after rounding to float16, which is not the same as to bfloat16.
-        features_only: Why the denoiser cannot generate, where its hidden states are right but its output is not; a
-            converter says so.
+        noise_seed: Seed of the fixed noise used in evaluation, including the draw of `sample_posterior`.
+        num_noise_samples: Number of draws of noise that features are averaged over.
+        null_class: The label that stands for no class in a class-conditional U-Net; a DiT's is its last label.
+        generator_fingerprint: `weights.fingerprint` of the pretrained denoiser; it is set when one is opened.
+        generator_fingerprint_float16: The same after rounding to float16 in place of bfloat16.
+        features_only: Why the denoiser cannot generate, where its hidden states are right but its output is not;
+            converters set it.
         weights: Which weights belong to this configuration's file: `"whole"` (`model.safetensors`) or `"head"`
-            (`head.safetensors`, on a base); saving sets it. `None`, as version 0.1.0 wrote, is a head if there is one.
+            (`head.safetensors`, on a base); saving sets it. `None`, as in the files of version 0.1.0, means a head if
+            there is one.
         out_features: Layers whose feature maps a `DDAEBackbone` returns, in forward order; by default `layer`.
         out_indices: The same as indices into `stage_names`, in place of names.
-        **kwargs: transformers' own, such as `num_labels`, `id2label` and `label2id`.
+        **kwargs: transformers' own options, such as `num_labels`, `id2label` and `label2id`.
 
     Raises:
         ValueError: A combination that cannot work.
@@ -118,7 +121,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"noise_seed is {self.noise_seed}: it must not be negative.")
 
     def _check_vae(self, denoiser: Any) -> None:
-        """Complete the VAE's config with the shape of its images and latents, and refuse one of another denoiser's."""
+        """Complete the VAE's config with the shape of its images and latents, and refuse another denoiser's VAE."""
         if self.vae is None:
             if self.sample_posterior:
                 raise ValueError("sample_posterior is set, but there is no vae whose latents could be drawn.")
@@ -148,7 +151,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the features: the number of channels at `layer`, four times with the pooling `"mean_2x2"`."""
+        """Width of the features: the number of channels at `layer`, times four with the pooling `"mean_2x2"`."""
         return hidden_size(skeleton(self.denoiser), str(self.layer), self.pooling)
 
     @property
@@ -163,16 +166,16 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from a dictionary; keyword arguments take the place of its entries, and are checked with them."""
+        """Build a configuration from a dictionary; keyword arguments replace its entries, and are checked with them."""
         own = {f.name for f in fields(cls) if f.name in cls.__annotations__}
         own |= {"timestep", "out_features", "out_indices"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         config_dict = dict(config_dict)
-        if "vae" in overrides and overrides["vae"] is None:  # what draws latents goes with it, what is noised stays
+        if "vae" in overrides and overrides["vae"] is None:  # nothing draws latents then, but they are still noised
             config_dict.pop("sample_posterior", None)
             if config_dict.get("vae") is not None and overrides.get("timestep") is None:
                 config_dict.setdefault("sigma", SIGMA_OF_LATENTS)
-        # What is given takes the place of the same thing said otherwise.
+        # What is given replaces the entry that says the same in another form.
         for given, other in (("timestep", "sigma"), ("out_features", "out_indices"), ("out_indices", "out_features")):
             if overrides.get(given) is not None and overrides.get(other) is None:
                 config_dict.pop(other, None)
@@ -180,8 +183,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Open a checkpoint's configuration, whatever its layout; keyword arguments take the place of its entries."""
-        # transformers 5.17 loses the token on its own way here, and could not read a private repository's.
+        """Open a checkpoint's configuration, whatever its layout; keyword arguments replace its entries."""
+        # transformers 5.17 would lose the token on the way here, and then could not read a private repository.
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         return cls.from_dict(config_dict, **kwargs)
 
@@ -191,5 +194,5 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return a checkpoint's configuration, whatever its layout, and the arguments that did not say where it is."""
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
-        used = (*HUB_ARGUMENTS, "trust_remote_code")  # which is for the Auto classes
+        used = (*HUB_ARGUMENTS, "trust_remote_code")  # the last one is for the Auto classes
         return checkpoint.config, {name: value for name, value in kwargs.items() if name not in used}

@@ -1,11 +1,11 @@
 """Published checkpoints of other code bases, as stock diffusers networks.
 
-Known are files of three kinds, told apart by what they hold:
+Three kinds of file are known, and told apart by what they hold:
 
-- the official DiTs (Peebles and Xie 2023, arXiv 2212.09748): become a `DiTTransformer2DModel`;
-- the U-Nets of the DDAE paper's authors (Xiang et al. 2023, arXiv 2303.09769): become a `UNet2DModel` whose hidden
-  states are exact and whose output is not;
-- EDM's pickles (Karras et al. 2022, arXiv 2206.00364): refused, with what diffusers' networks lack.
+- The official DiTs (Peebles and Xie 2023, arXiv 2212.09748) become a `DiTTransformer2DModel`.
+- The U-Nets of the DDAE paper's authors (Xiang et al. 2023, arXiv 2303.09769) become a `UNet2DModel` whose hidden
+  states are exact, but whose output is not.
+- EDM's pickles (Karras et al. 2022, arXiv 2206.00364) are refused, with a message on what diffusers' networks lack.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from .networks import build_denoiser
 from .noise import new_scheduler
 from .pickles import read_weights, texts
 
-# Attention heads of the published DiTs by their width; a file does not say them.
+# How many attention heads the published DiTs have, by their width; the files do not say it.
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 FRAMEWORKS = ("ddpm", "edm")
 
-_Modules = Iterator[tuple[str, tuple[str, ...]]]  # a module there, and those here that share its rows out
+_Modules = Iterator[tuple[str, tuple[str, ...]]]  # a module in the file, and the modules here that share its rows
 
 
 @dataclass
 class Conversion:
     """A published network as a stock one, with its scheduler.
 
-    `config` is what is known of a `DDAEConfig` beside both; its `features_only` says why a network cannot sample.
+    `config` holds the other entries of a `DDAEConfig` that are known; its `features_only` says why a network cannot
+    sample.
     """
 
     source: str  # what the file holds, in words
-    source_parameters: int  # how many it has there
+    source_parameters: int  # how many parameters it has in the file
     denoiser: Any
     scheduler: Any
     config: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Conversion:
 def convert(path: str | os.PathLike[str], **options: Any) -> Conversion:
     """Convert a published checkpoint.
 
-    `options` are what the file does not say, see `convert_dit` and `convert_unet`; None counts as not given.
+    `options` say what the file does not, see `convert_dit` and `convert_unet`; None counts as not given.
 
     Raises:
         ValueError: A file that cannot be read safely or is of no known kind, a network that stock classes cannot
@@ -76,24 +77,26 @@ def convert(path: str | os.PathLike[str], **options: Any) -> Conversion:
         raise ValueError(f"{path} is not laid out as networks of its kind are: {error}.") from error
     held = f"it holds the entries {', '.join(map(str, list(parts)[:5]))}" if parts else "it holds no entries"
     raise ValueError(
-        f"{path} is no checkpoint of a known kind ({'it is no torch file' if content is None else held}): known are "
-        "official DiT `.pt` files, `model_*.pth` of the DDAE paper's authors, and EDM's `.pkl`."
+        f"{path} is not a checkpoint of a known kind ({'it is not a torch file' if content is None else held}): the "
+        "known kinds are official DiT `.pt` files, `model_*.pth` of the DDAE paper's authors, and EDM's `.pkl`."
     )
 
 
 def _tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of a dictionary whose names begin so, without that beginning."""
+    """Return a dictionary's tensors whose names begin with `prefix`, under their names without it."""
     named = value.items() if isinstance(value, dict) else ()
     found = {k.removeprefix(prefix): v for k, v in named if isinstance(v, Tensor) and str(k).startswith(prefix)}
     held: dict[int, int] = {}
     for name, tensor in found.items():
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(
-                f"The tensor {name} of shape {tuple(tensor.shape)} has fewer values in the file than that."
+                f"The tensor {name} of shape {tuple(tensor.shape)} has fewer values in the file than this shape needs."
             )
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     if (claimed := sum(tensor.numel() * tensor.element_size() for tensor in found.values())) > sum(held.values()):
-        raise ValueError(f"The tensors share their values: they claim {claimed:,} bytes of {sum(held.values()):,}.")
+        raise ValueError(
+            f"The tensors share their values: they claim {claimed:,} bytes, but the file holds {sum(held.values()):,}."
+        )
     return found
 
 
@@ -105,16 +108,16 @@ def _check_options(given: dict[str, Any], allowed: tuple[str, ...], kind: str) -
 def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_classes: int | None = None) -> Conversion:
     """Convert the weights of an official DiT.
 
-    Its timestep frequencies differ from those that diffusers gives a DiT, and so the config here has the entry
-    `downscale_freq_shift`, which `networks.build_denoiser` obeys. `num_heads` is by default that of the published
-    network of this width, and `num_classes`, in which the null class does not count, ImageNet's 1000.
+    Its timestep frequencies differ from those that diffusers gives a DiT, so the config here has the entry
+    `downscale_freq_shift`, which `networks.build_denoiser` obeys. By default `num_heads` is that of the published
+    network of this width, and `num_classes`, which does not count the null class, is ImageNet's 1000.
 
     Raises:
-        ValueError: An unknown number of heads, or what diffusers' DiT lacks.
+        ValueError: An unknown number of heads, or a network that diffusers' DiT cannot represent.
     """
     if (kernel := state["x_embedder.proj.weight"]).ndim != 4:
         raise ValueError(
-            f"The tensor x_embedder.proj.weight has shape {tuple(kernel.shape)}, and must have four sides."
+            f"The tensor x_embedder.proj.weight has shape {tuple(kernel.shape)}: it must have four dimensions."
         )
     width, channels, patch, _ = kernel.shape
     depth = _count(state, "blocks")
@@ -130,9 +133,9 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
     classes = 1000 if num_classes is None else num_classes
     if rows != classes + 1:
         raise ValueError(
-            f"The table of labels has {rows} rows for {classes} classes, and must have one more: diffusers' DiT always "
-            "has a null class, and one trained without label dropout has none. For another number of classes, pass "
-            "num_classes."
+            f"The table of labels has {rows} rows for {classes} classes, but must have one row more than classes: "
+            "diffusers' DiT always has a null class, which a DiT trained without label dropout lacks. For another "
+            "number of classes, pass num_classes."
         )
     config = {
         "_class_name": "DiTTransformer2DModel",
@@ -152,7 +155,7 @@ def convert_dit(state: dict[str, Tensor], num_heads: int | None = None, num_clas
         raise ValueError(f"The file's pos_embed has shape {tuple(state['pos_embed'].shape)}: the width is {width}.")
     denoiser = _build(config, _renamed(weights, _dit_modules(depth)))
     if (denoiser.pos_embed.pos_embed - state["pos_embed"]).abs().max() > 1e-4:
-        raise ValueError("The file's pos_embed is not the sine-cosine one, which is the only one of diffusers' DiT.")
+        raise ValueError("The file's pos_embed is not the sine-cosine one, the only one that diffusers' DiT has.")
     source = f"an official DiT: {depth} blocks of width {width}, patches of {patch}, {classes} classes"
     parameters = sum(value.numel() for value in weights.values())
     return Conversion(source, parameters, denoiser.eval(), DDIMScheduler(clip_sample=False))
@@ -169,7 +172,7 @@ def _dit_modules(depth: int) -> _Modules:
         yield f"{there}.attn.proj", (f"{here}.attn1.to_out.0",)
         yield f"{there}.mlp.fc1", (f"{here}.ff.net.0.proj",)
         yield f"{there}.mlp.fc2", (f"{here}.ff.net.2",)
-        # Time and label are embedded once there, and in each block for itself here.
+        # The file's network embeds time and label once; here each block embeds them for itself.
         yield "t_embedder.mlp.0", (f"{here}.norm1.emb.timestep_embedder.linear_1",)
         yield "t_embedder.mlp.2", (f"{here}.norm1.emb.timestep_embedder.linear_2",)
         yield "y_embedder.embedding_table", (f"{here}.norm1.emb.class_embedder.embedding_table",)
@@ -178,11 +181,11 @@ def _dit_modules(depth: int) -> _Modules:
 def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_size: int = 32) -> Conversion:
     """Convert the weights of a U-Net of the DDAE paper's authors.
 
-    Under DDPM they feed it t / 1000 for t from 1 to 1000, so here its timestep embedding is a table with a row a step.
-    Under EDM they feed it log(sigma) / 4, as is done here.
+    Under DDPM they feed it t / 1000 for t from 1 to 1000, so here its timestep embedding is a table with one row for
+    each step. Under EDM they feed it log(sigma) / 4, as is done here.
 
-    `framework` is `"ddpm"` or `"edm"`, which the file does not say, and `sample_size` the side of the images that it
-    was trained on, in pixels.
+    `framework` is `"ddpm"` or `"edm"`, which the file does not say, and `sample_size` is the side of the images that
+    the network was trained on, in pixels.
 
     Raises:
         ValueError: No framework, or a network that `UNet2DModel` cannot represent.
@@ -197,7 +200,7 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
     stem = config["block_out_channels"][0]
     weights = _renamed(state, modules)
     scheduler = new_scheduler(framework)
-    # As they trained it, with the 4th of their 18 levels or their t = 11, which counts from 1.
+    # The dropout is the one that they trained with; the level is the 4th of their 18, or t = 11, counted from 1.
     config["dropout"] = 0.1 if framework == "ddpm" else 0.13
     known = {"timestep": 10} if framework == "ddpm" else {"sigma": 0.06}
     if framework == "ddpm":
@@ -206,8 +209,8 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
         weights["time_proj.weight"] = get_timestep_embedding(torch.arange(1, steps + 1) / steps, stem)
     denoiser = _build(config, weights)
     reason = (
-        "it was converted from a network whose output is normalised in 8 groups, where a UNet2DModel has the same "
-        "number in all its layers, so that its hidden states are right and its output is not."
+        "it was converted from a network whose output is normalised in 8 groups, while a UNet2DModel has the same "
+        "number of groups in all its layers, so that its hidden states are right but its output is not."
     )
     source = f"a U-Net of the DDAE paper's authors, stem of {stem} channels, {len(config['block_out_channels'])} levels"
     parameters = sum(value.numel() for value in state.values())
@@ -215,7 +218,7 @@ def convert_unet(state: dict[str, Tensor], framework: str | None = None, sample_
 
 
 def _unet_parts(state: dict[str, Tensor]) -> tuple[dict[str, Any], _Modules]:
-    """Return the config of a U-Net as far as its weights tell, and how its modules are called here."""
+    """Return the config of a U-Net as far as its weights tell, and what its modules are called here."""
     down, up = _levels(state, "down"), _levels(state, "up")
     channels = [len(state[f"down.{level[0]}.res.conv1.bias"]) for level in down]
     attention = [f"down.{level[0]}.attn.norm.weight" in state for level in down]
@@ -223,8 +226,8 @@ def _unet_parts(state: dict[str, Tensor]) -> tuple[dict[str, Any], _Modules]:
     if stem != channels[0]:
         raise ValueError(
             f"The file holds a U-Net of the DDAE paper's authors whose first level has {channels[0]} channels behind a "
-            f"stem of {stem}, as their DDPM++ has. The stem of a UNet2DModel has as many as its first level, so that "
-            "no configuration of it holds these weights."
+            f"stem of {stem}, as in their DDPM++. The stem of a UNet2DModel has as many channels as its first level, "
+            "so no configuration of it can hold these weights."
         )
     config = {
         "_class_name": "UNet2DModel",
@@ -244,7 +247,7 @@ def _unet_parts(state: dict[str, Tensor]) -> tuple[dict[str, Any], _Modules]:
 
 
 def _levels(state: dict[str, Tensor], side: str) -> list[list[int]]:
-    """Return the numbers of the residual blocks of each level of a side; what stands between levels resamples."""
+    """Return the numbers of the residual blocks in each level of a side; the modules between levels resample."""
     levels: list[list[int]] = [[]]
     for i in range(_count(state, side)):
         if f"{side}.{i}.res.conv1.weight" in state:
@@ -314,15 +317,15 @@ def _renamed(state: dict[str, Tensor], modules: Iterable[tuple[str, tuple[str, .
 
 
 def _build(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
-    """Return the network of a config with these weights, made only if all of them fit."""
-    with torch.device("meta"):  # a few weights may be those of a network that fits into no memory
+    """Return the network of a config with these weights; it is built only if all of them fit."""
+    with torch.device("meta"):  # a file of a few weights may describe a network that is too large for memory
         shapes = build_denoiser(config).state_dict()
     there = {name: tuple(value.shape) for name, value in weights.items()}
     here = {name: tuple(value.shape) for name, value in shapes.items()}
     if wrong := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
         raise ValueError(
-            f"A {config['_class_name']} does not hold these weights: {len(wrong)} differ in shape, such as "
-            f"{wrong[0]}: {there.get(wrong[0], 'missing')} in the file and {here.get(wrong[0], 'missing')} in it."
+            f"A {config['_class_name']} cannot hold these weights: {len(wrong)} differ in shape, such as {wrong[0]} "
+            f"({there.get(wrong[0], 'missing')} in the file, {here.get(wrong[0], 'missing')} in the network)."
         )
     denoiser = build_denoiser(config)
     denoiser.load_state_dict(weights)
@@ -331,19 +334,19 @@ def _build(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
 
 _EDM_REASONS = {
     "SongUNet": (
-        "its residual blocks and attentions scale their sums by sqrt(1/2), its decoder attends after the last residual "
-        "block of a level alone, and it resamples in residual blocks with a projected skip, which UNet2DModel has no "
-        "options for"
+        "its residual blocks and attentions scale their sums by sqrt(1/2), its decoder attends only after the last "
+        "residual block of a level, and it resamples in residual blocks with a projected skip, and UNet2DModel has no "
+        "options for these"
     ),
     "DhariwalUNet": "how its parts map to those of a UNet2DModel has not been worked out",
 }
 
 
 def _refuse_edm(path: Path) -> None:
-    """Raise `ValueError` for a pickle of EDM, which says which network it holds and what stock classes lack."""
+    """Raise `ValueError` for a pickle of EDM, naming the network that it holds and what stock classes lack."""
     words = set(texts(path))
     if any(word.startswith("torch_utils.persistence") for word in words):
         network = next((name for name in _EDM_REASONS if name in words), None)
-        reason = _EDM_REASONS[network] if network else f"none of {', '.join(_EDM_REASONS)} is in it"
-        what = f", of a {network}" if network else ""
+        reason = _EDM_REASONS[network] if network else f"it holds none of {', '.join(_EDM_REASONS)}"
+        what = f" that holds a {network}" if network else ""
         raise ValueError(f"{path} is a pickle of EDM{what}. It cannot be converted: {reason}.")

@@ -1,8 +1,8 @@
 """A module seen with some of its parts replaced, and what stands between a module and a plain call of its `forward`.
 
 A network's own `forward` runs on a `Cut`, a small object that shows the network with other attributes: shorter block
-lists, output layers that do nothing. No code is repeated, no module is copied and no hook is set, so that it goes
-through `torch.compile(fullgraph=True)` and `torch.export`.
+lists, output layers that do nothing. No code is repeated, no module is copied and no hook is set, so that the view
+works with `torch.compile(fullgraph=True)` and `torch.export`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Recorder(Cut):
 
 
 def identity(hidden: Tensor) -> Tensor:
-    """Return what came."""
+    """Return the input."""
     return hidden
 
 
@@ -74,10 +74,11 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def runs_forward_alone(module: nn.Module) -> bool:
-    """Whether a call of a module has the result of its class's `forward`, which a `Cut` runs by hand.
+    """Whether calling a module gives the result of its class's `forward`, which is all that a `Cut` runs.
 
-    Not with hooks, be they torch's on this module or on all, or accelerate's and diffusers', which give the instance a
-    `forward` of its own. A compiled module's result is that of its `forward`, unless accelerate has wrapped that.
+    It does not where there are hooks: torch's hooks on this module or on all modules, or those of accelerate and
+    diffusers, which give the instance a `forward` of its own. A compiled module gives the result of its `forward`,
+    unless accelerate has wrapped that.
     """
     if torch.nn.modules.module._has_any_global_hook():
         return False

@@ -1,13 +1,13 @@
 """The pair of a denoiser and its scheduler, from which everything else follows.
 
-Symbols as in `noise`: of a clean image `x` and standard-normal noise `n` the denoiser is fed `a * x + b * n`, with the
-timestep of its level `sigma`, and should answer `c * x + d * n`. The loss of every framework is
-`mean((answer - (c * x + d * n)) ** 2)`. So written it is
+Symbols are as in `noise`: for a clean image `x` and standard-normal noise `n`, the denoiser is fed `a * x + b * n` with
+the timestep of the level `sigma`, and should answer `c * x + d * n`. The loss of every framework is
+`mean((answer - (c * x + d * n)) ** 2)`. In this form it is
 
-- for noise prediction `L_simple` of Ho et al. 2020 (arXiv 2006.11239, equation 14);
-- for EDM equation 8 of Karras et al. 2022 (arXiv 2206.00364): the paper's weight of the denoised image's error,
+- for noise prediction, `L_simple` of Ho et al. 2020 (arXiv 2006.11239, equation 14);
+- for EDM, equation 8 of Karras et al. 2022 (arXiv 2206.00364): the paper's weight of the denoised image's error,
   `(sigma^2 + sigma_data^2) / (sigma * sigma_data)^2`, is `1 / c_out^2`, which leaves the plain error of the output;
-- for flow matching the conditional flow-matching loss of Lipman et al. 2022 (arXiv 2210.02747) on straight paths.
+- for flow matching, the conditional flow-matching loss of Lipman et al. 2022 (arXiv 2210.02747) on straight paths.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Diffusion:
     Args:
         denoiser: A diffusers network, which may be compiled or distributed.
         scheduler: The scheduler that it was trained under, or another of the same framework.
-        null_class: The label that stands for none, of a network that does not imply one.
-        float32_output: Whether a network of a shorter type computes its output layers in float32, where that helps.
+        null_class: The label that stands for no class, for a network that does not imply one.
+        float32_output: Whether a network in half precision computes its output layers in float32, where that helps.
     """
 
     def __init__(self, denoiser: Any, scheduler: Any, null_class: int | None = None, float32_output: bool = False):
@@ -43,12 +43,12 @@ class Diffusion:
         self.family = family_of(scheduler)
         self.null_class = self.network.default_null_class(self.own.config) if null_class is None else null_class
         self.denoiser = denoiser
-        # What `predict` asks; a distributed network's own forward has to run.
+        # This is what `predict` calls. A distributed network's own forward has to run.
         exact = float32_output and uncompiled(denoiser) is self.own
         self.answering = self.network.with_float32_output(denoiser) if exact else denoiser
 
     def conditions(self, class_labels: Any, batch_size: int, device: Any) -> Conditions:
-        """Return what the denoiser is told of its images beside their timestep: see `NetworkClass.conditions`."""
+        """Return what the denoiser is told about its images besides the timestep: see `NetworkClass.conditions`."""
         return self.network.conditions(self.own, class_labels, batch_size, device, self.null_class)
 
     def _fed(self, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class Diffusion:
         guidance_scale: float = 1.0,
         null_conditions: Conditions | None = None,
     ) -> Tensor:
-        """Return what the denoiser answers (B, C, H, W), float32, and channels of a learned variance if it is used.
+        """Return the denoiser's answer (B, C, H, W), float32, with the channels of a learned variance if it is used.
 
         Args:
             noisy: Its input (B, C, H, W), scaled as `Family.noisy` does.
@@ -91,7 +91,7 @@ class Diffusion:
     def predict_with_hidden_states(
         self, noisy: Tensor, timestep: Tensor, layers: Sequence[str], conditions: Conditions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what the denoiser answers, without a learned variance, and the raw hidden states of the same pass.
+        """Return the denoiser's answer, without a learned variance, and the raw hidden states of the same pass.
 
         For the arguments see `predict`. A distributed network synchronises its gradients if the answer is in the loss.
         """
@@ -135,7 +135,7 @@ class Diffusion:
     def estimate(self, sample: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """Return the clean image (B, C, H, W), float32, that the denoiser sees in its scheduler's own sample.
 
-        `timestep` is that of the step that follows, without dimensions.
+        `timestep` is the timestep of the next step, a tensor without dimensions.
         """
         fed = self.family.model_input(sample, timestep)
         answer = self.predict(fed, timestep.expand(len(sample)), conditions)
@@ -155,14 +155,15 @@ class Diffusion:
         """Return the denoising loss of each image.
 
         Args:
-            clean: Images (B, C, H, W) in [-1, 1], or scaled latents. Output channels beyond theirs, a learned variance,
-                play no part.
+            clean: Images (B, C, H, W) in [-1, 1], or scaled latents. Further output channels, which are a learned
+                variance, play no part.
             sigma: Noise levels (B,); drawn from the family's training distribution if not given.
             noise: Standard-normal noise (B, C, H, W); drawn if not given.
             class_labels: Labels (B,) of a class-conditional network, or vectors (B, width) of one that takes vectors.
             log_normal: Mean and deviation of log sigma, in place of the family's own training distribution.
             generator: Random generator on the device of `clean`.
-            weighting: The weight of an image's loss as a function of the noise levels (B,); by default all weigh 1.
+            weighting: The weight of an image's loss as a function of the noise levels (B,); by default every weight is
+                1.
 
         Returns:
             Squared errors averaged over pixels, float32 (B,).

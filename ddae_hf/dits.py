@@ -1,7 +1,7 @@
 """diffusers' `DiTTransformer2DModel`.
 
 A tap is the output of a transformer block. The network has `num_embeds_ada_norm` classes, and the null class after
-them; with `num_embeds_ada_norm=0` there is the null class alone, and the network is unconditional.
+them; with `num_embeds_ada_norm=0` it has only the null class, and is unconditional.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class DiT(NetworkClass):
     parts = ("transformer_blocks",)
     indivisible = ("BasicTransformerBlock",)
     # An option that diffusers lacks: frequency i of the n of the timestep embedding is `10000 ** (-i / (n - shift))`.
-    # The official DiTs have shift 0, which their conversions note; diffusers builds every DiT with shift 1, and so do
-    # checkpoints without the note stay.
+    # The official DiTs have shift 0, which their conversions note. diffusers builds every DiT with shift 1, and a
+    # checkpoint without the note keeps it.
     frequencies = "downscale_freq_shift"
 
     def build(self, config: Mapping[str, Any]) -> Any:
-        """Build it without the option that diffusers would log as ignored, and note that."""
+        """Build it without the option that diffusers would log as ignored, and note the option in its config."""
         denoiser = self.model.from_config({k: v for k, v in config.items() if k != self.frequencies})
         denoiser.register_to_config(**{k: v for k, v in config.items() if k == self.frequencies})
         return denoiser
@@ -45,7 +45,7 @@ class DiT(NetworkClass):
                 module.downscale_freq_shift = shift
 
     def present_config(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """Take what diffusers had in a class of many kinds once, as in `facebook/DiT-XL-2-256`, for what it is now."""
+        """Recognise DiTs that diffusers once kept in a more general class, such as `facebook/DiT-XL-2-256`."""
         if config.get("_class_name") != "Transformer2DModel" or config.get("norm_type") != "ada_norm_zero":
             return super().present_config(config)
         known = inspect.signature(DiTTransformer2DModel).parameters
@@ -65,7 +65,7 @@ class DiT(NetworkClass):
         return config["num_embeds_ada_norm"] + 1
 
     def label_options(self, num_classes: int) -> dict[str, int]:
-        """Leave the null class out, which it does not count."""
+        """Leave out the null class, which the option does not count."""
         return {"num_embeds_ada_norm": num_classes}
 
     def default_null_class(self, config: Mapping[str, Any]) -> int | None:
@@ -73,11 +73,11 @@ class DiT(NetworkClass):
         return config["num_embeds_ada_norm"]
 
     def is_conditional(self, denoiser: Any) -> bool:
-        """Whether it has classes beside the null class."""
+        """Whether it has classes besides the null class."""
         return denoiser.config["num_embeds_ada_norm"] > 0
 
     def stop_own_dropping(self, denoiser: nn.Module) -> None:
-        """Stop its blocks, each of which would draw for itself."""
+        """Stop its blocks from dropping labels, since each would draw for itself."""
         for module in denoiser.modules():
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0

@@ -1,4 +1,4 @@
-"""What a family of schedulers has to say. Those that there are, and the symbols, are in `noise.py`."""
+"""`Family`: what a family of schedulers has to define. The families that exist, and the symbols, are in `noise.py`."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ _ROUNDING = 5e-5
 
 
 def _inside(value: Any, low: Any, high: Any) -> Any:
-    """Whether a number, or each of a tensor's, is in the range, to five digits."""
+    """Whether a number, or each number of a tensor, is in the range, to five digits."""
     return (low - _ROUNDING * abs(low) <= value) & (value <= high + _ROUNDING * abs(high))
 
 
 def rounded(level: Tensor, low: Any, high: Any) -> Tensor:
-    """Move levels that are inside to five digits to where they are exactly; NaN for those that are not."""
+    """Move levels that are in the range to five digits exactly into it, and turn all others into NaN."""
     return torch.where(_inside(level, low, high), level.clamp(low, high), torch.nan)
 
 
 def is_recorded() -> bool:
-    """Whether a graph is being recorded, or fake tensors may be about."""
+    """Whether a graph is being recorded, or fake tensors may be in use."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
 
 
 def readable(values: Tensor) -> bool:
-    """Whether values can be looked at: without waiting for a device, and with no graph being recorded without them."""
+    """Whether values can be read: without waiting for a device, and while no graph is being recorded."""
     return values.device.type == "cpu" and not is_recorded()
 
 
 def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return what torch's random functions are told: graphs of batches of any size take no `generator=None`."""
+    """Return the arguments of torch's random functions: graphs for batches of any size reject `generator=None`."""
     return {} if generator is None else {"generator": generator}
 
 
 class Family(ABC):
     """A family of schedulers: what it knows of noise levels, of the network's input and target, and of sampling.
 
-    From its attributes and abstract methods all else follows. Tensors of levels are float32, and finite or infinite as
-    the ranges say. Neither the `add_noise` nor the current grid of its `scheduler` plays a part.
+    Everything else follows from its attributes and abstract methods. Tensors of levels are float32, and finite or
+    infinite as the ranges say. Neither the `add_noise` nor the current grid of its `scheduler` plays a part.
     """
 
     name: str  # of the framework
@@ -73,7 +73,7 @@ class Family(ABC):
 
     @classmethod
     def allowed(cls) -> str:
-        """Return which schedulers it has, as a refusal lists them."""
+        """Return its schedulers, as an error message lists them."""
         return f"{cls.title}'s ({', '.join(cls.schedulers or [cls.default_scheduler])})"
 
     @abstractmethod
@@ -109,7 +109,7 @@ class Family(ABC):
         """Draw levels from the family's own training distribution."""
 
     def trainable(self, sigma: Tensor) -> Tensor:
-        """Return log-normal draws as levels that there are."""
+        """Turn log-normal draws into levels that the family has."""
         return sigma
 
     def check_prediction(self) -> None:
@@ -133,9 +133,9 @@ class Family(ABC):
     def check_level(self, unit: str, value: Any, allowed: tuple[float, float] | None = None) -> None:
         """Raise `ValueError` for a noise level outside a range, to five digits, and for NaN.
 
-        Python scalars are always looked at, in a graph that is compiled too, where they are constants; other values
-        only where they are `readable`. `unit` is `"sigma"` or `"timestep"`, and `allowed` the range, by default of
-        every level that a network of the family may be trained at.
+        Python scalars are always checked, also in a compiled graph, where they are constants; other values are checked
+        only where they are `readable`. `unit` is `"sigma"` or `"timestep"`, and `allowed` is the range, by default that
+        of all levels that a network of the family may be trained at.
         """
         is_number = isinstance(value, int | float)
         values = value if is_number else torch.as_tensor(value)
@@ -143,10 +143,10 @@ class Family(ABC):
             return
         low, high = self.training_range(unit) if allowed is None else allowed
         if is_number:
-            # The compiler can show a scalar that changes in no other format.
+            # The compiler can print a changing scalar in no other format.
             wrong = None if _inside(values, low, high) else f"{float(values)!r}"
         else:
-            # In float64, as bfloat16 takes 1000 for 999; unwrapped, as `torch.func.vmap` lets nobody look at its batch.
+            # In float64, because bfloat16 takes 1000 for 999; unwrapped, because `torch.func.vmap` hides its batch.
             values = torch.func.debug_unwrap(values).double()
             outside = values[~_inside(values, low, high)]
             wrong = f"{outside[0].item():.7g}" if len(outside) else None
@@ -177,12 +177,14 @@ class Family(ABC):
         return self.to_timestep(torch.as_tensor(sigma, dtype=torch.float32))
 
     def _level(self, sigma: float | Tensor, images: Tensor) -> Tensor:
-        """Return `sigma`, checked where it can be, as a float32 tensor (B, 1, ...) that goes with the images'."""
+        """Return `sigma`, checked where it can be, as a float32 tensor (B, 1, ...) that broadcasts over the images."""
         self.check_level("sigma", sigma)
         level = torch.as_tensor(sigma, dtype=torch.float32, device=images.device)
         count = images.shape[0]
         if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (count, 1)):
-            raise ValueError(f"sigma has shape {tuple(level.shape)} for {count} images: pass a scalar, or one each.")
+            raise ValueError(
+                f"sigma has shape {tuple(level.shape)} for {count} images: pass a scalar, or one sigma for each image."
+            )
         return level.expand(count).reshape(-1, *[1] * (images.ndim - 1))
 
     def _fed(self, sigma: float | Tensor, images: Tensor) -> Tensor:
@@ -224,10 +226,11 @@ class Family(ABC):
     ) -> Tensor:
         """Draw the noise levels (batch_size,) of a training step, with a generator on `device`.
 
-        `log_normal` are mean and standard deviation of log sigma, in place of the family's own distribution: uniform
-        timesteps for VP, (-1.2, 1.2) for EDM, uniform times for flow matching. There (0, 1) are the logit-normal times
-        of Esser et al. 2024 (arXiv 2403.03206), as the logit of time is log sigma. With VP, levels beyond an end of the
-        schedule are that end. `ValueError` if it is no distribution.
+        `log_normal` holds the mean and the standard deviation of log sigma, in place of the family's own distribution,
+        which is uniform timesteps for VP, (-1.2, 1.2) for EDM, and uniform times for flow matching. For flow matching,
+        (0, 1) gives the logit-normal times of Esser et al. 2024 (arXiv 2403.03206), because the logit of time is log
+        sigma. For VP, levels beyond an end of the schedule become that end. It raises `ValueError` if `log_normal` is
+        not a distribution.
         """
         if log_normal is None:
             return self.draw_usual((batch_size,), device, generator)
@@ -242,7 +245,7 @@ class Family(ABC):
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The names of the samplers beside the scheduler's own that suit this scheduler's levels."""
+        """The names of the samplers besides the scheduler's own that suit this scheduler's levels."""
         name = type(self.scheduler).__name__
         return tuple(sampler for sampler, needed in self.own_samplers.items() if needed == name)
 
@@ -268,19 +271,19 @@ class Family(ABC):
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the scheduler's steps take a variance that the network predicts beside the image's noise."""
+        """Whether the scheduler's steps take a variance that the network predicts besides the image's noise."""
         return str(self.scheduler.config.get("variance_type")).startswith("learned")
 
     def set_timesteps(self, count: int, device: Any) -> None:
-        """Set the scheduler's timesteps for so many steps."""
+        """Set the scheduler's timesteps for `count` steps."""
         self.scheduler.set_timesteps(count, device=device)
 
     def first_sample(self, noise: Tensor) -> Tensor:
-        """Return standard-normal noise as the scheduler's steps start from it, once its timesteps are set."""
+        """Turn standard-normal noise into what the scheduler's steps start from, once its timesteps are set."""
         return noise * self.scheduler.init_noise_sigma
 
     def model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """Return what the network is fed of a sample of the scheduler's own steps."""
+        """Return the network's input for a sample of the scheduler's own steps."""
         return self.scheduler.scale_model_input(sample, timestep)
 
     def step(self, output: Tensor, timestep: Tensor, sample: Tensor, generator: Any) -> Tensor:
@@ -294,6 +297,6 @@ FAMILIES: list[type[Family]] = []  # in the order in which they are asked
 
 
 def register(family_class: type[Family]) -> type[Family]:
-    """Make a family known; it is asked before those that are known already."""
+    """Make a family known; it is asked before the families that are known already."""
     FAMILIES.insert(0, family_class)
     return family_class

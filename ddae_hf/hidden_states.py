@@ -3,9 +3,9 @@
 Layers are named by their dotted path in `named_modules()`. Two ways of reading give bit-equal results:
 
 - The network's own `forward` runs on a view whose block lists end at the tap (`ddae_hf.cut`).
-- Hooks keep the hidden states, and the deepest one raises `_Reached`. It works on any network, and on one whose modules
-  do more than run their `forward` when they are called (hooks, those of accelerate among them), which a view would go
-  around.
+- Hooks keep the hidden states, and the deepest one raises `_Reached`. This works on any network, even on one whose
+  modules do more than run their `forward` when they are called, because they have hooks of their own or accelerate's. A
+  view would bypass these.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def layer_names(denoiser: Any) -> list[str]:
 
 
 def decoder_layer_names(denoiser: Any) -> list[str]:
-    """Return the names of the decoder's taps, the paper's `out_1`, `out_2`, ...; of a DiT, which has none, all taps."""
+    """Return the names of the decoder's taps, the paper's `out_1`, `out_2`, ...; for a DiT, return all taps."""
     return [tap.name for tap in network_of(denoiser).taps(denoiser) if tap.part == "decoder"]
 
 
@@ -59,7 +59,7 @@ def check_layers(denoiser: Any, layers: Sequence[str]) -> None:
 
 
 def hidden_size(denoiser: Any, layer: str, pooling: str = "mean") -> int:
-    """Return how many numbers a layer's pooled features are: its channels, four times with `"mean_2x2"`."""
+    """Return the number of a layer's pooled features: its channels, times four with `"mean_2x2"`."""
     return tap_of(denoiser, layer).channels * (4 if pooling == "mean_2x2" else 1)
 
 
@@ -68,23 +68,24 @@ def collect_hidden_states(
 ) -> dict[str, Tensor]:
     """Run the denoiser and return its hidden states.
 
-    Hooks on the denoiser and its parts are in force, and several threads may read one denoiser. What was compiled by
-    itself runs uncompiled here, since compiled code leaves out the hooks that are set after compilation. To read
-    compiled, compile what calls this function as a whole: it is one graph, unless there are hooks.
+    Hooks on the denoiser and its parts are in force, and several threads may read one denoiser. A denoiser or a part
+    that was compiled by itself runs uncompiled here, since compiled code leaves out hooks that are set after
+    compilation. For compiled reading, compile the whole function that calls this one: it becomes one graph, unless
+    there are hooks.
 
     Args:
         denoiser: A `UNet2DModel` or `DiTTransformer2DModel`.
         sample: The denoiser's input (B, C, H, W), as `add_noise` makes it.
         timestep: What the denoiser is fed, (B,).
-        layers: Names out of `layer_names(denoiser)`.
-        stop_early: Whether to compute nothing after the deepest of `layers` (but a DiT's small output layer).
+        layers: Some of the names in `layer_names(denoiser)`.
+        stop_early: Whether to compute nothing after the deepest of `layers` (except a DiT's small output layer).
         **kwargs: Further arguments of the denoiser's forward, such as `class_labels`.
 
     Returns:
         Raw activations, (B, C, H, W) or a DiT's (B, N, C), by layer name, in the order of `layers`.
 
     Raises:
-        ValueError: A name that is no layer; the message gives the nearest ones.
+        ValueError: A name that is not a layer's; the message gives the nearest ones.
     """
     return run_with_hidden_states(denoiser, sample, timestep, layers, kwargs, stop_early)[1]
 
@@ -99,8 +100,8 @@ def run_with_hidden_states(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Return the denoiser's output and, of the same pass, its hidden states; see `collect_hidden_states`.
 
-    The denoiser may be distributed; its gradients are synchronised if the output is in the loss. With `stop_early`
-    there is no output: None.
+    The denoiser may be distributed; its gradients are synchronised if the output is in the loss. With `stop_early` the
+    output is None.
     """
     own = unwrapped(denoiser)
     network = network_of(own)
@@ -108,8 +109,8 @@ def run_with_hidden_states(
     distributed = uncompiled(denoiser) is not own
     if distributed and stop_early and torch.is_grad_enabled():
         raise ValueError(
-            "The denoiser is distributed, and a pass that ends early would leave its gradients apart. Read hidden "
-            "states of the whole pass, with its answer in the loss, or distribute a model that reads them, DDAEModel."
+            "The denoiser is distributed, and a pass that ends early would not synchronise its gradients. Read hidden "
+            "states from a whole pass, with its answer in the loss, or distribute a DDAEModel, which reads them itself."
         )
     if not distributed and network.runs_as_seen(denoiser, layers):
         found: dict[str, Tensor] = {}
@@ -128,7 +129,7 @@ class _Reached(Exception):
 def _run_with_hooks(
     denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], last: str | None, conditions: dict[str, Any]
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Run the denoiser with hooks on its layers, which answer to this thread alone; that of `last` ends the run."""
+    """Run the denoiser with hooks on its layers, which act only in this thread; the hook on `last` ends the run."""
     thread = threading.get_ident()
     found: dict[str, Tensor] = {}
 
@@ -152,7 +153,7 @@ def _run_with_hooks(
 
 
 class _Eager:
-    """torch's mode in which compiled modules run uncompiled: entered with the first thread, left with the last."""
+    """torch's mode in which compiled modules run uncompiled; the first thread enters it, and the last one leaves it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -179,13 +180,13 @@ def pool_hidden_states(hidden: Tensor, pooling: str = "mean") -> Tensor:
     """Pool a hidden state, (B, C, H, W) or (B, N, C), over its positions: features (B, C), float32.
 
     Args:
-        hidden: The hidden state. The N tokens are those of a square, row by row, for `"mean_2x2"`.
-        pooling: `"mean"` (the paper's), `"max"`, or `"mean_2x2"`: the means of the four quarters, of which odd sides
-            share their middle row or column. These features, (B, 4 C), say where in the image something is: where
-            images are aligned, as digits and faces are, that is worth more than the width costs.
+        hidden: The hidden state. For `"mean_2x2"`, the N tokens must form a square, row by row.
+        pooling: `"mean"` (the paper's), `"max"`, or `"mean_2x2"`: the means of the four quarters, which share the
+            middle row or column where a side is odd. These features, (B, 4 C), say where in the image something is.
+            Where images are aligned, as digits and faces are, that is worth more than the width costs.
 
     Raises:
-        ValueError: Another pooling, another shape, or tokens of no square.
+        ValueError: Another pooling, another shape, or tokens that do not form a square.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}: allowed are {', '.join(POOLINGS)}.")
@@ -202,7 +203,7 @@ def _square(tokens: Tensor) -> Tensor:
     side = math.isqrt(tokens.shape[1])
     if side**2 != tokens.shape[1]:
         count = tokens.shape[1]
-        raise ValueError(f"pooling is 'mean_2x2', and {count} tokens came, which are no square: use 'mean' or 'max'.")
+        raise ValueError(f"pooling is 'mean_2x2', but {count} tokens do not form a square: use 'mean' or 'max'.")
     return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 
@@ -215,9 +216,10 @@ def _mean_of_quarters(hidden: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
-    """Return the names of a denoiser's parameters that have a gradient where `layers` are read; without layers, of all.
+    """Return the names of a denoiser's parameters that get a gradient where `layers` are read, or of all without any.
 
-    They are read off the graph of a forward pass, without memory for its tensors. `config` is the denoiser's, as JSON.
+    They are read off the graph of a forward pass, without memory for its tensors. `config` is the denoiser's config as
+    JSON.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
         denoiser = build_denoiser(json.loads(config)).eval()
@@ -234,7 +236,7 @@ def learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
 
 
 def parameters_behind(states: Iterable[Tensor], names: Mapping[nn.Parameter, str], seen: set[Any]) -> set[str]:
-    """Return the names of the parameters that tensors have a gradient for, by the graph that it would flow along.
+    """Return the names of the parameters that a gradient of tensors would reach, by following their graph.
 
     Nodes of the graph in `seen` are passed over, and those that are visited are added to it.
     """

@@ -23,11 +23,11 @@ from .weights import HUB_ARGUMENTS, find_file
 WITHOUT_EFFECT = {
     "do_pad": "images are brought to one size",
     "pad_size": "images are brought to one size",
-    "device": "images are prepared on the CPU, and `.to(device)` moves what comes back",
+    "device": "images are prepared on the CPU, and `.to(device)` moves the result",
     "disable_grouping": "it is for processors that run on a GPU",
-    "image_seq_length": "it is for models of language",
+    "image_seq_length": "it is for language models",
 }
-# What preprocessor_config.json says beside the options.
+# What preprocessor_config.json says besides the options.
 NO_OPTIONS = {"transformers_version", "image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
 
 
@@ -40,26 +40,26 @@ class DDAEImageProcessorKwargs(ImagesKwargs, total=False):
 class DDAEImageProcessor(PilBackend):
     """Prepares images for `DDAEModel`, with Pillow and NumPy alone.
 
-    Takes files, PIL images of any mode, and arrays or tensors (H, W), (H, W, C) or (C, H, W), singly or in lists, and
-    batches (N, C, H, W) or (N, H, W, C), of any size. Gives `pixel_values` (B, num_channels, height, width) in [-1, 1]:
-    colours are turned to grey for one channel, grey is repeated for three, transparency is dropped; other numbers of
-    channels must be the images' own. PIL images are turned upright, as their EXIF orientation says.
+    It takes files, PIL images of any mode, and arrays or tensors (H, W), (H, W, C) or (C, H, W), singly or in lists,
+    and batches (N, C, H, W) or (N, H, W, C), of any size. It returns `pixel_values` (B, num_channels, height, width) in
+    [-1, 1]: colours are turned to grey for one channel, grey is repeated for three, and transparency is dropped; any
+    other number of channels must be the images' own. PIL images are turned upright, as their EXIF orientation says.
 
-    The type alone says how values count: uint8 and other integers from 0 to 255, uint16 from 0 to 65,535 (as PIL's
-    modes `I` and `I;16`, in which Pillow opens 16-bit files), floats (as PIL's mode `F`) from 0 to 1. An array that can
-    be read in two ways is refused: (2, H, W) may be two grey images, or one with transparency. What a web address
-    names is fetched by transformers, which leaves 8 bits of it. So does `transformers.pipeline` with files and PIL
-    images, before this class sees them: a 16-bit one comes out white, so pass it as an array.
+    The type alone says how values are read: uint8 and other integers count from 0 to 255, uint16 from 0 to 65,535 (as
+    do PIL's modes `I` and `I;16`, in which Pillow opens 16-bit files), and floats from 0 to 1 (as does PIL's mode `F`).
+    An array that can be read in two ways is refused: (2, H, W) may be two grey images, or one with transparency. Images
+    at web addresses are fetched by transformers, which keeps only 8 bits. `transformers.pipeline` does the same to
+    files and PIL images, before this class sees them: a 16-bit image comes out white, so pass it as an array.
 
     Args:
         size: `{"height": ..., "width": ...}` in pixels.
         num_channels: Channels of the denoiser's images.
         do_center_crop: Whether images of another shape keep their proportions: they are resized so that they just cover
-            `size`, and their centre is cut out. Otherwise they are squashed to `size`. True by default, but false for
-            what version 0.1.0 saved, which squashed.
-        do_resize: Without it images are only cut, if `do_center_crop` is true, or else stay as they are.
+            `size`, and their centre is cut out. Otherwise they are squashed to `size`. It is true by default, but false
+            for processors that version 0.1.0 saved, which squashed images.
+        do_resize: Without it, images are only cut if `do_center_crop` is true, and otherwise stay as they are.
         do_rescale: False says that values are floats from 0 to 1 already, as torchvision's `ToTensor` makes them. With
-            `do_normalize=False` too, integers and PIL images are left as they count.
+            `do_normalize=False` too, integers and PIL images keep their own values.
         resample: Pillow's filter for images of another size; bilinear by default.
         data_format: `"channels_last"` gives (B, height, width, num_channels).
         **kwargs: The other options of transformers' image processors; those that have no effect here are refused.
@@ -86,7 +86,7 @@ class DDAEImageProcessor(PilBackend):
 
     @classmethod
     def for_denoiser(cls, config: Any, vae: Any = None, **kwargs: Any) -> DDAEImageProcessor:
-        """Return the processor of a denoiser, from its diffusers config or a mapping like it, and that of its VAE."""
+        """Return the processor of a denoiser, from its diffusers config or a mapping like it, and from its VAE's."""
         return cls(**_options_for(config, vae), **kwargs)
 
     @classmethod
@@ -101,17 +101,17 @@ class DDAEImageProcessor(PilBackend):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the processor that saved options describe; those in `kwargs` go before them."""
-        # Version 0.1.0 had no such option, and squashed.
+        """Return the processor that saved options describe; options in `kwargs` take precedence."""
+        # Version 0.1.0 had no such option, and squashed images.
         options = {"do_center_crop": False} | _given(image_processor_dict)
         return super().from_dict(options, **_given(kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], include_code: bool = False, **kwargs: Any) -> Any:
         """Write `preprocessor_config.json`, as in transformers; `include_code` as in `DDAEModel.save_pretrained`."""
-        vars(self).pop("auto_map", None)  # what is written again below, where it is wanted
+        vars(self).pop("auto_map", None)  # it is written again below, where it is wanted
         if not include_code or self._auto_class is not None:
             return super().save_pretrained(save_directory, **kwargs)
-        # transformers writes the code of a class that is registered so, in time for its push.
+        # transformers writes the code of a class that is registered, in time for its push.
         type(self).register_for_auto_class()
         try:
             return super().save_pretrained(save_directory, **kwargs)
@@ -119,19 +119,19 @@ class DDAEImageProcessor(PilBackend):
             type(self)._auto_class = None
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Return the `pixel_values` of images; an option that is None is as the processor has it."""
+        """Return the `pixel_values` of images; an option that is None keeps the processor's value."""
         return super().preprocess(images, *args, **_given(kwargs))
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         options = super()._standardize_kwargs(**kwargs)
         _check_options(options)
-        return options | {"crop_size": None}  # for it is `size`, which a call may change
+        return options | {"crop_size": None}  # the crop has the `size`, which a call may change
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs | {"crop_size": kwargs["size"]})
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open files, of which transformers would leave 8 bits; it fetches what web addresses name."""
+        """Open files here, since transformers would keep only 8 bits; it fetches what web addresses name."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             return Image.open(image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
@@ -144,9 +144,9 @@ class DDAEImageProcessor(PilBackend):
         return [self.process_image(image, **kwargs) for image in found]
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
-        """Return one image as (num_channels, H, W): uint8 or float32 that count from 0 to 255.
+        """Return one image as (num_channels, H, W): uint8 or float32 with values from 0 to 255.
 
-        Floats that are not to be rescaled are left to count from 0 to 1.
+        Floats that are not to be rescaled keep values from 0 to 1.
         """
         options = {n: getattr(self, n) for n in ("num_channels", "do_rescale", "do_normalize")} | _given(kwargs)
         channels, rescale, of_pil = options["num_channels"], options["do_rescale"], isinstance(image, Image.Image)
@@ -156,7 +156,7 @@ class DDAEImageProcessor(PilBackend):
             kind = f"a PIL image of mode {image.mode}" if of_pil else f"an image of type {image.dtype}"
             raise ValueError(
                 f"do_rescale=False says that values are floats from 0 to 1 already, but {kind} came: leave do_rescale "
-                "out, or pass do_normalize=False too, which leaves such images as they count."
+                "out, or pass do_normalize=False too, with which such images keep their own values."
             )
         if of_pil:
             return read_pixels(image, channels)
@@ -169,7 +169,7 @@ class DDAEImageProcessor(PilBackend):
     def resize(
         self, image: np.ndarray, size: SizeDict, resample: Any = None, crop: bool = False, **kwargs: Any
     ) -> np.ndarray:
-        """Resize (C, H, W) with Pillow, floats without rounding; an image of that size already stays as it is.
+        """Resize (C, H, W) with Pillow, floats without rounding; an image that has the size already stays as it is.
 
         With `crop`, cut an image of another shape so that it keeps its proportions; otherwise squash it.
         """
@@ -187,8 +187,8 @@ class DDAEImageProcessor(PilBackend):
         columns = size["width"]
         if height < rows or width < columns:
             raise ValueError(
-                f"An image of {height}x{width} pixels came, of which no {rows}x{columns} can be cut: leave do_resize "
-                "out, or pass do_center_crop=False too."
+                f"An image of {height}x{width} pixels came, which is too small to cut {rows}x{columns} pixels out of "
+                "it: leave do_resize out, or pass do_center_crop=False too."
             )
         top, left = (height - rows) // 2, (width - columns) // 2
         return image[:, top : top + rows, left : left + columns]
@@ -214,15 +214,15 @@ class DDAEImageProcessor(PilBackend):
 
 
 def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
-    """Return any PIL image upright, as (channels, H, W) counting from 0 to 255: uint8, or float32 of more bits.
+    """Return any PIL image upright, as (channels, H, W) with values from 0 to 255: uint8, or float32 for more bits.
 
     Modes `I` and `I;16`, in which Pillow opens 16-bit files, count to 65,535, and mode `F` from 0 to 1. Other values
-    are refused, as are channels that cannot be turned into so many.
+    are refused, and so are images that cannot be turned into that many channels.
     """
-    image.load()  # TIFF files are turned then
+    image.load()  # this turns TIFF files upright
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF raises what it likes, or nothing, by the file's format
+    except Exception:  # broken EXIF may raise anything, or nothing, depending on the file's format
         orientation = 1
     if orientation != 1:
         image = ImageOps.exif_transpose(image)
@@ -268,16 +268,16 @@ def _check_options(options: dict[str, Any]) -> None:
     size, crop_size, channels = options["size"], options["crop_size"], options["num_channels"]
     if set(dict(size)) != {"height", "width"} or min(size.height, size.width) < 1:
         raise ValueError(
-            f"size is {dict(size)}: it must give 'height' and 'width' alone, those that the denoiser was made for."
+            f"size is {dict(size)}: it must give only 'height' and 'width', the ones that the denoiser was made for."
         )
     if crop_size is not None and dict(crop_size) != dict(size):
-        raise ValueError(f"crop_size is {dict(crop_size)}: it must be as size, {dict(size)}, or be left out.")
+        raise ValueError(f"crop_size is {dict(crop_size)}: it must equal size, {dict(size)}, or be left out.")
     if not isinstance(channels, int) or channels < 1:
         raise ValueError(f"num_channels is {channels}: it must be a whole number, at least 1.")
     if options["do_convert_rgb"] not in (None, channels == 3):
         raise ValueError(
-            f"do_convert_rgb is {options['do_convert_rgb']}, but num_channels is {channels}, and says what images are "
-            "turned into: leave do_convert_rgb out."
+            f"do_convert_rgb is {options['do_convert_rgb']}, but num_channels, {channels}, says what images are turned "
+            "into: leave do_convert_rgb out."
         )
     for name in ("data_format", "input_data_format"):
         if options[name] not in (None, ChannelDimension.FIRST, ChannelDimension.LAST):
@@ -286,7 +286,7 @@ def _check_options(options: dict[str, Any]) -> None:
         values = np.asarray(options[name], np.float64)
         if values.shape not in ((), (1,), (channels,)) or not np.isfinite(values).all():
             raise ValueError(
-                f"{name} is {options[name]}: it must be one number, or {channels}, as many as num_channels."
+                f"{name} is {options[name]}: it must be one number, or {channels} numbers, as many as num_channels."
             )
     if not np.all(options["image_std"]):
         raise ValueError(f"image_std is {options['image_std']}: it must not be 0.")
@@ -304,7 +304,7 @@ def _single_images(images: Any, channels: int, layout: Any) -> Iterator[Any]:
     if len(shape) == 3 and not layout and shape[0] in {2, 3, 4} - {channels} and shape[2] not in (1, 2, 3, 4):
         raise ValueError(
             f"An array of shape {shape} came, which may be {shape[0]} grey images or one of {shape[0]} channels: pass "
-            f"such a batch as {(shape[0], 1, *shape[1:])}, such an image with input_data_format='channels_first'."
+            f"a batch as {(shape[0], 1, *shape[1:])}, and an image with input_data_format='channels_first'."
         )
     yield from images if len(shape) == 4 else [images]
 
@@ -342,9 +342,9 @@ def _from_pil(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _checked_values(image: np.ndarray, top: int) -> np.ndarray:
-    """Return an array's values as uint8, or as float32 from 0 to 255; floats from 0 to `top`.
+    """Return an array's values as uint8, or as float32 from 0 to 255; floats come out from 0 to `top`.
 
-    Its type alone says how they count, so that what an image shows never changes what it is taken for.
+    The array's type alone says how they are read, so that an image's content never changes this.
     """
     if image.size == 0:
         raise ValueError(f"An image without pixels came, of {image.shape[1]}x{image.shape[2]}.")

@@ -14,10 +14,10 @@ from .families import readable
 
 
 def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, str] | None:
-    """Return the names of classes by label, from JSON too, where all labels are text; not every label needs one.
+    """Return the names of classes by label, also from JSON, where labels are text; not every label needs a name.
 
     Raises:
-        ValueError: A label that is no whole number from 0 to count - 1 or comes twice, or a name that is no text.
+        ValueError: A label that is not a whole number from 0 to count - 1 or comes twice, or a name that is not text.
     """
     if id2label is None:
         return None
@@ -25,12 +25,12 @@ def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, s
     for given, name in id2label.items():
         label = int(str(given)) if str(given).isdecimal() else -1
         if not 0 <= label < count:
-            allowed = f"its labels are 0 to {count - 1}" if count else "it tells no classes apart"
-            raise ValueError(f"id2label names the class {given!r}, but of this network {allowed}.")
+            allowed = f"has the labels 0 to {count - 1}" if count else "has no classes"
+            raise ValueError(f"id2label names the class {given!r}, but this network {allowed}.")
         if label in names:
             raise ValueError(f"id2label names the class {label} twice: {names[label]!r} and {name!r}.")
         if not isinstance(name, str):
-            raise ValueError(f"id2label names the class {label} {name!r}: names are text.")
+            raise ValueError(f"id2label names the class {label} {name!r}: names must be text.")
         names[label] = name
     return names
 
@@ -38,7 +38,7 @@ def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, s
 def labels_by_name(names: Mapping[Any, str]) -> dict[str, list[int]]:
     """Return the labels that each name stands for, sorted by name; more than one where classes share it.
 
-    A class has its whole name, and beside it each of the names that commas part in it, as in ImageNet.
+    A class has its whole name and also each of the names that commas separate in it, as in ImageNet.
     """
     found: dict[str, set[int]] = {}
     for label, whole in names.items():
@@ -74,7 +74,7 @@ def check_label_range(name: str, labels: Tensor, count: int) -> None:
 def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
     """Replace each of the labels (B,) by the null class with this probability (Ho and Salimans 2022, arXiv 2207.12598).
 
-    A network trained so denoises with and without a label, which guidance needs.
+    A network that is trained in this way denoises with and without a label, which guidance needs.
     """
     dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
     return torch.where(dropped, null_class, class_labels)
@@ -83,17 +83,17 @@ def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Te
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy of logits (B, K).
 
-    Labels are classes (B,), of which -100 is left out, or probabilities of classes (B, K).
+    Labels are classes (B,), where -100 is left out, or probabilities of classes (B, K).
 
     Raises:
-        ValueError: Labels of another shape or type; classes outside 0 to K - 1, and numbers that are no probabilities,
+        ValueError: Labels of another shape or type; classes outside 0 to K - 1, or numbers that are not probabilities,
             where they can be read (on the CPU, in a graph that is not compiled).
     """
     batch_size, count = logits.shape
     if count < 2:
         raise ValueError(
             "The classifier has a single class, whose cross-entropy is always 0: set num_labels to the number of "
-            'classes, or problem_type="regression" for a number.'
+            'classes, or set problem_type="regression" to predict a number.'
         )
     expected = (batch_size, count) if labels.is_floating_point() else (batch_size,)
     if tuple(labels.shape) != expected:
@@ -111,12 +111,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_probabilities(labels: Tensor) -> None:
-    """Refuse probabilities (B, K) that are negative or do not add up to 1, as half precision keeps it."""
+    """Refuse probabilities (B, K) that are negative or do not add up to 1, within half precision."""
     lowest = labels.min()
     sums = labels.float().sum(1)
     if not (lowest >= -1e-3 and (sums - 1).abs().max() <= 0.02):
         raise ValueError(
-            f"labels are floats from {lowest:.4g} on, which add up to {sums.min():.4g} to {sums.max():.4g} an image: "
-            "probabilities of classes must not be negative, and add up to 1. For several classes of one image, set the "
-            'config\'s problem_type="multi_label_classification".'
+            f"labels are floats of which the smallest is {lowest:.4g}, and those of an image add up to between "
+            f"{sums.min():.4g} and {sums.max():.4g}: probabilities of classes must not be negative, and must add up to "
+            '1. For several classes of one image, set the config\'s problem_type="multi_label_classification".'
         )

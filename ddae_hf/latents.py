@@ -1,8 +1,9 @@
 """Latents: the small tensors that stand for images where a denoiser does not work on pixels.
 
 A diffusers `AutoencoderKL` (Rombach et al. 2022, arXiv 2112.10752) maps images `x` (B, C, H, W) in [-1, 1] to a normal
-distribution over `u` (B, c, h, w), of mean `mu` and deviation `s`, and maps `u` back to images. The denoiser is fed the
-*scaled latents* `z = (u - shift_factor) * scaling_factor`, of a variance near one; noise levels are in their unit.
+distribution over `u` (B, c, h, w) with mean `mu` and deviation `s`, and maps `u` back to images. The denoiser is fed
+the *scaled latents* `z = (u - shift_factor) * scaling_factor`, whose variance is near one; noise levels are in their
+unit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tenso
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Return the images (B, C, H, W), float32, about in [-1, 1], that scaled latents (B, c, h, w) stand for."""
+    """Return the images (B, C, H, W), float32, roughly in [-1, 1], that scaled latents (B, c, h, w) stand for."""
     unscaled = 1 / vae.config.scaling_factor * latents + (vae.config.shift_factor or 0)
     return vae.decode(unscaled.to(vae.dtype)).sample.float()
 
@@ -52,7 +53,7 @@ def downsampling(config: Any) -> int:
 
 
 def check_vae(config: Any, denoiser: Any) -> None:
-    """Raise `ValueError` unless a VAE's latents, by its complete diffusers config, are what a denoiser takes."""
+    """Raise `ValueError` unless a VAE's latents, as its complete diffusers config describes them, suit a denoiser."""
     if config["latent_channels"] != denoiser["in_channels"]:
         raise ValueError(
             f"The vae has latents of {config['latent_channels']} channels, but the denoiser takes "

@@ -52,7 +52,7 @@ class DDAEModel(DDAEPreTrainedModel):
         network.stop_own_dropping(self.denoiser)
         self._no_split_modules = list(network.indivisible)
         self.vae = None if config.vae is None else build_vae(config.vae)
-        self._keep_in_fp32_modules = set() if self.vae is None else {"vae"}  # float16 overflows in the common ones
+        self._keep_in_fp32_modules = set() if self.vae is None else {"vae"}  # float16 overflows in common VAEs
         self._keep_in_fp32_modules_strict = network.float32_modules(self.denoiser)
         self.restrict_gradients()
         if config._attn_implementation == "eager":
@@ -62,21 +62,21 @@ class DDAEModel(DDAEPreTrainedModel):
         self.register_buffer("fixed_noise", torch.empty(shape, dtype=torch.float32), persistent=False)
         if not self.fixed_noise.is_meta:
             self.fixed_noise.copy_(self.draw_fixed_noise())
-        # Built on the CPU even while the model's own tensors are without memory.
+        # These are built on the CPU even while the model's own tensors are without memory.
         with torch.device("cpu"):
             self.scheduler = build_scheduler(config.scheduler)
-            self._sigma_range = self.diffusion.family.sigma_range()  # numbers, which no graph has to compute
+            self._sigma_range = self.diffusion.family.sigma_range()  # as numbers, so that no graph has to compute them
         self._frozen = False
         self.post_init()
 
     def draw_fixed_noise(self) -> Tensor:
-        """Return the noise of evaluation (draws, C, H, W), of `config.noise_seed`; the last may be the VAE's draw."""
+        """Return evaluation's noise (draws, C, H, W) from `config.noise_seed`; the last draw may be for the VAE."""
         generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
         noise = torch.randn(self.fixed_noise.shape, generator=generator, device="cpu", dtype=torch.float32)
         return noise.to(self.fixed_noise)
 
     def _apply(self, *args: Any, **kwargs: Any) -> DDAEModel:
-        """Move or cast the model; its fixed noise stays in float32, as in one that is opened in the other type."""
+        """Move or cast the model; its fixed noise stays in float32, as in a model that is opened in another type."""
         super()._apply(*args, **kwargs)
         if self.fixed_noise.dtype != torch.float32:
             self.fixed_noise = self.fixed_noise.float()
@@ -91,8 +91,8 @@ class DDAEModel(DDAEPreTrainedModel):
     def restrict_gradients(self, layers: Iterable[str] = ()) -> None:
         """Ask for no gradients of what the hidden states of `layers` do not depend on.
 
-        Without `layers` it is only the VAE, and what the denoiser's class has fixed. Loading makes new parameters, so
-        `from_pretrained` calls this again.
+        Without `layers` these are only the VAE and what the denoiser's class keeps fixed. Loading makes new parameters,
+        so `from_pretrained` calls this again.
         """
         if self.vae is not None:
             self.vae.requires_grad_(False).eval()
@@ -176,9 +176,9 @@ class DDAEModel(DDAEPreTrainedModel):
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None, generator: Any = None) -> Tensor:
         """Return what noise is added to: scaled latents or, without a VAE, the images themselves, float32.
 
-        `pixel_values` are images (B, C, H, W) in [-1, 1]; `noise` is standard-normal, of the latents' shape, for a draw
-        with `config.sample_posterior`. Without it and without a generator evaluation takes one fixed draw, and training
-        draws. `ValueError` for images of another size or type.
+        `pixel_values` are images (B, C, H, W) in [-1, 1]; `noise` is standard-normal noise of the latents' shape, for
+        the draw of `config.sample_posterior`. Without it and without a generator, evaluation takes one fixed draw, and
+        training draws anew. It raises `ValueError` for images of another size or type.
         """
         self._check_images(pixel_values)
         if self.vae is None:
@@ -219,21 +219,21 @@ class DDAEModel(DDAEPreTrainedModel):
         Args:
             pixel_values: Images (B, C, H, W) in [-1, 1].
             sigma: Noise level, of images or scaled latents, scalar or (B,), within the scheduler's range; by default
-                `config.sigma`. On a device, and in a graph that is compiled or exported, tensors are not looked at, and
-                a level outside gives NaN.
-            timestep: The noise level as the denoiser is fed it, in place of `sigma`.
+                `config.sigma`. On a device, and in a graph that is compiled or exported, tensors are not checked, and a
+                level outside the range gives NaN.
+            timestep: The noise level as the timestep that the denoiser is fed, in place of `sigma`.
             class_labels: Labels (B,) of a class-conditional denoiser; by default its null class.
             noise: Standard-normal noise to add, (B, *config.sample_shape) or several draws, (draws, B, ...).
-            generator: Generator of fresh noise, that of `config.sample_posterior` included. Without `noise` and
-                `generator`, evaluation adds the fixed noise and training draws.
-            output_hidden_states: `True` for the hidden states of every layer up to the configured one; a list of layer
-                names or indices for those.
+            generator: Generator of fresh noise, including the draw of `config.sample_posterior`. Without `noise` and
+                `generator`, evaluation adds the fixed noise, and training draws anew.
+            output_hidden_states: `True` for the hidden states of every layer up to the configured one, or a list of
+                names or indices of the layers wanted.
             return_dict: Whether to return a `BaseModelOutputWithPooling` or a tuple.
             **kwargs: Ignored: what Trainer passes on to the loss.
 
         Returns:
             `last_hidden_state` at `config.layer`, `pooler_output` (B, C), and `hidden_states` if asked for. With
-            several draws of noise, their means.
+            several draws of noise, these are means over the draws.
 
         Raises:
             ValueError: Images of another size, a noise level outside the schedule, both `sigma` and `timestep`, an
@@ -295,17 +295,17 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         self.post_init()
 
     def _check_names(self) -> None:
-        """Refuse names of classes that there are not; warn of two classes of one name, as ImageNet's two cranes."""
+        """Refuse names of classes that do not exist; warn of two classes with one name, as ImageNet's two cranes."""
         names = list((checked_names(self.config.id2label, self.num_labels) or {}).values())
         if shared := sorted({name for name in names if names.count(name) > 1}):
             warnings.warn(
-                f"Several classes are named {shared[0]!r}: nobody can tell them apart by name, and `label2id` knows "
-                "one of them alone. Give them different names in `id2label`.",
+                f"Several classes are named {shared[0]!r}: they cannot be told apart by name, and `label2id` knows "
+                "only one of them. Give them different names in `id2label`.",
                 stacklevel=3,
             )
 
     def restrict_gradients(self) -> None:
-        """Ask for gradients of what the logits depend on alone: see `DDAEModel.restrict_gradients`."""
+        """Ask for gradients only of what the logits depend on: see `DDAEModel.restrict_gradients`."""
         self.ddae.restrict_gradients([str(self.config.layer)])
 
     def save_head(
@@ -320,14 +320,14 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         """Write the classifier without its denoiser: `config.json` and a `head.safetensors` of some kilobytes.
 
         `from_pretrained` of the folder takes the denoiser from its base, pinned to the base's commit, and refuses a
-        base whose weights have changed since. A model in half precision opens in it again. Whole weights that the
-        folder holds stay there, and are no longer what opens.
+        base whose weights have changed since. A model in half precision opens in half precision again. Whole weights
+        that the folder holds stay there, but are no longer opened.
 
         Args:
             save_directory: The folder. Without `base` it holds the generative checkpoint already, as `DDAEPipeline` or
                 diffusers saved it, and then serves both jobs with one copy of the weights.
-            base: The generative checkpoint, a Hub repository id or a folder, if it is another.
-            variant: Which of the base's weights this classifier was opened with, where it has several.
+            base: The generative checkpoint, a Hub repository id or a folder, if it is not in `save_directory`.
+            variant: Which of the base's weights this classifier was opened with, where the base has several.
             include_code: See `save_pretrained`.
             **hub: `revision`, `subfolder`, `token` and so on, which say where the base's files are.
 
@@ -338,7 +338,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         head = {name: value for name, value in plain_state(self).items() if not name.startswith("ddae.")}
         write_head(Path(save_directory), head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
         self._set_auto_map(include_code)
-        if include_code or self._auto_class is not None:  # what came as remote code carries it on
+        if include_code or self._auto_class is not None:  # remote code saves its own code again
             save_code(save_directory, "modeling_ddae")
         self.config.weights = "head"
         self.config.architectures, self.config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
@@ -359,8 +359,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         """Classify images; for all arguments but `labels` see `DDAEModel.forward`.
 
         `labels` are classes (B,), or probabilities of classes (B, num_labels), for the loss; batches of both kinds may
-        follow each other. The denoiser's condition, `class_labels`, is not what is classified, and has no name among
-        the arguments, where Trainer would take it for a second target.
+        follow each other. The denoiser's condition, `class_labels`, is not what is classified. It can be given too, but
+        is not a named argument, since Trainer would take it for a second target.
 
         Returns:
             `logits` (B, num_labels), the batch's mean cross-entropy `loss` if `labels` came, and `hidden_states` if

@@ -1,4 +1,4 @@
-"""`NetworkClass`: all that depends on the class of a denoiser, which one object for each class knows.
+"""`NetworkClass`: everything that depends on the class of a denoiser. There is one object for each class.
 
 Methods take the network itself, a `denoiser`, or its complete diffusers config.
 """
@@ -29,8 +29,8 @@ class NetworkClass(ABC):
     """A class of denoisers."""
 
     model: Any  # the class
-    component: str  # the key under which diffusers' pipelines have it
-    parts: tuple[str, ...] = ()  # a network of another class that has all of these can be read as one of this
+    component: str  # the key under which diffusers' pipelines keep it
+    parts: tuple[str, ...] = ()  # a network of another class that has all of these can be read as one of this class
     indivisible: tuple[str, ...] = ()  # names of classes of its blocks that a device map must not divide
 
     def build(self, config: Mapping[str, Any]) -> Any:
@@ -38,11 +38,11 @@ class NetworkClass(ABC):
         return self.model.from_config(config)
 
     def complete(self, denoiser: Any) -> None:
-        """Give a network what its config asks for and its class does not obey: nothing, for most."""
+        """Apply what a network's config asks for but its class ignores; most classes ignore nothing."""
         return
 
     def present_config(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the config of such a network in today's terms, from what older versions wrote; None for others."""
+        """Return such a network's config in today's terms, whichever version wrote it; None for other networks."""
         return config if config.get("_class_name") == self.model.__name__ else None
 
     def computed_buffers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class NetworkClass(ABC):
         return 0
 
     def label_options(self, num_classes: int) -> dict[str, int]:
-        """Return the options of a network of so many classes and a null class after them; 0 is unconditional."""
+        """Return the options of a network with `num_classes` classes and then a null class; 0 is unconditional."""
         return {}
 
     def default_null_class(self, config: Mapping[str, Any]) -> int | None:
@@ -87,7 +87,7 @@ class NetworkClass(ABC):
         return None
 
     def check_null_class(self, null_class: int | None, config: Mapping[str, Any]) -> None:
-        """Raise `ValueError` unless the network has the label that is to stand for none."""
+        """Raise `ValueError` unless the network has the label that is to stand for no class."""
         count = self.num_labels(config)
         if null_class is not None and not 0 <= null_class < count:
             has = f"has the labels 0 to {count - 1}" if count else "takes no labels"
@@ -102,12 +102,12 @@ class NetworkClass(ABC):
     ) -> dict[str, Tensor]:
         """Return the keyword arguments that tell the network its classes: `class_labels`, or nothing.
 
-        They come as labels (B,), or one for all; a U-Net whose `class_embed_type` is `"identity"` takes vectors
-        (B, width). None means the null class, which is `null_class` where the network does not imply one.
+        They are given as labels (B,), or as one label for all images; a U-Net whose `class_embed_type` is `"identity"`
+        takes vectors (B, width). None means the null class, which is `null_class` where the network does not imply one.
 
         Raises:
-            ValueError: Labels for an unconditional network, labels that it does not have, that are no whole numbers or
-                not one an image, or neither labels nor a null class for a conditional one.
+            ValueError: Labels for an unconditional network; labels that the network does not have, that are not whole
+                numbers, or that are not one for each image; neither labels nor a null class for a conditional network.
         """
         takes_labels = self.is_conditional(denoiser)
         if class_labels is not None and not takes_labels:
@@ -121,21 +121,21 @@ class NetworkClass(ABC):
         several = class_labels if isinstance(class_labels, list) else [class_labels]
         if any(isinstance(label, str) for label in several):
             raise ValueError(
-                f"class_labels are {class_labels!r}: they are numbers; `get_label_ids` gives those of names."
+                f"class_labels are {class_labels!r}: they must be numbers; `get_label_ids` turns names into them."
             )
         labels = torch.as_tensor(class_labels, device=device)
         labels = labels.reshape(1) if labels.ndim == 0 else labels
         if len(labels) not in (1, batch_size):
-            raise ValueError(f"{len(labels)} class_labels came for {batch_size} images: pass one, or one an image.")
+            raise ValueError(f"{len(labels)} class_labels came for {batch_size} images: pass one, or one per image.")
         if count := self.num_labels(denoiser.config):
             if labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
                 came = f"of shape {tuple(labels.shape)} and type {labels.dtype}"
-                raise ValueError(f"class_labels are {came}: they must be whole numbers, one, or one an image.")
+                raise ValueError(f"class_labels are {came}: they must be whole numbers: one, or one per image.")
             check_label_range("class_labels", labels, count)
         return {"class_labels": labels.expand(batch_size, *labels.shape[1:])}
 
     def example_label(self, denoiser: Any) -> Tensor | None:
-        """Return a label (1,), or a vector (1, width), that the network can be told; None if it takes none."""
+        """Return a label (1,), or a vector (1, width), that the network accepts; None if it takes none."""
         return torch.zeros(1, dtype=torch.long) if self.is_conditional(denoiser) else None
 
     def stop_own_dropping(self, denoiser: nn.Module) -> None:
@@ -173,13 +173,13 @@ class NetworkClass(ABC):
 
     @abstractmethod
     def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
-        """Return the network seen so that it keeps the hidden states of `layers` in `found` when it is called.
+        """Return a view of the network that puts the hidden states of `layers` into `found` when it is called.
 
-        With `stop_early` it ends after the deepest of them, and has no output.
+        With `stop_early` the view ends after the deepest of them, and has no output.
         """
 
     def with_float32_output(self, denoiser: Any) -> Any:
-        """Return a network of a shorter type seen with its output layers computed in float32, if that is known to help.
+        """Return a view of a half-precision network with its output layers in float32, if that is known to help.
 
         Where the network has hooks (offloading) or is compiled, as a whole or in these layers, it stays as it is: its
         hooks and its compiled graphs run.

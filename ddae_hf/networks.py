@@ -1,4 +1,4 @@
-"""Networks: which classes of denoisers there are. Another one is another `NetworkClass`, given to `register`."""
+"""Networks: which classes of denoisers are known. To add one, give its `NetworkClass` to `register`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .latents import VAES, build_vae
 from .network_class import NetworkClass, Tap
 from .unets import UNet2D
 
-# The network of Ho et al. 2020 for CIFAR-10, which is the paper's: 35,746,307 parameters.
+# The network of Ho et al. 2020 for CIFAR-10, which the paper uses: 35,746,307 parameters.
 PAPER_UNET: dict[str, Any] = {
     "_class_name": "UNet2DModel",
     "sample_size": 32,
@@ -37,7 +37,7 @@ NETWORKS: dict[str, NetworkClass] = {}
 
 
 def register(network: NetworkClass) -> NetworkClass:
-    """Let networks of another class be opened, read and sampled; it takes the place of one of the same name."""
+    """Let networks of another class be opened, read and sampled; it replaces a class of the same name."""
     NETWORKS[network.model.__name__] = network
     return network
 
@@ -49,7 +49,7 @@ def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
 
 
 def network_of(denoiser: Any) -> NetworkClass:
-    """Return what is known of the class of a denoiser, or of its config, or of a class whose parts it has.
+    """Return the `NetworkClass` of a denoiser or of its config, or else of a class all of whose parts it has.
 
     Raises:
         ValueError: A class that is not supported.
@@ -71,7 +71,7 @@ def build_denoiser(config: Mapping[str, Any]) -> Any:
     try:
         denoiser = network.build(config)
     except TypeError as error:
-        raise ValueError(f"denoiser: {config['_class_name']} cannot be built so: {error}") from error
+        raise ValueError(f"denoiser: {config['_class_name']} cannot be built from this config: {error}") from error
     network.complete(denoiser)
     return denoiser
 
@@ -84,7 +84,7 @@ def build_network(config: Mapping[str, Any]) -> Any:
 def skeleton(config: Mapping[str, Any]) -> Any:
     """Return the denoiser or VAE of a diffusers config (with `_class_name`) without memory for its weights.
 
-    Whoever asks for the same config gets the same network: it is to be looked at, not to be changed.
+    The same config gives the same network every time, so it must only be read, and never changed.
     """
     return _skeleton(json.dumps(config, sort_keys=True))
 
@@ -102,7 +102,7 @@ def present_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def present_name(name: str) -> str:
-    """Return a tensor's name in today's terms: diffusers renames those of 2022's attention when it opens them."""
+    """Return a tensor's name in today's terms: diffusers renames tensors of attention from 2022 on opening them."""
     return re.sub(r"\.(query|key|value|proj_attn)\.(?=\w+$)", lambda found: f".{_ATTENTION[found[1]]}.", name)
 
 

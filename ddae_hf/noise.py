@@ -35,7 +35,7 @@ from .families import FAMILIES, Family, drawn_by, is_recorded, register, rounded
 
 
 def _other_levels(scheduler: Any) -> list[str]:
-    """Return the options under which a scheduler samples with other levels or timesteps than its family's."""
+    """Return the options under which a scheduler samples with levels or timesteps other than its family's."""
     config = getattr(scheduler, "config", {})
     other = [option for option in ("invert_sigmas", "use_flow_sigmas") if config.get(option)]
     return other + (["timestep_type"] if config.get("timestep_type", "discrete") != "discrete" else [])
@@ -52,12 +52,12 @@ def _schedule(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
 @lru_cache(maxsize=32)
 def _kept_schedule(values: bytes, device: torch.device) -> Tensor:
     """Return the schedule of these `alphas_cumprod`, float32, which stays on its device."""
-    with torch.inference_mode(False):  # whose tensors could not be trained with
+    with torch.inference_mode(False):  # inference tensors could not be trained with
         return _schedule(torch.frombuffer(bytearray(values), dtype=torch.float32), device)
 
 
 def _levels(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
-    """Return the schedule on a device: kept, unless a graph is recorded, whose tensors are not to outlive it."""
+    """Return the schedule on a device. It is kept, unless a graph is recorded, whose tensors must not outlive it."""
     if is_recorded() or alphas_cumprod.device.type != "cpu" or alphas_cumprod.dtype != torch.float32:
         return _schedule(alphas_cumprod, device)
     try:
@@ -98,7 +98,7 @@ class _VariancePreserving(Family):
         return _levels(self.scheduler.alphas_cumprod, device)
 
     def sigma_range(self) -> tuple[float, float]:
-        id(self.scheduler.alphas_cumprod)  # the compiler guards by it: a graph in which the ends are is of one schedule
+        id(self.scheduler.alphas_cumprod)  # the compiler guards this: a graph that holds the ends is for one schedule
         return _first_and_last_sigma(self.scheduler.alphas_cumprod)
 
     def timestep_range(self) -> tuple[float, float]:
@@ -119,7 +119,7 @@ class _VariancePreserving(Family):
         sigmas = self.sigmas(sigma.device)
         last = len(sigmas) - 1
         sigma = rounded(sigma, sigmas[0], sigmas[-1])
-        # The last level that is not above sigma; counted, which ONNX can do.
+        # The last level that is not above sigma, found by counting, which ONNX can do.
         low = ((sigmas <= sigma.detach()[..., None]).sum(-1) - 1).clamp(0, max(last - 1, 0))
         high = (low + 1).clamp(max=last)
         at_low = _at(sigmas, low)
@@ -142,7 +142,7 @@ class _VariancePreserving(Family):
 
     def check_prediction(self) -> None:
         super().check_prediction()
-        # At pure noise its input would be its target and say nothing of the image (Lin et al. 2023, arXiv 2305.08891).
+        # At pure noise the input is the target, and says nothing about the image (Lin et al. 2023, arXiv 2305.08891).
         if self._prediction == "epsilon" and math.isinf(self.sigma_range()[1]):
             raise ValueError(
                 "prediction_type 'epsilon' cannot work with zero-terminal SNR (`rescale_betas_zero_snr`): "
@@ -167,7 +167,7 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 class _Karras(Family):
     """The noise levels of EDM; `sigma_min` and `sigma_max` bound sampling, not training.
 
-    What is drawn in training is positive, and has a square in float32.
+    Levels that are drawn in training are positive, and float32 can hold their squares.
     """
 
     name = "edm"
@@ -185,7 +185,7 @@ class _Karras(Family):
         if not (0 < config.sigma_min < config.sigma_max and config.sigma_data > 0):
             raise ValueError(
                 f"The scheduler's sigma_min, sigma_max and sigma_data are {config.sigma_min}, {config.sigma_max} and "
-                f"{config.sigma_data}: they must be positive, and sigma_min the smaller one."
+                f"{config.sigma_data}: they must be positive, and sigma_min must be smaller than sigma_max."
             )
 
     def sigma_range(self) -> tuple[float, float]:
@@ -270,7 +270,7 @@ class _FlowMatching(Family):
 
 
 def family_of(scheduler: Any) -> Family:
-    """Return the family of a scheduler, with the scheduler in it, or raise `ValueError` if it is of none."""
+    """Return the family of a scheduler, with the scheduler in it, or raise `ValueError` if it belongs to none."""
     for family_class in FAMILIES:
         if family_class.takes(scheduler):
             return family_class(scheduler)
@@ -297,9 +297,9 @@ def new_scheduler(framework: str, **options: Any) -> Any:
 def change_scheduler(trained: Any, kind: Any, **options: Any) -> Any:
     """Return a scheduler of another kind that denoises as the trained one does.
 
-    One that clips denoised images to [-1, 1] is followed by thresholding at 1, the same where a kind has no
-    `clip_sample`: small networks need it, and solvers of higher order leave the data without it. `options` are the
-    other's own, in place of what it takes over.
+    If the trained one clips denoised images to [-1, 1] and the other kind has no `clip_sample`, the other one
+    thresholds at 1, which is the same. Small networks need this, and without it solvers of higher order drift away from
+    the data. `options` are the other scheduler's own, in place of what it takes over.
     """
     config = trained.config
     known = inspect.signature(kind).parameters
@@ -318,8 +318,8 @@ def timestep_to_sigma(scheduler: Any, timestep: float | Tensor) -> Tensor:
             log(sigma) / 4, of any level that training may draw. Flow matching: time * `num_train_timesteps`.
 
     Returns:
-        `sigma`, float32, of the shape of `timestep`. What is outside is refused where it can be read (scalars, tensors
-        on the CPU), and NaN elsewhere (on a device, in a graph that is compiled or exported).
+        `sigma`, float32, of the shape of `timestep`. A timestep outside is refused where it can be read (scalars,
+        tensors on the CPU), and gives NaN elsewhere (on a device, in a graph that is compiled or exported).
 
     Raises:
         ValueError: A timestep outside the schedule, or a scheduler that is not supported.
@@ -333,10 +333,11 @@ def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
     Args:
         scheduler: A diffusers scheduler.
         sigma: Scalar or (B,). VP: within the schedule. EDM: positive and finite, as training draws levels
-            beyond those of sampling. Flow matching: from 0 on. Infinite, where the schedule has it, is pure noise.
+            beyond those of sampling. Flow matching: at least 0. Infinity, where the schedule has it, is pure noise.
 
     Returns:
-        `timestep`, float32, of the shape of `sigma`; what is outside is refused or NaN, as in `timestep_to_sigma`.
+        `timestep`, float32, of the shape of `sigma`. A sigma outside is refused or gives NaN, as in
+        `timestep_to_sigma`.
 
     Raises:
         ValueError: A sigma outside the schedule, or a scheduler that is not supported.
@@ -347,7 +348,7 @@ def sigma_to_timestep(scheduler: Any, sigma: float | Tensor) -> Tensor:
 def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
     """Make the denoiser's input at a noise level.
 
-    It neither synchronises with a device nor breaks a compiled graph: there it reads no tensor's values.
+    It neither synchronises with a device nor breaks a compiled graph, since it reads no tensor values there.
 
     Args:
         scheduler: A diffusers scheduler; its own `add_noise` and its current sampling grid play no part.
@@ -360,6 +361,6 @@ def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, sigma: float | Tenso
         and its float32 timestep (B,).
 
     Raises:
-        ValueError: A sigma outside the schedule, see `sigma_to_timestep`, or neither one nor one an image.
+        ValueError: A sigma outside the schedule, see `sigma_to_timestep`, or several that are not one per image.
     """
     return family_of(scheduler).noisy(clean, noise, sigma)

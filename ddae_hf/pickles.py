@@ -1,15 +1,15 @@
 """Published files that are pickles, read without running anything that they name.
 
-A pickle may name any function and have it called. This is the one module that reads them all the same:
+A pickle may name any function and have it called. This is the only module that reads pickles nevertheless:
 
-- a torch file is taken as a description first, which must not claim more than the file holds. Each name in it out of a
-  short list becomes something inert, and any other is refused, so that no class or function is looked up, let alone
-  called. It then goes through torch's restricted loader (`weights_only=True`), with a stand-in for
-  `argparse.Namespace`, the options that a training run stores beside its weights;
-- of any other pickle only the texts are read.
+- A torch file is first read as a description, which must not claim more than the file holds. Each name in it that is on
+  a short list becomes something inert, and any other name is refused, so that no class or function is looked up, let
+  alone called. The file then goes through torch's restricted loader (`weights_only=True`), with a stand-in for
+  `argparse.Namespace`, the options that a training run stores beside its weights.
+- Of any other pickle only the texts are read.
 
 What a file costs is bounded by its size: lengths beyond its end are refused before memory is taken for them, and so are
-the few ways in which a short pickle describes a large thing.
+the few ways in which a short pickle can describe something large.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-# What torch files may name beside tensors and their storages.
+# What torch files may name besides tensors and their storages.
 NAMES = {"argparse.Namespace", "collections.OrderedDict", "torch.Size", "torch.device"}
 STORAGES = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
     "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "UntypedStorage": 1,
 }  # fmt: skip
-# What picklers of protocol 2 and later write of numbers, text, containers, names and calls. Byte arrays, which take the
-# memory that they claim, are left out.
+# What picklers of protocol 2 and later write for numbers, text, containers, names and calls. Byte arrays are left out,
+# because they take the memory that they claim.
 INSTRUCTIONS = """PROTO FRAME MARK STOP POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
     BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BINSTRING SHORT_BINSTRING
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS
     BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID""".split()
-MOST_ARGUMENTS = 16  # of a call; more would be copied for each of them
+MOST_ARGUMENTS = 16  # of a call, which copies its arguments
 
 
 class _Inert:
@@ -67,7 +67,7 @@ class _Bounded:
 
     def read(self, count: int) -> bytes:
         if count > self.left:
-            raise ValueError(f"it ends where {count:,} more bytes should follow, and {self.left:,} do")
+            raise ValueError(f"it ends where {count:,} more bytes should follow, but only {self.left:,} do")
         self.left -= count
         return self.file.read(count)
 
@@ -83,9 +83,9 @@ class _Instructions(dict[int, Callable[[Any], None]]):
 
 
 def _hashing(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
-    """Return an instruction that hashes these members of the stack, for plain ones only.
+    """Return an instruction that hashes these members of the stack, and takes only plain ones.
 
-    A pair of one pair twice, and so on, is a short pickle whose hash takes for ever.
+    A pair that holds the same pair twice, and so on many levels deep, is a short pickle whose hash takes for ever.
     """
 
     def checked(unpickler: Any) -> None:
@@ -109,7 +109,7 @@ def _calling(load: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 class _Storage(NamedTuple):
-    """Numbers in a torch file that tensors lie in."""
+    """A row of numbers in a torch file, in which tensors lie."""
 
     length: int
     width: int
@@ -150,7 +150,7 @@ class _Claims(pickle._Unpickler):  # type: ignore[name-defined]
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage, key, _, count, *view = pid
         if not (isinstance(storage, _Storage) and isinstance(key, str) and isinstance(count, int) and count >= 0):
-            raise ValueError("it refers to something else than a storage")
+            raise ValueError("it refers to something other than a storage")
         if kind != "storage" or view not in ([], [None]):
             raise ValueError("it refers to a part of a storage")
         self.storages[key] = claimed = storage._replace(length=count)
@@ -158,7 +158,7 @@ class _Claims(pickle._Unpickler):  # type: ignore[name-defined]
 
 
 def _check_tensor(storage: _Storage, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any) -> object:
-    """Raise `ValueError` where a tensor does not lie in its storage, which torch would make longer."""
+    """Raise `ValueError` where a tensor does not lie inside its storage, since torch would make the storage longer."""
     extent = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
     if min([offset, *size, *stride]) < 0 or extent > storage.length:
         raise ValueError(f"it has a tensor of {extent:,} numbers in a storage of {storage.length:,}")
@@ -166,24 +166,24 @@ def _check_tensor(storage: _Storage, offset: int, size: Sequence[int], stride: S
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Yield the texts and names in a pickle, of which nothing is made, as far as it is whole."""
+    """Yield the texts and names in a pickle as far as it is whole, and make none of its objects."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for _, argument, _ in pickletools.genops(content):  # type: ignore[arg-type]  # it reads like a file
                 if isinstance(argument, str):
                     yield argument
-    except ValueError:  # it ends too early, or is no pickle at all
+    except ValueError:  # it ends too early, or is not a pickle at all
         return
 
 
 def read_weights(path: Path) -> Any:
-    """Return the content of a torch file, tensors on the CPU, or None for a file that is none.
+    """Return the content of a torch file, with tensors on the CPU, or None if it is not a torch file.
 
     Raises:
-        ValueError: No file, one that is broken, or one that names what is not allowed.
+        ValueError: No file, a broken file, or a file that names what is not allowed.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is no file: pass the path of a checkpoint.")
+        raise ValueError(f"{path} is not a file: pass the path of a checkpoint.")
     old = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how torch's files began before version 1.6
     with path.open("rb") as file:
         start = file.read(len(old))
@@ -193,9 +193,9 @@ def read_weights(path: Path) -> Any:
     try:
         _check_claims(path, zipped)
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
-            # Mapped, an optimiser's state, twice the network's size, is never read.
+            # With mapping, an optimiser's state, which is twice the network's size, is never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # a broken file raises what it likes
+    except Exception as error:  # a broken file may raise anything
         name = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {name[1]}" if name else str(error).partition("\n")[0]
         raise ValueError(
@@ -205,7 +205,7 @@ def read_weights(path: Path) -> Any:
 
 
 def _check_claims(path: Path, zipped: bool) -> None:
-    """Raise `ValueError` where a torch file claims more than it holds, of which torch would make as much."""
+    """Raise `ValueError` where a torch file claims more than it holds, since torch would allocate all of it."""
     held = path.stat().st_size
     with path.open("rb") as file:
         if zipped:
@@ -218,7 +218,7 @@ def _check_claims(path: Path, zipped: bool) -> None:
                     raise ValueError(f"it has {len(named)} pickles where it must have one")
                 content = _Claims(_Bounded(io.BytesIO(archive.read(named[0]))))
             content.load()
-        else:  # three about the format, the content, and the keys of the storages that follow
+        else:  # three pickles about the format, then the content, then the keys of the storages that follow
             bounded = _Bounded(file)
             for _ in range(3):
                 _Claims(bounded).load()

@@ -33,17 +33,18 @@ from .weights import DIFFUSERS_FILE, LOADING_ARGUMENTS, replaced_weights, uncomp
 class DDAEPipeline(DiffusionPipeline):
     """Generates images with a denoiser whose hidden states `DDAEModel` reads.
 
-    Saves as an ordinary diffusers pipeline. `DDPMPipeline.from_pretrained` opens that of a U-Net too, and samples it if
-    it is unconditional and its framework is DDPM or flow matching; EDM's inputs it does not scale. `DiTPipeline` opens
-    that of a DiT with a VAE. `pipeline.vae.enable_slicing()` and `enable_tiling()` bound the memory of decoding.
+    It saves as an ordinary diffusers pipeline. `DDPMPipeline.from_pretrained` also opens one with a U-Net, and samples
+    from it if it is unconditional and its framework is DDPM or flow matching; it does not scale EDM's inputs.
+    `DiTPipeline` opens one with a DiT and a VAE. `pipeline.vae.enable_slicing()` and `enable_tiling()` bound the memory
+    of decoding.
 
     Args:
         unet: The denoiser, for images of its `sample_size`, where it is a U-Net.
         transformer: The denoiser, where it is a DiT.
         scheduler: The scheduler it was trained under, or another of the same framework.
-        null_class: The label that stands for none, of a class-conditional U-Net that has one. A DiT's is its last.
+        null_class: The label that stands for no class, if a class-conditional U-Net has one. A DiT's is its last label.
         vae: What decodes the denoiser's latents to images, where it works on latents.
-        id2label: The names of the denoiser's classes by label, several of one class with commas between them.
+        id2label: The names of the denoiser's classes by label; commas separate several names of one class.
 
     Raises:
         ValueError: Parts that do not make a pipeline.
@@ -57,7 +58,7 @@ class DDAEPipeline(DiffusionPipeline):
     _optional_components = ["unet", "transformer", "vae"]
     _callback_tensor_inputs = ["latents"]
     _guidance_scale, _interrupt, _num_timesteps = 1.0, False, 0
-    _fine_tuned_from: str | None = None  # the classifier's checkpoint, where its denoiser is not a generator's
+    _fine_tuned_from: str | None = None  # the classifier's checkpoint, where its denoiser is no longer the generator
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class DDAEPipeline(DiffusionPipeline):
 
     @classmethod
     def for_denoiser(cls, denoiser: Any, scheduler: Any, null_class: int | None = None, **parts: Any) -> DDAEPipeline:
-        """Return the pipeline of a denoiser, whichever key diffusers keeps its class under; `parts` are the others."""
+        """Return the pipeline of a denoiser, under the key that diffusers has for it; `parts` are other components."""
         check_denoiser_class(_class_name(denoiser))
         networks = {NETWORKS[_class_name(denoiser)].component: denoiser}
         return cls(scheduler=scheduler, null_class=null_class, **networks, **parts)
@@ -91,7 +92,7 @@ class DDAEPipeline(DiffusionPipeline):
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for none, where the denoiser has one."""
+        """The label that stands for no class, where the denoiser has one."""
         given = self.config["null_class"]
         return network_of(self.denoiser).default_null_class(self.denoiser.config) if given is None else given
 
@@ -102,12 +103,12 @@ class DDAEPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """The label of each name that one class alone has, sorted by name; empty where the classes have no names."""
+        """The label of each name that only one class has, sorted by name; empty where the classes have no names."""
         found = labels_by_name(self.config["id2label"] or {})
         return {name: labels[0] for name, labels in found.items() if len(labels) == 1}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Return the labels of classes by their names, as `class_labels` are given: see `labels.label_ids`."""
+        """Return the labels of classes by their names, as `class_labels` takes them: see `labels.label_ids`."""
         return label_ids(self.config["id2label"] or {}, [label] if isinstance(label, str) else label)
 
     @property
@@ -129,7 +130,7 @@ class DDAEPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("safe_serialization is False, but only safetensors weights are written: leave it out.")
         _check_parts(self.config["null_class"], **self.components)
-        self.register_modules(**self.components)  # diffusers enters none that is set where there was none
+        self.register_modules(**self.components)  # diffusers misses one that is set where there was none
         if include_code:
             save_pipeline_code(save_directory)
         with ExitStack() as stack:
@@ -141,7 +142,7 @@ class DDAEPipeline(DiffusionPipeline):
             super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
-        """Return `model_index.json` without what is not there, so that stock pipelines find only what they know."""
+        """Return `model_index.json` without missing components, so that stock pipelines find only what they know."""
         index = json.loads(super().to_json_string())
         kept = {name: value for name, value in index.items() if value not in (None, [None, None])}
         return json.dumps(kept, indent=2, sort_keys=True) + "\n"
@@ -155,13 +156,13 @@ class DDAEPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDAEPipeline:
         """Open a pipeline from any layout: see `ddae_hf.checkpoints`.
 
-        Takes what `DiffusionPipeline.from_pretrained` takes, with its default of float32. A bare network has no
+        It takes what `DiffusionPipeline.from_pretrained` takes, with its default of float32. A bare network has no
         scheduler: pass `scheduler=`, or DDPM's defaults are taken, with a warning. A classifier's checkpoint opens as
-        the generator it came from; if its denoiser was fine-tuned since, sampling warns. With `variant` the denoiser is
-        that variant, and a VAE that has none of it is the plain one.
+        the generator it came from; if its denoiser was fine-tuned since, sampling warns. With `variant`, that variant
+        of the denoiser is opened, and of the VAE too if it has one.
 
         Raises:
-            ValueError: No checkpoint, a denoiser that is not supported, pickled weights, tensors missing, no such
+            ValueError: No checkpoint, a denoiser that is not supported, pickled weights, missing tensors, no such
                 variant, or a wrong `dtype`.
         """
         checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
@@ -181,7 +182,7 @@ class DDAEPipeline(DiffusionPipeline):
 
     @classmethod
     def _from_parts(cls, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype], **given: Any) -> DDAEPipeline:
-        """Open a checkpoint that diffusers cannot."""
+        """Open a checkpoint that diffusers cannot open."""
         name = network_of(checkpoint.denoiser).component
         if unknown := sorted(set(given) - (allowed := {name, "scheduler", "null_class", "vae", "id2label"})):
             every = sorted({*allowed, *LOADING_ARGUMENTS})
@@ -250,15 +251,15 @@ class DDAEPipeline(DiffusionPipeline):
         """Generate images.
 
         Args:
-            batch_size: Number of images; by default as many as `class_labels`, a list of generators or `latents` are
-                for, which must agree, and 1 where none of these says.
-            class_labels: One label for all images, or a list or tensor (B,) of one for each, for a class-conditional
+            batch_size: Number of images. By default it follows from `class_labels`, a list of generators or `latents`,
+                which must agree; it is 1 where none of these says it.
+            class_labels: One label for all images, or a list or tensor (B,) with one for each, for a class-conditional
                 denoiser; by default its null class.
-            generator: Random generator, or a list of one for every image; makes the images reproducible.
-            latents: Standard-normal noise (B, C, H, W) to start from; scaled inside as the scheduler wants it.
+            generator: Random generator, or a list with one for each image; it makes the images reproducible.
+            latents: Standard-normal noise (B, C, H, W) to start from; the pipeline scales it as the scheduler needs.
             num_inference_steps: Number of steps, each one call of the network for first-order schedulers.
             sampler: `"heun"` for the second-order sampler of Karras et al. 2022 (algorithm 2), for a network trained
-                with EDM: N steps are 2 N - 1 calls of the network. By default what the scheduler does.
+                with EDM: N steps are 2 N - 1 calls of the network. By default the scheduler's own steps are taken.
             guidance_scale: Strength w of classifier-free guidance (Ho and Salimans 2022), `null + w * (label - null)`;
                 at 1 there is none.
             s_churn: The Heun sampler's stochasticity, S_churn in the paper; 0 is deterministic.
@@ -272,7 +273,8 @@ class DDAEPipeline(DiffusionPipeline):
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; tensors in
                 the dictionary that it returns replace the pipeline's. It may set `pipeline._guidance_scale` for the
                 steps that follow, and `pipeline._interrupt` to stop there. A `PipelineCallback` of diffusers will do.
-            callback_on_step_end_tensor_inputs: Which tensors the callback gets; `"latents"`, the noisy image.
+            callback_on_step_end_tensor_inputs: The tensors that the callback gets. The only one is `"latents"`, the
+                noisy image.
 
         Raises:
             ValueError: An argument that cannot work, before any step is taken.
@@ -312,8 +314,8 @@ class DDAEPipeline(DiffusionPipeline):
     ) -> Iterator[Step]:
         """Return an iterator that generates images, and yields after every step: see `__call__` for the arguments.
 
-        `heun` holds the options of `sampler="heun"`. Until the iterator's end nobody else may use the scheduler, which
-        counts the steps. Whoever stops early closes it.
+        `heun` holds the options of `sampler="heun"`. Until the iterator ends, nothing else may use the scheduler, which
+        counts the steps. A caller that stops early must close the iterator.
 
         Raises:
             ValueError: An argument that cannot work, at once.
@@ -362,8 +364,8 @@ class DDAEPipeline(DiffusionPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array)
 
 
-# diffusers reads from the signature which components there must be. The scheduler has its default for Python alone,
-# since it stands after `unet`, and is shown without one.
+# diffusers reads from the signature which components are required. The scheduler has a default only because Python
+# asks for one after `unet`; the signature shows it without.
 _arguments = dict(inspect.signature(DDAEPipeline.__init__).parameters)
 _scheduler = _arguments.pop("scheduler").replace(default=inspect.Parameter.empty, kind=inspect.Parameter.KEYWORD_ONLY)
 DDAEPipeline.__init__.__signature__ = inspect.Signature([*_arguments.values(), _scheduler])  # type: ignore[attr-defined]
@@ -397,7 +399,7 @@ def _check_parts(
 
 
 def _dtypes(asked: Any) -> dict[str, torch.dtype]:
-    """Return the type of each component that is named in what `from_pretrained` was asked for, and the `"default"`."""
+    """Return the type of each component that `from_pretrained` was asked for by name, and of `"default"`."""
     dtypes = asked if isinstance(asked, dict) else {"default": asked or torch.float32}
     if wrong := [dtype for dtype in dtypes.values() if not isinstance(dtype, torch.dtype)]:
         raise ValueError(f"dtype is {wrong[0]!r}: pass a torch.dtype, or a dictionary of them by component.")

@@ -1,4 +1,4 @@
-"""`DDAEPreTrainedModel`: how the models are opened, initialised and saved, a classifier without its denoiser too."""
+"""`DDAEPreTrainedModel`: how models are opened, initialised and saved, including a classifier without its denoiser."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
     _auto_name: str  # the Auto class that opens it
     _inner_prefix = "ddae."  # where the denoiser's weights are among the model's
     _has_head = False  # whether it has weights of its own, which `head.safetensors` keeps
-    # Of a classifier's checkpoint, or of one with a VAE that is left out.
+    # Weights of a classifier's checkpoint, or of a checkpoint whose VAE is left out.
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\.", r"^(ddae\.)?vae\."]
     _supports_sdpa = True
     _no_split_modules = [block for network in NETWORKS.values() for block in network.indivisible]
@@ -60,7 +60,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         """Initialise what a checkpoint did not bring. transformers' own rule would re-draw the denoiser."""
         if hasattr(module, "draw_fixed_noise"):
             init.copy_(module.fixed_noise, module.draw_fixed_noise())
-            # What no checkpoint holds, such as a DiT's positions, comes without values from the meta device.
+            # Buffers that no checkpoint holds, such as a DiT's positions, come from the meta device without values.
             config = module.config.denoiser
             for key, values in network_of(config).computed_buffers(config).items():
                 init.copy_(module.denoiser.get_buffer(key), values)
@@ -86,15 +86,15 @@ class DDAEPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Open a checkpoint of any layout: see `ddae_hf.checkpoints`.
 
-        From a generative checkpoint, `layer` and one of `sigma` and `timestep` say where to tap it, and `num_labels`
-        (or `id2label`) how many classes the new classifier has. With `vae=None` a denoiser of latents comes without its
-        VAE, and takes latents as its images. `variant` says which of several sets of weights is opened, and
-        `state_dict` takes the place of all of them. Everything else is as in transformers, but that every tensor has to
-        be there: only a new classifier's own may be missing.
+        For a generative checkpoint, `layer` and either `sigma` or `timestep` say where to tap it, and `num_labels` (or
+        `id2label`) says how many classes the new classifier has. With `vae=None` a denoiser of latents comes without
+        its VAE, and takes latents as its images. `variant` says which of several sets of weights is opened, and
+        `state_dict` replaces all of them. Everything else is as in transformers, except that every tensor must be
+        there: only those of a new classifier may be missing.
 
         Raises:
             ValueError: No checkpoint, a denoiser that is not supported, a tap that it does not have, no such variant,
-                or tensors missing.
+                or missing tensors.
         """
         if pretrained_model_name_or_path is None:
             made = super().from_pretrained(None, *model_args, **kwargs)
@@ -102,7 +102,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
             return made
         wants_info = kwargs.pop("output_loading_info", False)
         state = kwargs.pop("state_dict", None)
-        # A new classifier, of other classes than the checkpoint's, may be asked for.
+        # A new classifier, with classes other than the checkpoint's, may be asked for.
         asked = bool({"num_labels", "id2label"} & set(kwargs))
         anew = asked and bool(kwargs.get("ignore_mismatched_sizes"))
         checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
@@ -145,7 +145,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _read_parts(cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any) -> tuple[dict[str, Any], Any]:
-        """Return the tensors of a generator or of a head and its base, and their type; enter it in `config`."""
+        """Return the tensors of a generator, or of a head and its base, and their type; set `config`'s fingerprints."""
         denoiser = checkpoint.load("denoiser", dtype if isinstance(dtype, torch.dtype) else None)
         for name, rounded in GENERATOR_FINGERPRINTS.items():
             setattr(config, name, fingerprint(denoiser, dtype=rounded))
@@ -153,27 +153,27 @@ class DDAEPreTrainedModel(PreTrainedModel):
         if config.vae is not None:
             parts["vae"] = checkpoint.load("vae")
             if parts["vae"] is None:
-                raise ValueError(f"{checkpoint.path} has no vae: a config of one without its weights is of no use.")
+                raise ValueError(f"{checkpoint.path} has no vae: a vae's config is of no use without its weights.")
         prefix = cls._inner_prefix
         state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
         state |= load_file(checkpoint.head) if cls._has_head and checkpoint.head else {}
         return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
     def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:
-        """Refuse what is missing, but for a classifier that the checkpoint lacks or that was asked for `anew`."""
+        """Refuse missing tensors, except of a classifier that the checkpoint lacks or that was asked for `anew`."""
         mismatched = {name for name, *_ in info["mismatched_keys"]}
         missing = set(info["missing_keys"]) | mismatched
         every = set(self.state_dict())
         own = {name for name in every if not name.startswith("ddae.")} if self._has_head else set()
         saved_as = checkpoint.config.get("architectures") or []
         headless = "DDAEForImageClassification" not in saved_as and own <= missing
-        # Sizes that differ have been let pass by `ignore_mismatched_sizes`.
+        # `ignore_mismatched_sizes` has let sizes that differ pass.
         spared = own if headless or anew else own & mismatched
         refuse_missing(checkpoint.path, type(self).__name__, every, every - (missing - spared))
         refuse_unexpected(checkpoint.path, type(self).__name__, info["unexpected_keys"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take tensors by their names in either form into a model that is compiled, in part, or not."""
+        """Load tensors under compiled or plain names into a model that is compiled, in whole or in part, or not."""
         tensors = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
         names = {name.replace(COMPILED, ""): name for name, _ in tensors}
         for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -187,8 +187,8 @@ class DDAEPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Write `config.json` and `model.safetensors`, as in transformers.
 
-        A `head.safetensors` that the folder holds stays there, and is no longer what opens. With `include_code` this
-        package's modules lie beside them, so that the folder, or the repository that it becomes, opens with
+        A `head.safetensors` that the folder holds stays there, but is no longer opened. With `include_code` this
+        package's modules are written beside them, so that the folder, or the repository that it becomes, opens with
         transformers' Auto classes and `trust_remote_code=True` where `ddae_hf` is not installed.
         """
         self.config.weights = "whole"
@@ -196,7 +196,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = plain_state(kwargs["state_dict"])
         registers = include_code and self._auto_class is None
-        if registers:  # transformers writes the code of a class that is registered so, in time for its push
+        if registers:  # transformers writes the code of a class that is registered, in time for its push
             type(self).register_for_auto_class(self._auto_name)
         try:
             with uncompiled_names(self), replaced_weights(save_directory, WHOLE_FILE, kwargs.get("variant")):
@@ -231,9 +231,9 @@ class DDAEPreTrainedModel(PreTrainedModel):
 
 @contextlib.contextmanager
 def _load_reports(where: str) -> Iterator[list[logging.LogRecord]]:
-    """Give a list of what transformers reports of a load in this thread, and log what it then holds, with its source.
+    """Yield a list of transformers' reports on a load in this thread; at the end log what it holds, with the source.
 
-    transformers itself names no source where it is handed a state dict.
+    transformers itself names no source where it is given a state dict.
     """
     reporting = logging.getLogger("transformers.modeling_utils")
     thread = threading.get_ident()
@@ -272,7 +272,7 @@ def write_head(
     variant: str | None,
     **hub: Any,
 ) -> None:
-    """Write a classifier's own tensors, and what they say of their base: see `save_head` for the arguments."""
+    """Write a classifier's own tensors, and what identifies their base: see `save_head` for the arguments."""
     if base is None and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{folder} holds no pipeline: save the generative checkpoint there first (`DDAEPipeline.save_pretrained`), "
@@ -283,7 +283,7 @@ def write_head(
     checkpoint = read_pipeline(folder, variant) if base is None else read_checkpoint(base, variant, **hub)
     if base is not None and location(folder) in (location(link.path, **link.hub) for link in checkpoint.chain()):
         raise ValueError(
-            f"The base {checkpoint.path} is {folder}, or reaches it: the head would take the place of what it needs. "
+            f"The base {checkpoint.path} is {folder}, or depends on it: the head would replace what it needs. "
             "Write it to another folder or, if this one holds a pipeline too, leave out `base`."
         )
     original, original_vae = _originals(checkpoint, denoiser, vae)
@@ -305,7 +305,7 @@ def write_head(
 
 
 def _originals(checkpoint: Checkpoint, denoiser: nn.Module, vae: nn.Module | None) -> tuple[Any, Any]:
-    """Return the denoiser and the VAE of a base, or refuse one that a classifier with these was not trained on."""
+    """Return the denoiser and the VAE of a base, or refuse a base that this classifier was not trained on."""
     original, original_vae = checkpoint.load("denoiser"), checkpoint.load("vae")
     if vae is None and original_vae is not None:
         raise ValueError(
@@ -316,8 +316,8 @@ def _originals(checkpoint: Checkpoint, denoiser: nn.Module, vae: nn.Module | Non
         if own is not None and not _is_same(own, its):
             raise ValueError(
                 f"The {part} of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came "
-                "from elsewhere: `save_pretrained` writes it whole. (One of the base's variants needs its name as "
-                "`variant`.)"
+                "from elsewhere: `save_pretrained` writes it whole. (If it is one of the base's variants, pass its "
+                "name as `variant`.)"
             )
     return original, original_vae
 

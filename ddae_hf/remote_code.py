@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-# Which class of which module in a checkpoint's folder an Auto class of transformers takes; a backbone adds itself.
+# The class, in a module in the checkpoint's folder, that each of transformers' Auto classes opens; a backbone adds
+# itself.
 AUTO_MAP = {
     "AutoConfig": "configuration_ddae.DDAEConfig",
     "AutoModel": "modeling_ddae.DDAEModel",
@@ -32,7 +33,7 @@ def save_code(folder: str | os.PathLike[str], module: str) -> list[str]:
 def save_pipeline_code(folder: str | os.PathLike[str]) -> None:
     """Write `pipeline.py`, which diffusers opens as `custom_pipeline="pipeline"`, and the modules that it needs.
 
-    Of a folder diffusers takes only the modules that `pipeline.py` itself imports: it names them all.
+    diffusers takes from a folder only the modules that `pipeline.py` itself imports, so it names them all.
     """
     modules = [name for name in save_code(folder, "pipeline_ddae") if name != "pipeline_ddae"]
     lines = [f"from .{name} import __doc__ as _{name}" for name in modules]

@@ -2,8 +2,8 @@
 
 diffusers lacks the latter, algorithm 2 of Karras et al. 2022 (arXiv 2206.00364). Symbols: `sample` is an image with its
 noise, `x + sigma * n`; `denoise(sample, sigma)` is the network's estimate of `x`, the paper's `D(x; sigma)`. The
-probability-flow equation is `d sample / d sigma = (sample - denoise(sample, sigma)) / sigma`; Heun's method follows it
-with two estimates of this slope a step, and so with an error that falls with the square of the step size.
+probability-flow equation is `d sample / d sigma = (sample - denoise(sample, sigma)) / sigma`. Heun's method follows it
+with two estimates of this slope for each step, so that its error falls with the square of the step size.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .families import Family
 
 @dataclass
 class Step:
-    """What there is after a step.
+    """The state after a step.
 
-    `sample` are noisy images or latents (B, C, H, W), as the scheduler keeps them; after the last step, those
-    generated. Whoever consumes the steps may put others in their place, with which the next step goes on.
+    `sample` holds noisy images or latents (B, C, H, W), as the scheduler keeps them; after the last step it holds the
+    generated ones. Whoever consumes the steps may replace it, and the next step goes on from what it then holds.
     """
 
     number: int  # the step, from 1
-    timesteps: Tensor  # the scheduler's, of all steps
+    timesteps: Tensor  # the scheduler's timesteps, of all steps
     sample: Tensor
-    sigma: float | None = None  # the noise level of `sample`, where it is `x + sigma * n` and not as a scheduler likes
+    sigma: float | None = None  # the noise level of `sample`, where it is `x + sigma * n` and not scaled otherwise
 
     @property
     def timestep(self) -> Tensor:
@@ -46,7 +46,7 @@ class Step:
         return self.timesteps[self.number] if self.number < len(self.timesteps) else None
 
     def obey(self, outputs: Any) -> None:
-        """Take the sample that a callback wants in its place: `"latents"` in the dictionary that it returned."""
+        """Replace the sample by the one that a callback wants: `"latents"` in the dictionary that it returned."""
         if not isinstance(outputs, dict):
             raise ValueError(f"callback_on_step_end returned {outputs!r}: it must return a dictionary, even if empty.")
         self.sample = outputs.get("latents", self.sample)
@@ -59,7 +59,7 @@ def scheduler_steps(
     """Take the steps of a scheduler, whose timesteps are set, from standard-normal noise to images.
 
     `predict` gives the network's answer to (input, timestep (B,)), with a learned variance if the scheduler uses one.
-    `generator` is that of schedulers that add noise, or one for every image.
+    `generator` is for schedulers that add noise: one generator, or a list with one for each image.
     """
     timesteps = family.scheduler.timesteps
     sample = family.first_sample(noise)
@@ -94,7 +94,7 @@ class Heun:
         denoise: Callable[[Tensor, float], Tensor],
         generator: Any = None,
     ) -> Iterator[Step]:
-        """Take steps from standard-normal noise to images: two calls of `denoise` each, but for the last.
+        """Take steps from standard-normal noise to images, with two calls of `denoise` in each step except the last.
 
         `sigmas` fall to zero, `timesteps` are what the denoiser is fed at all but the last of them, and `denoise` maps
         (sample, sigma) to the denoised image.
@@ -122,9 +122,9 @@ class Heun:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise `ValueError` unless an argument is a whole number from 1 on."""
+    """Raise `ValueError` unless an argument is a whole number of at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be at least 1, and a whole number.")
+        raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1.")
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, finite: bool = True) -> None:
@@ -132,7 +132,8 @@ def check_number(name: str, value: Any, least: float = -math.inf, finite: bool =
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (is_number and value >= least and (math.isfinite(value) or not finite)):
         kind = "a finite number" if finite else "a number"
-        raise ValueError(f"{name} is {value!r}: it must be {kind}{'' if least == -math.inf else f' from {least} on'}.")
+        bound = "" if least == -math.inf else f" of at least {least}"
+        raise ValueError(f"{name} is {value!r}: it must be {kind}{bound}.")
 
 
 def count_images(batch_size: int | None, **several: Any) -> int:
@@ -144,8 +145,8 @@ def count_images(batch_size: int | None, **several: Any) -> int:
     if len(set(counts.values())) > 1 or 0 in counts.values():
         came = ", ".join(f"{name} says {count}" for name, count in sorted(counts.items()))
         raise ValueError(
-            f"How many images to make is not clear: {came}. Give lists with one for every image, or one label and one "
-            "generator for all."
+            f"How many images to make is not clear: {came}. Give lists with one entry for each image, or one label and "
+            "one generator for all."
         )
     return next(iter(counts.values()), 1)
 

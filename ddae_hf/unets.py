@@ -1,8 +1,8 @@
 """diffusers' `UNet2DModel`.
 
 A tap is the output of a residual block, or of the attention that follows it: the paper's `out_k` is the k-th tap of the
-decoder. The network takes `num_class_embeds` labels. Nothing marks one of them as the null class, which stands for
-none; a network trained here has it last, and its checkpoint says so.
+decoder. The network takes `num_class_embeds` labels. Nothing marks one of them as the null class, the label that stands
+for no class; a network trained here has it last, and its checkpoint says so.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class UNet2D(NetworkClass):
         return 2 ** (levels - 1), f"with {levels} levels, each half the size of the one before"
 
     def check_timesteps(self, config: Mapping[str, Any], scheduler: Any) -> None:
-        """Refuse an embedding of logarithms, and a learned one where timesteps are no numbers of its rows."""
+        """Refuse an embedding of logarithms, and a learned one where timesteps are not the numbers of its rows."""
         kind = config.get("time_embedding_type", "positional")
         if kind == "fourier":
             raise ValueError(
-                "The denoiser's time_embedding_type is 'fourier': it takes the logarithm of what it is fed, as "
-                "score-SDE schedulers need it, which are not supported; timestep 0 would give no numbers. Set it to "
+                "The denoiser's time_embedding_type is 'fourier': it takes the logarithm of what it is fed, which "
+                "suits only score-SDE schedulers, and these are not supported; timestep 0 would give NaN. Set it to "
                 "'positional'."
             )
         if kind != "positional" and not family_of(scheduler).whole_timesteps:
@@ -62,7 +62,7 @@ class UNet2D(NetworkClass):
         return 0 if config.get("class_embed_type") else config.get("num_class_embeds") or 0
 
     def label_options(self, num_classes: int) -> dict[str, int]:
-        """Count the null class as one more."""
+        """Count the null class as one more label."""
         return {"num_class_embeds": num_classes + 1} if num_classes else {}
 
     def is_conditional(self, denoiser: Any) -> bool:
@@ -165,7 +165,7 @@ class UNet2D(NetworkClass):
         return Cut(block, replaced)
 
     def with_float32_output(self, denoiser: Any) -> Any:
-        """Compute its last norm and convolution in float32: they make most of what sampling in bfloat16 loses."""
+        """Compute its last norm and convolution in float32: most of what sampling in bfloat16 loses is lost there."""
         if denoiser.dtype == torch.float32:
             return denoiser
         layers = {name: getattr(denoiser, name) for name in ("conv_norm_out", "conv_out")}

@@ -1,7 +1,7 @@
 """The weights of a checkpoint: their files, with variants and shards, and the names and values of their tensors.
 
-Weights are one file or several with an index; with a variant, its name is in theirs (`model.fp16.safetensors`). Only
-safetensors are read.
+Weights are one file, or several with an index; the name of a variant is part of their names
+(`model.fp16.safetensors`). Only safetensors are read.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def plain_state(state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str
 
 @contextmanager
 def uncompiled_names(network: torch.nn.Module) -> Iterator[None]:
-    """Let a network with compiled parts save its tensors under the names that they have without."""
+    """Let a network with compiled parts save its tensors under the names that they have uncompiled."""
 
     def rename(module: Any, found: dict[str, torch.Tensor], *args: Any) -> None:
-        for name in list(found):  # all, which keeps their order
+        for name in list(found):  # renaming all of them keeps their order
             found[name.replace(COMPILED, "")] = found.pop(name)
 
     handle = uncompiled(network).register_state_dict_post_hook(rename)
@@ -56,8 +56,8 @@ def uncompiled_names(network: torch.nn.Module) -> Iterator[None]:
 def fingerprint(*modules: torch.nn.Module | None, dtype: torch.dtype | None = torch.bfloat16) -> str:
     """Return a SHA-256 of networks' parameters and persistent buffers; None stands for a network that is not there.
 
-    Values are rounded to `dtype` first: with bfloat16, storing a checkpoint in bfloat16 leaves it the same. None takes
-    them as they are, so that no two networks share a hash.
+    Values are rounded to `dtype` first: with bfloat16, storing a checkpoint in bfloat16 leaves the hash the same. None
+    takes values as they are, so that no two networks share a hash.
     """
     digest = hashlib.sha256()
     for module in modules:
@@ -91,7 +91,7 @@ def refuse_unexpected(where: str, what: str, unexpected: Iterable[str]) -> None:
 
 
 def where_files_are(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the arguments that say where files are and say something."""
+    """Return the arguments that say where files are, without empty ones."""
     return {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS and value not in (None, "")}
 
 
@@ -101,7 +101,7 @@ def inside(hub: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def location(path: str | os.PathLike[str], **hub: Any) -> tuple[str, str, str | None]:
-    """Return what tells apart the places of checkpoints: two paths to one folder have one."""
+    """Return what identifies the place of a checkpoint: two paths to one folder give the same."""
     folder = hub.get("subfolder") or ""
     if os.path.isdir(path):
         return os.path.realpath(os.path.join(path, folder)), "", None
@@ -126,7 +126,7 @@ def read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] |
 
 
 def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:
-    """Raise `OSError` if what a repository has may be missing only because the Hub is not asked."""
+    """Raise `OSError` if a repository's files may seem to be missing only because the Hub is not asked."""
     if not os.path.isdir(path) and (hub.get("local_files_only") or is_offline_mode()):
         revision = f" at revision {hub['revision']}" if hub.get("revision") else ""
         raise OSError(
@@ -142,10 +142,10 @@ def with_variant(name: str, variant: str | None) -> str:
 
 
 def weight_files(path: str, name: str, hub: dict[str, Any], *wanted: str | None) -> tuple[list[str], str | None]:
-    """Return the local paths of safetensors weights, and their variant: the first of those wanted that is there.
+    """Return the local paths of safetensors weights, and their variant: the first of the `wanted` ones that exists.
 
     Raises:
-        ValueError: None of them, two sets that cannot be told apart, or shards missing.
+        ValueError: None of them, two sets that cannot be told apart, or missing shards.
     """
     for variant in wanted:
         if files := _find_weights(path, name, hub, variant):
@@ -153,7 +153,7 @@ def weight_files(path: str, name: str, hub: dict[str, Any], *wanted: str | None)
     wanted_file = with_variant(name, wanted[-1])
     refuse_offline(wanted_file, path, hub)
     known = ", ".join(_variants(path, name, hub["subfolder"]))
-    there = f" (variants that are there: {known})" if known else ""
+    there = f" (available variants: {known})" if known else ""
     raise ValueError(
         f"{path} has no {wanted_file} in {hub['subfolder'] or 'its root'}{there}. Only safetensors weights are "
         "read, never pickles (`.bin`): convert them with diffusers' `save_pretrained(safe_serialization=True)`."
@@ -173,7 +173,7 @@ def _find_weights(path: str, name: str, hub: dict[str, Any], variant: str | None
         if None not in found:
             raise ValueError(
                 f"{path} has weights twice: {os.path.basename(single)}, and those that {index_file} names."
-                " Nothing says which were saved last: delete the others."
+                " Nothing says which were saved last: delete the older ones."
             )
         return [single]
     if missing := [shard for shard, file in zip(shards, found, strict=True) if file is None]:
@@ -183,7 +183,7 @@ def _find_weights(path: str, name: str, hub: dict[str, Any], variant: str | None
 
 
 def _variants(path: str, name: str, subfolder: str) -> list[str]:
-    """Return the variants of weights that a folder holds; of a repository nobody is asked."""
+    """Return the variants of weights that a folder holds; a repository is not asked for its own."""
     stem = re.escape(name.removesuffix(".safetensors"))
     pattern = re.compile(
         rf"{stem}\.(?:([^.]+?)(?:-\d{{5}}-of-\d{{5}})?\.safetensors|safetensors\.index\.([^.]+)\.json)"
@@ -217,9 +217,9 @@ def stored_dtype(file: str) -> torch.dtype:
 
 @contextmanager
 def replaced_weights(folder: str | os.PathLike[str], name: str, variant: str | None = None) -> Iterator[None]:
-    """Let what is saved inside take the place of the weights that a folder has: as one file, of shards, or the reverse.
+    """Let what is saved inside replace a folder's weights, also where one file replaces shards, or the reverse.
 
-    transformers and diffusers write over the one and leave the other, which would be the one that opens.
+    transformers and diffusers overwrite only the same kind and leave the other, which would be the one that opens.
     """
     files = [Path(folder, with_variant(each, variant)) for each in (name, f"{name}.index.json")]
     before = [_stamp(file) for file in files]

@@ -31,8 +31,8 @@ def main():
     parser.add_argument("--data", default="runs/quickstart/digits", help="with the columns `image` and `label`")
     arguments = parser.parse_args()
 
-    # The network sees images with a little noise: `sigma` is its deviation, for images in [-1, 1]. Which layer and
-    # which level are best, `ddae sweep` finds; without them here, the model takes its defaults.
+    # The network sees images with a little noise: `sigma` is its deviation, for images in [-1, 1]. `ddae sweep` finds
+    # which layer and which level are best. A model that is not told takes its defaults, as it does for the layer here.
     model = DDAEModel.from_pretrained(arguments.checkpoint, sigma=0.1)
     processor = DDAEImageProcessor.from_pretrained(arguments.checkpoint)
     data = load_dataset(arguments.data)

@@ -34,7 +34,8 @@ def main():
     parser.add_argument("--data", default="runs/quickstart/digits", help="with the column `image`")
     arguments = parser.parse_args()
 
-    # `stage_names` are all layers in the order in which they are computed: here one of three quarters, and the last.
+    # `stage_names` are all layers in the order in which they are computed. Here are the one at three quarters of them,
+    # and the last.
     names = DDAEBackbone.from_pretrained(arguments.checkpoint).stage_names
     layers = [names[3 * len(names) // 4], names[-1]]
     backbone = DDAEBackbone.from_pretrained(arguments.checkpoint, out_features=layers, sigma=0.1)

@@ -1,4 +1,4 @@
-"""Fine-tune a checkpoint as a classifier with transformers' Trainer, as any of its image classifiers.
+"""Fine-tune a checkpoint as a classifier with transformers' Trainer, like any of its image classifiers.
 
 ddae quickstart
 python examples/finetune_with_trainer.py --checkpoint runs/quickstart/checkpoint --data runs/quickstart/digits
@@ -27,8 +27,8 @@ def main():
 
     data = load_dataset(arguments.data)
     names = data["train"].features["label"].names
-    # The checkpoint is a generator: transformers reports that the classifier on top of it is new, and to be trained.
-    # After `model.freeze_denoiser()` that classifier alone would learn, as a linear probe.
+    # The checkpoint is a generator: transformers reports that the classifier on top of it is new, and must be trained.
+    # After `model.freeze_denoiser()` only that classifier would learn, as a linear probe.
     model = DDAEForImageClassification.from_pretrained(arguments.checkpoint, id2label=dict(enumerate(names)))
     processor = DDAEImageProcessor.from_pretrained(arguments.checkpoint)
 
@@ -57,7 +57,8 @@ def main():
     )
     trainer.train()
     trainer.save_model()
-    print(f"{trainer.evaluate()['eval_accuracy']:.1%} of the test images; saved in runs/finetuned_with_trainer.")
+    print(f"{trainer.evaluate()['eval_accuracy']:.1%} of the test images are recognised.")
+    print("The classifier is in runs/finetuned_with_trainer.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Sampling as a loop of one's own, with diffusers' scheduler and the checkpoint's network: from noise to an image.
+"""Sampling in a loop of your own, with diffusers' scheduler and the checkpoint's network: from noise to an image.
 
-The upper rows begin with pure noise. The lower ones begin half-way, with images of the data under as much noise as the
-scheduler has there, and end as others of the same kind.
+In the picture, the upper rows begin with pure noise. The lower rows begin half-way, with images of the data under as
+much noise as the scheduler has there, and end as other images of the same kind.
 
 ddae quickstart
 python examples/sample_step_by_step.py --checkpoint runs/quickstart/checkpoint --data runs/quickstart/digits
@@ -23,7 +23,7 @@ SHOWN = 10  # columns of the strip
 
 @torch.no_grad()
 def denoised_step_by_step(pipeline, sample, timesteps):
-    """Yield images (B, C, H, W) in [-1, 1]: the sample that comes, and what it is after every timestep."""
+    """Yield images (B, C, H, W) in [-1, 1]: the sample as it is given, and then as it is after every timestep."""
     yield sample
     for timestep in timesteps:
         answer = pipeline.denoiser(pipeline.scheduler.scale_model_input(sample, timestep), timestep).sample
@@ -32,9 +32,9 @@ def denoised_step_by_step(pipeline, sample, timesteps):
 
 
 def strip(steps):
-    """Put some of the steps side by side, each one's images below each other, as bytes (height, width) of one channel.
+    """Put some of the steps side by side, with the images of each in a column, as bytes (height, width).
 
-    Images have white frames of a pixel.
+    Images of one channel are expected. Each has a white frame of one pixel.
     """
     chosen = torch.linspace(0, len(steps) - 1, SHOWN).round().int().tolist()
     framed = [torch.nn.functional.pad(steps[number][:, 0], (1, 1, 1, 1), value=1.0) for number in chosen]
@@ -61,14 +61,15 @@ def main():
     sigma = timestep_to_sigma(scheduler, half[0])
     noisy, _ = add_noise(scheduler, clean, noise, sigma)
     from_images = list(denoised_step_by_step(pipeline, noisy, half))
-    print(f"Noise begins at sigma {timestep_to_sigma(scheduler, scheduler.timesteps[0]):.1f}, images at {sigma:.2f}.")
+    start = timestep_to_sigma(scheduler, scheduler.timesteps[0])
+    print(f"Noise begins at sigma {start:.1f}, and images begin at sigma {sigma:.2f}.")
 
     pixels = torch.cat([strip(from_noise), strip(from_images)])
     picture = Path("runs", "sample_step_by_step.png")
     picture.parent.mkdir(exist_ok=True)
     image = Image.fromarray(pixels.numpy())
     image.resize((image.width * 6, image.height * 6), Image.Resampling.NEAREST).save(picture)
-    print(f"From left to right, steps from noise to images: {picture}")
+    print(f"The steps from noise to images, from left to right, are in {picture}.")
 
 
 if __name__ == "__main__":

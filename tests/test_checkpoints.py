@@ -281,7 +281,7 @@ def test_a_variant_is_what_was_asked_for(layouts, tmp_path, layout):
             denoiser = getattr(opened, "ddae", opened).denoiser
             assert fingerprint(denoiser) == fingerprint(expected)
     for cls in (DDAEModel, DDAEForImageClassification, DDAEPipeline):
-        with pytest.raises(ValueError, match=r"has no \w+\.fp16\.safetensors in .* \(variants that are there: ema\)"):
+        with pytest.raises(ValueError, match=r"has no \w+\.fp16\.safetensors in .* \(available variants: ema\)"):
             cls.from_pretrained(tmp_path, variant="fp16", **where)
 
 
@@ -413,7 +413,7 @@ OPENERS = [
 
 @pytest.mark.parametrize("open_checkpoint", OPENERS)
 def test_what_is_no_checkpoint_is_refused(open_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="is no checkpoint that ddae_hf can open"):
+    with pytest.raises(ValueError, match="is not a checkpoint that ddae_hf can open"):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ValueError, match="found: vit"):

@@ -204,7 +204,7 @@ def test_what_a_dit_file_does_not_say_is_asked_for():
         convert_dit({**dit_state(depth=1), "blocks.0.ls1": torch.ones(64)}, num_heads=4)
     state = dit_state(depth=1)
     state |= random_state(linear("blocks.0.mlp.fc1", 128, 64) | linear("blocks.0.mlp.fc2", 64, 128))
-    with pytest.raises(ValueError, match=r"does not hold these weights.*\(128,\) in the file and \(256,\)"):
+    with pytest.raises(ValueError, match=r"cannot hold these weights.*\(\(128,\) in the file, \(256,\) in the"):
         convert_dit(state, num_heads=4)
 
 
@@ -433,7 +433,7 @@ def test_a_file_that_names_a_function_does_not_run_it(tmp_path, save):
         (getattr, ("", "join"), r"(builtins|__builtin__)\.getattr"),
     ):
         save({"ema": Evil(function, *args)}, tmp_path / "evil.pkl")
-        with pytest.raises(ValueError, match=f"names {name}" if save is torch.save else "it is no torch file"):
+        with pytest.raises(ValueError, match=f"names {name}" if save is torch.save else "it is not a torch file"):
             convert(tmp_path / "evil.pkl")
     assert not mark.exists()
 
@@ -445,7 +445,7 @@ def test_what_an_allowed_name_is_given_does_not_run_either(tmp_path):
     # The class itself is given a state, and an entry of a module is asked for by a dotted name.
     states = (b"ccollections\nOrderedDict\n}b.", b"\x80\x04\x8c\x02os\x8c\x04path\x93.")
     for pickled in (pickle.dumps({"ema": evil}), *states):
-        for start, reason in ((b"", "it is no torch file"), (OLD_START, "restricted loader")):
+        for start, reason in ((b"", "it is not a torch file"), (OLD_START, "restricted loader")):
             (tmp_path / "evil.pkl").write_bytes(start + pickled)
             with pytest.raises(ValueError, match=reason):
                 convert(tmp_path / "evil.pkl")
@@ -455,13 +455,13 @@ def test_what_an_allowed_name_is_given_does_not_run_either(tmp_path):
 def test_files_of_no_known_kind_are_refused(tmp_path):
     for name, content in (("other.pt", {"state_dict": {}, "epoch": 3}), ("list.pt", [1, 2])):
         torch.save(content, tmp_path / name)
-        with pytest.raises(ValueError, match="no checkpoint of a known kind"):
+        with pytest.raises(ValueError, match="not a checkpoint of a known kind"):
             convert(tmp_path / name)
     torch.save(dit_state(depth=1), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert convert(tmp_path / "old.pt", num_heads=4).denoiser.config.num_layers == 1
     (tmp_path / "cut.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:20_000])
     (tmp_path / "text.pt").write_text("Not found")
-    for name, reason in (("cut.pt", "restricted loader"), ("text.pt", "it is no torch file"), ("no.pt", "is no file")):
+    for name, reason in (("cut.pt", "restricted loader"), ("text.pt", "not a torch file"), ("no.pt", "is not a file")):
         with pytest.raises(ValueError, match=reason):
             convert(tmp_path / name)
 
@@ -472,7 +472,7 @@ def test_a_small_file_cannot_claim_a_large_network(tmp_path):
     claims = {
         "blocks": (state | {"blocks.19999.x": torch.zeros(1)}, "not numbered from 0 on"),
         "positions": (state | {"pos_embed": expanded}, "pos_embed of shape .* has fewer values"),
-        "kernel": (state | {"x_embedder.proj.weight": torch.zeros(64)}, "must have four sides"),
+        "kernel": (state | {"x_embedder.proj.weight": torch.zeros(64)}, "it must have four dimensions"),
         "classes": ({"ema": state, "args": argparse.Namespace(num_classes="ten")}, "not laid out as networks"),
     }
     for name, (content, reason) in claims.items():
@@ -558,7 +558,7 @@ def torch_file(folder, kind, content):
 
 def test_what_a_file_costs_is_bounded_by_its_size(tmp_path):
     """In a process of its own, whose memory is measured, and which is stopped where a file takes too long."""
-    files = [(name, content, "it is no torch file") for name, content, _ in claims_of_pickles()]
+    files = [(name, content, "it is not a torch file") for name, content, _ in claims_of_pickles()]
     files += [(f"torch: {name}", OLD_START + content, reason) for name, content, reason in claims_of_pickles()]
     for kind, name, content, reason in claims_of_torch_files(tmp_path):
         files.append((f"{kind}: {name}", torch_file(tmp_path, kind, content), reason))
@@ -606,14 +606,14 @@ def test_tensors_that_share_their_values_claim_no_large_network(tmp_path):
     state, values = dit_state(depth=1), torch.zeros(200_000)
     shared = {f"blocks.{i}.attn.qkv.weight": values.view(400, 500) for i in range(100)}
     torch.save(state | shared, tmp_path / "shared.pt")
-    with pytest.raises(ValueError, match="The tensors share their values: they claim .* bytes of"):
+    with pytest.raises(ValueError, match="The tensors share their values: they claim .* bytes, but the file holds"):
         convert(tmp_path / "shared.pt", num_heads=4)
     wide = {"x_embedder.proj.weight": torch.zeros(200_000, 4, 1, 1), "pos_embed": torch.zeros(1, 16, 200_000)}
     torch.save(state | wide, tmp_path / "wide.pt")
 
     def read():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with pytest.raises(ValueError, match="does not hold these weights: .* differ in shape"):
+        with pytest.raises(ValueError, match="cannot hold these weights: .* differ in shape"):
             convert(tmp_path / "wide.pt", num_heads=4)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 

@@ -91,7 +91,7 @@ def test_a_base_whose_weights_changed_is_refused(generator, tmp_path):
         changed.conv_in.bias[0] += 1e-6  # less than bfloat16 could tell
     DDAEPipeline(changed, DDIMScheduler()).save_pretrained(generator)
     for cls in (DDAEForImageClassification, DDAEPipeline):
-        with pytest.raises(ValueError, match=r"have changed since.*Bring back the base"):
+        with pytest.raises(ValueError, match=r"have changed since.*Restore the base"):
             cls.from_pretrained(tmp_path / "head")
     given = DDAEPipeline.from_pretrained(tmp_path / "head", unet=make_unet(seed=2)).unet  # which needs no base
     assert torch.equal(given.conv_in.weight, make_unet(seed=2).conv_in.weight)
@@ -150,7 +150,7 @@ def test_a_config_that_says_whole_needs_weights(generator, tmp_path):
             cls.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"weights": "half"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"says `weights: 'half'`: known are whole, head"):
+    with pytest.raises(ValueError, match=r"says `weights: 'half'`: allowed are whole, head"):
         DDAEModel.from_pretrained(tmp_path)
 
 
@@ -177,14 +177,14 @@ def test_a_folder_is_no_base_of_its_own_head(generator, tmp_path, monkeypatch, w
     monkeypatch.chdir(tmp_path)
     base = {"path": tmp_path / "whole", "relative": os.path.join("generator", "..", "whole"), "link": "link"}[way]
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"would take the place of what it needs"):
+    with pytest.raises(ValueError, match=r"would replace what it needs"):
         model.save_head(tmp_path / "whole", base=base)
-    with pytest.raises(ValueError, match=r"would take the place of what it needs"):
+    with pytest.raises(ValueError, match=r"would replace what it needs"):
         model.save_head(tmp_path / "whole", base=tmp_path, subfolder="whole")
     # Nor is what reaches it: the head elsewhere needs the folder.
     model.save_head(tmp_path / "head", base=base)
     before |= {file.relative_to(tmp_path): file.read_bytes() for file in (tmp_path / "head").iterdir()}
-    with pytest.raises(ValueError, match=r"or reaches it"):
+    with pytest.raises(ValueError, match=r"or depends on it"):
         model.save_head(tmp_path / "whole", base=tmp_path / "head")
     assert contents(tmp_path) == before
 
@@ -251,7 +251,7 @@ def test_a_head_knows_the_variant_of_its_base(generator, images, tmp_path, place
     model = classifier_of(generator, variant="ema")
     assert torch.equal(model.ddae.denoiser.conv_in.weight, averaged.conv_in.weight)
     folder, base = (generator, None) if place == "beside" else (tmp_path / "head", generator)
-    with pytest.raises(ValueError, match="needs its name as `variant`"):
+    with pytest.raises(ValueError, match="pass its name as `variant`"):
         model.save_head(folder, base=base)
     model.save_head(folder, base=base, variant="ema")
     opened = DDAEForImageClassification.from_pretrained(folder)

@@ -236,7 +236,7 @@ def test_quarters_are_those_of_torchs_own_pooling(height, width):
 
 
 def test_quarters_of_tokens_need_a_square():
-    with pytest.raises(ValueError, match="12 tokens came, which are no square"):
+    with pytest.raises(ValueError, match="12 tokens do not form a square"):
         pool_hidden_states(torch.randn(2, 12, 4), "mean_2x2")
 
 

@@ -201,7 +201,7 @@ def test_without_resizing_images_are_cut_or_left_as_they_are():
     raw = {"do_resize": False, "do_rescale": False, "do_normalize": False}
     assert np.array_equal(process(RGB, **raw)[0], image[:, 6:14, 11:19])
     assert np.array_equal(process(RGB, do_center_crop=False, **raw)[0], image)
-    with pytest.raises(ValueError, match="20x30 pixels .* no 32x32"):
+    with pytest.raises(ValueError, match="20x30 pixels .* to cut 32x32 pixels"):
         process(RGB, side=32, **raw)
 
 

@@ -222,7 +222,7 @@ def test_a_bare_network_of_latents_is_completed_and_not_clipped(tmp_path, latent
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(ValueError, match="clip_denoised clips to"):
         pipe(2, 0, num_inference_steps=3, sampler="heun", clip_denoised=True)
-    with pytest.raises(ValueError, match="`get_label_ids` gives those of names"):
+    with pytest.raises(ValueError, match="`get_label_ids` turns names into them"):
         DDAEPipeline.from_pretrained(latent_dit)(class_labels=["goldfish"])
 
 
@@ -248,7 +248,7 @@ def test_what_does_not_go_together_is_refused(latent_dit, tmp_path):
     with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):
         DDAEModel.from_pretrained(latent_dit)(torch.zeros(1, 4, 8, 8))
     make_dit(in_channels=4).save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match="has no vae: a config of one without its weights"):
+    with pytest.raises(ValueError, match="has no vae: a vae's config is of no use"):
         DDAEModel.from_pretrained(tmp_path / "bare", vae=vae, scheduler={"_class_name": "DDIMScheduler"})
     pipe = DDAEPipeline(transformer=make_dit(in_channels=4), scheduler=DDIMScheduler(), vae=make_vae())
     pipe.save_pretrained(tmp_path / "half")

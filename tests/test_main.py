@@ -65,7 +65,7 @@ def test_an_unknown_command_is_refused_with_the_nearest(capsys):
     everything = ", ".join(program.COMMANDS)
     for word, near in (("pretrian", "pretrain, transfer"), ("xyzzy", everything), ("--configs", "configs")):
         assert refused(word) == 2
-        assert capsys.readouterr().err == f"ddae: there is no command {word!r}. Near to it: {near}.\n"
+        assert capsys.readouterr().err == f"ddae: there is no command {word!r}. The nearest: {near}.\n"
 
 
 def test_the_version_is_that_of_the_package(capsys):
@@ -84,7 +84,7 @@ def test_several_processes_share_the_commands_that_are_made_for_them_alone(name,
         assert started == [(f".{name.replace('-', '_')}", ["--seed", "1"])]
     else:
         said = refused(name)
-        assert said.startswith(f"ddae {name} works on one process, and 2 were launched") and not started
+        assert said.startswith(f"ddae {name} runs as one process, but 2 were launched") and not started
     monkeypatch.setenv("WORLD_SIZE", "1")
     started.clear()
     program.main([name])

@@ -208,7 +208,7 @@ def test_a_conditional_denoiser_takes_its_null_class_or_labels(images):
 
 
 def test_names_are_of_the_classes_that_there_are():
-    with pytest.raises(ValueError, match="id2label names the class 5, but of this network its labels are 0 to 1"):
+    with pytest.raises(ValueError, match="id2label names the class 5, but this network has the labels 0 to 1"):
         make_model(num_labels=2, id2label={0: "cat", 5: "dog"})
     with pytest.warns(UserWarning, match="Several classes are named 'crane'.*`label2id`"):
         make_model(num_labels=3, id2label={0: "crane", 1: "cat", 2: "crane"})

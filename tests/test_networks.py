@@ -141,10 +141,10 @@ def test_parts_follow_each_other_in_forward_order():
 def test_options_that_no_network_or_scheduler_can_be_built_from_are_refused():
     network = {"_class_name": "UNet2DModel", "sample_size": 32}
     for wrong in ({"layers_per_block": "x"}, {"block_out_channels": 3}):
-        with pytest.raises(ValueError, match="denoiser: UNet2DModel cannot be built so: "):
+        with pytest.raises(ValueError, match="denoiser: UNet2DModel cannot be built from this config: "):
             build_denoiser(network | wrong)
     for wrong in ({"beta_start": "x"}, {"beta_schedule": "x"}, {"num_train_timesteps": -3}):
-        with pytest.raises(ValueError, match="scheduler: DDPMScheduler cannot be built so: "):
+        with pytest.raises(ValueError, match="scheduler: DDPMScheduler cannot be built from this config: "):
             build_scheduler({"_class_name": "DDPMScheduler", **wrong})
     with pytest.raises(ValueError, match="The scheduler's sigma is from nan to nan: give it betas between 0 and 1"):
         DDAEConfig(denoiser=plain_config(make_unet()), scheduler=plain_config(DDPMScheduler(beta_start=-1)), timestep=0)

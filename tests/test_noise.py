@@ -298,7 +298,7 @@ def test_levels_can_be_mapped_over(scheduler, images):
 
 def test_one_level_or_one_an_image_comes(scheduler, images):
     for sigma in (torch.full((4,), 0.5), torch.full((5, 1, 1, 1), 0.5)):
-        with pytest.raises(ValueError, match="for 5 images: pass a scalar, or one each"):
+        with pytest.raises(ValueError, match="for 5 images: pass a scalar, or one sigma for each image"):
             add_noise(scheduler, images, images, sigma)
 
 
@@ -358,7 +358,7 @@ def test_edms_ends_as_they_are_printed_are_inside():
 def test_levels_that_cannot_be_are_refused(images, options):
     scheduler = EDMEulerScheduler()
     scheduler.register_to_config(**options)
-    with pytest.raises(ValueError, match="they must be positive, and sigma_min the smaller"):
+    with pytest.raises(ValueError, match="they must be positive, and sigma_min must be smaller"):
         family_of(scheduler).sigma_range()
 
 

@@ -425,18 +425,18 @@ def test_classes_are_found_by_whole_names_and_by_parts_of_them():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({5: "cat"}, "id2label names the class 5, but of this network its labels are 0 to 4"),
+        ({5: "cat"}, "id2label names the class 5, but this network has the labels 0 to 4"),
         ({-1: "cat"}, "id2label names the class -1"),
         ({1.5: "cat"}, "id2label names the class 1.5"),
         ({"cat": 0}, "id2label names the class 'cat'"),
         ({1: "cat", "1": "dog"}, "id2label names the class 1 twice: 'cat' and 'dog'"),
-        ({1: 2}, "id2label names the class 1 2: names are text"),
+        ({1: 2}, "id2label names the class 1 2: names must be text"),
     ],
 )
 def test_names_of_classes_that_there_are_not_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         DDAEPipeline(make_unet(num_class_embeds=5), DDIMScheduler(), id2label=names)
-    with pytest.raises(ValueError, match="it tells no classes apart"):
+    with pytest.raises(ValueError, match="this network has no classes"):
         DDAEPipeline(make_unet(), DDIMScheduler(), id2label={0: "cat"})
 
 

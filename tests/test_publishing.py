@@ -224,7 +224,7 @@ def test_facts_that_runs_add_are_shown(runs, digits, tmp_path):
 def test_what_cannot_be_is_refused(runs, layouts, tmp_path):
     with pytest.raises(ValueError, match="nowhere is no folder"):
         make_card(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no checkpoint that ddae_hf can open"):
+    with pytest.raises(ValueError, match="not a checkpoint that ddae_hf can open"):
         make_card(tmp_path)
     with pytest.raises(ValueError, match="nothing is no folder"):
         make_card(layouts / "flat", results=[tmp_path / "nothing"])
@@ -474,5 +474,5 @@ def test_a_card_is_written_without_a_push_too(local, server, tmp_path):
     save_card(tmp_path)  # keeps what nothing but the card says
     assert yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1]) == written
     assert len(server.requests) == before
-    with pytest.raises(ValueError, match="is complete, but for its card: .* no checkpoint"):
+    with pytest.raises(ValueError, match="is complete, but for its card: .* not a checkpoint"):
         publish(HubOptions(), tmp_path / "scheduler", "Nothing")

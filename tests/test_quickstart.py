@@ -118,7 +118,7 @@ def test_another_run_keeps_what_is_there_and_trains_nothing_again(folder, capsys
     assert before.keys() <= after.keys()
     assert "is complete, after 3 steps: there is nothing left to do" in caplog.text
     said, shown = capsys.readouterr()
-    assert f"{quickstart.NUM_SAMPLES} images in {folder}/samples, 0 of them made now" in said
+    assert f"{quickstart.NUM_SAMPLES} images are in {folder}/samples, 0 of them made now" in said
     assert "Training:" not in shown and "Batches:" not in shown  # no bar of what there is nothing of
     kept = [path for path in before if is_long_work(path)]
     assert len(kept) > 100 + 20 and [path for path in kept if before[path] != after[path]] == []
@@ -131,7 +131,7 @@ def test_other_steps_than_those_of_a_finished_training_are_refused_before_anythi
         with pytest.raises(SystemExit) as stopped:
             commands.run("quickstart", *steps, "--output_dir", folder)
         assert stopped.value.code == (
-            f"{folder}/checkpoint was trained for 3 steps, and {wanted} are asked for: give max_train_steps 3, which "
+            f"{folder}/checkpoint was trained for 3 steps, but {wanted} are asked for: give max_train_steps 3, which "
             "keeps it, or another output_dir."
         )
     assert files(folder) == before

@@ -47,7 +47,7 @@ def test_what_was_interrupted_ends_with_the_status_of_its_signal(number, capsys)
 def test_what_keeps_nothing_of_its_own_is_interrupted_with_a_sentence_too(capsys):
     with pytest.raises(SystemExit) as stopped, sentences():
         raise KeyboardInterrupt
-    assert stopped.value.code == 130 and "starts again where nothing is" in capsys.readouterr().err
+    assert stopped.value.code == 130 and "starts again if nothing was" in capsys.readouterr().err
 
 
 def test_sigterm_ends_as_ctrl_c_does_and_temporary_folders_go(capsys):
@@ -58,7 +58,7 @@ def test_sigterm_ends_as_ctrl_c_does_and_temporary_folders_go(capsys):
             signal.raise_signal(signal.SIGTERM)
         finally:
             signal.raise_signal(signal.SIGTERM)  # as launchers repeat it
-    assert stopped.value.code == 143 and "starts again where nothing is" in capsys.readouterr().err
+    assert stopped.value.code == 143 and "starts again if nothing was" in capsys.readouterr().err
     assert not Path(folder).exists() and signal.getsignal(signal.SIGTERM) == before
 
 

@@ -519,7 +519,7 @@ def test_a_run_that_cannot_be_swept_is_refused_at_once(run_folder, digits, tmp_p
     with pytest.raises(SystemExit, match="push_to_hub pushes one classifier"):
         commands.run("sweep", *options, run_folder, "--push_to_hub")
     (run_folder / "checkpoint-6").mkdir()
-    with pytest.raises(SystemExit, match="checkpoint-6 is no checkpoint"):
+    with pytest.raises(SystemExit, match="checkpoint-6 is not a checkpoint"):
         commands.run("sweep", *options, run_folder)
     with pytest.raises(SystemExit, match="no folder `checkpoint-STEP`"):
         commands.run("sweep", *options, tmp_path)

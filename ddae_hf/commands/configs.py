@@ -3,7 +3,7 @@
     ddae configs
     ddae configs cifar10_ddpm_unet
 
-What is shown has all options, those of its `base` too: saved as a file, it is a configuration to change.
+A configuration is shown with all its options, those of its `base` too. Save it as a file to change it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Arguments(Options):
     """What is shown."""
 
     first_word: ClassVar[str] = "name"
-    name: str | None = option(None, "The configuration to show; its name alone will do. By default all are listed.")
+    name: str | None = option(None, "The configuration to show; the name alone is enough. By default all are listed.")
 
 
 KINDS = (Arguments,)

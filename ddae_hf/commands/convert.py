@@ -3,8 +3,8 @@
     ddae convert DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --output_dir runs/dit_xl_2
     ddae convert model_1999.pth --framework ddpm --output_dir runs/ddpm_unet
 
-What the file holds is seen from its content; which files are known, and how exact their conversions are, says
-`docs/guides/converting.md`. Nothing that a file names is run.
+The command recognises what the file holds by its content. `docs/guides/converting.md` says which files are known, and
+how exact their conversions are. Nothing that a file names is run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..experiments.options import option
 
 @dataclass(kw_only=True)
 class Arguments(ConversionOptions):
-    """What is converted, and where to."""
+    """What is converted, and where it goes."""
 
     first_word: ClassVar[str] = "checkpoint"
-    checkpoint: str = option(help="The file; its name alone, in front of all options, will do.")
+    checkpoint: str = option(help="The file; its name alone, in front of all options, is enough.")
     output_dir: str = option(help="Folder to write; it must not hold anything yet.")
 
 

@@ -26,9 +26,9 @@ from ..experiments.options import option
 class Arguments(DemoOptions):
     """What the page shows, and where."""
 
-    host: str | None = option(None, "Address to listen on; by default this machine's own alone.")
+    host: str | None = option(None, "Address to listen on; by default only this machine can open the page.")
     port: int | None = option(None, "Port; by default the first free one from 7860 on.")
-    space_dir: str | None = option(None, "Folder to lay as a Space, new or empty, in place of opening the page.")
+    space_dir: str | None = option(None, "New or empty folder to write a Space to, in place of opening the page.")
 
 
 KINDS = (DataOptions, Arguments)
@@ -53,6 +53,6 @@ def main(data: DataOptions, options: Arguments) -> None:
     folder = Path(options.space_dir)
     missing = lay_space(folder, data, options)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder} is a Space of {size / 1e6:.1f} MB; try it: cd {folder} && python app.py")
+    print(f"{folder} is a Space of {size / 1e6:.1f} MB. To try it: cd {folder} && python app.py")
     if missing:
         print(f"It has no sweep. {missing}")

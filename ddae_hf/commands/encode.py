@@ -3,7 +3,8 @@ r"""Encode images by a VAE once, so that denoisers of latents train on them with
     ddae encode --vae runs/cifar10_vae --dataset_name uoft-cs/cifar10 --mirror --output_dir runs/cifar10_latents
     ddae pretrain --config cifar10_latent_dit --latents_dir runs/cifar10_latents --output_dir runs/latent_dit
 
-Latents are kept in float16: 8 KiB an image of 256 pixels with the usual VAE, in files that are read a batch at a time.
+Latents are kept in float16, in files that are read a batch at a time. With the usual VAE, an image of 256x256 pixels
+takes 8 KiB.
 An interrupted run goes on where it stopped. Labels are kept beside them where the data set has any.
 """
 
@@ -18,7 +19,7 @@ from ..experiments.options import option
 
 @dataclass(kw_only=True)
 class Arguments(EncodingOptions):
-    """What encodes."""
+    """The options of encoding, and the VAE that encodes."""
 
     vae: str = option(help="Folder or Hub id of an AutoencoderKL, or of a checkpoint that has one.")
 
@@ -30,4 +31,4 @@ def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
     folder = encode(options.vae, data.open(options.cache_dir), options)
     count = folder.index["splits"]["train"]["count"]
-    print(f"{count:,} images in {folder.folder}, {folder.views('train')} view(s) each.")
+    print(f"{count:,} images are in {folder.folder}, with {folder.views('train')} view(s) of each.")

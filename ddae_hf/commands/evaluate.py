@@ -4,9 +4,9 @@ r"""Measure how far a checkpoint's images are from real ones: Frechet and kernel
         --dataset_name uoft-cs/cifar10 --baseline_split test --extractor transformers:facebook/dinov2-base \
         --output_dir runs/cifar10_generation
 
-Images are sampled into `images` of the output folder, number i from seed `--seed` + i; interrupted sampling goes on
-with the same command, and several processes share it: `accelerate launch -m ddae_hf evaluate`. `--images_dir` measures
-images that are there already. `--extractor` is `ddae:PATH`, `transformers:PATH` or `inception`.
+Images are sampled into the folder `images` of the output folder, and image number i comes from seed `--seed` + i. The
+same command goes on with interrupted sampling. Several processes can share it: `accelerate launch -m ddae_hf evaluate`.
+`--images_dir` measures images that exist already. `--extractor` is `ddae:PATH`, `transformers:PATH` or `inception`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..experiments.options import option
 
 @dataclass(kw_only=True)
 class Arguments(EvaluationOptions):
-    """What is measured, and where to."""
+    """What is measured, and where the results go."""
 
     model_name_or_path: str | None = option(None, "Checkpoint to sample from, folder or Hub id, in any layout.")
-    images_dir: str | None = option(None, "In place of a checkpoint: a folder of images, and of folders of them.")
+    images_dir: str | None = option(None, "In place of a checkpoint: a folder of images, also in sub-folders.")
     output_dir: str = option("runs/generation", "Folder of the images and their figures.")
     features_dir: str = option("runs/features", "Where features are kept.")
 
     def check(self) -> None:
-        """Refuse both of a checkpoint and images, or neither."""
+        """Refuse a checkpoint together with images, or neither."""
         super().check()
         if (self.model_name_or_path is None) == (self.images_dir is None):
             raise ValueError("Give one of model_name_or_path and images_dir.")

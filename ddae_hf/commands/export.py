@@ -18,7 +18,7 @@ from ..experiments.options import option
 
 @dataclass(kw_only=True)
 class Arguments(ExportOptions):
-    """Whose features are exported."""
+    """The options of an export, and the checkpoint whose features are exported."""
 
     model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
 

@@ -20,7 +20,7 @@ from .running import is_main_process
 
 @dataclass(kw_only=True)
 class Arguments(GenerationOptions):
-    """What generates, and where to."""
+    """What generates, and where the images go."""
 
     model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
     output_dir: str = option("runs/samples", "Folder of the images 00000.png, ... and grid.png.")
@@ -36,4 +36,4 @@ def main(options: Arguments) -> None:
     if is_main_process():
         grid = Path(options.output_dir) / "grid.png"
         image_grid(samples[: options.grid_images]).save(grid)
-        print(f"{len(samples)} images in {options.output_dir}, {samples.made} of them made now; look at {grid}.")
+        print(f"{len(samples)} images are in {options.output_dir}, {samples.made} of them made now. Look at {grid}.")

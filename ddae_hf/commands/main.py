@@ -28,20 +28,20 @@ COMMANDS = {
     "export": "write features to parquet or npy files",
     "correspondence": "find the points of an image again in a warped copy of it",
     "convert": "convert a published checkpoint of another code base",
-    "demo": "show a checkpoint on a page of one's own, or lay a Space of it",
+    "demo": "show a checkpoint on a local web page, or write a Space of it",
     "configs": "list the configurations that --config takes by name",
 }
-SHARED = ("pretrain", "generate", "evaluate", "finetune", "train-vae")  # which several processes can share
-EXTRAS = {"demo": "demo", "quickstart": "quickstart"}  # where not `experiments`
+SHARED = ("pretrain", "generate", "evaluate", "finetune", "train-vae")  # commands that several processes can share
+EXTRAS = {"demo": "demo", "quickstart": "quickstart"}  # what commands need in place of `experiments`
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Run a command, by default that of this process's words, with threads that leave the processor while they wait.
+    """Run a command, by default the one that this process was given, with threads that yield the cores while waiting.
 
-    torch's threads spin at every barrier. That gains a little on an idle machine and costs several times as much where
-    other programs are on the cores. The OpenMP library reads its settings when it is loaded, which importing this
-    package does, and so the program starts itself again. What the user has set stays.
+    torch's threads spin at every barrier. That gains a little on an idle machine, and costs several times as much where
+    other programs use the cores. The OpenMP library reads its settings when it is loaded, which happens when this
+    package is imported, so the program starts itself again. Settings of the user's own stay.
     """
     waits = any(name in os.environ for name in WAITING) or os.environ.get("OMP_NUM_THREADS") == "1"
     words = list(sys.argv[1:] if argv is None else argv)
@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.5) or COMMANDS
-        print(f"ddae: there is no command {words[0]!r}. Near to it: {', '.join(near)}.", file=sys.stderr)
+        print(f"ddae: there is no command {words[0]!r}. The nearest: {', '.join(near)}.", file=sys.stderr)
         raise SystemExit(2)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and name not in SHARED:
         raise SystemExit(
-            f"ddae {name} works on one process, and {processes} were launched: start it without `accelerate launch`. "
-            f"Several can share {', '.join(SHARED)}."
+            f"ddae {name} runs as one process, but {processes} were launched: start it without `accelerate launch`. "
+            f"The commands that several processes can share are {', '.join(SHARED)}."
         )
     try:
         from . import running
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
             raise
-        from ..experiments.libraries import not_installed  # which `ddae --help` needs not
+        from ..experiments.libraries import not_installed  # `ddae --help` does not need it
 
         raise SystemExit(not_installed(f"ddae {name}", error.name, EXTRAS.get(name, "experiments"))) from error
     running.run_command(command, words[1:])
 
 
 def overview() -> str:
-    """Return what `ddae --help` says: every command with a line."""
+    """Return what `ddae --help` says: a line for every command."""
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{line}" for name, line in COMMANDS.items()]
     head = "usage: ddae COMMAND [options]\n\nOne network generates images and classifies them.\n\ncommands:"

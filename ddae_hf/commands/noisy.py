@@ -4,7 +4,7 @@ r"""Classify noisy images: a small network on a frozen denoiser's features, agai
         --num_views 10 --random_flip --wide_resnet 10 --random_crop 4 --output_dir runs/noisy_classifier
 
 See `ddae_hf.experiments.classify_noisy`. The output folder holds `accuracy.png`, `eval_results.json`, and the
-weights in `mlp` and `wide_resnet`. The same command resumes.
+weights in `mlp` and `wide_resnet`. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..experiments.options import Options, Table, nearest, read_yaml, unknown
 from ..experiments.run_folder import OPTIONS, with_present_names
 
 CONFIGS = Path(__file__).parent / "configs"
-# What `--help` puts together; what is named nowhere here is the experiment's own.
+# The groups that `--help` shows. An option that is in none of them is the experiment's own.
 GROUPS = {
     "data": """dataset_name dataset_config_name train_data_dir image_column label_column skip_bad_images split
         train_split test_split max_samples max_train_samples max_test_samples few_labels held_out latents_dir
@@ -42,7 +42,7 @@ GROUPS = {
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions as they are written; options by one of their spellings, with their defaults where they have any."""
+    """Shows descriptions as they are written, and options in one spelling, with their defaults where they have any."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         words = [word for word in action.option_strings if "-" not in word.lstrip("-")]
@@ -57,7 +57,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 class _Parser(HfArgumentParser):
-    """One that says what is wrong, and where all options are listed, in place of listing them."""
+    """A parser that says what is wrong and where all options are listed, in place of listing them."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` lists all options.\n")
@@ -69,16 +69,16 @@ def parse(
     argv: Sequence[str] | None = None,
     prog: str | None = None,
 ) -> Any:
-    """Return options of several kinds, those of the command line over those of the YAML file that `--config` names.
+    """Return options of several kinds; the command line goes before the YAML file that `--config` names.
 
-    What cannot work ends the program with a message. Options are spelt out: argparse would take `--conf FILE` for
-    `--config`, whose options had then been left out.
+    Options that cannot work end the program with a message. Options must be spelt out: argparse would take `--conf
+    FILE` for `--config`, but the file's options would be left out.
 
     Args:
-        kinds: Dataclasses of options, with no two names alike.
+        kinds: Dataclasses of options, in which no name comes twice.
         description: What `--help` says of the command.
-        argv: The words after the command's name; by default those of this process. A first one that is no option is
-            the value of what the options' `first_word` names.
+        argv: The words after the command's name; by default those of this process. If the first one is not an option,
+            it is the value of the option that `first_word` names.
         prog: The command's name.
     """
     parser: Any = _Parser(
@@ -98,7 +98,7 @@ def parse(
             action.nargs = "*"
         elif action.type is Table:
             action.type = str  # its dataclass reads it
-    config = "YAML file of options, or a configuration's name (`ddae configs`): what differs from the defaults."
+    config = "YAML file of the options that differ from the defaults, or a name that `ddae configs` lists."
     parser.add_argument("--config", help=config)
     _group(parser)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -130,10 +130,10 @@ def _group(parser: Any) -> None:
 
 
 def find_config(name: str) -> Path:
-    """Return the file of a configuration: one that is there, or one of the package's by name.
+    """Return the file of a configuration: an existing file, or one of the package's by its name.
 
     Raises:
-        ValueError: Neither, with the nearest names.
+        ValueError: There is neither; the message gives the nearest names.
     """
     path = Path(name)
     if path.is_file():
@@ -149,12 +149,12 @@ def find_config(name: str) -> Path:
 
 
 def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return a YAML file's options over those of the files beside it that its `base` names, later ones first.
+    """Return a YAML file's options, which go before those of the files beside it that its `base` names, the last first.
 
     A mapping (`denoiser`, `scheduler`) is merged with the base's, unless it names another class.
 
     Raises:
-        ValueError: No such file, one that is its own base, or one that holds something else than options.
+        ValueError: No such file, a file that is its own base, or one that holds something other than options.
     """
     if path in inside or not path.is_file():
         what = "names itself as its base" if path in inside else "there is no such file"
@@ -164,7 +164,7 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
     if not isinstance(own, dict):
-        raise ValueError(f"{path} must hold options, `name: value`, and holds a {type(own).__name__}.")
+        raise ValueError(f"{path} must hold options, `name: value`, but holds a {type(own).__name__}.")
     bases = own.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
@@ -181,11 +181,11 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _of_file(path: Path, parser: Any) -> dict[str, Any]:
-    """Return a file's options as their dataclasses take them, which the command line then need not give."""
+    """Return a file's options as their dataclasses take them; the command line then need not give these."""
     options = read_config(path)
     if path.name == OPTIONS:
         options = with_present_names(options)
-        options.pop("config", None)  # which a run of 0.2.0 noted, with all that this file had said
+        options.pop("config", None)  # a run of 0.2.0 noted it, with all options that it held
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
     found = {}
     for name, value in options.items():
@@ -198,7 +198,7 @@ def _of_file(path: Path, parser: Any) -> dict[str, Any]:
 
 
 def _as_meant(action: argparse.Action, value: Any) -> Any:
-    """Return what a file says of an option, where YAML takes it for something else, or of a list for its one item."""
+    """Return what a file means by an option's value, where YAML reads it otherwise or one item stands for a list."""
     if isinstance(value, bool) and action.choices:
         return "yes" if value else "no"  # words that YAML takes, unquoted, for true and false
     if action.nargs in ("+", "*"):

@@ -6,7 +6,7 @@ r"""Train a denoiser on images, which need no labels, or on the latents that `dd
     ddae pretrain --config cifar10_latent_dit --latents_dir runs/cifar10_latents --output_dir runs/cifar10_latent_dit
 
 The output folder opens with `DDAEPipeline.from_pretrained` and `DDAEForImageClassification.from_pretrained` as the
-network of averaged (EMA) weights; the weights that the optimiser left are in its sub-folder `raw`, which opens alike.
+network of averaged (EMA) weights. The weights that the optimiser left are in its sub-folder `raw`, which opens too.
 Both hold the VAE of the latents that they were trained on.
 """
 
@@ -24,7 +24,7 @@ from .running import is_main_process
 
 @dataclass(kw_only=True)
 class Arguments(PretrainingOptions):
-    """What is trained on, and where to."""
+    """What is trained on, and where the checkpoint goes."""
 
     output_dir: str = option("runs/pretrain", "Folder of checkpoints, samples and logs.")
     latents_dir: str | None = option(None, "Folder that `ddae encode` wrote, in place of a data set of images.")
@@ -45,7 +45,7 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     else:
         given = [name for name, value in (data.to_dict() | {"streaming": options.streaming}).items() if value]
         if given:
-            raise ValueError(f"{given[0]} does not go with latents_dir, which says what its latents are of.")
+            raise ValueError(f"{given[0]} does not go with latents_dir, which fixes what is trained on: leave it out.")
         images = LatentFolder(options.latents_dir)
     result = pretrain(images, options)
     if is_main_process():

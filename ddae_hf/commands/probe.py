@@ -6,7 +6,7 @@ r"""Train a linear classifier on a denoiser's hidden states, and save both as on
 This is `ddae sweep` with other defaults: the checkpoint's own layer and noise level, and one noise seed. Where several
 are given, the pair is chosen on a part of the training images, never on test images. The output folder opens with
 `DDAEForImageClassification.from_pretrained`; `eval_results.json` in it holds every figure. Features and finished levels
-are kept there too, where an interrupted run goes on; they are not pushed.
+are kept there too, so that an interrupted run can go on; they are not pushed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Arguments(SweepOptions):
     model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout.")
     output_dir: str = option("runs/classifier", "Folder of the classifier and its figures.")
     layers: list[str] = option(["own"], "Layers to choose from, or `all`, `decoder`, or `own`, the checkpoint's.")
-    sigmas: list[float] = option([], "Noise levels to choose from; with none the checkpoint's.")
+    sigmas: list[float] = option([], "Noise levels to choose from; by default the checkpoint's own.")
     max_selection_samples: int | None = option(10000, "Training images used for choosing.")
     num_noise_seeds: int = option(1, "Noise seeds that the best pair is tested with.")
 

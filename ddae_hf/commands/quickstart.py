@@ -2,8 +2,8 @@
 
     ddae quickstart
 
-Writes 5,000 digits of MNIST as a data set, then runs the commands that a user runs, and shows what came out. Only
-training images are ever trained on; labels are used by the classifiers alone. What is there already is kept, and an
+The command writes 5,000 digits of MNIST as a data set, runs the commands that a user would run, and shows the results.
+Only training images are ever trained on, and only the classifiers use labels. What exists already is kept, and an
 interrupted run goes on where it stopped.
 """
 
@@ -51,11 +51,11 @@ What to do next:
 
 @dataclass(kw_only=True)
 class Arguments(Options):
-    """Where to, and how long."""
+    """Where the results go, and how long the training takes."""
 
-    output_dir: str = option("runs/quickstart", "Folder of all that is made; what it holds already is kept.")
+    output_dir: str = option("runs/quickstart", "Folder of all results; what it holds already is kept.")
     max_train_steps: int | None = option(
-        None, "Steps in place of the configuration's, to try it out or to train longer: a folder keeps to its number."
+        None, "Training steps in place of the configuration's; a finished folder cannot change their number."
     )
 
 
@@ -105,13 +105,13 @@ def summary(report: ProbeReport) -> str:
 
 
 def check_steps(checkpoint: Path, wanted: int) -> None:
-    """Raise `ValueError` if a finished training had other steps: the samples beside it would be of an older network."""
+    """Raise `ValueError` if a finished training had other steps, since its samples would be an older network's."""
     if not (checkpoint / PretrainingReport.file).is_file():
         return
     done = PretrainingReport.read(checkpoint).steps
     if done != wanted:
         raise ValueError(
-            f"{checkpoint} was trained for {done} steps, and {wanted} are asked for: give max_train_steps {done}, "
+            f"{checkpoint} was trained for {done} steps, but {wanted} are asked for: give max_train_steps {done}, "
             "which keeps it, or another output_dir."
         )
 
@@ -139,8 +139,8 @@ def compare(folder: Path, digits: Splits, samples: list[Image.Image]) -> None:
         "test images with their pixels shuffled": judge.recognised(shuffled_pixels(test[:NUM_SAMPLES])),
     }
     write_json(folder / "recognised.json", counts)
-    print(f"\nA support vector machine on real digits' pixels is right for {judge.accuracy:.1f} % of test images.")
-    print(f"Of {NUM_SAMPLES} images it names with confidence over 0.9:")
+    print(f"\nA support vector machine on real digits' pixels recognises {judge.accuracy:.1f} % of the test images.")
+    print(f"Of {NUM_SAMPLES} images of each kind, it names so many with a confidence over 0.9:")
     print("\n".join(f"  {name}: {count}" for name, count in counts.items()))
     grids = [image_grid(images[:64], columns=8, min_side=48) for images in (samples, list(map(Image.fromarray, test)))]
     picture = folder / "samples_beside_real.png"

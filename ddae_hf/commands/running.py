@@ -23,12 +23,12 @@ from ..experiments.stopping import Interrupted
 from .parsing import parse
 
 logger = logging.getLogger(__name__)
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, or `max`, in a period of so many
-INTERRUPTED = "Interrupted: the same command goes on from what is kept, or starts again where nothing is."
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's: microseconds or `max`, then the period that they are out of
+INTERRUPTED = "Interrupted: the same command goes on from what was kept, or starts again if nothing was."
 
 
 def run_command(command: ModuleType, words: Sequence[str]) -> None:
-    """Run a module of this package with the options of its `KINDS`, which words name."""
+    """Run a module of this package with the options of its `KINDS`, as the words give them."""
     name = command.__name__.rpartition(".")[2].replace("_", "-")
     options = parse(command.KINDS, command.__doc__, words, f"ddae {name}")
     if "OMP_NUM_THREADS" not in os.environ:
@@ -41,7 +41,7 @@ def run_command(command: ModuleType, words: Sequence[str]) -> None:
 
 
 def usable_cores() -> int:
-    """Return on how many cores this process may compute, which a container's limit can make fewer than there are."""
+    """Return on how many cores this process may compute: a container's limit can be lower than the number of cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = CPU_LIMIT.read_text().partition(" ") if CPU_LIMIT.is_file() else ("max", "", "")
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
@@ -53,14 +53,14 @@ def is_main_process() -> bool:
 
 
 def show_log(main_process: bool = True) -> None:
-    """Show what experiments say of their progress; of several processes one does."""
+    """Show what experiments say about their progress; of several processes, only the main one does."""
     level = logging.INFO if main_process else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
     for name in ("accelerate", "httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.formatwarning = lambda message, *where: f"{message}\n"  # a sentence, without the line of code
-    transformers_logging.set_verbosity_error()  # what is missing from a checkpoint is looked at by the experiments
-    transformers_logging.disable_progress_bar()  # of opening files, as the next
+    transformers_logging.set_verbosity_error()  # experiments check themselves what a checkpoint lacks
+    transformers_logging.disable_progress_bar()  # for opening files, like the next one
     diffusers_logging.disable_progress_bar()
 
 
@@ -68,7 +68,7 @@ def show_log(main_process: bool = True) -> None:
 def sentences() -> Iterator[None]:
     """End the program with a sentence, and no traceback, at what its user can mend: wrong options, files, disks.
 
-    What stopped on a signal ends with that signal's status, once what it leaves behind is put in order.
+    A program that a signal stops ends with that signal's status, once what it leaves behind is in order.
     """
     try:
         with _terminable():
@@ -78,12 +78,12 @@ def sentences() -> Iterator[None]:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt as error:
         print(str(error) or INTERRUPTED, file=sys.stderr)
-        raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error  # which `Interrupted` knows
+        raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error  # `Interrupted` knows its own
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Raise `Interrupted` at SIGTERM, where nobody else takes it, as Python does at Ctrl-C; only the first counts."""
+    """Raise `Interrupted` at SIGTERM unless it has another handler, like Python at Ctrl-C; only the first counts."""
 
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)

@@ -19,14 +19,14 @@ from ..experiments.sweeping import CurveOptions, sweep, sweep_run
 
 @dataclass(kw_only=True)
 class Arguments(CurveOptions):
-    """The options of a sweep, and of what is swept."""
+    """The options of a sweep, and what is swept."""
 
     model_name_or_path: str | None = option(None, "Checkpoint, folder or Hub id, in any layout.")
     checkpoints: str | None = option(None, "Sweep every checkpoint of a training run's folder.", metavar="RUN")
     output_dir: str = option("runs/sweep", "Folder of the figures, the pictures and the best classifier.")
 
     def check(self) -> None:
-        """Refuse two things to sweep, and none, and what only one of them has."""
+        """Refuse two things to sweep or none, and options that only one of them has."""
         super().check()
         if (self.model_name_or_path is None) == (self.checkpoints is None):
             raise ValueError("Give one of model_name_or_path and checkpoints.")

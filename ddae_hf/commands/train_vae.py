@@ -18,7 +18,7 @@ from .running import is_main_process
 
 @dataclass(kw_only=True)
 class Arguments(VAEOptions):
-    """Where the autoencoder is written."""
+    """The options of the training, and where the autoencoder is written."""
 
     output_dir: str = option("runs/vae", "Folder of the autoencoder, its checkpoints and results.")
 

@@ -3,8 +3,8 @@ r"""Transfer a denoiser of latents, such as an ImageNet DiT, to a labelled data 
     ddae transfer --model_name_or_path facebook/DiT-XL-2-256 --dataset_name uoft-cs/cifar10 \
         --num_views 10 --random_flip --random_crop 32 --output_dir runs/dit_cifar10
 
-See `ddae_hf.experiments.transfer`. What this will take is said before it begins; what was interrupted goes on where it
-stopped. `--finetune '{num_train_epochs: 5}'` then trains the network itself.
+See `ddae_hf.experiments.transfer`. The command says before it begins what this will take, and an interrupted run goes
+on where it stopped. `--finetune '{num_train_epochs: 5}'` then trains the network itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..experiments.transferring import TransferOptions, transfer
 
 @dataclass(kw_only=True)
 class Arguments(TransferOptions):
-    """What is transferred, and where to."""
+    """What is transferred, and where the results go."""
 
     model_name_or_path: str = option(help="Checkpoint, folder or Hub id, in any layout, with its VAE.")
     output_dir: str = option("runs/transfer", "Folder of latents, features, figures and classifiers.")
