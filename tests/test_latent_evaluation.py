@@ -217,7 +217,7 @@ def test_fine_tuning_on_latents_saves_a_classifier_of_images(
         assert report["test_accuracy"] == pytest.approx(share_right(bare(stored).logits, labels))
         assert report["saved_classifier_test_accuracy"] == pytest.approx(share_right(whole(images).logits, labels))
     card = make_card(tmp_path).content
-    assert "learnt from latents that were encoded before" in card and "which are drawn from the VAE" in card
+    assert "learnt from latents that were encoded beforehand" in card and "which are drawn from the VAE" in card
     assert f"its fixed noise, has {100 * report['saved_classifier_test_accuracy']:.2f} %" in card
 
 

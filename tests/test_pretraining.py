@@ -588,7 +588,7 @@ def test_what_cannot_change_is_refused_by_name_when_a_run_is_resumed(noise_image
     with pytest.raises(ValueError, match="random_flip was .*center_crop|center_crop was .*random_flip") as refusal:
         pretrain(noise_images, **again, **changes)
     assert all(f"{name} was" in str(refusal.value) for name in changes)
-    with pytest.raises(ValueError, match="trained on 10 images a step .* and here are 20: give total_batch_size 10"):
+    with pytest.raises(ValueError, match="10 images a step .* but here there are 20: give total_batch_size 10"):
         pretrain(noise_images, **{**again, "total_batch_size": 20})
     rng = np.random.default_rng(1)
     others = Images.open([Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(50)])
