@@ -144,10 +144,7 @@ def test_an_epoch_that_yields_nothing_is_an_error(stream, progress, in_time):
     [
         (["--train_batch_size", 100], r"trained on 25 images a step \(total_batch_size\), but here there are 100"),
         (["--train_batch_size", 50], "give total_batch_size 25, or begin another run, in another output_dir"),
-        (
-            ["--max_train_samples", 25],
-            "trained on 100 images, but here there are 25: give the same images, or begin",
-        ),
+        (["--max_train_samples", 25], "trained on 100 images, but here there are 25: give the same images, or begin"),
         (["--seed", 2], "other options: seed was 1 and is 2"),
     ],
 )

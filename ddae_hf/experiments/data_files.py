@@ -115,8 +115,9 @@ def split_files(folder: str, paths: list[str]) -> dict[str, list[str]]:
     unnamed = found.pop(None, [])
     if found and unnamed:
         beside = some([path for paths in found.values() for path in paths])
-        what = f"The data set {folder} can be read in two ways: {beside} names a split, which {some(unnamed)} does not"
-        raise ValueError(f"{what}. Name all after their split, such as train-00000-of-00001.parquet, or none.")
+        what = f"some files name a split, such as {beside}, and others do not, such as {some(unnamed)}"
+        hint = "Name all after their split, like train-00000-of-00001.parquet, or none"
+        raise ValueError(f"The data set {folder} can be read in two ways: {what}. {hint}.")
     root = os.path.abspath(folder)
     named = found or {"train": unnamed}
     return {str(name): [glob.escape(os.path.join(root, path)) for path in files] for name, files in named.items()}
