@@ -63,13 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     add("--config", default="cifar10_minutes", help="Our recipe: a configuration of `ddae pretrain`.")
     add("--minutes", type=float, default=20.0, help="Training time of a run.")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add(
-        "--learning_rates",
-        nargs="+",
-        type=float,
-        default=[2e-4, 5e-4, 1e-3],
-        help="The plain recipe's, to choose one.",
-    )
+    add("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3], help="The plain recipe's to try.")
     add("--search_minutes", type=float, help="Training time of the runs that choose it; by default --minutes.")
     add("--workers", type=int, default=0, help="Processes that load the plain recipe's images.")
     add("--output_dir", type=Path, default=Path("runs/benchmarks/quality_per_minute"))

@@ -82,13 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/benchmarks/sweep"), help="Folder of all figures.")
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0, 1, 2],
-        help="Seeds of noise; in the paper's protocol of everything.",
-    )
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds of noise, in the paper's protocol of all.")
     add("--plain_steps", type=int, default=20, help="Training steps of the paper's protocol to time for a seed.")
     add("--plain_sigmas", nargs="+", type=float, default=[], help="Noise levels at which that protocol is run whole.")
     add("--batch_norm", action="store_true", help="Put its linear layers behind a batch norm without parameters.")

@@ -154,9 +154,7 @@ def test_an_interrupted_run_resumes_exactly(trained, checkpoints, digits, tmp_pa
 
         noisy = noisy_classification.Study.noisy_batch
         patch.setattr(noisy_classification.Study, "noisy_batch", interrupted)
-        with pytest.raises(
-            Interrupted, match="wide_resnet/checkpoint-1 is saved. To go on from it, give the same options"
-        ):
+        with pytest.raises(Interrupted, match="wide_resnet/checkpoint-1 is saved. To go on from it, give the same"):
             run(checkpoints / "ddpm", digits, tmp_path, **TWO)
     views = [tmp_path / "features" / f"view-{view}.npy" for view in range(2)]
     views[1].unlink()  # as if it had stopped before; what is there is kept

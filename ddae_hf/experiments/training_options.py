@@ -150,9 +150,7 @@ class TrainingOptions(Options):
         optimizer = torch.optim.AdamW(module.parameters(), rate, fused=True, **adam)
         steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // self.sizes.total)
         if self.lr_warmup_steps >= steps:
-            logger.warning(
-                f"The learning rate rises for {self.lr_warmup_steps} steps (lr_warmup_steps) of only {steps}."
-            )
+            logger.warning(f"lr_warmup_steps is {self.lr_warmup_steps} of {steps} steps: the rate rises to the end.")
         loop = Loop(
             accelerator, module, optimizer, loader, total_steps=steps, seed=self.seed,
             schedule=get_scheduler(self.lr_scheduler, optimizer, None, self.lr_warmup_steps, steps),
