@@ -690,7 +690,7 @@ def test_few_labels_are_those_that_a_probe_draws(checkpoints, digits):
         ({"learning_rat": 1.0}, "here is no option 'learning_rat': the nearest are learning_rate"),
         ({"train_batch_size": 1}, "mixup mixes the images of a batch"),
         ({"max_train_steps": 0}, "it must be at least 1"),
-        ({"random_crop": 8}, "random_crop is 8: the images' sides are"),
+        ({"random_crop": 8}, "random_crop is 8: it must be below the sides"),
         ({"layer": "up_blocks.8.resnets.0"}, "There is no layer 'up_blocks.8.resnets.0'"),
         ({"sigma": 1e9}, "outside the schedule"),
         ({"sigma": -1.0}, "sigma is -1.0: it must be at least 0"),

@@ -209,7 +209,7 @@ def test_images_do_not_go_on_with_a_denoiser_of_latents(trained, digits, tmp_pat
         (["--max_train_samples", "0"], "must be at least 1"),
         (["--latents_dir", "nowhere"], "nowhere holds no latents"),
         (["--vae", "nowhere/at/all"], "is not a folder"),
-        (["--denoiser", json.dumps({**TINY, "in_channels": 3})], "and has 3 and 8"),
+        (["--denoiser", json.dumps({**TINY, "in_channels": 3})], "but has 3 and 8"),
         (["--denoiser", json.dumps({**TINY, "sample_size": 16})], "but has 4 and 16"),
         (["--denoiser", json.dumps({**TINY, "out_channels": 8})], "as many output as input channels"),
         (["--denoiser", json.dumps({**TINY, "patch_size": 3})], "must be a multiple of 3"),

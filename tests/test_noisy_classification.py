@@ -362,7 +362,7 @@ def test_every_number_has_a_range():
         ({"num_views": 0}, "num_views is 0: it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"wide_resnet": -1}, "wide_resnet is -1: it must be at least 0"),
-        ({"random_crop": 8}, "random_crop is 8: the images' sides are"),
+        ({"random_crop": 8}, "random_crop is 8: it must be below the sides"),
         ({"null_class": 3}, "takes no labels"),
         ({"test_split": "holdout"}, "has no split 'holdout'"),
         ({"test_split": "train"}, "test on other images"),

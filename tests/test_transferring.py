@@ -189,7 +189,7 @@ def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint,
         ({"finetune": {"learning_rate": -1}}, "finetune: learning_rate is -1.0: it must be positive"),
         ({"finetune": {}, "output_dir": None}, "finetune needs an output_dir"),
         *(
-            ({"finetune": {name: value}}, f"finetune has {name}: leave it out, it follows from the transfer")
+            ({"finetune": {name: value}}, f"finetune has {name}: leave it out; it follows from the transfer")
             for name, value in {
                 "layer": "nope",
                 "sigma": -1,

@@ -145,7 +145,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))
         if options.random_crop >= min(sides := network.config.image_size):
-            raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {sides}.")
+            raise ValueError(f"random_crop is {options.random_crop}: it must be below the sides, {sides}.")
         processor = open_processor(model, options.cache_dir)
         train, test = (ImageInputs(part, processor) for part in labelled_splits(images, options))
         study = Study(network, train, test, options, folder, check_folders(folder, network, train, options))
