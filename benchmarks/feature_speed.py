@@ -1,4 +1,4 @@
-r"""Images a second of pooled features: the plain way against ours, and against what the machine can do.
+r"""Pooled features in images a second: the plain way against ours, and against what the machine can do.
 
     python -m benchmarks.feature_speed --compile
     python -m benchmarks.feature_speed --probe_checkpoint runs/cifar10_cpu --probe_layer up_blocks.0.resnets.1 \
@@ -7,8 +7,8 @@ r"""Images a second of pooled features: the plain way against ours, and against 
 Networks, with random weights: the paper's U-Net of 35.7 M parameters up to `up_blocks.1.resnets.2`, and DiT-XL/2 up to
 its middle block (on the CPU it has fewer). The plain way is `PlainFeatures`: float32, contiguous, a full forward with a
 hook. Ours is `DDAEModel`, in the faster layout and in inference mode. Every way takes the batch size that is fastest
-for it, and the same images and noise, and all keep the memory that they free, which the plain way would not do by
-itself. The machine's limits are measured before and after each network, and the higher ones count.
+for it, and the same images and noise. All keep the memory that they free, which the plain way would not do by itself.
+The machine's limits are measured before and after each network, and the higher ones count.
 
 `--probe_checkpoint` also compares linear probes on the float32 and the bfloat16 features of a trained network.
 """
@@ -68,7 +68,7 @@ DIT_XL_2 = {
 }
 DIT_BLOCKS = {"cpu": 8, "cuda": 28}
 BATCH_SIZES = {"cpu": [16, 32, 64, 128], "cuda": [64, 128, 256, 512, 1024]}
-PASSES = {"cpu": 1, "cuda": 8}  # of the largest batch, in one time measured
+PASSES = {"cpu": 1, "cuda": 8}  # over the largest batch, which are timed together
 TRAIN, TEST = "train", "test"
 
 
@@ -88,22 +88,22 @@ class Way:
 
 @dataclass(kw_only=True)
 class Arguments(Options):
-    """The options, beside those of the data."""
+    """The options, besides those of the data."""
 
     networks: list[str] = option(list(TITLES), f"With random weights: {', '.join(TITLES)}.")
-    checkpoint: str | None = option(None, "A generative checkpoint in their place: folder or Hub id.")
+    checkpoint: str | None = option(None, "A generative checkpoint in place of networks: folder or Hub id.")
     dit_blocks: int = option(DIT_BLOCKS[best_device()], "Blocks of the DiT.")
     batch_sizes: list[int] = option(BATCH_SIZES[best_device()], "Batch sizes tried for every way.")
-    num_images: int | None = option(None, "Images of one time measured, a multiple of every batch size.")
-    repeats: int = option(5, "Times measured, of every way in turn.")
-    compile: bool = option(False, "Also ours in bfloat16 under torch.compile.")
+    num_images: int | None = option(None, "Images timed together, a multiple of every batch size.")
+    repeats: int = option(5, "How often every way is timed, in turn.")
+    compile: bool = option(False, "Also time ours in bfloat16 under torch.compile.")
     seed: int = option(0, "Seed of random weights and images.")
     output: str = option("runs/benchmarks/features.json", "JSON of every figure.")
     probe_checkpoint: str | None = option(None, "Trained checkpoint whose features are probed in both types.")
-    probe_layer: str | None = option(None, "Its layer; by default the middle of the decoder.")
-    probe_sigma: float | None = option(None, "Its noise level; by default 0.05.")
+    probe_layer: str | None = option(None, "The layer to probe; by default the middle of the decoder.")
+    probe_sigma: float | None = option(None, "The noise level to probe at; by default 0.05.")
     l2: float = option(1e-4, "Strength of regularisation.")
-    batch_size: int = option(250, "Its images at a time.")
+    batch_size: int = option(250, "Images that the probed network is given at a time.")
     train_split: str = option("train", "Split to train on.")
     test_split: str = option("test", "Split to test on.")
     max_train_samples: int | None = option(None, "Use N training images of all classes, always the same ones.")
@@ -145,7 +145,7 @@ def open_model(checkpoint: str, dtype: str, cache_dir: str | None, **options: An
 
 
 def our_features(model: Any, images: Tensor, noise: Tensor) -> Tensor:
-    """Return the features (B, C) that a model has for an output."""
+    """Return the features (B, C) that a model outputs."""
     with torch.inference_mode():
         return model(images, noise=noise).pooler_output
 
@@ -153,7 +153,7 @@ def our_features(model: Any, images: Tensor, noise: Tensor) -> Tensor:
 def open_ways(
     checkpoint: str, layer: str, sigma: float, device: str, cache_dir: str | None
 ) -> tuple[dict[str, Way], dict[str, Any]]:
-    """Return the ways by name, at one layer and noise level, and what there is to say of the network."""
+    """Return the ways by name, at one layer and noise level, and facts about the network."""
     plain = PlainFeatures(checkpoint, [layer], device, cache_dir=cache_dir)
     timestep = plain.nearest_timestep(sigma)
     ways = {"plain": Way("float32", lambda images, noise: plain(images, noise, timestep)[layer])}
@@ -172,7 +172,7 @@ def open_ways(
 
 
 def choose_batch_size(way: Way, images: Tensor, noise: Tensor, sizes: list[int], device: str) -> dict[int, Any]:
-    """Give a way its fastest batch size, and return the seconds by batch size; None where memory does not suffice."""
+    """Give a way its fastest batch size, and return the seconds by batch size; None where memory runs out."""
     seconds: dict[int, Any] = {}
     for way.batch_size in sizes:
         try:
@@ -181,13 +181,13 @@ def choose_batch_size(way: Way, images: Tensor, noise: Tensor, sizes: list[int],
         except torch.OutOfMemoryError:
             seconds[way.batch_size] = None
     if not any(seconds.values()):
-        raise SystemExit(f"Memory suffices for none of --batch_sizes {sizes}: give smaller ones.")
+        raise SystemExit(f"There is too little memory for any of --batch_sizes {sizes}: give smaller ones.")
     way.batch_size = min((s, size) for size, s in seconds.items() if s is not None)[1]
     return seconds
 
 
 def add_compiled(ways: dict[str, Way], images: Tensor, noise: Tensor, device: str) -> dict[str, float]:
-    """Add ours compiled in bfloat16, at its batch size without, and return what compiling took."""
+    """Add ours compiled in bfloat16, at the batch size of the uncompiled one; return how long compiling took."""
     eager = ways["bfloat16"]
     (model,) = eager.features.args  # type: ignore[attr-defined]
     way = Way("bfloat16", partial(our_features, torch.compile(model)), eager.batch_size)
@@ -197,7 +197,7 @@ def add_compiled(ways: dict[str, Way], images: Tensor, noise: Tensor, device: st
 
 
 def figures(seconds: list[float], way: Way, count: int, cost: float, found: dict[str, float]) -> dict[str, Any]:
-    """Return a way's figures: `count` images a call, `cost` GFLOP an image, `found` the machine's limits."""
+    """Return a way's figures: `count` images per call, `cost` GFLOP per image, `found` the machine's limits."""
     speed = rates(count, seconds)
     rate = speed["median"] * cost
     return {
@@ -340,8 +340,8 @@ def report(results: dict[str, Any]) -> str:
     parts = [network_table(name, network) for name, network in results["networks"].items()]
     parts += [probe_table(results["probe"])] if results["probe"] else []
     parts.append(
-        f"{results['device']}, {results['threads']} thread(s). Differences are those of features from the plain way's, "
-        "over their root mean square and in norm.\nProducts inside attention count on GPUs only."
+        f"{results['device']}, {results['threads']} thread(s). Differences are between features and the plain "
+        "way's, relative to their root mean square and in norm.\nProducts inside attention count on GPUs only."
     )
     return "\n".join(parts)
 
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("probe_checkpoint goes with one of dataset_name and train_data_dir, whose images it probes.")
     options = {**data.to_dict(), **args.to_dict()}
     results: dict[str, Any] = {"options": options, "device": best_device(), **facts(best_device()), "networks": {}}
-    # First, as it may refuse what the options name.
+    # The probe runs first, as it may refuse what the options name.
     with sentences():
         results["probe"] = probe(args, data) if args.probe_checkpoint else None
     with tempfile.TemporaryDirectory() as folder:

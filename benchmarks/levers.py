@@ -1,4 +1,4 @@
-r"""What every lever of speed gives alone: each is pulled back or added, all others staying as they are.
+r"""What every lever of speed gives alone: each is taken away or added while all others stay as they are.
 
     python -m benchmarks.levers --compile
 
@@ -40,12 +40,12 @@ from . import measure
 
 LAYER = "up_blocks.1.resnets.2"
 LAYOUTS = {torch.channels_last: "channels-last", torch.contiguous_format: "contiguous"}
-IMAGES = 1000  # that are read
+IMAGES = 1000  # as many are read
 Variants = dict[str, tuple[int, Callable[[], Any]]]  # how many images a call takes, and the call
 
 
 def paper_unet(width: int) -> Any:
-    """Return the paper's U-Net, with random weights, at a width of its own."""
+    """Return the paper's U-Net, with random weights, at this width."""
     options = read_config(CONFIGS / "networks" / "unet.yaml")["denoiser"]
     torch.manual_seed(0)
     return build_denoiser({**options, "block_out_channels": [width, *[2 * width] * 3]})
@@ -95,7 +95,7 @@ def other_layout(device: str) -> torch.memory_format:
 
 
 def training_variants(device: str, compiled: bool, batch_size: int, width: int) -> Variants:
-    """Return a training step, and with each lever changed."""
+    """Return a training step, and the same with each lever changed."""
     network = paper_unet(width)
     layout = other_layout(device)
     changes: dict[str, dict[str, Any]] = {
@@ -146,7 +146,7 @@ def feature_pass(
 
 
 def feature_variants(device: str, compiled: bool, batch_size: int, width: int) -> Variants:
-    """Return a pass of features, and with each lever changed."""
+    """Return a pass of features, and the same with each lever changed."""
     network, layout = paper_unet(width), other_layout(device)
     changes: dict[str, dict[str, Any]] = {
         "bfloat16, stopped early": {},
@@ -197,9 +197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--compile", action="store_true", help="Also compiled, which takes minutes.")
+    add("--compile", action="store_true", help="Also time compiled variants, which takes minutes.")
     add("--batch_size", type=int, default=64)
-    add("--width", type=int, default=128, help="Of the U-Net whose features are read; half of it is trained.")
+    add("--width", type=int, default=128, help="Width of the U-Net whose features are read; half of it is trained.")
     add("--repeats", type=int, default=5)
     add("--device", choices=["cpu", "cuda"], default=best_device())
     add("--output", type=Path, default=Path("runs/benchmarks/levers.json"))
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--width is {args.width}: it must be a multiple of 64, twice the groups of the norms.")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no such device; give cpu.")
-    logging.set_verbosity_error()  # a denoiser is cast here as a whole, which diffusers warns of
+    logging.set_verbosity_error()  # a denoiser is cast here as a whole, of which diffusers warns
     if args.device == "cpu":
         keep_freed_memory()  # as the experiments do
     limits = measure.limits(args.device)

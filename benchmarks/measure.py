@@ -1,6 +1,6 @@
 """What the benchmarks share: the machine's limits, ways of doing one thing timed in turn, and their table.
 
-A figure is compared with others of the same run alone: every way is called once to warm up, then all of them in turn,
+A figure is compared only with others of the same run: every way is called once to warm up, then all of them in turn,
 so that a machine that slows down slows all. Rates are medians over the rounds, with their extremes.
 """
 
@@ -64,7 +64,7 @@ def rates(amount: float, seconds: Sequence[float]) -> dict[str, float]:
 def interval(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
     """Return the mean of values, and how far its 95 % interval reaches on either side (Student's; of one value, None).
 
-    Of one figure an image, such as 100 * (right - right), it is the interval of a paired difference in points.
+    If each image has a figure such as 100 * (right here - right there), it is that of a paired difference in points.
     """
     each = np.asarray(values, dtype=np.float64)
     if len(each) < 2:

@@ -22,8 +22,8 @@ class PlainFeatures:
         checkpoint: A generative checkpoint whose scheduler adds noise at whole timesteps (DDPM, DDIM and their kin).
         layers: Names of layers.
         device: Where to compute.
-        null_class: The label that stands for none in a class-conditional U-Net; a DiT's is its last.
-        cache_dir: Where what comes from the Hub is kept.
+        null_class: The label that stands for no class in a class-conditional U-Net; a DiT's is its last.
+        cache_dir: Where downloads are kept.
 
     Raises:
         ValueError: No such checkpoint, another kind of scheduler, or a conditional network without a null class.

@@ -9,9 +9,9 @@ epochs of 2000, and an average over 10,000 of 194,000 steps. Its learning rate i
 held-out training images, with the first seed.
 
 How many steps fit is measured first, in a short run of each recipe; the minutes that a run then took are reported. A
-checkpoint is probed by `ddae sweep`: layer and noise level are chosen on held-out training images, and tested once; of
-the first seed every quarter of the training, of the others the end. Options that are not named here go to the sweep.
-What is done is not done again: an interrupted benchmark goes on.
+checkpoint is probed by `ddae sweep`: layer and noise level are chosen on held-out training images, and tested once; for
+the first seed after every quarter of the training, for the others at the end. Options that are not named here go to the
+sweep. What is done is not done again: an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PAPER = {
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the benchmark's options, and those that are of the sweep."""
+    """Return the benchmark's options, and those of the sweep."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     add("--config", default="cifar10_minutes", help="Our recipe: a configuration of `ddae pretrain`.")
     add("--minutes", type=float, default=20.0, help="Training time of a run.")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3], help="The plain recipe's, to choose of.")
+    add("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3], help="The plain recipe's to try.")
     add("--search_minutes", type=float, help="Training time of the runs that choose it; by default --minutes.")
     add("--workers", type=int, default=0, help="Processes that load the plain recipe's images.")
     add("--output_dir", type=Path, default=Path("runs/benchmarks/quality_per_minute"))
@@ -82,13 +82,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
 
 
 def sweep_options(args: argparse.Namespace) -> list[str]:
-    """Return the options of every probe, beside those that the benchmark was given for them."""
+    """Return the options of every probe, besides those that the benchmark was given for them."""
     options = ["--dataset_name", args.dataset_name, "--dtype", "bfloat16", "--num_noise_seeds", "1"]
     return [*options, "--layers", "decoder"]
 
 
 def begin(args: argparse.Namespace, rest: list[str]) -> None:
-    """Note the options that runs depend on in the output folder, or stop if it holds runs of other ones."""
+    """Note the options that runs depend on in the output folder, or stop if it holds runs of other options."""
     path = args.output_dir / "options.json"
     known = {"config": read_config(find_config(args.config)), "dataset_name": args.dataset_name, "sweep": rest}
     begun = path.exists() and (args.output_dir / STEP_SECONDS).exists()  # the first that a run writes
@@ -149,7 +149,7 @@ class Run:
         return args.output_dir / f"{self.name}{rate}-{self.minutes:g}min-seed{self.seed}"
 
     def train(self, args: argparse.Namespace, seconds: dict[str, float]) -> None:
-        """Train, if that is not done."""
+        """Train, unless that is done already."""
         folder = self.folder(args)
         if (folder / "train_results.json").exists():
             return
@@ -167,7 +167,7 @@ class Run:
         Plain(*read_options(options), "cpu", args.workers).train(folder)
 
     def probe(self, args: argparse.Namespace, rest: list[str], quarters: range) -> dict[str, Any]:
-        """Probe the ends of some quarters of the training, and return accuracies and the minutes they took."""
+        """Probe the ends of some quarters of the training, and return accuracies and the minutes that they took."""
         folder = self.folder(args)
         results = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
         found: dict[str, Any] = {"seed": self.seed, "images": results["images"], "points": []}
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(summary(found))
     images, seeds = (measure.signed(gain["over"][kind]) for kind in ("images", "seeds"))
     print(f"Gain on the same test images, with 95 % intervals: {images} points over images, {seeds} over seeds.")
-    print(f"Every figure: {args.output_dir}.")
+    print(f"Every figure is in {args.output_dir}.")
 
 
 if __name__ == "__main__":

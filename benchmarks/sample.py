@@ -1,19 +1,19 @@
-r"""Sampling: images a second at equal calls of the network, and how good the images are for their calls.
+r"""Sampling: images a second at equal numbers of network calls, and how good images are after so many calls.
 
     python -m benchmarks.sample --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
         --edm_model_name_or_path runs/cifar10_edm --num_images 5000 --output runs/benchmarks/sample.json
 
 - Speed: diffusers' `DDIMPipeline` as it comes (float32, contiguous) against `DDAEPipeline` in float32 and in bfloat16,
-  in turn, each at the batch size that was fastest for it in this run, and on a processor all with the memory kept that
+  in turn, each at the batch size that was fastest for it in this run. On a processor all of them keep the memory that
   they free, which the stock pipeline would not do by itself.
 - Precision: samples of the bfloat16 network and of the float32 one from the same noise, by their Frechet distance to
   the data.
-- Quality against calls: DDIM, DPM-Solver++ and UniPC on one checkpoint, and on one of EDM the second-order sampler of
-  Karras et al. 2022 and EDM's DPM-Solver++, from the same noise in float32. Where the steps begin matters at few calls:
-  `leading` timesteps, DDIM's own, leave the noisiest levels out, `trailing` ones begin there.
+- Quality against calls: DDIM, DPM-Solver++ and UniPC on one checkpoint, and on a checkpoint of EDM the second-order
+  sampler of Karras et al. 2022 and EDM's DPM-Solver++, from the same noise in float32. Where the steps begin matters at
+  few calls: `leading` timesteps, DDIM's own, leave the noisiest levels out, `trailing` ones begin there.
 
-Distances are between features of `--extractor`, by default the sampled checkpoint's own, and compare only with others
-of the same run. Writes a JSON file with every figure, and a picture beside it.
+Distances are between features of `--extractor`, by default the sampled checkpoint's own, and can be compared only with
+others of the same run. Writes a JSON file with every figure, and a picture beside it.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ class Arguments(Options):
     edm_model_name_or_path: str | None = option(None, "Another one of the same images, trained with EDM.")
     extractor: str | None = option(None, "As `ddae evaluate` takes it; by default ddae:MODEL_NAME_OR_PATH.")
     train_split: str = option("train", "Split of the images to compare with.")
-    max_train_samples: int | None = option(None, "Use N images of it, of all classes.")
+    max_train_samples: int | None = option(None, "Use N images of that split, of all classes.")
     num_images: int = option(5000, "Images of every sampler and number of calls.")
     calls: list[int] = option([5, 10, 20, 50], "Calls of the network for an image.")
     timestep_spacings: list[str] = option(
-        ["leading", "trailing"], "Of DDPM's samplers; precision is measured with the first."
+        ["leading", "trailing"], "Timesteps of DDPM's samplers; precision is measured with the first."
     )
-    speed_calls: int = option(10, "Those of an image where speed is measured.")
+    speed_calls: int = option(10, "Calls for an image where speed is measured.")
     batch_sizes: list[int] = option([16, 32, 64, 128], "Batch sizes to try.")
     repeats: int = option(5, "Batches of each way that are timed.")
     device: Literal["cpu", "cuda"] = option(best_device(), "Where to compute.")
@@ -109,10 +109,10 @@ class Arguments(Options):
 
 
 def open_pipeline(args: Arguments, path: str, framework: str, dtype: torch.dtype) -> DDAEPipeline:
-    """Return an unconditional U-Net's pipeline, or raise `ValueError` if it is none or of another framework."""
+    """Return an unconditional U-Net's pipeline, or raise `ValueError` if it is not one or of another framework."""
     pipeline = DDAEPipeline.from_pretrained(path, dtype=dtype, cache_dir=args.cache_dir)
     if pipeline.unet is None or pipeline.vae is not None or network_of(pipeline.unet).is_conditional(pipeline.unet):
-        raise ValueError(f"{path} is no unconditional UNet2DModel of pixels, which diffusers' DDIMPipeline needs.")
+        raise ValueError(f"{path} is not an unconditional UNet2DModel of pixels, which DDIMPipeline needs.")
     if (found := family_of(pipeline.scheduler).name) != framework:
         raise ValueError(f"{path} was trained with {found}: give a checkpoint of {framework}.")
     pipeline.set_progress_bar_config(disable=True)
@@ -228,8 +228,8 @@ def measure_quality(
 def ratio_with_error(reference: Tensor, base: Tensor, other: Tensor) -> tuple[float, float]:
     """Return how the distance of `other` compares with that of `base`, and its 95 % interval's half-width.
 
-    The error over the images is the jackknife's: the ratio without one group of images after the other, which both
-    sets start alike.
+    The error over the images is the jackknife's: the ratio is taken without one group of images after the other. Both
+    sets start a group from the same noise.
     """
 
     def ratio(keep: Tensor) -> float:

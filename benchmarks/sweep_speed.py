@@ -4,12 +4,12 @@ r"""The paper's way of finding the best layer and noise level against `ddae swee
         --plain_sigmas 0.02 --output_dir runs/benchmarks/sweep
 
 Ours is the command as its user gives it, in bfloat16 unless `--dtype` says otherwise, timed from start to end. The
-paper's protocol trains a linear layer a tap for 15 epochs at every noise level: float32, contiguous, images changed by
-Pillow in loader workers, fresh noise, a full forward with hooks that all layers share, Adam and a cosine schedule.
+paper's protocol trains a linear layer per tap for 15 epochs at every noise level: float32, contiguous, images changed
+by Pillow in loader workers, fresh noise, a full forward with hooks that all layers share, Adam and a cosine schedule.
 `--plain_steps` of its steps are timed and extrapolated to all levels, `--plain_sigmas` are trained whole.
 
-Both choose on the same held-out training images, fit the best pair on all training images, and test it once. For every
-one of `--seeds` all is done anew. What a seed gave is kept in `--output_dir`: an interrupted run goes on with the next.
+Both choose on the same held-out training images, fit the best pair on all training images, and test it once. All is
+done anew for each of `--seeds`. What a seed gave is kept in `--output_dir`: an interrupted run goes on with the next.
 Options that are not named here go to `ddae sweep`.
 """
 
@@ -82,11 +82,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/benchmarks/sweep"), help="Folder of all figures.")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds of noise and, in the paper's protocol, of all.")
-    add("--plain_steps", type=int, default=20, help="Training steps of the paper's protocol that are timed a seed.")
-    add("--plain_sigmas", nargs="+", type=float, default=[], help="Noise levels at which it is run whole.")
-    add("--batch_norm", action="store_true", help="Its linear layers stand behind a batch norm without parameters.")
-    add("--workers", type=int, default=2, help="Its loader's processes.")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds of noise, in the paper's protocol of all.")
+    add("--plain_steps", type=int, default=20, help="Training steps of the paper's protocol to time for a seed.")
+    add("--plain_sigmas", nargs="+", type=float, default=[], help="Noise levels at which that protocol is run whole.")
+    add("--batch_norm", action="store_true", help="Put its linear layers behind a batch norm without parameters.")
+    add("--workers", type=int, default=2, help="Processes of its loader.")
     args, options = parser.parse_known_args(argv)
     for name, least in {"plain_steps": 1, "workers": 0}.items():
         if getattr(args, name) < least:
@@ -135,7 +135,7 @@ def decoded(inputs: Inputs, split: str) -> np.ndarray:
 
 
 class PaperProtocol:
-    """Linear layers on features of fresh noise, one a tap, trained together at one noise level."""
+    """Linear layers on features of fresh noise, one per tap, trained together at one noise level."""
 
     def __init__(self, args: argparse.Namespace, shared: Shared, prober: Prober):
         self.args, self.shared, self.layers, self.device = args, shared, prober.layers, best_device()
@@ -198,7 +198,7 @@ class PaperProtocol:
 
 
 def time_steps(protocol: PaperProtocol, rows: np.ndarray, sigma: float, seed: int) -> float:
-    """Return the seconds of a training step, of some of them one after another."""
+    """Return the mean seconds of a training step, of some in a row."""
     torch.manual_seed(seed)
     steps, count = protocol.train(rows, sigma), protocol.args.plain_steps
     collections.deque(itertools.islice(steps, WARM_UP), maxlen=0)
@@ -207,7 +207,7 @@ def time_steps(protocol: PaperProtocol, rows: np.ndarray, sigma: float, seed: in
     collections.deque(itertools.islice(steps, count), maxlen=0)
     synchronise(protocol.device)
     seconds = (time.perf_counter() - started) / count
-    steps.close()  # and with it the loader's workers
+    steps.close()  # this also stops the loader's workers
     return seconds
 
 
@@ -238,7 +238,7 @@ def run_whole(protocol: PaperProtocol, prober: Prober, seed: int) -> dict[str, A
 
 def run_ours(folder: Path, options: list[str], seed: int) -> dict[str, Any]:
     """Run our sweep as its user does, and return its figures and the test images' classes."""
-    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run: this one is timed from its start
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted run left it, and this one is timed from its start
     own = ["--num_noise_seeds", "1", "--noise_seed", str(seed), "--output_dir", str(folder)]
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "ddae_hf", "sweep", *options, *own], check=False)
@@ -346,7 +346,7 @@ def report(args: argparse.Namespace, prober: Prober, results: dict[str, Any], se
         f"{len(prober.layers)} layers x {levels} noise levels, {images['fitted']:,} images fitted and "
         f"{images['held_out']:,} chosen on; {results['device']}, {results['threads']} thread(s).\n",
         time_table(found, results["limits"], shared.dtype),
-        f"The paper's: {args.plain_steps} training steps timed a seed, times {found['steps_per_level']:,} a level "
+        f"The paper's: {args.plain_steps} training steps timed per seed, times {found['steps_per_level']:,} a level "
         f"({shared.num_train_epochs} epochs), times {levels} levels, and {found['steps_of_the_last_fit']:,} to fit the "
         "best pair on all images;\nits predictions are left out. Ours: the whole command, its start included.\n",
     ]
@@ -369,7 +369,7 @@ def report(args: argparse.Namespace, prober: Prober, results: dict[str, Any], se
 
 
 def begin(args: argparse.Namespace, options: list[str]) -> None:
-    """Note the options in the output folder, or stop if it holds figures of other ones."""
+    """Note the options in the output folder, or stop if it holds figures of other options."""
     path = args.output_dir / "options.json"
     named = {name: value for name, value in vars(args).items() if name not in ("output_dir", "seeds")}
     known = {**named, "sweep": options}
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     with sentences():
         prober = open_prober(shared, data.open(shared.cache_dir))
         protocol = PaperProtocol(args, shared, prober)
-        for sigma in args.plain_sigmas:  # refused now, where they are none of the schedule's
+        for sigma in args.plain_sigmas:  # refused now, if they are outside the schedule
             protocol.features.nearest_timestep(sigma)
     check_steps(args, shared, len(prober.fitted))
     begin(args, options)

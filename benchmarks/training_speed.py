@@ -39,7 +39,7 @@ from .training_ways import IMAGES, WAYS, Process, read_options
 
 DEFAULT_WAYS = {"cpu": ["float32", "bfloat16"], "cuda": ["tf32", "bfloat16", "compiled"]}
 POINTS = 40  # of a curve
-# What the plain loop has not, and so cannot be compared.
+# What the plain loop does not have, so that it cannot be compared.
 LACKING = (
     "augment",
     "class_conditional",
@@ -51,7 +51,7 @@ LACKING = (
     "gradient_checkpointing",
     "resume_from_checkpoint",
 )
-# What the benchmark says itself.
+# Options that the benchmark sets itself.
 FIXED = (
     "train_batch_size",
     "total_batch_size",
@@ -69,8 +69,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     network = parser.add_mutually_exclusive_group()
-    network.add_argument("--width", type=int, help="Channels of the paper's U-Net at full size, 128 there; default 64.")
-    network.add_argument("--config", help="Configuration of `ddae pretrain` in place of it.")
+    network.add_argument("--width", type=int, help="First channels of the paper's U-Net, which has 128; default 64.")
+    network.add_argument("--config", help="Configuration of `ddae pretrain` in place of that U-Net.")
     add = parser.add_argument
     add("--batch_size", type=int, default=128)
     add("--device", choices=["cpu", "cuda"], default=best_device())
@@ -78,12 +78,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         "--ways",
         nargs="+",
         choices=[w for w in WAYS if w != "plain"],
-        help="Of ours; by default what suits the device.",
+        help="Ways of ours to time; by default those that suit the device.",
     )
     add("--workers", type=int, default=2, help="Processes that load the plain loop's images.")
     add("--steps", type=int, default=10, help="Steps of a chunk.")
     add("--repeats", type=int, default=5, help="Chunks of each way that are timed, if the curves need no more.")
-    add("--curve_images", type=int, default=12800, help="Train each way on at least so many images.")
+    add("--curve_images", type=int, default=12800, help="Train each way on at least this many images.")
     add("--output", type=Path, default=Path("runs/benchmarks/pretrain.json"))
     args, rest = parser.parse_known_args(argv)
     for name, least in {"batch_size": 1, "workers": 0, "steps": 1, "repeats": 1, "curve_images": 0}.items():
@@ -94,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
             parser.error(f"--{name}: the benchmark chooses it itself; see --batch_size, --steps, --repeats and --ways.")
     args.width = None if args.config else args.width or 64
     if args.width is not None and (args.width < 32 or args.width % 32):
-        parser.error(f"--width is {args.width}: it must be a multiple of 32, which the groups of its norms are.")
+        parser.error(f"--width is {args.width}: it must be a multiple of 32, the number of groups of its norms.")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no such device; give cpu.")
     args.ways = ["plain", *(args.ways or DEFAULT_WAYS[args.device])]
@@ -103,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
 
 
 def shared_options(args: argparse.Namespace, rest: list[str], folder: Path) -> list[str]:
-    """Return the options of `ddae pretrain` that all ways share, or stop if the plain loop has them not."""
+    """Return the options of `ddae pretrain` that all ways share, or stop if the plain loop does not have them."""
     config = args.config
     if config is None:
         config = folder / "network.yaml"
@@ -125,7 +125,7 @@ def shared_options(args: argparse.Namespace, rest: list[str], folder: Path) -> l
 
 
 def describe_network(argv: list[str]) -> dict[str, float]:
-    """Return how large the network is, and what an image of training costs: a forward, and twice that backwards."""
+    """Return how large the network is, and what training costs per image: a forward pass, and twice that backwards."""
     try:
         network, _ = new_networks(read_options(argv)[1], IMAGES)
     except ValueError as error:
@@ -160,7 +160,7 @@ def train_in_turn(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[s
 def compare(
     args: argparse.Namespace, found: dict[str, dict[str, Any]], gflop: float, limits: dict[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Return each way's images a second, their ratio to the plain loop's, and how its loss differs from that one's."""
+    """Return each way's images a second, their ratio to the plain loop's, and how its loss differs."""
     rows: dict[str, dict[str, Any]] = {}
     plain = torch.tensor(found["plain"]["losses"], dtype=torch.float64)
     half = len(plain) // 2

@@ -40,7 +40,7 @@ from ddae_hf.experiments.run_folder import PROGRESS
 
 from . import measure
 
-# What networks are built for that images without classes train.
+# What tells `new_networks` to build networks for images without classes.
 IMAGES = TrainingData(rows=None, facts={}, opened_with={}, count=None, hash=None)
 
 
@@ -50,7 +50,7 @@ class Way:
 
     Attributes:
         title: What tables call it.
-        options: Options beside those that all ways share.
+        options: Options besides those that all ways share.
         environment: Variables that `accelerate launch` would set.
         plain: Whether it is the plain loop.
     """
@@ -105,7 +105,7 @@ class Process:
 
 
 def serve(connection: Connection, way: Way, argv: list[str], device: str, workers: int) -> None:
-    """Train as many steps as are asked for, whenever some are, until nobody asks any more."""
+    """Train as many steps as are asked for, each time some are, until nobody asks for more."""
     os.environ.update(way.environment, **({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}))
     multiprocessing.set_start_method(None, force=True)  # loaders start their workers as they do everywhere
     logging.disable(logging.INFO)
@@ -204,7 +204,7 @@ class Plain:
 
 
 def plain_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what the network should answer."""
+    """Return what the network should predict."""
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
         return scheduler.get_velocity(clean, noise, timesteps)

@@ -65,7 +65,7 @@ def draw(folder: Path, picture: Path) -> None:
 
 @torch.no_grad()
 def noise_to_digits(folder: Path) -> Image.Image:
-    """Return rows of one image's way each, from pure noise to a digit."""
+    """Return rows that each show one image's way from pure noise to a digit."""
     pipeline = DDAEPipeline.from_pretrained(folder)
     generators = [torch.Generator().manual_seed(seed) for seed in range(ROWS)]
     way = [step.sample for step in pipeline.steps(batch_size=ROWS, generator=generators, num_inference_steps=STEPS)]

@@ -186,7 +186,7 @@ def test_what_one_array_has_already_is_not_written_again(tmp_path):
 
 @pytest.mark.parametrize("values", [torch.zeros(7, WIDTH + 1), torch.zeros(7, WIDTH, dtype=torch.float64)])
 def test_rows_of_another_shape_or_type_are_refused(values, tmp_path):
-    with pytest.raises(ValueError, match="announced were \\(3,\\) and float32"):
+    with pytest.raises(ValueError, match="but \\(3,\\) and float32 were announced"):
         get(tmp_path, lambda start, names: [{"a": values}], names="a")
 
 
@@ -215,7 +215,9 @@ def test_a_full_disk_is_told_with_the_file_and_what_is_done_is_kept(tmp_path):
 def test_arrays_without_a_checksum_are_computed_again(tmp_path, caplog):
     as_before(tmp_path, np.zeros((COUNT, WIDTH), "f4"))
     check(get(tmp_path, names="a"), "a")
-    assert caplog.messages == [f"{tmp_path / 'a.npy'} has no checksum, as version 0.1.0 left it: it is computed again."]
+    assert caplog.messages == [
+        f"{tmp_path / 'a.npy'} has no checksum, because version 0.1.0 wrote none: it is computed again."
+    ]
     (tmp_path / "rows.json").unlink()
     np.save(tmp_path / "a.npy", np.zeros((COUNT, WIDTH), "f4"))
     check(get(tmp_path, names="a"), "a")
@@ -265,7 +267,7 @@ def test_a_process_that_waits_says_so_and_one_that_only_reads_does_not_wait(tmp_
             other.start()
             other.join(0.3)
         assert other.is_alive()
-        assert caplog.messages == [f"Another process fills {tmp_path}: waiting until it is done."]
+        assert caplog.messages == [f"Another process is filling {tmp_path}: waiting until it is done."]
     other.join(10)
     check(get(tmp_path))
 

@@ -120,7 +120,7 @@ def test_a_denoiser_of_latents_says_how_those_were_made(photographs, vae, tmp_pa
         assert dict(opened.size) == {"height": SIDE, "width": SIDE}
     train(tmp_path / "run", *options, "--resume_from_checkpoint", "latest", steps=2)
     for given in ("--center_crop", "--no-center_crop"):
-        with pytest.raises(SystemExit, match="center_crop does not go with latents, leave it out"):
+        with pytest.raises(SystemExit, match="center_crop does not go with latents, so leave it out"):
             train(tmp_path / "other", *options, given)
 
 

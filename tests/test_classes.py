@@ -117,7 +117,7 @@ def test_classes_are_the_labels_that_there_are_however_far_apart(tmp_path, kind,
         (Value("int64"), [0, -1, 3], "Labels of the split 'train' are -1 to 3: allowed are 0 and more"),
         (ClassLabel(names=["a", "b"]), [0, -1, 1], "Labels of the split 'train' are -1 to 1: allowed are 0 to 1"),
         (Value("string"), ["a", None, "b"], "Some images have no label"),
-        (Value("float32"), [0.0, 1.0], "There is no column of labels 'kind', whole numbers or names"),
+        (Value("float32"), [0.0, 1.0], "There is no column of labels 'kind' with whole numbers or names"),
     ],
 )
 def test_labels_that_stand_for_none_are_refused(tmp_path, kind, labels, message):

@@ -90,7 +90,7 @@ def test_an_open_model_finds_what_its_checkpoint_does_and_stays_as_it_is(checkpo
     assert found.results == find_correspondences(checkpoint, images, **options).results
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match="open already, and sigma is another there"):
+    with pytest.raises(ValueError, match="open already, with another sigma than is asked for"):
         find_correspondences(model, images, sigma=1.5)
 
 

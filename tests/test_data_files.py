@@ -213,7 +213,7 @@ def test_metadata_is_joined_to_the_images(tmp_path, kind, place):
     [
         ("file_name,x\na/0.png,1\n", "leaves 1 images without a row, such as b/0.png"),
         ("file_name,x\na/0.png,1\nb/0.png,1\nc.png,2\n", "leaves 1 rows without an image, such as c.png"),
-        ("file_name,x\na/0.png,1\nb/0.png,1\na/0.png,2\n", "a second row of the image a/0.png"),
+        ("file_name,x\na/0.png,1\nb/0.png,1\na/0.png,2\n", "a second row for the image a/0.png"),
         ("name,x\na/0.png,1\nb/0.png,1\n", "has a row without `file_name`"),
         ("file_name,x,x\na/0.png,1,1\nb/0.png,1,1\n", "which must all differ"),
         ("file_name,x\na/0.png,1,1\nb/0.png,1\n", "every line must have as many values"),
@@ -238,11 +238,11 @@ def test_metadata_that_is_no_table_is_named(tmp_path, name, content):
 def test_metadata_elsewhere_and_labels_said_twice_are_not_passed_over(tmp_path):
     put(tmp_path, "a/0.png", "b/0.png")
     write_table(tmp_path / "a" / "metadata.csv", [{"file_name": "0.png", "x": 1}])
-    with pytest.raises(ValueError, match=r"a/metadata.csv: metadata is read right inside .* move it"):
+    with pytest.raises(ValueError, match=r"a/metadata.csv: metadata is read only right inside .* move it"):
         read(tmp_path)
     (tmp_path / "a" / "metadata.csv").unlink()
     write_table(tmp_path / "metadata.csv", [{"file_name": f"{name}/0.png", "label": "same"} for name in "ab"])
-    with pytest.warns(UserWarning, match="labels are those of its metadata, not the names of its folders"):
+    with pytest.warns(UserWarning, match="its metadata gives the labels, not the names of its folders"):
         assert read(tmp_path)["train"]["label"][:] == ["same"] * 2
 
 
@@ -286,7 +286,7 @@ FILES = {
     "Train.parquet Test.parquet": "the split of Test.parquet cannot be told",
     "test tube/0.parquet": "the split of test tube/0.parquet cannot be told",
     "train/test.parquet": "the split of train/test.parquet cannot be told",
-    "contest.parquet test.parquet": "beside test.parquet, no split is named by contest.parquet",
+    "contest.parquet test.parquet": "some files name a split, such as test.parquet, and others do not",
 }
 
 
@@ -320,5 +320,5 @@ def test_tables_beside_tables_and_pictures_are_named(tmp_path):
     Dataset.from_dict({"x": [0]}).to_parquet(tmp_path / "train.parquet")
     (tmp_path / "labels.csv").write_text("x\n1\n")
     put(tmp_path, "a/0.png")
-    with pytest.warns(UserWarning, match="read are its .parquet files, not a/0.png, labels.csv; train_data_dir"):
+    with pytest.warns(UserWarning, match="its .parquet files are read, not a/0.png, labels.csv; train_data_dir"):
         assert len(load(tmp_path)["train"]) == 1

@@ -302,7 +302,7 @@ def test_latents_of_version_0_1_0_are_refused_until_they_are_encoded_again(vae, 
     assert np.array_equal(folder.latents("train"), expected)
     assert np.array_equal(folder.labels("train"), np.arange(ROWS))
     assert caplog.messages == [
-        f"{tmp_path / 'train-0.npy'} has no checksum, as version 0.1.0 left it: it is computed again."
+        f"{tmp_path / 'train-0.npy'} has no checksum, because version 0.1.0 wrote none: it is computed again."
     ]
 
 
@@ -392,7 +392,7 @@ def test_what_is_not_there_is_told(vae, pixels, tmp_path):
 def test_other_numbers_of_images_than_announced_are_refused(vae, pixels, tmp_path):
     with pytest.raises(ValueError, match="4 images came, but 7 were announced"):
         create(tmp_path, vae).encode(vae, "train", 0, Source(pixels[:4]))
-    with pytest.raises(ValueError, match="More than the 7 images"):
+    with pytest.raises(ValueError, match="More images came than the 7"):
         create(tmp_path / "more", vae).encode(vae, "train", 0, Source(pixels.repeat(2, 1, 1, 1)))
 
 

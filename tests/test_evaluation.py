@@ -256,9 +256,9 @@ def test_images_are_found_through_links_and_the_rest_is_said(tmp_path):
         (["--extractor_batch_size", "0"], "extractor_batch_size is 0: it must be at least 1"),
         (["--sampling_scheduler", "Adam"], "diffusers has no such scheduler"),
         (["--baseline_split", "holdout"], "has no split 'holdout'"),
-        (["--baseline_split", "train"], "baseline_split is 'train', as reference_split: compare other images"),
+        (["--baseline_split", "train"], "baseline_split is 'train', like reference_split: compare other images"),
         (["--features_dir", __file__], "features_dir is .* is a file: give a folder"),
-        (["--max_reference_samples", "3"], r"The images 'real \(train\)' are 3: at least 4 are needed"),
+        (["--max_reference_samples", "3"], r"There are 3 images 'real \(train\)': at least 4 are needed"),
         (["--extractor_layer", "up_blocks.7"], "cannot be used: There is no layer"),
         (["--extractor", "ddae:nowhere/at/all"], "extractor ddae:nowhere/at/all cannot be used"),
         (["--sampler", "heun"], "needs an EDMEulerScheduler"),
@@ -280,7 +280,7 @@ def test_folders_that_cannot_be_measured_are_refused(measure, vit, digits, check
             measure("--images_dir", folder, "--extractor", f"transformers:{vit}")
         assert "there is no such folder, or it holds a checkpoint" in capsys.readouterr().err
     write_digits(digits, tmp_path / "few", 3)
-    with pytest.raises(SystemExit, match="The images 'generated' are 3"):
+    with pytest.raises(SystemExit, match="There are 3 images 'generated'"):
         measure("--images_dir", str(tmp_path / "few"), "--extractor", f"transformers:{vit}")
 
 
@@ -316,7 +316,7 @@ def test_a_folder_gets_the_images_of_a_model_their_figures_and_a_picture(checkpo
 def test_no_extractor_and_a_stream_are_refused_in_words(checkpoint, extractor, digits):
     with pytest.raises(ValueError, match="extractor is not given: ddae:PATH, transformers:PATH, inception"):
         evaluate_generation(checkpoint, Images.open(digits))
-    with pytest.raises(ValueError, match="How many images the stream 'train' has is not known: leave out streaming"):
+    with pytest.raises(ValueError, match="The stream 'train' does not say how many images it has: leave out streaming"):
         evaluate_generation(checkpoint, Images.open(digits, streaming=True), extractor=extractor)
 
 

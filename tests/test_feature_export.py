@@ -73,7 +73,7 @@ def test_a_notebook_gets_the_features_of_its_own_model_and_images(checkpoint, di
     np.testing.assert_allclose(by_path.features["mid_block"], found.features["mid_block"], rtol=0, atol=1e-5)
     about = json.loads((tmp_path / "own" / "features.json").read_text())
     assert about["options"]["model_name_or_path"] is None and about["layers"] == ["mid_block"]
-    with pytest.raises(ValueError, match="open already, and num_noise_samples is another there"):
+    with pytest.raises(ValueError, match="open already, with another num_noise_samples than is asked for"):
         export_features(model, images, num_noise_samples=2, output_dir=tmp_path / "other")
 
 
@@ -104,7 +104,7 @@ def test_what_is_not_there_is_refused(checkpoint, digits, tmp_path, capsys):
         with pytest.raises(SystemExit):
             export(checkpoint, tmp_path, *given, f"--{option}", __file__)
         assert f"{option} is {__file__}, and {__file__} is a file: give a folder" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="How many images the stream 'train' has is not known: leave out streaming"):
+    with pytest.raises(ValueError, match="The stream 'train' does not say how many images it has: leave out streaming"):
         export_features(checkpoint, Images.open(digits, streaming=True), output_dir=tmp_path)
     assert not (tmp_path / "cache").exists()
 

@@ -203,7 +203,7 @@ def test_a_model_that_has_changed_since_has_features_of_its_own(model, images, t
 def test_other_numbers_of_images_than_announced_are_refused(model, images, tmp_path):
     with pytest.raises(ValueError, match="4 images came, but 5 were announced"):
         cached(FeatureCache(tmp_path, model), Source(images[:4]))
-    with pytest.raises(ValueError, match="More than the 5 images"):
+    with pytest.raises(ValueError, match="More images came than the 5"):
         cached(FeatureCache(tmp_path / "more", model), Source(images.repeat(2, 1, 1, 1)))
 
 

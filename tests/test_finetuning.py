@@ -283,7 +283,7 @@ def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, d
     for name, value, images in (("train_batch_size", 16, 16), ("gradient_accumulation_steps", 2, 64)):
         with pytest.raises(ValueError, match=f"train_batch_size x gradient_accumulation_steps was 32 and is {images}"):
             run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
-    with pytest.raises(ValueError, match="was trained on 100 images, and here are 50, or others"):
+    with pytest.raises(ValueError, match="was trained on 100 images, but here there are 50, or others"):
         run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, max_train_samples=50)
     with pytest.raises(ValueError, match="was trained from another model_name_or_path"):
         run(checkpoints / "edm", digits, folder, **SIX, **LATEST)
@@ -359,13 +359,13 @@ def test_a_run_is_resumed_on_the_same_images(finetuned, checkpoints, digits, tmp
     train = Dataset.from_parquet(str(digits / "train.parquet"))
     for rows in (range(64), [*range(1, len(train)), 0]):
         train.select(rows).to_parquet(copy / "train.parquet")
-        with pytest.raises(ValueError, match=f"was trained on 1437 images, and here are {len(rows)}, or others"):
+        with pytest.raises(ValueError, match=f"was trained on 1437 images, but here there are {len(rows)}, or others"):
             run(checkpoints / "ddpm", copy, tmp_path / "out", **options)
     checkpoint = tmp_path / "out" / "checkpoint-2"
     (checkpoint / FILES).unlink()
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")  # as two processes leave them
-    with pytest.raises(ValueError, match=r"was trained by 2 process\(es\), and here are 1: start as many as then"):
+    with pytest.raises(ValueError, match=r"trained by 2 process\(es\), but here there are 1: start as many as then"):
         run(checkpoints / "ddpm", copy, tmp_path / "out", **options)
 
 
@@ -454,7 +454,7 @@ def test_nothing_is_saved_that_is_not_finite(finetuned, checkpoints, digits, tmp
 
     with monkeypatch.context() as patch:
         with_callback(patch, At(6, spoil))
-        with pytest.raises(NotFinite, match="no finite numbers, .* at step 6, .*checkpoint-3 is the last good"):
+        with pytest.raises(NotFinite, match="are not finite, .* at step 6, .*checkpoint-3 is the last good"):
             run(checkpoints / "ddpm", digits, tmp_path, **SIX)
     assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert not (tmp_path / "model.safetensors").exists()
@@ -690,7 +690,7 @@ def test_few_labels_are_those_that_a_probe_draws(checkpoints, digits):
         ({"learning_rat": 1.0}, "here is no option 'learning_rat': the nearest are learning_rate"),
         ({"train_batch_size": 1}, "mixup mixes the images of a batch"),
         ({"max_train_steps": 0}, "it must be at least 1"),
-        ({"random_crop": 8}, "random_crop is 8: the images' sides are"),
+        ({"random_crop": 8}, "random_crop is 8: it must be below the sides"),
         ({"layer": "up_blocks.8.resnets.0"}, "There is no layer 'up_blocks.8.resnets.0'"),
         ({"sigma": 1e9}, "outside the schedule"),
         ({"sigma": -1.0}, "sigma is -1.0: it must be at least 0"),
@@ -751,7 +751,7 @@ def test_an_earlier_run_on_a_part_of_the_labels_is_refused_by_name(finetuned, ch
     shutil.copytree(folder, tmp_path / "run")
     noted = yaml.safe_load((folder / OPTIONS).read_text())
     noted["batch_size"] = noted.pop("train_batch_size")
-    for part, message in ((0.1, "a label_fraction of 0.1, which is no option any more"), (1.0, None)):
+    for part, message in ((0.1, "a label_fraction of 0.1, which is no longer an option"), (1.0, None)):
         (tmp_path / "run" / OPTIONS).write_text(yaml.safe_dump({**noted, "label_fraction": part}))
         if message is None:  # all labels, and the old name of the batch's size
             assert run(checkpoints / "ddpm", digits, tmp_path / "run", **SIX, **LATEST).steps == 6

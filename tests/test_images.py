@@ -156,7 +156,7 @@ def test_images_of_the_hub_are_known_by_their_id(tmp_path):
         ((picture(0),) * 10, {}, r"An object of type tuple came as images: .* a pair \(images, labels\)"),
         ((picture(0), picture(1)), {}, "An object of type Image came as labels: give a path"),
         ([picture(0)] * 2, {"labels": [1]}, "There are 2 images and 1 labels"),
-        ("x", {"labels": [1]}, "labels are those of a list of images"),
+        ("x", {"labels": [1]}, "labels are for a list of images"),
         ([picture(0)], {"streaming": True}, "streaming and config_name are for data that is not in memory"),
         (data_sets(), {"label_column": "kind"}, "There is no column of labels 'kind'"),
         (data_sets(), {"image_column": "label"}, "There is no column of images 'label'"),
@@ -187,7 +187,7 @@ def test_training_and_test_images_are_others_and_of_several_classes():
     images = Images.open(data_sets())
     train, test = labelled_splits(images, splits_of(max_train_samples=6, max_test_samples=3))
     assert (len(train), len(test), train.split, test.split) == (6, 3, "train", "test")
-    with pytest.raises(ValueError, match="test_split is 'train', as train_split"):
+    with pytest.raises(ValueError, match="test_split is 'train', like train_split"):
         labelled_splits(images, splits_of(test_split="train"))
     same = data_sets()["train"]
     with pytest.raises(ValueError, match="The splits 'train' and 'test' are the same images"):

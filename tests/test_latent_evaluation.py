@@ -136,7 +136,7 @@ def test_a_probe_is_saved_with_generator_and_vae(latent_dit, vae, digits, tested
     assert (tmp_path / "head.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
     card = (tmp_path / "README.md").read_text()
     assert "for images of 16 x 16 pixels and 3 channels" in card
-    assert "works on latents of an `AutoencoderKL`, which is part of the checkpoint: 4 x 8 x 8 numbers" in card
+    assert "works on latents of an `AutoencoderKL`, which is part of the checkpoint: an image becomes 4 x 8 x 8" in card
 
 
 def tune(checkpoint, digits, folder, *options):
@@ -217,8 +217,8 @@ def test_fine_tuning_on_latents_saves_a_classifier_of_images(
         assert report["test_accuracy"] == pytest.approx(share_right(bare(stored).logits, labels))
         assert report["saved_classifier_test_accuracy"] == pytest.approx(share_right(whole(images).logits, labels))
     card = make_card(tmp_path).content
-    assert "learnt from latents that were encoded before" in card and "which are drawn from the VAE" in card
-    assert f"its fixed noise, has {100 * report['saved_classifier_test_accuracy']:.2f} %" in card
+    assert "learnt from latents that were encoded beforehand" in card and "which are drawn from the VAE" in card
+    assert f"has a test accuracy of {100 * report['saved_classifier_test_accuracy']:.2f} %" in card
 
 
 def test_latents_of_others_are_refused(latent_dit, other, digits, latents, tmp_path, capsys):
@@ -309,5 +309,5 @@ def test_the_card_of_a_network_with_features_only_has_no_code_that_generates(tmp
     reason = "its output layer is another network's."
     DDAEModel(DDAEConfig(denoiser=plain_config(make_unet()), features_only=reason)).save_pretrained(tmp_path)
     card = make_card(tmp_path).content
-    assert f"It has features, but cannot generate: {reason}" in card and "DDAEPipeline" not in card
-    assert "\nAn extractor of features: a" in card and "latents" not in card
+    assert f"This checkpoint has features but cannot generate images: {reason}" in card and "DDAEPipeline" not in card
+    assert "This checkpoint is an extractor of features: a" in card and "latents" not in card

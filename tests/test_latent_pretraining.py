@@ -209,8 +209,8 @@ def test_images_do_not_go_on_with_a_denoiser_of_latents(trained, digits, tmp_pat
         (["--max_train_samples", "0"], "must be at least 1"),
         (["--latents_dir", "nowhere"], "nowhere holds no latents"),
         (["--vae", "nowhere/at/all"], "is not a folder"),
-        (["--denoiser", json.dumps({**TINY, "in_channels": 3})], "and has 3 and 8"),
-        (["--denoiser", json.dumps({**TINY, "sample_size": 16})], "and has 4 and 16"),
+        (["--denoiser", json.dumps({**TINY, "in_channels": 3})], "but has 3 and 8"),
+        (["--denoiser", json.dumps({**TINY, "sample_size": 16})], "but has 4 and 16"),
         (["--denoiser", json.dumps({**TINY, "out_channels": 8})], "as many output as input channels"),
         (["--denoiser", json.dumps({**TINY, "patch_size": 3})], "must be a multiple of 3"),
     ],
@@ -224,7 +224,7 @@ def test_what_cannot_be_trained_on_latents_is_refused_first(latents, tmp_path, c
 
 def test_the_vae_of_the_latents_is_looked_for_where_it_was_and_must_be_theirs(latents, tmp_path):
     moved = copied(latents, tmp_path / "moved", lambda index: index.update(vae_source=str(tmp_path / "gone")))
-    with pytest.raises(SystemExit, match="gone.*If the VAE of the latents is elsewhere now, say where .vae."):
+    with pytest.raises(SystemExit, match="gone.*If the VAE of the latents is elsewhere now, give its place .vae."):
         train(moved, tmp_path / "out")
     make_vae(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="made by another VAE"):

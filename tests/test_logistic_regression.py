@@ -166,7 +166,7 @@ def test_what_cannot_be_fitted_is_refused():
     for nothing in ({}, {"a": []}):
         with pytest.raises(ValueError, match="nothing to fit"):
             fit_logistic_regression(nothing, labels, L2)
-    with pytest.raises(ValueError, match="no finite numbers"):
+    with pytest.raises(ValueError, match="features are not finite"):
         fit_logistic_regression({"a": [np.where(features > 50, np.nan, features)]}, labels, L2)
 
 

@@ -154,7 +154,7 @@ def test_an_interrupted_run_resumes_exactly(trained, checkpoints, digits, tmp_pa
 
         noisy = noisy_classification.Study.noisy_batch
         patch.setattr(noisy_classification.Study, "noisy_batch", interrupted)
-        with pytest.raises(Interrupted, match="wide_resnet/checkpoint-1 is saved. The same options go on from it"):
+        with pytest.raises(Interrupted, match="wide_resnet/checkpoint-1 is saved. To go on from it, give the same"):
             run(checkpoints / "ddpm", digits, tmp_path, **TWO)
     views = [tmp_path / "features" / f"view-{view}.npy" for view in range(2)]
     views[1].unlink()  # as if it had stopped before; what is there is kept
@@ -362,7 +362,7 @@ def test_every_number_has_a_range():
         ({"num_views": 0}, "num_views is 0: it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"wide_resnet": -1}, "wide_resnet is -1: it must be at least 0"),
-        ({"random_crop": 8}, "random_crop is 8: the images' sides are"),
+        ({"random_crop": 8}, "random_crop is 8: it must be below the sides"),
         ({"null_class": 3}, "takes no labels"),
         ({"test_split": "holdout"}, "has no split 'holdout'"),
         ({"test_split": "train"}, "test on other images"),

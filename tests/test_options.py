@@ -91,7 +91,7 @@ def test_ranges_are_those_that_the_words_say():
         ({"push": "no"}, "push is 'no': it must be true or false."),
         ({"name": 3}, "name is 3: it must be text."),
         ({"wanted": None}, "wanted is None: it must be text."),
-        ({"denoiser": [1]}, r"\[1\] is no mapping"),
+        ({"denoiser": [1]}, r"\[1\] is not a mapping"),
         ({"denoiser": "a: 1\na: 2"}, "'a' comes twice"),
         ({"name": "wrong"}, "name is 'wrong': give another."),
     ],

@@ -330,7 +330,7 @@ def test_training_on_a_stream_resumes_exactly_and_adds_up(shards, tmp_path):
     [
         ([], "A stream needs max_train_steps"),
         (["--max_train_steps", "1", "--shuffle_buffer", "0"], "shuffle_buffer is 0"),
-        (["--max_train_steps", "1", "--max_train_samples", "9", "--dataloader_num_workers", "2"], "take one"),
+        (["--max_train_steps", "1", "--max_train_samples", "9", "--dataloader_num_workers", "2"], "none knows"),
         (["--max_train_steps", "1", "--train_batch_size", "101"], "The stream has 100 images"),
         (["--max_train_steps", "1", "--train_batch_size", "60", "--dataloader_num_workers", "2"], "need 120"),
         (["--max_train_steps", "1", "--image_column", "picture"], "no column of images 'picture'"),
@@ -465,7 +465,7 @@ def test_every_configuration_describes_a_network_that_can_be_trained(path):
         (["--scheduler", '{"_class_name": "EDMEulerScheduler"}', "--log_sigma", "nan", "1"], "must be finite"),
         (["--scheduler", '{"_class_name": "EDMEulerScheduler"}', "--log_sigma", "0", "-1"], "the deviation positive"),
         (["--class_conditional", "--label_dropout", "0"], "must see both its classes and the null class"),
-        (["--denoiser", json.dumps(TINY | {"num_class_embeds": 4})], "leave it out, class_conditional takes it"),
+        (["--denoiser", json.dumps(TINY | {"num_class_embeds": 4})], "leave it out; class_conditional takes it"),
         (["--log_sigma", "0", "inf"], "must be finite"),
         (["--scheduler", '{"_class_name": "ScoreSdeVeScheduler"}'], "is not supported"),
         (["--scheduler", '{"_class_name": "Nothing"}'], "must name a diffusers scheduler"),
@@ -588,7 +588,7 @@ def test_what_cannot_change_is_refused_by_name_when_a_run_is_resumed(noise_image
     with pytest.raises(ValueError, match="random_flip was .*center_crop|center_crop was .*random_flip") as refusal:
         pretrain(noise_images, **again, **changes)
     assert all(f"{name} was" in str(refusal.value) for name in changes)
-    with pytest.raises(ValueError, match="trained on 10 images a step .* and here are 20: give total_batch_size 10"):
+    with pytest.raises(ValueError, match="10 images a step .* but here there are 20: give total_batch_size 10"):
         pretrain(noise_images, **{**again, "total_batch_size": 20})
     rng = np.random.default_rng(1)
     others = Images.open([Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(50)])

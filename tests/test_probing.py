@@ -70,7 +70,7 @@ def test_the_classifier_of_a_changed_network_is_saved_whole(generator, head, ima
 def test_weights_that_are_no_numbers_are_refused(generator, head):
     weight, bias = head
     weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="no finite numbers: it is not saved. Regularise it more"):
+    with pytest.raises(ValueError, match="are not finite: it is not saved. Regularise it more"):
         make_classifier(generator, NAMES, weight, bias, **TAP)
 
 

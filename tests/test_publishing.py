@@ -222,11 +222,11 @@ def test_facts_that_runs_add_are_shown(runs, digits, tmp_path):
 
 
 def test_what_cannot_be_is_refused(runs, layouts, tmp_path):
-    with pytest.raises(ValueError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         make_card(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="not a checkpoint that ddae_hf can open"):
         make_card(tmp_path)
-    with pytest.raises(ValueError, match="nothing is no folder"):
+    with pytest.raises(ValueError, match="nothing is not a folder"):
         make_card(layouts / "flat", results=[tmp_path / "nothing"])
     with pytest.raises(ValueError, match="not a name"):
         make_card(layouts / "flat", repo_id="not a name")
@@ -419,7 +419,7 @@ def test_repositories_that_do_not_fit_are_refused(local, server):
     assert not server.repositories["tester/open"].private
     assert prepare(hub, "runs/name") == "tester/open"  # it may be there already
     assert prepare(options(), "runs/name") == "tester/name" and prepare(HubOptions(), "runs/name") is None
-    with pytest.raises(ValueError, match="tester/open is there already, and public"):
+    with pytest.raises(ValueError, match="tester/open exists already, and is public"):
         prepare(options(hub_model_id="open", hub_private=True), "runs/name")
     with pytest.raises(ValueError, match="the repository someone/else cannot be written to"):
         prepare(options(hub_model_id="someone/else"), "runs/name")
@@ -474,5 +474,5 @@ def test_a_card_is_written_without_a_push_too(local, server, tmp_path):
     save_card(tmp_path)  # keeps what nothing but the card says
     assert yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1]) == written
     assert len(server.requests) == before
-    with pytest.raises(ValueError, match="is complete, but for its card: .* not a checkpoint"):
+    with pytest.raises(ValueError, match="is complete, except for its card: .* not a checkpoint"):
         publish(HubOptions(), tmp_path / "scheduler", "Nothing")

@@ -132,11 +132,11 @@ def test_a_probe_tells_what_was_chosen_how():
     assert "best of 2 pairs of layer and noise level was chosen on 10 held-out training images (seed 0)" in table
     assert "in 2 views, the first as it is, the others mirrored at random" in table and "over 2 draws of noise" in table
     assert "chosen with all labels" in table and "`mid_block`, sigma 0.25 | 5 a class" in table
-    assert "The saved classifier, with its fixed noise: 87.50 %." in table
+    assert "The saved classifier's test accuracy, with its fixed noise, is 87.50 %." in table
     gain = spread([0.2 - 0.1, 0.3 - 0.4])  # draw by draw
     assert f"| raw pixels |  | 5 a class | {spread([0.1, 0.4])} |  | {gain} |" in table
     one = dataclasses.replace(report, pairs=[FIRST], few_label_test_accuracies={}, test_accuracies={"3": 0.5})
-    assert "its regularisation was chosen on 10 of them" in one.table() and "±" not in one.section().protocol
+    assert "their regularisation was chosen on 10 of them" in one.table() and "±" not in one.section().protocol
     online = dataclasses.replace(one, options={"protocol": "batch_norm", "seed": 0})
     assert "(batch norm)" in online.table() and "regularisation" not in online.table()
     figures = {figure.metric: (figure.value, figure.conditions["noise_seed"]) for figure in report.section().figures}

@@ -142,9 +142,9 @@ def test_an_epoch_that_yields_nothing_is_an_error(stream, progress, in_time):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train_batch_size", 100], r"trained on 25 images a step \(total_batch_size\), and here are 100"),
+        (["--train_batch_size", 100], r"trained on 25 images a step \(total_batch_size\), but here there are 100"),
         (["--train_batch_size", 50], "give total_batch_size 25, or begin another run, in another output_dir"),
-        (["--max_train_samples", 25], "was trained on 100 images, and here are 25: give the same images, or begin"),
+        (["--max_train_samples", 25], "trained on 100 images, but here there are 25: give the same images, or begin"),
         (["--seed", 2], "other options: seed was 1 and is 2"),
     ],
 )
@@ -185,7 +185,7 @@ def test_an_autoencoder_is_resumed_on_the_same_batches(vae, digits, tmp_path, in
     options = [*vae_options(digits, tmp_path), "--resume_from_checkpoint", vae / "checkpoint-6"]
     with pytest.raises(SystemExit, match="25 images a step .* give total_batch_size 25, or"):
         commands.run("train-vae", *options, "--train_batch_size", 50)
-    with pytest.raises(SystemExit, match="was trained on 100 images, and here are 60"):
+    with pytest.raises(SystemExit, match="was trained on 100 images, but here there are 60"):
         commands.run("train-vae", *options, "--max_train_samples", 80)
 
 
@@ -299,9 +299,7 @@ def test_nothing_is_saved_of_weights_that_are_not_finite(name, request, digits, 
     options = arguments(digits, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "steps", spoilt(Loop.steps, at=4))
-        message = (
-            "Some weights are no finite numbers, after a loss of .* at step 4, at a learning rate of .* none of it"
-        )
+        message = "Some weights are not finite, after a loss of .* at step 4, at a learning rate of .* none of it"
         with pytest.raises(SystemExit, match=f"{message} is saved. .*checkpoint-2 is the last good .* resume from it"):
             commands.run(name, *options)
     assert [f.name for f in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
@@ -341,7 +339,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(pretrained, digits, tmp_
         pipeline.denoiser.conv_in.weight[0] = float("inf")
     pipeline.save_pretrained(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / FILES).unlink()
-    with pytest.raises(SystemExit, match="checkpoint-2 holds weights that are no finite numbers: resume an earlier"):
+    with pytest.raises(SystemExit, match="checkpoint-2 holds weights that are not finite: resume an earlier"):
         commands.run("pretrain", *pretrain_options(digits, tmp_path), "--resume_from_checkpoint", "latest")
 
 

@@ -184,12 +184,12 @@ def test_fine_tuning_goes_on_from_the_best_pair_and_where_it_stopped(checkpoint,
     [
         ({"checkpoints": "runs"}, "there is no option 'checkpoints'"),
         ({"encode_batch_size": 0}, "must be at least 1"),
-        ({"finetune": "5"}, "is no mapping: give options"),
+        ({"finetune": "5"}, "is not a mapping: give options"),
         ({"finetune": {"max_train_step": 5}}, "finetune: there is no option 'max_train_step': the nearest are max_t"),
         ({"finetune": {"learning_rate": -1}}, "finetune: learning_rate is -1.0: it must be positive"),
         ({"finetune": {}, "output_dir": None}, "finetune needs an output_dir"),
         *(
-            ({"finetune": {name: value}}, f"finetune has {name}: leave it out, it follows from the transfer")
+            ({"finetune": {name: value}}, f"finetune has {name}: leave it out; it follows from the transfer")
             for name, value in {
                 "layer": "nope",
                 "sigma": -1,

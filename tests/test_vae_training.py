@@ -109,7 +109,7 @@ def options(**more):
         (["--autoencoder", json.dumps(TINY | {"scaling_factor": 0.2})], "it is measured after the training"),
         (["--autoencoder", json.dumps(TINY | {"sample_size": 8})], "resolution gives it"),
         (["--autoencoder", json.dumps(TINY | {"channels": 8})], "no options ['channels']"),
-        (["--autoencoder", "3"], "is no mapping"),
+        (["--autoencoder", "3"], "is not a mapping"),
         (["--held_out", "1430"], "There are 1437 images: held_out 1430 and a total_batch_size of 32"),
         (["--held_out", "0"], "must be at least 1"),
         (["--kl_weight", "-1"], "kl_weight is -1.0: it must be at least 0"),

@@ -7,10 +7,10 @@
     print(result.table())
 
 All experiments are called alike, `sweep(model, images, options=None, **changes)`. A model is a checkpoint's folder or
-Hub id, in any layout, or an open one, whose weights stay as they are. Images are those of `Images.open`, or what it
-takes. Options are a dataclass, by default `SweepOptions()`, in which `changes` replaces fields by name. Nothing here
-prints, parses arguments or leaves global random generators changed. Names are imported when first used; what they need
-beside `ddae_hf` itself is installed by `pip install '.[experiments]'`, from a clone.
+Hub id, in any layout, or an open model, whose weights stay as they are. Images are those of `Images.open`, or anything
+that it takes. Options are a dataclass, by default `SweepOptions()`, in which `changes` replaces fields by name. Nothing
+here prints, parses arguments or leaves global random generators changed. Names are imported when first used; the
+libraries that they need besides `ddae_hf` are installed by `pip install '.[experiments]'`, from a clone.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     NAME.npy            a whole array (N, ...)
     NAME.npy.partial    one that is being filled: a header and the rows so far
-    rows.json           by array, the number of rows that are done and their CRC-32
-    rows.lock           held by the process that fills
+    rows.json           for each array, the number of rows that are done and their CRC-32
+    rows.lock           held by the process that fills the arrays
 
-Rows are looked at again before they are used: those of an unfinished array when it is continued, those of a whole one
-when it is opened for the first time. An array becomes `NAME.npy` when it is whole, so that whoever reads needs no lock.
+Rows are checked before they are used: the rows of an unfinished array when it is continued, and the rows of a whole
+array when it is opened for the first time. An array becomes `NAME.npy` only when it is whole, so that readers need no
+lock.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Batches = Callable[[int, list[str]], Iterable[Mapping[str, Tensor]]]
 
-_verified: set[tuple[Any, ...]] = set()  # the states of the whole arrays that this process has looked at
+_verified: set[tuple[Any, ...]] = set()  # the states of the whole arrays that this process has checked
 logger = logging.getLogger(__name__)
 
 
@@ -49,11 +50,11 @@ class Rows:
 
 
 def fill(folder: Path, shapes: Shapes, count: int, batches: Batches, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Return arrays of `count` rows, computing those that they lack: read-only, mapped from disk, by name.
+    """Return arrays of `count` rows by name, read-only and mapped from disk; rows that are missing are computed.
 
     One process at a time fills a folder. Another one waits for it, and then computes what is still missing. `shapes`
-    are those of a row, by the array's name. `batches`, called with a row's number and the names of arrays that are not
-    complete, gives their rows from that one on, in batches of any sizes: tensors (B, ...) of `dtype` by name.
+    has the shape of a row by the array's name. `batches` is called with a row's number and the names of incomplete
+    arrays, and gives their rows from that number on, in batches of any sizes: tensors (B, ...) of `dtype` by name.
 
     Raises:
         ValueError: Another number of rows than `count`, rows of another shape or type, or a damaged file.
@@ -78,12 +79,12 @@ def open_array(folder: Path, name: str, shape: Shape, dtype: str) -> np.ndarray:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
     values = _mapped(path, shape, dtype, rows)
     if (there := path.stat().st_size) != values.offset + values.nbytes:
-        raise damaged(path, f"it has {there} bytes, which are not those of {shape[0]} rows")
+        raise damaged(path, f"it has {there} bytes, which is not the size of {shape[0]} rows")
     return values
 
 
 def write_array(folder: Path, name: str, values: np.ndarray) -> None:
-    """Write an array whole, in place of one that is there, unless that has the same rows."""
+    """Write a whole array in place of an existing one, unless that one has the same rows."""
     new = Rows(len(values), zlib.crc32(np.ascontiguousarray(values).data))
     if _read_rows(folder).get(name) == new:
         return
@@ -94,7 +95,7 @@ def write_array(folder: Path, name: str, values: np.ndarray) -> None:
 
 
 def num_bytes(shape: Shape, count: int, dtype: str = "float32") -> int:
-    """Return the size of an array of so many rows of this shape."""
+    """Return the size in bytes of an array of `count` rows of this shape."""
     return count * math.prod(shape) * np.dtype(dtype).itemsize
 
 
@@ -104,7 +105,7 @@ def rows_done(folder: Path) -> dict[str, int]:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise `OSError` if a folder's disk has less than so many bytes left."""
+    """Raise `OSError` if a folder's disk has fewer than `needed` bytes left."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         what = f"{size(needed)} are needed in {folder}, where {size(free)} are free"
@@ -118,7 +119,7 @@ def size(count: int) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in a sentence which file could not be written, as on a full disk, where the system's error does not."""
+    """Name in a sentence the file that could not be written, as on a full disk: the system's error does not."""
     try:
         yield
     except OSError as error:
@@ -126,14 +127,14 @@ def writing(path: Path) -> Iterator[None]:
         if error.filename is not None or (error.errno is None and not short):
             raise
         reason = error.strerror or str(error)
-        named = OSError(f"{path} could not be written: {reason}. Make room, and start again: what is there is kept.")
-        named.strerror = reason  # for those who say more of it
+        named = OSError(f"{path} could not be written: {reason}. Make room, and start again: what is written is kept.")
+        named.strerror = reason  # for callers that say more about it
         raise named from error
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a new file's name, of this call alone, to write to: it takes the place of `path`, or goes if that fails."""
+    """Give the name of a new file to write to: it takes the place of `path` at the end, or is removed on failure."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         with writing(path):
@@ -156,7 +157,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file of our own holds, or raise `ValueError` where it is damaged."""
+    """Return the content of a JSON file of our own, or raise `ValueError` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -184,7 +185,7 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any], inside: str
 
 @contextlib.contextmanager
 def kept_or_temporary(folder: StrPath | None) -> Iterator[Path]:
-    """Give a folder or, where none is asked for, a temporary one, which is gone afterwards."""
+    """Give a folder or, where none is asked for, a temporary one, which is removed afterwards."""
     if folder is not None:
         yield Path(folder)
         return
@@ -193,7 +194,7 @@ def kept_or_temporary(folder: StrPath | None) -> Iterator[Path]:
 
 
 def described_folder(parent: Path, identity: Mapping[str, Any]) -> Path:
-    """Return the folder of what is described so, made if it is missing: named by a hash of its `identity.json`."""
+    """Return the folder for this description, named by a hash of its `identity.json`; make it if it is missing."""
     text = json.dumps(identity, indent=2, sort_keys=True)
     folder = parent / hashlib.sha256(text.encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,12 +208,12 @@ def described_folder(parent: Path, identity: Mapping[str, Any]) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from changing a folder's arrays, and wait, with a message, for one that is at it."""
+    """Keep other processes from changing a folder's arrays; wait, with a message, for one that is changing them."""
     lock = FileLock(folder / "rows.lock")
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        logger.warning("Another process fills %s: waiting until it is done.", folder)
+        logger.warning("Another process is filling %s: waiting until it is done.", folder)
         held = lock.acquire()
     with held:
         yield
@@ -223,7 +224,7 @@ def _unfinished(folder: Path, name: str) -> Path:
 
 
 def _read_rows(folder: Path) -> dict[str, Rows]:
-    """Return how much of each array is done; those without a file, or a checksum (version 0.1.0), are not there."""
+    """Return how much of each array is done; arrays without a file, or a checksum (version 0.1.0), are left out."""
     path = folder / "rows.json"
     known = read_json(path) if path.exists() else {}
     try:
@@ -241,7 +242,7 @@ def _write_rows(folder: Path, rows: dict[str, Rows]) -> None:
 
 
 def _state(path: Path, rows: Rows) -> tuple[Any, ...]:
-    """Return what changes where a file does: another file in its place, its size, the time, what is known of it."""
+    """Return facts that change with a file: which file it is, its size, its time, and what `rows.json` knows of it."""
     status = path.stat()
     return str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, rows.count, rows.crc32
 
@@ -262,7 +263,7 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str) -> None
     for batch in batches(done, list(shapes)) if done < count else ():
         end = done + len(next(iter(batch.values())))
         if end > count:
-            raise ValueError(f"More than the {count} images came that were announced.")
+            raise ValueError(f"More images came than the {count} that were announced.")
         for name, shape in shapes.items():
             kept[name] = _append(folder, name, shape, dtype, kept[name], done, batch[name].cpu().numpy())
         _write_rows(folder, rows | kept)
@@ -271,19 +272,19 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str) -> None
         raise ValueError(f"{done} images came, but {count} were announced.")
     for name, it in kept.items():
         whole = _unfinished(folder, name).replace(folder / f"{name}.npy")
-        _verified.add(_state(whole, it))  # this process has written its rows, or looked at them
+        _verified.add(_state(whole, it))  # this process has written its rows, or checked them
 
 
 def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None) -> Rows:
-    """Return the rows that an unfinished array goes on from, looked at anew; make its file if it is missing."""
+    """Return the rows that an unfinished array continues from, after a check; make its file if it is missing."""
     path = _unfinished(folder, name)
     whole = folder / f"{name}.npy"
     if rows is not None and path.exists():
         values = _mapped(path, shape, dtype, rows)
-        os.truncate(path, values.offset + values.nbytes)  # what was written after the last note is written again
+        os.truncate(path, values.offset + values.nbytes)  # rows that came after the last note are written again
         return rows
     if whole.exists():
-        logger.warning("%s has no checksum, as version 0.1.0 left it: it is computed again.", whole)
+        logger.warning("%s has no checksum, because version 0.1.0 wrote none: it is computed again.", whole)
         whole.unlink()
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     with writing(path), path.open("wb") as file:
@@ -292,10 +293,10 @@ def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None)
 
 
 def _append(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows, start: int, values: np.ndarray) -> Rows:
-    """Append the rows from number `start` on to an unfinished array, but those that are there; return what it has."""
+    """Append those rows, the first being number `start`, that an unfinished array lacks; return what it then has."""
     if values.shape[1:] != shape[1:] or values.dtype != dtype:
         came = f"Rows of {name} came with shape {values.shape[1:]} and type {values.dtype}"
-        raise ValueError(f"{came}: announced were {shape[1:]} and {dtype}.")
+        raise ValueError(f"{came}, but {shape[1:]} and {dtype} were announced.")
     new = np.ascontiguousarray(values[max(0, rows.count - start) :])
     path = _unfinished(folder, name)
     with writing(path), path.open("r+b") as file:
@@ -307,7 +308,7 @@ def _append(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows, start
 
 
 def _mapped(path: Path, shape: Shape, dtype: str, rows: Rows) -> np.memmap:
-    """Return an array's rows that are done, mapped, or raise `ValueError` if they are not what was written."""
+    """Return an array's finished rows, mapped from disk, or raise `ValueError` if they are not what was written."""
     if rows.count > shape[0]:
         raise damaged(path, f"rows.json knows of {rows.count} rows, where {shape[0]} are wanted")
     state = _state(path, rows)
@@ -315,10 +316,10 @@ def _mapped(path: Path, shape: Shape, dtype: str, rows: Rows) -> np.memmap:
         try:
             version = np.lib.format.read_magic(file)
             header = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
-        except Exception as error:  # a broken header raises what it likes
-            raise damaged(path, "it is no array") from error
+        except Exception as error:  # a broken header can raise any error
+            raise damaged(path, "it is not an array") from error
         if header != (shape, False, np.dtype(dtype)):
-            raise damaged(path, f"it is another array than the {dtype} {shape} that is wanted")
+            raise damaged(path, f"it is not the {dtype} array of shape {shape} that is wanted")
         try:
             values = np.memmap(file, dtype, "r", file.tell(), (rows.count, *shape[1:]))
         except ValueError as error:

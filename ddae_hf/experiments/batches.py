@@ -19,22 +19,23 @@ from .image_set import ImageSet, Pixels, scaled
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
-HASHED = 4096  # images by which a data set is known again
+HASHED = 4096  # images by whose hash a data set is recognised
 
 
 class Batches(Sampler[list[int]]):
-    """Batches of every epoch, as lists of rows, from any of them on.
+    """The batches of every epoch, as lists of rows, beginning with any batch.
 
-    `of_epoch` returns those of an epoch's number, as many in each, of `batch_size` rows, the last perhaps excepted.
+    `of_epoch` returns the batches of an epoch by its number. Every epoch has equally many, of `batch_size` rows each;
+    only the last batch may have fewer.
     """
 
     def __init__(self, of_epoch: Callable[[int], Sequence[Any]], batch_size: int):
         self.of_epoch, self.batch_size = of_epoch, batch_size
-        self.drop_last = True  # of what does not make a batch for each process
+        self.drop_last = True  # batches at the end that are too few for all processes
         self.begin(0, 0)
 
     def begin(self, epoch: int, first: int) -> None:
-        """Give this epoch next, from its batch `first` on."""
+        """Give the batches of this epoch next, from number `first` on."""
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
@@ -49,13 +50,13 @@ class BatchSizes(NamedTuple):
     """How a step's images are shared out."""
 
     total: int  # images of a step
-    per_device: int  # those of a forward pass on each device
+    per_device: int  # images of a forward pass on each device
     accumulation: int  # forward passes of a step
     processes: int  # number of devices
 
 
 def whole(batch: Batch) -> Batch:
-    """Return a batch that needs no putting together."""
+    """Return a batch as it is: its rows were read together."""
     return batch
 
 
@@ -77,18 +78,18 @@ def image_batches(
 ) -> DataLoader[Any]:
     """Return shuffled batches of images: `pixel_values` (B, C, H, W), and `labels` (B,) if asked for.
 
-    Pixels are integers where they can be, which `clean_images` makes floats.
+    Pixels are integers where they can be; `clean_images` makes them floats.
 
     Raises:
         ValueError: Fewer images than a step has, or a stream that may be too short.
     """
     sizes, workers = options.sizes, options.dataloader_num_workers
     if not images.streaming:
-        # Workers have memory of their own, in which each would keep what it happens to decode.
+        # Workers have their own memory, and each would keep there what it happens to decode.
         pixels = Pixels(images, processor, keep=workers == 0)
         known = torch.from_numpy(images.labels) if labels else None
         return row_batches(range(len(images)), options, partial(_read, pixels, known))
-    # What does not fill a batch is dropped, by each worker of its own part.
+    # Each worker drops the images of its own part that do not fill a batch.
     needed = sizes.per_device * (sizes.processes + max(workers, 1) - 1)
     found = sum(1 for _ in images.dataset.cast_column(images.image_column, Image(decode=False)).take(needed))
     if found < needed:
@@ -104,8 +105,8 @@ def image_batches(
 def row_batches(rows: Any, options: Any, collate: Callable[[Any], Batch]) -> DataLoader[Any]:
     """Return shuffled batches of the rows of a data set: see `image_batches`.
 
-    The order is new in every epoch, and the same for whatever size it is cut into. What does not make a step is left
-    out, but where there are fewer rows than a batch has they are one.
+    The order is new in every epoch, and does not depend on the size of the batches. Rows that do not fill a step are
+    left out; but if there are fewer rows than a batch holds, all of them make one batch.
     """
     sizes, count = options.sizes, len(rows)
     if count < sizes.total > sizes.per_device:
@@ -113,7 +114,7 @@ def row_batches(rows: Any, options: Any, collate: Callable[[Any], Batch]) -> Dat
             f"There are {count} images, fewer than a step's total_batch_size of {sizes.total}: give a smaller one."
         )
     if count < sizes.total:
-        logger.warning(f"There are {count} images, not the {sizes.total} of total_batch_size: a step has them all.")
+        logger.warning(f"There are only {count} images for a total_batch_size of {sizes.total}: every step has all.")
     used = count // sizes.total * sizes.total or count
 
     def of_epoch(epoch: int) -> Sequence[Tensor]:
@@ -135,7 +136,7 @@ def clean_images(pixels: Tensor, config: Any) -> Tensor:
 
 
 def images_hash(images: ImageSet) -> str | None:
-    """Return a hash by which images are known again, of some thousands of them; nothing of a stream."""
+    """Return a hash of some thousands of the images, by which all are recognised; None for a stream."""
     if images.streaming:
         return None
     return images.select(np.linspace(0, len(images) - 1, min(len(images), HASHED)).astype(int)).hash

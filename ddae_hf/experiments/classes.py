@@ -1,4 +1,4 @@
-"""The classes of a data set: which column says them, their names and numbers, and drawing images of all of them."""
+"""The classes of a data set: which column holds them, their names and numbers, and drawing images of all of them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .data_files import some
 
 
 def find_label_column(features: Features, name: str | None) -> str | None:
-    """Return the column of labels: the one of that name, or the only one of classes; nothing if there is none."""
+    """Return the column of labels: the one of that name, or the only one of classes; None if there is none."""
     if name is None:
         found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
         return found[0] if len(found) == 1 else None
     feature = features.get(name)
     plain = isinstance(feature, Value) and re.fullmatch(r"u?int\d+|(large_)?string", feature.dtype)
     if not isinstance(feature, ClassLabel) and not plain:
-        what = f"There is no column of labels {name!r}, whole numbers or names"
-        raise ValueError(f"{what}; columns are {dict(features)}.")
+        what = f"There is no column of labels {name!r} with whole numbers or names"
+        raise ValueError(f"{what}; the columns are {dict(features)}.")
     return name
 
 
 class Classes:
-    """The classes of a data set: those that it names or, of numbers or words, the different ones of all splits.
+    """The classes of a data set: the ones that it names, or else all different numbers or words in its splits.
 
-    Splits without the column have no say, nor has what stands for no class, such as -1. Nothing is read before it is
-    asked for.
+    Splits without the column are ignored, and so are values that stand for no class, such as -1. Nothing is read before
+    it is asked for.
     """
 
     def __init__(self, splits: Mapping[str, Dataset | IterableDataset], column: str):
@@ -49,7 +49,7 @@ class Classes:
 
     @cached_property
     def values(self) -> np.ndarray | None:
-        """What the column says of each class, in order; nothing where only going through a stream would tell."""
+        """The column's value for each class, in order; None where only reading a whole stream would tell."""
         if isinstance(self.kind, ClassLabel):
             return np.arange(self.kind.num_classes)
         found: set[Any] = set()
@@ -82,7 +82,7 @@ class Classes:
 
 
 def warn_of_missing(names: Sequence[str], labels: Mapping[str, np.ndarray]) -> None:
-    """Warn of the classes of which a split, given by its labels, has no image."""
+    """Warn of classes that have no image in a split, which is given by its labels."""
     for split, found in labels.items():
         present = set(np.unique(found).tolist())
         missing = [name for i, name in enumerate(names) if i not in present]
@@ -92,10 +92,11 @@ def warn_of_missing(names: Sequence[str], labels: Mapping[str, np.ndarray]) -> N
 
 
 def draw_images(labels: Sequence[Any] | np.ndarray | int, count: int, seed: int = 0) -> np.ndarray:
-    """Return the sorted indices of `count` images with these labels, or of so many without, at most all of them.
+    """Return the sorted indices of `count` images, or of all if there are fewer.
 
-    Each class has the share that it has of all images, to within rounding (Webster's method), and at least one image
-    while `count` allows. Which ones is random; a smaller draw lies within a larger one.
+    `labels` are the labels of all images, or just their number. Each class has the share that it has of all images, to
+    within rounding (Webster's method), and at least one image while `count` allows. Which of its images are drawn is
+    random; a smaller draw lies within a larger one.
     """
     labels = [0] * labels if isinstance(labels, int) else labels
     total = len(labels)
@@ -104,7 +105,7 @@ def draw_images(labels: Sequence[Any] | np.ndarray | int, count: int, seed: int 
     codes = np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)[order]
     sizes = np.bincount(codes)
     by_class = np.argsort(codes, kind="stable")
-    places = np.empty(total, np.int64)  # of an image among those of its class, in this order
+    places = np.empty(total, np.int64)  # of each image within its class, in this order
     places[by_class] = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     turns = np.where(places == 0, 0, (places + 0.5) / sizes[codes])
     return np.sort(order[np.argsort(turns, kind="stable")[:count]])

@@ -1,4 +1,4 @@
-"""A published checkpoint of another code base becomes a folder that `ddae_hf` opens: `convert`."""
+"""Turn a published checkpoint of another code base into a folder that `ddae_hf` opens: `convert`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .options import Options, option
 class ConversionOptions(Options):
     """What a checkpoint's file does not say."""
 
-    vae: str | None = option(None, "Of a DiT: folder or Hub id of its AutoencoderKL, or of a pipeline that has it.")
-    num_heads: int | None = option(None, "Of a DiT: attention heads; needed if its width is no published network's.")
-    num_classes: int | None = option(None, "Of a DiT: classes, by default what its training noted, or 1000.")
+    vae: str | None = option(None, "For a DiT: folder or Hub id of its AutoencoderKL, or of a pipeline with it.")
+    num_heads: int | None = option(None, "For a DiT: attention heads; needed if no published DiT has its width.")
+    num_classes: int | None = option(None, "For a DiT: number of classes; by default what its training noted, or 1000.")
     framework: Literal["ddpm", "edm"] | None = option(
-        None, "Of a U-Net of the DDAE paper's authors: what it was trained under; required, as the file is silent."
+        None, "For a U-Net of the DDAE paper's authors: how it was trained; required, as the file does not say."
     )
-    resolution: int | None = option(None, "Of such a U-Net: side of its images in pixels, by default 32.")
+    resolution: int | None = option(None, "For a U-Net of these authors: side of its images in pixels; by default 32.")
 
 
 @dataclass
@@ -49,25 +49,25 @@ class Converted:
             f"{type(found.scheduler).__name__}{'' if self.vae is None else ' and its VAE'} ({self.opens_in}).",
         ]
         if reason := found.config.get("features_only"):
-            lines.append(f"It gives features and no images: {reason}")
+            lines.append(f"It gives features, but cannot generate images: {reason}")
         elif self.vae is None and denoiser.config.in_channels not in (1, 3):
-            lines.append("It works on latents: without a vae its images are those.")
+            lines.append("It works on latents: without a vae, it takes and gives latents in place of images.")
         return "\n".join(lines)
 
 
 def convert(
     checkpoint: StrPath, output_dir: StrPath, options: ConversionOptions | None = None, **changes: Any
 ) -> Converted:
-    """Convert a published checkpoint; what its file holds is seen from its content, and nothing that it names is run.
+    """Convert a published checkpoint. Its kind is recognised by its content, and no code that it names is run.
 
     Args:
-        checkpoint: The file; `docs/guides/converting.md` has those that are known, and how exact their conversions are.
+        checkpoint: The file; `docs/guides/converting.md` lists the known kinds, and how exact their conversions are.
         output_dir: Folder to write, which must not hold anything yet.
         options: What the file does not say.
-        **changes: Fields of the options that are to be others.
+        **changes: Fields of the options to replace, by name.
 
     Returns:
-        What was written, which says so as text.
+        What was written; as text, it describes itself.
 
     Raises:
         ValueError: A folder that is not empty, a file of no known kind, or options that it does not take.

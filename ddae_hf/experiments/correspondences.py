@@ -1,4 +1,4 @@
-"""Finding the points of an image again in a warped copy of it, by a denoiser's maps, which were never taught to.
+"""Find points of an image again in a warped copy of it, by the maps of a denoiser that never learnt to do so.
 
     from ddae_hf.experiments import Images, find_correspondences
 
@@ -7,10 +7,10 @@
     result.picture().savefig("correspondence.png")
 
 Every image is turned, shifted and bent by a map whose inverse is exact; for each point, the most similar pixel of the
-warped copy is compared with the true place. Maps are brought to the image's size and to length 1, each by itself, and
-put side by side. The two images of a pair get different noise, as noise shared by both would stay in place while the
-image moves. The same points are looked up by the same network with random weights (a VAE keeps its own), and by clean
-colours: of single pixels, and of patches, which a gentle warp hardly changes and which are hard to beat.
+warped copy is compared with the true place. Each map is resized to the image and scaled to length 1 by itself; then
+they are put side by side. The two images of a pair get different noise, because shared noise would stay in place while
+the image moves. The same points are also looked up by the same network with random weights (a VAE keeps its own), and
+by clean colours: of single pixels, and of patches. A gentle warp hardly changes patches, so they are hard to beat.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .results import CorrespondenceReport
 from .run_folder import saving
 
 ROTATION = 20.0  # of warps, at most, in degrees
-SHIFT = 3 / 32  # likewise, as a part of an image's side
+SHIFT = 3 / 32  # likewise, as a share of an image's side
 BEND = 1.5 / 32  # likewise
 RADII = (1, 2, 4)  # pixels within which a point counts as found
 POINTS = 32  # at most so many in a row
@@ -59,18 +59,18 @@ class CorrespondenceOptions(Options):
     max_samples: int = option(64, "Use N images of the split, of all classes.")
     layers: list[str] | None = option(None, "Layers; by default the encoder's at half size and the checkpoint's.")
     sigma: float | None = option(None, "Noise level; by default the checkpoint's.")
-    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
     seed: int = option(0, "Seed of warps, noise and random weights.")
     cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
 class Matches(NamedTuple):
-    """Points of an image, looked up in its warped copy; places are complex (P,), in pixels from 0, x + iy."""
+    """Points of an image, looked up in its warped copy; places are complex numbers x + iy (P,), in pixels from 0."""
 
     pair: Tensor  # the image and the copy (2, C, H, W), in [-1, 1]
     points: Tensor  # places in the image, whole numbers
     places: Tensor  # the true places in the copy
-    found: dict[str, Tensor]  # those that every way finds, by its name
+    found: dict[str, Tensor]  # the places that each method finds, by its name
 
 
 @dataclass(kw_only=True)
@@ -78,7 +78,7 @@ class CorrespondenceResult(CorrespondenceReport):
     """What `find_correspondences` found: the figures and, in memory, what the picture shows."""
 
     shown: list[Matches] = in_memory()  # of the first two images
-    errors: dict[str, Tensor] = in_memory()  # by the way: pixels from the true places (num_points,), float64
+    errors: dict[str, Tensor] = in_memory()  # by method: pixels from the true places (num_points,), float64
 
     def picture(self) -> Figure:
         """Return a picture of two pairs, and of how many points are found within a distance."""
@@ -102,7 +102,7 @@ class CorrespondenceResult(CorrespondenceReport):
 def find_correspondences(
     model: Model, images: Images, options: CorrespondenceOptions | None = None, **changes: Any
 ) -> CorrespondenceResult:
-    """Look points of images, which need no labels, up in warped copies of them.
+    """Look up points of images, which need no labels, in warped copies of them.
 
     Raises:
         ValueError: Options that cannot work, or images that cannot be read.
@@ -139,7 +139,7 @@ def find_correspondences(
 
 
 def open_backbones(model: Model, options: CorrespondenceOptions) -> dict[str, DDAEBackbone]:
-    """Return the network, and the same with random weights."""
+    """Return the network, and the same network with random weights."""
     # Draws of latents would be the same for both images of a pair.
     network = open_model(
         model, cache_dir=options.cache_dir, sigma=options.sigma, null_class=options.null_class, sample_posterior=False
@@ -159,7 +159,7 @@ def open_backbones(model: Model, options: CorrespondenceOptions) -> dict[str, DD
 
 
 def look_up(backbones: dict[str, DDAEBackbone], image: Tensor, seed: int, index: int) -> Matches:
-    """Look points of an image (C, H, W) up in its warped copy, by networks and by colours."""
+    """Look up points of an image (C, H, W) in its warped copy, by networks and by colours."""
     warp = Warp(image.shape[-2:], seed, index)
     shape = backbones["denoiser"].config.sample_shape
     noise = torch.cat([indexed_noise(shape, [index], seed, view) for view in (0, 1)])
@@ -169,13 +169,13 @@ def look_up(backbones: dict[str, DDAEBackbone], image: Tensor, seed: int, index:
     ways["pixel colours"] = pair
     points = pixels(warp.size, math.ceil(max(warp.size) / POINTS))
     from_centre = torch.view_as_real(warp.places(points) - warp.centre).abs()
-    points = points[(from_centre <= (torch.tensor(warp.size[::-1]) - 1) / 2).all(1)]  # others have left the picture
+    points = points[(from_centre <= (torch.tensor(warp.size[::-1]) - 1) / 2).all(1)]  # the others have left the picture
     found = {way: match(each[0], each[1], points) for way, each in ways.items()}
     return Matches(pair, points, warp.places(points), found)
 
 
 class Warp:
-    """A turn, a shift and a wave along each axis; places are complex, x + iy in pixels from 0 at the first's centre."""
+    """A turn, a shift and a wave along each axis; places are complex, x + iy, in pixels from the first's centre."""
 
     def __init__(self, size: Sequence[int], seed: int, index: int):
         rng = np.random.default_rng([seed, index])
@@ -244,14 +244,14 @@ def main_directions(maps: Tensor) -> Tensor:
 
 
 def match(original: Tensor, warped: Tensor, points: Tensor) -> Tensor:
-    """Return the places in the warped image whose features (C, H, W) are nearest to those of whole-numbered points."""
+    """Return the places in the warped image whose features (C, H, W) are most like those at `points`, whole numbers."""
     wanted = original[:, points.imag.long(), points.real.long()]
     there = warped.flatten(1)
     return pixels(warped.shape[-2:])[(wanted.T @ there - there.square().sum(0) / 2).argmax(1)]
 
 
 def share_within(error: Tensor, radius: float) -> float:
-    """Return the share of points that are at most so many pixels off."""
+    """Return the share of points that are at most `radius` pixels off."""
     return (error <= radius).double().mean().item()
 
 

@@ -1,11 +1,11 @@
-"""What the files of a data set mean: those of a folder of images, and of tables (parquet, arrow, csv, json).
+"""What the files of a data set mean, in a folder of images or of tables (parquet, arrow, csv, json).
 
-Images: splits are the folders `train`, `test` and `validation` right inside; with none of them all images are the split
-`train`. In a split, the first folder on the way to an image is its class. No other name means anything.
+Images: splits are the folders `train`, `test` and `validation` right inside; without any of them, all images form the
+split `train`. In a split, the first folder on the way to an image is its class. No other name means anything.
 
-Tables: the name of a file or of a folder on its way is that of its split: `test.parquet`, `test/0.parquet`, or
-`test-00000-of-00001.parquet` as `push_to_hub` writes them, into a folder `data` with splits of any name. With no such
-names, all files are the split `train`.
+Tables: a file, or a folder on the way to it, is named after its split: `test.parquet`, `test/0.parquet`, or
+`test-00000-of-00001.parquet`, as `push_to_hub` writes them into a folder `data`, where splits may have any name.
+Without such names, all files form the split `train`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from huggingface_hub import metadata_load
 from PIL import Image as PILImage
 
 SPLITS = ("train", "validation", "test")
-# What other programs take for splits: a data set whose classes all have such names probably means those.
+# What other programs take for splits: if all classes have such names, they are probably meant as splits.
 LIKE_SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 SHARDS = 1024  # of a stream; with one for each image, datasets would take long to begin
 WHOLE = re.compile("(0|-?[1-9][0-9]*)?")  # a number, or nothing, in a table of text
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# The first kind that a folder has is what is read.
+# Of these kinds, the first that a folder has is read.
 KINDS = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 # What programs write beside data.
 NOTES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -43,12 +43,12 @@ NUMBERED = re.compile(rf"(?P<split>{'|'.join(SPLITS)})([-._ ]?\d+|[-._ ](of|part
 
 
 def read_source(source: Any, config: str | None, streaming: bool, cache_dir: str | None, tables: bool = True) -> Any:
-    """Return every split of a Hub id, a file or a folder; without `tables`, of a folder's images."""
+    """Return every split of a Hub id, a file or a folder; without `tables`, a folder's images are read."""
     loader = source = os.fspath(source)
     files = None
     if os.path.isfile(source) and tables:
         loader = "parquet"
-        # datasets takes paths for patterns, in which brackets, stars and question marks mean something.
+        # datasets takes paths for patterns, in which brackets, stars and question marks have a meaning.
         files = {"train": [glob.escape(os.path.abspath(source))]}
     elif not tables or (os.path.isdir(source) and not states_its_files(source)):
         if tables and config is not None:
@@ -59,7 +59,7 @@ def read_source(source: Any, config: str | None, streaming: bool, cache_dir: str
         files = split_files(source, paths)
     try:
         return load_dataset(loader, config, data_files=files, cache_dir=cache_dir, streaming=streaming)
-    except Exception as error:  # the loaders raise a dozen kinds
+    except Exception as error:  # the loaders raise a dozen kinds of errors
         raise ValueError(f"The data set {source} cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -88,20 +88,20 @@ def in_memory(part: Any) -> Dataset | IterableDataset:
 
 
 def list_data_files(folder: str) -> list[str]:
-    """Return the tables of a folder, relative to it: those of one kind, with a warning of what else is left out."""
+    """Return the paths of a folder's tables, relative to it: only one kind is read, and a warning names the rest."""
     found = [path for path in list_folder(folder, KINDS).files if os.path.basename(path) not in NOTES]
     tables = [path for path in found if path.lower().endswith(KINDS)]
     for kind in KINDS:
         if chosen := [path for path in tables if path.lower().endswith(kind)]:
             if others := sorted(set(found) - set(chosen)):
                 hint = "; train_data_dir reads a folder's images" if set(others) - set(tables) else ""
-                warnings.warn(f"{folder}: read are its {kind} files, not {some(others)}{hint}.", stacklevel=2)
+                warnings.warn(f"{folder}: its {kind} files are read, not {some(others)}{hint}.", stacklevel=2)
             return chosen
     return []
 
 
 def states_its_files(folder: str) -> bool:
-    """Return whether a folder's card says which file is of which split."""
+    """Return whether a folder's card says which file belongs to which split."""
     card = os.path.join(folder, "README.md")
     known = metadata_load(card) if os.path.isfile(card) else None
     return bool(known and known.get("configs")) or os.path.isfile(os.path.join(folder, ".huggingface.yaml"))
@@ -115,15 +115,16 @@ def split_files(folder: str, paths: list[str]) -> dict[str, list[str]]:
     unnamed = found.pop(None, [])
     if found and unnamed:
         beside = some([path for paths in found.values() for path in paths])
-        what = f"The data set {folder} can be read in two ways: beside {beside}, no split is named by {some(unnamed)}"
-        raise ValueError(f"{what}. Name all after their split, such as train-00000-of-00001.parquet, or none.")
+        what = f"some files name a split, such as {beside}, and others do not, such as {some(unnamed)}"
+        hint = "Name all after their split, like train-00000-of-00001.parquet, or none"
+        raise ValueError(f"The data set {folder} can be read in two ways: {what}. {hint}.")
     root = os.path.abspath(folder)
     named = found or {"train": unnamed}
     return {str(name): [glob.escape(os.path.join(root, path)) for path in files] for name, files in named.items()}
 
 
 def split_of(folder: str, path: str) -> str | None:
-    """Return the split that a file's path names, nothing where it names none, or refuse where that cannot be told."""
+    """Return the split that a file's path names, or None; refuse a path where this cannot be told."""
     *folders, name = path.split("/")
     stem = os.path.splitext(name)[0]
     shard = SHARD.match(stem)
@@ -145,12 +146,12 @@ def split_of(folder: str, path: str) -> str | None:
 
 @dataclass
 class Listing:
-    """What lies under a folder, links followed; paths are relative to it, with `/` between names."""
+    """What lies under a folder, with links followed; paths are relative to it, with `/` between names."""
 
     files: list[str] = field(default_factory=list)  # images, and tables that were asked for, in order
     metadata: list[str] = field(default_factory=list)  # files named like a table of metadata
-    folders: list[str] = field(default_factory=list)  # that were entered
-    skipped: Counter[str] = field(default_factory=Counter)  # how many other things, by extension or in words
+    folders: list[str] = field(default_factory=list)  # folders that were entered
+    skipped: Counter[str] = field(default_factory=Counter)  # how many other files there are, by extension or in words
 
     def what_was_skipped(self) -> str:
         """Return how many files were skipped, in all and of each kind."""
@@ -168,7 +169,7 @@ class Split:
 
     @property
     def folders(self) -> list[str]:
-        """The first folder inside the split on the way to each image, empty for those right inside."""
+        """The first folder inside the split on the way to each image, empty for images right inside."""
         return ["/".join(path.removeprefix(self.prefix).split("/")[:-1][:1]) for path in self.images]
 
 
@@ -214,7 +215,7 @@ def list_folder(root: str | os.PathLike[str], tables: Iterable[str] = ()) -> Lis
 def read_image_folder(folder: str, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
     """Return the splits of a folder of images: `image`, columns of metadata, and `label` where folders name classes.
 
-    What is left out is said in a warning; no images, and what can be read in two ways, are refused.
+    A warning says what is left out. A folder without images, or one that can be read in two ways, is refused.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"The data set {folder} cannot be read: there is no such folder.")
@@ -227,7 +228,7 @@ def read_image_folder(folder: str, streaming: bool = False) -> dict[str, Dataset
     known = join_metadata(folder, found.metadata, splits)
     classes = {} if "label" in known else find_classes(folder, found.folders, splits)
     if "label" in known and any(any(split.folders) for split in splits.values()):
-        warnings.warn(f"{folder}: labels are those of its metadata, not the names of its folders.", stacklevel=2)
+        warnings.warn(f"{folder}: its metadata gives the labels, not the names of its folders.", stacklevel=2)
     kind = ClassLabel(names=sorted({label for labels in classes.values() for label in labels}))
     datasets = {}
     for name, split in splits.items():
@@ -241,7 +242,7 @@ def read_image_folder(folder: str, streaming: bool = False) -> dict[str, Dataset
 
 
 def find_splits(folder: str, images: list[str]) -> dict[str, Split]:
-    """Return the images of each split, or refuse where some may lie in a split or in a class of its name."""
+    """Return the images of each split, or refuse where a folder may be a split or a class of that name."""
     first = {path.partition("/")[0] for path in images if "/" in path}
     splits = [f"{name}/" for name in SPLITS if name in first]
     if not splits:
@@ -278,19 +279,19 @@ def find_classes(folder: str, folders: list[str], splits: dict[str, Split]) -> d
 
 
 def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
-    """Return what tables of metadata say, by column and image, or refuse where they are not of these images."""
+    """Return what tables of metadata say, by column and image, or refuse tables that do not match the images."""
     rows: dict[str, dict[str, Any]] = {}
     for table in tables:
         place = posixpath.dirname(table)
         if place and f"{place}/" not in {split.prefix for split in splits.values()}:
-            raise ValueError(f"{folder}/{table}: metadata is read right inside {folder} or a split's folder: move it.")
+            raise ValueError(f"{folder}/{table}: metadata is read only right inside {folder} or a split: move it.")
         for row in read_table(os.path.join(folder, table)):
             file_name = row.pop("file_name", None)
             if not isinstance(file_name, str):
                 raise ValueError(f"{folder}/{table} has a row without `file_name`, the path of an image: {row}.")
             path = posixpath.normpath(posixpath.join(place, file_name))
             if path in rows:
-                raise ValueError(f"{folder}/{table} has a second row of the image {path}: leave one out.")
+                raise ValueError(f"{folder}/{table} has a second row for the image {path}: leave one out.")
             rows[path] = row
     if not tables:
         return {}
@@ -301,22 +302,22 @@ def join_metadata(folder: str, tables: list[str], splits: dict[str, Split]) -> d
             raise ValueError(f"{folder}: {some(tables)} leaves {len(paths)} {what}, such as {some(sorted(paths))}.")
     columns = {column: None for row in rows.values() for column in row}
     if "image" in columns:
-        raise ValueError(f"{folder}: {some(tables)} has a column `image`, which is that of the images: rename it.")
+        raise ValueError(f"{folder}: {some(tables)} has a column `image`, which would hide the images: rename it.")
     return {column: {path: row.get(column) for path, row in rows.items()} for column in columns}
 
 
 def read_table(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a table, or refuse where the file is none."""
+    """Return the rows of a table, or refuse a file that is not one."""
     parquet = path.endswith(".parquet")
     try:
         return pq.read_table(path).to_pylist() if parquet else read_text_table(path)
-    except (ValueError, csv.Error) as error:  # of another encoding, or no such file at all
+    except (ValueError, csv.Error) as error:  # another encoding, or not such a file at all
         kind = "parquet" if parquet else "a table in UTF-8"
         raise ValueError(f"{path} cannot be read as {kind}: {error}.") from error
 
 
 def read_text_table(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a table in text. Columns of a CSV file are text, or numbers if they hold whole ones alone."""
+    """Return the rows of a table in text. Columns of a CSV file are numbers if all values are whole, else text."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.endswith(".jsonl"):
             rows = [json.loads(line) for line in file if line.strip()]
@@ -326,7 +327,7 @@ def read_text_table(path: str) -> list[dict[str, Any]]:
         reader = csv.DictReader(file)
         rows = list(reader)
     names = reader.fieldnames or []
-    # A line's values that no name is for are those of None, and the names that no value is for have None.
+    # Values without a name stand under the key None, and names without a value have the value None.
     if len(set(names)) < len(names) or any(None in row or None in row.values() for row in rows):
         raise ValueError(f"{path}: every line must have as many values as the first has names, which must all differ.")
     for name in names:
@@ -350,6 +351,6 @@ def _rows(dataset: Dataset, parts: list[range]) -> Iterator[dict[str, Any]]:
 
 
 def some(names: list[str], count: int = 3) -> str:
-    """Return the first of some names, and how many there are beside them."""
+    """Return the first of some names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

@@ -1,4 +1,4 @@
-"""What a network computes on, which decides how fast it is: the device, its type, layout and memory, the libraries."""
+"""What a network computes on, which decides its speed: device, type, layout, memory and libraries."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def fast_layout(device: str | torch.device) -> torch.memory_format:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that tensors free for the next ones, however large, until the process ends.
 
-    By default the kernel clears every page of tensors above 32 MiB: up to a third of a forward pass of large batches
-    (docs/appendix/performance.md). Where `MALLOC_...` or `GLIBC_TUNABLES` in the environment set it up, it stays so.
+    By default the kernel clears every page of tensors above 32 MiB, which takes up to a third of a forward pass of
+    large batches (docs/appendix/performance.md). Settings of `MALLOC_...` or `GLIBC_TUNABLES` in the environment stay.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not chosen:
@@ -46,7 +46,7 @@ def keep_freed_memory() -> None:
 
 
 def made_fast(network: T, device: str | torch.device) -> T:
-    """Return a network in `fast_layout`, where on a processor freed memory is kept; it stays where it is."""
+    """Return a network in `fast_layout` on the device where it is; on a processor, freed memory is kept from now on."""
     if torch.device(device).type == "cpu":
         keep_freed_memory()
     return network.to(memory_format=fast_layout(device))  # type: ignore[call-overload]
@@ -60,7 +60,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def machine(device: str, processes: int = 1, libraries: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the hardware that computed, on `cuda` or the `cpu`, and the versions of `LIBRARIES` and of others."""
+    """Return the hardware of the device, `cuda` or `cpu`, and the versions of `LIBRARIES` and of others."""
     hardware = {"cpu": _processor(), "cores": os.cpu_count()}
     if device == "cuda":
         hardware = {"gpu": torch.cuda.get_device_name(), **hardware}

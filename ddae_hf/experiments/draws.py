@@ -61,10 +61,10 @@ def indexed_noise(shape: tuple[int, ...], indices: Any, seed: int = 0, view: int
 
 
 def augment_view(images: Tensor, indices: Iterable[int], seed: int, view: int, flip: bool, crop_padding: int) -> Tensor:
-    """Return images mirrored, half of them, and cropped at random, each by draws of (seed, its index, view) alone.
+    """Return images, half of them mirrored and all cropped at random; draws depend on (seed, index, view) alone.
 
     Images are (B, C, H, W) in [-1, 1], before and after; `crop_padding` pixels are added on each side before cropping.
-    They are black, as torchvision's `RandomCrop` has them; otherwise the changes are those of `random_changes`.
+    These are black, as in torchvision's `RandomCrop`; otherwise the changes are those of `random_changes`.
     """
     height, width = images.shape[-2:]
     padded = F.pad(images, [crop_padding] * 4, value=-1.0)

@@ -2,16 +2,16 @@
 
     folder = encode("runs/cifar10_vae", Images.open("uoft-cs/cifar10"), mirror=True, output_dir="runs/latents")
 
-They lie in a `LatentFolder`. `LatentInputs` gives them to probes in place of images, `latent_dataset` to a training
-loop. The folder's files are
+The latents lie in a `LatentFolder`. `LatentInputs` gives them to probes in place of images, and `latent_dataset` gives
+them to a training loop. The folder's files are
 
-    latents.json          what the latents are of and how they were made
-    train-0.npy, ...      one array (N, c, h, w), float16, a split and view
+    latents.json          which images the latents are of, and how they were made
+    train-0.npy, ...      one array (N, c, h, w), float16, for each split and view
     train-labels.npy      the labels (N,) of a split, where there are any
     rows.json             how many rows of each array are done, and their checksum
 
-Latents take 8 KiB an image of 256 pixels and view. They are written a batch at a time, and read through memory maps.
-Those that version 0.1.0 left have no checksum: they are refused until they are encoded again.
+Latents take 8 KiB for each view of an image of 256 x 256 pixels. They are written a batch at a time, and read through
+memory maps. Latents of version 0.1.0 have no checksum: they are refused until they are encoded again.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class EncodingOptions(Options):
 
 
 def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder:
-    """Encode a split's images by a VAE once, with their labels beside them where they have any; return the folder.
+    """Encode a split's images with a VAE once, with their labels beside them where they have any; return the folder.
 
     The VAE is an `AutoencoderKL`, or a folder or Hub id of one, or of a checkpoint that has one. The folder's split is
-    `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and latents that are there
+    `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and existing latents
     are not computed again.
 
     Raises:
@@ -84,7 +84,7 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
         vae = load_vae(source, cache_dir=options.cache_dir)
     side = options.resolution or vae.config.sample_size
     if side % (factor := downsampling(vae.config)):
-        raise ValueError(f"resolution is {side}: it must be a multiple of {factor}, the pixels a latent stands for.")
+        raise ValueError(f"resolution is {side}: it must be a multiple of {factor}, by which the VAE divides it.")
     processor = DDAEImageProcessor(
         size={"height": side, "width": side}, num_channels=vae.config.in_channels, do_center_crop=options.center_crop
     )
@@ -101,12 +101,12 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
 
 
 def describe_splits(inputs: Mapping[str, ImageInputs], views: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """Return what a `LatentFolder` is told of splits, with so many views, whose later ones are changed so."""
+    """Return what a `LatentFolder` is told of splits: their number of views, and how the later ones are changed."""
     splits = {}
     for name, known in inputs.items():
         described = known.identity
         if not described["preprocessing"]["do_center_crop"]:
-            del described["preprocessing"]["do_center_crop"]  # it goes unsaid, as before there was the choice
+            del described["preprocessing"]["do_center_crop"]  # it is left out, as before there was a choice
         splits[name] = {**described, "count": len(known), "views": views, "changes": changes}
     return splits
 
@@ -114,7 +114,7 @@ def describe_splits(inputs: Mapping[str, ImageInputs], views: int, changes: dict
 def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInputs], batch_size: int) -> None:
     """Compute the latents that a folder lacks, in float32 on the best device there is, and keep the labels.
 
-    The folder is one that `LatentFolder.create` made for these images. The VAE is afterwards as it was.
+    The folder is one that `LatentFolder.create` made for these images. Afterwards the VAE is as it was.
     """
     for split, known in inputs.items():
         if known.labels is not None:
@@ -147,7 +147,7 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
 
 
 class _Mirrored(ImageInputs):
-    """Images, of which the second view is the mirror image."""
+    """Images whose second view is the mirror image."""
 
     def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         pixels = super().read(rows)
@@ -155,9 +155,9 @@ class _Mirrored(ImageInputs):
 
 
 class LatentInputs(Inputs):
-    """Images by their latents in a folder, computed or not; numbers of views beyond the last begin again.
+    """Images by their latents in a folder, computed or not; after the last view, numbers begin again at the first.
 
-    A folder that is not of these images is refused.
+    A folder of other images is refused.
     """
 
     def __init__(self, images: ImageSet, folder: LatentFolder, split: str):
@@ -179,7 +179,7 @@ class LatentInputs(Inputs):
 
 
 def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None) -> Dataset:
-    """Return a split's latents as a data set of `pixel_values` and, where they came, `labels`.
+    """Return a split's latents as a data set of `pixel_values` and, where they are given, `labels`.
 
     `pixel_values` are all views of an image, (views, c, h, w): see `one_view`.
     """
@@ -188,7 +188,7 @@ def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None) 
     columns = {"index": np.arange(count)} | ({} if labels is None else {"labels": labels})
 
     def rows(batch: dict[str, Any]) -> dict[str, Any]:
-        # Read here: datasets pickles what a transform holds, which would read every latent into memory.
+        # Latents are opened here: datasets pickles what a transform holds, and would read them all into memory.
         row = {"pixel_values": torch.stack([folder.read(split, view, batch["index"]) for view in views], 1)}
         return row if labels is None else row | {"labels": torch.tensor(batch["labels"])}
 
@@ -196,7 +196,7 @@ def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None) 
 
 
 def one_view(pixel_values: Tensor) -> Tensor:
-    """Return one view, drawn at random, of each image: of (B, views, c, h, w) so (B, c, h, w); images stay."""
+    """Return one random view of each image, (B, c, h, w) of (B, views, c, h, w); images stay as they are."""
     if pixel_values.ndim == 4:
         return pixel_values
     count, views = pixel_values.shape[:2]
@@ -205,7 +205,7 @@ def one_view(pixel_values: Tensor) -> Tensor:
 
 
 class LatentFolder:
-    """Latents of the splits of a data set, in one or more views of every image; a folder of none is refused.
+    """Latents of the splits of a data set, in one or more views of every image; a folder without any is refused.
 
     Attributes:
         folder: Where the latents are.
@@ -231,12 +231,12 @@ class LatentFolder:
         seed: int = 0,
         **notes: Any,
     ) -> LatentFolder:
-        """Open a folder for latents that are described so, or create it; they are not computed yet.
+        """Open a folder for latents of this description, or create it; they are not computed yet.
 
-        `splits` have by name `count` (number of images), `views` (number of views), and what tells the images and their
-        views from others, as JSON. With `sample_posterior` latents are draws in place of means; each (seed, image,
-        view) has its own. `notes` are what readers may want to know, as JSON. A folder of latents of another
-        description raises `ValueError`, one without room for them `OSError`.
+        `splits` has by name `count` (number of images), `views` (number of views), and what tells the images and their
+        views from others, as JSON. With `sample_posterior`, latents are draws in place of means; each (seed, image,
+        view) has its own draw. `notes` are what readers may want to know, as JSON. A folder of latents of another
+        description raises `ValueError`, and a disk without room for them raises `OSError`.
         """
         height, width = (side // downsampling(vae.config) for side in image_size)
         index = {
@@ -253,7 +253,7 @@ class LatentFolder:
         if not path.is_file():
             with arrays.locked(path.parent):
                 if not path.is_file():  # another process may have come first
-                    # Nobody knows what rows without a description are of.
+                    # Without a description, nobody knows which images the rows are of.
                     (path.parent / "rows.json").unlink(missing_ok=True)
                     arrays.write_text(path, text)
         known = arrays.read_json(path)
@@ -279,7 +279,7 @@ class LatentFolder:
         return self.index["splits"][split]["views"]
 
     def missing_bytes(self) -> int:
-        """Return the space that the latents that are not computed yet will take."""
+        """Return the space that the missing latents will take, in bytes."""
         rows = arrays.rows_done(self.folder)
         return sum(
             arrays.num_bytes(self.shape, known["count"] - rows.get(f"{split}-{view}", 0), DTYPE)

@@ -1,11 +1,11 @@
 """How far generated images are from real ones: Frechet and kernel distance, precision and recall.
 
-All figures are taken between features of one network (see `extractors`), and cannot be compared with those of another.
+All figures compare features of one network (see `extractors`), and cannot be compared with figures of another network.
 Where the data has some of the classes of a class-conditional checkpoint, name them with `class_label`, so that images
 of the same classes are compared; `all` takes every class in turn, and needs as many images as there are classes.
 
-The functions of features take float tensors, (N, C) of real images and (M, C) of generated ones. The two distances, in
-which the sets may change places, are those of torchmetrics, in float64, and need it (`ImportError`). Features of
+The functions of features take float tensors, (N, C) of real images and (M, C) of generated ones. The two distances are
+symmetric; torchmetrics computes them, in float64, and is needed for them (`ImportError`). Features of
 different widths, too few images, and values that are not finite raise `ValueError`.
 """
 
@@ -42,7 +42,7 @@ from .report import in_memory
 from .results import GenerationReport
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
-FEWEST = 4  # the third neighbour of an image must be there
+FEWEST = 4  # every image needs a third neighbour
 logger = logging.getLogger(__name__)
 
 
@@ -50,22 +50,22 @@ logger = logging.getLogger(__name__)
 class EvaluationOptions(GenerationOptions):
     """Options of `evaluate_generation`: those of `generate`, and what its images are compared with."""
 
-    num_images: int = option(50000, "Images to sample; of a folder of images all are taken.")
+    num_images: int = option(50000, "Images to sample; a folder's images are all taken.")
     extractor: str = option(help="ddae:PATH, transformers:PATH, inception or inception:FILE.")
     extractor_layer: str | None = option(None, "Layer of a DDAE extractor; by default its configuration's.")
     extractor_sigma: float | None = option(None, "Noise level of a DDAE extractor; by default its configuration's.")
     extractor_batch_size: int = option(100, "Images whose features are computed at once.")
     reference_split: str = option("train", "Split of the real images to compare with.")
-    max_reference_samples: int | None = option(None, "Use N images of it, of all classes.")
-    baseline_split: str | None = option(None, "Also compare real images of this split, no more than generated ones.")
-    features_dir: str | None = option(None, "Where features are kept, to be used again; by default nowhere.")
+    max_reference_samples: int | None = option(None, "Use N of the real images, of all classes.")
+    baseline_split: str | None = option(None, "Also compare real images of this split, at most as many as generated.")
+    features_dir: str | None = option(None, "Folder where features are kept for later use; by default none is.")
 
     def check(self) -> None:
-        """Refuse what no extractor is named, real images against themselves, and fewer than figures are of."""
+        """Refuse unknown extractors, real images compared with themselves, and too few images."""
         super().check()
         check_extractor(self.extractor, self.extractor_layer, self.extractor_sigma)
         if self.baseline_split == self.reference_split:
-            raise ValueError(f"baseline_split is {self.baseline_split!r}, as reference_split: compare other images.")
+            raise ValueError(f"baseline_split is {self.baseline_split!r}, like reference_split: compare other images.")
         if self.num_images < FEWEST:
             raise ValueError(f"num_images is {self.num_images}: it must be at least {FEWEST}.")
 
@@ -80,7 +80,7 @@ class Compared:
 
     def __post_init__(self) -> None:
         if len(self.images) < FEWEST:
-            raise ValueError(f"The images {self.name!r} are {len(self.images)}: at least {FEWEST} are needed.")
+            raise ValueError(f"There are {len(self.images)} images {self.name!r}: at least {FEWEST} are needed.")
 
     def batches(self, size: int) -> Iterator[list[PILImage.Image]]:
         """Yield the images, `size` at a time."""
@@ -116,9 +116,9 @@ def evaluate_generation(
 ) -> GenerationResult | None:
     """Compare real images with those of a checkpoint, a pipeline or a model, or with the images of a folder.
 
-    A folder of images may hold folders of them. With `output_dir` images are sampled into its folder `images`: see
-    `generate`; the figures and a picture are left beside it. Features are kept in `features_dir`, each array beside a
-    JSON file that says what they are of.
+    A folder of images may hold folders of them. With `output_dir`, images are sampled into its folder `images` (see
+    `generate`); the figures and a picture are written beside it. Features are kept in `features_dir`, each array
+    beside a JSON file that says what they are of.
 
     Returns:
         The figures; None in processes that only helped to sample.
@@ -134,7 +134,7 @@ def evaluate_generation(
 def compare_samples(
     model: Generator, images: Images, options: EvaluationOptions, extractor: Extractor | None = None
 ) -> GenerationResult | None:
-    """Do what `evaluate_generation` does, with an extractor that is open already, if one came."""
+    """Do what `evaluate_generation` does, with an extractor that is open already, if one is given."""
     started = time.monotonic()
     processes = open_processes()
     given = path_of(model)
@@ -155,7 +155,7 @@ def compare_samples(
             generator["scheduler"] = type(pipeline.scheduler).__name__
             if (classes := chosen_classes(pipeline, options)) is not None:
                 generator["num_classes"] = [min(options.num_images, len(classes)), len(classes)]
-            del pipeline  # whose memory the features need
+            del pipeline  # the features need its memory
         if not processes.is_main_process or extractor is None or paths is None:
             return None
         files = Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Image())
@@ -187,7 +187,7 @@ def compare_samples(
 
 
 def real_images(images: Images, options: EvaluationOptions, count: int) -> dict[str, Compared]:
-    """Return the reference, and the baseline if asked for: at most `count` images, as distances depend on it."""
+    """Return the reference, and the baseline if asked for: at most `count` images each, as distances depend on it."""
     wanted = [("reference", options.reference_split, options.max_reference_samples, REFERENCE_VIEW)]
     if options.baseline_split is not None:
         wanted.append(("baseline", options.baseline_split, count, BASELINE_VIEW))
@@ -252,16 +252,16 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
     `|mean_1 - mean_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2))`, with covariances divided by N - 1 (Heusel et al.
     2017, arXiv 1706.08500); with Inception features it is the FID. It falls as N grows: compare only figures of one N.
-    A set of no more than C images, for which it is far too large, is warned of.
+    A warning says where a set has no more than C images: then the distance is far too large.
     """
     _check(real, generated, fewest=2)
     count, width = min(len(real), len(generated)), real.shape[1]
     if count <= width:
         what = f"{count} images came for features of {width} numbers: their covariance is singular, and the Frechet"
-        hint = f"Use more than {width}, or compare only figures of as many."
+        hint = f"Use more than {width} images, or compare only figures of equally many."
         warnings.warn(f"{what} distance far larger than of many images. {hint}", stacklevel=2)
     metric = _torchmetrics("Frechet", width).to(real.device)
-    # The distance does not depend on the origin; near it, covariances lose no digits to the mean's square.
+    # The distance does not depend on the origin; near it, no digits of covariances are lost to the mean's square.
     origin = real.mean(0, dtype=torch.float64)
     for features, is_real in ((real, True), (generated, False)):
         for rows in features.split(4096):
@@ -275,12 +275,12 @@ def kernel_distance(
     """Return mean and standard deviation, over random subsets, of the kernel distance between two sets.
 
     The squared maximum mean discrepancy with the kernel `(x . y / C + 1)^3` (Binkowski et al. 2018, arXiv 1801.01401);
-    with Inception features it is the KID. Its estimate is unbiased, so that it may be below 0. `subset_size` images of
-    each set, 2 or more, are in a subset, and `seed` draws them.
+    with Inception features it is the KID. Its estimate is unbiased, so that it may be below 0. A subset has
+    `subset_size` images of each set, at least 2, which `seed` draws.
     """
     if subsets < 1 or subset_size < 2:
         asked = f"{subsets} subsets of {subset_size} images are asked for"
-        raise ValueError(f"{asked}: allowed are 1 or more of at least 2.")
+        raise ValueError(f"{asked}: allowed are 1 or more subsets of at least 2 images.")
     _check(real, generated, fewest=subset_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all extracted features")
@@ -302,15 +302,16 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3, *, chunk_size:
     """Return improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 1).
 
     They are the shares of generated images that lie among the real ones, and of real images that lie among the
-    generated ones: no further from one of them than that one's k-th nearest neighbour of its own set is (3 in the
-    paper). `chunk_size` rows of the distance table are held at a time, which changes no result.
+    generated ones. An image lies among others if it is no further from one of them than that one's k-th nearest
+    neighbour in its own set is (k is 3 in the paper). `chunk_size` rows of the distance table are held at a
+    time, which changes no result.
     """
     if k < 1 or chunk_size < 1:
         raise ValueError(f"k is {k} and chunk_size {chunk_size}: both must be at least 1.")
     _check(real, generated, fewest=k + 1)
     origin = real.mean(0, dtype=torch.float64)
     real, generated = real.double() - origin, generated.double() - origin
-    # What float32 features do not tell apart is no distance, so that images that come several times are found.
+    # Differences below float32's precision count as none, so that images that come several times are found.
     rounding = 1e-7 * max(real.norm(dim=1).max(), generated.norm(dim=1).max())
     radii, generated_radii = (_radii(features, k, chunk_size) + rounding for features in (real, generated))
     precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)

@@ -2,11 +2,11 @@
 
 - `ddae:PATH`: the pooled hidden state of a denoiser, of a checkpoint in any layout. Compare generators by one and the
   same checkpoint; a generator's own features may be blind to its faults.
-- `transformers:PATH`: a vision model of transformers, with its image processor, which is given RGB of 8 bits, as is
-  Inception: images of 16 bits are scaled.
+- `transformers:PATH`: a vision model of transformers, with its image processor. It is given RGB of 8 bits, as
+  Inception is: images of 16 bits are scaled.
 - `inception`, or `inception:FILE` (`.safetensors` or `.pth`): the Inception network of the published FID, in
-  torch-fidelity's conversion, which needs torch-fidelity and torchvision. The network itself resizes images. A FID by
-  this path has not been run by us.
+  torch-fidelity's conversion, which needs torch-fidelity and torchvision. The network itself resizes images. We have
+  not computed a FID by this path yet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-# By its module: some versions hide the name in the package where torchvision is missing, though it is not needed.
+# Imported by its module: without torchvision, which it does not need, some versions hide the name in the package.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..hidden_states import pool_hidden_states
@@ -33,7 +33,7 @@ from .features import evaluating, extract_features
 from .libraries import pip_line
 from .models import open_model, open_processor
 
-# Of images in batches and the number of the draw of noise; returns features (N, C).
+# Takes batches of images and the number of the draw of noise; returns features (N, C).
 Compute = Callable[[Iterable[list[Image.Image]], int], torch.Tensor]
 COLOURS = "RGB of 8 bits, as `as_rgb` gives them"  # features of images that were clipped to 8 bits are not reused
 
@@ -42,14 +42,14 @@ COLOURS = "RGB of 8 bits, as `as_rgb` gives them"  # features of images that wer
 class Extractor:
     """A network whose features are compared."""
 
-    identity: dict[str, Any]  # what features depend on beside the images, as JSON
+    identity: dict[str, Any]  # what features depend on besides the images, as JSON
     compute: Compute
-    name: str  # what it was asked for by
+    name: str  # the name by which it was asked for
     width: int  # of the features, C
 
 
 def check_extractor(name: str, layer: str | None = None, sigma: float | None = None) -> None:
-    """Raise `ValueError` where no extractor has such a name, or none of that kind has a layer and a noise level."""
+    """Raise `ValueError` for a name of no extractor, and for a layer or noise level of a kind that has none."""
     kind, _, path = name.partition(":")
     if kind not in EXTRACTORS or not (path or kind == "inception"):
         raise ValueError(f"extractor is {name}: allowed are ddae:PATH, transformers:PATH, inception[:FILE].")
@@ -69,7 +69,7 @@ def open_extractor(
     try:
         identity, compute = EXTRACTORS[kind](path, layer, sigma, cache_dir)
         return Extractor(identity, compute, name, compute([[Image.new("RGB", (64, 64))]], 0).shape[1])
-    except Exception as error:  # checkpoints and networks raise a dozen kinds
+    except Exception as error:  # checkpoints and networks raise a dozen kinds of errors
         raise ValueError(f"extractor {name} cannot be used: {error}") from error
 
 
@@ -101,7 +101,7 @@ def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) ->
     if missing:
         raise ValueError(f"its weights {missing[:3]} are missing.")
     if info["missing_keys"]:
-        model.pooler = None  # it would be a random one
+        model.pooler = None  # it would have random weights
     made_fast(model, best_device()).to(best_device())
     processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir)
 
@@ -128,7 +128,7 @@ def _inception(path: str, layer: None, sigma: None, cache_dir: str | None) -> tu
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     except ImportError as error:
-        needed = "it needs torch-fidelity, and that a torchvision of your torch's build"
+        needed = "it needs torch-fidelity, which needs a torchvision of your torch's build"
         raise ValueError(f"{needed}: {pip_line('inception', error.name)} ({error}).") from error
     if path.endswith(".safetensors"):
         state = load_file(path)
@@ -137,7 +137,7 @@ def _inception(path: str, layer: None, sigma: None, cache_dir: str | None) -> tu
     else:
         state = torch.hub.load_state_dict_from_url(fidelity.URL_INCEPTION_V3, map_location="cpu", weights_only=True)
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        # torch-fidelity unpickles what it is given: it gets what was read without.
+        # torch-fidelity unpickles what it is given, so it is given weights that were read without unpickling.
         torch.save(state, file.name)
         network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], file.name)
     made_fast(network, best_device()).to(best_device())

@@ -1,8 +1,8 @@
 """The features of a data set's images as parquet or npy files, for use elsewhere: `export_features`.
 
-`features.parquet` has one row an image, in the data set's order: `index`, `label` where there are labels, and one
-column of lists of float32 a layer, named like it. As `npy` they are `LAYER.npy` (N, C), and `label.npy`. Both come with
-`features.json`, which says what they are of.
+`features.parquet` has one row an image, in the data set's order: `index`, `label` where there are labels, and for
+each layer a column of lists of float32, named like it. As `npy` the files are `LAYER.npy` (N, C) and `label.npy`. Both
+come with `features.json`, which says what the features are of.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ExportOptions(Options):
     format: Literal["parquet", "npy"] = option("parquet", "Kind of the files.")
     split: str = option("train", "Split whose features are exported.")
     max_samples: int | None = option(None, "Use N images of all classes, always the same ones.")
-    layers: list[str] = option(["own"], "Names of layers, `decoder`, `all`, or `own`, the checkpoint's one.")
+    layers: list[str] = option(["own"], "Names of layers, or `decoder`, `all`, or `own`, the checkpoint's.")
     sigma: float | None = option(None, "Noise level; by default the checkpoint's.")
     view: int = option(0, "Number of the draw of noise; sweeps take 0 in training, 1 in tests.")
     pooling: Literal["mean", "max", "mean_2x2"] | None = option(
@@ -44,7 +44,7 @@ class ExportOptions(Options):
         "where something is in images that are aligned; by default the checkpoint's.",
     )
     num_noise_samples: int = option(1, "Draws of noise that features are averaged over.")
-    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
     noise_seed: int = option(0, "Seed of the noise.")
     batch_size: int = option(250, "Images that the network is given at a time.")
     dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
@@ -81,7 +81,7 @@ def export_features(
     options = ExportOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
     chosen = images[options.split].take(options.max_samples)
-    labels = chosen.labels  # looked at before any long work
+    labels = chosen.labels  # checked before any long work
     network = open_for(model, options)
     layers = chosen_layers(network, options.layers)
     sigma = network.config.sigma if options.sigma is None else options.sigma

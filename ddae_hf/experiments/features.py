@@ -95,8 +95,8 @@ class FeatureCache:
     """Features on disk: computed once, memory-mapped when read, continued where an interrupted run stopped.
 
     Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
-    it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. In
-    it is one array (N, C), float32, a layer: see `arrays`. Several processes may share a folder.
+    it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. It
+    has one array (N, C), float32, for each layer: see `arrays`. Several processes may share a folder.
 
     The model is on the device to use. It may change: whenever features are asked for, its weights are hashed.
     """
@@ -106,7 +106,7 @@ class FeatureCache:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What features of the model as it is now depend on beside the images, the level and the view, as JSON."""
+        """What features of the model as it is now depend on besides the images, the level and the view, as JSON."""
         model = self.model
         names = ["denoiser", "scheduler", "pooling", "num_noise_samples", "null_class"]
         names += ["vae", "sample_posterior"] if model.config.vae is not None else []

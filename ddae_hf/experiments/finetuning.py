@@ -5,10 +5,10 @@
     print(result.table())
     result.classifier.push_to_hub("me/classifier")
 
-Images get noise of the tap's level, fresh in every step. Nothing is chosen: the last weights, or their averages, are
-tested once, with the model's fixed noise, which is what a user of the classifier gets, and with noise of every image's
-own. The VAE of a denoiser of latents is never trained, nor drawn at random; with `latents_dir` it does not even run,
-and every step draws one of the stored views of each latent.
+Images get noise of the tap's level, fresh in every step. No weights are selected: the last ones, or their averages, are
+tested once, with the model's fixed noise, which is what a user of the classifier gets, and with each image's own noise.
+The VAE of a denoiser of latents is never trained, and never gets random weights. With `latents_dir` it does not run at
+all, and every step draws one of the stored views of each latent.
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_st
 class FinetuningOptions(SplitOptions):
     """Options of `finetune`."""
 
-    # What a resumed run may change, and is applied from then on.
+    # Options that a resumed run may change; they hold from then on.
     MAY_CHANGE: ClassVar[frozenset[str]] = IN_TRAINING | set(
         "num_train_epochs max_train_steps noise_seed test_split max_test_samples torch_compile".split()
     )
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
-    few_labels: int | None = option(None, "Train on so many images of each class; by default on all.")
+    few_labels: int | None = option(None, "Train on this many images of each class; by default on all.")
     latents_dir: str | None = option(None, "Folder of the images' latents, to train on in place of their pixels.")
     layer: str | None = option(None, "Where the classifier reads the network; by default the checkpoint's layer.")
     sigma: float | None = option(None, "Noise level of the images; by default the checkpoint's.")
-    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
     from_scratch: bool = option(False, "Start from random weights, to compare.")
     train_batch_size: int = option(128, "Images of a forward pass on each device.")
     gradient_accumulation_steps: int = option(1, "Batches of every device in a step.")
@@ -95,10 +95,10 @@ class FinetuningOptions(SplitOptions):
     max_train_steps: int | None = option(None, "Number of steps, in place of num_train_epochs.")
     learning_rate: float = option(5e-4, "Learning rate of the classifier; see layer_decay.")
     layer_decay: float = option(1.0, "Factor of the learning rate from one layer to the one before.")
-    lr_warmup_ratio: float = option(0.05, "Part of the steps in which the learning rate rises.")
+    lr_warmup_ratio: float = option(0.05, "Share of the steps in which the learning rate rises.")
     weight_decay: float = option(0.05, "Weight decay of matrices and kernels.")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.")
-    label_smoothing: float = option(0.0, "Part of a label that is spread over all classes.")
+    label_smoothing: float = option(0.0, "Share of a label that is spread over all classes.")
     mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0 mixes nothing.")
     random_flip: bool = option(False, "Mirror half of the images.")
     random_crop: int = option(0, "Shift images by up to this many pixels.", metavar="PADDING")
@@ -113,7 +113,7 @@ class FinetuningOptions(SplitOptions):
     logging_dir: str = option("logs", "Folder of tensorboard's files, inside output_dir.")
 
     def check(self) -> None:
-        """Refuse what several options forbid together."""
+        """Refuse options that do not go together."""
         for name in ("random_flip", "random_crop"):
             if self.latents_dir is not None and getattr(self, name):
                 raise ValueError(f"{name}: images in latents_dir were changed before they were encoded: leave it out.")
@@ -147,11 +147,11 @@ def finetune(
 ) -> FinetuningResult:
     """Train a denoiser further as a classifier of labelled images, and test it once.
 
-    With `output_dir` everything is left there, with checkpoints, one of them on SIGTERM and Ctrl-C. Of the processes of
-    `accelerate launch`, which all call this, the first writes.
+    With `output_dir` everything is written there, checkpoints included; SIGTERM and Ctrl-C write one too. All processes
+    of `accelerate launch` call this, and the first one writes.
 
     Raises:
-        ValueError: Options that cannot work, a run to resume that would become another, a training that diverges.
+        ValueError: Options that cannot work, or would turn a resumed run into another, or a training that diverges.
         OSError: No such checkpoint, or no room on the disk.
         Interrupted: A signal came, and there is a checkpoint to go on from.
     """
@@ -161,12 +161,12 @@ def finetune(
     with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:
         if isinstance(model, (str, os.PathLike)):
             path = given["model_name_or_path"] = os.fspath(model)
-        else:  # is opened as all others are
+        else:  # it is written to disk, and opened like all others
             base_of(model)
             given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
             path = str(stack.enter_context(kept_or_temporary(None)))
             saved = copy.copy(uncompiled(model))
-            saved.config = copy.deepcopy(model.config)  # into which saving writes
+            saved.config = copy.deepcopy(model.config)  # saving writes into it
             saved.save_pretrained(path)
         resume = to_resume(options, given)
         return _finetune(path, images, dataclasses.replace(options, output_dir=str(folder)), given, resume)
@@ -225,7 +225,7 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
         trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
         if "label_fraction" in trained:
             raise ValueError(
-                f"{run} was trained on a label_fraction of {trained['label_fraction']}, which is no option any more: "
+                f"{run} was trained on a label_fraction of {trained['label_fraction']}, which is no longer an option: "
                 "begin another run, with few_labels, in another output_dir."
             )
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
@@ -235,12 +235,12 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
     checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
     if checkpoint is not None and not (run / OPTIONS).is_file():
-        raise ValueError(f"{run} has no {OPTIONS}, which says how {checkpoint.name} was trained: it is not resumed.")
+        raise ValueError(f"{run} has no {OPTIONS}, which says how {checkpoint.name} was trained: resume another.")
     return checkpoint
 
 
 def finished_run(options: FinetuningOptions, given: dict[str, Any]) -> FinetuningResult | None:
-    """Return what a complete run of the same options, those of tests included, has left; its figures come last."""
+    """Return the result of a complete run of the same options, those of tests included; its figures come last."""
     folder = Path(str(options.output_dir))
     if not (folder / FinetuningResult.file).is_file():
         return None
@@ -260,19 +260,19 @@ def open_inputs(
     train, test = labelled_splits(images, options)
     if options.latents_dir is None:
         inputs = ImageInputs(train, processor), ImageInputs(test, processor)
-        for each in inputs:  # workers have memory of their own, in which each would keep what it happens to decode
+        for each in inputs:  # workers have their own memory, and each would keep there what it happens to decode
             each.pixels.keep = options.dataloader_num_workers == 0
         return inputs
     folder = LatentFolder(options.latents_dir)
     folder.check_vae(load_vae(path, cache_dir=options.cache_dir))
     shape = DDAEConfig.from_pretrained(path, cache_dir=options.cache_dir).sample_shape
     if folder.shape != shape:
-        raise ValueError(f"{options.latents_dir} has latents {folder.shape}: the denoiser takes {shape}.")
+        raise ValueError(f"{options.latents_dir} has latents {folder.shape}, but the denoiser takes {shape}.")
     return LatentInputs(train, folder, "train"), LatentInputs(test, folder, "test")
 
 
 def build_classifier(path: str, options: FinetuningOptions, names: list[str]) -> DDAEForImageClassification:
-    """Return the classifier, on the pretrained denoiser or on one of random weights; of latents without its VAE."""
+    """Return the classifier, on the pretrained denoiser or one with random weights; with `latents_dir` without VAE."""
     given = {name: getattr(options, name) for name in ("layer", "sigma", "null_class", "noise_seed", "cache_dir")}
     config = {name: value for name, value in given.items() if value is not None}
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -282,7 +282,7 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
         whole = DDAEConfig.from_pretrained(path, **config)
         whole.generator_fingerprint = None
         classifier = DDAEForImageClassification(whole)
-        if whole.vae is not None:  # without which there are no latents to learn on
+        if whole.vae is not None:  # there are no latents to learn on without it
             classifier.ddae.vae.load_state_dict(load_vae(path, cache_dir=options.cache_dir).state_dict())
     else:
         config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
@@ -292,7 +292,7 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
 
 
 def beginning(classifier: DDAEForImageClassification, rows: LabelledRows) -> dict[str, Any]:
-    """Return what a run begins with, wherever it lies: hashes of its images, and of the network and what it reads."""
+    """Return hashes of what a run begins with, wherever it lies: its images, its network, and what that reads."""
     inputs = rows.inputs
     config = classifier.config
     start = FeatureCache("", classifier.ddae).identity | {"layer": config.layer, "sigma": config.sigma}
@@ -313,12 +313,12 @@ def with_vae(
 
 
 def check_finetuning(options: FinetuningOptions, config: Any, labels: np.ndarray) -> np.ndarray:
-    """Return the images, of labels (N,), to train on, or raise `ValueError` where such a model cannot be trained so."""
+    """Return which images, of labels (N,), to train on, or raise `ValueError` if the model cannot be trained so."""
     rows = np.arange(len(labels))
     if options.few_labels is not None:
         rows = np.sort(draw_labels(labels, options.few_labels, options.seed))
     if options.random_crop >= min(config.image_size):
-        raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {config.image_size}.")
+        raise ValueError(f"random_crop is {options.random_crop}: it must be below the sides, {config.image_size}.")
     if config.feature_norm == "batch_norm" and len(rows) % options.train_batch_size == 1:
         raise ValueError(f"{len(rows)} images leave a batch of one, which has no variance: change train_batch_size.")
     if config.feature_norm == "batch_norm" and options.ema_decay is not None:
@@ -336,11 +336,11 @@ def training_arguments(options: FinetuningOptions, keeps: bool) -> TrainingArgum
         lr_scheduler_type="cosine", warmup_steps=options.lr_warmup_ratio, max_grad_norm=options.max_grad_norm,
         seed=options.seed, data_seed=options.seed, fp16=options.mixed_precision == "fp16",
         bf16=options.mixed_precision == "bf16", torch_compile=options.torch_compile, logging_steps=50,
-        use_cpu=best_device() == "cpu",  # without which it refuses bf16 there
+        use_cpu=best_device() == "cpu",  # it refuses bf16 there otherwise
         save_strategy="steps" if keeps else "no", save_steps=options.checkpointing_steps,
         report_to=options.report_to or "none",
-        disable_tqdm=True,  # there is a bar that prints nothing
-        logging_nan_inf_filter=False,  # it would hide them
+        disable_tqdm=True,  # `Progress` is a bar that prints nothing
+        logging_nan_inf_filter=False,  # it would hide such losses
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # they are frozen
         dataloader_num_workers=options.dataloader_num_workers, dataloader_pin_memory=torch.cuda.is_available(),

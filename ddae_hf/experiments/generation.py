@@ -62,7 +62,7 @@ class GenerationOptions(Options):
         super().__post_init__()
 
     def check(self) -> None:
-        """Refuse schedulers that diffusers has not, and an empty list of classes."""
+        """Refuse schedulers that diffusers does not have, and an empty list of classes."""
         known = getattr(diffusers, self.sampling_scheduler or "DDIMScheduler", None)
         if not (isinstance(known, type) and issubclass(known, diffusers.SchedulerMixin)):
             raise ValueError(f"sampling_scheduler is {self.sampling_scheduler}: diffusers has no such scheduler.")
@@ -72,7 +72,7 @@ class GenerationOptions(Options):
 
 @dataclass
 class Samples(Sequence[Image.Image]):
-    """Generated images by their numbers, `made` of them by this run: in memory, or in `paths`, to be opened."""
+    """Generated images by number, in memory or in `paths`, opened when asked for; this run made `made` of them."""
 
     images: list[Image.Image]
     paths: list[Path]
@@ -88,11 +88,11 @@ class Samples(Sequence[Image.Image]):
 
 
 def generate(model: Generator, options: GenerationOptions | None = None, **changes: Any) -> Samples:
-    """Generate images by a checkpoint, or by a pipeline or a model, which stays on its device.
+    """Generate images with a checkpoint, or with a pipeline or a model, which stays on its device.
 
-    Each of the launched processes returns all of them. With `output_dir` they are its files 00000.png, ..., those that
-    are there already are not made again, and launched processes (`accelerate launch`, `torchrun`) share the work.
-    Global random states play no part, and stay as they are.
+    Each of the launched processes returns all images. With `output_dir` they are its files 00000.png, ...: existing
+    ones are not made again, and launched processes (`accelerate launch`, `torchrun`) share the work. Global random
+    states play no part, and stay as they are.
 
     Raises:
         ValueError: Options that cannot work, or a folder of images that were made otherwise.
@@ -113,10 +113,10 @@ def open_processes() -> PartialState:
 
 
 def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
-    """Return a pipeline with a scheduler of its own, that which is asked for: of a path, on the best device there is.
+    """Return a pipeline with its own scheduler, the one asked for; one opened from a path is on the best device.
 
-    A scheduler of another framework, classes that there are not, another type than an open model's, and processes that
-    have no folder to share images through are refused.
+    Refused are a scheduler of another framework, unknown classes, another type than an open model's, and processes
+    without a folder to share images through.
     """
     if options.output_dir is None and (count := open_processes().num_processes) > 1:
         raise ValueError(f"output_dir is None: {count} processes share images through a folder.")
@@ -137,7 +137,7 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
         pipeline.set_progress_bar_config(desc="Denoising", leave=False, disable=None)
         made_fast(pipeline.denoiser, best_device())
         if pipeline.vae is not None:
-            pipeline.vae.enable_slicing()  # one image at a time, which bounds what decoding needs
+            pipeline.vae.enable_slicing()  # one image at a time, which bounds the memory of decoding
     if options.sampling_scheduler:
         trained = pipeline.scheduler
         pipeline.scheduler = change_scheduler(trained, getattr(diffusers, options.sampling_scheduler))
@@ -149,7 +149,7 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
 
 
 def chosen_classes(pipeline: DDAEPipeline, options: GenerationOptions) -> list[int] | None:
-    """Return the labels of the classes that images are of in turn, or None where no class is asked for."""
+    """Return the labels that images get in turn, or None where no class is asked for."""
     given = options.class_label
     if given is None:
         if options.guidance_scale != 1:
@@ -157,7 +157,7 @@ def chosen_classes(pipeline: DDAEPipeline, options: GenerationOptions) -> list[i
         return None
     count = network_of(pipeline.denoiser).num_labels(pipeline.denoiser.config)
     if not count:
-        raise ValueError(f"class_label is {' '.join(given)}: the denoiser is unconditional, it has no classes.")
+        raise ValueError(f"class_label is {' '.join(given)}: the denoiser is unconditional, so it has no classes.")
     if given == ["all"]:
         return [k for k in range(count) if k != pipeline.null_class]
     if "all" in given:
@@ -172,7 +172,7 @@ def chosen_classes(pipeline: DDAEPipeline, options: GenerationOptions) -> list[i
 
 
 def made_by(pipeline: DDAEPipeline, options: GenerationOptions) -> dict[str, Any]:
-    """Return what images depend on, as JSON, but for the null class and the scheduler."""
+    """Return what images depend on, as JSON, except the null class and the scheduler."""
     names = ("num_inference_steps", "sampler", "class_label", "guidance_scale", "seed")
     facts = {name: getattr(options, name) for name in names}
     classes = [int(k) if k.lstrip("-").isdigit() else k for k in options.class_label or []]
@@ -192,7 +192,7 @@ def sample(pipeline: DDAEPipeline, options: GenerationOptions, folder: Path) -> 
     _check_folder(folder, paths, facts)
     lacking = {i for i, path in enumerate(paths) if not path.exists()}
     batches = [batch for batch in _batches(options) if not lacking.isdisjoint(batch)]
-    processes.wait_for_everyone()  # all count before any writes
+    processes.wait_for_everyone()  # all processes count before any of them writes
     with processes.split_between_processes(batches) as own:
         for batch in tqdm(own, desc="Batches", disable=not own or not processes.is_main_process):
             images = sample_batch(pipeline, options, batch)
@@ -228,7 +228,7 @@ def _batches(options: GenerationOptions) -> list[range]:
 
 
 def _check_folder(folder: Path, paths: Sequence[Path], facts: dict[str, Any]) -> None:
-    """Raise `ValueError` if a folder holds images that were made otherwise, or nobody knows how."""
+    """Raise `ValueError` if a folder holds images that were made otherwise, or in an unknown way."""
     note = folder / NOTE
     if not note.exists():
         if any(path.exists() for path in paths):

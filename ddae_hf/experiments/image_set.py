@@ -25,12 +25,12 @@ from ..image_processing_ddae import DDAEImageProcessor
 from .classes import Classes, draw_images
 
 Rows = Sequence[int] | np.ndarray  # places of images
-SHARE = 4  # of the memory that is left, one part in so many may be filled
+SHARE = 4  # one part in so many of the free memory may be filled
 HINT = " Replace it, or leave such images out with skip_bad_images."
 
 
 class DamagedImageError(ValueError):
-    """An image that cannot be read: what was said of it, alone, where a loader's worker sends a traceback as text."""
+    """An image that cannot be read; its text stays one message where a loader's worker would send a traceback."""
 
     def __init__(self, words: str):
         super().__init__(words.rpartition(f"{DamagedImageError.__name__}: ")[2].strip())
@@ -45,12 +45,12 @@ class ImageSet:
         self.streaming = isinstance(dataset, IterableDataset)
         self.label_column = classes.column if classes is not None and classes.column in columns_of(dataset) else None
         self._classes = classes
-        self._rows: np.ndarray | None = None  # of the split, where these are some of its images
+        self._rows: np.ndarray | None = None  # rows of the split, where these are some of its images
         self._skipped = torch.zeros(1, dtype=torch.int64)
 
     def __len__(self) -> int:
         if self.streaming:
-            raise ValueError(f"How many images the stream {self.split!r} has is not known: leave out streaming.")
+            raise ValueError(f"The stream {self.split!r} does not say how many images it has: leave out streaming.")
         return len(self.dataset)
 
     @cached_property
@@ -61,12 +61,12 @@ class ImageSet:
 
     @cached_property
     def _feature(self) -> Image:
-        # Kept, for datasets copies all of its features whenever it is asked.
+        # Kept, because datasets copies all of its features whenever it is asked.
         return Image(mode=self.dataset.features[self.image_column].mode)
 
     @property
     def names(self) -> Any:
-        """The names of the classes of all splits, a list; None where the split, or a stream, does not say them."""
+        """The names of the classes of all splits, a list; None where the split, or a stream, does not name them."""
         return self._classes.names if self._classes is not None and self.label_column else None
 
     @cached_property
@@ -84,18 +84,18 @@ class ImageSet:
         for start in range(0, len(files), 1000):
             for row, image in enumerate(files[start : start + 1000][self.image_column], start):
                 if image is None or image["bytes"] is image["path"] is None:
-                    self.pil([row])  # which refuses it by its name
+                    self.pil([row])  # this names it in an error
                 content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
                 digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
     @property
     def skipped(self) -> int:
-        """How many images of the split were left out; of a stream, how often so far."""
+        """How many images of the split were left out; of a stream, how many so far, in all passes."""
         return int(self._skipped)
 
     def take(self, count: int | None) -> ImageSet:
-        """Return so many of the images, or all: see `draw_images`; of a stream, which knows no classes, the first."""
+        """Return `count` of the images, or all: see `draw_images`. A stream knows no classes, and gives its first."""
         if count is not None and count < 1:
             raise ValueError(f"{count} images of the split {self.split!r} are asked for: it must be at least 1.")
         if count is None:
@@ -136,7 +136,7 @@ class ImageSet:
         ]
 
     def labelled(self) -> ImageSet:
-        """Return these images, or raise `ValueError` if not each has a class, or a stream does not name the classes."""
+        """Return these images, or raise `ValueError` if one has no class, or if a stream does not name its classes."""
         columns = columns_of(self.dataset)
         if self._classes is None:
             count = sum(isinstance(feature, ClassLabel) for feature in columns.values())
@@ -148,20 +148,20 @@ class ImageSet:
             raise ValueError(f"{what}; it has {list(columns)}.")
         if self.streaming and self.names is None:
             raise ValueError("A stream's column of labels must name its classes (ClassLabel): leave out streaming.")
-        _ = self.labels  # which are checked when they are read
+        _ = self.labels  # they are checked when they are read
         return self
 
     def stream(self, labels: bool = False, buffer_size: int | None = None, seed: int = 0) -> IterableDataset:
-        """Return a stream's rows: `image`, a PIL image, and `labels` if asked for; one without raises `ValueError`.
+        """Return a stream's rows: `image`, a PIL image, and `labels` if asked for; `ValueError` if it has none.
 
-        With a `buffer_size`, the next image is drawn from so many, by a seed that changes with the epoch (`set_epoch`).
+        With a `buffer_size`, the next image is one of that many, by a seed that changes with the epoch (`set_epoch`).
         """
         columns = {self.image_column: "image"}
         count = 0
         if labels:
             count = len(self.labelled().names)
             columns[str(self.label_column)] = "labels"
-        # Renaming would decode what is not cast before.
+        # Renaming would decode images that were not cast before.
         files = self.dataset.cast_column(self.image_column, Image(decode=False)).select_columns(list(columns))
         rows = files.rename_columns({old: new for old, new in columns.items() if old != new})
         if buffer_size is not None:
@@ -175,7 +175,7 @@ class ImageSet:
             raise ValueError(f"The split {self.split!r} is empty.")
 
     def readable(self) -> ImageSet:
-        """Return those images that can be read, with a warning of how many cannot; of a stream, of each as it comes."""
+        """Return the images that can be read, and warn how many cannot; a stream warns of each as it comes."""
         if self.streaming:
             column, feature = self.image_column, self._feature
             self._skipped.share_memory_()  # with a loader's workers
@@ -207,10 +207,10 @@ class Pixels:
 
     def __init__(self, images: Any, processor: DDAEImageProcessor, keep: bool = True):
         if processor.do_normalize and not processor.do_rescale:
-            reason = "images of files count from 0 to 255, leave it out"
+            reason = "image files count from 0 to 255, so leave it out"
             raise ValueError(f"The image processor has do_rescale=False: {reason}.")
         self.images, self.processor, self.keep = images, processor, keep
-        self.kept: tuple[Tensor, Tensor] | None = None  # of all images, and which of them are there
+        self.kept: tuple[Tensor, Tensor] | None = None  # pixels of all images, and which of them are there
 
     def __len__(self) -> int:
         return len(self.images)
@@ -231,7 +231,7 @@ class Pixels:
             self.keep = self.keep and needed <= psutil.virtual_memory().available
             if not self.keep:
                 return pixels
-            # Of empty memory only what is written to is taken.
+            # Empty memory takes space only where it is written to.
             room = torch.empty(len(self), *pixels.shape[1:], dtype=torch.uint8)
             kept = self.kept = room, torch.zeros(len(self), dtype=torch.bool)
         kept[0][missing] = pixels
@@ -247,19 +247,19 @@ class Pixels:
 
 
 def scaled(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
-    """Return what the processor makes of pixels in uint8, on their device; floats are that already."""
+    """Return what the processor makes of pixels in uint8, on their device; floats are returned as they are."""
     return _scale(pixels, processor) if pixels.dtype == torch.uint8 else pixels
 
 
 def _scale(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
-    """Scale and shift in the processor's order, for every rounding follows from it; in place, which is far faster."""
+    """Scale and shift in the processor's order, which decides every rounding; in place, which is far faster."""
     if processor.do_rescale or processor.do_normalize:
         pixels = pixels.float()
     if processor.do_rescale:
         pixels.mul_(processor.rescale_factor)
     if processor.do_normalize:
         for change, value in ((pixels.sub_, processor.image_mean), (pixels.div_, processor.image_std)):
-            # A number waits for no copy to the device.
+            # A plain number needs no copy to the device.
             one = isinstance(value, (int, float))
             change(float(value) if one else torch.tensor(value, device=pixels.device).float().reshape(-1, 1, 1))
     return pixels
@@ -286,13 +286,13 @@ def image_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
 def decode(file: dict[str, Any] | None, feature: Image, where: str) -> PILImage.Image:
     """Return the image of a file, given as its `path` and `bytes`, or raise an error that says which it is.
 
-    `where` is what is said of images that are no files of their own.
+    `where` names an image that is not a file of its own.
     """
     try:
         if file is None:
             raise ValueError("there is none")
         return feature.decode_example(file)
-    except Exception as error:  # Pillow raises several kinds, most of which do not say of which file
+    except Exception as error:  # Pillow raises several kinds, most of which do not name the file
         path, content = (file or {}).get("path"), (file or {}).get("bytes")
         if path and os.path.isfile(path):
             where = f"The image {path}"

@@ -1,7 +1,7 @@
-"""Images of a data set, whatever it is: by split, with their labels, and as what a network reads.
+"""Images of any data set: by split, with their labels, and as what a network reads.
 
-`Images.open` takes all that images come in; `images["train"]` are those of a split, an `ImageSet`. What a network reads
-of them are `Inputs`: pixels here, latents in `encoding`.
+`Images.open` takes images in any form; `images["train"]`, an `ImageSet`, has the images of a split. `Inputs` are what a
+network reads of them: pixels here, latents in `encoding`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Images:
 
     Attributes:
         splits: Names of the splits.
-        opened_with: The `DataOptions` that open the same images again; nothing for objects in memory.
+        opened_with: The `DataOptions` that open the same images again; empty for objects in memory.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Images:
             label_column: Column of labels, whole numbers or names, by default the only one of classes.
             streaming: Whether to read a Hub id, a folder or a file while it is gone through, without downloading it.
             cache_dir: Where downloads are kept.
-            skip_bad_images: Whether to leave out images that cannot be read, with a warning that counts them. All of
-                a split are decoded for it when the split is first asked for; those of a stream as it is read.
+            skip_bad_images: Whether to leave out images that cannot be read, with a warning that counts them. For
+                this, a split's images are all decoded when it is first asked for; a stream's images as it is read.
 
         Raises:
             ValueError: A source that cannot be read, or that can be read in two ways; no such column.
@@ -116,7 +116,7 @@ class Images:
             return source
         if isinstance(source, (str, os.PathLike)):
             if labels is not None:
-                raise ValueError("labels are those of a list of images: name the column of a data set, label_column.")
+                raise ValueError("labels are for a list of images: name a data set's column of labels, label_column.")
             options = DataOptions(
                 dataset_name=os.fspath(source), dataset_config_name=config_name, image_column=image_column,
                 label_column=label_column, skip_bad_images=skip_bad_images,
@@ -153,7 +153,7 @@ class Images:
         source = self.opened_with.get("dataset_name") or self.opened_with.get("train_data_dir")
         of_hub = "dataset_name" in self.opened_with and not os.path.exists(str(source))
         info = next(iter(self._datasets.values())).info
-        # Of files that came open, datasets says only what wrote them.
+        # Of a data set that came open and was read from files, datasets knows only the kind of the files.
         known = info.dataset_name if info.dataset_name != info.builder_name else None
         facts = {
             "name": Path(source).resolve().name if source else known,
@@ -173,7 +173,7 @@ def labelled_splits(images: Images, options: Any) -> tuple[ImageSet, ImageSet]:
     The same images in both, images without labels, and training images of a single class are refused.
     """
     if options.train_split == options.test_split:
-        raise ValueError(f"test_split is {options.test_split!r}, as train_split: test on other images.")
+        raise ValueError(f"test_split is {options.test_split!r}, like train_split: test on other images.")
     train, test = images[options.train_split].labelled(), images[options.test_split].labelled()
     if train.streaming or test.streaming:
         raise ValueError("A stream knows its labels only row by row: leave out streaming.")
@@ -213,8 +213,8 @@ class Inputs(abc.ABC):
     def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
         """Return the inputs (B, C, H, W) at B rows, float32.
 
-        View 0 is the image as it is; what later ones are is up to the inputs. What is random about them is seeded by
-        `numbers`, one an image, by default the rows.
+        View 0 is the image as it is; later views depend on the kind of inputs. What is random about them is seeded by
+        `numbers`, one for each image, by default the rows.
         """
 
     def batches(
@@ -233,7 +233,7 @@ class Inputs(abc.ABC):
 class ImageInputs(Inputs):
     """Images by their pixels, in [-1, 1], which are kept in memory where they fit.
 
-    With `flip`, half of those of later views are mirrored; with `crop_padding`, they are cropped: see `augment_view`.
+    With `flip`, half of the images in later views are mirrored; with `crop_padding`, all are cropped: `augment_view`.
     """
 
     def __init__(

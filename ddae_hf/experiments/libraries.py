@@ -7,15 +7,15 @@ from importlib import metadata
 
 
 def not_installed(what: str, module: str | None, extra: str) -> str:
-    """Return that something of this package needs a module, and the `pip_line` of the extra that brings it."""
+    """Return a sentence that something here needs a module, with the `pip_line` of the extra that brings it."""
     return f"{what} needs {module}, which is not installed: {pip_line(extra, module)}"
 
 
 def pip_line(extra: str, module: str | None) -> str:
-    """Return the line that installs every library that is missing of this package and one of its extras.
+    """Return the line that installs every missing library of this package and one of its extras.
 
     What they need, with the lowest versions, is read from the metadata of the installed package. Where nothing of it is
-    missing, or it has no metadata, the line is that of the module's own library.
+    missing, or there is no metadata, the line installs the module's own library.
     """
     needed = requirements(extra)
     missing = [requirement for name, requirement in needed.items() if not is_installed(name)]
@@ -23,13 +23,13 @@ def pip_line(extra: str, module: str | None) -> str:
         top = (module or "").partition(".")[0]
         name = metadata.packages_distributions().get(top, [top])[0]
         missing = [needed.get(_normal(name), name)]
-    # What a shell would take for something else, such as `>`, is quoted.
+    # Names with characters that a shell would interpret, such as `>`, are quoted.
     quoted = [each if re.fullmatch(r"[\w.-]+", each) else f'"{each}"' for each in missing]
     return " ".join(["pip install", *quoted])
 
 
 def requirements(extra: str) -> dict[str, str]:
-    """Return by name what this package and an extra of it need, such as `datasets>=4.8`; nothing without metadata."""
+    """Return by name what this package and an extra need, such as `datasets>=4.8`; empty without metadata."""
     try:
         lines = metadata.requires("ddae_hf") or []
     except metadata.PackageNotFoundError:

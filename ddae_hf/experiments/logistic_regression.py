@@ -4,8 +4,8 @@ Multinomial logistic regression minimises, over weights W (K, C) and biases b (K
 
     mean_i cross_entropy(W z_i + b, y_i) + l2 / 2 ||W||^2.
 
-(scikit-learn's `LogisticRegression(C=c)` is this with l2 = 1 / (c N), for N images; of two classes, where it has one
-row of weights for the two here, with l2 = 2 / (c N).) Features are read in pieces, so that what is mapped from disk is
+(scikit-learn's `LogisticRegression(C=c)` is this with l2 = 1 / (c N), for N images. For two classes it has one row of
+weights and here there are two: then l2 = 2 / (c N).) Features are read in pieces, so that those mapped from disk are
 never in memory as a whole.
 
 All such problems, one for every layer and every l2, are solved together by L-BFGS (Liu and Nocedal 1989), each with its
@@ -33,7 +33,7 @@ _Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _CHUNK_BYTES = 64 * 2**20
 _HISTORY = 10  # steps that L-BFGS remembers
-_MEMORY_BYTES = 2**30  # for them
+_MEMORY_BYTES = 2**30  # of memory for these steps
 _TOLERANCE = 1e-7  # where to stop: the estimated distance of a problem's loss from its optimum
 
 
@@ -41,8 +41,8 @@ _TOLERANCE = 1e-7  # where to stop: the estimated distance of a problem's loss f
 class LinearProbes:
     """Linear classifiers on one layer's features, one for each of L strengths of regularisation.
 
-    `weight` (L, K, C) and `bias` (L, K) are for features as they are, not standardised; `loss` (L,) is the objectives
-    there, all float64. `converged` (L,) says which came to their end: see `minimise`.
+    `weight` (L, K, C) and `bias` (L, K) are for features as they are, not standardised; `loss` (L,) has the
+    objectives there, all float64. `converged` (L,) says which reached their optimum: see `minimise`.
     """
 
     weight: Tensor
@@ -72,17 +72,17 @@ def fit_logistic_regression(
     """Return a multinomial logistic regression on each layer's features, with each of L strengths of regularisation.
 
     Args:
-        features: Each layer's views, (N, C) each, which count as more images; C is the layer's own.
+        features: Each layer's views, (N, C) each, which count as further images; C is the layer's own.
         labels: Classes (N,), from 0.
         l2: Strengths of regularisation, positive: see the module's formula.
         num_classes: Number of classes K; by default the largest label + 1.
         indices: The images to fit on; by default all.
-        max_iterations: Where to stop in any case.
+        max_iterations: Iterations after which to stop in any case.
         device: Where to compute.
-        standardise: Whether to divide features by their standard deviations; without, they are centred alone.
+        standardise: Whether to divide features by their standard deviations; otherwise they are only centred.
 
     Raises:
-        ValueError: Nothing to fit, features that do not fit together or are no numbers, labels or strengths out of
+        ValueError: Nothing to fit, features that do not fit together or are not finite, labels or strengths out of
             range.
     """
     rows = np.arange(len(labels)) if indices is None else np.asarray(indices)
@@ -156,7 +156,7 @@ class _Problem:
         for x, _ in self.chunks():
             total += x.double().sum(1)
         if not total.isfinite().all():
-            raise ValueError("Some features are no finite numbers: the network overflows, run it in float32.")
+            raise ValueError("Some features are not finite: the network overflows. Run it in float32.")
         mean = total / self.count
         products = torch.zeros((*shape, self.width), dtype=torch.float64, device=self.device)
         for x, _ in self.chunks():
@@ -164,7 +164,7 @@ class _Problem:
             products += x.mT @ x
         covariance = products / self.count
         std = covariance.diagonal(dim1=1, dim2=2).sqrt()
-        # What does not vary has no say, as in scikit-learn's StandardScaler.
+        # Features that do not vary are not divided, as in scikit-learn's StandardScaler.
         std = torch.where((std > 1e-6 * mean.abs()) & self.standardise, std, 1.0)
         return mean, std, covariance / (std[:, :, None] * std[:, None, :])
 
@@ -234,7 +234,7 @@ def minimise(
         done |= -0.5 * slope < tolerance
         if done.all():
             break
-        # What is done stays where it is, and keeps no other waiting.
+        # Functions that are done stay where they are, and do not keep the others waiting.
         direction, slope = direction * ~done[:, None], slope * ~done
         step, new_value, new_gradient, found = _line_search(evaluate, variables, direction, value, slope)
         done |= ~found  # down to rounding
@@ -288,7 +288,7 @@ def knn_predict(
     """Classify by the nearest training images: cosine similarity, votes weighted by exp(similarity / 0.07).
 
     The protocol and this temperature are those of Wu et al. 2018 (arXiv 1805.01978). Features are centred on the
-    training images' mean first: pooled hidden states share a large offset, beside which all would look alike.
+    training images' mean first: pooled hidden states share a large offset, which would make all look alike.
 
     Returns:
         Classes (M,) by number of neighbours, at most N, from features (N, C), their labels (N,) and features (M, C).
@@ -338,7 +338,7 @@ def uniformity(features: np.ndarray) -> float:
     d is the distance between two images' features (N, C), each of length 1. Wang and Isola 2020 (arXiv 2005.10242).
     """
     if len(features) < 2:
-        raise ValueError(f"{len(features)} image(s) came: uniformity is of pairs, give at least two.")
+        raise ValueError(f"{len(features)} image(s) came: uniformity is measured on pairs, so give at least two.")
     x = F.normalize(torch.from_numpy(np.array(features, dtype=np.float64)), dim=1)
     # |a - b|^2 = 2 - 2 ab; an image paired with itself adds 1, which is taken away.
     total = sum(torch.exp(4 * (part @ x.T) - 4).sum().item() for part in x.split(1024)) - len(x)

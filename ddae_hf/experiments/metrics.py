@@ -1,7 +1,7 @@
 """Metrics of a classifier that `evaluate` combines and computes offline: `evaluate.load` would ask the Hub for them.
 
-Names, arguments and results are those of evaluate's metrics, and scikit-learn computes them; but classes are averaged
-as `macro`, the plain mean over them, unless `average` says otherwise, and what cannot be divided is 0.
+Names, arguments and results are those of evaluate's metrics, and scikit-learn computes them. But unless `average`
+says otherwise, classes are averaged as `macro`, their plain mean, and a division by zero gives 0.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class ClassMetric(evaluate.Metric):
         return evaluate.MetricInfo(description=str(self.__doc__), citation="", features=features)
 
     def _compute(self, predictions: list[int], references: list[int], **options: Any) -> dict[str, Any]:
-        """Return the figure by the metric's name; with `average=None` one of each class, (K,)."""
+        """Return the figure by the metric's name; with `average=None` one for each class, (K,)."""
         value = type(self).figure(references, predictions, **{**self.defaults, **options})
         return {self.name: float(value) if np.ndim(value) == 0 else value}
 
 
 class Accuracy(ClassMetric):
-    """The part of predictions that are right, or with `normalize=False` their number."""
+    """The share of predictions that are right, or with `normalize=False` their number."""
 
     figure = accuracy_score
     defaults: ClassVar[dict[str, Any]] = {}
@@ -48,13 +48,13 @@ class F1(ClassMetric):
 
 
 class Precision(ClassMetric):
-    """The part of the images given a class that are of it."""
+    """The share of the images given a class that belong to it."""
 
     figure = precision_score
 
 
 class Recall(ClassMetric):
-    """The part of a class's images that are given it."""
+    """The share of a class's images that are given that class."""
 
     figure = recall_score
 

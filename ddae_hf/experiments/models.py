@@ -21,7 +21,7 @@ Model = StrPath | DDAEModel
 
 
 def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None = None, **config: Any) -> DDAEModel:
-    """Return a model: one that came as an object as it is, one of a path in evaluation mode on the best device.
+    """Return a model: an object as it came, or one opened from a path, in evaluation mode on the best device.
 
     Args:
         model: The model, or where it is; `DDAEForImageClassification` gives its base model.
@@ -30,7 +30,7 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
         **config: What its configuration is to say; None leaves it as it is. `vae=False` opens it without its VAE.
 
     Raises:
-        ValueError: No model, an open one that is not as asked for, or one of classes without a null class.
+        ValueError: Not a model, an open one that is not as asked for, or a class-conditional one without a null class.
         OSError: No such checkpoint.
     """
     given = {name: value for name, value in config.items() if value is not None}
@@ -45,7 +45,7 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
         there = {**vars(found.config), "dtype": found.dtype}
         if different := [name for name, value in (given | kind).items() if there[name] != value]:
             raise ValueError(
-                f"The model is open already, and {different[0]} is another there: open it with what is wanted, or give "
+                f"The model is open already, with another {different[0]} than is asked for: open it with that, or give "
                 "its path."
             )
     check_null_class(found)
@@ -69,7 +69,7 @@ def open_processor(model: Model, cache_dir: str | None = None) -> DDAEImageProce
 
 
 def base_of(model: Any) -> DDAEModel:
-    """Return the base model of an open one, or raise `ValueError` for what is none."""
+    """Return the base model of an open one, or raise `ValueError` for anything else."""
     base = getattr(model, "base_model", None)
     if not isinstance(base, DDAEModel):
         raise ValueError(
@@ -80,17 +80,17 @@ def base_of(model: Any) -> DDAEModel:
 
 
 def path_of(model: Any) -> str | None:
-    """Return a checkpoint's folder or Hub id; nothing of an open model."""
+    """Return a checkpoint's folder or Hub id; None for an open model."""
     return os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
 
 
 def base_model(checkpoint: Any) -> dict[str, Any]:
-    """Return the Hub repository that a run began with, as `base_model`; nothing of a folder, an object, or of None."""
+    """Return the Hub repository that a run began with, as `base_model`; empty for a folder, an object or None."""
     return {"base_model": checkpoint} if isinstance(checkpoint, str) and not os.path.exists(checkpoint) else {}
 
 
 def report_facts(model: Model, images: Any, options: Any, *used: Any) -> dict[str, Any]:
-    """Return what a report says of what it came of: `options`, `dataset` with the splits that were used, `base_model`.
+    """Return what a report says of its origin: `options`, `dataset` with the splits that were used, `base_model`.
 
     `images` are `Images`, and `used` are one or two of its splits.
     """
@@ -100,14 +100,14 @@ def report_facts(model: Model, images: Any, options: Any, *used: Any) -> dict[st
 
 
 def ready(model: Any) -> Any:
-    """Return a model on the best device there is; its VAE takes one image at a time, which bounds what it needs."""
+    """Return a model on the best device there is; its VAE takes one image at a time, which bounds its memory."""
     if model.base_model.vae is not None:
         model.base_model.vae.enable_slicing()
     return made_fast(model, best_device()).to(best_device())
 
 
 def check_null_class(model: DDAEModel) -> None:
-    """Raise `ValueError` if a network is class-conditional and nothing says which of its labels stands for none."""
+    """Raise `ValueError` if a network is class-conditional and nothing says which of its labels stands for no class."""
     try:
         model.diffusion.conditions(None, 1, "cpu")
     except ValueError as error:
@@ -121,7 +121,7 @@ def chosen_layers(model: DDAEModel, wanted: Iterable[str]) -> list[str]:
 
 
 def check_taps(model: DDAEModel, layers: Iterable[str], sigmas: Iterable[float]) -> None:
-    """Raise `ValueError` for a layer that the network has not, or a noise level outside its schedule."""
+    """Raise `ValueError` for a layer that the network does not have, or a noise level outside its schedule."""
     for layer in layers:
         model.config.from_dict(model.config.to_dict(), layer=layer)
     for sigma in sigmas:

@@ -1,8 +1,8 @@
 """The network, the scheduler and the batch that a denoiser's training starts with, and whether they can be trained.
 
 Options describe the network, or else images and hardware suggest one, its resolution and the batch: on a GPU the U-Net
-of Ho et al. 2020 (arXiv:2006.11239), its number of levels by the side of the images; on a processor one with some
-fiftieth of its arithmetic. Both attend where the side is at most 16.
+of Ho et al. 2020 (arXiv:2006.11239), whose number of levels follows from the side of the images; on a processor one
+with about a fiftieth of its arithmetic. Both have attention where the side is at most 16.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ PIXEL_BYTES = 80 * 2**10  # of memory in training, a pixel of an image, for the 
 
 
 def choose(images: Images | LatentFolder, options: Any) -> Any:
-    """Return options of `pretrain`, which had no `denoiser`, with a network, and say which in the log.
+    """Return options of `pretrain` without a `denoiser`, with a network added, and log which one it is.
 
-    A resolution and a batch come with it where the options say nothing of them. Of a stream the first images are
-    looked at, otherwise some of all that are there.
+    A resolution and a batch are added too, where the options leave them open. The choice looks at the first images of a
+    stream, otherwise at some of all images.
 
     Raises:
         ValueError: An image that cannot be read, no images, or a resolution that no such network has.
@@ -78,7 +78,7 @@ def choose(images: Images | LatentFolder, options: Any) -> Any:
         options = with_batch(options, side, count, device)
     denoiser = unet(side, channels, device)
     logger.info(
-        f"No network is described. For {seen} on a {'GPU' if device == 'cuda' else 'CPU'} it is a U-Net of "
+        f"No network is described. For {seen} on a {'GPU' if device == 'cuda' else 'CPU'}, the default is a U-Net of "
         f"{denoiser['block_out_channels']} channels at {side} pixels: denoiser, resolution or config give another."
     )
     return dataclasses.replace(options, denoiser=denoiser)
@@ -93,7 +93,7 @@ def chosen_before(options: Any, known: dict[str, Any]) -> Any:
 
 
 def with_batch(options: Any, side: int, count: int | None, device: str) -> Any:
-    """Return options with a batch that images of this number (None: not known) and side, and a GPU's memory, allow."""
+    """Return options with a batch that fits the number of images (None: unknown), their side and a GPU's memory."""
     processes = this_process().num_processes
     total = BATCH if count is None or count >= BATCH else count
     each = total // processes
@@ -183,19 +183,19 @@ def check_networks(options: Any, denoiser: Any, scheduler: Any, data: TrainingDa
         if (config.in_channels, config.sample_size) != (channels, side):
             raise ValueError(
                 f"The latents have {channels} channels and a side of {side}: the network must have them as its "
-                f"in_channels and sample_size, and has {config.in_channels} and {config.sample_size}."
+                f"in_channels and sample_size, but has {config.in_channels} and {config.sample_size}."
             )
     network = network_of(denoiser)
     if data.num_classes and network.num_labels(config) != data.num_classes + 1:
         raise ValueError(
             f"The data set has {data.num_classes} classes: the network needs {data.num_classes + 1} labels with its "
-            f"null class, and has {network.num_labels(config)}."
+            f"null class, but has {network.num_labels(config)}."
         )
     if not data.num_classes and network.is_conditional(denoiser):
         raise ValueError("This network is class-conditional: train it with class_conditional.")
     if config.get("out_channels") not in (None, config.in_channels):
         raise ValueError("Only networks with as many output as input channels can be trained.")
-    # These refuse what cannot work.
+    # These calls refuse what cannot work.
     family_of(scheduler).check_sampler(options.sampler)
     sides = [config.sample_size]
     if (side := options.low_resolution) is not None:

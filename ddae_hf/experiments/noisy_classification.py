@@ -8,8 +8,8 @@
 Both are told the noise level and learn at levels drawn log-uniformly. The denoiser runs once over the training images
 for each view, a draw of level and noise; the multi-layer perceptron (MLP) then learns from these stored features. The
 other is a Wide ResNet (Zagoruyko and Komodakis 2016, arXiv 1605.07146) from random weights, with fresh noise in every
-step. It is shown what the denoiser is shown: of a checkpoint with a VAE the noisy latents, in whose unit noise levels
-are. Test images, each with noise of its own, serve for the final figures alone.
+step. It sees what the denoiser sees: of a checkpoint with a VAE these are the noisy latents, whose units the noise
+levels then have. Test images, each with noise of its own, serve for the final figures alone.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ from .training import Loop, accelerated
 
 MLP = "mlp"  # its folder
 WIDE_RESNET = "wide_resnet"  # likewise
-TEST_VIEW = noise_view(True, 0)  # of noise; those of training images begin at 2
-OF_RIVAL = ["wide_resnet_steps", "wide_resnet_learning_rate"]  # which hold for the steps that are to come
+TEST_VIEW = noise_view(True, 0)  # of noise; the views of training images begin at 2
+OF_RIVAL = ["wide_resnet_steps", "wide_resnet_learning_rate"]  # they hold for the steps that are to come
 # What stored features and the Wide ResNet both depend on.
 COMMON = ["sigma_min", "sigma_max", "random_flip", "random_crop", "seed"]
 
@@ -70,31 +70,31 @@ class NoisyOptions(SplitOptions):
     output_dir: str | None = option(None, "Folder of figures, weights and stored features; the same options resume.")
     features_dir: str | None = option(None, "Folder of test images' features, by default one in output_dir.")
     layers: list[str] | None = option(None, "Layers whose features are put side by side; by default the model's one.")
-    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
+    null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
     sigma_min: float = option(0.02, "Lowest noise level to learn at.")
     sigma_max: float = option(10.0, "Highest noise level to learn at.")
     sigmas: list[float] | None = option(None, "Noise levels to test at; by default 8 from lowest to highest.")
     random_flip: bool = option(False, "Mirror half of the training images.")
     random_crop: int = option(0, "Shift them by up to this many pixels.", metavar="PADDING")
-    batch_size: int = option(250, "Images that networks which do not learn see at a time.")
+    batch_size: int = option(250, "Images at a time for networks that are not trained.")
     num_views: int = option(8, "Draws of level and noise for every training image's features.")
     hidden_size: int = option(512, "Width of the MLP's hidden layers.")
     num_hidden_layers: int = option(2, "Number of the MLP's hidden layers.")
     dropout: float = option(0.1, "Dropout in the MLP.")
     num_train_epochs: int = option(10, "Passes of the MLP over all stored features.")
-    train_batch_size: int = option(256, "Features a step of the MLP.")
+    train_batch_size: int = option(256, "Features per step of the MLP.")
     learning_rate: float = option(1e-3, "Learning rate of the MLP.")
     weight_decay: float = option(0.01, "Weight decay of the MLP.")
     wide_resnet: int = option(10, "Widening factor k of WRN-28-k; 0 leaves it out.")
     wide_resnet_steps: int = option(39000, "Steps of the Wide ResNet.")
-    wide_resnet_batch_size: int = option(128, "Images a step of the Wide ResNet.")
+    wide_resnet_batch_size: int = option(128, "Images per step of the Wide ResNet.")
     wide_resnet_learning_rate: float = option(0.1, "Learning rate of the Wide ResNet.")
     checkpointing_steps: int = option(500, "Save the Wide ResNet's training every N steps.")
     noise_seed: int = option(0, "Seed of levels and noise of stored features and test images.")
     seed: int = option(0, "Seed of everything else that is random in training.")
 
     def check(self) -> None:
-        """Settle the levels to test at, and refuse what several options forbid together."""
+        """Settle the levels to test at, and refuse options that do not go together."""
         low = self.sigma_min
         high = self.sigma_max
         if low >= high:
@@ -135,7 +135,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
     Raises:
         ValueError: Options that cannot work, a folder of other options, or a training that diverges.
         OSError: No such checkpoint, or no room on the disk.
-        Interrupted: A signal came while the Wide ResNet learnt, of which there is a checkpoint.
+        Interrupted: A signal came while the Wide ResNet was trained; there is a checkpoint of it.
     """
     options = NoisyOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
@@ -145,7 +145,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))
         if options.random_crop >= min(sides := network.config.image_size):
-            raise ValueError(f"random_crop is {options.random_crop}: the images' sides are {sides}.")
+            raise ValueError(f"random_crop is {options.random_crop}: it must be below the sides, {sides}.")
         processor = open_processor(model, options.cache_dir)
         train, test = (ImageInputs(part, processor) for part in labelled_splits(images, options))
         study = Study(network, train, test, options, folder, check_folders(folder, network, train, options))
@@ -173,11 +173,11 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
 
 
 def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyOptions) -> Path | None:
-    """Note what each sub-folder's contents depend on, or refuse others; return the Wide ResNet's last checkpoint."""
+    """Note what each sub-folder depends on, or refuse other contents; return the Wide ResNet's last checkpoint."""
     content = {"images": train.images.hash, "labels": train.labels.tolist()}
     data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     shared = {"preprocessing": train.identity["preprocessing"], "data": data}
-    if model.vae is not None:  # which both networks see images by
+    if model.vae is not None:  # both networks see images through it
         shared |= {"vae": fingerprint(model.vae, dtype=None), "sample_posterior": model.config.sample_posterior}
     source = {"scheduler": model.config.scheduler, "pooling": model.config.pooling}
     source |= {"weights": fingerprint(model.denoiser, model.vae, dtype=None), "dtype": str(model.denoiser.dtype)}
@@ -209,7 +209,7 @@ def log_uniform(options: NoisyOptions, count: int, seed: list[int]) -> Tensor:
     """Draw noise levels (count,), float32."""
     low, high = np.log((options.sigma_min, options.sigma_max))
     sigmas = np.exp(np.random.default_rng(seed).uniform(low, high, count))
-    return torch.from_numpy(sigmas.clip(options.sigma_min, options.sigma_max)).float()  # inside of the schedule
+    return torch.from_numpy(sigmas.clip(options.sigma_min, options.sigma_max)).float()  # inside the schedule
 
 
 @dataclass
@@ -239,7 +239,7 @@ class Study:
             title = f"features, view {view + 1} of {options.num_views}"
             for images in self.train.batches(options.batch_size, title=title):
                 rows = range(first, first := first + len(images))
-                # Drawn in order: also of the images whose features are there.
+                # Noise is drawn in order, also for images whose features are there.
                 images = random_changes(images, options.random_flip, options.random_crop)
                 if rows.start >= start:
                     level = sigmas[rows.start : rows.stop].to(self.model.device)
@@ -247,7 +247,7 @@ class Study:
                     found = batch_features(self.model, images, rows, self.layers, level, **drawn)
                     values = torch.cat([found[layer] for layer in self.layers], dim=1)
                     if not values.isfinite().all():
-                        raise ValueError("Some features are no finite numbers: the network overflows, use float32.")
+                        raise ValueError("Some features are not finite: the network overflows. Run it in float32.")
                     yield {name: values}
 
         name = f"view-{view}"

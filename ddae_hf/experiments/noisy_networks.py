@@ -12,7 +12,7 @@ SIGMA_DATA = 0.5  # as in EDM: noisy images divided by sqrt(sigma^2 + 0.25) are 
 
 
 def embed_sigma(sigma: Tensor) -> Tensor:
-    """Return sines and cosines (B, 64) of log(sigma) / 4, EDM's measure, for levels (B,); 10 keeps them smooth."""
+    """Return sines and cosines (B, 64) of log(sigma) / 4, as EDM takes it, for levels (B,); 10 keeps them smooth."""
     return get_timestep_embedding(10 * sigma.log() / 4, EMBEDDING)
 
 

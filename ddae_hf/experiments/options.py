@@ -1,7 +1,7 @@
 """Options of experiments: flat dataclasses that refuse what cannot work, before any long work.
 
-An option has one name, one meaning and one range wherever it stands: `RANGES` has those of numbers. A dataclass of
-options says its fields with `option`, and what only several of them together forbid in `check`.
+An option has one name, one meaning and one range wherever it stands: `RANGES` has the ranges of numbers. A dataclass of
+options declares its fields with `option`, and refuses fields that do not go together in `check`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ NAMES = {
     Range("above 0 and at most 1", lambda x: 0 < x <= 1): "layer_decay",
     Range("at least 0 and below 1", lambda x: 0 <= x < 1): """adam_beta1 adam_beta2 ema_decay dropout label_smoothing
         lr_warmup_ratio""",
-    Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32): "seed noise_seed",  # NumPy's are so
+    Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32): "seed noise_seed",  # as for NumPy's
 }
 RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
 FOLDERS = ("output_dir", "features_dir", "latents_dir", "space_dir")
-# What to give in place of options of earlier versions, where there is such an option.
+# What to give in place of options of earlier versions, for commands that have the new option.
 RENAMED = {
     **SUCCESSORS, "batch_size": "train_batch_size", "checkpoint": "model_name_or_path",
     "label_fraction": "few_labels, the number a class", "labels_per_class": "few_labels",
@@ -63,17 +63,17 @@ RENAMED = {
 
 
 class Table(dict[str, Any]):
-    """A mapping of options, such as a network's, which a command line gives as YAML; a `ValueError` of all else."""
+    """A mapping of options, such as a network's, which a command line gives as YAML; all else raises `ValueError`."""
 
     def __init__(self, value: Mapping[str, Any] | str = ""):
         given = read_yaml(value) if isinstance(value, str) else value
         if not isinstance(given, Mapping):
-            raise ValueError(f"{value!r} is no mapping: give options, such as '{{num_layers: 4}}'.")
+            raise ValueError(f"{value!r} is not a mapping: give options, such as '{{num_layers: 4}}'.")
         super().__init__(given)
 
 
 class _SafeLoader(yaml.SafeLoader):
-    """YAML without repeated keys and without aliases, whose meaning readers overlook."""
+    """YAML without repeated keys and without aliases, which readers overlook."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -99,7 +99,7 @@ _SafeLoader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """Return what YAML says, `{}` where it says nothing, or raise `ValueError`, as of repeated keys and aliases."""
+    """Return what YAML says, `{}` where it says nothing, or raise `ValueError`, also for repeated keys and aliases."""
     try:
         content = yaml.load(text, _SafeLoader)  # noqa: S506 (derived from SafeLoader)
     except yaml.YAMLError as error:
@@ -110,7 +110,7 @@ def read_yaml(text: str) -> Any:
 def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
     """Return a field of options; a default that is a list or a mapping is copied for every object.
 
-    `help` says what it is, and `more` is what else argparse's `add_argument` is told, such as `metavar`.
+    `help` says what it is, and `more` has further arguments of argparse's `add_argument`, such as `metavar`.
     """
     metadata = {"help": help.replace("%", "%%"), **more}
     if isinstance(default, (list, dict)):
@@ -120,7 +120,7 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> A
 
 @dataclass
 class Options:
-    """What the dataclasses of options have in common: types, ranges and folders, checked when they are made, copies."""
+    """What all dataclasses of options share: types, ranges and folders are checked when one is made or copied."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -138,10 +138,10 @@ class Options:
 
     @classmethod
     def of(cls, options: Self | None, changes: Mapping[str, Any]) -> Self:
-        """Return options with some of them changed, the defaults if none came.
+        """Return options with some of them changed; if no options are given, the defaults are changed.
 
         Raises:
-            ValueError: What is no option, with the nearest names; another type or range; one that has to be given.
+            ValueError: An unknown option, another type or range, or a required option that is missing.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if wrong := [name for name in changes if name not in names]:
@@ -162,7 +162,7 @@ class Options:
 
 
 def unknown(name: Any, names: Iterable[str]) -> str:
-    """Return that there is no such option, and which are like it, or what it is called now."""
+    """Return that there is no such option, and which ones are like it, or what it is called now."""
     names = sorted(names)
     if name in RENAMED and RENAMED[name].partition(",")[0] in names:
         return f"there is no option {name!r} any more: give {RENAMED[name]}."
@@ -171,7 +171,7 @@ def unknown(name: Any, names: Iterable[str]) -> str:
 
 
 def nearest(near: Sequence[str]) -> str:
-    """Return in words which names are the nearest to one that there is not; nothing where none came."""
+    """Return in words which names are the nearest to an unknown one; an empty text if there are none."""
     return f"the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}" if near else ""
 
 
@@ -182,7 +182,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """Return a value as its type hint and its range want it, without changing what it says, or raise `ValueError`."""
+    """Return a value in its hint's type and within its range, with its meaning unchanged, or raise `ValueError`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in parts:

@@ -55,7 +55,7 @@ class Probe:
 
 @dataclass(kw_only=True)
 class Point(Pair):
-    """A checkpoint of a training run: its best pair, and what else was measured of it."""
+    """A checkpoint of a training run: its best pair, and what else was measured."""
 
     step: int
     test_accuracy: float

@@ -5,7 +5,7 @@
     result.pipeline(16).images
 
 The folder opens as the network of averaged (EMA) weights; the weights that the optimiser left are in its sub-folder
-`raw`, which opens alike. Both hold the VAE of the latents that they were trained on.
+`raw`, which opens in the same way. Both hold the VAE of the latents that they were trained on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WEIGHTS = ("model_index.json", "raw/model_index.json", "*/diffusion_pytorch_mode
 class PretrainingOptions(TrainingOptions):
     """Options of `pretrain`."""
 
-    # Beside these, the network and its scheduler are compared as they were built, the data by number and hash.
+    # Besides these, the network and its scheduler are compared as they were built, and the data by number and hash.
     may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
         """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 weight_decay
         adam_epsilon ema_decay sample_steps grid_images num_inference_steps sampler""".split()
@@ -60,23 +60,23 @@ class PretrainingOptions(TrainingOptions):
     denoiser: Table = option({}, "Options of the network and its `_class_name`, as YAML.")
     scheduler: Table = option({}, "Options of the scheduler and its `_class_name`, as YAML.")
     init_from: str | None = option(None, "Checkpoint (any layout) whose network and scheduler to start from.")
-    vae: str | None = option(None, "Folder or Hub id of the latents' VAE, if it is not where it was then.")
+    vae: str | None = option(None, "Folder or Hub id of the latents' VAE, if it has moved since they were made.")
     augment: float = option(0.0, "Probability of EDM's augmentations, such as 0.12.")
     class_conditional: bool = option(False, "Tell the network each image's class.")
-    label_dropout: float = option(0.1, "How often it is told the null class instead.")
+    label_dropout: float = option(0.1, "Share of images for which it is told the null class instead.")
     log_sigma: list[float] | None = option(
         None,
         "Mean and standard deviation of log sigma, drawn from a normal distribution: for flow matching 0 1 are "
-        "logit-normal times. By default each framework's own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
+        "logit-normal times. By default each framework has its own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
     )
-    low_resolution: int | None = option(None, "Begin on images reduced to this side by means of pixels, in less time.")
-    low_resolution_share: float = option(0.9, "Share of the steps that are of low_resolution.")
+    low_resolution: int | None = option(None, "Begin on images reduced to this side by averaging pixels, to save time.")
+    low_resolution_share: float = option(0.9, "Share of the steps that use low_resolution.")
     shuffle_buffer: int = option(10000, "Images of a stream among which the next one is drawn.")
-    gradient_checkpointing: bool = option(False, "Compute hidden states twice, in less memory.")
-    adam_beta1: float = option(0.9, "Decay of the gradient's mean.")
-    adam_beta2: float = option(0.999, "Decay of its square's.")
+    gradient_checkpointing: bool = option(False, "Compute hidden states twice, to save memory.")
+    adam_beta1: float = option(0.9, "Decay of AdamW's mean of the gradient.")
+    adam_beta2: float = option(0.999, "Decay of AdamW's mean of the gradient's square.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
-    adam_epsilon: float = option(1e-8, "What AdamW's divisor is at least.")
+    adam_epsilon: float = option(1e-8, "What is added to AdamW's divisor.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights after its ramp.")
     sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
     grid_images: int = option(64, "Images in the grid.")
@@ -84,11 +84,11 @@ class PretrainingOptions(TrainingOptions):
     sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler for the grid, not the scheduler's own.")
 
     def check(self) -> None:
-        """Refuse what does not go together."""
+        """Refuse options that do not go together."""
         super().check()
         own = {name for network in NETWORKS.values() for name in network.label_options(1)}
         if labels := sorted(own & set(self.denoiser)):
-            raise ValueError(f"denoiser has {labels[0]}: leave it out, class_conditional takes it from the data set.")
+            raise ValueError(f"denoiser has {labels[0]}: leave it out; class_conditional takes it from the data.")
         if self.init_from and (self.denoiser or self.scheduler):
             raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
         if self.augment and (self.random_flip or self.class_conditional):
@@ -110,9 +110,9 @@ class PretrainingResult(PretrainingReport):
     run: Pretraining | None = in_memory()
 
     def save(self, folder: str | Path) -> None:
-        """Write the networks, options and report (`OSError`); one that was complete before has them (`ValueError`)."""
+        """Write the networks, options and report (`OSError`); refuse a run that was complete before (`ValueError`)."""
         if self.run is None:
-            raise ValueError(f"This run was complete before: {self.folder} has it.")
+            raise ValueError(f"This run was complete before: its files are in {self.folder}.")
         with saving(folder) as path:
             self.run.write(path)
             self.write(path)
@@ -189,7 +189,7 @@ class Pretraining:
         if not options.init_from and not trained.get("init_from"):
             now |= trained_on(*new_networks(options, data))
             trained |= trained_on(network, self.scheduler)
-        for name in ("dataset_name", "train_data_dir"):  # which may lie elsewhere now
+        for name in ("dataset_name", "train_data_dir"):  # these may lie elsewhere now
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
 
@@ -245,7 +245,7 @@ class Pretraining:
             output_type="np",
         )
         images = found.images
-        if self.data.vae is not None:  # its place is left to the training
+        if self.data.vae is not None:  # its memory is left to the training
             self.data.vae.to("cpu")
         grid = image_grid(pipeline.numpy_to_pil(images[..., :3] if images.shape[-1] >= 3 else images[..., :1]))
         path = self.picture(step)

@@ -15,7 +15,7 @@ from .classes import draw_images, warn_of_missing
 from .encoding import LatentFolder, latent_dataset
 from .images import Images, ImageSet
 
-BY_ENCODE = "`encode` takes it, and the folder says what it was"
+BY_ENCODE = "it is an option of `encode`, and the folder says what it was"
 BY_VIEWS = "latents are not changed; `encode` with mirror makes a second, mirrored view of each"
 # Options of images that latents have no use for, and what to do in their place.
 OF_IMAGES = {"resolution": BY_ENCODE, "center_crop": BY_ENCODE, "low_resolution": "means of latents are no latents"}
@@ -26,17 +26,17 @@ OF_IMAGES |= {"augment": BY_VIEWS, "random_flip": BY_VIEWS}
 class TrainingData:
     """What a denoiser is trained on, and what is known of it."""
 
-    rows: Any  # the images or, of latents, a data set of `pixel_values`, all views, and `labels` where these are used
-    facts: Callable[[], dict[str, Any]]  # what reports say of it; of a stream, with how many images were left out
+    rows: Any  # the images; or, of latents, a data set of `pixel_values`, all views, and of `labels` if used
+    facts: Callable[[], dict[str, Any]]  # what reports say of it; of a stream, also how many images were left out
     opened_with: dict[str, Any]  # the options that open it again
-    count: int | None  # number of images; of a stream nobody knows it
-    hash: str | None  # what the images or latents are known by
+    count: int | None  # number of images; None for a stream, whose length is not known
+    hash: str | None  # by which the images or latents are recognised
     num_classes: int = 0  # 0 where classes are not used
     names: Sequence[str] | None = None  # of the classes
     latents: LatentFolder | None = None
-    vae: Any = None  # that made the latents
+    vae: Any = None  # the one that made the latents
     described: dict[str, Any] | None = None  # what tells these latents from others of the same images
-    center_crop: bool = True  # whether images of another shape are or were cut, not squashed
+    center_crop: bool = True  # whether images of another shape are (or were) cut, not squashed
 
     def check_vae_of(self, source: Checkpoint) -> None:
         """Raise `ValueError` unless a checkpoint's denoiser works on what it is to be trained on."""
@@ -71,7 +71,7 @@ def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
         return _of_latents(images, options)
     images = Images.open(images, cache_dir=options.cache_dir)
     if options.vae is not None:
-        raise ValueError("vae is the VAE of latents: give a folder of those (latents_dir) with it.")
+        raise ValueError("vae is the VAE of latents: give a folder of latents (latents_dir) with it.")
     chosen = images[options.train_split]
     if options.class_conditional:
         chosen = chosen.labelled()
@@ -79,8 +79,8 @@ def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
         raise ValueError("A stream needs max_train_steps: how many images an epoch has is not known.")
     if chosen.streaming and options.max_train_samples and options.dataloader_num_workers > 1:
         raise ValueError(
-            "max_train_samples: workers share a stream's files, none knows its first N: take one "
-            "(dataloader_num_workers)."
+            "max_train_samples: workers share a stream's files, so that none knows its first N images: give "
+            "dataloader_num_workers 1, or leave max_train_samples out."
         )
     chosen = chosen.take(options.max_train_samples)
     names = chosen.names if options.class_conditional else None
@@ -101,11 +101,11 @@ def training_data(images: Images | LatentFolder, options: Any) -> TrainingData:
 def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
     for name, reason in OF_IMAGES.items():
         if getattr(options, name) or (name == "center_crop" and options.center_crop is not None):
-            raise ValueError(f"{name} does not go with latents, leave it out: {reason}.")
+            raise ValueError(f"{name} does not go with latents, so leave it out: {reason}.")
     split = options.train_split
     views = folder.views(split)
     if "vae_source" not in folder.index:
-        raise ValueError(f"{folder.folder} was not made by `encode`, which says of what the latents are.")
+        raise ValueError(f"{folder.folder} was not made by `encode`, which notes the VAE: encode the images with it.")
     labels = folder.labels(split)
     if options.class_conditional and labels is None:
         raise ValueError(
@@ -118,7 +118,7 @@ def _of_latents(folder: LatentFolder, options: Any) -> TrainingData:
     try:
         vae = load_vae(options.vae or folder.index["vae_source"], cache_dir=options.cache_dir)
     except (ValueError, OSError) as error:
-        hint = "" if options.vae else " If the VAE of the latents is elsewhere now, say where (vae)."
+        hint = "" if options.vae else " If the VAE of the latents is elsewhere now, give its place (vae)."
         raise ValueError(f"{error}{hint}") from error
     folder.check_vae(vae)
     vae.requires_grad_(False).eval()

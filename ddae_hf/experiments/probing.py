@@ -1,4 +1,4 @@
-"""A probe: what a linear layer tells from a network's features of images, and the classifier that it makes.
+"""A probe: how well a linear layer classifies images by a network's features, and the classifier that it makes.
 
 A probe is fitted on a part of the training images, chosen on the rest of them, fitted again on all, and tested once.
 Its features come from `Inputs`, images or latents, and are kept on disk: the network runs once for a noise level. But
@@ -43,7 +43,7 @@ from .models import Model
 from .pairs import Pair, Probe
 from .training import Loop, accelerated
 
-PIXELS = "pixels"  # the layer of what is no network's feature
+PIXELS = "pixels"  # the name in place of a layer's where no network is read
 NEIGHBOURS = (20, 200)
 ALIGNMENT_IMAGES = 2000
 # A linear classifier, weights (K, C) and biases (K,) for features as they are, and the test images' classes (N,).
@@ -51,7 +51,7 @@ Fitted = tuple[Tensor, Tensor, np.ndarray]
 
 
 class OnlineProbes(nn.Module):
-    """Linear classifiers on layers of some widths, trained together while a network computes their features.
+    """Linear classifiers on layers of given widths, trained together while a network computes their features.
 
     With `batch_norm` features pass a batch norm without parameters first, as in He et al. 2022 (arXiv 2111.06377) and
     l-DAE (arXiv 2401.14404).
@@ -85,12 +85,12 @@ class Prober:
     """Linear probes of one network: its features of training and test images, and figures of them.
 
     Attributes:
-        layers: The layers to choose from; `PIXELS` alone is what the network is fed, whatever the noise level.
+        layers: The layers to choose from; `PIXELS` alone is the network's input, whatever the noise level.
         folder: Where features are kept.
-        selection_views: The views of the training images that are chosen on; by default all of the options'.
-        rows: Indices of the training images that are chosen with, sorted: those `fitted` and those `held_out`.
-        chosen_on: Indices of the images whose features are read to choose: `rows`, but of a single pair all, which are
-            fitted on afterwards anyway.
+        selection_views: The views of the training images that the choice is made on; by default all of the options'.
+        rows: Sorted indices of the training images that the choice is made with, `fitted` and `held_out`.
+        chosen_on: Indices of the images whose features are read to choose: `rows`; but for a single pair all images, as
+            the last fit needs them anyway.
     """
 
     model: DDAEModel
@@ -114,7 +114,7 @@ class Prober:
         self, split: str, layers: list[str], sigma: float, noise_seed: int, *,
         views: Sequence[int] | None = None, rows: np.ndarray | None = None,
     ) -> dict[str, list[np.ndarray]]:  # fmt: skip
-        """Return the features of a split's images, or of those at `rows`: for each layer an array (N, C) a view."""
+        """Return the features of a split's images, or of those at `rows`: for each layer, an array (N, C) per view."""
         options, inputs = self.options, self.train if split == "train" else self.test
         part = {} if rows is None else {"rows": hashlib.sha256(rows.tobytes()).hexdigest()}
         found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
@@ -132,13 +132,13 @@ class Prober:
         return found
 
     def selection_features(self, sigma: float, views: Sequence[int] | None = None) -> dict[str, list[np.ndarray]]:
-        """Return the features of the training images that are chosen on: by layer, an array (N, C) a view."""
+        """Return the features of the images `chosen_on`: for each layer, an array (N, C) per view."""
         rows = None if len(self.chosen_on) == len(self.labels["train"]) else self.chosen_on
         views = self.selection_views if views is None else views
         return self.features("train", self.layers, sigma, self.options.noise_seed, views=views, rows=rows)
 
     def positions(self, indices: np.ndarray) -> np.ndarray:
-        """Return where images, given by their indices, are among those that are chosen on."""
+        """Return the places of images, given by their indices, in `chosen_on`."""
         return np.searchsorted(self.chosen_on, indices)
 
     def solve(
@@ -220,7 +220,7 @@ class Prober:
             scores = figures[str(per_class)] = []
             for draw in range(options.num_draws):
                 few = draw_labels(labels, per_class, options.seed + draw)
-                # With so few labels none is spared for choosing: scikit-learn's C = 1, its default (of two classes 2).
+                # So few labels leave none for choosing l2: it is scikit-learn's default, C = 1 (for two classes, 2).
                 probes = self.solve(train, labels, [1 / len(few)], few)[layer]
                 scores.append(float((probes.predict(test)[0] == self.labels["test"]).mean()))
         return figures
@@ -228,7 +228,7 @@ class Prober:
     def tested(self, pairs: Sequence[Pair], num_noise_seeds: int) -> tuple[Probe, Fitted]:
         """Choose, fit with each noise seed, and test; return the figures, and what was fitted with the first seed."""
         truth, first = self.labels["test"], self.options.noise_seed
-        best = max(pairs, key=lambda pair: pair.validation_accuracy or 0.0)  # of several the first
+        best = max(pairs, key=lambda pair: pair.validation_accuracy or 0.0)  # the first of equals
         fitted = {seed: self.fit(best, seed) for seed in range(first, first + num_noise_seeds)}
         accuracies = {str(seed): float((predicted == truth).mean()) for seed, (_, _, predicted) in fitted.items()}
         f1 = F1().compute(predictions=fitted[first][2], references=truth)["f1"]
@@ -236,7 +236,7 @@ class Prober:
         return Probe(best=best, test_accuracies=accuracies, test_f1=f1, few_label_test_accuracies=few), fitted[first]
 
     def baselines(self) -> dict[str, Probe]:
-        """Return what a network is compared with: what it is fed, and its like with random weights but for a VAE."""
+        """Return the baselines: the network's input, and the same network with random weights, but with its own VAE."""
         config: Any = self.model.config
         with separate_randomness(self.options.seed):
             untrained = DDAEModel(config).eval().to(dtype=self.model.dtype)
@@ -305,15 +305,15 @@ def make_classifier(
     model: Model, names: Sequence[str], weight: Tensor, bias: Tensor, *,
     dtype: torch.dtype | str = "auto", cache_dir: str | None = None, **config: Any,
 ) -> DDAEForImageClassification:  # fmt: skip
-    """Return a network with a linear classifier, in evaluation mode, on the CPU if the network is of a path.
+    """Return a network with a linear classifier, in evaluation mode, on the CPU if the network comes from a path.
 
     The network is a checkpoint of any layout, opened in `dtype`, by default its own, or an open model, whose weights
     are copied. The classifier, `weight` (K, C) and `bias` (K,), is for features as they are, and tells K classes apart
-    by their `names`; weights that are no finite numbers are a `ValueError`. `config` is what the configuration says,
+    by their `names`; weights that are not finite raise `ValueError`. `config` is what the configuration says,
     such as `layer`, `sigma` and `noise_seed`.
     """
     if not (weight.isfinite().all() and bias.isfinite().all()):
-        raise ValueError("The classifier's weights are no finite numbers: it is not saved. Regularise it more.")
+        raise ValueError("The classifier's weights are not finite: it is not saved. Regularise it more.")
     config |= {"feature_norm": "none", "id2label": dict(enumerate(names))}
     config["label2id"] = {name: i for i, name in enumerate(names)}
     base: Any
@@ -336,8 +336,8 @@ def save_classifier(
 ) -> None:  # fmt: skip
     """Write a classifier that `make_classifier` made of a model, as one folder.
 
-    It holds the generator as a pipeline, and beside it the classifier without its weights; of a denoiser that was
-    fine-tuned, and generates no more, the whole classifier.
+    It holds the generator as a pipeline, and beside it the classifier's head. A denoiser that was fine-tuned no longer
+    generates: then it holds the whole classifier.
     """
     base = classifier.ddae
     if classifier.config.features_only is not None or not still_generates(base.denoiser, vars(classifier.config)):

@@ -1,7 +1,7 @@
 """Publishing what an experiment leaves: its model card, and a push to the Hub.
 
 A card says what the checkpoint's own configuration and the reports beside it say (`results`): a fact that no file holds
-is not in it. Its words are in `model_card_template.md`, which asks a `_Card`.
+is not in it. Its words are in `model_card_template.md`, which asks a `_Card` for the facts.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .run_folder import OF_DATA, OF_PLACES
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
-# What experiments write for others, as `Path.glob` takes it. All else in a folder stays: what only this machine needs,
-# and what users keep beside it.
+# The files that experiments write for others, as patterns of `Path.glob`. All else in a folder is not pushed: what only
+# this machine needs, and what users keep beside it.
 PUBLISHED = (
     "README.md", ".eval_results/*.yaml", "model_index.json", "config.json", "preprocessor_config.json",
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "head.safetensors",
@@ -50,7 +50,7 @@ class HubOptions(Options):
     """Where a result is published."""
 
     push_to_hub: bool = option(False, "Push the result and its card at the end.")
-    hub_model_id: str | None = option(None, "Repository, by default yours of the output folder's name.")
+    hub_model_id: str | None = option(None, "Repository; by default one of yours, named after the output folder.")
     hub_private: bool = option(False, "Make the repository private.")
     license: str | None = option(None, "Licence that the card names, such as apache-2.0.")
 
@@ -72,26 +72,26 @@ def prepare(hub: HubOptions, output_dir: StrPath) -> str | None:
     if constants.HF_HUB_OFFLINE:
         raise ValueError("push_to_hub needs the Hub, and HF_HUB_OFFLINE is set: unset one of them.")
     if get_token() is None:
-        how = f"log in with `hf auth login`, or set HF_TOKEN to one of {constants.ENDPOINT}/settings/tokens."
+        how = f"log in with `hf auth login`, or set HF_TOKEN to one from {constants.ENDPOINT}/settings/tokens."
         raise ValueError(f"push_to_hub needs a token that may write: {how}")
     name = hub.hub_model_id or Path(output_dir).resolve().name
     api = HfApi()
     try:
         repository = api.create_repo(name, private=hub.hub_private or None, exist_ok=True).repo_id
         private = api.model_info(repository).private
-    except Exception as error:  # the client raises a dozen kinds
+    except Exception as error:  # the client raises a dozen kinds of errors
         raise ValueError(f"push_to_hub: the repository {name} cannot be written to: {error}") from error
     if hub.hub_private and not private:
         how = "Make it private on the Hub, or give another hub_model_id."
-        raise ValueError(f"hub_private: {repository} is there already, and public. {how}")
+        raise ValueError(f"hub_private: {repository} exists already, and is public. {how}")
     hub.hub_model_id = repository
     return repository
 
 
 def publish(hub: HubOptions, folder: StrPath, message: str, generator: StrPath | None = None) -> str | None:
-    """Write a complete folder's card, push both if asked to, and return a sentence of where they are on the Hub.
+    """Write a complete folder's card, push both if asked to, and return a sentence that says where they are.
 
-    What matches `PUBLISHED` is pushed. The card also shows the pretraining of `generator`, which the network is of.
+    What matches `PUBLISHED` is pushed. The card also shows the pretraining of `generator`, from which the network is.
 
     Raises:
         ValueError: A folder without a checkpoint, or a push that failed; the error says how to push by hand.
@@ -100,7 +100,7 @@ def publish(hub: HubOptions, folder: StrPath, message: str, generator: StrPath |
     try:
         save_card(folder, repo_id=hub.hub_model_id, results=pretraining, license=hub.license)
     except ValueError as error:
-        raise ValueError(f"{folder} is complete, but for its card: {error}") from error
+        raise ValueError(f"{folder} is complete, except for its card: {error}") from error
     if not hub.push_to_hub or hub.hub_model_id is None:
         return None
     files = sorted(str(path.relative_to(folder)) for kind in PUBLISHED for path in Path(folder).glob(kind))
@@ -123,7 +123,7 @@ def make_card(folder: StrPath, *, repo_id: str | None = None, **options: Any) ->
         folder: The checkpoint, in any layout.
         repo_id: The Hub repository that the card's code opens; by default the code opens `folder`, as it is given.
         **options: `results`, other folders with results of this checkpoint; `model_name`, by default the repository's
-            or the folder's; `dataset_name` and `dataset_id` (on the Hub), over what the reports say of their data;
+            or the folder's; `dataset_name` and `dataset_id` (on the Hub), in place of what the reports say of data;
             `base_model`, the Hub repository that this checkpoint was trained from; `license`, by the Hub's name of it.
 
     Raises:
@@ -181,7 +181,7 @@ class _Card:
         for path in (folder, *map(Path, results)):
             folders.setdefault(path.resolve(), path)
             if not path.is_dir():
-                raise ValueError(f"{path} is no folder: give a checkpoint's folder, and folders of results.")
+                raise ValueError(f"{path} is not a folder: give a checkpoint's folder, and folders of results.")
         for repository in filter(None, (repo_id, dataset_id, base_model)):
             validate_repo_id(repository)
         self.folder, self.path = folder, repo_id or folder.as_posix()
@@ -191,7 +191,7 @@ class _Card:
         self.training, self.reports = read_reports(folders.values())
         self.all_reports = [*([self.training] if self.training else []), *self.reports]
         self.kinds = {report.kind for report in self.reports}
-        # The grid of samples of the end of pretraining.
+        # The grid of samples from the end of pretraining.
         samples = self.training and Path(self.training.folder or "", "samples")
         self.samples = max(samples.glob("step-*.png"), default=None) if samples else None
         self.pictures = [self.samples] if self.samples else []
@@ -200,7 +200,7 @@ class _Card:
         given = {"id": dataset_id, "name": dataset_name or (dataset_id and Path(dataset_id).name)}
         self.given_dataset = {name: value for name, value in given.items() if value is not None}
         self.base_model = base_model or self._fact("base_model")
-        before = folder / "README.md"  # which alone may name the licence
+        before = folder / "README.md"  # only this may name the licence
         self.license = license or self._fact("license")
         if self.license is None and before.is_file():
             self.license = ModelCard.load(before).data.license
@@ -209,9 +209,9 @@ class _Card:
             raise ValueError(f"Two folders of results have the same name ({', '.join(double)}): rename one of them.")
 
     def _fact(self, name: str) -> Any:
-        """Return what the report of what made this checkpoint, not of what began with it or came before it, says."""
+        """Return a fact from the reports of the run that made this checkpoint, not of runs before or after it."""
         own = [report for report in self.all_reports if report.folder == self.folder]
-        if name == "base_model":  # which gave the network's shape alone to one that began with random weights
+        if name == "base_model":  # a run that began with random weights took only the network's shape from it
             own = [report for report in own if not report.options.get("from_scratch")]
         places = (place for report in own for place in (vars(report), report.options))
         return next((place[name] for place in places if place.get(name)), None)
@@ -227,14 +227,14 @@ class _Card:
         return f"images/{parent.name}-{picture.name}"
 
     def figures(self, report: Report) -> list[EvalResult]:
-        """Return a report's main figures as the Hub knows them; of a classifier first its own accuracy."""
+        """Return a report's main figures as the Hub knows them; a classifier's own accuracy comes first."""
         known, generated, section = self.dataset(report), report.kind == "generation", report.section()
         figures = list(section.figures)
         if self.is_classifier and section.saved is not None:
             own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
             figures.insert(0, Figure("accuracy", "Test accuracy, with the model's fixed noise", section.saved, own))
         task = "unconditional-image-generation" if generated else "image-classification"
-        # What agrees in task, type, configuration and split is taken for one data set.
+        # Figures that agree in task, type, configuration and split are taken for those of one data set.
         config = known.get("config") or (None if "id" in known else known.get("name"))
         return [
             EvalResult(

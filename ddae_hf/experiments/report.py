@@ -1,4 +1,4 @@
-"""What every report has: it is read and written as JSON, printed as a Markdown table, and says its figures once.
+"""What all reports share: they are read and written as JSON, printed as Markdown tables, and state figures once.
 
 A `Section` holds the figures in words: `Report.table` prints it, and cards render it. Accuracies are fractions in files
 and percent in tables. Several values are shown as mean ± standard deviation (over n - 1).
@@ -57,17 +57,17 @@ class Report:
         options: The options that it ran with, by name.
         dataset: `name`, `id` on the Hub, `config`, `train_split`, `test_split`, `num_images`, as far as they are known.
         base_model: The Hub repository that it began with.
-        seconds: How long it took, of all its runs; or the seconds of its parts and `in_all`.
+        seconds: How long it took, in all its runs; or the seconds of its parts and `in_all`.
         images_per_second: Images that were trained on, over the seconds of training of all runs together.
-        hardware: With `processes`, `threads` and `versions` what `devices.machine` returns.
+        hardware: Like `processes`, `threads` and `versions`, a part of what `devices.machine` returns.
         folder: Where it was read or written.
     """
 
     kinds: ClassVar[list[type[Report]]] = []  # of all experiments; a later one may be a special case of an earlier
     kind: ClassVar[str]
     file: ClassVar[str] = "eval_results.json"
-    telling: ClassVar[Sequence[str]]  # keys of which the file holds one, unlike the others of its name
-    pictures: ClassVar[Mapping[str, str]] = {}  # files beside it that a card shows, and what is seen
+    telling: ClassVar[Sequence[str]]  # the file holds one of these keys, unlike other reports in a file of this name
+    pictures: ClassVar[Mapping[str, str]] = {}  # files beside it that a card shows, and what they show
 
     options: dict[str, Any] = many()
     dataset: dict[str, Any] = many()
@@ -100,7 +100,7 @@ class Report:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} cannot be read: {error}. Run what wrote it again, or remove it.") from error
+            raise ValueError(f"{path} cannot be read: {error}. Run the experiment again, or remove it.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
         kinds = [kind for kind in kinds if kind.file == path.name] or kinds
@@ -113,7 +113,7 @@ class Report:
         try:
             report = _built(cls if issubclass(cls, found) else found, found.upgraded(content))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be understood: {error}. Run what wrote it again.") from error
+            raise ValueError(f"{path} cannot be understood: {error}. Run the experiment again.") from error
         report.folder = path.parent
         report.complete()
         return report
@@ -124,7 +124,7 @@ class Report:
         return content
 
     def complete(self) -> None:
-        """Add what lies in other places: the data's name, of a path its last part alone, and its splits."""
+        """Add what is known from elsewhere: the data's name, which is the last part of a path, and its splits."""
         known = {name: self.options.get(name) for name in ("train_split", "test_split")}
         known |= {"config": self.options.get("dataset_config_name"), **self.dataset}
         source = known.get("id") or self.options.get("dataset_name") or self.options.get("train_data_dir")
@@ -151,7 +151,7 @@ class Report:
         section = self.section()
         parts = [section.protocol, markdown(section.head, section.rows)]
         if section.saved is not None:
-            parts.append(f"The saved classifier, with its fixed noise: {percent(section.saved)} %.")
+            parts.append(f"The saved classifier's test accuracy, with its fixed noise, is {percent(section.saved)} %.")
         return "\n\n".join(parts)
 
     def pictures_there(self) -> dict[Path, str]:
@@ -161,25 +161,25 @@ class Report:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def percent(value: float | None) -> str:
-    """Return a fraction in percent, with two decimals, and nothing of None."""
+    """Return a fraction in percent, with two decimals; an empty text for None."""
     return "" if value is None else f"{100 * value:.2f}"
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation (over n - 1) in percent; of one value that value."""
+    """Return mean ± standard deviation (over n - 1) in percent; a single value is returned alone."""
     if len(values) == 1:
         return percent(values[0])
     return f"{percent(float(np.mean(values)))} ± {percent(float(np.std(values, ddof=1)))}"
 
 
 def number(value: float | None) -> str:
-    """Return a count with its thousands apart, another number with four digits, and nothing of None."""
+    """Return a count with its thousands apart, another number with four digits, and an empty text for None."""
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 

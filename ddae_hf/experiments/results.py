@@ -80,9 +80,9 @@ class ProbeReport(Report, Probe):
 
     Attributes:
         fingerprint: `weights.fingerprint` of the denoiser that was probed.
-        images: Numbers: `fitted` and `held_out` in choosing, `train` (both, and what was not chosen on) and `test`.
+        images: Their numbers: `fitted` and `held_out` for the choice, `train` (all training images) and `test`.
         pairs: Every layer at every level.
-        baselines: The same of `raw pixels` and of the `untrained network`.
+        baselines: The same for `raw pixels` and for the `untrained network`.
     """
 
     kind = "linear_probe"
@@ -101,7 +101,7 @@ class ProbeReport(Report, Probe):
 
     @classmethod
     def upgraded(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Return what a probe of version 0.2.0 wrote as a sweep would have written it."""
+        """Return the content of a probe's file of version 0.2.0 as a sweep would have written it."""
         images = content.get("images", {})
         if "results" not in content:  # a sweep of 0.1.0 did not say how many images it trained on
             return content | {"images": {"train": images.get("fitted", 0) + images.get("held_out", 0)} | images}
@@ -146,8 +146,8 @@ class ProbeReport(Report, Probe):
     def _protocol(self) -> str:
         options, images = self.options, self.images
         probe = options.get("protocol", "logistic_regression").replace("_", " ")
-        text = f"Test accuracy, in %, of linear probes ({probe}) on the frozen network, on {images['test']:,} test "
-        text += "images. "
+        text = f"The table has the test accuracy, in %, of linear probes ({probe}) on the frozen network, on "
+        text += f"{images['test']:,} test images. "
         if len(self.pairs) > 1:
             text += (
                 f"The best of {len(self.pairs)} pairs of layer and noise level was chosen on {images['held_out']:,} "
@@ -155,16 +155,16 @@ class ProbeReport(Report, Probe):
                 f"again on all {images['train']:,}."
             )
         else:
-            chosen = f"; its regularisation was chosen on {images['held_out']:,} of them that were held out (seed "
+            chosen = f"; their regularisation was chosen on {images['held_out']:,} of them that were held out (seed "
             chosen = f"{chosen}{options['seed']})" if probe == "logistic regression" else ""
-            text += f"It was fitted on {images['train']:,} training images{chosen}."
+            text += f"They were fitted on {images['train']:,} training images{chosen}."
         if options.get("latents_dir"):
-            text += " Images were given by their latents, encoded beforehand."
+            text += " The network read latents of the images that were encoded beforehand."
         if options.get("num_views", 1) > 1:
             changes = ["mirrored"] * options["random_flip"] + ["cropped"] * (options["random_crop"] > 0)
             others = f", the others {' and '.join(changes)} at random" if changes else ""
-            text += f" Each image came in {options['num_views']} views, the first as it is{others}; those of test "
-            text += "images are averaged over."
+            text += f" Each image came in {options['num_views']} views, the first as it is{others}; in tests, "
+            text += "predictions are averaged over the views."
         if options.get("pooling") == "mean_2x2":
             text += " Features are the means of the four quarters of a hidden state."
         if options.get("num_noise_samples", 1) > 1:
@@ -179,7 +179,7 @@ class ProbeReport(Report, Probe):
         if known := [found for found in near if found[0] is not None]:
             share, count, pair = max(known, key=lambda found: found[0])
             text += f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma "
-            text += f"{pair.sigma:g}: {percent(share)} %."
+            text += f"{pair.sigma:g}, with an accuracy of {percent(share)} %."
         return text
 
 
@@ -201,7 +201,8 @@ class CurveReport(Report):
             figures = [percent(point.test_accuracy), number(point.test_loss), number(point.frechet_distance)]
             rows.append([f"{point.step:,}", point.words, *figures])
         head = ["step", "tap", "test accuracy", "loss on test images", "Frechet distance"]
-        return Section("While training", "Of every checkpoint, the best pair's probe: test accuracy in %.", head, rows)
+        protocol = "The table has the test accuracy, in %, of the best pair's probe at every checkpoint."
+        return Section("While training", protocol, head, rows)
 
 
 @dataclass(kw_only=True)
@@ -209,10 +210,10 @@ class FineTuningReport(Report):
     """A denoiser and a linear classifier that were trained as one network, on `num_train_labels` labelled images.
 
     Attributes:
-        train_seconds: Of training alone, all runs together.
-        test_accuracy: With the model's fixed noise; as are loss, macro F1, precision and recall.
-        test_own_noise_accuracy: With noise of each image's own, likewise.
-        saved_classifier_test_accuracy: On pixels, where it learnt from latents.
+        train_seconds: Seconds of training alone, in all runs together.
+        test_accuracy: With the model's fixed noise, like loss, macro F1, precision and recall.
+        test_own_noise_accuracy: The same with each image's own noise.
+        saved_classifier_test_accuracy: Accuracy on pixels, for a classifier that learnt from latents.
     """
 
     kind = "fine_tuning"
@@ -247,7 +248,7 @@ class FineTuningReport(Report):
             f"{self.options['seed']}); it is read at `{self.layer}`, sigma {self.sigma:.3g}."
         )
         if self.options.get("latents_dir"):
-            protocol += " It learnt from latents that were encoded before, which are also what these figures are of."
+            protocol += " It learnt from latents that were encoded beforehand, and was also tested on latents."
         names = [name for name in METRICS if getattr(self, f"test_{name}") is not None]
         noises = {"the model's fixed noise": "test", "each image's own": "test_own_noise"}
         rows = [[noise, *(percent(getattr(self, f"{key}_{name}")) for name in names)] for noise, key in noises.items()]
@@ -285,8 +286,8 @@ class NoisyReport(Report):
             [f"{sigma:.3g}", *(percent(values[i]) for values in self.test_accuracies.values())]
             for i, sigma in enumerate(self.options["sigmas"])
         ]
-        protocol = f"Test accuracy, in %, on {self.num_test_images:,} test images, under noise of level sigma on "
-        return Section("Noisy images", f"{protocol}{self.noise_on}.", ["sigma", *self.test_accuracies], rows)
+        protocol = f"The table has the accuracy, in %, on {self.num_test_images:,} test images, with noise of level "
+        return Section("Noisy images", f"{protocol}sigma on {self.noise_on}.", ["sigma", *self.test_accuracies], rows)
 
 
 @dataclass(kw_only=True)
@@ -296,7 +297,7 @@ class CorrespondenceReport(Report):
     Attributes:
         layers: The layers whose maps were compared, in forward order, at noise level `sigma`.
         num_images: Number of images; `num_points` likewise, of all images together.
-        results: Figures of every way of looking points up: `pck@N`, the share that was found within N pixels of the
+        results: Figures of every method of looking up points: `pck@N`, the share that was found within N pixels of the
             true place, and `mean_error`, in pixels.
     """
 
@@ -311,10 +312,10 @@ class CorrespondenceReport(Report):
     results: dict[str, dict[str, float]]
 
     def section(self) -> Section:
-        """Return every way's figures."""
+        """Return every method's figures."""
         protocol = (
-            f"Share in % of {self.num_points:,} points of {self.num_images:,} images that were found in warped copies "
-            f"of these, within so many pixels of their true places. The denoiser is read at "
+            f"The table has the share, in %, of {self.num_points:,} points of {self.num_images:,} images that were "
+            "found in warped copies of the images, within so many pixels of their true places. The denoiser is read at "
             f"{', '.join(f'`{layer}`' for layer in self.layers)}, sigma {self.sigma:.3g}."
         )
         radii = [name for name in next(iter(self.results.values())) if name.startswith("pck@")]
@@ -350,7 +351,7 @@ class GenerationReport(Report):
 
     @property
     def features(self) -> str:
-        """The extractor's name; one in a folder of some machine is known by its last part."""
+        """The extractor's name; of a folder on some machine, only the last part is named."""
         kind, _, source = self.extractor["name"].partition(":")
         return f"{kind}:{source if source.count('/') == 1 else Path(source).name}" if source else kind
 
@@ -382,9 +383,9 @@ class GenerationReport(Report):
         generator, extractor = self.generator, self.extractor
         tap = f"`{extractor['layer']}` at sigma {extractor['sigma']:.3g}, " if "layer" in extractor else ""
         text = (
-            f"Compared with {self.reference['num_images']:,} real images ({self.reference['name']}), by the features "
-            f"of `{self.features}` ({tap}{extractor['width']} numbers per image{_weights(extractor)}). Figures can be "
-            "compared only on the same features, for as many images and with the same reference."
+            f"Images are compared with {self.reference['num_images']:,} real ones ({self.reference['name']}), by the "
+            f"features of `{self.features}` ({tap}{extractor['width']} numbers per image{_weights(extractor)}). "
+            "Figures can be compared only on the same features, for as many images and with the same reference."
         )
         if any(found.get("kernel_distance_std_over_subsets") for found in self.results.values()):
             text += " The kernel distance is a mean ± standard deviation over subsets."

@@ -24,7 +24,7 @@ from .arrays import StrPath, read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
-SUCCESSORS = {"adam_weight_decay": "weight_decay", "num_samples": "grid_images"}  # of options that versions noted
+SUCCESSORS = {"adam_weight_decay": "weight_decay", "num_samples": "grid_images"}  # of options of earlier versions
 # Options that say which images are trained on, and options that say where a run is and how it is watched.
 OF_DATA = frozenset(
     """dataset_name dataset_config_name train_data_dir image_column label_column skip_bad_images train_split
@@ -39,9 +39,9 @@ OPTIONS = "training_options.yaml"
 FILES = "files.json"
 PROGRESS = Path("state") / "progress.json"
 WEIGHTS = "state/model.safetensors"  # where accelerate keeps them
-# What a checkpoint has beside weights, without which a run would not go on as it was.
+# What a checkpoint has besides weights, without which a run would not go on as it was.
 STATE = ("state/optimizer.bin", "state/random_states_0.pkl", PROGRESS.as_posix())
-# Words of safetensors and torch, whose errors of writing are no `OSError`.
+# Words of safetensors and torch, whose errors in writing are not `OSError`.
 OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
 
 
@@ -82,7 +82,7 @@ def _sha256(path: Path) -> str:
 def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
     """Return why a checkpoint cannot be resumed, in words, or None; `needed` are patterns that a file each must match.
 
-    Versions before 0.3.0 wrote no `files.json`: then it is found what is missing or cut short.
+    Versions before 0.3.0 wrote no `files.json`: then files are checked for being missing or cut short.
     """
     if missing := [pattern for pattern in needed if not any(checkpoint.glob(pattern))]:
         return f"it has no {', no '.join(missing)}"
@@ -103,7 +103,7 @@ def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
 
 
 def _is_cut_short(path: Path) -> bool:
-    """Return whether a file of tensors is none, or has lost its end, where torch's archives have their table."""
+    """Return whether a file holds no tensors, or has lost its end, where torch's archives have their table."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt"):
@@ -156,7 +156,7 @@ def check_same_run(
 ) -> None:
     """Raise `ValueError` if a run that is resumed would become another one, by an option that is not in `may_change`.
 
-    An option that the checkpoint, `where`, does not know was one of no version then, and so off: None, 0 or empty.
+    An option that the checkpoint, `where`, does not know did not exist then, so it was off: None, 0 or empty.
     """
     different = []
     for name, now in options.items():
@@ -187,7 +187,7 @@ def read_options(checkpoint: Path) -> dict[str, Any]:
 
 
 def with_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options that any version noted by the names that they have now."""
+    """Return options, as any version noted them, by the names that they have now."""
     found = {SUCCESSORS.get(name, name): value for name, value in options.items()}
     if isinstance(found.get("vae"), dict):  # of an autoencoder in training; elsewhere it is a checkpoint's path
         found["autoencoder"] = found.pop("vae")
@@ -202,16 +202,16 @@ def with_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
 class Progress:
     """How far a run has come, with all that it was resumed from."""
 
-    epoch: int = 0  # that it is in
+    epoch: int = 0  # the one that it is in
     batch: int = 0  # batches of this epoch that are done, each of all processes
-    batches: int = 0  # those of all epochs
+    batches: int = 0  # batches of all epochs
     images: int = 0
     seconds: float = 0.0
-    num_images: int | None = None  # of the data set; of a stream nobody knows it
+    num_images: int | None = None  # of the data set; None for a stream
     losses: list[float] = dataclasses.field(default_factory=list)  # of the last batches, means over all processes
     steps: int = 0  # of the optimiser
     batch_images: int | None = None  # images of a batch of all processes
-    images_hash: str | None = None  # of the images or latents, where they are no stream
+    images_hash: str | None = None  # of the images or latents, unless they are a stream
 
     @classmethod
     def read(cls, checkpoint: Path) -> Progress:
@@ -232,11 +232,11 @@ class Progress:
         self.epoch, self.batch = (self.epoch + 1, 0) if last else (self.epoch, self.batch + 1)
 
     def cut_into(self, batch_images: int) -> None:
-        """Count in batches of another size, which the images done must fill, or raise `ValueError`."""
+        """Count in batches of another size; raise `ValueError` unless the images that are done fill such batches."""
         before = self.batch_images or batch_images
         if self.batch * before % batch_images:
             raise ValueError(
-                f"{self.batch * before} images of the epoch are done, which are no whole number of batches of "
+                f"{self.batch * before} images of the epoch are done, which is not a whole number of batches of "
                 f"{batch_images}: give the train_batch_size and the number of processes that the run began with."
             )
         self.batch = self.batch * before // batch_images
@@ -249,7 +249,7 @@ class Progress:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint: even where this is interrupted it is whole or not there."""
+    """Remove a checkpoint: even if this is interrupted, it is whole or not there."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -266,7 +266,7 @@ def clear_rubbish(output_dir: StrPath) -> None:
 
 @contextlib.contextmanager
 def saving(output_dir: StrPath) -> Iterator[Path]:
-    """Give a run's folder, made if it is missing, to write to; where that fails, `OSError` is one sentence of it."""
+    """Give a run's folder, made if it is missing, to write to; a failure raises `OSError` in one sentence."""
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,7 +304,7 @@ def alone_in(output_dir: StrPath) -> Iterator[None]:
 
 
 def _disk_error(error: BaseException | None) -> str | None:
-    """Return what an error says of the disk: safetensors and torch wrap that of the system in kinds of their own."""
+    """Return what an error says of the disk: safetensors and torch wrap the system's error in kinds of their own."""
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)

@@ -1,4 +1,4 @@
-"""How long work stops before its end: on a signal, with what there is kept, or at numbers that are not finite."""
+"""How long work stops before its end: on a signal, keeping what was done, or at numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Stopping:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
-                if before not in (signal.SIG_IGN, None):  # what is ignored stays so; None is of another language
+                if before not in (signal.SIG_IGN, None):  # ignored signals stay ignored; None is not Python's
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -49,7 +49,7 @@ class Stopping:
         self._before = {}
 
     def agreed(self, accelerator: Any) -> int | None:
-        """Return the number of the signal that came to any process, the same in all of them: every one must ask."""
+        """Return the number of the signal that came to any process, the same in all; every process must call this."""
         if accelerator.num_processes == 1:
             return self.requested
         mine = torch.tensor([self.requested or 0], device=accelerator.device)
@@ -65,10 +65,10 @@ class Stopping:
 
 
 def interrupted(number: int, step: int, total: int, checkpoint: Path | None) -> Interrupted:
-    """Return what ends a training that a signal came to, when a checkpoint is written."""
+    """Return the exception that ends a training after a signal, once a checkpoint is written."""
     return Interrupted(
-        f"Stopped by {signal.Signals(number).name} after step {step} of {total}: {checkpoint} is saved. The same "
-        "options go on from it, with resume_from_checkpoint latest where that is one of them.",
+        f"Stopped by {signal.Signals(number).name} after step {step} of {total}: {checkpoint} is saved. To go "
+        "on from it, give the same options, and resume_from_checkpoint latest where there is that option.",
         number,
     )
 
@@ -83,7 +83,7 @@ def largest(weights: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def look(accelerator: Any, losses: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]) -> tuple[list[float], bool]:
-    """Return means over all processes of the last losses, and whether all of it is finite; every process must ask."""
+    """Return means over all processes of the last losses, and whether all is finite; every process must call this."""
     seen = accelerator.reduce(torch.stack([*(loss.float() for loss in losses), largest(weights)]), "mean")
     return seen[:-1].tolist(), bool(seen.isfinite().all())
 
@@ -91,16 +91,16 @@ def look(accelerator: Any, losses: Iterable[torch.Tensor], weights: Iterable[tor
 def check_weights(checkpoint: Path, weights: Iterable[torch.Tensor]) -> None:
     """Raise `NotFinite` if a checkpoint to resume, as version 0.1.0 could write it, is not finite."""
     if not largest(weights).isfinite():
-        raise NotFinite(f"{checkpoint} holds weights that are no finite numbers: resume an earlier one.")
+        raise NotFinite(f"{checkpoint} holds weights that are not finite: resume an earlier one.")
 
 
 def not_finite(
     step: int, loss: float | None, rate: float, checkpoint: Path | None, option: str = "learning_rate"
 ) -> NotFinite:
-    """Return what stops a run whose last losses have this mean, at a learning rate that this option gives."""
+    """Return the error that stops a run: `loss` is the mean of its last losses, and `option` gives the rate."""
     what = f"The loss is {loss}"
     if loss is not None and math.isfinite(loss):
-        what = f"Some weights are no finite numbers, after a loss of {loss:.4g},"
+        what = f"Some weights are not finite, after a loss of {loss:.4g},"
     last = "There is no checkpoint yet: start again"
     if checkpoint is not None:
         last = f"{checkpoint} is the last good checkpoint: resume from it"

@@ -1,8 +1,8 @@
 """Find a denoiser's best layer and noise level: probe every pair of them, and make the best one a classifier.
 
-One pass over the images a noise level serves all layers. Layer, noise level and strength of regularisation are chosen
-on a part of the training images; test images are looked at once, with the chosen pair. A grid of one pair is a probe.
-`sweep_run` does so for every checkpoint of a training run, and measures its loss and its samples.
+One pass over the images for each noise level serves all layers. Layer, noise level and strength of regularisation are
+chosen on a part of the training images; test images are looked at once, with the chosen pair. A grid of one pair is a
+probe. `sweep_run` does so for every checkpoint of a training run, and measures its loss and its samples.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .results import CurveReport, PretrainingReport, ProbeReport
 from .run_folder import saved_checkpoints, saving, step_of
 
 LOSS_IMAGES = 5000
-MOST_PIXELS = 2**14  # whose correlations are 2 GiB
+MOST_PIXELS = 2**14  # numbers of an image, whose correlations take 2 GiB
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +59,7 @@ class SweepOptions(SplitOptions):
 
     layers: list[str] = option(["all"], "Names of layers, or `all`, `decoder`, or `own`, the checkpoint's.")
     sigmas: list[float] = option(
-        [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; with none the checkpoint's."
+        [0.02, 0.03, 0.05, 0.08, 0.14, 0.25, 0.5, 1.0], "Noise levels; an empty list means the checkpoint's."
     )
     l2: list[float] = option([1e-5, 1e-4, 1e-3, 1e-2], "Strengths of regularisation.")
     protocol: Literal["logistic_regression", "paper", "batch_norm"] = option(
@@ -69,16 +69,16 @@ class SweepOptions(SplitOptions):
     )
     num_train_epochs: int = option(15, "Epochs of the protocols that train online.")
     learning_rate: float = option(1e-3, "Learning rate of the protocols that train online.")
-    train_batch_size: int = option(128, "Images a step of the protocols that train online.")
-    validation_fraction: float = option(0.2, "Share of the training images that is chosen on.")
+    train_batch_size: int = option(128, "Images per step of the protocols that train online.")
+    validation_fraction: float = option(0.2, "Share of the training images that is held out for the choice.")
     max_selection_samples: int | None = option(None, "Training images used for choosing; by default all.")
     num_views: int = option(1, "Views of each image, each with its own noise: trained on, averaged over in tests.")
     random_flip: bool | None = option(None, "Mirror half of the images, in views after the first.")
-    random_crop: int | None = option(None, "Crop them at random out of so much padding.", metavar="PADDING")
+    random_crop: int | None = option(None, "Crop them at random after this much padding.", metavar="PADDING")
     num_noise_seeds: int = option(3, "Noise seeds that the best pair is tested with.")
-    knn: bool = option(False, "Also classify by the nearest 20 and, of as many images, 200.")
+    knn: bool = option(False, "Also classify by the nearest 20 images and, if there are as many, the nearest 200.")
     alignment: bool = option(False, "Also measure alignment and uniformity.")
-    few_labels: list[int] = option([], "Also probe with so many labels a class, such as 1 5 10 100.")
+    few_labels: list[int] = option([], "Also probe with this many labels a class, such as 1 5 10 100.")
     num_draws: int = option(5, "Draws of few_labels.")
     baselines: bool = option(False, "Also probe raw pixels, and the same network untrained.")
     pooling: Literal["mean", "max", "mean_2x2"] | None = option(
@@ -87,8 +87,8 @@ class SweepOptions(SplitOptions):
         "where something is in images that are aligned; by default the checkpoint's.",
     )
     num_noise_samples: int | None = option(None, "Draws of noise that every view's features are averaged over.")
-    null_class: int | None = option(None, "The label that stands for none, for a class-conditional denoiser.")
-    batch_size: int = option(250, "Images at a time.")
+    null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
+    batch_size: int = option(250, "Images that the network is given at a time.")
     dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
     noise_seed: int = option(0, "First noise seed.")
     seed: int = option(0, "Seed of the validation split, the draws of labels and the untrained network.")
@@ -107,7 +107,7 @@ class SweepOptions(SplitOptions):
 
     @property
     def crop_padding(self) -> int:
-        """Out of how much padding they are cropped."""
+        """After how much padding they are cropped."""
         return 4 * self.online if self.random_crop is None else self.random_crop
 
     @property
@@ -116,7 +116,7 @@ class SweepOptions(SplitOptions):
         return {"flip": self.flips, "crop": self.crop_padding, "seed": self.seed}
 
     def check(self) -> None:
-        """Refuse what does not go together."""
+        """Refuse options that do not go together."""
         if not self.layers or not self.l2:
             raise ValueError(f"{'l2' if self.layers else 'layers'} is empty: give at least one.")
         if self.max_selection_samples is not None and self.max_selection_samples < 2:
@@ -126,7 +126,7 @@ class SweepOptions(SplitOptions):
         views = self.num_views > 1 and not self.encoded
         for name, given in {"few_labels": self.few_labels, "baselines": self.baselines, "num_views": views}.items():
             if self.online and given:
-                raise ValueError(f"{name} is of logistic regression, not of the protocol {self.protocol}.")
+                raise ValueError(f"{name} is for logistic regression, not for the protocol {self.protocol}.")
 
 
 @dataclass(kw_only=True)
@@ -136,7 +136,7 @@ class SweepResult(ProbeReport):
     Attributes:
         classifier: Made of `source`, a path or a model; `processor` prepares its images.
         labels: The test images' classes (N,).
-        predicted: What the probe of the first noise seed made of them, (N,).
+        predicted: The classes that the probe of the first noise seed gave them (N,).
     """
 
     classifier: DDAEForImageClassification = in_memory()
@@ -209,7 +209,7 @@ def check_sweep(
     numbers = model.config.num_channels * math.prod(model.config.image_size)
     if options.baselines and numbers > MOST_PIXELS:
         raise ValueError(
-            f"baselines: {numbers:,} numbers an image are too many to be probed as they are: leave it out."
+            f"baselines: {numbers:,} numbers per image are too many to be probed as they are: leave it out."
         )
     fewest = min(NEIGHBOURS) if options.knn else 1
     if len(prober.fitted) < fewest or (options.alignment and len(prober.held_out) < 2):
@@ -227,7 +227,7 @@ def sweep_inputs(
 ) -> SweepResult:  # fmt: skip
     """Sweep over images or latents with an open model: see `sweep`.
 
-    The classifier is made of `source`; `config` is what its configuration says beside the pair. The pair is chosen on
+    The classifier is made of `source`; `config` is what its configuration says besides the pair. The pair is chosen on
     `selection_views` of the training images, by default on all.
     """
     started = time.monotonic()
@@ -283,7 +283,7 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     options = prober.options
     names = ("protocol", "validation_fraction", "knn", "alignment", "changes", "max_selection_samples")
     known: dict[str, Any] = {name: getattr(options, name) for name in names}
-    if options.online:  # by the names that these options had first, for the sake of what is kept
+    if options.online:  # under their first names, so that results that were kept are found
         known |= {"num_epochs": options.num_train_epochs, "online_batch_size": options.train_batch_size}
         known["learning_rate"] = options.learning_rate
     else:
@@ -331,7 +331,7 @@ def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None,
     images = Images.open(images, cache_dir=options.cache_dir)
     checkpoints = training_checkpoints(run)
     for checkpoint in checkpoints.values():
-        DDAEConfig.from_pretrained(checkpoint)  # refused now, and not after hours
+        DDAEConfig.from_pretrained(checkpoint)  # it is refused now, not after hours
     train, test = labelled_splits(images, options)
     processor = open_processor(next(iter(checkpoints.values())), options.cache_dir)
     learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
@@ -373,7 +373,7 @@ def training_checkpoints(run: StrPath) -> dict[int, Path]:
     if results.exists():
         found.setdefault(read_json(results)["steps"], Path(run))
     if not found:
-        raise ValueError(f"{run}: there is no folder `checkpoint-STEP` of a training run in it.")
+        raise ValueError(f"{run} has no folder `checkpoint-STEP` of a training run: give another.")
     return dict(sorted(found.items()))
 
 

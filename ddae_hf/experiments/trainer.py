@@ -1,7 +1,7 @@
 """transformers' `Trainer` as fine-tuning needs it: learning rates by layer, changed images, checkpoints that are whole.
 
-A checkpoint has, beside Trainer's files, `averaged.safetensors` with `ema_decay`, `progress.json` (images, seconds, and
-of what it was trained with) and at last `files.json`, by which `run_folder` knows it as whole.
+Besides Trainer's files, a checkpoint has `averaged.safetensors` with `ema_decay`, `progress.json` (images, seconds, and
+what it was trained with) and, written last, `files.json`, by which `run_folder` knows that it is whole.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from .stopping import Stopping, check_weights, look, not_finite
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
 PROGRESS = "progress.json"
-# Options that may be others where the same comes of them, which hashes in a checkpoint tell.
+# Options that may be others if the same images and network come of them, as hashes in a checkpoint tell.
 BY_HASH = OF_DATA | {"model_name_or_path"}
-# What a run that has reached its last step cannot take over any more.
+# Options that a run can no longer take over once it has reached its last step.
 IN_TRAINING = frozenset(
     "learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm ema_decay mixed_precision".split()
 )
@@ -55,9 +55,10 @@ def parameter_groups(
     """Return the optimiser's groups.
 
     The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
-    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). A parameter in a block is of the first layer, in the
-    order of `layer_names`, whose hidden state has a gradient for it; what stands outside the blocks (first convolution,
-    embeddings) comes before all layers, the classifier after them. Biases, gains and other vectors are not decayed.
+    2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). A parameter in a block belongs to the first layer,
+    in the order of `layer_names`, whose hidden state has a gradient for it; what stands outside the blocks (first
+    convolution, embeddings) comes before all layers, and the classifier after them. Biases, gains and other
+    vectors are not decayed.
     """
     blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
     names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
@@ -81,7 +82,7 @@ def parameter_groups(
 
 
 class LabelledRows(Dataset[Any]):
-    """Labelled inputs by whole batches; by default all, of each the first view alone, and without `noise` of rows."""
+    """Labelled inputs by whole batches: by default all of them, only the first view of each, and without `noise`."""
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class Progress(ProgressCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the loss, and stop if it is no number."""
+        """Show the loss, and stop if it is not finite."""
         if "loss" in logs:
             self.trainer.look()
             if self.training_bar is not None:
@@ -171,8 +172,8 @@ class FineTuner(Trainer):
         self.losses: deque[Tensor] = deque(maxlen=100)  # of batches
         self.batch = 0  # of this step
         self.images_seen = 0  # in this run
-        self.known: dict[str, Any] = {}  # what checkpoints note beside: hashes of the images and the start, and options
-        self.before: dict[str, Any] = {"images": 0, "seconds": 0.0}  # what the run had come to that is resumed
+        self.known: dict[str, Any] = {}  # what checkpoints note too: hashes of images and start, options
+        self.before: dict[str, Any] = {"images": 0, "seconds": 0.0}  # how far the resumed run had come
         self.started = monotonic()
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +200,7 @@ class FineTuner(Trainer):
         return {"pixel_values": images, "labels": targets}
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over progress and averages, of which Trainer does not know; raise `ValueError` where it is another run.
+        """Take over progress and averages, of which Trainer does not know; raise `ValueError` if it is another run.
 
         With other processes or images Trainer would go on at another place.
         """
@@ -213,21 +214,21 @@ class FineTuner(Trainer):
         trained = f"{checkpoint} was trained"
         processes = len(list(checkpoint.glob("rng_state*.pth")))
         if processes != (now := self.args.world_size):
-            raise ValueError(f"{trained} by {processes} process(es), and here are {now}: start as many as then.")
+            raise ValueError(f"{trained} by {processes} process(es), but here there are {now}: start as many as then.")
         # Versions before 0.3.0 noted the number of images alone, or nothing.
         different = {name for name, value in self.known.items() if self.before.get(name, value) != value}
         if different & {"num_images", "data"}:
-            images = f"on {self.before['num_images']} images, and here are {self.known['num_images']}, or others"
+            images = f"on {self.before['num_images']} images, but here there are {self.known['num_images']}, or others"
             raise ValueError(f"{trained} {images}: give the same images, with the same labels.")
         if step_of(checkpoint) > self.args.max_steps:
             raise ValueError(f"{checkpoint} is past the {self.args.max_steps} steps that are asked for: give more.")
         if "start" in different:
-            start = "from another model_name_or_path, or on images or latents that are made otherwise"
+            start = "from another model_name_or_path, or on images or latents that were made otherwise"
             raise ValueError(f"{trained} {start}: give those that the run began with.")
         self._check_options(checkpoint)
 
     def _check_options(self, checkpoint: Path) -> None:
-        """Raise `ValueError` at options that would not be in force although they may change."""
+        """Raise `ValueError` for options that may change, but would have no effect here."""
         trained = self.before.get("options") or read_options(checkpoint.parent)
         names = set() if "start" in self.before else set(BY_HASH)
         if not (checkpoint / "scaler.pt").is_file() and self.args.fp16:  # it has no scale of the losses
@@ -240,7 +241,7 @@ class FineTuner(Trainer):
         check_same_run(now, trained, (), checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Load the scale of the losses where there is a use for it."""
+        """Load the scale of the losses where it is needed."""
         if self.args.fp16:
             super()._load_scaler(checkpoint)
 

@@ -43,7 +43,7 @@ LOOKS = 10  # steps between two looks at losses and weights
 def this_process() -> PartialState:
     """Return accelerate's state of this process among all, as an `Accelerator` sets it up.
 
-    Without GPUs accelerate would let launched processes run as strangers, unless told to use the processor.
+    Without GPUs accelerate would let launched processes run apart, unless told to use the processor.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     without = not (alone or torch.accelerator.is_available())
@@ -52,9 +52,9 @@ def this_process() -> PartialState:
 
 @contextlib.contextmanager
 def accelerated(*, seed: int | None = None, accumulation: int = 1, **options: Any) -> Iterator[Accelerator]:
-    """Give an `Accelerator` of its own: accelerate's state and global random generators are afterwards as before.
+    """Give a separate `Accelerator`: accelerate's state and global random generators are afterwards as before.
 
-    These begin with `seed`; the gradients of `accumulation` batches make a step.
+    The generators begin with `seed`; the gradients of `accumulation` batches make a step.
     """
     kinds: tuple[Any, ...] = (AcceleratorState, GradientState)
     before = [dict(kind._shared_state) for kind in kinds]
@@ -80,11 +80,11 @@ class Loop:
     accelerator: Accelerator  # of `accelerated`
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    loader: Any  # torch's `DataLoader`: that of rows has a `Batches` for its `batch_sampler`, that of a stream none
+    loader: Any  # torch's `DataLoader`: a loader of rows has a `Batches` for its `batch_sampler`, one of a stream none
     _: KW_ONLY
     total_steps: int
     seed: int  # of all that is random in a step
-    schedule: Any = None  # of the optimiser; where a run may be resumed a `LambdaLR`, whose rates only steps decide
+    schedule: Any = None  # of the optimiser; for runs to resume a `LambdaLR`, whose rates follow from the step
     max_grad_norm: float = 0.0  # the largest norm of the gradient; 0 leaves it as it is
     average: Any = None  # a copy of the module, to hold averaged weights
     ema_decay: float = 0.0  # of the averages, after its ramp
@@ -120,9 +120,9 @@ class Loop:
         self.started = time.monotonic()
 
     def restore(self, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint, or raise `ValueError`: a damaged one, beyond the last step, or not finite.
+        """Go on from a checkpoint, or raise `ValueError` if it is damaged, beyond the last step, or not finite.
 
-        The module has its weights already, but for `keep_weights`. What options say of the optimiser is this run's.
+        Unless `keep_weights` is set, the module has its weights already. The optimiser's options are those of this run.
         """
         if checkpoint is None:
             return
@@ -138,7 +138,7 @@ class Loop:
         if progress.steps > self.total_steps:
             beyond = f"at step {progress.steps}, beyond the {self.total_steps} asked for"
             raise ValueError(f"{checkpoint} is {beyond}: resume an earlier one.")
-        groups = self.optimizer.param_groups  # others than before
+        groups = self.optimizer.param_groups  # not the same objects as before
         for group, options in zip(groups, given, strict=True):
             group.update(options)
         if self.schedule is not None:
@@ -162,7 +162,7 @@ class Loop:
         """Train to the last step, with the loss of a batch; `sample` is called after every `sample_steps` of them.
 
         Raises:
-            NotFinite: A loss or weights that are no finite numbers; nothing of them is saved.
+            NotFinite: A loss or weights that are not finite; nothing of them is saved.
             Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written.
             OSError: The folder, or a checkpoint, could not be written.
             ValueError: An epoch without a batch, or another training in the folder.
@@ -225,7 +225,7 @@ class Loop:
                 return
 
     def batches(self) -> Iterator[Batch]:
-        """Yield batches without end, from where `progress` is, which whoever takes them counts."""
+        """Yield batches without end, from where `progress` is; whoever takes them counts them."""
         progress = self.progress
         while True:
             done = progress.batch
@@ -256,7 +256,7 @@ class Loop:
         self.accelerator.log({"loss": loss, "lr": rate}, step=step)
 
     def finished(self, kind: Any) -> Any:
-        """Return the report, of this kind, of the run that was resumed if nothing is left to do; it is written last."""
+        """Return the resumed run's report, of this kind, if nothing is left to do; the report is written last."""
         if self.folder is None or self.last_checkpoint is None or not (self.folder / kind.file).is_file():
             return None
         report = kind.read(self.folder)
@@ -287,7 +287,7 @@ class Loop:
         self.progress.seconds = self.resumed.seconds + time.monotonic() - self.started
 
     def averaged(self) -> Any:
-        """Return `average` with the averaged weights of now."""
+        """Return `average` with the averaged weights of this step."""
         if self.ema is not None:
             self.ema.copy_to(self.average.parameters())
         return self.average

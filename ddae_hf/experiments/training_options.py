@@ -33,7 +33,7 @@ Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "co
 class TrainingOptions(Options):
     """What training a denoiser and training a VAE have in common."""
 
-    # What may be another when a run is resumed; it holds from then on.
+    # Options that may change when a run is resumed; they hold from then on.
     may_change: ClassVar[frozenset[str]] = (OF_DATA | OF_PLACES).union(
         """total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps
         learning_rate scale_lr lr_scheduler lr_warmup_steps max_grad_norm mixed_precision allow_tf32
@@ -41,7 +41,7 @@ class TrainingOptions(Options):
     )
     default_batch: ClassVar[int] = 128
 
-    output_dir: str | None = option(None, "Folder of checkpoints and results; without one there are none on disk.")
+    output_dir: str | None = option(None, "Folder of checkpoints and results; without one, none are written.")
     train_split: str = option("train", "Split to train on.")
     max_train_samples: int | None = option(None, "Use N images of all classes, always the same; a stream's first N.")
     cache_dir: str | None = option(None, "Where downloaded data is kept.")
@@ -52,18 +52,18 @@ class TrainingOptions(Options):
     random_flip: bool = option(False, "Mirror half of the images.")
     seed: int = option(0, "Seed of everything that is random.")
     total_batch_size: int | None = option(
-        None, "Images a step, of all devices together; by default 128, or what train_batch_size comes to."
+        None, "Images per step, of all devices together; by default 128, or what train_batch_size comes to."
     )
     train_batch_size: int | None = option(None, "Images of a forward pass on each device; by default its whole share.")
-    gradient_accumulation_steps: int | None = option(None, "Forward passes a step; by default as many as are needed.")
-    num_train_epochs: int = option(100, "Times that all images are gone through.")
+    gradient_accumulation_steps: int | None = option(None, "Forward passes per step; by default as many as are needed.")
+    num_train_epochs: int = option(100, "Passes over all images.")
     max_train_steps: int | None = option(None, "Number of optimiser steps; overrides num_train_epochs.")
     learning_rate: float = option(1e-4, "Largest learning rate.")
-    scale_lr: bool = option(False, "Multiply it by the images of a step, as diffusers' scripts do.")
+    scale_lr: bool = option(False, "Multiply the learning rate by the images per step, as diffusers' scripts do.")
     lr_scheduler: Schedule = option("constant_with_warmup", "How the learning rate changes.")
-    lr_warmup_steps: int = option(500, "Steps in which it rises from 0.")
+    lr_warmup_steps: int = option(500, "Steps in which the learning rate rises from 0.")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "By default as accelerate is configured.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Type of most operations; else accelerate's.")
     allow_tf32: bool | None = option(None, "Compute float32 in TF32 on GPUs; by default as torch does.")
     dataloader_num_workers: int = option(
         0, "Processes that decode images, anew in each epoch; with 0 images that fit into memory are decoded once."
@@ -75,9 +75,9 @@ class TrainingOptions(Options):
     logging_dir: str = option("logs", "Folder of the tracker's files, inside output_dir.")
 
     def check(self) -> None:
-        """Refuse what needs a folder without one."""
+        """Refuse what needs a folder if there is none."""
         if self.output_dir is None and self.resume_from_checkpoint == "latest":
-            raise ValueError("resume_from_checkpoint is latest, of output_dir: give that, or a checkpoint's folder.")
+            raise ValueError("resume_from_checkpoint is latest: give an output_dir with it, or a checkpoint's folder.")
 
     def checkpoint(self, *weights: str) -> Path | None:
         """Return the checkpoint to resume, which must have these files too, or None for a fresh start."""
@@ -104,7 +104,7 @@ class TrainingOptions(Options):
 
     @contextlib.contextmanager
     def accelerated(self) -> Iterator[Accelerator]:
-        """Give the run's `Accelerator`, or raise `ValueError` where the tracker or the precision is not to be had.
+        """Give the run's `Accelerator`, or raise `ValueError` where the tracker or the precision is not available.
 
         Afterwards TF32 and what `training.accelerated` names are as before, and the tracker has ended.
         """
@@ -134,7 +134,7 @@ class TrainingOptions(Options):
                     matmul.allow_tf32, cudnn.allow_tf32 = before
 
     def in_force(self, precision: str, opened_with: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that a run has, plain data that `--config` takes again on any number of devices."""
+        """Return the options of a run, as plain data that `--config` takes again on any number of devices."""
         given = {**opened_with, **self.to_dict(), "total_batch_size": self.sizes.total, "mixed_precision": precision}
         if given["train_batch_size"] is not None:
             given["gradient_accumulation_steps"] = None  # it follows from the two sizes
@@ -150,7 +150,7 @@ class TrainingOptions(Options):
         optimizer = torch.optim.AdamW(module.parameters(), rate, fused=True, **adam)
         steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // self.sizes.total)
         if self.lr_warmup_steps >= steps:
-            logger.warning(f"The learning rate rises in lr_warmup_steps {self.lr_warmup_steps}, and there are {steps}.")
+            logger.warning(f"lr_warmup_steps is {self.lr_warmup_steps} of {steps} steps: the rate rises to the end.")
         loop = Loop(
             accelerator, module, optimizer, loader, total_steps=steps, seed=self.seed,
             schedule=get_scheduler(self.lr_scheduler, optimizer, None, self.lr_warmup_steps, steps),
@@ -164,7 +164,7 @@ class TrainingOptions(Options):
 
 
 def check_resumed(given: Mapping[str, Any], data: Progress, checkpoint: Path) -> dict[str, Any]:
-    """Return a checkpoint's options, or raise `ValueError` unless a run has its batches and images and a fit precision.
+    """Return a checkpoint's options, or raise `ValueError` unless batches, images and precision are those of its run.
 
     `data` has this run's `num_images` and `images_hash`.
     """
@@ -177,11 +177,11 @@ def check_resumed(given: Mapping[str, Any], data: Progress, checkpoint: Path) ->
     was = f"{checkpoint} was trained on"
     anew = "or begin another run, in another output_dir"
     if total != now:
-        here = f"and here are {now}: give total_batch_size {total}, {anew}"
+        here = f"but here there are {now}: give total_batch_size {total}, {anew}"
         raise ValueError(f"{was} {total} images a step (total_batch_size), {here}.")
     same = f"give the same images, {anew}."
     if data.num_images and before.num_images not in (None, data.num_images):
-        raise ValueError(f"{was} {before.num_images} images, and here are {data.num_images}: {same}")
+        raise ValueError(f"{was} {before.num_images} images, but here there are {data.num_images}: {same}")
     if data.images_hash and before.images_hash not in (None, data.images_hash):
         raise ValueError(f"{was} other images, as many as these: {same}")
     if given["mixed_precision"] == "fp16" and not (checkpoint / "state" / "scaler.pt").is_file():

@@ -25,7 +25,7 @@ from .options import Table, option
 from .probing import Prober
 from .sweeping import SweepOptions, SweepResult, check_sweep, sweep_inputs
 
-# What the transfer itself says of the fine-tuning: what is its own there, and its splits.
+# Options of the fine-tuning that the transfer itself sets: what follows from it, and what both share.
 SETTLED = {"output_dir", "layer", "sigma", "latents_dir", "resume_from_checkpoint"}
 SHARED = {"train_split", "test_split", "max_train_samples", "max_test_samples", "null_class"}
 FIRST = [0]  # the view that the pair is chosen on: the images as they are
@@ -41,7 +41,7 @@ class TransferOptions(SweepOptions):
     # About a DiT's timesteps 42, 82, 122 and 160.
     sigmas: list[float] = option([0.15, 0.28, 0.42, 0.56], "Noise levels, of scaled latents.")
     max_selection_samples: int | None = option(
-        10000, "Choose layer and noise level on this many training images; with none on all."
+        10000, "Choose layer and noise level on this many training images; None takes all."
     )
     latents_dir: str | None = option(None, "Where latents are kept; by default `latents` in output_dir.")
     encode_batch_size: int = option(16, "Images that are encoded at a time.")
@@ -51,13 +51,13 @@ class TransferOptions(SweepOptions):
     )
 
     def check(self) -> None:
-        """Refuse what cannot work, options of fine-tuning among it."""
+        """Refuse what cannot work, also among the options of fine-tuning."""
         super().check()
         if self.finetune is not None:
             if self.output_dir is None:
                 raise ValueError("finetune needs an output_dir, where its classifier and its checkpoints are kept.")
             if settled := sorted((SETTLED | SHARED) & set(self.finetune)):
-                raise ValueError(f"finetune has {settled[0]}: leave it out, it follows from the transfer.")
+                raise ValueError(f"finetune has {settled[0]}: leave it out; it follows from the transfer.")
             try:
                 self.finetuning(layer="", sigma=1.0, latents_dir="latents")
             except ValueError as error:
@@ -76,9 +76,9 @@ class TransferOptions(SweepOptions):
 def transfer(model: Model, images: Images, options: TransferOptions | None = None, **changes: Any) -> SweepResult:
     """Encode labelled images once, probe a denoiser of latents on them and, with `finetune`, train it further.
 
-    The model has its VAE with it. What this will take is logged before it begins; what was interrupted goes on where it
-    stopped. The result is that of the sweep, whose classifier takes images; the fine-tuned one is in `finetuned` in
-    `output_dir`.
+    The model must have its VAE with it. What this will take is logged before it begins; an interrupted transfer goes on
+    where it stopped. The result is that of the sweep, whose classifier takes images; the fine-tuned one is in
+    `finetuned` in `output_dir`.
 
     Raises:
         ValueError: A model without a VAE, options that cannot work, images that cannot be read, or a damaged file.
@@ -124,13 +124,13 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
 def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:
     """Return a denoiser of latents as a model that takes them in place of images, and their VAE."""
     if isinstance(model, (str, os.PathLike)):
-        vae = load_vae(model, cache_dir=options.cache_dir).requires_grad_(False)  # as that of an open model
+        vae = load_vae(model, cache_dir=options.cache_dir).requires_grad_(False)  # like an open model's
         return open_for(model, options, vae=False), vae
     whole = open_for(model, options)
     if whole.vae is None:
         raise ValueError("The model has no vae: open it with the VAE that its denoiser was trained with.")
     bare = copy.copy(whole)
-    bare._modules = dict(whole._modules)  # of which the whole model is to keep its VAE
+    bare._modules = dict(whole._modules)  # a copy, as the whole model is to keep its VAE
     bare.vae = None
     bare.config = DDAEConfig.from_dict(whole.config.to_dict() | {"vae": None, "sample_posterior": False})
     return bare, whole.vae

@@ -63,10 +63,10 @@ class VAEOptions(TrainingOptions):
     held_out: int = option(1000, "Training images that are kept out to measure on.")
     loss: Literal["l1", "l2"] = option("l2", "Absolute or squared error of the reconstruction.")
     kl_weight: float = option(1e-6, "Weight of the divergence, both terms summed over an image.")
-    num_train_epochs: int = option(10, "Times that all images are gone through.")
+    num_train_epochs: int = option(10, "Passes over all images.")
     learning_rate: float = option(1e-3, "Largest learning rate.")
     lr_scheduler: Schedule = option("cosine", "How the learning rate changes.")
-    lr_warmup_steps: int = option(100, "Steps in which it rises from 0.")
+    lr_warmup_steps: int = option(100, "Steps in which the learning rate rises from 0.")
     checkpointing_steps: int = option(1000, "Save a checkpoint, ready to resume, every N steps.")
     checkpoints_total_limit: int | None = option(2, "Keep only the newest N checkpoints.")
 
@@ -84,8 +84,8 @@ class VAEOptions(TrainingOptions):
         factor = 2 ** (len(widths) - 1)
         if self.resolution % factor:
             raise ValueError(
-                f"resolution is {self.resolution}: the {len(widths)} block_out_channels of it make latents {factor} "
-                f"times smaller, so it must be a multiple of {factor}."
+                f"resolution is {self.resolution}: {len(widths)} block_out_channels make latents {factor} times "
+                f"smaller, so it must be a multiple of {factor}."
             )
 
 
@@ -162,7 +162,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
         loop.run(loss)
         accelerator.wait_for_everyone()
         some, _ = measure(vae, train.select(range(min(NUM_SCALED, len(train)))), options)
-        # A shift would go unheard: DiTPipeline, for one, only scales.
+        # A shift would have no effect: DiTPipeline, for one, only scales.
         vae.register_to_config(scaling_factor=1 / some["latent_std"])
         found, pairs = measure(vae, held_out, options)
         shades = torch.cat(pairs)[:, : 3 if vae.config.in_channels >= 3 else 1] / 2 + 0.5
@@ -214,7 +214,7 @@ def split_images(images: Images, options: VAEOptions) -> tuple[ImageSet, ImageSe
     order = np.random.default_rng(options.seed).permutation(len(chosen))
     held_out = chosen.select(order[: options.held_out])
     for row in range(len(held_out)):
-        held_out.pil([row])  # which names a damaged one now, not after the training
+        held_out.pil([row])  # this names a damaged one now, not after the training
     return chosen.select(order[options.held_out :]), held_out
 
 
