@@ -121,7 +121,7 @@ def test_one_spread_is_used_everywhere_and_named():
     assert spread(values) == f"{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
     assert spread([0.25]) == percent(0.25) == "25.00"
     table = REPORTS[2].table()
-    assert "Mean ± standard deviation over 2 noise seeds, or 2 draws of few labels." in table
+    assert "Figures with ± are mean ± standard deviation over 2 noise seeds, or 2 draws of few labels." in table
     assert f"| all 50 | {spread([0.5, 0.75])} | 62.50 |" in table
     assert f"| 5 a class | {spread([0.2, 0.3])} |" in table
 

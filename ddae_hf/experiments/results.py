@@ -172,7 +172,7 @@ class ProbeReport(Report, Probe):
         draws = max(map(len, self.few_label_test_accuracies.values()), default=0)
         counts = {"noise seeds": len(self.test_accuracies), "draws of few labels": draws}
         if spreads := [f"{count} {name}" for name, count in counts.items() if count > 1]:
-            text += f" Mean ± standard deviation over {', or '.join(spreads)}."
+            text += f" Figures with ± are mean ± standard deviation over {', or '.join(spreads)}."
         if draws and len(self.pairs) > 1:
             text += " Where labels are few, layer and noise level were chosen with all labels."
         near = [(getattr(pair, name), name[4:], pair) for name in ("knn_20", "knn_200") for pair in self.pairs]
