@@ -16,7 +16,7 @@ from ddae_hf import DDAEForImageClassification, DDAEPipeline
 from ddae_hf.commands import generate, pretrain, probe, quickstart
 from ddae_hf.commands.parsing import parse
 from ddae_hf.experiments import Images
-from ddae_hf.experiments.digits import Judge, digits, mnist, shuffled_pixels
+from ddae_hf.experiments.digits import Judge, digits, mnist, shuffled_pixels, write_digits
 
 from . import commands
 
@@ -167,3 +167,12 @@ def test_a_judge_knows_real_digits_from_none(room):
     real = room()["test"][0][:100]
     assert judge.accuracy > 95
     assert judge.recognised(real) > 85 and judge.recognised(shuffled_pixels(real)) < 5
+
+
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
+    write_digits(tmp_path / "digits", digits())
+    before = files(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        commands.run("quickstart", *STEPS, "--output_dir", tmp_path)
+    assert "train.parquet holds 1,437 images, and not these 600" in stopped.value.code
+    assert files(tmp_path) == before

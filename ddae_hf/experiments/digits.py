@@ -13,7 +13,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from pyarrow.parquet import write_table
+from pyarrow.parquet import read_metadata, write_table
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
@@ -56,12 +56,21 @@ def _split(images: np.ndarray, labels: np.ndarray) -> Splits:
 
 
 def write_digits(folder: Path, splits: Splits) -> None:
-    """Write digits as a data set of parquet files, `train.parquet` and `test.parquet`; an existing one stays."""
+    """Write digits as a data set of parquet files, `train.parquet` and `test.parquet`; an existing one stays.
+
+    Raises:
+        ValueError: One is there of another number of images.
+    """
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=[str(i) for i in range(10)])})
     folder.mkdir(parents=True, exist_ok=True)
     for name, (images, labels) in splits.items():
         path = folder / f"{name}.parquet"
         if path.is_file():
+            if (found := read_metadata(path).num_rows) != len(images):
+                raise ValueError(
+                    f"{path} holds {found:,} images, and not these {len(images):,}: another version or program wrote it. "
+                    "Give another folder, or remove this one."
+                )
             continue
         columns = {"image": [Image.fromarray(image) for image in images], "label": labels.tolist()}
         with written_whole(path) as partial:
