@@ -68,8 +68,8 @@ def write_digits(folder: Path, splits: Splits) -> None:
         if path.is_file():
             if (found := read_metadata(path).num_rows) != len(images):
                 raise ValueError(
-                    f"{path} holds {found:,} images, and not these {len(images):,}: another version or program wrote it. "
-                    "Give another folder, or remove this one."
+                    f"{path} holds {found:,} images, and not these {len(images):,}: another version or program wrote "
+                    "it. Give another folder, or remove this one."
                 )
             continue
         columns = {"image": [Image.fromarray(image) for image in images], "label": labels.tolist()}
