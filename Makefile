@@ -52,7 +52,7 @@ wheel: $(VENV)/.installed  ## Build the source distribution and the wheel, and c
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 
-digits-checkpoint: $(VENV)/.installed  ## Train the checkpoint that ships with the package, on MNIST: half an hour on two CPU cores.
+digits-checkpoint: $(VENV)/.installed  ## Train the checkpoint that ships with the package, on MNIST: about three quarters of an hour on two busy CPU cores.
 	$(BIN)/python -c "from pathlib import Path; from ddae_hf.experiments.digits import mnist, write_digits; \
 		write_digits(Path('runs/digits_checkpoint/digits'), mnist())"
 	$(BIN)/ddae pretrain --config mnist --max_train_steps 6000 --ema_decay 0.999 --checkpointing_steps 1000 \

@@ -391,6 +391,8 @@ def test_samplers_classes_and_guidance_change_the_images_and_what_cannot_work_is
         ({"seed": None}, "Seed is empty"),
         ({"count": 65}, "Images is 65"),
         ({"steps": 1.5}, "1.5"),
+        ({"steps": float("nan")}, "Steps is nan"),
+        ({"count": float("inf")}, "Images is inf"),
     ):
         given = {"count": 2, "steps": 3, "seed": 0} | changed
         assert message in next(conditional.generate(**given, sampler=views.OWN_SAMPLER, label=none, guidance=1))[0]
@@ -402,11 +404,17 @@ def test_numbers_and_pictures_that_cannot_be_are_answered_in_words(conditional):
         (-1, 8, "sigma"),
         (1e9, 8, "sigma"),
         (0.1, 0, "Neighbours is 0"),
-        (0.1, None, "empty"),
+        (0.1, None, "Neighbours is empty"),
+        (None, 8, "noise level is empty"),
+        ("x", 8, "noise level is x"),
     ):
         [reading] = conditional.read(pixels, sigma, count)
         assert message in reading.warning and reading.probabilities is None
-    assert "sigma" in conditional.compare(pixels, 0, "mid_block", 1e9, None)
+    for sigma, example, message in ((1e9, 0, "sigma"), (None, 0, "empty"), (0.1, 99, "no test image 99")):
+        assert message in conditional.compare(pixels, example, "mid_block", sigma, None)
+    for given, message in (({}, "No image came"), ({"example": "-1"}, "no test image -1")):
+        with pytest.raises(ValueError, match=message):
+            conditional.pick(given)
     with pytest.raises(ValueError, match="Nothing is drawn"):
         conditional.pick({"drawing": WHITE})
 
@@ -458,6 +466,10 @@ def test_a_sweep_is_shown_of_this_very_network_alone(run, tmp_path):
     (tmp_path / "eval_results.json").write_text(json.dumps(report))
     old = open_demo(run, f"--sweep={tmp_path}")
     assert old.sweep is None and "does not say of which network it is" in texts_of(old)
+    report = json.loads((run / "sweep" / "eval_results.json").read_text())
+    report["pairs"] = report["pairs"][:1]
+    (tmp_path / "eval_results.json").write_text(json.dumps(report))
+    assert "makes no map" in texts_of(open_demo(run, f"--sweep={tmp_path}"))
 
 
 def test_the_command_that_the_page_names_makes_the_sweep(run, tmp_path):

@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 # By its module: some versions hide the name in the package where torchvision is missing.
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from ddae_hf import DDAEPipeline
+from ddae_hf import DDAEModel, DDAEPipeline
 from ddae_hf.experiments.extractors import open_extractor
 
 from .conftest import drawn, make_unet
@@ -150,3 +150,13 @@ def test_inception_reads_weights_without_unpickling(images, tmp_path, monkeypatc
         torch.testing.assert_close(extractor.compute([images[:5]], 0), network(pixels)[0])
     with pytest.raises(ValueError, match="cannot be used: Weights only load failed"):
         open_extractor(f"inception:{tmp_path / 'object.pth'}")
+
+
+def test_features_of_another_pooling_are_other_features(denoiser, tmp_path):
+    options = {"layer": "mid_block", "sigma": 0.1}
+    found = {}
+    for pooling in ("mean", "mean_2x2"):
+        DDAEModel.from_pretrained(denoiser, pooling=pooling, **options).save_pretrained(tmp_path / pooling)
+        found[pooling] = open_extractor(f"ddae:{tmp_path / pooling}")
+    assert found["mean"].identity != found["mean_2x2"].identity
+    assert 4 * found["mean"].width == found["mean_2x2"].width

@@ -24,6 +24,7 @@ from ddae_hf.experiments.options import RANGES
 from ddae_hf.experiments.results import NoisyReport
 from ddae_hf.experiments.run_folder import saved_checkpoints
 from ddae_hf.experiments.stopping import Interrupted, NotFinite
+from ddae_hf.hidden_states import hidden_size
 
 from . import commands
 from .conftest import drawn, make_dit, make_unet
@@ -394,3 +395,11 @@ def test_the_command_is_a_caller(checkpoints, digits, tmp_path, capsys):
     assert "The curves are in" in capsys.readouterr().out and (tmp_path / "accuracy.png").is_file()
     with pytest.raises(SystemExit, match="choose another output_dir"):
         commands.run("noisy", "--config", config, *options, "--layers", "down_blocks.0.resnets.0")
+
+
+def test_features_of_four_quarters_are_read(checkpoints, digits, tmp_path):
+    model = DDAEModel.from_pretrained(checkpoints / "ddpm", pooling="mean_2x2")
+    result = run(model, digits, tmp_path, **TWO, wide_resnet=0)
+    channels = sum(hidden_size(model.denoiser, layer) for layer in TWO["layers"])
+    assert open_network(NoiseConditionalMLP, tmp_path / "mlp").layers[0].in_features == 4 * channels
+    assert result.test_accuracies

@@ -85,7 +85,7 @@ def test_it_leaves_all_that_it_names(folder):
 def test_what_to_do_next_is_understood(folder, monkeypatch):
     said = (folder.parent / "said.txt").read_text().partition("What to do next:")[2]
     lines = [shlex.split(line) for line in said.splitlines() if line.startswith("  ddae ")]
-    assert [line[1] for line in lines] == ["demo", "sweep", "pretrain"]
+    assert [line[1] for line in lines] == ["sweep", "demo", "pretrain"]
     for line in lines:
         parse(importlib.import_module(f"ddae_hf.commands.{line[1]}").KINDS, None, line[2:])
 

@@ -34,17 +34,17 @@ CLASSIFY = """\
 from PIL import Image
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor
 
-model = DDAEForImageClassification.from_pretrained("{folder}")
-processor = DDAEImageProcessor.from_pretrained("{folder}")
-inputs = processor(Image.open("{image}"), return_tensors="pt")
+model = DDAEForImageClassification.from_pretrained({folder!r})
+processor = DDAEImageProcessor.from_pretrained({folder!r})
+inputs = processor(Image.open({image!r}), return_tensors="pt")
 print(model.config.id2label[model(**inputs).logits.argmax().item()])
 """
 NEXT = """
 What to do next:
-  ddae demo --model_name_or_path {checkpoint} --classifier {classifier}
-      a page in the browser: generate, draw a digit, look at layers and noise levels
-  ddae sweep --model_name_or_path {checkpoint} --dataset_name {data} --output_dir {folder}/sweep
+  ddae sweep --model_name_or_path {checkpoint} --dataset_name {data} --pooling mean_2x2 --output_dir {sweep}
       every layer at every noise level, as a map
+  ddae demo --model_name_or_path {checkpoint} --classifier {classifier} --sweep {sweep}
+      a page in the browser: generate, draw a digit, look at layers and noise levels
   ddae pretrain --train_data_dir PHOTOS --output_dir runs/mine
       your own images: any folder of them, without labels"""
 
@@ -91,7 +91,8 @@ def main(options: Arguments) -> None:
     print(f"\nTest accuracy of linear probes, in %:\n\n{summary(ProbeReport.read(classifier))}")
     print(f"\nThe checkpoint, a generator:        {checkpoint}")
     print(f"The same network as a classifier:   {classifier}")
-    print(NEXT.format(folder=folder, data=data, checkpoint=checkpoint, classifier=classifier))
+    places = {"data": data, "checkpoint": checkpoint, "classifier": classifier, "sweep": folder / "sweep"}
+    print(NEXT.format(**{name: shlex.quote(str(place)) for name, place in places.items()}))
 
 
 def summary(report: ProbeReport) -> str:

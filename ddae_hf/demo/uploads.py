@@ -26,6 +26,10 @@ def open_upload(address: str) -> Image.Image:
         with Image.open(file, formats=FORMATS) as image:
             if (pixels := image.width * image.height) <= MAX_PIXELS:
                 return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"This image has far more than the {MAX_PIXELS / 1e6:.0f} million pixels that are taken: make it smaller."
+        ) from error
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError("This file holds no image that can be read: send a PNG, JPEG or WebP file.") from error
     raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,8 @@ def sweep_of(denoiser: torch.nn.Module, folder: str) -> tuple[ProbeReport | None
         return None, f"The sweep in `{folder}` does not say of which network it is."
     if report.fingerprint != fingerprint(denoiser):
         return None, f"The sweep in `{folder}` is of another network than this one."
+    if min(len({pair.layer for pair in report.pairs}), len({pair.sigma for pair in report.pairs})) < 2:
+        return None, f"What is in `{folder}` is of one layer or one noise level, which makes no map."
     return report, ""
 
 
@@ -102,10 +105,16 @@ def check_classifier(path: str, cache_dir: str | None) -> None:
         )
 
 
-def check_number(name: str, value: Any, low: int, high: int) -> None:
-    """Raise `ValueError` unless a field holds a whole number of a range."""
-    if not isinstance(value, (int, float)) or value != int(value) or not low <= value <= high:
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """Return the whole number of a field, or raise `ValueError` for anything else, and outside of the range."""
+    if not is_number(value) or not low <= value <= high or value != int(value):
         raise ValueError(f"{name} is {'empty' if value is None else value}: give a whole number from {low} to {high}.")
+    return int(value)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a field holds a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Reading(NamedTuple):
@@ -235,11 +244,16 @@ class Demo:
             ValueError: It is none; the message is for who sent it.
         """
         if "example" in given:
-            image = self.examples[int(given["example"])]
+            number = str(given["example"])
+            if not number.isdecimal() or int(number) >= len(self.examples):
+                raise ValueError(f"There is no test image {number}: click on one of those that the page shows.")
+            image = self.examples[int(number)]
         elif "drawing" in given:
             image = as_mnist(open_upload(given["drawing"]), self.model.config.image_size[0])
-        else:
+        elif "file" in given:
             image = open_upload(given["file"])
+        else:
+            raise ValueError("No image came: draw one, send a file, or click on one of the test images.")
         return self.processor(image, return_tensors="pt")["pixel_values"]
 
     def generate(
@@ -247,9 +261,9 @@ class Demo:
     ) -> Iterator[tuple[str, str, str]]:
         """Yield how far it is, the images, and the first one's way, after steps of the sampling."""
         try:
-            check_number("Images", count, 1, MAX_IMAGES)
-            check_number("Steps", steps, 1, MAX_STEPS)
-            check_number("Seed", seed, 0, MAX_SEED)
+            count = whole_number("Images", count, 1, MAX_IMAGES)
+            steps = whole_number("Steps", steps, 1, MAX_STEPS)
+            seed = whole_number("Seed", seed, 0, MAX_SEED)
         except ValueError as error:
             yield notice(str(error)), "", ""
             return
@@ -284,6 +298,12 @@ class Demo:
         except ValueError as error:  # options that this checkpoint does not take
             yield notice(str(error)), "", ""
 
+    def check_level(self, sigma: Any) -> None:
+        """Raise `ValueError` unless a field holds a noise level of the classifier's schedule."""
+        if not is_number(sigma):
+            raise ValueError(f"The noise level is {'empty' if sigma is None else sigma}: give a number.")
+        self.model.ddae.diffusion.family.check_sigma(sigma)
+
     @torch.no_grad()
     def read(self, pixels: Tensor, sigma: float, count: int) -> Iterator[Reading]:
         """Yield what the classifier says of an image (1, C, H, W), and then how far to trust it."""
@@ -291,8 +311,8 @@ class Demo:
         diffusion = model.ddae.diffusion
         pixels = pixels.to(model.device)
         try:
-            check_number("Neighbours", count, 1, MAX_NEIGHBOURS)
-            diffusion.family.check_sigma(sigma)
+            count = whole_number("Neighbours", count, 1, MAX_NEIGHBOURS)
+            self.check_level(sigma)
         except ValueError as error:
             yield Reading(warning=notice(str(error)))
             return
@@ -368,10 +388,10 @@ class Demo:
         mean.
         """
         try:
-            self.model.ddae.diffusion.family.check_sigma(sigma)
+            self.check_level(sigma)
+            images = torch.cat([image, self.pick({"example": example})])
         except ValueError as error:
             return notice(str(error))
-        images = torch.cat([image, self.pick({"example": example})])
         size = images.shape[-2:]
         if point is None:
             place = int((image[0] - image.mean((0, 2, 3))[:, None, None]).abs().sum(0).argmax())
