@@ -758,3 +758,20 @@ def test_an_earlier_run_on_a_part_of_the_labels_is_refused_by_name(finetuned, ch
             continue
         with pytest.raises(ValueError, match=message):
             run(checkpoints / "ddpm", digits, tmp_path / "run", **SIX, **LATEST)
+
+
+def test_few_labels_begin_with_a_new_head(finetuned, checkpoints, digits):
+    """That of a classifier may have been fitted on more labels; the network and the pooling are the classifier's."""
+    folder = finetuned[0]
+    names = [str(number) for number in range(10)]
+    fitted = finetuning.build_classifier(str(folder), finetuning.FinetuningOptions(), names)
+    saved = DDAEForImageClassification.from_pretrained(folder)
+    assert torch.equal(fitted.classifier.weight, saved.classifier.weight)
+    few = finetuning.build_classifier(str(folder), finetuning.FinetuningOptions(few_labels=2), names)
+    assert not torch.equal(few.classifier.weight, saved.classifier.weight)
+    assert torch.equal(few.ddae.denoiser.conv_in.weight, saved.ddae.denoiser.conv_in.weight)
+    again = finetuning.build_classifier(str(folder), finetuning.FinetuningOptions(few_labels=2), names)
+    assert torch.equal(few.classifier.weight, again.classifier.weight)
+    quarters = finetuning.FinetuningOptions(few_labels=2, pooling="mean_2x2")
+    wide = finetuning.build_classifier(str(checkpoints / "ddpm"), quarters, names)
+    assert wide.classifier.in_features == 4 * saved.classifier.in_features

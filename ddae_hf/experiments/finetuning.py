@@ -83,10 +83,15 @@ class FinetuningOptions(SplitOptions):
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
-    few_labels: int | None = option(None, "Train on this many images of each class; by default on all.")
+    few_labels: int | None = option(
+        None, "Train on this many images of each class, from a new classification head; by default on all."
+    )
     latents_dir: str | None = option(None, "Folder of the images' latents, to train on in place of their pixels.")
     layer: str | None = option(None, "Where the classifier reads the network; by default the checkpoint's layer.")
     sigma: float | None = option(None, "Noise level of the images; by default the checkpoint's.")
+    pooling: Literal["mean", "max", "mean_2x2"] | None = option(
+        None, "How hidden states become features, as in `ddae probe`; by default the checkpoint's pooling."
+    )
     null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
     from_scratch: bool = option(False, "Start from random weights, to compare.")
     train_batch_size: int = option(128, "Images of a forward pass on each device.")
@@ -272,8 +277,12 @@ def open_inputs(
 
 
 def build_classifier(path: str, options: FinetuningOptions, names: list[str]) -> DDAEForImageClassification:
-    """Return the classifier, on the pretrained denoiser or one with random weights; with `latents_dir` without VAE."""
-    given = {name: getattr(options, name) for name in ("layer", "sigma", "null_class", "noise_seed", "cache_dir")}
+    """Return the classifier, on the pretrained denoiser or one with random weights; with `latents_dir` without VAE.
+
+    With `few_labels` its head is new: one that a checkpoint brings may have been fitted on more labels than these.
+    """
+    names_of_config = ("layer", "sigma", "pooling", "null_class", "noise_seed", "cache_dir")
+    given = {name: getattr(options, name) for name in names_of_config}
     config = {name: value for name, value in given.items() if value is not None}
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     config |= {} if options.latents_dir is None else {"vae": None, "sample_posterior": False}
@@ -287,6 +296,8 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
     else:
         config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
         classifier = DDAEForImageClassification.from_pretrained(path, **config)
+        if options.few_labels is not None:
+            classifier.classifier.reset_parameters()
     check_null_class(classifier.ddae)
     return classifier
 
