@@ -9,8 +9,8 @@ PARALLEL := --numprocesses 2 --dist loadfile
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	@echo "Everything that the project needs is downloaded into $(VENV): about 0.5 GB. On Linux, torch also brings CUDA's"
-	@echo "libraries, which are some gigabytes more, unless pip is configured to find a build without them."
+	@echo "Everything that the project needs is downloaded into $(VENV): 0.5 GB, 2.5 GB on the disk. On Linux torch"
+	@echo "brings CUDA's libraries, some gigabytes more, unless pip is configured to find a build without them."
 	$(BIN)/pip install $(if $(CI),--quiet) --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -46,6 +46,7 @@ check: $(VENV)/.installed  ## Check lint, formatting and types.
 
 docs: $(VENV)/.installed  ## Build the site of docs/ into build/site; a broken link stops it.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "The site is build/site/index.html. Its search needs a server: python3 -m http.server --directory build/site"
 
 wheel: $(VENV)/.installed  ## Build the source distribution and the wheel, and check what PyPI would show of them.
 	rm -rf build/lib build/bdist* dist

@@ -78,7 +78,10 @@ def in_memory(part: Any) -> Dataset | IterableDataset:
     images = list(images) if isinstance(images, Iterable) else [images]
     if wrong := [image for image in images if not isinstance(image, PILImage.Image | None)]:
         what = f"An object of type {type(wrong[0]).__name__} came among images"
-        raise ValueError(f"{what}: they must be PIL images; or give a path, a data set, or a mapping of splits.")
+        raise ValueError(
+            f"{what}: they must be PIL images, which `Image.fromarray` makes of arrays; or give a path, a data set, or "
+            "a mapping of splits."
+        )
     found = Dataset.from_dict({"image": images}, Features({"image": Image()}))
     if labels is None:
         return found

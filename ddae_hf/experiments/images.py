@@ -138,6 +138,8 @@ class Images:
         """Return the images of a split, or raise `ValueError` if there are none, or the first cannot be read."""
         if split not in self._datasets:
             hint = "" if self.opened_with else ": name splits by a mapping, {'train': ..., 'test': ...}"
+            if "train_data_dir" in self.opened_with:
+                hint = ": the splits of a folder are the folders train, test and validation inside it"
             raise ValueError(f"The data set has no split {split!r}; it has {sorted(self._datasets)}{hint}.")
         if split not in self._sets:
             dataset = self._datasets[split].with_format(None)
