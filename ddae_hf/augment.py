@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .families import drawn_by
+from .generators import Generator, normal, uniform
 
 NUM_LABELS = 9
 _SCALE = 2**0.2  # factor of one standard deviation of scaling and stretching
@@ -31,13 +31,13 @@ def reduced(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, side, mode="area")
 
 
-def random_flip(images: Tensor) -> Tensor:
+def random_flip(images: Tensor, generator: Generator = None) -> Tensor:
     """Mirror each image (B, C, H, W) left to right with probability one half."""
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    mirrored = uniform((len(images), 1, 1, 1), images.device, generator) < 0.5
     return torch.where(mirrored, mirror(images), images)
 
 
-def random_crop(images: Tensor, padding: int) -> Tensor:
+def random_crop(images: Tensor, padding: int, generator: Generator = None) -> Tensor:
     """Shift each image (B, C, H, W) by up to `padding` pixels, uniformly; reflections fill its edges.
 
     Wide ResNets are trained in this way (Zagoruyko and Komodakis 2016, arXiv 1605.07146). `augment_view` fills with
@@ -46,28 +46,35 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     Raises:
         ValueError: A padding that is negative, or not below both sides of the images.
     """
-    count, channels, height, width = images.shape
+    height, width = images.shape[-2:]
     if not 0 <= padding < min(height, width):
         raise ValueError(
             f"The padding is {padding}: it must be at least 0, and smaller than both sides of the images, which have "
             f"{height}x{width} pixels."
         )
     padded = F.pad(images, [padding] * 4, mode="reflect")
-    offsets = torch.randint(2 * padding + 1, (2, count, 1), device=images.device)
-    rows = offsets[0] + torch.arange(height, device=images.device)
-    columns = offsets[1] + torch.arange(width, device=images.device)
+    shares = uniform((len(images), 2), images.device, generator)
+    top, left = (shares * (2 * padding + 1)).long().unbind(1)
+    return cropped(padded, top, left, height, width)
+
+
+def cropped(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """Return the part (B, C, height, width) of each image (B, C, H, W) that begins at its own row and column (B,)."""
+    count, channels = images.shape[:2]
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
     image = torch.arange(count, device=images.device)[:, None, None, None]
     channel = torch.arange(channels, device=images.device)[:, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    return images[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def random_changes(images: Tensor, flip: bool, crop_padding: int) -> Tensor:
+def random_changes(images: Tensor, flip: bool, crop_padding: int, generator: Generator = None) -> Tensor:
     """Change images (B, C, H, W) by `random_flip`, if `flip`, then by `random_crop`, if `crop_padding` is not 0.
 
     No random numbers are drawn for a change that is not asked for.
     """
-    images = random_flip(images) if flip else images
-    return random_crop(images, crop_padding) if crop_padding else images
+    images = random_flip(images, generator) if flip else images
+    return random_crop(images, crop_padding, generator) if crop_padding else images
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -98,9 +105,7 @@ def _rotation(angle: Tensor) -> Tensor:
     return _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], angle)
 
 
-def augment(
-    images: Tensor, probability: float = 0.12, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, probability: float = 0.12, generator: Generator = None) -> tuple[Tensor, Tensor]:
     """Transform images at random, and say how: augmentation that does not leak into what the network generates.
 
     This follows Karras et al. 2022 (arXiv 2206.00364, appendix F.2, table 6). Each image is mirrored left to right half
@@ -130,22 +135,22 @@ def augment(
     if images.shape[-1] != images.shape[-2]:
         raise ValueError(f"Images of {images.shape[-2]}x{images.shape[-1]} pixels came: augmentation needs squares.")
 
-    def uniform() -> Tensor:
-        return torch.rand(len(images), device=images.device, **drawn_by(generator))
+    def share() -> Tensor:
+        return uniform((len(images),), images.device, generator)
 
-    def normal() -> Tensor:
-        return torch.randn(len(images), device=images.device, **drawn_by(generator))
+    def deviations() -> Tensor:
+        return normal((len(images),), images.device, generator)
 
     def sometimes(values: Tensor, chance: float = probability) -> Tensor:
-        return torch.where(uniform() < chance, values, 0.0)
+        return torch.where(share() < chance, values, 0.0)
 
-    mirrored = sometimes((uniform() < 0.5).float(), 1.0 if probability else 0.0)
-    upside_down = sometimes((uniform() < 0.5).float())
-    scale = sometimes(normal())
-    angle = sometimes((2 * uniform() - 1) * math.pi)
-    stretch, direction = sometimes(normal()), (2 * uniform() - 1) * math.pi
+    mirrored = sometimes((share() < 0.5).float(), 1.0 if probability else 0.0)
+    upside_down = sometimes((share() < 0.5).float())
+    scale = sometimes(deviations())
+    angle = sometimes((2 * share() - 1) * math.pi)
+    stretch, direction = sometimes(deviations()), (2 * share() - 1) * math.pi
     shifted = sometimes(torch.ones_like(scale))
-    right, down = shifted * normal(), shifted * normal()
+    right, down = shifted * deviations(), shifted * deviations()
     labels = torch.stack(
         [
             mirrored, upside_down, scale, angle.cos() - 1, angle.sin(),

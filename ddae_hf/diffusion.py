@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .cut import uncompiled, unwrapped
-from .families import drawn_by
+from .generators import Generator, normal
 from .hidden_states import run_with_hidden_states
 from .networks import network_of
 from .noise import family_of
@@ -149,7 +149,7 @@ class Diffusion:
         noise: Tensor | None = None,
         class_labels: Tensor | None = None,
         log_normal: tuple[float, float] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         weighting: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return the denoising loss of each image.
@@ -171,7 +171,7 @@ class Diffusion:
         if sigma is None:
             sigma = self.family.draw(len(clean), clean.device, generator, log_normal)
         if noise is None:
-            noise = torch.randn(clean.shape, device=clean.device, dtype=torch.float32, **drawn_by(generator))
+            noise = normal(clean.shape, clean.device, generator)
         noisy, timestep = self.family.noisy(clean, noise, sigma)
         conditions = self.conditions(class_labels, len(clean), clean.device)
         fed, told = self._fed(noisy, timestep)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .generators import Generator, uniform
+
 _UNITS = {
     "sigma": "standard deviation of the noise on images in [-1, 1], or on scaled latents",
     "timestep": "as the denoiser is fed it",
@@ -37,11 +39,6 @@ def is_recorded() -> bool:
 def readable(values: Tensor) -> bool:
     """Whether values can be read: without waiting for a device, and while no graph is being recorded."""
     return values.device.type == "cpu" and not is_recorded()
-
-
-def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return the arguments of torch's random functions: graphs for batches of any size reject `generator=None`."""
-    return {} if generator is None else {"generator": generator}
 
 
 class Family(ABC):
@@ -105,8 +102,11 @@ class Family(ABC):
         """Return `c` and `d`, of the shape of `sigma`: the network should answer `c * x + d * n`, see `prediction`."""
 
     @abstractmethod
-    def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        """Draw levels from the family's own training distribution."""
+    def usual(self, share: Tensor) -> Tensor:
+        """Return the levels (B,) below which these shares (B,) of the family's own training distribution are.
+
+        Shares are between 0 and 1: where they are drawn uniformly, the levels are those of training.
+        """
 
     def trainable(self, sigma: Tensor) -> Tensor:
         """Turn log-normal draws into levels that the family has."""
@@ -221,7 +221,7 @@ class Family(ABC):
         self,
         batch_size: int,
         device: Any = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         log_normal: tuple[float, float] | None = None,
     ) -> Tensor:
         """Draw the noise levels (batch_size,) of a training step, with a generator on `device`.
@@ -232,16 +232,17 @@ class Family(ABC):
         sigma. For VP, levels beyond an end of the schedule become that end. It raises `ValueError` if `log_normal` is
         not a distribution.
         """
-        if log_normal is None:
-            return self.draw_usual((batch_size,), device, generator)
-        mean, deviation = log_normal
+        share = uniform((batch_size,), device, generator).clamp(min=2.0**-25)  # torch's may be 0
+        return self.usual(share) if log_normal is None else self.log_normal(share, *log_normal)
+
+    def log_normal(self, share: Tensor, mean: float, deviation: float) -> Tensor:
+        """Return the levels (B,) below which these shares (B,) of a log-normal distribution are: see `draw`."""
         if not (math.isfinite(mean) and 0 < deviation < math.inf):
             raise ValueError(
                 f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation "
                 "positive."
             )
-        normal = torch.randn(batch_size, device=device, **drawn_by(generator))
-        return self.trainable(torch.exp(mean + deviation * normal))
+        return self.trainable(torch.exp(mean + deviation * torch.special.ndtri(share)))
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .families import readable
+from .generators import Generator, uniform
 
 
 def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, str] | None:
@@ -71,12 +72,12 @@ def check_label_range(name: str, labels: Tensor, count: int) -> None:
         raise ValueError(f"{name} are {labels.min()} to {labels.max()}: allowed are 0 to {count - 1}.")
 
 
-def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
+def drop_labels(class_labels: Tensor, null_class: int, probability: float, generator: Generator = None) -> Tensor:
     """Replace each of the labels (B,) by the null class with this probability (Ho and Salimans 2022, arXiv 2207.12598).
 
     A network that is trained in this way denoises with and without a label, which guidance needs.
     """
-    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    dropped = uniform(class_labels.shape, class_labels.device, generator) < probability
     return torch.where(dropped, null_class, class_labels)
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from .checkpoints import build_scheduler
 from .configuration_ddae import DDAEConfig
 from .diffusion import Diffusion
-from .families import drawn_by
+from .generators import normal
 from .hidden_states import layer_names, learning_parameters, pool_hidden_states
 from .labels import checked_names, cross_entropy
 from .latents import build_vae, encode
@@ -161,7 +161,7 @@ class DDAEModel(DDAEPreTrainedModel):
         """Return noise (draws, B, C, H, W): from the generator, fresh in training, or fixed (draws, C, H, W)."""
         if generator is not None or self.training:
             source = device if generator is None else generator.device
-            return torch.randn(shape, device=source, dtype=torch.float32, **drawn_by(generator)).to(device)
+            return normal(shape, source, generator).to(device)
         return fixed[:, None].to(device).expand(shape)
 
     def _noise_draws(self, clean: Tensor, noise: Tensor | None, generator: Any) -> Tensor:

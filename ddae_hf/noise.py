@@ -31,7 +31,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from .families import FAMILIES, Family, drawn_by, is_recorded, register, rounded
+from .families import FAMILIES, Family, is_recorded, register, rounded
 
 
 def _other_levels(scheduler: Any) -> list[str]:
@@ -149,9 +149,9 @@ class _VariancePreserving(Family):
                 "set the scheduler's prediction_type to 'v_prediction' or 'sample'."
             )
 
-    def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        timesteps = torch.randint(len(self.scheduler.alphas_cumprod), shape, device=device, **drawn_by(generator))
-        return self.sigmas(timesteps.device)[timesteps]
+    def usual(self, share: Tensor) -> Tensor:
+        count = len(self.scheduler.alphas_cumprod)
+        return self.sigmas(share.device)[(share * count).long().clamp(max=count - 1)]
 
     def trainable(self, sigma: Tensor) -> Tensor:
         low, high = self.sigma_range()
@@ -216,8 +216,8 @@ class _Karras(Family):
         sign = -1 if self.prediction == "v_prediction" else 1
         return sign * sigma / (spread * r), -sign * spread / r
 
-    def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        return self.draw(*shape, device, generator, log_normal=(-1.2, 1.2))  # of Karras et al. 2022
+    def usual(self, share: Tensor) -> Tensor:
+        return self.log_normal(share, -1.2, 1.2)  # of Karras et al. 2022
 
 
 @register
@@ -258,9 +258,8 @@ class _FlowMatching(Family):
         one = torch.ones_like(sigma)
         return -one, one
 
-    def draw_usual(self, shape: tuple[int], device: Any, generator: Any) -> Tensor:
-        s = torch.rand(shape, device=device, **drawn_by(generator))
-        return s / (1 - s)
+    def usual(self, share: Tensor) -> Tensor:
+        return share / (1 - share)
 
     def first_sample(self, noise: Tensor) -> Tensor:
         return noise

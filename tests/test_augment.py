@@ -130,20 +130,6 @@ def test_views_are_shifts_with_black_borders(pictures):
     assert len(seen) == 9
 
 
-def test_views_are_those_that_earlier_versions_kept_on_disk(pictures):
-    """Latents and features that were begun are continued: where this fails, they are of other views."""
-    mirrored = [True, True, True, True, False, False, True, False]
-    places = [(3, 1), (4, 0), (4, 1), (0, 2), (3, 0), (2, 3), (4, 4), (0, 2)]
-    views = augment_view(pictures[:8], range(8), 7, 3, True, 2)
-    for picture, view, turned, place in zip(pictures, views, mirrored, places, strict=False):
-        assert shifts(picture, mirror(view) if turned else view, 2, mode="constant", constant_values=-1) == [place]
-
-
-def test_a_view_needs_an_index_an_image(pictures):
-    with pytest.raises(ValueError, match="is longer than"):
-        augment_view(pictures[:3], range(2), 0, 1, True, 2)
-
-
 def test_mixup_mixes_images_and_targets_alike():
     """Images that are their targets are mixed into what their targets are mixed into, each with one other."""
     targets = torch.eye(40)

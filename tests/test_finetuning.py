@@ -246,7 +246,7 @@ def test_a_run_goes_on_in_other_batches_of_the_same_steps_and_in_another_precisi
 ):
     seen = []
     change = trainer.FineTuner.change
-    watched = lambda self, images, labels: seen.append(labels) or change(self, images, labels)  # noqa: E731
+    watched = lambda self, images, labels, draws: seen.append(labels) or change(self, images, labels, draws)  # noqa: E731
     monkeypatch.setattr(trainer.FineTuner, "change", watched)
     parts = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
     for number, changes in enumerate(({}, parts)):
@@ -647,7 +647,7 @@ def test_images_and_targets_are_mixed_and_smoothed_alike(tuner):
     labels = torch.arange(8)
     values = 10.0 ** -labels.float()  # every pair and share gives another value
     torch.manual_seed(1)
-    changed = tuner.change(values[:, None, None, None].expand(8, 1, 8, 8), labels)
+    changed = tuner.change(values[:, None, None, None].expand(8, 1, 8, 8), labels, tuner.draws(8))
     images, targets = changed["pixel_values"], changed["labels"]
     assert targets.shape == (8, 10)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
@@ -659,7 +659,7 @@ def test_images_and_targets_are_mixed_and_smoothed_alike(tuner):
 def test_smoothing_alone_is_torchs(tuner, monkeypatch):
     monkeypatch.setattr(tuner.options, "mixup", 0.0)
     labels, logits = torch.tensor([3, 1, 9]), torch.randn(3, 10)
-    targets = tuner.change(torch.zeros(3, 1, 8, 8), labels)["labels"]
+    targets = tuner.change(torch.zeros(3, 1, 8, 8), labels, tuner.draws(3))["labels"]
     expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(-(targets * logits.log_softmax(-1)).sum(-1).mean(), expected)
 

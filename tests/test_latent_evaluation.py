@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import load_vae, plain_config
 from ddae_hf.experiments import correspondences, make_card
-from ddae_hf.experiments.draws import POSTERIOR, indexed_noise
+from ddae_hf.experiments.draws import POSTERIOR, RowDraws, indexed_noise
 from ddae_hf.experiments.encoding import LatentFolder, describe_splits, encode_views
 from ddae_hf.experiments.evaluation import frechet_distance
 from ddae_hf.experiments.features import FeatureCache, extract_features
@@ -198,7 +198,7 @@ def test_fine_tuning_on_latents_saves_a_classifier_of_images(
 ):
     seen, change = [], FineTuner.change
     monkeypatch.setattr(
-        FineTuner, "change", lambda self, images, labels: seen.append(images) or change(self, images, labels)
+        FineTuner, "change", lambda self, images, *others: seen.append(images) or change(self, images, *others)
     )
     options = ["--latents_dir", str(latents), "--mixup", "0.3", "--max_train_steps", "4"]
     report = tune(latent_dit, digits, tmp_path, *options)
@@ -269,7 +269,7 @@ def test_the_rival_learns_from_latents_with_standard_normal_noise(latent_dit, va
     study = Study(DDAEModel.from_pretrained(latent_dit).eval(), train, test, options, tmp_path)
     images = train.read(range(TRAIN))
     with torch.no_grad():
-        noisy, sigma = study.noisy_batch(images, 0)
+        noisy, sigma = study.noisy_batch(images, RowDraws(0, range(TRAIN), "cpu"))
         noise = (noisy - encode(vae, images)) / sigma[:, None, None, None]
     assert noise.shape == (TRAIN, 4, 8, 8) and abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert abs(np.corrcoef(noise[0].flatten(), noise[1].flatten())[0, 1]) < 0.3

@@ -671,8 +671,8 @@ class TrigFlow(Family):
     def target_shares(self, sigma):
         return -sigma.atan().sin(), sigma.atan().cos()
 
-    def draw_usual(self, shape, device, generator):
-        return self.to_sigma(torch.rand(shape, device=device, generator=generator) * (math.pi / 2))
+    def usual(self, share):
+        return self.to_sigma(share * (math.pi / 2))
 
 
 def test_adding_a_family(images):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ddae_hf import DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments import Images, NoisyOptions, classify_noisy, features, noisy_classification
 from ddae_hf.experiments.arrays import rows_done
-from ddae_hf.experiments.draws import indexed_noise
+from ddae_hf.experiments.draws import RowDraws, indexed_noise
 from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet
 from ddae_hf.experiments.options import RANGES
 from ddae_hf.experiments.results import NoisyReport
@@ -104,7 +104,8 @@ def test_stored_features_are_those_of_each_images_own_level_and_noise(checkpoint
     clean = DDAEImageProcessor.from_pretrained(checkpoints / "ddpm")(train["image"][:], return_tensors="pt")
     for view in range(2):
         stored = np.load(tmp_path / "features" / f"view-{view}.npy")
-        logs = np.random.default_rng([0, view]).uniform(np.log(0.02), np.log(10), 60)[[7, 50]]
+        shares = RowDraws(0, [7, 50], "cpu", view).uniform((2,))
+        logs = np.log(0.02) + shares.numpy() * np.log(10 / 0.02)
         noise = indexed_noise((1, 8, 8), [7, 50], 0, 2 + view)
         with torch.no_grad():
             expected = model(clean["pixel_values"], sigma=torch.from_numpy(np.exp(logs)).float(), noise=noise)
@@ -338,7 +339,7 @@ def test_both_networks_are_told_the_level():
 
 def test_levels_are_log_uniform_in_their_range():
     options = NoisyOptions(sigma_min=0.02, sigma_max=5)
-    sigma = noisy_classification.log_uniform(options, 20000, [0, 1])
+    sigma = noisy_classification.log_uniform(options, torch.linspace(0, 1, 20000))
     shares = (sigma.log() - np.log(0.02)) / (np.log(5) - np.log(0.02))
     assert shares.min() > -1e-6 and shares.max() < 1 + 1e-6
     assert np.histogram(shares, 4, (0, 1))[0] == pytest.approx([5000] * 4, rel=0.06)

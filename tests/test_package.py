@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ddae_hf"
 # A module imports only modules of earlier lines.
 FLAT = [
-    ["cut", "families", "latents", "pickles", "remote_code"],
+    ["cut", "generators", "latents", "pickles", "remote_code"],
+    ["families"],
     ["augment", "labels", "noise", "weights"],
     ["network_class", "sampling"],
     ["dits", "unets"],
@@ -117,8 +118,6 @@ SEEDED_BY_CALLERS = {
     "training.steps": "training",
     "trainer.compute_loss": "finetuning",
     "finetuning.build_classifier": "finetuning",
-    "noisy_classification.stored_view": "noisy_classification",
-    "noisy_classification.batches": "noisy_classification",
     "noisy_classification.train_mlp": "noisy_classification",
     "noisy_classification.train_wide_resnet": "noisy_classification",
 }

@@ -224,11 +224,11 @@ from accelerate.state import PartialState
 from ddae_hf.experiments import pretraining
 from tests import commands
 
-def watched(args, batch, network):
+def watched(args, batch, network, draws):
     numbers = [hash(image.numpy().tobytes()) for image in batch["pixel_values"]]
     with open(f"{args.output_dir}-process-{PartialState().process_index}.jsonl", "a") as file:
         file.write(json.dumps(numbers) + chr(10))
-    return inputs(args, batch, network)
+    return inputs(args, batch, network, draws)
 
 def late(content, file, *args, **options):
     time.sleep("random_states_1" in str(file))  # long after the other process has written its own

@@ -12,6 +12,7 @@ from PIL import Image
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.commands.parsing import CONFIGS, parse
 from ddae_hf.experiments import Images, train_vae
+from ddae_hf.experiments.draws import RowDraws
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.vae_training import Autoencoder, VAEOptions, new_vae, reconstruction_loss
 
@@ -86,7 +87,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(trained, digits, tmp_p
 def test_the_divergence_is_the_one_of_the_posterior_and_weighs_as_the_sum_over_an_image():
     autoencoder = Autoencoder(new_vae(options())).eval()
     images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    reconstruction, divergence = autoencoder(images)
+    reconstruction, divergence = autoencoder(images, RowDraws(0, range(3), "cpu"))
     posterior = autoencoder.vae.encode(images).latent_dist
     normal = torch.distributions.Normal(posterior.mean, posterior.std)
     expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0, 1)).sum((1, 2, 3))

@@ -32,13 +32,14 @@ from torch import Tensor
 
 from ..augment import mirror
 from ..checkpoints import load_vae, plain_config
+from ..generators import Generator, uniform
 from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import downsampling
 from ..latents import encode as scaled_latents
 from ..weights import fingerprint
 from . import arrays
 from .devices import best_device, made_fast
-from .draws import POSTERIOR, indexed_noise
+from .draws import GENERATOR, POSTERIOR, indexed_noise
 from .features import evaluating
 from .image_set import Rows
 from .images import ImageInputs, Images, ImageSet, Inputs
@@ -195,12 +196,12 @@ def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None) 
     return Dataset.from_dict(columns).with_transform(rows)
 
 
-def one_view(pixel_values: Tensor) -> Tensor:
+def one_view(pixel_values: Tensor, generator: Generator = None) -> Tensor:
     """Return one random view of each image, (B, c, h, w) of (B, views, c, h, w); images stay as they are."""
     if pixel_values.ndim == 4:
         return pixel_values
     count, views = pixel_values.shape[:2]
-    drawn = torch.randint(views, (count,), device=pixel_values.device)
+    drawn = (uniform((count,), pixel_values.device, generator) * views).long()
     return pixel_values[torch.arange(count, device=pixel_values.device), drawn]
 
 
@@ -247,6 +248,8 @@ class LatentFolder:
             "seed": seed if sample_posterior else None,
             "splits": splits,
         }
+        if sample_posterior:
+            index["generator"] = GENERATOR
         path = Path(folder) / INDEX
         text = json.dumps({**notes, **index}, indent=2, sort_keys=True) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)

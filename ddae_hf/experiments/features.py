@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..modeling_ddae import DDAEModel
 from ..noise import family_of
 from ..weights import fingerprint
 from .arrays import StrPath, described_folder, fill
-from .draws import POSTERIOR, indexed_noise
+from .draws import GENERATOR, POSTERIOR, indexed_noise
 
 Images = Callable[[int], Iterable[Tensor]]
 
@@ -83,11 +84,12 @@ def batch_features(
     those of evaluation mode, in the type of the model's weights, whatever the caller's mode and autocast.
     """
     config, shape = model.config, model.config.sample_shape
-    noise = indexed_noise((config.num_noise_samples, *shape), indices, noise_seed, view).transpose(0, 1)
-    own = indexed_noise(shape, indices, noise_seed, view, purpose=POSTERIOR) if config.sample_posterior else None
+    draws = partial(indexed_noise, indices=indices, seed=noise_seed, view=view, device=model.device)
+    noise = draws((config.num_noise_samples, *shape)).transpose(0, 1)
+    own = draws(shape, purpose=POSTERIOR) if config.sample_posterior else None
     with evaluating(model):
         clean = model.encode(images.to(model.device), own)
-        hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise.to(model.device))
+        hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise)
         return {layer: pool_hidden_states(hidden[layer], config.pooling) for layer in layers}
 
 
@@ -114,6 +116,7 @@ class FeatureCache:
             "weights": fingerprint(model.denoiser, model.vae, dtype=None),
             "dtype": str(model.denoiser.dtype),
             "noise_seed": self.noise_seed,
+            "generator": GENERATOR,
         }
 
     def features(

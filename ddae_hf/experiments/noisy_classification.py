@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from ..weights import fingerprint
 from .arrays import StrPath, differences, fill, kept_or_temporary, read_json, write_json
 from .batches import Batches, whole
 from .devices import machine
-from .draws import POSTERIOR, indexed_noise, seed_by, separate_randomness
+from .draws import GENERATOR, POSTERIOR, RowDraws, indexed_noise, seed_by, separate_randomness
 from .features import FeatureCache, batch_features
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
 from .models import Model, check_taps, open_model, open_processor, report_facts
@@ -181,7 +182,8 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
         shared |= {"vae": fingerprint(model.vae, dtype=None), "sample_posterior": model.config.sample_posterior}
     source = {"scheduler": model.config.scheduler, "pooling": model.config.pooling}
     source |= {"weights": fingerprint(model.denoiser, model.vae, dtype=None), "dtype": str(model.denoiser.dtype)}
-    folders = {"features": (["layers", "null_class", "noise_seed", "batch_size"], source | shared)}
+    source["generator"] = GENERATOR
+    folders = {"features": (["layers", "null_class", "noise_seed"], source | shared)}
     if options.wide_resnet:
         folders[WIDE_RESNET] = (["wide_resnet", "wide_resnet_batch_size"], shared)
     for name, (names, more) in folders.items():
@@ -205,11 +207,12 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
     return checkpoint
 
 
-def log_uniform(options: NoisyOptions, count: int, seed: list[int]) -> Tensor:
-    """Draw noise levels (count,), float32."""
-    low, high = np.log((options.sigma_min, options.sigma_max))
-    sigmas = np.exp(np.random.default_rng(seed).uniform(low, high, count))
-    return torch.from_numpy(sigmas.clip(options.sigma_min, options.sigma_max)).float()  # inside the schedule
+def log_uniform(options: NoisyOptions, share: Tensor) -> Tensor:
+    """Return the noise levels (N,) below which these shares (N,) of their log-uniform distribution are."""
+    low = float(options.sigma_min or 0)
+    high = float(options.sigma_max or 0)
+    sigmas = torch.exp(math.log(low) + share * math.log(high / low))
+    return sigmas.clamp(low, high)  # rounding must not lead out of the schedule
 
 
 @dataclass
@@ -230,28 +233,28 @@ class Study:
     def stored_view(self, view: int) -> tuple[np.ndarray, Tensor]:
         """Return the training images' features (N, C) in a draw, kept on disk, and their levels (N,)."""
         options = self.options
-        sigmas = log_uniform(options, len(self.train), [options.noise_seed, view])
+        device = self.model.device
+        count = len(self.train)
         size = sum(hidden_size(self.model.denoiser, layer, self.model.config.pooling) for layer in self.layers)
 
         def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
-            seed_by(options.seed, view)
-            first = 0
             title = f"features, view {view + 1} of {options.num_views}"
-            for images in self.train.batches(options.batch_size, title=title):
-                rows = range(first, first := first + len(images))
-                # Noise is drawn in order, also for images whose features are there.
-                images = random_changes(images, options.random_flip, options.random_crop)
-                if rows.start >= start:
-                    level = sigmas[rows.start : rows.stop].to(self.model.device)
-                    drawn = {"noise_seed": options.noise_seed, "view": 2 + view}
-                    found = batch_features(self.model, images, rows, self.layers, level, **drawn)
-                    values = torch.cat([found[layer] for layer in self.layers], dim=1)
-                    if not values.isfinite().all():
-                        raise ValueError("Some features are not finite: the network overflows. Run it in float32.")
-                    yield {name: values}
+            for images in self.train.batches(options.batch_size, start=start, title=title):
+                rows = range(start, start := start + len(images))
+                draws = RowDraws(options.seed, rows, device, view)
+                sigma = log_uniform(options, draws.uniform((len(rows),)))
+                images = random_changes(images.to(device), options.random_flip, options.random_crop, draws)
+                found = batch_features(
+                    self.model, images, rows, self.layers, sigma, noise_seed=options.noise_seed, view=2 + view
+                )
+                yield {name: torch.cat([found[layer] for layer in self.layers], dim=1)}
 
         name = f"view-{view}"
-        return fill(self.folder / "features", {name: (size,)}, len(self.train), batches)[name], sigmas
+        features = fill(self.folder / "features", {name: (size,)}, count, batches)[name]
+        if not np.isfinite(features).all():
+            raise ValueError("Some features are not finite: the network overflows. Run it in float32.")
+        levels = RowDraws(options.seed, range(count), device, view).uniform((count,))  # as the batches drew them first
+        return features, log_uniform(options, levels)
 
     def train_mlp(self) -> tuple[NoiseConditionalMLP, dict[str, Any]]:
         """Return the MLP trained on stored features, which it standardises, and what it is built from."""
@@ -272,7 +275,7 @@ class Study:
         for view in tqdm(passes, desc="MLP"):
             for batch in torch.randperm(len(labels)).split(options.train_batch_size):
                 inputs = torch.from_numpy(stored[view][batch.numpy()]).to(device)
-                loss = F.cross_entropy(mlp(inputs, sigmas[view][batch].to(device)), labels[batch].to(device))
+                loss = F.cross_entropy(mlp(inputs, sigmas[view][batch]), labels[batch].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -300,8 +303,8 @@ class Study:
             order = np.random.default_rng([options.seed, epoch]).permutation(len(self.train))
             return [order[first : first + size] for first in range(0, len(order), size)]
 
-        def loss(batch: dict[str, Tensor]) -> Tensor:
-            noisy, sigma = self.noisy_batch(batch["pixel_values"], loop.progress.batches)
+        def loss(batch: dict[str, Tensor], draws: RowDraws) -> Tensor:
+            noisy, sigma = self.noisy_batch(batch["pixel_values"], draws)
             logits = network(noisy.to(memory_format=torch.channels_last), sigma)
             return F.cross_entropy(logits, batch["labels"].to(sigma.device))
 
@@ -326,14 +329,14 @@ class Study:
                 loop.checkpoint()
         return network.eval(), config
 
-    def noisy_batch(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Return noisy images or latents (B, C, H, W) and their levels (B,), functions of torch's seed and the step."""
-        images = random_changes(images, self.options.random_flip, self.options.random_crop)
-        sigma = log_uniform(self.options, len(images), [self.options.seed, step])
-        noise = torch.randn(len(images), *self.model.config.sample_shape)
-        device = self.model.device
-        clean = self.model.encode(images.to(device), torch.randn_like(noise)).cpu()
-        return (clean + sigma[:, None, None, None] * noise).to(device), sigma.to(device)
+    def noisy_batch(self, images: Tensor, draws: RowDraws) -> tuple[Tensor, Tensor]:
+        """Return noisy images or latents (B, C, H, W) and their levels (B,), with draws for the images."""
+        shape = (len(images), *self.model.config.sample_shape)
+        sigma = log_uniform(self.options, draws.uniform(shape[:1]))
+        images = images.to(self.model.device)
+        images = random_changes(images, self.options.random_flip, self.options.random_crop, draws)
+        clean = self.model.encode(images, draws.normal(shape))
+        return clean + sigma[:, None, None, None] * draws.normal(shape), sigma
 
     @torch.no_grad()
     def accuracies(self, name: str, network: nn.Module) -> list[float]:
@@ -367,10 +370,11 @@ class Study:
         for images in self.test.batches(self.options.batch_size, title="test"):
             rows = slice(first, first := first + len(images))
             indices = range(rows.start, rows.stop)
+            draws = partial(indexed_noise, indices=indices, seed=seed, view=TEST_VIEW, device=self.model.device)
             own = None
             if config.sample_posterior:
-                own = indexed_noise(config.sample_shape, indices, seed, TEST_VIEW, purpose=POSTERIOR)
+                own = draws(config.sample_shape, purpose=POSTERIOR)
             clean = self.model.encode(images.to(self.model.device), own)
-            noise = indexed_noise(config.sample_shape, indices, seed, TEST_VIEW).to(clean)
+            noise = draws(config.sample_shape).to(clean)
             for number, sigma in enumerate(self.sigmas):
                 yield number, rows, network(clean + sigma * noise, clean.new_full((len(clean),), sigma))

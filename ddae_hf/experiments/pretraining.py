@@ -29,6 +29,7 @@ from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
 from .batches import Batch, clean_images
+from .draws import RowDraws
 from .encoding import LatentFolder, one_view
 from .images import Images
 from .models import base_model
@@ -193,15 +194,15 @@ class Pretraining:
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, draws: RowDraws) -> Tensor:
         """Return the loss of a batch."""
         options, loop = self.options, self.loop
-        batch["pixel_values"] = one_view(batch["pixel_values"])
-        clean, labels = training_inputs(options, batch, self.diffusion.own)
+        batch["pixel_values"] = one_view(batch["pixel_values"], draws)
+        clean, labels = training_inputs(options, batch, self.diffusion.own, draws)
         if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
             clean = reduced(clean, options.low_resolution)
         log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
-        return self.diffusion.loss(clean, class_labels=labels, log_normal=log_sigma).mean()
+        return self.diffusion.loss(clean, class_labels=labels, log_normal=log_sigma, generator=draws).mean()
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""
@@ -292,14 +293,16 @@ class Pretraining:
         return result
 
 
-def training_inputs(options: PretrainingOptions, batch: Batch, network: Any) -> tuple[Tensor, Tensor | None]:
+def training_inputs(
+    options: PretrainingOptions, batch: Batch, network: Any, draws: RowDraws
+) -> tuple[Tensor, Tensor | None]:
     """Return clean images as floats, augmented if asked for, and what the network is told of them."""
     clean = clean_images(batch["pixel_values"], network.config)
     labels = batch.get("labels")
     if options.augment:
-        clean, numbers = augment(clean, options.augment)
+        clean, numbers = augment(clean, options.augment, draws)
         return clean, embed_labels(numbers, network_of(network).vector_width(network))
     if labels is not None:
         null_class = network_of(network).num_labels(network.config) - 1
-        labels = drop_labels(labels, null_class, options.label_dropout)
-    return random_flip(clean) if options.random_flip else clean, labels
+        labels = drop_labels(labels, null_class, options.label_dropout, draws)
+    return random_flip(clean, draws) if options.random_flip else clean, labels

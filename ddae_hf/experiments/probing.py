@@ -34,7 +34,7 @@ from .arrays import StrPath
 from .batches import Batch, Batches
 from .classes import draw_images, draw_labels
 from .devices import made_fast
-from .draws import separate_randomness
+from .draws import RowDraws, separate_randomness
 from .features import FeatureCache, batch_features
 from .images import ImageInputs, ImageSet, Inputs, noise_view
 from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_regression, knn_predict, uniformity
@@ -272,7 +272,7 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
             schedule=CosineAnnealingLR(optimizer, options.num_train_epochs * steps), desc=f"sigma {sigma:g}, training",
         )  # fmt: skip
 
-        def loss(batch: Batch) -> Tensor:
+        def loss(batch: Batch, draws: RowDraws) -> Tensor:
             epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are
             some = batch["rows"].numpy()
             images, view = prober.train.read(some, epoch), noise_view(False, epoch)

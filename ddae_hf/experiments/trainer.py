@@ -31,7 +31,7 @@ from ..modeling_ddae import DDAEForImageClassification
 from .arrays import read_json, write_json
 from .batches import whole
 from .devices import fast_layout
-from .draws import seed_by
+from .draws import RowDraws, seed_by
 from .encoding import one_view
 from .images import Inputs
 from .metrics import classification_metrics
@@ -144,7 +144,8 @@ class Progress(ProgressCallback):
 class FineTuner(Trainer):
     """Trainer of a classifier, on `LabelledRows`.
 
-    What is random in a step depends on (seed, step, process, batch) alone, so that a resumed run repeats it.
+    What is drawn for an image in training depends on (seed, its place in the step) alone, however the images of a step
+    are shared out; mixup and dropout depend on (seed, step, process, batch). So a resumed run repeats all of it.
     """
 
     model: Any
@@ -181,23 +182,32 @@ class FineTuner(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         seed_by(self.options.seed, self.state.global_step, self.args.process_index, self.batch)
-        inputs = inputs | self.change(one_view(inputs["pixel_values"]), inputs["labels"])
+        draws = self.draws(len(inputs["labels"]))
+        inputs = inputs | self.change(one_view(inputs["pixel_values"], draws), inputs["labels"], draws)
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         self.batch += 1
         self.images_seen += len(inputs["labels"]) * self.args.world_size
         self.losses.append(loss.detach())
         return loss
 
-    def change(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return flipped, cropped and mixed images, and their classes as smoothed probabilities (B, K)."""
-        images = random_changes(images, self.options.random_flip, self.options.random_crop)
-        targets = F.one_hot(labels, len(self.model.config.id2label)).float()
+    def draws(self, count: int) -> RowDraws:
+        """Return draws for the batch that is trained on now, of so many images."""
+        batches = self.state.global_step * self.args.gradient_accumulation_steps + self.batch  # of every process
+        first = (batches * self.args.world_size + self.args.process_index) * self.args.train_batch_size
+        return RowDraws(self.options.seed, range(first, first + count), self.args.device)
+
+    def change(self, images: Tensor, labels: Tensor, draws: RowDraws) -> dict[str, Tensor]:
+        """Return flipped, cropped and mixed images, their noise, and their classes as smoothed probabilities (B, K)."""
+        config = self.model.config
+        noise = draws.normal((len(images), config.num_noise_samples, *config.sample_shape)).transpose(0, 1)
+        images = random_changes(images, self.options.random_flip, self.options.random_crop, draws)
+        targets = F.one_hot(labels, len(config.id2label)).float()
         if self.options.mixup:
             images, targets = mixup(images, targets, self.options.mixup)
         images = images.contiguous(memory_format=fast_layout(images.device))
         # Label smoothing (Szegedy et al. 2016, arXiv 1512.00567).
         targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), self.options.label_smoothing)
-        return {"pixel_values": images, "labels": targets}
+        return {"pixel_values": images, "labels": targets, "noise": noise}
 
     def restore(self, checkpoint: Path) -> None:
         """Take over progress and averages, of which Trainer does not know; raise `ValueError` if it is another run.

@@ -1,6 +1,8 @@
 """The loop that trains: resumable steps with accelerate, averaged weights, checkpoints, signals, progress.
 
-What is random in a step depends on (seed, number of the batch, process) alone, so that a resumed run repeats it.
+What a loss draws depends on (seed, number of the image in the whole run) alone: a resumed run repeats it, and so does
+one on another number of processes, or with other batches of the same step. What else is random, which is dropout,
+depends on (seed, number of the batch, process).
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from tqdm.auto import tqdm
 from .arrays import StrPath, write_json
 from .batches import Batch, Batches
 from .devices import machine
-from .draws import seed_by, separate_randomness
+from .draws import RowDraws, seed_by, separate_randomness
 from .run_folder import PROGRESS, Progress, alone_in, discard, note_files, saved_checkpoints, saving
 from .stopping import Stopping, check_weights, interrupted, look, not_finite
 
 logger = logging.getLogger(__name__)
+Loss = Callable[[Any, RowDraws], Tensor]
 
 NUM_LOSSES = 100  # batches over which the loss is averaged
 LOOKS = 10  # steps between two looks at losses and weights
@@ -156,10 +159,10 @@ class Loop:
     def _weights(self) -> list[Tensor]:
         return [*self.module.state_dict().values(), *([] if self.ema is None else self.ema.shadow_params)]
 
-    def run(
-        self, loss: Callable[[Any], Tensor], sample: Callable[[int], None] | None = None, sample_steps: int = 0
-    ) -> None:
+    def run(self, loss: Loss, sample: Callable[[int], None] | None = None, sample_steps: int = 0) -> None:
         """Train to the last step, with the loss of a batch; `sample` is called after every `sample_steps` of them.
+
+        The loss is a function of the batch and of draws for its rows.
 
         Raises:
             NotFinite: A loss or weights that are not finite; nothing of them is saved.
@@ -195,7 +198,7 @@ class Loop:
             return contextlib.nullcontext()
         return alone_in(self.folder)
 
-    def steps(self, loss: Callable[[Any], Tensor]) -> Iterator[int]:
+    def steps(self, loss: Loss) -> Iterator[int]:
         """Train, and yield the number of every step that is done, up to the last."""
         self.module.train()
         if self.progress.steps == self.total_steps:
@@ -204,7 +207,7 @@ class Loop:
         for batch in self.batches():
             seed_by(self.seed, progress.batches, accelerator.process_index)
             with accelerator.accumulate(self.module):
-                found = loss(batch)
+                found = loss(batch, self.draws(len(next(iter(batch.values())))))
                 accelerator.backward(found)
                 if accelerator.sync_gradients and self.max_grad_norm:
                     accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
@@ -223,6 +226,11 @@ class Loop:
             yield progress.steps
             if progress.steps == self.total_steps:
                 return
+
+    def draws(self, count: int) -> RowDraws:
+        """Return draws for the next batch of this process, of so many rows: batches of all processes are alike."""
+        first = self.progress.images + self.accelerator.process_index * count
+        return RowDraws(self.seed, range(first, first + count), self.accelerator.device)
 
     def batches(self) -> Iterator[Batch]:
         """Yield batches without end, from where `progress` is; whoever takes them counts them."""

@@ -17,6 +17,7 @@ from ..configuration_ddae import DDAEConfig
 from ..hidden_states import hidden_size
 from ..modeling_ddae import DDAEModel
 from .arrays import kept_or_temporary, num_bytes, size
+from .draws import GENERATOR
 from .encoding import LatentFolder, LatentInputs, describe_splits, encode_views
 from .finetuning import FinetuningOptions, check_finetuning, finetune
 from .images import ImageInputs, Images, labelled_splits
@@ -91,11 +92,12 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
     denoiser, vae = _open(model, options)
     sides = processor.size["height"], processor.size["width"]
     views: Any = {"flip": options.flips, "crop_padding": options.crop_padding, "seed": options.seed}
+    changes = {**views, "generator": GENERATOR} if options.num_views > 1 else {}
     pixels = {"train": ImageInputs(train, processor, **views), "test": ImageInputs(test, processor, **views)}
     with kept_or_temporary(options.output_dir) as kept:
         where = options.latents_dir or str(kept / "latents")
         folder = LatentFolder.create(
-            where, vae, sides, describe_splits(pixels, options.num_views, views if options.num_views > 1 else {}),
+            where, vae, sides, describe_splits(pixels, options.num_views, changes),
             sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
             vae_source=path_of(model),
         )  # fmt: skip

@@ -30,7 +30,7 @@ from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
 from ..pipeline_ddae import DDAEPipeline
 from .batches import Batch, clean_images, image_batches, images_hash
-from .draws import separate_randomness
+from .draws import RowDraws, separate_randomness
 from .images import Images, ImageSet
 from .options import Table, option
 from .plots import image_grid
@@ -113,11 +113,12 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, draws: RowDraws) -> tuple[Tensor, Tensor]:
         """Return reconstructions (B, C, H, W) from draws of the posterior, and its divergence (B,) in nats."""
         # The divergence takes exponentials, which are kept out of half precision.
         posterior = DiagonalGaussianDistribution(self.vae.encode(images).latent_dist.parameters.float())
-        return self.vae.decode(posterior.sample()).sample.float(), posterior.kl()
+        latents = posterior.mean + posterior.std * draws.normal(tuple(posterior.mean.shape))
+        return self.vae.decode(latents).sample.float(), posterior.kl()
 
 
 def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any) -> VAEResult:
@@ -154,10 +155,10 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
             return finished
         logger.info(f"Training on {len(train)} images of {options.resolution} pixels, {len(held_out)} are held out.")
 
-        def loss(batch: Batch) -> Tensor:
+        def loss(batch: Batch, draws: RowDraws) -> Tensor:
             clean = clean_images(batch["pixel_values"], vae.config)
-            clean = random_flip(clean) if options.random_flip else clean
-            return reconstruction_loss(options, clean, *loop.module(clean))
+            clean = random_flip(clean, draws) if options.random_flip else clean
+            return reconstruction_loss(options, clean, *loop.module(clean, draws))
 
         loop.run(loss)
         accelerator.wait_for_everyone()
