@@ -332,7 +332,7 @@ class _Unfinished:
                 came = f"Rows of {name} came with shape {values.shape[1:]} and type {values.dtype}"
                 raise ValueError(f"{came}, but {shape[1:]} and {self.dtype} were announced.")
             new = np.ascontiguousarray(values[max(0, rows.count - start) :])
-            left = memoryview(new.reshape(-1).view(np.uint8))
+            left = new.reshape(-1).view(np.uint8).data
             with writing(_partial(self.folder, name)):
                 while len(left):
                     left = left[self.files[name].write(left) :]  # less than all of it where the disk is nearly full
