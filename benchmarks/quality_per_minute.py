@@ -11,7 +11,7 @@ held-out training images, with the first seed.
 How many steps fit is measured first, in a short run of each recipe; the minutes that a run then took are reported. A
 checkpoint is probed by `ddae sweep`: layer and noise level are chosen on held-out training images, and tested once; for
 the first seed after every quarter of the training, for the others at the end. Options that are not named here go to the
-sweep. What is done is not done again: an interrupted benchmark goes on. Both recipes train and are probed on `--device`.
+sweep. What is done is not done again: an interrupted benchmark goes on. Both recipes run on `--device`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def begin(args: argparse.Namespace, rest: list[str]) -> None:
     known |= {"device": args.device}
     begun = path.exists() and (args.output_dir / STEP_SECONDS).exists()  # the first that a run writes
     if begun and json.loads(path.read_text(encoding="utf-8")) != known:
-        raise SystemExit(f"{args.output_dir} holds runs of another --config, data set, sweep or --device: give another.")
+        other = "another --config, data set, sweep or --device"
+        raise SystemExit(f"{args.output_dir} holds runs of {other}: give another folder.")
     write_json(path, known)
 
 
