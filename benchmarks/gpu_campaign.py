@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--stage", choices=list(STAGES), required=True)
     add("--minutes", type=float, default=MINUTES, help=f"What the stage may take in all; by default {MINUTES:g}.")
     add("--train_minutes", type=float, help="Minutes of a training, over several calls; by default what one allows.")
-    add("--dataset_name", help="CIFAR-10 as a local folder, or a Hub id; of speed and train.")
+    add("--dataset_name", help="CIFAR-10 as a local folder; of speed and train.")
     add("--output_dir", type=Path, default=Path("runs/gpu_campaign"), help="Folder of everything.")
     add("--device", choices=["cpu", "cuda"], default="cuda", help="cpu is for trying it out, with --tiny.")
     add("--tiny", action="store_true", help="Small networks and few images, to try it out.")
@@ -86,17 +86,16 @@ def smoke(campaign: Campaign) -> str:
     path = campaign.folder / "smoke.json"
     passed = set(read_json(path)["passed"]) if path.exists() else set()
     marked = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
-    files = [str(p.relative_to(ROOT)) for p in marked if p.name != "test_gpu_campaign.py"]
+    files = [str(p.relative_to(ROOT)) for p in marked]
     pytest = ["pytest", "-m", "gpu", "-p", "no:cacheprovider", "--color", "no"]
     chosen = ["-k", "draws"] if campaign.args.tiny else []
     campaign.run("collect", [*pytest, "--collect-only", *files, *chosen], needed=30)
-    log = (campaign.folder / "logs" / "collect.log").read_text(encoding="utf-8")
-    tests = [line for line in log.splitlines() if line.startswith("tests/") and "::" in line]
+    tests = [line for line in campaign.printed("collect") if line.startswith("tests/") and "::" in line]
     if not tests:
-        raise SystemExit(f"No tests were found: {campaign.folder / 'logs' / 'collect.log'} says why.")
+        raise SystemExit(f"No tests were found in the time that there was: {campaign.log('collect')} may say why.")
     ordered = sorted(tests, key=lambda test: test in passed)
     campaign.run("tests", [*pytest, "-vv", "-rfE", *ordered], needed=30)
-    log = (campaign.folder / "logs" / "tests.log").read_text(encoding="utf-8", errors="replace")
+    log = "\n".join(campaign.printed("tests"))
     found: dict[str, str] = dict(OUTCOME.findall(log))
     reasons = dict(REASON.findall(log))
     failed = {test: reasons.get(test, "see logs/tests.log") for test in tests if found.get(test) in ("FAILED", "ERROR")}
@@ -198,7 +197,7 @@ def parts(campaign: Campaign) -> dict[str, Part]:
         "layouts": Part(["benchmarks.gpu_parts", "layouts", *device], of_part, 120),
         "sweep": Part(sweep, of_sweeps, 120),
     }
-    return found if args.tiny else {**found, "features of DiT-XL/2": Part(dit, of_features, 60)}
+    return found if args.tiny else {**found, "features of DiT-XL/2": Part(dit, of_features, 120)}
 
 
 def speed(campaign: Campaign) -> str:

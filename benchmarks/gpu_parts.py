@@ -102,7 +102,7 @@ def host(args: argparse.Namespace) -> list[Row]:
     def draw(draws: int) -> None:
         for first in range(0, count, size):
             shape = (draws, *model.config.sample_shape)
-            indexed_noise(shape, range(first, min(first + size, count)), device=device).to(device)
+            indexed_noise(shape, range(first, min(first + size, count)), device=device)
 
     started = time.perf_counter()
     read()

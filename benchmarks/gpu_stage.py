@@ -35,9 +35,20 @@ class Campaign:
         """Return the seconds that are left for measuring."""
         return self.deadline - time.monotonic()
 
+    def log(self, name: str) -> Path:
+        """Return the file of what a part prints."""
+        return self.folder / "logs" / f"{name.replace('/', '-')}.log"
+
+    def printed(self, name: str) -> list[str]:
+        """Return the lines that a part has printed in this call; none if it was not begun."""
+        log = self.log(name)
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        return text.replace("\r", "\n").splitlines()
+
     def environment(self, compiled: bool = False) -> dict[str, str]:
         """Return the environment of a part's process."""
-        given = {**os.environ, "HF_HUB_OFFLINE": "1", "DDAE_TEST_DEVICE": self.args.device, "PYTHONUNBUFFERED": "1"}
+        given = {**os.environ, "HF_HUB_OFFLINE": "1", "DDAE_TEST_DEVICE": self.args.device}
+        given |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}  # logs are whole lines, as they come
         if self.args.device == "cpu":
             given |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         return given | ({"ACCELERATE_DYNAMO_BACKEND": "inductor"} if compiled and not self.args.tiny else {})
@@ -48,10 +59,11 @@ class Campaign:
         It is not begun with less than `needed` seconds before the deadline, and it is interrupted `reserve` seconds
         before it.
         """
+        log = self.log(name)
+        log.unlink(missing_ok=True)
         if not self.args.tiny and self.left() - reserve < needed:
             self.left_out.append(f"{name} ({max(0.0, self.left() - reserve):.0f} s left, {needed:.0f} s needed)")
             return False
-        log = self.folder / "logs" / f"{name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         with log.open("w", encoding="utf-8") as file:
@@ -66,8 +78,7 @@ class Campaign:
         if not in_time:
             self.left_out.append(f"{name} (interrupted after {seconds:.0f} s)")
         elif process.returncode:
-            tail = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()[-LINES:]
-            print("\n".join(f"    {line}" for line in tail), flush=True)
+            print("\n".join(f"    {line}" for line in self.printed(name)[-LINES:]), flush=True)
         return process.returncode == 0
 
 

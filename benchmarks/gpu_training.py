@@ -134,7 +134,7 @@ def result(folder: Path, checkpoint: Path, outputs: Path, done: bool) -> dict[st
     trained = read_json(checkpoint / (PretrainingReport.file if done else PROGRESS))
     found = {
         "planned_steps": plan["steps"],
-        "step_seconds": plan["timed"],
+        "step_seconds": {name: seconds for name, seconds in plan["timed"].items() if name in ("low", "high", "mean")},
         **{name: trained[name] for name in ("steps", "images")},
         "minutes": trained["seconds"] / 60,
         "images_per_second": trained["images"] / trained["seconds"],

@@ -181,6 +181,7 @@ def test_sampling_is_measured(checkpoint, tmp_path, small_limits):
     assert check_rows(rows)["plain, batches of 4"]["ratio"] == 1
 
 
+@pytest.mark.slow
 def test_steps_on_small_and_on_whole_images_are_timed(digits, tmp_path):
     options = ["--config", "digits", "--dataset_name", str(digits), "--low_resolution", "4"]
     options += ["--low_resolution_share", "0.25", "--total_batch_size", "16"]
