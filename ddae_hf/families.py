@@ -295,7 +295,7 @@ class Family(ABC):
         return str(self.scheduler.config.get("variance_type")).startswith("learned")
 
     def set_timesteps(self, count: int) -> None:
-        """Set the scheduler's timesteps for `count` steps, on the host: its steps read numbers there without waiting."""
+        """Set the scheduler's timesteps for `count` steps, on the host, where its steps read them without waiting."""
         self.scheduler.set_timesteps(count)
 
     def first_sample(self, noise: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import DataLoaderConfiguration, DynamoBackend, GradientAccumulationPlugin, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from .stopping import Look, Stopping, check_weights, interrupted, not_finite
 
 logger = logging.getLogger(__name__)
 
+GRAPHS = 64  # that a compiled training may have of one class of blocks, which differ in their channels
 NUM_LOSSES = 100  # batches over which the loss is averaged
 LOOKS = 10  # steps between two looks at losses and weights
 
@@ -62,15 +63,24 @@ def accelerated(*, seed: int | None = None, accumulation: int = 1, **options: An
         try:
             for kind in kinds:
                 kind._shared_state.clear()
-            yield Accelerator(
+            accelerator = Accelerator(
                 gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation, sync_with_dataloader=False),
                 dataloader_config=DataLoaderConfiguration(non_blocking=True),
                 **options,
             )
+            with _compiling(accelerator):
+                yield accelerator
         finally:
             for kind, state in zip(kinds, before, strict=True):
                 kind._shared_state.clear()
                 kind._shared_state.update(state)
+
+
+def _compiling(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+    """Let every block be compiled where accelerate compiles: beyond eight of a class torch would run others as is."""
+    if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS)  # type: ignore[no-untyped-call]
 
 
 @dataclass
