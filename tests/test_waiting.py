@@ -8,7 +8,7 @@ counted, with the function that asked. What may be is in the tables below, with 
 import contextlib
 import importlib
 import math
-import traceback
+import sys
 from collections import Counter
 from functools import partial
 
@@ -46,7 +46,7 @@ from ddae_hf.sampling import Heun
 from .conftest import TINY, make_dit, make_unet
 
 DEVICE = torch.device("meta")
-PLACES = ("/ddae_hf/", "/diffusers/", "/accelerate/", "/transformers/")
+LIBRARIES = {"ddae_hf", "diffusers", "accelerate", "transformers"}
 
 READ = "a value is read"
 WRITTEN = "numbers of Python are sent"
@@ -62,11 +62,12 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 
 
 def place():
-    """Return the file and the function of the library that asks, the innermost one outside torch."""
-    for frame in reversed(traceback.extract_stack()):
-        for part in PLACES:
-            if part in frame.filename:
-                return part.strip("/") + "/" + frame.filename.rpartition(part)[2] + ":" + frame.name
+    """Return the module and the function of the library that asks, the innermost one outside torch."""
+    frame = sys._getframe()
+    while frame is not None:
+        if (module := frame.f_globals.get("__name__", "")).partition(".")[0] in LIBRARIES:
+            return f"{module}:{frame.f_code.co_name}"
+        frame = frame.f_back
     return "the test"
 
 
@@ -157,6 +158,39 @@ def watching(monkeypatch):
     return watched
 
 
+FAULTS = {
+    "x.max().item()": READ,
+    "float(x.sum())": READ,
+    "x.isfinite().all() or 0": READ,
+    "x.min() < 0 or 1": READ,
+    "x.nonzero()": READ,
+    "torch.equal(x, x)": READ,
+    "x.tolist()": FETCHED,
+    "x.cpu()": FETCHED,
+    "torch.ones(4, 3).copy_(x)": FETCHED,
+    "torch.from_numpy(np.ones(3)).to(x.device)": SENT,
+    "torch.as_tensor(torch.ones(3), device=x.device)": SENT,
+    "x.copy_(torch.ones(4, 3), non_blocking=True)": SENT,
+    "torch.tensor([1.0, 2.0], device=x.device)": WRITTEN,
+    "torch.as_tensor(0.5, device=x.device)": WRITTEN,
+    "x.new_tensor([1.0])": WRITTEN,
+    "x[:, [0, 1]]": WRITTEN,
+    "x[x > 0]": MASKED,
+    "x[torch.tensor([1, 2])]": MIXED,
+    "torch.where(x > 0, torch.tensor(0.0), x)": MIXED,
+    "torch.linalg.solve(x @ x.T, x)": CHECKED,
+}
+HARMLESS = ["x * torch.tensor(2.0)", "torch.where(x > 0, 0.0, x)", "torch.full((3,), 2.0, device=x.device)", "len(x)"]
+
+
+@pytest.mark.parametrize("code", [*FAULTS, *HARMLESS])
+def test_what_waits_is_counted(code, watching):
+    x = torch.randn(4, 3, device=DEVICE)
+    with watching() as found:
+        eval(code, {"x": x, "torch": torch, "np": np})
+    assert [kind for kind, _ in found] == ([FAULTS[code]] if code in FAULTS else [])
+
+
 @pytest.fixture
 def on_the_device(monkeypatch):
     """Training on `meta`: networks go there before the optimiser is made, as no parameter can move there later."""
@@ -179,7 +213,7 @@ TRAININGS = {
     "DiT, DDPM, classes, two passes": {"denoiser": DIT, "class_conditional": True, "gradient_accumulation_steps": 2},
 }
 IN_TRAINING: dict[tuple[str, str], str] = {
-    (SENT, "accelerate/utils/operations.py:send_to_device"): "the batch itself, from pinned memory",
+    (SENT, "accelerate.utils.operations:send_to_device"): "the batch itself, from pinned memory",
 }
 
 
@@ -269,7 +303,7 @@ def test_what_is_seen_late_is_never_saved(bad, tmp_path):
 NETWORKS = {"U-Net": (make_unet, {}), "U-Net, classes": (make_unet, {"num_class_embeds": 5}), "DiT": (make_dit, {})}
 SCHEDULERS = {"DDPM": DDPMScheduler, "EDM": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 IN_FEATURES: dict[tuple[str, str], str] = {
-    (SENT, "ddae_hf/experiments/features.py:batch_features"): "to be mended: images and their noise are of the CPU",
+    (SENT, "ddae_hf.experiments.features:batch_features"): "to be mended: images and their noise are of the CPU",
 }
 
 
@@ -302,7 +336,7 @@ SAMPLERS = {
     "EDM's Heun": (EDMEulerScheduler, "heun"),
     "flow": (FlowMatchEulerDiscreteScheduler, None),
 }
-UNIPC = "diffusers/schedulers/scheduling_unipc_multistep.py:multistep_uni_"
+UNIPC = "diffusers.schedulers.scheduling_unipc_multistep:multistep_uni_"
 SOLVES = "diffusers' UniPC solves a linear system of a few numbers on the device"
 IN_SAMPLING: dict[tuple[str, str], str] = {
     (kind, f"{UNIPC}{part}_bh_update"): SOLVES for kind in (SENT, CHECKED) for part in ("p", "c")

@@ -164,7 +164,7 @@ def finetune(
     images = Images.open(images, cache_dir=options.cache_dir)
     run = run_to_resume(options)
     before = None if run is None else read_options(run).get("mixed_precision")
-    precision = training_precision(options.mixed_precision, before, torch.device(best_device()))
+    precision: Any = training_precision(options.mixed_precision, before, torch.device(best_device()))
     options = dataclasses.replace(options, mixed_precision=precision)
     given = DataOptions().to_dict() | images.opened_with | options.to_dict()
     with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:

@@ -157,7 +157,7 @@ class Loop:
             group.update(options)
         for parameter, state in self.optimizer.state.items():  # another device may have had another layout
             for name, value in state.items():
-                if value.shape == parameter.shape:
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
                     state[name] = laid_out_as(value, parameter)
         if self.schedule is not None:
             self.schedule.last_epoch = progress.steps
