@@ -282,18 +282,19 @@ def test_what_is_seen_late_is_never_saved(bad, tmp_path):
                 output_dir=folder, checkpointing_steps=every,
             )  # fmt: skip
             loop.waits = False  # as on a GPU
-            loop.accelerator.log = lambda values, step: shown.append(step)
+            loop.accelerator.log = lambda values, step: shown.append((step, loop.progress.steps))
             number = iter(range(1, total + 1))
             loop.run(lambda batch: module(batch["x"]).square().mean() * (math.nan if next(number) == bad else 1.0))
         return loop
 
     loop = trained(tmp_path / "good", 25, 50)
-    assert shown == [10, 20, 25, 30, 40, 50] and not loop.looks and len(loop.progress.losses) == 50
+    assert shown == [(10, 20), (20, 25), (25, 25), (30, 40), (40, 50), (50, 50)]  # steps, and when they are shown
+    assert not loop.looks and len(loop.progress.losses) == 50
     shown.clear()
     late = 10 * math.ceil(bad / 10)
     with pytest.raises(NotFinite, match=f"at step {late}"):
         trained(tmp_path / "late", 100, 50, bad)
-    assert shown == list(range(10, late, 10))
+    assert [step for step, _ in shown] == list(range(10, late, 10))
     with pytest.raises(NotFinite, match=f"at step {bad + 1}"):
         trained(tmp_path / "at once", bad + 1, 50, bad)
     for name in ("late", "at once"):
