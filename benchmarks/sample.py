@@ -226,7 +226,7 @@ def variants(args: Arguments, trained: Any, framework: str) -> Iterator[tuple[st
 
 def steps_for(calls: int, scheduler: Any, sampler: str | None) -> tuple[int, int]:
     """Return the most steps that so many calls allow, and the calls that they take: N steps of Heun's are 2 N - 1."""
-    if sampler == "heun" or isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+    if sampler == "heun" or scheduler.order == 2:
         steps = (calls + 1) // 2
         return steps, 2 * steps - 1
     return calls, calls
