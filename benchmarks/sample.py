@@ -1,16 +1,22 @@
 r"""Sampling: images a second at equal numbers of network calls, and how good images are after so many calls.
 
     python -m benchmarks.sample --model_name_or_path runs/cifar10_cpu --dataset_name uoft-cs/cifar10 \
-        --edm_model_name_or_path runs/cifar10_edm --num_images 5000 --output runs/benchmarks/sample.json
+        --edm_model_name_or_path runs/cifar10_edm --flow_model_name_or_path runs/cifar10_flow --num_images 5000 \
+        --output runs/benchmarks/sample.json
 
 - Speed: diffusers' `DDIMPipeline` as it comes (float32, contiguous) against `DDAEPipeline` in float32 and in bfloat16,
   in turn, each at the batch size that was fastest for it in this run. On a processor all of them keep the memory that
   they free, which the stock pipeline would not do by itself.
 - Precision: samples of the bfloat16 network and of the float32 one from the same noise, by their Frechet distance to
   the data.
-- Quality against calls: DDIM, DPM-Solver++ and UniPC on one checkpoint, and on a checkpoint of EDM the second-order
-  sampler of Karras et al. 2022 and EDM's DPM-Solver++, from the same noise in float32. Where the steps begin matters at
-  few calls: `leading` timesteps, DDIM's own, leave the noisiest levels out, `trailing` ones begin there.
+- Quality against calls: DDIM, DPM-Solver++ and UniPC on one checkpoint; on a checkpoint of EDM the second-order
+  sampler of Karras et al. 2022 and EDM's DPM-Solver++; on one of flow matching Euler's and Heun's steps; all from the
+  same noise in float32. Where the steps begin matters at few calls: `leading` timesteps, DDIM's own, leave the noisiest
+  levels out, `trailing` ones begin there. DPM-Solver++ of order 1 is DDIM with one difference: it derives the noise
+  anew from the clipped image, as all solvers of its kind do, where DDIM keeps the network's. Where it is much worse
+  than DDIM, the network is not good enough at high noise for these solvers.
+- Brightness: by how much the mean of an image varies from image to image, on the scale of [-1, 1]. A network that does
+  not see the mean of the noise makes images that are far too bright and far too dark.
 
 Distances are between features of `--extractor`, by default the sampled checkpoint's own, and can be compared only with
 others of the same run. Writes a JSON file with every figure, and a picture beside it.
@@ -19,12 +25,13 @@ others of the same run. Writes a JSON file with every figure, and a picture besi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import scipy.stats
 import torch
 from diffusers import (
@@ -32,6 +39,8 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from matplotlib.figure import Figure
@@ -52,16 +61,21 @@ from ddae_hf.noise import change_scheduler, family_of, new_scheduler
 
 from . import measure
 
-# Frameworks' samplers, by the scheduler that takes the steps and the pipeline's `sampler`.
-SAMPLERS: dict[str, dict[str, tuple[Any, str | None]]] = {
+# Frameworks' samplers: the scheduler that takes the steps, its options, and the pipeline's `sampler`.
+SAMPLERS: dict[str, dict[str, tuple[Any, dict[str, Any], str | None]]] = {
     "ddpm": {
-        "DDIM": (DDIMScheduler, None),
-        "DPM-Solver++": (DPMSolverMultistepScheduler, None),
-        "UniPC": (UniPCMultistepScheduler, None),
+        "DDIM": (DDIMScheduler, {}, None),
+        "DPM-Solver++, order 1": (DPMSolverMultistepScheduler, {"solver_order": 1}, None),
+        "DPM-Solver++": (DPMSolverMultistepScheduler, {}, None),
+        "UniPC": (UniPCMultistepScheduler, {}, None),
     },
     "edm": {
-        "EDM, Heun": (type(new_scheduler("edm")), "heun"),
-        "EDM, DPM-Solver++": (EDMDPMSolverMultistepScheduler, None),
+        "EDM, Heun": (type(new_scheduler("edm")), {}, "heun"),
+        "EDM, DPM-Solver++": (EDMDPMSolverMultistepScheduler, {}, None),
+    },
+    "flow": {
+        "Flow, Euler": (FlowMatchEulerDiscreteScheduler, {}, None),
+        "Flow, Heun": (FlowMatchHeunDiscreteScheduler, {}, None),
     },
 }
 SEARCH_CALLS, SEARCH_REPEATS = 2, 2  # every call takes as long as the others: a few find the best batch size
@@ -75,6 +89,7 @@ class Arguments(Options):
 
     model_name_or_path: str = option(help="Unconditional U-Net trained under DDPM, in any layout.")
     edm_model_name_or_path: str | None = option(None, "Another one of the same images, trained with EDM.")
+    flow_model_name_or_path: str | None = option(None, "Another one, trained with flow matching.")
     extractor: str | None = option(None, "As `ddae evaluate` takes it; by default ddae:MODEL_NAME_OR_PATH.")
     train_split: str = option("train", "Split of the images to compare with.")
     max_train_samples: int | None = option(None, "Use N images of that split, of all classes.")
@@ -171,11 +186,22 @@ def sides(network: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def sampled_features(
+def noted(batches: Iterable[list[Any]], brightness: list[float]) -> Iterator[list[Any]]:
+    """Yield batches of images as they are, and note the mean of each on the scale of [-1, 1]."""
+    for batch in batches:
+        brightness += [float(np.asarray(image).mean()) / 127.5 - 1 for image in batch]
+        yield batch
+
+
+def sampled(
     args: Arguments, pipeline: DDAEPipeline, extractor: Extractor, batch_size: int, steps: int, sampler: Any
-) -> Tensor:
-    """Return features (N, C) of images that start from noise which depends on the seed and their numbers alone."""
+) -> tuple[Tensor, float]:
+    """Return features (N, C) of images, and the deviation of their brightness.
+
+    They start from noise which depends on the seed and their numbers alone.
+    """
     shape = (pipeline.denoiser.config.in_channels, *sides(pipeline.denoiser))
+    brightness: list[float] = []
 
     def batches() -> Iterator[list[Any]]:
         for start in range(0, args.num_images, batch_size):
@@ -183,23 +209,27 @@ def sampled_features(
             noise = indexed_noise(shape, numbers, args.seed, purpose=SAMPLING)
             yield pipeline(len(numbers), latents=noise, num_inference_steps=steps, sampler=sampler).images
 
-    return extractor.compute(batches(), GENERATED_VIEW)
+    features = extractor.compute(noted(batches(), brightness), GENERATED_VIEW)
+    return features, float(np.std(brightness))
 
 
 def variants(args: Arguments, trained: Any, framework: str) -> Iterator[tuple[str, Any, str | None]]:
     """Yield the samplers of a framework: their names, their schedulers and the pipeline's `sampler`."""
-    for name, (kind, sampler) in SAMPLERS[framework].items():
+    for name, (kind, options, sampler) in SAMPLERS[framework].items():
         if "timestep_spacing" not in inspect.signature(kind).parameters:
-            yield name, change_scheduler(trained, kind), sampler
+            yield name, change_scheduler(trained, kind, **options), sampler
             continue
         for spacing in args.timestep_spacings:
-            yield f"{name}, {spacing}", change_scheduler(trained, kind, timestep_spacing=spacing), sampler
+            scheduler = change_scheduler(trained, kind, timestep_spacing=spacing, **options)
+            yield f"{name}, {spacing}", scheduler, sampler
 
 
-def steps_for(calls: int, sampler: str | None) -> tuple[int, int]:
-    """Return the most steps that so many calls allow, and the calls that they take: Heun's N are 2 N - 1."""
-    steps = (calls + 1) // 2 if sampler == "heun" else calls
-    return steps, 2 * steps - 1 if sampler == "heun" else steps
+def steps_for(calls: int, scheduler: Any, sampler: str | None) -> tuple[int, int]:
+    """Return the most steps that so many calls allow, and the calls that they take: N steps of Heun's are 2 N - 1."""
+    if sampler == "heun" or scheduler.order == 2:
+        steps = (calls + 1) // 2
+        return steps, 2 * steps - 1
+    return calls, calls
 
 
 def measure_quality(
@@ -216,11 +246,12 @@ def measure_quality(
     for name, scheduler, sampler in variants(args, trained, family_of(trained).name):
         pipeline.scheduler = scheduler
         for calls in args.calls:
-            steps, taken = steps_for(calls, sampler)
-            features = sampled_features(args, pipeline, extractor, batch_size, steps, sampler)
+            steps, taken = steps_for(calls, scheduler, sampler)
+            features, brightness = sampled(args, pipeline, extractor, batch_size, steps, sampler)
             distance = frechet_distance(reference, features)
-            print(f"{name}, {taken} calls: {distance:.4g}", flush=True)
-            rows.append({"sampler": name, "calls": calls, "calls_taken": taken, "steps": steps, "distance": distance})
+            print(f"{name}, {taken} calls: {distance:.4g}, brightness ± {brightness:.3f}", flush=True)
+            row = {"sampler": name, "calls": calls, "calls_taken": taken, "steps": steps}
+            rows.append(row | {"distance": distance, "brightness": brightness})
         kept = kept or [features]
     return rows, kept[0]
 
@@ -251,7 +282,7 @@ def measure_precision(
 ) -> dict[str, float]:
     """Return the distances of float32 and bfloat16 samples from the same noise, and what sets their scale."""
     _, pipeline.scheduler, _ = next(variants(args, pipeline.scheduler, "ddpm"))
-    bfloat16 = sampled_features(args, pipeline, extractor, batch_size, args.calls[-1], None)
+    bfloat16, _ = sampled(args, pipeline, extractor, batch_size, args.calls[-1], None)
     ratio, error = ratio_with_error(reference, float32, bfloat16)
     middle = len(reference) // 2
     return {
@@ -290,12 +321,12 @@ def by_sampler(quality: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     return {name: [row for row in quality if row["sampler"] == name] for name in {r["sampler"]: 0 for r in quality}}
 
 
-def quality_table(args: Arguments, quality: list[dict[str, Any]]) -> str:
-    """Return the distances as a Markdown table, with the calls where they are not the column's."""
+def quality_table(args: Arguments, quality: list[dict[str, Any]], figure: str) -> str:
+    """Return the distances, or another figure, as a Markdown table, with the calls where they are not the column's."""
 
     def cell(row: dict[str, Any]) -> str:
         fewer = "" if row["calls_taken"] == row["calls"] else f" ({row['calls_taken']})"
-        return f"{row['distance']:.4g}{fewer}"
+        return f"{row[figure]:.4g}{fewer}"
 
     lines = [[name, *map(cell, rows)] for name, rows in by_sampler(quality).items()]
     return measure.table(["sampler", *args.calls], lines)
@@ -306,7 +337,8 @@ def draw(path: Path, quality: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, rows) in enumerate(by_sampler(quality).items()):
-        style = {"marker": "os^Dv*Xp<>h"[i % 11], "linestyle": "--" if name.startswith("EDM") else "-"}
+        line = {"EDM": "--", "Flow": ":"}.get(name.split(",")[0], "-")
+        style = {"marker": "os^Dv*Xp<>h"[i % 11], "linestyle": line}
         axes.plot([row["calls_taken"] for row in rows], [row["distance"] for row in rows], label=name, **style)
     axes.set(title="Samplers", xlabel="network calls for an image", ylabel="Frechet distance to the data")
     axes.set(xscale="log", yscale="log")
@@ -328,7 +360,9 @@ def summary(args: Arguments, report: dict[str, Any]) -> str:
         "from the same noise:\n",
         precision_table(report["precision"]),
         "By calls of the network for an image (in brackets where fewer), in float32:\n",
-        quality_table(args, report["quality"]),
+        quality_table(args, report["quality"], "distance"),
+        f"Deviation of the images' brightness, which is {report['reference']['brightness']:.4g} for the data:\n",
+        quality_table(args, report["quality"], "brightness"),
     ]
     return "\n".join(parts)
 
@@ -341,19 +375,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         most = pipelines["float32"].scheduler.config.num_train_timesteps
         if max(*args.calls, args.speed_calls) > most:
             raise ValueError(f"{args.model_name_or_path} has {most} timesteps: calls and speed_calls allow no more.")
-        edm = args.edm_model_name_or_path and open_ours(args, args.edm_model_name_or_path, "edm", torch.float32)
+        paths = {"edm": args.edm_model_name_or_path, "flow": args.flow_model_name_or_path}
+        others = [open_ours(args, path, framework, torch.float32) for framework, path in paths.items() if path]
         real = data.open(args.cache_dir)[args.train_split].take(args.max_train_samples)
         images = Compared(f"real ({args.train_split})", real, REFERENCE_VIEW)
         extractor = open_extractor(args.extractor, cache_dir=args.cache_dir)
     report: dict[str, Any] = {"options": {**data.to_dict(), **args.to_dict()}}
     report |= {"facts": measure.facts(args.device), "limits": measure.limits(args.device)}
     report["speed"] = speed = measure_speed(args, pipelines, report["limits"])
-    reference = extractor.compute(images.batches(250), images.view)
+    brightness: list[float] = []
+    reference = extractor.compute(noted(images.batches(250), brightness), images.view)
     report["reference"] = {"name": images.name, "num_images": len(real), "features": reference.shape[1]}
+    report["reference"]["brightness"] = float(np.std(brightness))
     shared = (args, pipelines["float32"], extractor, reference, speed["float32"]["batch_size"])
     report["quality"], float32 = measure_quality(*shared)
-    if edm:
-        report["quality"] += measure_quality(args, edm, *shared[2:])[0]
+    for other in others:
+        report["quality"] += measure_quality(args, other, *shared[2:])[0]
     batch_size = speed["bfloat16"]["batch_size"]
     report["precision"] = measure_precision(args, pipelines["bfloat16"], extractor, reference, float32, batch_size)
     write_json(Path(args.output), report)

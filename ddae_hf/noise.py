@@ -306,8 +306,10 @@ def change_scheduler(trained: Any, kind: Any, **options: Any) -> Any:
     """Return a scheduler of another kind that denoises as the trained one does.
 
     If the trained one clips denoised images to [-1, 1] and the other kind has no `clip_sample`, the other one
-    thresholds at 1, which is the same. Small networks need this, and without it solvers of higher order drift away from
-    the data. `options` are the other scheduler's own, in place of what it takes over.
+    thresholds at 1, which clips the same image. Networks whose answers are off at high noise need this: without it the
+    samples leave [-1, 1] nearly everywhere. What a solver makes of a clipped image differs: `DDIMScheduler` keeps the
+    network's noise beside it, others derive the noise anew from it and the sample. `options` are the other scheduler's
+    own, in place of what it takes over.
     """
     config = trained.config
     known = inspect.signature(kind).parameters

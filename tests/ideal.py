@@ -10,9 +10,9 @@ MEAN, STD = 0.3, 0.4
 class Stub(UNet2DModel):
     """A network to all that look at it, whose answers are its own."""
 
-    def __init__(self):
+    def __init__(self, size=4):
         super().__init__(
-            sample_size=4, in_channels=1, out_channels=1, block_out_channels=(32,), layers_per_block=1,
+            sample_size=size, in_channels=1, out_channels=1, block_out_channels=(32,), layers_per_block=1,
             down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
         )  # fmt: skip
 
@@ -20,8 +20,8 @@ class Stub(UNet2DModel):
 class Ideal(Stub):
     """Answers as a network that knows that pixels are independent, of mean `MEAN` and deviation `STD`."""
 
-    def __init__(self, framework, prediction=None, abar=None, sigma_data=0.5):
-        super().__init__()
+    def __init__(self, framework, prediction=None, abar=None, sigma_data=0.5, size=4):
+        super().__init__(size)
         self.framework, self.prediction, self.abar, self.sigma_data = framework, prediction, abar, sigma_data
         self.calls = []
 
@@ -37,7 +37,7 @@ class Ideal(Stub):
             sigma = torch.exp(4 * t)
             c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()
             a, b = c_in, c_in * sigma
-        clean = MEAN + a * STD**2 * (x - a * MEAN) / (a**2 * STD**2 + b**2)
+        clean = self.clean(x, a, b)
         noise = (x - a * clean) / b
         if self.framework == "edm":
             c_skip = self.sigma_data**2 * c_in**2
@@ -50,8 +50,35 @@ class Ideal(Stub):
             output = {"epsilon": noise, "sample": clean, "v_prediction": a * noise - b * clean}[self.prediction]
         return UNet2DOutput(sample=output.float())
 
+    def clean(self, noisy, a, b):
+        """Return the expected image, given `a * image + b * noise`."""
+        return MEAN + a * STD**2 * (noisy - a * MEAN) / (a**2 * STD**2 + b**2)
 
-Ideal.__name__ = "UNet2DModel"  # what a pipeline looks at
+
+class Dim(Ideal):
+    """Knows images whose brightness varies too, and takes a share of the noise's brightness for the image's.
+
+    The images are those of `Ideal`, except that the mean over an image's pixels has deviation `BRIGHTNESS`.
+    """
+
+    BRIGHTNESS, SHARE = 0.25, 0.3
+
+    def clean(self, noisy, a, b):
+        mean = noisy.mean((1, 2, 3), keepdim=True)
+        variance = self.BRIGHTNESS**2
+        brightness = MEAN + a * variance * (mean - a * MEAN) / (a**2 * variance + b**2 / noisy[0].numel())
+        taken = brightness + self.SHARE * (mean / a - brightness)
+        return super().clean(noisy - mean + a * MEAN, a, b) - MEAN + taken
+
+    @classmethod
+    def end(cls, latents):
+        """Return the images at the end of the path from the noise `latents`, for a share of 0."""
+        mean = latents.mean((1, 2, 3), keepdim=True)
+        return MEAN + STD * (latents - mean) + cls.BRIGHTNESS * latents[0].numel() ** 0.5 * mean
+
+
+for network_class in (Ideal, Dim):
+    network_class.__name__ = "UNet2DModel"  # what a pipeline looks at
 
 
 def closed_form(noisy, sigma):

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from benchmarks import measure, quality_per_minute, sample, training_speed, training_ways
 from ddae_hf import DDAEPipeline
@@ -33,13 +33,15 @@ def small_limits(monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, scheduler in {"ddpm": DDIMScheduler(), "edm": EDMEulerScheduler()}.items():
+    schedulers = {"ddpm": DDIMScheduler(), "edm": EDMEulerScheduler(), "flow": FlowMatchEulerDiscreteScheduler()}
+    for name, scheduler in schedulers.items():
         DDAEPipeline(make_unet(**GREY), scheduler).save_pretrained(folder / name)
     return folder
 
 
 def test_sampling_is_measured(checkpoints, digits, tmp_path, small_limits, capsys):
     options = ["--model_name_or_path", str(checkpoints / "ddpm"), "--edm_model_name_or_path", str(checkpoints / "edm")]
+    options += ["--flow_model_name_or_path", str(checkpoints / "flow")]
     options += ["--dataset_name", str(digits), "--max_train_samples", "40", "--num_images", "20", "--calls", "4", "2"]
     options += ["--timestep_spacings", "trailing", "--batch_sizes", "4", "8", "--speed_calls", "2", "--repeats", "2"]
     sample.main([*options, "--device", "cpu", "--output", str(tmp_path / "out" / "sample.json")])
@@ -53,13 +55,15 @@ def test_sampling_is_measured(checkpoints, digits, tmp_path, small_limits, capsy
     ddim = next(row for row in quality if row["sampler"] == "DDIM, trailing" and row["calls"] == 4)
     assert report["precision"]["float32"] == ddim["distance"]
     assert 0 < abs(report["precision"]["ratio"] - 1) < 0.05
-    assert {(row["calls"], row["calls_taken"]) for row in quality if row["sampler"] == "EDM, Heun"} == {(2, 1), (4, 3)}
+    for name in ("EDM, Heun", "Flow, Heun"):
+        assert {(row["calls"], row["calls_taken"]) for row in quality if row["sampler"] == name} == {(2, 1), (4, 3)}
+    assert all(0 < row["brightness"] < 1 for row in [*quality, report["reference"]])
     table = capsys.readouterr().out
     assert "| sampler | 2 | 4 |" in table and f"{ddim['distance']:.4g}" in table
     assert (tmp_path / "out" / "sample.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("framework", ["ddpm", "edm"])
+@pytest.mark.parametrize("framework", ["ddpm", "edm", "flow"])
 def test_samplers_call_the_network_as_often_as_is_said(checkpoints, framework):
     pipeline = DDAEPipeline.from_pretrained(checkpoints / framework)
     pipeline.set_progress_bar_config(disable=True)
@@ -68,7 +72,7 @@ def test_samplers_call_the_network_as_often_as_is_said(checkpoints, framework):
     args = Namespace(timestep_spacings=["leading", "trailing"])
     starts = {}
     for name, scheduler, sampler in sample.variants(args, pipeline.scheduler, framework):
-        pipeline.scheduler, (steps, calls) = scheduler, sample.steps_for(6, sampler)
+        pipeline.scheduler, (steps, calls) = scheduler, sample.steps_for(6, scheduler, sampler)
         fed.clear()
         pipeline(1, num_inference_steps=steps, sampler=sampler)
         assert len(fed) == calls in (5, 6), name

@@ -5,17 +5,20 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
 from ddae_hf import DDAEPipeline
+from ddae_hf.noise import change_scheduler
 from ddae_hf.sampling import Heun
 
 from .conftest import make_unet
-from .ideal import MEAN, STD, Ideal, closed_form
+from .ideal import MEAN, STD, Dim, Ideal, closed_form
 
 TRAILING = {"clip_sample": False, "timestep_spacing": "trailing"}
 
@@ -188,6 +191,54 @@ def test_noise_image_and_velocity_prediction_sample_the_same_images(latents):
         for kind in ("epsilon", "v_prediction")
     ]
     torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_solvers_of_higher_order_need_fewer_calls_of_a_perfect_denoiser(latents, clips):
+    """Linear betas, which begin at a sigma of 157, and trailing timesteps, clipped or not."""
+    trained = DDIMScheduler(clip_sample=clips)
+    ideal = Ideal("ddpm", "epsilon", trained.alphas_cumprod)
+    end = (MEAN + STD * latents.double()).clamp(-1, 1)
+    errors = {}
+    for kind in (DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        solver = change_scheduler(trained, kind, timestep_spacing="trailing")
+        samples = [sample(ideal, solver, latents, calls) for calls in (10, 20, 50)]
+        errors[kind] = [(images - end).square().mean().sqrt().item() for images in samples]
+    first = errors.pop(DDIMScheduler)
+    assert first[0] > 1.8 * first[1] > 3.6 * first[2] > 0.08, first  # the error falls as the step size does
+    for higher in errors.values():
+        assert higher[0] > 3 * higher[1] > 15 * higher[2], errors
+        assert all(a < share * b for a, b, share in zip(higher, first, (0.9, 0.6, 0.2), strict=True)), errors
+
+
+def brightness_errors(kind, **options):
+    """Return how far the images' brightness is off after 10 and 50 calls of a `Dim` network, root mean square."""
+    latents = torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(3))
+    trained = DDIMScheduler(clip_sample=True)
+    dim = Dim("ddpm", "epsilon", trained.alphas_cumprod, size=32)
+    end = Dim.end(latents.double()).clamp(-1, 1)
+    errors = []
+    for calls in (10, 50):
+        scheduler = change_scheduler(trained, kind, timestep_spacing="trailing", **options)
+        off = (sample(dim, scheduler, latents, calls) - end).mean((1, 2, 3))
+        errors.append(off.square().mean().sqrt().item())
+    return errors
+
+
+def test_where_a_network_mistakes_brightness_at_high_noise_only_ddim_gets_better_with_calls():
+    """DDIM keeps the network's noise beside a clipped image. The others' noise holds what was clipped.
+
+    DPM-Solver++ of order 1 differs from DDIM in nothing else. Not clipping is worse still, so `change_scheduler` clips.
+    """
+    ddim = brightness_errors(DDIMScheduler)
+    assert ddim[1] < 0.75 * ddim[0], ddim
+    order_1 = brightness_errors(DPMSolverMultistepScheduler, solver_order=1)
+    assert order_1[1] > 1.25 * ddim[1], (order_1, ddim)
+    for kind in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        other = brightness_errors(kind)
+        assert other[1] > 0.9 * other[0] and other[1] > 1.25 * ddim[1], (kind, other, ddim)
+        unclipped = brightness_errors(kind, thresholding=False)
+        assert all(a > 1.1 * b for a, b in zip(unclipped, other, strict=True)), (kind, unclipped, other)
 
 
 @pytest.mark.parametrize(
