@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
+from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -46,11 +47,18 @@ LOOKS = 10  # steps between two looks at losses and weights
 def this_process() -> PartialState:
     """Return accelerate's state of this process among all, as an `Accelerator` sets it up.
 
-    Without GPUs accelerate would let launched processes run apart, unless told to use the processor.
+    Without GPUs accelerate would let launched processes run apart, unless told to use the processor. Processes may wait
+    for each other for days: one fits probes while the others have nothing to do.
+
+    Raises:
+        ValueError: More processes on this machine than it has GPUs: two of them would share one.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    without = not (alone or torch.accelerator.is_available())
-    return PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    processor = not (alone or torch.accelerator.is_available()) or parse_flag_from_env("ACCELERATE_USE_CPU")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not processor and torch.cuda.is_available() and here > (gpus := torch.cuda.device_count()):
+        raise ValueError(f"{here} processes were launched on a machine with {gpus} GPU(s): launch one for each GPU.")
+    return PartialState(cpu=processor, timeout=timedelta(days=7))
 
 
 @contextlib.contextmanager
