@@ -1,18 +1,24 @@
 """Arrays on disk: what is damaged is never used, and processes that share a folder get what one alone would."""
 
+import errno
+import itertools
 import json
 import logging
+import multiprocessing
 import os
 import resource
+import signal
 import threading
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from ddae_hf.experiments import arrays
 from ddae_hf.experiments.arrays import (
     described_folder,
     fill,
@@ -163,15 +169,123 @@ def test_a_killed_process_leaves_what_can_be_continued(killed, tmp_path):
     assert rows.read == [] if killed == "before its name" else [row for _, row in rows.read] == [4, 5, 4, 5, 6, 6]
 
 
-def test_the_lock_of_a_process_that_dies_is_free(tmp_path):
-    def dies(start, names):
-        yield from Rows()(start, names)
-        os._exit(9)
+@pytest.mark.parametrize(("seconds", "lost"), [(0.0, 0), (3600.0, COUNT)])
+def test_a_process_that_is_killed_loses_what_came_after_its_last_note(seconds, lost, tmp_path, monkeypatch):
+    """And its lock is free."""
+    monkeypatch.setattr(arrays, "_NOTE_SECONDS", seconds)
 
-    assert together(lambda: get(tmp_path, dies)) == [9]
+    def is_killed(start, names):
+        yield from Rows()(start, names)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert together(lambda: get(tmp_path, is_killed)) == [-signal.SIGKILL]
+    assert all((tmp_path / f"{name}.npy.partial").stat().st_size > VALUES[name].nbytes for name in "ab")
     rows = Rows()
     check(get(tmp_path, rows))
-    assert not rows.read  # it died after the last row
+    assert len(rows.read) == 2 * lost
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 3600.0])
+def test_a_process_that_is_killed_at_any_moment_leaves_what_can_be_continued(seconds, tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_NOTE_SECONDS", seconds)
+    for attempt in range(6):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        process = multiprocessing.get_context("fork").Process(target=lambda to=folder: get(to, Rows(seconds=0.002)))
+        process.start()
+        time.sleep(0.003 * attempt)
+        process.kill()
+        process.join(60)
+        check(get(folder))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
+def test_what_came_before_an_exception_is_kept(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_NOTE_SECONDS", 3600.0)
+
+    def fails(start, names):
+        yield from itertools.islice(Rows()(start, names), 2)
+        raise error("of its own")
+
+    with pytest.raises(error, match="^of its own$"):
+        get(tmp_path, fails)
+    assert rows_done(tmp_path) == {"a": 4, "b": 4}
+    rows = Rows()
+    check(get(tmp_path, rows))
+    assert [row for _, row in rows.read] == [4, 5, 4, 5, 6, 6]
+
+
+def test_where_the_last_note_fails_too_the_first_error_is_told_and_the_note_before_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_NOTE_SECONDS", 0.0)
+    original = os.fsync
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fails(start, names):
+        yield from itertools.islice(Rows()(start, names), 2)
+        monkeypatch.setattr(os, "fsync", full)
+        raise RuntimeError("the network fails")
+
+    with pytest.raises(RuntimeError, match="the network fails"):
+        get(tmp_path, fails)
+    monkeypatch.setattr(os, "fsync", original)
+    assert rows_done(tmp_path) == {"a": 4, "b": 4}
+    check(get(tmp_path))
+
+
+def test_the_disk_is_waited_for_every_few_seconds_and_at_the_end(tmp_path, monkeypatch):
+    """With a clock on which every look takes a second: a note is taken each third batch at most."""
+    clock = itertools.count()
+    monkeypatch.setattr(arrays, "_NOTE_SECONDS", 3.0)
+    monkeypatch.setattr(arrays, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    synced = []
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), original(file)))
+    check(get(tmp_path))  # in four batches
+    assert [Path(path).name for path in synced] == ["a.npy.partial", "b.npy.partial"] * 2
+    assert all(path.startswith(str(tmp_path)) for path in synced)
+
+
+@pytest.mark.parametrize("stop_after", [None, 2])
+def test_a_batch_on_its_way_from_a_gpu_is_written_when_the_next_one_has_come(stop_after, tmp_path, monkeypatch):
+    """Copies that are empty until their event is waited for; the last one is waited for at the end, however it ends."""
+    waits = []
+
+    class Event:
+        def __init__(self, batch, copies):
+            self.batch, self.copies = batch, copies
+
+        def synchronize(self):
+            waits.append(len(sent))
+            for name, values in self.batch.items():
+                self.copies[name].copy_(values)
+
+    sent = []
+
+    def send(batch):
+        copies = {name: torch.zeros_like(values) for name, values in batch.items()}
+        sent.append(batch)
+        return copies, Event(batch, copies)
+
+    monkeypatch.setattr(arrays, "_sent_to_host", send)
+    if stop_after is None:
+        check(get(tmp_path))
+        assert waits == [2, 3, 4, 4]
+        return
+    with pytest.raises(KeyboardInterrupt):
+        get(tmp_path, Rows(stop_after=stop_after))
+    assert waits == [2, 2] and rows_done(tmp_path) == {"a": 4, "b": 4}
+    check(get(tmp_path))
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_written_as_those_in_memory(tmp_path):
+    def on_gpu(start, names):
+        for batch in Rows()(start, names):
+            yield {name: values.cuda() for name, values in batch.items()}
+
+    check(get(tmp_path, on_gpu))
 
 
 def test_what_one_array_has_already_is_not_written_again(tmp_path):

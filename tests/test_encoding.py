@@ -408,8 +408,9 @@ def test_a_full_disk_is_told_before_anything_is_computed(vae, tmp_path, monkeypa
                 create(tmp_path / "full", vae)
 
 
-def test_one_batch_is_held_at_a_time(vae, pixels, tmp_path):
-    """A batch is asked for when the one before is on disk, and the images of none before that one are kept."""
+def test_one_batch_is_held_at_a_time(vae, pixels, tmp_path, monkeypatch):
+    """A batch is asked for when the one before is written, and the images of none before that one are kept."""
+    monkeypatch.setattr("ddae_hf.experiments.arrays._NOTE_SECONDS", 0.0)  # so that each is noted
     folder, alive = create(tmp_path, vae), []
 
     def images(start):

@@ -10,8 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddae_hf.experiments import logistic_regression
+from ddae_hf.experiments import logistic_regression, pieces
 from ddae_hf.experiments.logistic_regression import (
     alignment,
     fit_logistic_regression,
@@ -19,6 +20,8 @@ from ddae_hf.experiments.logistic_regression import (
     minimise,
     uniformity,
 )
+
+from .test_pieces import counted
 
 L2 = [1e-4, 1e-2, 1.0]
 
@@ -136,6 +139,72 @@ def test_features_are_read_from_disk_in_pieces(tmp_path, monkeypatch):
     torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-5)
 
 
+def test_features_are_read_once_where_they_fit_and_at_every_evaluation_where_not(monkeypatch):
+    """Twice more for their moments; in pieces of 60 images, which are the same in both cases."""
+    features, labels = make_features()
+    monkeypatch.setattr(logistic_regression, "_chunk_size", lambda *shape: 60)
+    evaluations = []
+    original = logistic_regression._Problem.evaluate
+    monkeypatch.setattr(logistic_regression._Problem, "evaluate", lambda *a: (evaluations.append(1), original(*a))[1])
+    found = {}
+    for share in (0.25, 0.0):
+        monkeypatch.setattr(pieces, "_SHARE", share)
+        evaluations.clear()
+        views = [counted(features), counted(features + 1)]
+        (found[share],) = fit_logistic_regression({"a": views}, labels, L2).values()
+        passes = 1 if share else 2 + len(evaluations)
+        assert all(view.reads == [60] * 10 * passes for view in views)
+    torch.testing.assert_close(found[0.0].weight, found[0.25].weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0.0].loss, found[0.25].loss, rtol=0, atol=1e-9)
+
+
+def test_features_are_read_once_for_predictions_and_for_neighbours(monkeypatch):
+    features, labels = make_features(count=2500)
+    (probe,) = fit_logistic_regression({"a": [features]}, labels, L2).values()
+    view = counted(features)
+    probe.predict([view, view])
+    assert sum(view.reads) == 2 * len(features)
+    found = {}
+    for share, passes in ((0.25, 1), (0.0, 3)):  # of 1024 images each that are asked for
+        monkeypatch.setattr(pieces, "_SHARE", share)
+        train, test = counted(features), counted(features)
+        found[share] = knn_predict(train, labels, test, [5])[5]
+        assert sum(train.reads) == passes * len(features) and sum(test.reads) == len(features)
+    np.testing.assert_array_equal(found[0.0], found[0.25])
+
+
+def test_what_is_large_is_computed_in_float32():
+    """So that devices without float64 can do it: no tensor of float64 has a number for every image."""
+    features, labels = make_features(count=5000)
+    large = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            made = operation(*arguments, **(options or {}))
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64 and made.numel() >= len(features):
+                large.append(operation)
+            return made
+
+    with Watch():
+        fit_logistic_regression({"a": [features]}, labels, L2)
+        knn_predict(features, labels, features, [5])
+    assert not large
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_probes_and_neighbours_on_a_gpu_are_those_of_a_processor(share, monkeypatch):
+    monkeypatch.setattr(pieces, "_SHARE", share)
+    features, labels = make_features(count=3000)
+    found, expected = (
+        fit_logistic_regression({"a": [features]}, labels, L2, device=device)["a"] for device in ("cuda", "cpu")
+    )
+    torch.testing.assert_close(found.loss.cpu(), expected.loss, rtol=0, atol=1e-5)
+    assert (found.predict([features]) == expected.predict([features])).mean() > 0.99
+    near = [knn_predict(features, labels, features, [5], device=device)[5] for device in ("cuda", "cpu")]
+    assert (near[0] == near[1]).mean() > 0.99
+
+
 def test_a_feature_that_never_varies_changes_nothing():
     features, labels = make_features()
     dead = np.concatenate([features, np.full((len(labels), 1), 7.0, dtype=np.float32)], axis=1)
@@ -215,6 +284,39 @@ def test_what_is_solved_together_is_solved_as_it_would_be_alone():
     for i in range(2):
         alone, *_ = minimise(problem(centres[i : i + 1]), start[i : i + 1], 1e-12, 200)
         torch.testing.assert_close(together[i], alone[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_host_waits_for_the_device_once_an_evaluation(monkeypatch):
+    """And once at the start. A valley in which some steps are halved."""
+    evaluations, waits = [], []
+
+    def evaluate(x):
+        evaluations.append(1)
+        first, second = x[:, 0], x[:, 1]
+        value = 100 * (second - first**2) ** 2 + (1 - first) ** 2
+        gradient = [-400 * first * (second - first**2) - 2 * (1 - first), 200 * (second - first**2)]
+        return value, torch.stack(gradient, 1)
+
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__", "nonzero", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, of=original, **k: (waits.append(1), of(*a, **k))[1])
+    x, _, done = minimise(evaluate, torch.tensor([[-1.2, 1.0], [2.0, -1.0]], dtype=torch.float64), 1e-12, 500)
+    counts = len(evaluations), len(waits)
+    monkeypatch.undo()
+    assert done.all() and counts[0] == counts[1] > 20
+    np.testing.assert_allclose(x.numpy(), 1.0, atol=1e-3)
+
+
+def test_a_minimum_to_rounding_is_done():
+    """A function that no step lets descend, beside one that does."""
+
+    def evaluate(x):
+        value = (x - 1).square().sum(1)
+        return torch.where(torch.tensor([True, False]), value, 5.0), 2 * (x - 1)
+
+    x, value, done = minimise(evaluate, torch.zeros(2, 3, dtype=torch.float64), 1e-12, 100)
+    assert done.all() and value.tolist() == [0.0, 5.0]
+    assert torch.equal(x, torch.tensor([[1.0], [0.0]], dtype=torch.float64).expand(2, 3))
 
 
 def test_a_minimisation_tells_that_it_is_not_done():

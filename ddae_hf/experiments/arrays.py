@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -37,6 +39,7 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Batches = Callable[[int, list[str]], Iterable[Mapping[str, Tensor]]]
 
+_NOTE_SECONDS = 5.0  # between notes of what is done: what a process that is killed computes again at most
 _verified: set[tuple[Any, ...]] = set()  # the states of the whole arrays that this process has checked
 logger = logging.getLogger(__name__)
 
@@ -219,7 +222,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _unfinished(folder: Path, name: str) -> Path:
+def _partial(folder: Path, name: str) -> Path:
     return folder / f"{name}.npy.partial"
 
 
@@ -234,7 +237,7 @@ def _read_rows(folder: Path) -> dict[str, Rows]:
         sound = False
     if not sound:
         raise damaged(path, "it does not say how many rows of each array are done")
-    return {n: it for n, it in rows.items() if (folder / f"{n}.npy").exists() or _unfinished(folder, n).exists()}
+    return {n: it for n, it in rows.items() if (folder / f"{n}.npy").exists() or _partial(folder, n).exists()}
 
 
 def _write_rows(folder: Path, rows: dict[str, Rows]) -> None:
@@ -258,26 +261,106 @@ def _compute(folder: Path, shapes: Shapes, batches: Batches, dtype: str) -> None
     count = next(iter(shapes.values()))[0]
     needed = (num_bytes(shape[1:], count - rows.get(name, Rows()).count, dtype) for name, shape in shapes.items())
     check_space(folder, sum(needed))
-    kept = {name: _begin(folder, name, shape, dtype, rows.get(name)) for name, shape in shapes.items()}
-    done = min(it.count for it in kept.values())
-    for batch in batches(done, list(shapes)) if done < count else ():
-        end = done + len(next(iter(batch.values())))
-        if end > count:
-            raise ValueError(f"More images came than the {count} that were announced.")
-        for name, shape in shapes.items():
-            kept[name] = _append(folder, name, shape, dtype, kept[name], done, batch[name].cpu().numpy())
-        _write_rows(folder, rows | kept)
-        done = end
-    if done != count:
-        raise ValueError(f"{done} images came, but {count} were announced.")
-    for name, it in kept.items():
-        whole = _unfinished(folder, name).replace(folder / f"{name}.npy")
+    with _Unfinished(folder, shapes, dtype, rows) as unfinished:
+        done = min(it.count for it in unfinished.rows.values())
+        for batch in batches(done, list(shapes)) if done < count else ():
+            end = done + len(next(iter(batch.values())))
+            if end > count:
+                raise ValueError(f"More images came than the {count} that were announced.")
+            unfinished.add(batch, done)
+            done = end
+        if done != count:
+            raise ValueError(f"{done} images came, but {count} were announced.")
+    for name, it in unfinished.rows.items():
+        whole = _partial(folder, name).replace(folder / f"{name}.npy")
         _verified.add(_state(whole, it))  # this process has written its rows, or checked them
+
+
+class _Unfinished:
+    """Arrays that are being filled: their files stay open, and what they have is noted now and then.
+
+    A note is taken, and `rows.json` written, only after the arrays' rows are on disk for certain: every `_NOTE_SECONDS`
+    and at the end, also where an exception is the end. A process that is killed loses what came after its last note.
+    """
+
+    def __init__(self, folder: Path, shapes: Shapes, dtype: str, known: dict[str, Rows]):
+        self.folder, self.shapes, self.dtype, self.known = folder, shapes, dtype, known
+        self.rows = {name: _begin(folder, name, shape, dtype, known.get(name)) for name, shape in shapes.items()}
+        self.waiting: tuple[Mapping[str, Tensor], int, torch.cuda.Event] | None = None  # for its copy from a GPU
+
+    def __enter__(self) -> _Unfinished:
+        with contextlib.ExitStack() as opened:
+            # Unbuffered: the rows that are counted are with the system, and no write that failed is tried again.
+            self.files = {n: opened.enter_context(_partial(self.folder, n).open("ab", buffering=0)) for n in self.rows}
+            self.opened = opened.pop_all()
+        self.noted = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        # With a full disk or a GPU that failed, this fails too: the first error is told, and the last note holds.
+        secondary = () if kind is None else (OSError, RuntimeError)
+        with self.opened, contextlib.suppress(*secondary):
+            try:
+                self.write_waiting()
+            finally:
+                self.note()
+
+    def add(self, batch: Mapping[str, Tensor], start: int) -> None:
+        """Append a batch whose first row is number `start`; one on a GPU is written when the next one has come."""
+        copy, event = _sent_to_host(batch)
+        self.write_waiting()
+        if event is None:
+            self.write(copy, start)
+        else:
+            self.waiting = (copy, start, event)
+        if time.monotonic() - self.noted >= _NOTE_SECONDS:
+            self.note()
+
+    def write_waiting(self) -> None:
+        """Append the batch that is on its way from a GPU, if there is one."""
+        if self.waiting is not None:
+            copy, start, event = self.waiting
+            self.waiting = None
+            event.synchronize()
+            self.write(copy, start)
+
+    def write(self, batch: Mapping[str, Tensor], start: int) -> None:
+        """Append those rows that an array lacks of a batch in memory, and count them."""
+        for name, shape in self.shapes.items():
+            rows, values = self.rows[name], batch[name].numpy()
+            if values.shape[1:] != shape[1:] or values.dtype != self.dtype:
+                came = f"Rows of {name} came with shape {values.shape[1:]} and type {values.dtype}"
+                raise ValueError(f"{came}, but {shape[1:]} and {self.dtype} were announced.")
+            new = np.ascontiguousarray(values[max(0, rows.count - start) :])
+            left = new.reshape(-1).view(np.uint8).data
+            with writing(_partial(self.folder, name)):
+                while len(left):
+                    left = left[self.files[name].write(left) :]  # less than all of it where the disk is nearly full
+            self.rows[name] = Rows(rows.count + len(new), zlib.crc32(new.data, rows.crc32))
+
+    def note(self) -> None:
+        """Make what is written durable, and note it."""
+        for name, file in self.files.items():
+            with writing(_partial(self.folder, name)):
+                os.fsync(file.fileno())
+        _write_rows(self.folder, self.known | self.rows)
+        self.noted = time.monotonic()
+
+
+def _sent_to_host(batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], torch.cuda.Event | None]:
+    """Return a batch in memory, and the event after which a copy from a GPU is complete, which does not wait for it."""
+    device = next(iter(batch.values())).device
+    if device.type != "cuda":
+        return {name: values.cpu() for name, values in batch.items()}, None
+    pinned = {name: torch.empty_like(values, device="cpu", pin_memory=True) for name, values in batch.items()}
+    for name, values in batch.items():
+        pinned[name].copy_(values, non_blocking=True)
+    return pinned, torch.cuda.current_stream(device).record_event()
 
 
 def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None) -> Rows:
     """Return the rows that an unfinished array continues from, after a check; make its file if it is missing."""
-    path = _unfinished(folder, name)
+    path = _partial(folder, name)
     whole = folder / f"{name}.npy"
     if rows is not None and path.exists():
         values = _mapped(path, shape, dtype, rows)
@@ -290,21 +373,6 @@ def _begin(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows | None)
     with writing(path), path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
     return Rows()
-
-
-def _append(folder: Path, name: str, shape: Shape, dtype: str, rows: Rows, start: int, values: np.ndarray) -> Rows:
-    """Append those rows, the first being number `start`, that an unfinished array lacks; return what it then has."""
-    if values.shape[1:] != shape[1:] or values.dtype != dtype:
-        came = f"Rows of {name} came with shape {values.shape[1:]} and type {values.dtype}"
-        raise ValueError(f"{came}, but {shape[1:]} and {dtype} were announced.")
-    new = np.ascontiguousarray(values[max(0, rows.count - start) :])
-    path = _unfinished(folder, name)
-    with writing(path), path.open("r+b") as file:
-        file.seek(0, os.SEEK_END)
-        file.write(new.data)
-        file.flush()
-        os.fsync(file.fileno())  # before it is noted as done
-    return Rows(rows.count + len(new), zlib.crc32(new.data, rows.crc32))
 
 
 def _mapped(path: Path, shape: Shape, dtype: str, rows: Rows) -> np.memmap:

@@ -5,8 +5,8 @@ Multinomial logistic regression minimises, over weights W (K, C) and biases b (K
     mean_i cross_entropy(W z_i + b, y_i) + l2 / 2 ||W||^2.
 
 (scikit-learn's `LogisticRegression(C=c)` is this with l2 = 1 / (c N), for N images. For two classes it has one row of
-weights and here there are two: then l2 = 2 / (c N).) Features are read in pieces, so that those mapped from disk are
-never in memory as a whole.
+weights and here there are two: then l2 = 2 / (c N).) Features that fit into a share of the device's free memory are
+read and standardised once, and stay there; others are read in pieces at every evaluation.
 
 All such problems, one for every layer and every l2, are solved together by L-BFGS (Liu and Nocedal 1989), each with its
 own memory and step length: torch's optimiser would take them for one. It works on whitened weights: with the features'
@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pieces import Pieces
+
 # A layer's features: an array (N, C) for every view, in memory or mapped from disk.
 Views = Sequence[np.ndarray]
 _Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+_Pair = tuple[Tensor, Tensor, Tensor]  # of L-BFGS: a step, how the gradient changed, and one over their product
 
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 64 * 2**20  # of features and of what is computed of them at once on a processor
+_GPU_CHUNKS = 8  # times as many on a GPU, which many small pieces would keep waiting
 _HISTORY = 10  # steps that L-BFGS remembers
 _MEMORY_BYTES = 2**30  # of memory for these steps
+_TRIALS = 20  # of step lengths, each half the one before
 _TOLERANCE = 1e-7  # where to stop: the estimated distance of a problem's loss from its optimum
 
 
@@ -53,15 +57,15 @@ class LinearProbes:
     def predict(self, views: Views, indices: np.ndarray | None = None) -> np.ndarray:
         """Return predicted classes (L, N) of the images at `indices`, from logits averaged over views (N, C) each."""
         rows = np.arange(len(views[0])) if indices is None else indices
-        predicted = np.empty((len(self.weight), len(rows)), dtype=np.int64)
-        size = _chunk_size(len(views), self.weight.shape[2], self.bias.numel())
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
+        device = self.weight.device
+        predicted = torch.empty(len(self.weight), len(rows), dtype=torch.int64, device=device)
+        size = _chunk_size(len(views), self.weight.shape[2], self.bias.numel(), device)
+        for part, x in Pieces([views], rows, size, device, keep=False):
             # The mean of logits is the logit of mean features.
-            mean = _stack(views, part).mean(0, dtype=torch.float64).to(self.weight.device)
+            mean = x.mean(0, dtype=torch.float64)
             logits = torch.einsum("nc,lkc->lnk", mean, self.weight) + self.bias[:, None]
-            predicted[:, start : start + size] = logits.argmax(2).cpu().numpy()
-        return predicted
+            predicted[:, part] = logits.argmax(2)
+        return predicted.cpu().numpy()
 
 
 def fit_logistic_regression(
@@ -94,8 +98,10 @@ def fit_logistic_regression(
         together = max(1, _MEMORY_BYTES // (4 * len(l2) * classes * (width + 1) * (2 * _HISTORY + 8)))
         for first in range(0, len(names), together):
             group = names[first : first + together]
-            problem = _Problem([features[n] for n in group], labels, rows, l2, classes, device, standardise)
-            fitted.update(zip(group, problem.solve(max_iterations), strict=True))
+            views = [features[name] for name in group]
+            # Without a name, so that its features are gone before the next problem's come.
+            probes = _Problem(views, labels, rows, l2, classes, torch.device(device), standardise).solve(max_iterations)
+            fitted.update(zip(group, probes, strict=True))
     return {name: fitted[name] for name in features}
 
 
@@ -114,59 +120,64 @@ def _check_problem(
         raise ValueError(f"Labels are {labels.min()} to {labels.max()}: allowed are 0 to {classes - 1}.")
 
 
-def _stack(arrays: Sequence[np.ndarray], rows: np.ndarray) -> Tensor:
-    """Return rows of P arrays (N, C) as a tensor (P, n, C)."""
-    return torch.from_numpy(np.stack([np.asarray(array[rows], dtype=np.float32) for array in arrays]))
-
-
-def _chunk_size(probes: int, width: int, outputs: int) -> int:
-    return max(1, _CHUNK_BYTES // (4 * probes * (width + 3 * outputs)))
+def _chunk_size(probes: int, width: int, outputs: int, device: torch.device) -> int:
+    room = _CHUNK_BYTES * (_GPU_CHUNKS if device.type == "cuda" else 1)
+    return max(1, room // (4 * probes * (width + 3 * outputs)))
 
 
 class _Problem:
-    """P x L problems of logistic regression on P layers' features; their variables are a matrix (P L, K C + K)."""
+    """P x L problems of logistic regression on P layers' features; their variables are a matrix (P L, K C + K).
+
+    What is large is computed on the device, in float32. The rest is at `home`, which is the device if it has float64,
+    and the processor otherwise.
+    """
 
     def __init__(
         self, features: Sequence[Views], labels: np.ndarray, rows: np.ndarray, l2: Sequence[float], classes: int,
-        device: torch.device | str, standardise: bool,
+        device: torch.device, standardise: bool,
     ):  # fmt: skip
-        self.features, self.device, self.classes, self.standardise = features, device, classes, standardise
-        self.rows, self.labels = np.sort(rows), torch.as_tensor(labels)
+        self.device, self.classes = device, classes
+        self.home = torch.device("cpu") if device.type == "mps" else device
         self.probes, self.width = len(features), features[0][0].shape[1]
-        self.l2 = torch.tensor(l2, dtype=torch.float32, device=device)
         self.count = len(rows) * len(features[0])
-        mean, std, correlations = self._moments()
-        self.mean, self.std = mean.float(), std.float()
+        rows = np.sort(rows)
+        self.labels = torch.as_tensor(labels[rows]).to(device)
+        size = _chunk_size(self.probes, self.width, len(l2) * classes, device)
+        self.features = Pieces(list(zip(*features, strict=True)), rows, size, device)
+        self.l2 = torch.tensor(l2, dtype=torch.float32, device=self.home)
         # (P, C, C) and, for every l2, (P, L, 1, C)
-        values, self.basis = (m.float() for m in torch.linalg.eigh(correlations))
+        values, self.basis = (m.float() for m in torch.linalg.eigh(self._standardise(standardise)))
         self.root = (values.clamp_min(0)[:, None, None] / classes + self.l2[:, None, None]).rsqrt()
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield features (P, n, C) and labels (n,), every view of every image once."""
-        size = _chunk_size(self.probes, self.width, len(self.l2) * self.classes)
-        for view in zip(*self.features, strict=True):
-            for start in range(0, len(self.rows), size):
-                part = self.rows[start : start + size]
-                yield _stack(view, part).to(self.device), self.labels[part].to(self.device)
+    def _standardise(self, divide: bool) -> Tensor:
+        """Standardise the features, or only centre them, and return their correlations (P, C, C), float64.
 
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the features' means (P, C), what they are divided by, and the correlations (P, C, C), float64."""
-        shape = (self.probes, self.width)
-        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        for x, _ in self.chunks():
-            total += x.double().sum(1)
+        They are centred by an approximate mean first and by what is left of it later, so that float32 loses no digits
+        of features far from zero: the corrected two-pass algorithm (Chan, Golub and LeVeque 1983).
+        """
+        total = torch.zeros((self.probes, self.width), dtype=torch.float64, device=self.home)
+        for _, x in self.features:
+            total += x.sum(1).to(self.home).double()
         if not total.isfinite().all():
             raise ValueError("Some features are not finite: the network overflows. Run it in float32.")
-        mean = total / self.count
-        products = torch.zeros((*shape, self.width), dtype=torch.float64, device=self.device)
-        for x, _ in self.chunks():
-            x = (x - mean[:, None]).float()  # centred in float64: no digits are lost
-            products += x.mT @ x
-        covariance = products / self.count
-        std = covariance.diagonal(dim1=1, dim2=2).sqrt()
+        shift = (total / self.count).float()
+        centre = shift.to(self.device)[:, None]
+        self.features.change(lambda x: x.sub_(centre))
+        total = torch.zeros_like(total)
+        products = torch.zeros((*total.shape, self.width), dtype=torch.float64, device=self.home)
+        for _, x in self.features:
+            total += x.sum(1).to(self.home).double()
+            products += (x.mT @ x).to(self.home)
+        rest = total / self.count
+        covariance = products / self.count - rest[:, :, None] * rest[:, None, :]
+        self.mean = shift.double() + rest
+        std = covariance.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
         # Features that do not vary are not divided, as in scikit-learn's StandardScaler.
-        std = torch.where((std > 1e-6 * mean.abs()) & self.standardise, std, 1.0)
-        return mean, std, covariance / (std[:, :, None] * std[:, None, :])
+        std = torch.where((std > 1e-6 * self.mean.abs()) & divide, std, 1.0)
+        self.std = std.float()
+        left, divisor = rest.float().to(self.device)[:, None], self.std.to(self.device)[:, None]
+        self.features.change(lambda x: x.sub_(left).div_(divisor))
+        return covariance / (std[:, :, None] * std[:, None, :])
 
     def weights(self, variables: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights on standardised features (P, L, K, C) and the biases (P, L, K) of variables."""
@@ -178,29 +189,29 @@ class _Problem:
     def evaluate(self, variables: Tensor) -> tuple[Tensor, Tensor]:
         """Return the objectives (P L,), float64, and their gradients by the variables."""
         weight, bias = self.weights(variables)
-        flat, strengths = weight.flatten(1, 2), len(self.l2)
-        loss = torch.zeros(self.probes, strengths, dtype=torch.float64, device=self.device)
-        by_weight, by_bias = torch.zeros_like(flat), torch.zeros_like(bias.flatten(1))
-        for x, y in self.chunks():
-            x = (x - self.mean[:, None]) / self.std[:, None]
-            logits = torch.baddbmm(bias.flatten(1)[:, None], x, flat.mT).unflatten(2, (strengths, self.classes))
+        flat, offset = weight.flatten(1, 2).to(self.device), bias.flatten(1).to(self.device)
+        strengths = len(self.l2)
+        loss = torch.zeros(self.probes, strengths, dtype=torch.float64, device=self.home)
+        sum_by_weight, sum_by_bias = torch.zeros_like(flat), torch.zeros_like(offset)
+        for part, x in self.features:
+            logits = torch.baddbmm(offset[:, None], x, flat.mT).unflatten(2, (strengths, self.classes))
             log_probabilities = F.log_softmax(logits, dim=3)
-            target = y[None, :, None, None].expand(self.probes, -1, strengths, 1)
+            target = self.labels[part][None, :, None, None].expand(self.probes, -1, strengths, 1)
             chosen = log_probabilities.gather(3, target)
-            loss -= chosen.squeeze(3).sum(1, dtype=torch.float64)
+            loss -= chosen.squeeze(3).to(self.home).sum(1, dtype=torch.float64)
             error = log_probabilities.exp_().scatter_add_(3, target, torch.full_like(chosen, -1.0)).flatten(2)
-            by_weight += error.mT @ x
-            by_bias += error.sum(1)
+            sum_by_weight += error.mT @ x
+            sum_by_bias += error.sum(1)
         loss = loss / self.count + 0.5 * self.l2 * weight.double().square().sum((2, 3))
-        by_weight = (by_weight / self.count).view_as(weight) + self.l2[:, None, None] * weight
+        by_weight = (sum_by_weight.to(self.home) / self.count).view_as(weight) + self.l2[:, None, None] * weight
         by_whitened = (by_weight @ self.basis[:, None]) * self.root
-        by_bias = by_bias * (math.sqrt(self.classes) / self.count)
+        by_bias = sum_by_bias.to(self.home) * (math.sqrt(self.classes) / self.count)
         parts = (by_whitened.reshape(len(variables), -1), by_bias.reshape(len(variables), -1))
         return loss.flatten(), torch.cat(parts, dim=1)
 
     def solve(self, max_iterations: int) -> list[LinearProbes]:
         """Minimise, and return every layer's probes for features as they are."""
-        start = torch.zeros(self.probes * len(self.l2), self.classes * (self.width + 1), device=self.device)
+        start = torch.zeros(self.probes * len(self.l2), self.classes * (self.width + 1), device=self.home)
         variables, loss, converged = minimise(self.evaluate, start, _TOLERANCE, max_iterations)
         weight, bias = self.weights(variables)
         if not converged.all():
@@ -208,7 +219,7 @@ class _Problem:
             warnings.warn(f"{what} in {max_iterations} iterations: regularise them more.", stacklevel=3)
         # In float64, as features may be far from zero.
         weight = weight.double() / self.std[:, None, None].double()
-        bias = bias.double() - (weight * self.mean[:, None, None].double()).sum(3)
+        bias = bias.double() - (weight * self.mean[:, None, None]).sum(3)
         parts = (weight, bias, loss.view(self.probes, -1), converged.view(self.probes, -1))
         return [LinearProbes(*layer) for layer in zip(*parts, strict=True)]
 
@@ -225,31 +236,60 @@ def minimise(
         Variables (B, D), values (B,), and which functions are done (B,).
     """
     value, gradient = evaluate(variables)
-    history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_HISTORY)
+    history: tuple[_Pair, ...] = ()
     scale = torch.ones_like(gradient[:, :1])
     done = torch.zeros(len(variables), dtype=torch.bool, device=variables.device)
+    direction, slope, done = _descent(gradient, history, scale, done, tolerance)
+    finished = bool(done.all())
     for _ in range(max_iterations):
-        direction = _direction(gradient, history, scale)
-        slope = (gradient * direction).sum(1)
-        done |= -0.5 * slope < tolerance
-        if done.all():
+        if finished:
             break
-        # Functions that are done stay where they are, and do not keep the others waiting.
-        direction, slope = direction * ~done[:, None], slope * ~done
-        step, new_value, new_gradient, found = _line_search(evaluate, variables, direction, value, slope)
-        done |= ~found  # down to rounding
-        moved = step[:, None] * direction
-        change = new_gradient - gradient
-        curvature = (moved * change).sum(1, keepdim=True)
-        # A pair without curvature would spoil the model: it is left out.
-        good = curvature > 1e-8 * moved.norm(dim=1, keepdim=True) * change.norm(dim=1, keepdim=True)
-        history.append((moved * good, change * good, torch.where(good, 1 / curvature, 0.0)))
-        scale = torch.where(good, curvature / change.square().sum(1, keepdim=True).clamp_min(1e-30), scale)
+        step, found = torch.ones_like(slope), torch.ones_like(done)
+        for trial in range(_TRIALS + 1):
+            if trial == _TRIALS:  # down to rounding: what has found no step keeps its place
+                done = done | ~found
+                step = torch.where(found, step, 0.0)
+            moved = step[:, None] * direction
+            new_value, new_gradient = evaluate(variables + moved)
+            found = new_value <= value + 1e-4 * step * slope  # Armijo
+            pair, new_scale = _curvature(moved, new_gradient - gradient, scale)
+            new_history = (*history, pair)[-_HISTORY:]
+            following = _descent(new_gradient, new_history, new_scale, done, tolerance)
+            # What comes next depends on both, so the host waits for the device once an evaluation, but not twice: the
+            # next direction is computed before it is known to be wanted.
+            all_found, finished = torch.stack([found.all(), following[2].all()]).tolist()
+            if all_found:
+                break
+            step = torch.where(found, step, 0.5 * step)
         variables, value, gradient = variables + moved, new_value, new_gradient
+        history, scale = new_history, new_scale
+        direction, slope, done = following
     return variables, value, done
 
 
-def _direction(gradient: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor) -> Tensor:
+def _descent(
+    gradient: Tensor, history: Sequence[_Pair], scale: Tensor, done: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return directions (B, D), the slopes along them (B,) and which functions are done, whose directions are 0."""
+    direction = _direction(gradient, history, scale)
+    slope = (gradient * direction).sum(1)
+    done = done | (-0.5 * slope < tolerance)
+    # Functions that are done stay where they are, and do not keep the others waiting.
+    return direction * ~done[:, None], slope * ~done, done
+
+
+def _curvature(moved: Tensor, change: Tensor, scale: Tensor) -> tuple[_Pair, Tensor]:
+    """Return what a step (B, D) and the gradient's change say of the Hessian, and the inverse Hessian's scale (B, 1).
+
+    A pair without curvature would spoil the model: it is left out, and its function's scale stays.
+    """
+    curvature = (moved * change).sum(1, keepdim=True)
+    good = curvature > 1e-8 * moved.norm(dim=1, keepdim=True) * change.norm(dim=1, keepdim=True)
+    pair = (moved * good, change * good, torch.where(good, 1 / curvature, 0.0))
+    return pair, torch.where(good, curvature / change.square().sum(1, keepdim=True).clamp_min(1e-30), scale)
+
+
+def _direction(gradient: Tensor, history: Sequence[_Pair], scale: Tensor) -> Tensor:
     """Return minus the approximate inverse Hessian times the gradient (B, D): the two loops of L-BFGS."""
     direction, shares = -gradient, []
     for moved, change, inverse in reversed(history):
@@ -260,25 +300,6 @@ def _direction(gradient: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]
         correction = inverse * (change * direction).sum(1, keepdim=True)
         direction = direction + (shares.pop() - correction) * moved
     return direction
-
-
-def _line_search(
-    evaluate: _Evaluate, variables: Tensor, direction: Tensor, value: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Halve each function's step until it descends (Armijo); one that never does keeps its place.
-
-    Returns steps (B,), values and gradients there, and which functions found a step.
-    """
-    step = torch.ones_like(slope)
-    for _ in range(20):
-        new_value, gradient = evaluate(variables + step[:, None] * direction)
-        found = new_value <= value + 1e-4 * step * slope
-        if found.all():
-            return step, new_value, gradient, found
-        step = torch.where(found, step, 0.5 * step)
-    step = torch.where(found, step, 0.0)
-    new_value, gradient = evaluate(variables + step[:, None] * direction)
-    return step, new_value, gradient, found
 
 
 def knn_predict(
@@ -295,30 +316,32 @@ def knn_predict(
     """
     if not 1 <= min(neighbours) <= max(neighbours) <= len(train):
         raise ValueError(f"neighbours are {list(neighbours)}: allowed are 1 to the {len(train)} training images.")
+    device = torch.device(device)
     mean = torch.from_numpy(train.mean(0, dtype=np.float64)).float().to(device)
-    targets, size = torch.as_tensor(labels).to(device), 4096
+    targets = torch.as_tensor(labels).to(device)
+
+    def make_unit(x: Tensor) -> None:
+        F.normalize(x.sub_(mean), dim=2, out=x)
+
+    keys = Pieces([[train]], np.arange(len(train)), 65536 if device.type == "cuda" else 4096, device)
+    asked = Pieces([[test]], np.arange(len(test)), 1024, device, keep=False)
+    keys.change(make_unit)
+    asked.change(make_unit)
+    num_classes = int(labels.max()) + 1
     votes: dict[int, list[Tensor]] = {k: [] for k in neighbours}
-    for queries in _unit_rows(test, mean, 1024):
+    for _, (queries,) in asked:
         similarity = torch.empty(len(queries), 0, device=device)
         classes_found = torch.empty(len(queries), 0, dtype=torch.long, device=device)
-        for i, keys in enumerate(_unit_rows(train, mean, size)):
-            near = targets[i * size : i * size + len(keys)].expand(len(queries), -1)
-            similarity = torch.cat([similarity, queries @ keys.T], 1)
-            classes_found = torch.cat([classes_found, near], 1)
+        for part, (near,) in keys:
+            similarity = torch.cat([similarity, queries @ near.T], 1)
+            classes_found = torch.cat([classes_found, targets[part].expand(len(queries), -1)], 1)
             similarity, order = similarity.topk(min(max(neighbours), similarity.shape[1]), dim=1)
             classes_found = classes_found.gather(1, order)
         weight = ((similarity - 1) / 0.07).exp()
         for k in neighbours:
-            ballot = torch.zeros(len(queries), int(labels.max()) + 1, device=device)
-            votes[k].append(ballot.scatter_add_(1, classes_found[:, :k], weight[:, :k]).argmax(1).cpu())
-    return {k: torch.cat(parts).numpy() for k, parts in votes.items()}
-
-
-def _unit_rows(features: np.ndarray, mean: Tensor, size: int) -> Iterator[Tensor]:
-    """Yield centred features (n, C) of length 1."""
-    for start in range(0, len(features), size):
-        part = torch.from_numpy(np.array(features[start : start + size], dtype=np.float32)).to(mean.device)
-        yield F.normalize(part - mean, dim=1)
+            ballot = torch.zeros(len(queries), num_classes, device=device)
+            votes[k].append(ballot.scatter_add_(1, classes_found[:, :k], weight[:, :k]).argmax(1))
+    return {k: torch.cat(parts).cpu().numpy() for k, parts in votes.items()}
 
 
 def alignment(first: np.ndarray, second: np.ndarray) -> float:
