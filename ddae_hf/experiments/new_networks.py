@@ -29,7 +29,7 @@ from .encoding import LatentFolder
 from .images import Images
 from .options import Table
 from .pretraining_data import TrainingData
-from .training import this_process
+from .sharing import this_process
 
 logger = logging.getLogger(__name__)
 

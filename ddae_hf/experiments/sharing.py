@@ -17,19 +17,39 @@ processes. Messages go through accelerate's process group.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
-
-from .training import this_process
 
 Task = Callable[..., Any]
 _GO_ON = "go on"  # what the first process says before each round of a task
 _NO_MORE = "no more"
+
+
+def this_process() -> PartialState:
+    """Return accelerate's state of this process among all, as an `Accelerator` sets it up.
+
+    Without GPUs accelerate would let launched processes run apart, unless told to use the processor. Processes may wait
+    for each other for days: one fits probes while the others have nothing to do.
+
+    Raises:
+        ValueError: More processes on this machine than it has GPUs: two of them would share one.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    processor = not (alone or torch.accelerator.is_available()) or parse_flag_from_env("ACCELERATE_USE_CPU")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not processor and torch.cuda.is_available() and here > (gpus := torch.cuda.device_count()):
+        raise ValueError(f"{here} processes were launched on a machine with {gpus} GPU(s): launch one for each GPU.")
+    return PartialState(cpu=processor, timeout=timedelta(days=7))
 
 
 @dataclass

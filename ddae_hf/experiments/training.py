@@ -10,21 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -42,23 +40,6 @@ Loss = Callable[[Any, RowDraws], Tensor]
 
 NUM_LOSSES = 100  # batches over which the loss is averaged
 LOOKS = 10  # steps between two looks at losses and weights
-
-
-def this_process() -> PartialState:
-    """Return accelerate's state of this process among all, as an `Accelerator` sets it up.
-
-    Without GPUs accelerate would let launched processes run apart, unless told to use the processor. Processes may wait
-    for each other for days: one fits probes while the others have nothing to do.
-
-    Raises:
-        ValueError: More processes on this machine than it has GPUs: two of them would share one.
-    """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    processor = not (alone or torch.accelerator.is_available()) or parse_flag_from_env("ACCELERATE_USE_CPU")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not processor and torch.cuda.is_available() and here > (gpus := torch.cuda.device_count()):
-        raise ValueError(f"{here} processes were launched on a machine with {gpus} GPU(s): launch one for each GPU.")
-    return PartialState(cpu=processor, timeout=timedelta(days=7))
 
 
 @contextlib.contextmanager
