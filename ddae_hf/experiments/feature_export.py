@@ -91,7 +91,7 @@ def export_features(
     folder = Path(options.output_dir)
     cache = FeatureCache(options.features_dir or folder / "cache", network, options.noise_seed)
     features = cache.features(
-        partial(inputs.batches, options.batch_size, None, title="Features"),
+        partial(inputs.batches, options.batch_size, None, title="Features", device=network.device),
         len(inputs), layers, sigma, view=options.view, data=inputs.identity,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

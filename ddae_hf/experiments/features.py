@@ -22,6 +22,7 @@ from ..noise import family_of
 from ..weights import fingerprint
 from .arrays import StrPath, described_folder, fill
 from .draws import GENERATOR, POSTERIOR, indexed_noise
+from .loading import to_device
 
 Images = Callable[[int], Iterable[Tensor]]
 
@@ -55,21 +56,23 @@ def extract_features(
     and a data set without images are refused.
     """
     family_of(model.scheduler).check_sigma(sigma)
-    parts: list[dict[str, Tensor]] = []
+    parts: list[Tensor] = []
     start = 0
     for images in batches:
         indices = range(start, start := start + len(images))
         found = batch_features(model, images, indices, layers, sigma, noise_seed=noise_seed, view=view)
-        parts.append({layer: values.cpu() for layer, values in found.items()})
+        widths = {layer: values.shape[1] for layer, values in found.items()}
+        parts.append(torch.cat(list(found.values()), dim=1).cpu())  # the one copy of a batch
     if not parts:
         raise ValueError("The data set is empty: there is no image to compute features of.")
-    return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+    columns = torch.cat(parts).split(list(widths.values()), dim=1)
+    return {layer: values.contiguous() for layer, values in zip(widths, columns, strict=True)}
 
 
 def batch_features(
     model: DDAEModel,
     images: Tensor,
-    indices: Sequence[int] | np.ndarray,
+    indices: Sequence[int] | np.ndarray | Tensor,
     layers: Sequence[str],
     sigma: float | Tensor,
     *,
@@ -88,7 +91,7 @@ def batch_features(
     noise = draws((config.num_noise_samples, *shape)).transpose(0, 1)
     own = draws(shape, purpose=POSTERIOR) if config.sample_posterior else None
     with evaluating(model):
-        clean = model.encode(images.to(model.device), own)
+        clean = model.encode(to_device(images, model.device), own)
         hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise)
         return {layer: pool_hidden_states(hidden[layer], config.pooling) for layer in layers}
 

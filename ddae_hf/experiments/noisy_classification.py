@@ -45,6 +45,7 @@ from .devices import machine
 from .draws import GENERATOR, POSTERIOR, RowDraws, indexed_noise, seed_by, separate_randomness
 from .features import FeatureCache, batch_features
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
+from .loading import to_device
 from .models import Model, check_taps, open_model, open_processor, report_facts
 from .noisy_networks import NoiseConditionalMLP, WideResNet
 from .options import option
@@ -239,11 +240,11 @@ class Study:
 
         def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
             title = f"features, view {view + 1} of {options.num_views}"
-            for images in self.train.batches(options.batch_size, start=start, title=title):
+            for images in self.train.batches(options.batch_size, start=start, title=title, device=device):
                 rows = range(start, start := start + len(images))
                 draws = RowDraws(options.seed, rows, device, view)
                 sigma = log_uniform(options, draws.uniform((len(rows),)))
-                images = random_changes(images.to(device), options.random_flip, options.random_crop, draws)
+                images = random_changes(images, options.random_flip, options.random_crop, draws)
                 found = batch_features(
                     self.model, images, rows, self.layers, sigma, noise_seed=options.noise_seed, view=2 + view
                 )
@@ -261,7 +262,7 @@ class Study:
         options = self.options
         device = self.model.device
         stored, sigmas = zip(*(self.stored_view(view) for view in range(options.num_views)), strict=True)
-        labels = torch.from_numpy(self.train.labels)
+        labels = torch.from_numpy(self.train.labels).to(device)
         config = {"in_features": stored[0].shape[1], "num_labels": len(self.train.names)}
         config |= {name: getattr(options, name) for name in ("hidden_size", "num_hidden_layers", "dropout")}
         seed_by(options.seed)
@@ -274,8 +275,9 @@ class Study:
         schedule = CosineAnnealingLR(optimizer, len(passes))
         for view in tqdm(passes, desc="MLP"):
             for batch in torch.randperm(len(labels)).split(options.train_batch_size):
-                inputs = torch.from_numpy(stored[view][batch.numpy()]).to(device)
-                loss = F.cross_entropy(mlp(inputs, sigmas[view][batch]), labels[batch].to(device))
+                inputs = to_device(torch.from_numpy(stored[view][batch.numpy()]), device)
+                some = to_device(batch, device)
+                loss = F.cross_entropy(mlp(inputs, sigmas[view][some]), labels[some])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -306,7 +308,7 @@ class Study:
         def loss(batch: dict[str, Tensor], draws: RowDraws) -> Tensor:
             noisy, sigma = self.noisy_batch(batch["pixel_values"], draws)
             logits = network(noisy.to(memory_format=torch.channels_last), sigma)
-            return F.cross_entropy(logits, batch["labels"].to(sigma.device))
+            return F.cross_entropy(logits, batch["labels"])
 
         def save(partial: Path) -> None:
             save_model(network, str(partial / "model.safetensors"))
@@ -315,7 +317,8 @@ class Study:
         if self.checkpoint is not None:
             load_model(network, self.checkpoint / "model.safetensors")
         order = Batches(of_epoch, size)
-        loader = DataLoader(LabelledRows(self.train), batch_sampler=order, collate_fn=cast(Any, whole))
+        rows = LabelledRows(self.train, device=self.model.device)
+        loader = DataLoader(rows, batch_sampler=order, collate_fn=cast(Any, whole))
         with accelerated(mixed_precision="no", device_placement=False) as accelerator:
             loop = Loop(
                 accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
@@ -333,7 +336,6 @@ class Study:
         """Return noisy images or latents (B, C, H, W) and their levels (B,), with draws for the images."""
         shape = (len(images), *self.model.config.sample_shape)
         sigma = log_uniform(self.options, draws.uniform(shape[:1]))
-        images = images.to(self.model.device)
         images = random_changes(images, self.options.random_flip, self.options.random_crop, draws)
         clean = self.model.encode(images, draws.normal(shape))
         return clean + sigma[:, None, None, None] * draws.normal(shape), sigma
@@ -342,10 +344,12 @@ class Study:
     def accuracies(self, name: str, network: nn.Module) -> list[float]:
         """Return a classifier's accuracy at every level; the noise of a test image is the same for all of them."""
         answers = self.of_features(network) if name == MLP else self.of_noisy(network)
-        right = [0] * len(self.sigmas)
+        device = self.model.device
+        labels = torch.from_numpy(self.test.labels).to(device)
+        right = torch.zeros(len(self.sigmas), dtype=torch.int64, device=device)
         for number, rows, logits in answers:
-            right[number] += int((logits.argmax(-1).cpu().numpy() == self.test.labels[rows]).sum())
-        return [count / len(self.test) for count in right]
+            right[number] += (logits.argmax(-1) == labels[rows]).sum()
+        return [count / len(self.test) for count in right.tolist()]
 
     def of_features(self, mlp: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield the MLP's answers to test images: a level's number, rows, and logits (B, K)."""
@@ -353,13 +357,13 @@ class Study:
         count = len(self.test)
         where = self.options.features_dir or self.folder / "features"
         cache = FeatureCache(where, self.model, self.options.noise_seed)
-        images = partial(self.test.batches, size, None, title="test")
+        images = partial(self.test.batches, size, None, title="test", device=self.model.device)
         for number, sigma in enumerate(self.sigmas):
             found = cache.features(images, count, self.layers, sigma, view=TEST_VIEW, data=self.test.identity)
             for start in range(0, count, size):
                 rows = slice(start, start + size)
                 values = np.concatenate([found[layer][rows] for layer in self.layers], axis=1)
-                features = torch.from_numpy(values).to(self.model.device)
+                features = to_device(torch.from_numpy(values), self.model.device)
                 yield number, rows, mlp(features, features.new_full((len(features),), sigma))
 
     def of_noisy(self, network: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
@@ -367,14 +371,14 @@ class Study:
         config = self.model.config
         seed = self.options.noise_seed
         first = 0
-        for images in self.test.batches(self.options.batch_size, title="test"):
+        for images in self.test.batches(self.options.batch_size, title="test", device=self.model.device):
             rows = slice(first, first := first + len(images))
             indices = range(rows.start, rows.stop)
             draws = partial(indexed_noise, indices=indices, seed=seed, view=TEST_VIEW, device=self.model.device)
             own = None
             if config.sample_posterior:
                 own = draws(config.sample_shape, purpose=POSTERIOR)
-            clean = self.model.encode(images.to(self.model.device), own)
+            clean = self.model.encode(images, own)
             noise = draws(config.sample_shape).to(clean)
             for number, sigma in enumerate(self.sigmas):
                 yield number, rows, network(clean + sigma * noise, clean.new_full((len(clean),), sigma))

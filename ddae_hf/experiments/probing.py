@@ -37,6 +37,7 @@ from .devices import made_fast
 from .draws import RowDraws, separate_randomness
 from .features import FeatureCache, batch_features
 from .images import ImageInputs, ImageSet, Inputs, noise_view
+from .loading import to_device
 from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_regression, knn_predict, uniformity
 from .metrics import F1
 from .models import Model
@@ -120,10 +121,11 @@ class Prober:
         found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
         for view in range(options.num_views) if views is None else views:
             title = f"sigma {sigma:g}, {split} images, view {view}"
-            images = partial(inputs.batches, options.batch_size, rows, view=view, title=title)
             if layers == [PIXELS]:
-                found[PIXELS].append(torch.cat([batch.flatten(1) for batch in images(0)]).numpy())
+                batches = inputs.batches(options.batch_size, rows, view=view, title=title)
+                found[PIXELS].append(torch.cat([batch.flatten(1) for batch in batches]).numpy())
                 continue
+            images = partial(inputs.batches, options.batch_size, rows, view=view, title=title, device=self.model.device)
             cache, count = FeatureCache(self.folder, self.model, noise_seed), len(inputs if rows is None else rows)
             known = {**inputs.identity, **part, **(options.changes if view else {})}
             number = noise_view(split == "test", view)
@@ -254,7 +256,8 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
 
     Every epoch has fresh noise, flips and crops; the optimiser is Adam, on a cosine schedule.
     """
-    options, model, labels = prober.options, prober.model, torch.from_numpy(prober.labels["train"])
+    options, model = prober.options, prober.model
+    labels = torch.from_numpy(prober.labels["train"]).to(model.device)
     widths = {layer: hidden_size(model.denoiser, layer, model.config.pooling) for layer in layers}
     steps = math.ceil(len(rows) / options.train_batch_size)
 
@@ -274,11 +277,11 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
 
         def loss(batch: Batch, draws: RowDraws) -> Tensor:
             epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are
-            some = batch["rows"].numpy()
-            images, view = prober.train.read(some, epoch), noise_view(False, epoch)
+            some = to_device(batch["rows"], model.device)
+            images = prober.train.read(batch["rows"], epoch, some, model.device)
+            view = noise_view(False, epoch)
             features = batch_features(model, images, some, layers, sigma, noise_seed=noise_seed, view=view)
-            truth = labels[some].to(model.device)
-            losses = (F.cross_entropy(logits, truth) for logits in loop.module(features).values())
+            losses = (F.cross_entropy(logits, labels[some]) for logits in loop.module(features).values())
             return sum(losses, torch.zeros((), device=model.device))
 
         loop.run(loss)
@@ -290,15 +293,16 @@ def predict_online(
     prober: Prober, probes: OnlineProbes, split: str, sigma: float, rows: np.ndarray, noise_seed: int
 ) -> dict[str, np.ndarray]:
     """Return the classes (1, N) that probes give a split's images at `rows`, by layer name."""
-    found: dict[str, list[np.ndarray]] = {layer: [] for layer in probes.layers}
-    inputs = prober.train if split == "train" else prober.test
-    start, view = 0, noise_view(split == "test", 0)
-    for images in inputs.batches(prober.options.batch_size, rows, title=f"sigma {sigma:g}, {split} images"):
-        indices = rows[start : (start := start + len(images))]
-        features = batch_features(prober.model, images, indices, probes.layers, sigma, noise_seed=noise_seed, view=view)
+    found: dict[str, list[Tensor]] = {layer: [] for layer in probes.layers}
+    inputs, model = prober.train if split == "train" else prober.test, prober.model
+    start, view, title = 0, noise_view(split == "test", 0), f"sigma {sigma:g}, {split} images"
+    places = torch.from_numpy(rows).to(model.device)
+    for images in inputs.batches(prober.options.batch_size, rows, title=title, device=model.device):
+        indices = places[start : (start := start + len(images))]
+        features = batch_features(model, images, indices, probes.layers, sigma, noise_seed=noise_seed, view=view)
         for layer, logits in probes(features).items():
-            found[layer].append(logits.argmax(1).cpu().numpy())
-    return {layer: np.concatenate(parts)[None] for layer, parts in found.items()}
+            found[layer].append(logits.argmax(1))
+    return {layer: torch.cat(parts).cpu().numpy()[None] for layer, parts in found.items()}
 
 
 def make_classifier(
@@ -358,6 +362,6 @@ def classify(
     classifier: DDAEForImageClassification, images: ImageSet, processor: DDAEImageProcessor, batch_size: int = 250
 ) -> np.ndarray:
     """Return the classes (N,) that a classifier gives images."""
-    read = ImageInputs(images, processor).batches(batch_size, title="classifier")
-    answers: Any = (classifier(batch.to(classifier.device)) for batch in read)
-    return np.concatenate([answer.logits.argmax(-1).cpu().numpy() for answer in answers])
+    read = ImageInputs(images, processor).batches(batch_size, title="classifier", device=classifier.device)
+    answers: Any = (classifier(batch) for batch in read)
+    return torch.cat([answer.logits.argmax(-1) for answer in answers]).cpu().numpy()

@@ -36,6 +36,7 @@ from .evaluation import EvaluationOptions, compare_samples
 from .extractors import open_extractor
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
+from .loading import to_device
 from .models import Model, check_taps, chosen_layers, open_for, open_model, open_processor, path_of, ready, report_facts
 from .options import option
 from .pairs import Pair, Point
@@ -384,9 +385,9 @@ def test_loss(checkpoint: Path, test: Inputs, options: CurveOptions) -> float:
     generator = torch.Generator().manual_seed(options.seed)
     losses = []
     some = draw_images(test.labels, LOSS_IMAGES)
-    for images in test.batches(options.batch_size, some, title="loss on test images"):
-        clean = model.encode(images.to(model.device))
-        sigma = model.diffusion.family.draw(len(images), None, generator).to(model.device)
-        noise = torch.randn(clean.shape, generator=generator).to(model.device)
-        losses.append(model.diffusion.loss(clean, sigma=sigma, noise=noise).cpu())
-    return torch.cat(losses).mean().item()
+    for images in test.batches(options.batch_size, some, title="loss on test images", device=model.device):
+        clean = model.encode(images)
+        sigma = to_device(model.diffusion.family.draw(len(images), None, generator), model.device)
+        noise = to_device(torch.randn(clean.shape, generator=generator), model.device)
+        losses.append(model.diffusion.loss(clean, sigma=sigma, noise=noise))
+    return torch.cat(losses).cpu().mean().item()
