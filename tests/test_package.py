@@ -32,7 +32,7 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "data_files", "devices", "draws", "libraries", "metrics", "pieces", "sharing", "stopping"],
+    ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
     ["classes", "digits", "noisy_networks", "run_folder"],
     ["options"],
     ["features", "image_set", "logistic_regression", "models", "report"],

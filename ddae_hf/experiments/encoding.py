@@ -16,14 +16,16 @@ memory maps. Latents of version 0.1.0 have no checksum: they are refused until t
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,12 +44,15 @@ from .devices import best_device, made_fast
 from .draws import GENERATOR, POSTERIOR, indexed_noise
 from .features import evaluating
 from .image_set import Rows
-from .images import ImageInputs, Images, ImageSet, Inputs
+from .images import ImageInputs, Images, ImageSet, Inputs, Part, parts_of
+from .loading import to_device
 from .models import path_of
 from .options import Options, option
+from .sharing import Team
 
 INDEX = "latents.json"
 DTYPE = "float16"
+FLOAT32 = "float32"  # what a VAE computes in where latents.json does not say it
 logger = logging.getLogger(__name__)
 
 
@@ -63,16 +68,22 @@ class EncodingOptions(Options):
     mirror: bool = option(False, "Encode every image's mirror image too, as a second view.")
     sample_posterior: bool = option(False, "Draw latents from the VAE's distribution.")
     batch_size: int = option(16, "Images that are encoded at a time.")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "Type that the VAE computes in. bfloat16 is two to three times as fast on GPUs and on processors with bfloat16 "
+        "arithmetic (AVX512-BF16, AMX), and slower on others; latents have two to three digits then.",
+    )
     seed: int = option(0, "Seed of the draws.")
     cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
-def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder:
+def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder | None:
     """Encode a split's images with a VAE once, with their labels beside them where they have any; return the folder.
 
     The VAE is an `AutoencoderKL`, or a folder or Hub id of one, or of a checkpoint that has one. The folder's split is
     `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and existing latents
-    are not computed again.
+    are not computed again. The processes of `accelerate launch` share the images; the first one gets the folder, the
+    others None.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, a folder of other latents, or a damaged file.
@@ -91,14 +102,19 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     )
     train = images[options.split].take(options.max_samples)
     inputs = {"train": _Mirrored(train, processor)}
-    folder = LatentFolder.create(
-        options.output_dir, vae, (side, side),
-        describe_splits(inputs, 1 + options.mirror, {"mirror": options.mirror}),
-        sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
-        vae_source=source or vae.config.get("_name_or_path"), dataset=images.facts(train),
-    )  # fmt: skip
-    encode_views(folder, vae, inputs, options.batch_size)
-    return folder
+    with encoding_team(vae, inputs, options.dtype) as team:
+        if team.helps:
+            team.serve()
+            return None
+        with team:
+            folder = LatentFolder.create(
+                options.output_dir, vae, (side, side),
+                describe_splits(inputs, 1 + options.mirror, {"mirror": options.mirror}),
+                sample_posterior=options.sample_posterior, seed=options.seed, dtype=options.dtype, names=train.names,
+                vae_source=source or vae.config.get("_name_or_path"), dataset=images.facts(train),
+            )  # fmt: skip
+            encode_views(folder, inputs, options.batch_size, team)
+            return folder
 
 
 def describe_splits(inputs: Mapping[str, ImageInputs], views: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -112,10 +128,10 @@ def describe_splits(inputs: Mapping[str, ImageInputs], views: int, changes: dict
     return splits
 
 
-def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInputs], batch_size: int) -> None:
-    """Compute the latents that a folder lacks, in float32 on the best device there is, and keep the labels.
+def encode_views(folder: LatentFolder, inputs: Mapping[str, ImageInputs], batch_size: int, team: Team) -> None:
+    """Compute the latents that a folder lacks, by the processes of `encoding_team`, and keep the labels.
 
-    The folder is one that `LatentFolder.create` made for these images. Afterwards the VAE is as it was.
+    The folder is one that `LatentFolder.create` made for these images.
     """
     for split, known in inputs.items():
         if known.labels is not None:
@@ -133,25 +149,68 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
     )
     if not folder.missing_bytes():
         return
-    device, dtype = vae.device, vae.dtype
     started = time.monotonic()
-    made_fast(vae, best_device()).to(best_device()).float()
-    try:
-        for split, described in splits.items():
-            for view in range(described["views"]):
-                title = f"Encoding {given[split]} images, view {view}"
-                views = partial(inputs[split].batches, batch_size, None, view=view, title=title)
-                folder.encode(vae, split, view, views)
-    finally:
-        vae.to(device).type(dtype)
+    for split, described in splits.items():
+        for view in range(described["views"]):
+            details = {"split": split, "image_view": view, "seed": folder.index["seed"]}
+            details["view"] = folder.number(split, view)
+            rows = np.arange(described["count"])
+
+            def latents(start: int, rows: Any = rows, details: dict[str, Any] = details) -> Iterator[Tensor]:
+                return team.each("latents", parts_of(rows, batch_size, start), **details)
+
+            folder.keep(split, view, latents)
     logger.info("Encoded in %.0f s.", time.monotonic() - started)
+
+
+def latents_of(vae: Any, pixels: Tensor, indices: Any, *, seed: int | None, view: int) -> Tensor:
+    """Return the latents (B, c, h, w), float16, of images (B, C, H, W) of these indices in their data set.
+
+    With a seed they are draws, those of the view, otherwise means. The VAE is on the device to use, in the type to
+    compute in, and its mode plays no part. Latents that are not finite raise `ValueError`.
+    """
+    factor = downsampling(vae.config)
+    shape = (vae.config.latent_channels, *(side // factor for side in pixels.shape[-2:]))
+    own = None
+    if seed is not None:
+        own = indexed_noise(shape, indices, seed, view, purpose=POSTERIOR, device=vae.device)
+    with evaluating(vae):
+        latents = scaled_latents(vae, to_device(pixels, vae.device), own).to(getattr(torch, DTYPE))
+    if not latents.isfinite().all():
+        what = f"Latents of the images {indices[0]} to {indices[-1]} are not finite in {DTYPE}"
+        raise ValueError(f"{what}: the VAE overflows. Run it in float32, and look at its scaling_factor.")
+    return latents
+
+
+def latents_of_parts(
+    vae: Any, inputs: Mapping[str, ImageInputs], parts: Sequence[Part], *, split: str, image_view: int,
+    seed: int | None, view: int,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yield the latents of parts of a split's view: see `latents_of` and `Inputs.parts`."""
+    title = f"Encoding {inputs[split].images.split} images, view {image_view}"
+    images = inputs[split].parts(parts, view=image_view, title=title, device=vae.device)
+    for (_, indices), pixels in zip(parts, images, strict=True):
+        yield latents_of(vae, pixels, indices, seed=seed, view=view)
+
+
+@contextlib.contextmanager
+def encoding_team(vae: Any, inputs: Mapping[str, ImageInputs], dtype: str) -> Iterator[Team]:
+    """Give the processes that encode, with the VAE in a type on the best device; afterwards it is as it was."""
+    if dtype != FLOAT32:
+        vae = copy.deepcopy(vae)  # casting it back would not undo the rounding
+    device, before = vae.device, vae.dtype
+    made_fast(vae, best_device()).to(best_device()).type(getattr(torch, dtype))
+    try:
+        yield Team({"latents": partial(latents_of_parts, vae, inputs)})
+    finally:
+        vae.to(device).type(before)
 
 
 class _Mirrored(ImageInputs):
     """Images whose second view is the mirror image."""
 
-    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
-        pixels = super().read(rows)
+    def made(self, fetched: Tensor, view: int, numbers: Any) -> Tensor:
+        pixels = super().made(fetched, 0, numbers)
         return mirror(pixels) if view else pixels
 
 
@@ -172,11 +231,17 @@ class LatentInputs(Inputs):
         """How the latents were made, and of which images."""
         index = self.folder.index
         known = {name: index[name] for name in ("vae", "vae_fingerprint", "shape", "sample_posterior", "seed")}
+        known |= {} if self.folder.computed_in == FLOAT32 else {"dtype": self.folder.computed_in}
         return {**known, **index["splits"][self.split]}
 
-    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
-        """Return the latents (B, c, h, w) of a view of the images at `rows`, float32."""
-        return self.folder.read(self.split, view % self.folder.views(self.split), rows)
+    def fetch(self, rows: Any, view: int = 0, device: torch.device | str = "cpu") -> Tensor:
+        """Return the latents (B, c, h, w) of a view of the images at `rows`, float16."""
+        latents = self.folder.latents(self.split, view % self.folder.views(self.split))
+        return to_device(torch.from_numpy(latents[np.asarray(rows)]), device)
+
+    def made(self, fetched: Tensor, view: int, numbers: Any) -> Tensor:
+        """Return latents (B, c, h, w) as float32."""
+        return fetched.float()
 
 
 def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None) -> Dataset:
@@ -230,14 +295,16 @@ class LatentFolder:
         *,
         sample_posterior: bool = False,
         seed: int = 0,
+        dtype: str = "float32",
         **notes: Any,
     ) -> LatentFolder:
         """Open a folder for latents of this description, or create it; they are not computed yet.
 
         `splits` has by name `count` (number of images), `views` (number of views), and what tells the images and their
         views from others, as JSON. With `sample_posterior`, latents are draws in place of means; each (seed, image,
-        view) has its own draw. `notes` are what readers may want to know, as JSON. A folder of latents of another
-        description raises `ValueError`, and a disk without room for them raises `OSError`.
+        view) has its own draw. `dtype` names the type that the VAE computes in. `notes` are what readers may want to
+        know, as JSON. A folder of latents of another description raises `ValueError`, and a disk without room for them
+        raises `OSError`.
         """
         height, width = (side // downsampling(vae.config) for side in image_size)
         index = {
@@ -250,6 +317,8 @@ class LatentFolder:
         }
         if sample_posterior:
             index["generator"] = GENERATOR
+        if dtype != FLOAT32:
+            index["dtype"] = dtype
         path = Path(folder) / INDEX
         text = json.dumps({**notes, **index}, indent=2, sort_keys=True) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +330,8 @@ class LatentFolder:
                     arrays.write_text(path, text)
         known = arrays.read_json(path)
         wanted = json.loads(text)
-        if found := arrays.differences(known, {name: wanted[name] for name in index}):
+        described = {name: wanted[name] for name in index} | {"dtype": dtype}
+        if found := arrays.differences({"dtype": FLOAT32, **known}, described):
             raise ValueError(f"{folder} holds other latents ({'; '.join(found)}): give another folder, or delete it.")
         if known != wanted:
             arrays.write_text(path, text)
@@ -274,6 +344,11 @@ class LatentFolder:
         """Channels, height and width of a latent."""
         channels, height, width = self.index["shape"]
         return channels, height, width
+
+    @property
+    def computed_in(self) -> str:
+        """Name of the type that the VAE computes in."""
+        return self.index.get("dtype", FLOAT32)
 
     def views(self, split: str) -> int:
         """Return the number of a split's views, or raise `ValueError` with the splits there are."""
@@ -297,24 +372,26 @@ class LatentFolder:
         called with an index, gives `pixel_values` in batches from that image on. Another number of images than
         announced, and latents that are not finite, raise `ValueError`.
         """
-        name, count = f"{split}-{view}", self.index["splits"][split]["count"]
-        # No two splits share a draw.
-        number = len(self.index["splits"]) * view + sorted(self.index["splits"]).index(split)
 
-        def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
+        def latents(start: int) -> Iterator[Tensor]:
             for pixels in images(start):
                 indices = range(start, start := start + len(pixels))
-                own = None
-                if self.index["sample_posterior"]:
-                    own = indexed_noise(self.shape, indices, self.index["seed"], number, purpose=POSTERIOR)
-                with evaluating(vae):
-                    latents = scaled_latents(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
-                if not latents.isfinite().all():
-                    what = f"Latents of the {split} images {indices[0]} to {indices[-1]} are not finite in {DTYPE}"
-                    raise ValueError(f"{what}: the VAE overflows. Run it in float32, and look at its scaling_factor.")
-                yield {name: latents}
+                yield latents_of(vae, pixels, indices, seed=self.index["seed"], view=self.number(split, view))
 
-        arrays.fill(self.folder, {name: self.shape}, count, batches, DTYPE)
+        self.keep(split, view, latents)
+
+    def keep(self, split: str, view: int, latents: Callable[[int], Iterable[Tensor]]) -> None:
+        """Keep a view's latents, which `latents` gives in batches from an image on: see `encode`."""
+        name = f"{split}-{view}"
+
+        def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
+            return ({name: batch} for batch in latents(start))
+
+        arrays.fill(self.folder, {name: self.shape}, self.index["splits"][split]["count"], batches, DTYPE)
+
+    def number(self, split: str, view: int) -> int:
+        """Return the number of a view's draws, which no two views of all splits share."""
+        return len(self.index["splits"]) * view + sorted(self.index["splits"]).index(split)
 
     def latents(self, split: str, view: int = 0) -> np.ndarray:
         """Return a view's latents (N, c, h, w), float16, mapped from disk, or raise `ValueError` if any is missing."""

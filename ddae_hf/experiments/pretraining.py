@@ -167,7 +167,7 @@ class Pretraining:
         self.average.requires_grad_(False).eval()
         what = "images" if data.described is None else f"latents, {data.described['views']} view(s) of each,"
         logger.info(f"Training on {data.count or 'a stream of'} {what} with a side of {network.config.sample_size}.")
-        loader = data.batches(network.config, options)
+        loader = data.batches(network.config, options, accelerator.device)
         adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
         adam["weight_decay"] = options.weight_decay
         self.loop = options.loop(

@@ -33,6 +33,7 @@ from torch import Tensor
 Task = Callable[..., Any]
 _GO_ON = "go on"  # what the first process says before each round of a task
 _NO_MORE = "no more"
+_DONE, _FAILED = "done", "failed"  # how it lets the others go
 
 
 def this_process() -> PartialState:
@@ -50,6 +51,15 @@ def this_process() -> PartialState:
     if not processor and torch.cuda.is_available() and here > (gpus := torch.cuda.device_count()):
         raise ValueError(f"{here} processes were launched on a machine with {gpus} GPU(s): launch one for each GPU.")
     return PartialState(cpu=processor, timeout=timedelta(days=7))
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first of the launched processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class FirstFailed(RuntimeError):
+    """Raised where a process helps the first one, and that one ended with an error, which it says itself."""
 
 
 @dataclass
@@ -89,7 +99,7 @@ class Team:
         """Let the others go; where this process failed because another one is gone, there is nobody to tell."""
         self.over = True
         with contextlib.suppress(RuntimeError) if kind is not None else contextlib.nullcontext():
-            self._tell(None)
+            self._tell(_DONE if kind is None else _FAILED)
 
     def each(self, task: str, parts: Sequence[Any], **details: Any) -> Iterator[Any]:
         """Yield a task's result for each part, in order; process k of n computes parts k, k + n, ...
@@ -117,18 +127,27 @@ class Team:
                 self._tell(_NO_MORE)
 
     def serve(self) -> None:
-        """Compute shares of tasks until the first process needs no more."""
-        while (job := self._tell()) is not None:
+        """Compute shares of tasks until the first process needs no more; `FirstFailed` if it ends with an error."""
+        while not self._is_over(job := self._tell()):
             task, parts, details = job
             own = self._results(task, parts, details)
             for _ in range(self._rounds(parts)):
                 mine = next(own, None)
                 word = self._tell()
-                if word is None:
+                if self._is_over(word):
                     return
                 if word == _NO_MORE:
                     break
                 self._gather(mine)
+
+    def _is_over(self, word: Any) -> bool:
+        if word == _FAILED:
+            raise FirstFailed("The first process failed.")
+        return word == _DONE
+
+    def agree(self, value: Any = None) -> Any:
+        """Return the first process's value in all processes, which all ask for it."""
+        return self._tell(value)
 
     def _rounds(self, parts: Sequence[Any]) -> int:
         return -(-len(parts) // self.count)
