@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from .parsing import parse
 
 logger = logging.getLogger(__name__)
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's: microseconds or `max`, then the period that they are out of
+ALIKE_SECONDS = 10  # in which the first of several processes may say what went wrong in all
 INTERRUPTED = "Interrupted: the same command goes on from what was kept, or starts again if nothing was."
 
 
@@ -71,6 +73,8 @@ def sentences() -> Iterator[None]:
             yield
     except (ValueError, OSError) as error:
         logger.debug("Where this was raised:", exc_info=True)
+        if not is_first_process():  # which mostly fails alike and says so; then the launcher ends this one
+            time.sleep(ALIKE_SECONDS)
         raise SystemExit(str(error)) from error
     except FirstFailed as error:  # which says why itself
         raise SystemExit(1) from error

@@ -73,8 +73,8 @@ def export_features(
 ) -> ExportedFeatures | None:
     """Compute the features of a split's images, and write them to files with the labels, where there are any.
 
-    They are computed into `features_dir` first: an interrupted run goes on, and what a sweep has left there is used. The
-    processes of `accelerate launch` share the images; the first one writes, and the others return None.
+    They are computed into `features_dir` first: an interrupted run goes on, and what a sweep has left there is used.
+    The processes of `accelerate launch` share the images; the first one writes, and the others return None.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, or a damaged file.
