@@ -15,8 +15,9 @@ from datasets import Dataset
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.experiments.arrays import fill, rows_done
-from ddae_hf.experiments.encoding import EncodingOptions, LatentFolder, LatentInputs, encode
+from ddae_hf.experiments.encoding import EncodingOptions, encode
 from ddae_hf.experiments.images import Images
+from ddae_hf.experiments.latent_folder import LatentFolder, LatentInputs
 from ddae_hf.latents import encode as encoded_by
 from ddae_hf.weights import fingerprint
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from ddae_hf import DDAEPipeline
-from ddae_hf.experiments.encoding import LatentFolder
+from ddae_hf.experiments.latent_folder import LatentFolder
 
 from . import commands
 from .conftest import make_dit, make_unet, make_vae

@@ -37,6 +37,7 @@ EXPERIMENTS = [
     ["options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
+    ["latent_folder"],
     ["converting", "encoding", "extractors", "feature_export", "pairs"],
     ["results"],
     ["batches", "plots"],

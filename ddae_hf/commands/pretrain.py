@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..experiments.encoding import LatentFolder
 from ..experiments.images import DataOptions, Images
+from ..experiments.latent_folder import LatentFolder
 from ..experiments.options import option
 from ..experiments.pretraining import PretrainingOptions, pretrain
 from ..experiments.publishing import HubOptions, prepare, publish

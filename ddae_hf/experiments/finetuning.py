@@ -42,9 +42,9 @@ from .arrays import StrPath, kept_or_temporary
 from .classes import draw_labels
 from .devices import PRECISION, best_device, machine, made_fast, training_precision
 from .draws import indexed_noise, separate_randomness
-from .encoding import LatentFolder, LatentInputs
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
+from .latent_folder import LatentFolder, LatentInputs
 from .models import Model, base_model, base_of, check_null_class
 from .options import option
 from .probing import classify

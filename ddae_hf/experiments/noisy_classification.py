@@ -149,9 +149,7 @@ def classify_noisy(
     options = NoisyOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
     started = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(separate_randomness())
-        folder = stack.enter_context(kept_or_temporary(options.output_dir))
+    with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:
         network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))

@@ -30,8 +30,8 @@ from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
 from .batches import Batch, clean_images
 from .draws import RowDraws
-from .encoding import LatentFolder, one_view
 from .images import Images
+from .latent_folder import LatentFolder, one_view
 from .models import base_model
 from .new_networks import check_networks, choose, chosen_before, networks_to_train, new_networks, trained_on
 from .options import Table, option

@@ -13,8 +13,8 @@ from ..checkpoints import Checkpoint, load_vae
 from ..image_processing_ddae import DDAEImageProcessor
 from .batches import image_batches, images_hash, row_batches
 from .classes import draw_images, warn_of_missing
-from .encoding import LatentFolder, latent_dataset
 from .images import Images, ImageSet
+from .latent_folder import LatentFolder, latent_dataset
 
 BY_ENCODE = "it is an option of `encode`, and the folder says what it was"
 BY_VIEWS = "latents are not changed; `encode` with mirror makes a second, mirrored view of each"

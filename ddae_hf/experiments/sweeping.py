@@ -236,9 +236,8 @@ def sweep_inputs(
     """
     started = time.monotonic()
     kept = None if options.output_dir is None else Path(options.output_dir)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(separate_randomness())
-        folder = stack.enter_context(kept_or_temporary(options.features_dir or (kept and kept / "features")))
+    where = options.features_dir or (kept and kept / "features")
+    with separate_randomness(), kept_or_temporary(where) as folder, contextlib.ExitStack() as stack:
         prober = check_sweep(model, train, test, processor, options, folder, selection_views)
         if prober.team.helps:
             prober.team.serve()

@@ -32,8 +32,8 @@ from .arrays import read_json, write_json
 from .batches import whole
 from .devices import fast_layout
 from .draws import RowDraws, seed_by
-from .encoding import one_view
 from .images import Inputs
+from .latent_folder import one_view
 from .loading import to_device
 from .metrics import classification_metrics
 from .run_folder import OF_DATA, check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of

@@ -19,9 +19,10 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEModel
 from .arrays import kept_or_temporary, num_bytes, size
 from .draws import GENERATOR
-from .encoding import FLOAT32, LatentFolder, LatentInputs, describe_splits, encode_views, encoding_team
+from .encoding import describe_splits, encode_views, encoding_team
 from .finetuning import FinetuningOptions, check_finetuning, finetune
 from .images import ImageInputs, Images, labelled_splits
+from .latent_folder import FLOAT32, LatentFolder, LatentInputs
 from .models import Model, open_for, open_processor, path_of
 from .options import Table, option
 from .probing import Prober
