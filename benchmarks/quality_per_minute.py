@@ -11,13 +11,14 @@ held-out training images, with the first seed.
 How many steps fit is measured first, in a short run of each recipe; the minutes that a run then took are reported. A
 checkpoint is probed by `ddae sweep`: layer and noise level are chosen on held-out training images, and tested once; for
 the first seed after every quarter of the training, for the others at the end. Options that are not named here go to the
-sweep. What is done is not done again: an interrupted benchmark goes on.
+sweep. What is done is not done again: an interrupted benchmark goes on. Both recipes run on `--device`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,10 +30,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import yaml
 
 from ddae_hf.commands.parsing import find_config, parse, read_config
 from ddae_hf.experiments.arrays import write_json
+from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.images import DataOptions
 from ddae_hf.experiments.run_folder import PROGRESS
 from ddae_hf.experiments.sweeping import SweepOptions
@@ -66,8 +69,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     add("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3], help="The plain recipe's to try.")
     add("--search_minutes", type=float, help="Training time of the runs that choose it; by default --minutes.")
     add("--workers", type=int, default=0, help="Processes that load the plain recipe's images.")
+    add("--device", choices=["cpu", "cuda"], default=best_device(), help="Where both recipes train and are probed.")
     add("--output_dir", type=Path, default=Path("runs/benchmarks/quality_per_minute"))
     args, rest = parser.parse_known_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no such device; give cpu.")
     args.search_minutes = args.search_minutes or args.minutes
     if min(args.minutes, args.search_minutes) <= 0:
         parser.error(f"--minutes {args.minutes}, --search_minutes {args.search_minutes}: they must be positive.")
@@ -91,9 +97,11 @@ def begin(args: argparse.Namespace, rest: list[str]) -> None:
     """Note the options that runs depend on in the output folder, or stop if it holds runs of other options."""
     path = args.output_dir / "options.json"
     known = {"config": read_config(find_config(args.config)), "dataset_name": args.dataset_name, "sweep": rest}
+    known |= {"device": args.device}
     begun = path.exists() and (args.output_dir / STEP_SECONDS).exists()  # the first that a run writes
     if begun and json.loads(path.read_text(encoding="utf-8")) != known:
-        raise SystemExit(f"{args.output_dir} holds runs of another --config, data set or sweep: give another folder.")
+        other = "another --config, data set, sweep or --device"
+        raise SystemExit(f"{args.output_dir} holds runs of {other}: give another folder.")
     write_json(path, known)
 
 
@@ -123,7 +131,7 @@ def step_seconds(args: argparse.Namespace) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             options = [*recipe_options(args, name == "plain", Path(folder)), "--output_dir", folder]
             options += ["--max_train_steps", "10000", "--low_resolution_share", str(low_share)]
-            process = Process(WAYS[way], options, "cpu", args.workers)
+            process = Process(WAYS[way], options, args.device, args.workers)
             process.steps(WARM_UP)
             seconds: list[float] = []
             while sum(seconds) < 60 * args.minutes * TIMED_SHARE:
@@ -132,6 +140,12 @@ def step_seconds(args: argparse.Namespace) -> dict[str, float]:
         found[name] += share * sum(seconds) / (CHUNK * len(seconds))
     write_json(path, found)
     return found
+
+
+def run_command(args: argparse.Namespace, name: str, options: list[str]) -> None:
+    """Run a command of `ddae` on the device that the benchmark was told."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
+    subprocess.run([sys.executable, "-m", "ddae_hf", name, *options], check=True, env={**os.environ, **hidden})
 
 
 @dataclass
@@ -159,12 +173,12 @@ class Run:
         options += ["--checkpointing_steps", str(steps // QUARTERS), "--checkpoints_total_limit", str(QUARTERS)]
         if self.name == "ours":
             options += ["--resume_from_checkpoint", "latest"]
-            subprocess.run([sys.executable, "-m", "ddae_hf", "pretrain", *options], check=True)
+            run_command(args, "pretrain", options)
             return
         decay = 1 - 1 / max(2, PAPER_REACH * steps)
         options += ["--learning_rate", str(self.rate), "--ema_decay", str(decay), "--lr_warmup_steps"]
         options += [str(round(PAPER_WARM_UP * steps))]
-        Plain(*read_options(options), "cpu", args.workers).train(folder)
+        Plain(*read_options(options), args.device, args.workers).train(folder)
 
     def probe(self, args: argparse.Namespace, rest: list[str], quarters: range) -> dict[str, Any]:
         """Probe the ends of some quarters of the training, and return accuracies and the minutes that they took."""
@@ -177,7 +191,7 @@ class Run:
             if not (output / "eval_results.json").exists():
                 options = [*sweep_options(args), *rest]
                 options += ["--model_name_or_path", str(checkpoint), "--output_dir", str(output)]
-                subprocess.run([sys.executable, "-m", "ddae_hf", "sweep", *options], check=True)
+                run_command(args, "sweep", options)
                 shutil.rmtree(output / "features")
             report = json.loads((output / "eval_results.json").read_text(encoding="utf-8"))
             progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
@@ -256,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         del result["correct"]
     report = {"options": {**vars(args), "output_dir": str(args.output_dir)}, "sweep_options": rest}
     report |= {"step_seconds": seconds, "learning_rates": tried, "learning_rate": best, "runs": found}
-    report |= {"gain": gain, "facts": measure.facts("cpu")}
+    report |= {"gain": gain, "facts": measure.facts(args.device)}
     write_json(args.output_dir / "results.json", report)
     draw(args.output_dir / "quality_per_minute.png", found)
     scores = ", ".join(f"{rate}: {100 * accuracy:.2f}" for rate, accuracy in tried.items())

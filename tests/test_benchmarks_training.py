@@ -193,12 +193,47 @@ def test_pretraining_refuses_what_the_plain_loop_has_not(option, message, tmp_pa
         (["--sigma_s", "0.1"], "there is no option 'sigma_s': the nearest is sigmas"),
         (["--features_dir", "elsewhere"], "leave it out"),
         (["--l2", "-1"], "it must be positive"),
+        (["--device", "cuda"], "torch finds no such device; give cpu"),
     ],
 )
-def test_recipes_are_not_trained_for_what_cannot_be_probed(option, message, capsys):
+def test_recipes_are_not_trained_for_what_cannot_be_probed(option, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         quality_per_minute.parse_arguments(["--dataset_name", "x", *option])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_both_recipes_run_on_the_device_that_they_are_told(device, tmp_path, monkeypatch):
+    """Commands see no GPU where the processor is asked for; the plain loop and the timed steps are told the device."""
+    told = []
+
+    class Told:
+        def __init__(self, *given):
+            told.append(given[2])
+
+        def steps(self, count):
+            return 1e9, []
+
+        def close(self):
+            pass
+
+        def train(self, folder):
+            pass
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quality_per_minute, "Process", Told)
+    monkeypatch.setattr(quality_per_minute, "Plain", Told)
+    commands = []
+    monkeypatch.setattr(quality_per_minute.subprocess, "run", lambda *words, env, **given: commands.append(env))
+    options = ["--dataset_name", "x", "--device", device, "--output_dir", str(tmp_path)]
+    args, _ = quality_per_minute.parse_arguments(options)
+    seconds = quality_per_minute.step_seconds(args)
+    for name, rate in {"plain": 1e-3, "ours": None}.items():
+        quality_per_minute.Run(name, 0, 1.0, rate).train(args, seconds)
+    assert told == [device] * 4  # three ways are timed, and the plain loop trains
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in commands] == ["" if device == "cpu" else None]
 
 
 def test_runs_of_other_options_are_not_taken_for_these(tmp_path):
