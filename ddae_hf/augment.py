@@ -92,7 +92,7 @@ def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
 
 def _matrix(rows: list[list[Any]], like: Tensor) -> Tensor:
     """Return 3x3 matrices (B, 3, 3) whose entries are tensors (B,) or numbers."""
-    entries = [torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(like)) for row in rows for v in row]
+    entries = [v if isinstance(v, Tensor) else torch.full_like(like, v) for row in rows for v in row]
     return torch.stack(entries, dim=-1).reshape(-1, 3, 3)
 
 

@@ -41,6 +41,26 @@ def readable(values: Tensor) -> bool:
     return values.device.type == "cpu" and not is_recorded()
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device computes in float64, which Apple's GPUs do not."""
+    return device.type != "mps"
+
+
+def exactly(values: Tensor) -> Tensor:
+    """Return values in float64, or in float32 on a device that has no float64."""
+    return values.double() if has_float64(values.device) else values.float()
+
+
+def in_batch(values: Tensor, count: int, device: Any) -> Tensor:
+    """Return a tensor, () or (1,) with one number for all images or (count,), as a tensor (count,) on a device.
+
+    One number that the host holds is written there by the device, as a copy would wait for it.
+    """
+    if values.device != torch.device(device) and readable(values) and values.numel() == 1 and not values.requires_grad:
+        return torch.full((count,), values.item(), dtype=values.dtype, device=device)
+    return values.to(device).expand(count)
+
+
 class Family(ABC):
     """A family of schedulers: what it knows of noise levels, of the network's input and target, and of sampling.
 
@@ -179,18 +199,18 @@ class Family(ABC):
     def _level(self, sigma: float | Tensor, images: Tensor) -> Tensor:
         """Return `sigma`, checked where it can be, as a float32 tensor (B, 1, ...) that broadcasts over the images."""
         self.check_level("sigma", sigma)
-        level = torch.as_tensor(sigma, dtype=torch.float32, device=images.device)
+        level = torch.as_tensor(sigma, dtype=torch.float32)
         count = images.shape[0]
         if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (count, 1)):
             raise ValueError(
                 f"sigma has shape {tuple(level.shape)} for {count} images: pass a scalar, or one sigma for each image."
             )
-        return level.expand(count).reshape(-1, *[1] * (images.ndim - 1))
+        return in_batch(level, count, images.device).reshape(-1, *[1] * (images.ndim - 1))
 
     def _fed(self, sigma: float | Tensor, images: Tensor) -> Tensor:
         """Return the timestep (B,) of a `sigma` that was checked."""
         timestep = self.to_timestep(torch.as_tensor(sigma, dtype=torch.float32))
-        return timestep.to(images.device).expand(images.shape[0])
+        return in_batch(timestep, images.shape[0], images.device)
 
     def noisy(self, clean: Tensor, noise: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return the denoiser's input and its timestep (B,): see `add_noise`."""
@@ -275,9 +295,9 @@ class Family(ABC):
         """Whether the scheduler's steps take a variance that the network predicts besides the image's noise."""
         return str(self.scheduler.config.get("variance_type")).startswith("learned")
 
-    def set_timesteps(self, count: int, device: Any) -> None:
-        """Set the scheduler's timesteps for `count` steps."""
-        self.scheduler.set_timesteps(count, device=device)
+    def set_timesteps(self, count: int) -> None:
+        """Set the scheduler's timesteps for `count` steps, on the host, where its steps read them without waiting."""
+        self.scheduler.set_timesteps(count)
 
     def first_sample(self, noise: Tensor) -> Tensor:
         """Turn standard-normal noise into what the scheduler's steps start from, once its timesteps are set."""

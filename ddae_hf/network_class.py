@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .cut import Cut, runs_forward_alone
+from .families import in_batch
 from .labels import check_label_range
 
 
@@ -123,7 +124,7 @@ class NetworkClass(ABC):
             raise ValueError(
                 f"class_labels are {class_labels!r}: they must be numbers; `get_label_ids` turns names into them."
             )
-        labels = torch.as_tensor(class_labels, device=device)
+        labels = torch.as_tensor(class_labels)  # where it is: numbers are checked before they go to a device
         labels = labels.reshape(1) if labels.ndim == 0 else labels
         if len(labels) not in (1, batch_size):
             raise ValueError(f"{len(labels)} class_labels came for {batch_size} images: pass one, or one per image.")
@@ -132,7 +133,9 @@ class NetworkClass(ABC):
                 came = f"of shape {tuple(labels.shape)} and type {labels.dtype}"
                 raise ValueError(f"class_labels are {came}: they must be whole numbers: one, or one per image.")
             check_label_range("class_labels", labels, count)
-        return {"class_labels": labels.expand(batch_size, *labels.shape[1:])}
+        if labels.ndim == 1:
+            return {"class_labels": in_batch(labels, batch_size, device)}
+        return {"class_labels": labels.to(device).expand(batch_size, *labels.shape[1:])}
 
     def example_label(self, denoiser: Any) -> Tensor | None:
         """Return a label (1,), or a vector (1, width), that the network accepts; None if it takes none."""

@@ -31,7 +31,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from .families import FAMILIES, Family, is_recorded, register, rounded
+from .families import FAMILIES, Family, exactly, has_float64, is_recorded, register, rounded
 
 
 def _other_levels(scheduler: Any) -> list[str]:
@@ -43,7 +43,7 @@ def _other_levels(scheduler: Any) -> list[str]:
 
 def _schedule(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
     """Return the levels (T,) of a VP schedule, ascending, float32; infinite where the signal is gone."""
-    abar = alphas_cumprod.double()
+    abar = exactly(alphas_cumprod)
     # Some schedulers store exactly 2**-24 in place of zero, to keep their own samplers finite.
     abar = torch.where(abar == 2.0**-24, 0.0, abar)
     return ((1 - abar) / abar).sqrt().float().to(device)
@@ -112,7 +112,7 @@ class _VariancePreserving(Family):
         start = _at(sigmas, low)
         stop = _at(sigmas, (low + 1).clamp(max=last))
         fraction = timestep - low
-        between = torch.exp(torch.lerp(start.double().log(), stop.double().log(), fraction.double())).float()
+        between = torch.exp(torch.lerp(exactly(start).log(), exactly(stop).log(), exactly(fraction))).float()
         return torch.where(fraction == 0, start, between)
 
     def to_timestep(self, sigma: Tensor) -> Tensor:
@@ -124,8 +124,7 @@ class _VariancePreserving(Family):
         high = (low + 1).clamp(max=last)
         at_low = _at(sigmas, low)
         at_high = _at(sigmas, high)
-        start = at_low.double().log()
-        fraction = (sigma.double().log() - start) / (at_high.double().log() - start)
+        fraction = _log_ratio(sigma, at_low) / _log_ratio(at_high, at_low)
         fraction = torch.where(sigma == at_low, 0.0, fraction)
         fraction = torch.where(sigma == at_high, 1.0, fraction) * (high > low)
         return (low + fraction).float()
@@ -161,6 +160,13 @@ class _VariancePreserving(Family):
 def _at(values: Tensor, index: Tensor) -> Tensor:
     """Return `values[index]`, for an index without dimensions too, by an operation that ONNX has."""
     return values.gather(0, index.reshape(-1)).reshape(index.shape)
+
+
+def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Return the logarithm of the ratio of two levels, `below` being the next lower one of a schedule."""
+    if has_float64(above.device):
+        return above.double().log() - below.double().log()
+    return torch.log1p((above - below) / below)  # a difference of logarithms would lose digits in float32
 
 
 @register
@@ -200,10 +206,10 @@ class _Karras(Family):
         return math.log(self.smallest) / 4, math.log(self.largest) / 4
 
     def to_sigma(self, timestep: Tensor) -> Tensor:
-        return torch.exp(4 * rounded(timestep, *self.training_range("timestep")).double()).float()
+        return torch.exp(4 * exactly(rounded(timestep, *self.training_range("timestep")))).float()
 
     def to_timestep(self, sigma: Tensor) -> Tensor:
-        return (rounded(sigma, *self.training_range("sigma")).double().log() / 4).float()
+        return (exactly(rounded(sigma, *self.training_range("sigma"))).log() / 4).float()
 
     def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         r = (sigma.square() + self.config.sigma_data**2).sqrt()
@@ -245,11 +251,14 @@ class _FlowMatching(Family):
         return 0, self.steps
 
     def to_sigma(self, timestep: Tensor) -> Tensor:
-        s = rounded(timestep, 0, self.steps).double() / self.steps
+        timestep = rounded(timestep, 0, self.steps)
+        if not has_float64(timestep.device):
+            return timestep / (self.steps - timestep)  # `1 - s` would lose digits in float32
+        s = timestep.double() / self.steps
         return (s / (1 - s)).float()
 
     def to_timestep(self, sigma: Tensor) -> Tensor:
-        return (self.steps / (1 + rounded(sigma, 0, math.inf).double().reciprocal())).float()
+        return (self.steps / (1 + exactly(rounded(sigma, 0, math.inf)).reciprocal())).float()
 
     def input_shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return 1 / (1 + sigma), 1 / (1 + 1 / sigma)

@@ -340,7 +340,7 @@ class DDAEPipeline(DiffusionPipeline):
         config = self.denoiser.config
         shape = (batch_size, config.in_channels, *diffusion.network.size(config))
         noise = initial_noise(shape, generator, latents, device)
-        diffusion.family.set_timesteps(num_inference_steps, device)
+        diffusion.family.set_timesteps(num_inference_steps)
         self._num_timesteps = len(self.scheduler.timesteps)
 
         ask = diffusion.predict if sampler is None else diffusion.denoise
@@ -351,7 +351,8 @@ class DDAEPipeline(DiffusionPipeline):
 
         if sampler is None:
             return scheduler_steps(diffusion.family, noise, answer, generator)
-        return heun.steps(self.scheduler.sigmas.tolist(), self.scheduler.timesteps, noise, answer, generator)
+        timesteps = self.scheduler.timesteps.to(noise.device)
+        return heun.steps(self.scheduler.sigmas.tolist(), timesteps, noise, answer, generator)
 
     def _postprocess(self, sample: Tensor, output_type: str) -> Any:
         if output_type == "latent":

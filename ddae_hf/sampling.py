@@ -31,7 +31,7 @@ class Step:
     """
 
     number: int  # the step, from 1
-    timesteps: Tensor  # the scheduler's timesteps, of all steps
+    timesteps: Tensor  # the scheduler's timesteps, of all steps, on the device of `sample`
     sample: Tensor
     sigma: float | None = None  # the noise level of `sample`, where it is `x + sigma * n` and not scaled otherwise
 
@@ -61,10 +61,10 @@ def scheduler_steps(
     `predict` gives the network's answer to (input, timestep (B,)), with a learned variance if the scheduler uses one.
     `generator` is for schedulers that add noise: one generator, or a list with one for each image.
     """
-    timesteps = family.scheduler.timesteps
+    timesteps = family.scheduler.timesteps.to(noise.device)  # once: the scheduler reads its own on the host
     sample = family.first_sample(noise)
-    for i, timestep in enumerate(timesteps):
-        answer = predict(family.model_input(sample, timestep), timestep.expand(len(sample)))
+    for i, timestep in enumerate(family.scheduler.timesteps):
+        answer = predict(family.model_input(sample, timestep), timesteps[i].expand(len(sample)))
         step = Step(i + 1, timesteps, family.step(answer, timestep, sample, generator))
         yield step
         sample = step.sample

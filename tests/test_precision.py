@@ -7,15 +7,18 @@ import platform
 import numpy as np
 import pytest
 import torch
+import yaml
+from diffusers import DDPMScheduler
 
 from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline
-from ddae_hf.experiments.devices import fast_layout, keep_freed_memory
+from ddae_hf.experiments.devices import fast_layout, keep_freed_memory, training_precision
 from ddae_hf.experiments.features import extract_features
 from ddae_hf.experiments.results import ProbeReport
+from ddae_hf.experiments.run_folder import OPTIONS
 from ddae_hf.hidden_states import decoder_layer_names
 
 from . import commands
-from .conftest import make_unet
+from .conftest import TINY, make_unet
 from .test_sweeping import run, save_checkpoint
 
 
@@ -107,3 +110,46 @@ def test_freed_memory_is_kept(monkeypatch):
         torch.ones(2**24)  # 64 MiB, twice what glibc keeps by itself
     cleared = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert cleared < 40 * 2**26 / resource.getpagesize() / 2
+
+
+CHOICES = {
+    "nothing is said": ({}, "bf16"),
+    "the option": ({"given": "no"}, "no"),
+    "the launcher": ({"launcher": "no", "before": "fp16"}, "no"),
+    "the option, not the launcher": ({"given": "fp16", "launcher": "no"}, "fp16"),
+    "a resumed run": ({"before": "no"}, "no"),
+    "no such GPU": ({"supported": False}, "no"),
+    "a CPU": ({"device": "cpu"}, "no"),
+    "a CPU, a resumed run": ({"device": "cpu", "before": "bf16"}, "bf16"),
+    "an Apple GPU": ({"device": "mps"}, "no"),
+}
+
+
+@pytest.mark.parametrize(("said", "expected"), CHOICES.values(), ids=CHOICES)
+def test_training_is_in_bfloat16_on_gpus_unless_something_else_is_said(said, expected, monkeypatch, caplog):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if "launcher" in said:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", said["launcher"])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: said.get("supported", True))
+    device = torch.device(said.get("device", "cuda"))
+    with caplog.at_level("INFO"):
+        assert training_precision(said.get("given"), said.get("before"), device) == expected
+    assert ("mixed_precision is bf16" in caplog.text) is (not said)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_run_that_goes_on_keeps_its_precision(command, digits, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    folder = tmp_path / command
+    options = ["--dataset_name", str(digits), "--max_train_samples", "40", "--train_batch_size", "20"]
+    options += ["--output_dir", str(folder), "--checkpointing_steps", "1"]
+    if command == "finetune":
+        DDAEPipeline(make_unet(in_channels=1, out_channels=1), DDPMScheduler()).save_pretrained(tmp_path / "network")
+        options += ["--model_name_or_path", str(tmp_path / "network"), "--max_test_samples", "20"]
+    else:
+        options += ["--denoiser", json.dumps({**TINY, "in_channels": 1, "out_channels": 1}), "--sample_steps", "0"]
+    kept = []
+    for steps, more in (("1", ["--mixed_precision", "bf16"]), ("2", ["--resume_from_checkpoint", "latest"])):
+        commands.run(command, *options, "--max_train_steps", steps, *more)
+        kept.append(yaml.safe_load((folder / OPTIONS).read_text())["mixed_precision"])
+    assert kept == ["bf16", "bf16"]

@@ -21,6 +21,7 @@ from datasets import Dataset
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
 from ddae_hf.commands.parsing import CONFIGS, parse, read_config
@@ -409,6 +410,44 @@ def test_a_compiled_network_is_saved_as_a_plain_one(digits, tmp_path, monkeypatc
     assert DDAEPipeline.from_pretrained(tmp_path / "raw").denoiser.conv_in.weight.isfinite().all()
 
 
+MANY_KINDS = {"block_out_channels": [12, 20, 28], "norm_num_groups": 4, "sample_size": 16, "layers_per_block": 1}
+MANY_KINDS |= {"in_channels": 1, "out_channels": 1, "attention_head_dim": None}
+MANY_KINDS |= {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
+
+
+@pytest.mark.slow
+def test_blocks_that_are_compiled_one_by_one_train_as_they_are_and_again_for_no_size(tmp_path, monkeypatch):
+    """As `accelerate launch` says it, with more than eight kinds of residual blocks, on images of two sizes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16), dtype=np.uint8)
+    images = Images.open([Image.fromarray(image) for image in pixels])
+    options = {"denoiser": MANY_KINDS, "low_resolution": 8, "low_resolution_share": 0.5, "mixed_precision": "no"}
+    # No number of images or channels is a side of them: torch would take the two for one when it compiles.
+    options = PretrainingOptions(**options, total_batch_size=6, max_train_steps=3, sample_steps=0)
+    runs = []
+    for way in ("no", "eager"):
+        for name, value in {"BACKEND": way, "USE_REGIONAL_COMPILATION": "True", "USE_DYNAMIC": "True"}.items():
+            monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+        torch._dynamo.reset()
+        counters.clear()
+        with options.accelerated() as accelerator:
+            run = Pretraining(options, accelerator, training_data(images, options), None)
+            steps = run.loop.steps(run.loss)
+            assert next(steps) == 1
+            graphs = counters["stats"]["unique_graphs"]
+            assert [*steps] == [2, 3] and counters["stats"]["unique_graphs"] == graphs
+            run.write(tmp_path / way)
+        runs.append(run)
+    assert graphs > 8 and counters["frames"]["total"] == counters["frames"]["ok"]
+    for part in ("", "raw"):
+        expected, found = (weights(tmp_path / way / part) for way in ("no", "eager"))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    noisy = torch.zeros(2, 1, 16, 16), torch.tensor([5.0, 6.0])
+    layers = ["mid_block", "up_blocks.1.resnets.0"]
+    plain, compiled = (run.diffusion.predict_with_hidden_states(*noisy, layers, {}) for run in runs)
+    assert torch.equal(plain[0], compiled[0]) and all(torch.equal(plain[1][name], compiled[1][name]) for name in layers)
+
+
 PARAMETERS = {"unet": 35_746_307, "ddpmpp": 57_183_491, "dit_s2": 35_187_852, "dit_s4": 35_215_536}
 PARAMETERS |= {"dit_b2": 138_205_452, "dit_b4": 138_260_784, "dit_l2": 487_009_292, "dit_l4": 487_083_056}
 
@@ -612,7 +651,7 @@ def test_pictures_go_to_the_tracker(noise_images, tmp_path, monkeypatch):
             self.seen[step] = values["samples"].shape
 
     started = PretrainingOptions.accelerated
-    changed = lambda options: tracked(started(options), Tracker())  # noqa: E731
+    changed = lambda options, resume: tracked(started(options, resume), Tracker())  # noqa: E731
     monkeypatch.setattr(PretrainingOptions, "accelerated", changed)
     options = {"sample_steps": 2, "grid_images": 4, "num_inference_steps": 1, "max_train_steps": 2}
     pretrain(noise_images, **{**small(str(tmp_path)), **options})

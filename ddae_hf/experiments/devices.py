@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import logging
 import os
 import platform
 from collections.abc import Sequence
@@ -13,12 +14,18 @@ from typing import Any, TypeVar
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T", bound=torch.nn.Module)
 LIBRARIES = ("ddae_hf", "torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 HELP = (
     "Type that the network computes in; by default its checkpoint's. bfloat16 is two to three times as fast as float32 "
     "on GPUs and on processors with bfloat16 arithmetic (AVX512-BF16, AMX), and slower on others."
+)
+PRECISION = (
+    "Type of most operations: by default what `accelerate launch` says, else what a resumed run had, else bf16 on GPUs "
+    "with bfloat16 arithmetic and no (float32) elsewhere."
 )
 
 
@@ -52,11 +59,35 @@ def made_fast(network: T, device: str | torch.device) -> T:
     return network.to(memory_format=fast_layout(device))  # type: ignore[call-overload]
 
 
+def laid_out_as(values: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the strides of another one of its shape.
+
+    torch's fused and `foreach` operations take their fast path, one kernel for many tensors, only where a parameter and
+    what goes with it have the same strides.
+    """
+    if values.stride() == pattern.stride():
+        return values
+    return torch.empty_like(pattern, dtype=values.dtype, device=values.device).copy_(values)
+
+
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether bfloat16 is computed by the hardware itself."""
+    """Return whether bfloat16 is computed by the hardware itself; of Apple's GPUs it is not known, and not said."""
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def training_precision(given: str | None, before: str | None, device: torch.device) -> str:
+    """Return the type that most operations of a training compute in: accelerate's `mixed_precision`.
+
+    It is what is `given`, or what `accelerate launch` says (its own default, `no`, too), or what a resumed run had
+    `before`, or `bf16` on a GPU with bfloat16 arithmetic, which is logged, and `no` elsewhere.
+    """
+    chosen = given or os.environ.get("ACCELERATE_MIXED_PRECISION") or before
+    if chosen is None and device.type == "cuda" and has_bfloat16(device):
+        logger.info("This GPU has bfloat16 arithmetic: mixed_precision is bf16. With mixed_precision no it is float32.")
+        return "bf16"
+    return (chosen or "no").lower()
 
 
 def machine(device: str, processes: int = 1, libraries: Sequence[str] = ()) -> dict[str, Any]:

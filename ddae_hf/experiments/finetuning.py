@@ -40,7 +40,7 @@ from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
 from .arrays import StrPath, kept_or_temporary
 from .classes import draw_labels
-from .devices import best_device, machine, made_fast
+from .devices import PRECISION, best_device, machine, made_fast, training_precision
 from .draws import indexed_noise, separate_randomness
 from .encoding import LatentFolder, LatentInputs
 from .features import FeatureCache
@@ -110,7 +110,7 @@ class FinetuningOptions(SplitOptions):
     ema_decay: float | None = option(None, "Average the weights with this decay; by default they are not averaged.")
     seed: int = option(0, "Seed of everything that is random in training.")
     noise_seed: int | None = option(None, "Seed of the noise in evaluation; by default the checkpoint's.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Type that most operations compute in.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, PRECISION)
     torch_compile: bool = option(False, "Compile the network first, which takes minutes.")
     dataloader_num_workers: int = option(0, "Processes that read images; with 0 they are decoded once, if they fit.")
     checkpointing_steps: int = option(500, "Save a checkpoint, ready to resume, every N steps.")
@@ -162,6 +162,10 @@ def finetune(
     """
     options = FinetuningOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
+    run = run_to_resume(options)
+    before = None if run is None else read_options(run).get("mixed_precision")
+    precision: Any = training_precision(options.mixed_precision, before, torch.device(best_device()))
+    options = dataclasses.replace(options, mixed_precision=precision)
     given = DataOptions().to_dict() | images.opened_with | options.to_dict()
     with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:
         if isinstance(model, (str, os.PathLike)):
@@ -222,13 +226,21 @@ def _finetune(
     return result
 
 
+def run_to_resume(options: FinetuningOptions) -> Path | None:
+    """Return the folder of the run that is to go on, if there is one that says its options."""
+    wanted = options.resume_from_checkpoint
+    if options.output_dir is None or wanted is None:
+        return None
+    run = Path(options.output_dir) if wanted == "latest" else Path(wanted).parent
+    return run if (run / OPTIONS).is_file() else None
+
+
 def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     """Return the checkpoint to resume, or None for a fresh start; `given` are all options, the data's among them."""
     if options.output_dir is None:
         return None
-    wanted = options.resume_from_checkpoint
-    run = Path(options.output_dir) if wanted in (None, "latest") else Path(wanted).parent
-    if wanted is not None and (run / OPTIONS).is_file():
+    run = run_to_resume(options)
+    if run is not None:
         trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
         if "label_fraction" in trained:
             raise ValueError(
@@ -240,9 +252,11 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
         now, before = (each | {STEP: each["train_batch_size"] * each["gradient_accumulation_steps"]} for each in known)
         check_same_run(now, before, (options.MAY_CHANGE | OF_PLACES | BY_HASH | SIZES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
-    checkpoint = checkpoint_to_resume(options.output_dir, wanted, needed)
-    if checkpoint is not None and not (run / OPTIONS).is_file():
-        raise ValueError(f"{run} has no {OPTIONS}, which says how {checkpoint.name} was trained: resume another.")
+    checkpoint = checkpoint_to_resume(options.output_dir, options.resume_from_checkpoint, needed)
+    if checkpoint is not None and run is None:
+        raise ValueError(
+            f"{checkpoint.parent} has no {OPTIONS}, which says how {checkpoint.name} was trained: resume another."
+        )
     return checkpoint
 
 

@@ -138,7 +138,7 @@ def pretrain(
         if not isinstance(images, LatentFolder):
             images = Images.open(images, cache_dir=options.cache_dir)
         options = choose(images, options) if resume is None else chosen_before(options, read_options(resume))
-    with options.accelerated() as accelerator:
+    with options.accelerated(resume) as accelerator:
         run = Pretraining(options, accelerator, training_data(images, options), resume)
         if result := run.loop.finished(PretrainingResult):
             result.pipeline = run.pipeline(run.average)

@@ -82,10 +82,27 @@ def largest(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.get_total_norm([w for w in weights if w.is_floating_point()], math.inf).float()
 
 
+class Look:
+    """A look at the last losses and at weights, which a GPU need not wait for: it copies what is seen, and goes on."""
+
+    def __init__(self, accelerator: Any, losses: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]):
+        """Begin to look; every process must call this."""
+        seen = accelerator.reduce(torch.stack([*(loss.float() for loss in losses), largest(weights)]), "mean")
+        self._seen = seen.to("cpu", non_blocking=seen.is_cuda)  # from a GPU into pinned memory, which torch allocates
+        self._arrived = torch.cuda.Event() if seen.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> tuple[list[float], bool]:
+        """Return means over all processes of the losses, and whether all is finite; this waits for what is seen."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._seen[:-1].tolist(), bool(self._seen.isfinite().all())
+
+
 def look(accelerator: Any, losses: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]) -> tuple[list[float], bool]:
-    """Return means over all processes of the last losses, and whether all is finite; every process must call this."""
-    seen = accelerator.reduce(torch.stack([*(loss.float() for loss in losses), largest(weights)]), "mean")
-    return seen[:-1].tolist(), bool(seen.isfinite().all())
+    """Look, and wait for what is seen: see `Look`."""
+    return Look(accelerator, losses, weights).read()
 
 
 def check_weights(checkpoint: Path, weights: Iterable[torch.Tensor]) -> None:

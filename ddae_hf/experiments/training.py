@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import DataLoaderConfiguration, DynamoBackend, GradientAccumulationPlugin, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -31,14 +31,15 @@ from tqdm.auto import tqdm
 
 from .arrays import StrPath, write_json
 from .batches import Batch, Batches
-from .devices import machine
+from .devices import laid_out_as, machine
 from .draws import RowDraws, seed_by, separate_randomness
 from .run_folder import PROGRESS, Progress, alone_in, discard, note_files, saved_checkpoints, saving
-from .stopping import Stopping, check_weights, interrupted, look, not_finite
+from .stopping import Look, Stopping, check_weights, interrupted, not_finite
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[Any, RowDraws], Tensor]
 
+GRAPHS = 64  # that a compiled training may have of one class of blocks, which differ in their channels
 NUM_LOSSES = 100  # batches over which the loss is averaged
 LOOKS = 10  # steps between two looks at losses and weights
 
@@ -65,15 +66,24 @@ def accelerated(*, seed: int | None = None, accumulation: int = 1, **options: An
         try:
             for kind in kinds:
                 kind._shared_state.clear()
-            yield Accelerator(
+            accelerator = Accelerator(
                 gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation, sync_with_dataloader=False),
                 dataloader_config=DataLoaderConfiguration(non_blocking=True),
                 **options,
             )
+            with _compiling(accelerator):
+                yield accelerator
         finally:
             for kind, state in zip(kinds, before, strict=True):
                 kind._shared_state.clear()
                 kind._shared_state.update(state)
+
+
+def _compiling(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+    """Let every block be compiled where accelerate compiles: beyond eight of a class torch would run others as is."""
+    if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -109,12 +119,16 @@ class Loop:
         self.ema: EMAModel | None = None
         if self.average is not None:
             self.average.to(accelerator.device)
+            for own, averaged in zip(self.module.parameters(), self.average.parameters(), strict=True):
+                averaged.data = laid_out_as(averaged.data, own)
             self.ema = EMAModel(self.average.parameters(), decay=self.ema_decay, foreach=True)
         if not self.keep_weights:
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
             accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         self.losses: deque[Tensor] = deque(maxlen=NUM_LOSSES)
         self.last_checkpoint: Path | None = None  # that was written, or resumed
+        self.waits = accelerator.device.type != "cuda"  # whether every look waits for what it sees
+        self.looks: deque[tuple[int, float, Look]] = deque()  # those not waited for, with their step and learning rate
         self._begin(Progress(batch_images=self.batch_images))
 
     def _begin(self, progress: Progress) -> None:
@@ -144,6 +158,10 @@ class Loop:
         groups = self.optimizer.param_groups  # not the same objects as before
         for group, options in zip(groups, given, strict=True):
             group.update(options)
+        for parameter, state in self.optimizer.state.items():  # another device may have had another layout
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = laid_out_as(value, parameter)
         if self.schedule is not None:
             self.schedule.last_epoch = progress.steps
             for group, rate, factor in zip(groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True):
@@ -183,7 +201,7 @@ class Loop:
                 saved = self.folder is not None and (number is not None or due)
                 drawn = sample_steps and step % sample_steps == 0
                 if looks or saved or drawn:
-                    self.look(bar)
+                    self.look(bar, wait=bool(saved or drawn or step == self.total_steps))
                 if saved:
                     self.checkpoint()
                 if number is not None:
@@ -253,10 +271,19 @@ class Loop:
                     "those: give the images, the batch size and the number of processes that the run began with."
                 )
 
-    def look(self, bar: tqdm[Any]) -> None:
-        """Show the mean of the last losses, and stop unless these and all weights are finite."""
-        step, rate = self.progress.steps, self.optimizer.param_groups[0]["lr"]
-        self.progress.losses, finite = look(self.accelerator, self.losses, self._weights())
+    def look(self, bar: tqdm[Any], wait: bool = True) -> None:
+        """Look at the last losses and at all weights, show what earlier looks saw, and stop unless that was finite.
+
+        Without `wait` a GPU goes on meanwhile, and what this look sees is shown at the next one.
+        """
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.looks.append((self.progress.steps, rate, Look(self.accelerator, self.losses, self._weights())))
+        while len(self.looks) > (0 if wait or self.waits else 1):
+            self._show(*self.looks.popleft(), bar)
+
+    def _show(self, step: int, rate: float, seen: Look, bar: tqdm[Any]) -> None:
+        """Show the mean of the losses of a look, and raise `NotFinite` unless they and the weights were finite."""
+        self.progress.losses, finite = seen.read()
         loss = self.progress.loss()
         if not finite:
             raise not_finite(step, loss, rate, self.last_checkpoint, option=self.option)

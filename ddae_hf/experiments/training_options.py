@@ -18,7 +18,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from .batches import BatchSizes
-from .devices import has_bfloat16, made_fast
+from .devices import PRECISION, has_bfloat16, made_fast, training_precision
 from .options import Options, option
 from .run_folder import OF_DATA, OF_PLACES, STATE, Progress, checkpoint_to_resume, read_options
 from .training import Loop, accelerated, this_process
@@ -63,7 +63,7 @@ class TrainingOptions(Options):
     lr_scheduler: Schedule = option("constant_with_warmup", "How the learning rate changes.")
     lr_warmup_steps: int = option(500, "Steps in which the learning rate rises from 0.")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Type of most operations; else accelerate's.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, PRECISION)
     allow_tf32: bool | None = option(None, "Compute float32 in TF32 on GPUs; by default as torch does.")
     dataloader_num_workers: int = option(
         0, "Processes that decode images, anew in each epoch; with 0 images that fit into memory are decoded once."
@@ -103,17 +103,21 @@ class TrainingOptions(Options):
         return BatchSizes(total, each, passes, processes)
 
     @contextlib.contextmanager
-    def accelerated(self) -> Iterator[Accelerator]:
+    def accelerated(self, resume: Path | None = None) -> Iterator[Accelerator]:
         """Give the run's `Accelerator`, or raise `ValueError` where the tracker or the precision is not available.
 
+        A run that goes on from a checkpoint, `resume`, keeps its precision where none is given: `training_precision`.
         Afterwards TF32 and what `training.accelerated` names are as before, and the tracker has ended.
         """
         logs = self.output_dir and os.path.join(self.output_dir, self.logging_dir)
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         before = (matmul.allow_tf32, cudnn.allow_tf32) if self.allow_tf32 else None
+        trained = {} if resume is None else read_options(resume)
         with accelerated(
             accumulation=self.sizes.accumulation,
-            mixed_precision=self.mixed_precision,
+            mixed_precision=training_precision(
+                self.mixed_precision, trained.get("mixed_precision"), this_process().device
+            ),
             log_with=self.report_to,
             project_config=ProjectConfiguration(self.output_dir, logs),
         ) as accelerator:

@@ -138,7 +138,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
     resume = options.checkpoint(WEIGHTS)
     train, held_out = split_images(images, options)
     data = Progress(num_images=len(train), images_hash=images_hash(train))
-    with options.accelerated() as accelerator:
+    with options.accelerated(resume) as accelerator:
         given = options.in_force(accelerator.mixed_precision, images.opened_with)
         if resume is not None:
             trained = check_resumed(given, data, resume)
