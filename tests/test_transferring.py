@@ -137,9 +137,9 @@ def test_online_probes_go_through_the_views(checkpoint, images, tmp_path, monkey
     seen = []
     fetch = LatentInputs.fetch
 
-    def spy(self, rows, view=0, *where):
+    def spy(self, rows, view=0, device="cpu"):
         seen.append((self.split, view % self.folder.views(self.split)))
-        return fetch(self, rows, view, *where)
+        return fetch(self, rows, view, device)
 
     monkeypatch.setattr(LatentInputs, "fetch", spy)
     protocol = {"protocol": "paper", "num_train_epochs": 3, "num_views": 2, "layers": ["transformer_blocks.1"]}
