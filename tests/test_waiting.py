@@ -284,7 +284,9 @@ def test_what_is_seen_late_is_never_saved(bad, tmp_path):
             loop.waits = False  # as on a GPU
             loop.accelerator.log = lambda values, step: shown.append((step, loop.progress.steps))
             number = iter(range(1, total + 1))
-            loop.run(lambda batch: module(batch["x"]).square().mean() * (math.nan if next(number) == bad else 1.0))
+            loop.run(
+                lambda batch, draws: module(batch["x"]).square().mean() * (math.nan if next(number) == bad else 1.0)
+            )
         return loop
 
     loop = trained(tmp_path / "good", 25, 50)
