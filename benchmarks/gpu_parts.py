@@ -96,8 +96,8 @@ def host(args: argparse.Namespace) -> list[Row]:
     count, size = len(inputs), BATCH[args.tiny]
 
     def read() -> None:
-        for batch in inputs.batches(size):
-            batch.to(device)
+        for _ in inputs.batches(size, device=device):
+            pass
 
     def draw(draws: int) -> None:
         for first in range(0, count, size):
@@ -114,7 +114,7 @@ def host(args: argparse.Namespace) -> list[Row]:
         f"features of {len(layers)} layers written to disk": partial(write, widths, count, size),
         f"probes of {len(layers)} layers solved, {len(STRENGTHS)} strengths": solving(widths, count, device),
         f"the whole pass in memory, {len(layers)} layers, bfloat16": lambda: extract_features(
-            model, inputs.batches(size), layers, SIGMA
+            model, inputs.batches(size, device=device), layers, SIGMA
         ),
     }
     found = {"pixels decoded the first time": decoded, **timed(calls, count, repeats, device)}

@@ -8,13 +8,15 @@ unit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
+import torch
 from torch import Tensor
 
 VAES = ("AutoencoderKL",)
+AT_ONCE = 2**20  # pixels, as of 16 images of 256 x 256: a layer of Stable Diffusion's encoder makes 0.5 GiB of them
 
 
 def check_vae_class(name: str | None, where: str = "the vae") -> None:
@@ -32,13 +34,22 @@ def build_vae(config: Mapping[str, Any]) -> Any:
 def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
     """Return the scaled latents (B, c, h, w), float32, of images (B, C, H, W) in [-1, 1].
 
-    Standard-normal `noise` (B, c, h, w) gives a draw, `u = mu + s * noise`; without it the mean is taken.
+    Standard-normal `noise` (B, c, h, w) gives a draw, `u = mu + s * noise`; without it the mean is taken. Images are
+    encoded `AT_ONCE` pixels at a time, which bounds the memory.
     """
-    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    latents = posterior.mean.float()
+    posteriors = [vae.encode(part).latent_dist for part in _pieces(pixel_values.to(vae.dtype))]
+    latents = torch.cat([posterior.mean for posterior in posteriors]).float()
     if noise is not None:
-        latents = latents + posterior.std.float() * noise.to(latents.device)
+        deviations = torch.cat([posterior.std for posterior in posteriors]).float()
+        latents = latents + deviations * noise.to(latents.device)
     return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def _pieces(images: Tensor) -> Sequence[Tensor]:
+    """Return images in pieces that are encoded at once; in a graph that is compiled or exported, they are one piece."""
+    if torch.compiler.is_compiling():
+        return [images]
+    return images.split(max(1, AT_ONCE // (images.shape[-2] * images.shape[-1])))
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def epochs(workers=0, count=3, start=None):
     loop = Loop(Accelerator(cpu=True), network, optimizer, loader(workers), total_steps=1, seed=0)
     loop.progress = progress = start or Progress()
     for batch in loop.batches():
-        clean, _ = training_inputs(options, batch, network)
+        clean, _ = training_inputs(options, batch, network, loop.draws(len(batch["labels"])))
         yield batch["pixel_values"], clean, batch["labels"]
         progress.count(len(clean), loop.accelerator.gradient_state.end_of_dataloader)
         if progress.epoch == count:

@@ -16,8 +16,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.experiments import pretraining, vae_training
-from ddae_hf.experiments.encoding import LatentFolder
 from ddae_hf.experiments.images import Images
+from ddae_hf.experiments.latent_folder import LatentFolder
 
 from . import commands
 from .conftest import make_vae

@@ -15,8 +15,9 @@ from datasets import Dataset
 
 from ddae_hf import DDAEImageProcessor
 from ddae_hf.experiments.arrays import fill, rows_done
-from ddae_hf.experiments.encoding import EncodingOptions, LatentFolder, LatentInputs, encode
+from ddae_hf.experiments.encoding import EncodingOptions, encode
 from ddae_hf.experiments.images import Images
+from ddae_hf.experiments.latent_folder import LatentFolder, LatentInputs
 from ddae_hf.latents import encode as encoded_by
 from ddae_hf.weights import fingerprint
 
@@ -111,6 +112,26 @@ def test_a_notebook_encodes_its_own_images_by_its_own_vae(digits, tmp_path, caps
     assert vae.dtype == torch.bfloat16 and vae.training  # as it was
     assert folder.latents("train").shape == (COUNT, 4, 8, 8)
     assert np.array_equal(folder.labels("train"), part["label"][:])
+
+
+def test_latents_of_bfloat16_say_so_and_leave_the_vae_as_it_is(vae, images, tmp_path):
+    state = {name: value.clone() for name, value in vae.state_dict().items()}
+    options = EncodingOptions(max_samples=COUNT)
+    exact = encode(vae, images, options, output_dir=tmp_path / "float32")
+    rounded = encode(vae, images, options, output_dir=tmp_path / "bfloat16", dtype="bfloat16")
+    assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items())
+    assert rounded.index["dtype"] == rounded.computed_in == "bfloat16"
+    assert "dtype" not in exact.index and exact.computed_in == "float32"  # as folders of earlier versions have it
+    error = np.abs(rounded.latents("train").astype(np.float32) - exact.latents("train"))
+    assert 0 < error.max() < 0.05 * np.abs(exact.latents("train")).max()
+    splits = [LatentInputs(images["train"].take(COUNT), folder, "train").identity for folder in (exact, rounded)]
+    assert "dtype" not in splits[0] and splits[1] == splits[0] | {"dtype": "bfloat16"}
+    for folder, dtype in ((exact, "bfloat16"), (rounded, "float32")):
+        before = (folder.folder / "latents.json").read_bytes()
+        with pytest.raises(ValueError, match=f"dtype is {folder.computed_in} there, {dtype} here"):
+            encode(vae, images, options, output_dir=folder.folder, dtype=dtype)
+        assert (folder.folder / "latents.json").read_bytes() == before
+    encode(vae, images, options, output_dir=rounded.folder, dtype="bfloat16")  # finds all there
 
 
 def test_images_without_labels_are_encoded_without(encoded, digits, tmp_path):

@@ -20,8 +20,8 @@ from ddae_hf import DDAEForImageClassification, DDAEModel, DDAEPipeline, layer_n
 from ddae_hf.diffusion import Diffusion
 from ddae_hf.experiments.devices import made_fast
 from ddae_hf.experiments.draws import CHANGES, NOISE, POSTERIOR, SAMPLING, augment_view, indexed_noise
-from ddae_hf.experiments.encoding import LatentFolder
 from ddae_hf.experiments.features import extract_features
+from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.logistic_regression import fit_logistic_regression
 from ddae_hf.experiments.training import Loop
 

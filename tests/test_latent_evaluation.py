@@ -13,11 +13,12 @@ from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, 
 from ddae_hf.checkpoints import load_vae, plain_config
 from ddae_hf.experiments import correspondences, make_card
 from ddae_hf.experiments.draws import POSTERIOR, RowDraws, indexed_noise
-from ddae_hf.experiments.encoding import LatentFolder, describe_splits, encode_views
+from ddae_hf.experiments.encoding import describe_splits, encode_views, encoding_team
 from ddae_hf.experiments.evaluation import frechet_distance
 from ddae_hf.experiments.features import FeatureCache, extract_features
 from ddae_hf.experiments.finetuning import FinetuningOptions
 from ddae_hf.experiments.images import ImageInputs, Images, labelled_splits
+from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.noisy_classification import TEST_VIEW, NoisyOptions, Study
 from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet
 from ddae_hf.experiments.trainer import AVERAGED, FineTuner
@@ -116,13 +117,13 @@ def test_generated_images_are_measured_by_features_of_latents(latent_dit, other,
 def test_a_probe_is_saved_with_generator_and_vae(latent_dit, vae, digits, tested, tmp_path, monkeypatch):
     seen = []
 
-    features = FeatureCache.features
+    features = FeatureCache.kept
 
     def watched(self, *args, **kwargs):
         seen.append((fingerprint(self.model.denoiser), fingerprint(self.model.vae)))
         return features(self, *args, **kwargs)
 
-    monkeypatch.setattr(FeatureCache, "features", watched)
+    monkeypatch.setattr(FeatureCache, "kept", watched)
     commands.run("probe", *common(latent_dit, digits, tmp_path), *COUNTS, "--baselines", "--layers", LAYER)
     denoisers, vaes = map(set, zip(*seen, strict=True))
     assert len(denoisers) == 2 and vaes == {fingerprint(vae)}  # the untrained network sees the same latents
@@ -189,7 +190,8 @@ def latents(latent_dit, vae, digits, tmp_path_factory):
     inputs = {name: ImageInputs(images, processor, **changes) for name, images in both}
     splits = describe_splits(inputs, 2, changes)
     encoded = LatentFolder.create(folder, vae, (16, 16), splits, sample_posterior=True, seed=3)
-    encode_views(encoded, vae, inputs, batch_size=16)
+    with encoding_team(vae, inputs, "float32") as team:
+        encode_views(encoded, inputs, 16, team)
     return folder
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ddae_hf import DDAEModel, DDAEPipeline
 from ddae_hf.experiments import make_card
-from ddae_hf.experiments.encoding import LatentFolder, latent_dataset, one_view
+from ddae_hf.experiments.latent_folder import LatentFolder, latent_dataset, one_view
 from ddae_hf.experiments.pretraining import PretrainingOptions
 from ddae_hf.experiments.pretraining_data import training_data
 from ddae_hf.weights import fingerprint

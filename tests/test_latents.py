@@ -15,10 +15,12 @@ from ddae_hf import (
     DDAEImageProcessor,
     DDAEModel,
     DDAEPipeline,
+    latents,
 )
 from ddae_hf.checkpoints import plain_config
 from ddae_hf.experiments.draws import NOISE, POSTERIOR, indexed_noise
 from ddae_hf.experiments.features import batch_features, extract_features
+from ddae_hf.experiments.models import open_model
 from ddae_hf.latents import decode, encode
 from ddae_hf.noise import add_noise
 
@@ -183,6 +185,22 @@ def test_the_vae_is_never_trained(latent_dit, pixels, tmp_path):
         assert [n for n, p in model.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
     model, info = DDAEModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not any(p.requires_grad for p in model.vae.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("at_once", "together"), [(2**20, [5]), (2 * 16**2, [2, 2, 1]), (1, [1] * 5)])
+def test_images_are_encoded_together_as_far_as_the_memory_is_bounded(
+    latent_dit, pixels, monkeypatch, at_once, together
+):
+    """An experiment's model too, which is opened from its path."""
+    model, noise = open_model(latent_dit, sample_posterior=True), torch.randn(5, 4, 8, 8)
+    expected, sizes = [encode(model.vae, pixels, draw) for draw in (None, noise)], []
+    monkeypatch.setattr(latents, "AT_ONCE", at_once)
+    model.vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    found = [encode(model.vae, pixels, draw) for draw in (None, noise)]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert sizes == together * 2
+    torch.testing.assert_close(model.encode(pixels, noise), found[1], rtol=0, atol=0)
 
 
 @torch.no_grad()

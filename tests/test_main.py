@@ -73,13 +73,18 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"ddae_hf {ddae_hf.__version__}\n"
 
 
+def test_what_takes_long_is_shared():
+    alone = {"quickstart", "correspondence", "convert", "demo", "configs"}
+    assert set(program.SHARED) == program.COMMANDS.keys() - alone
+
+
 @pytest.mark.parametrize("name", program.COMMANDS)
 def test_several_processes_share_the_commands_that_are_made_for_them_alone(name, monkeypatch):
     started = []
     monkeypatch.setattr(running, "run_command", lambda command, words: started.append((command, words)))
     monkeypatch.setattr(importlib, "import_module", lambda module, package: module)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    if name in ("pretrain", "generate", "evaluate", "finetune", "train-vae"):
+    if name in program.SHARED:
         program.main([name, "--seed", "1"])
         assert started == [(f".{name.replace('-', '_')}", ["--seed", "1"])]
     else:

@@ -32,11 +32,12 @@ FLAT = [
     ["backbone_ddae"],
 ]
 EXPERIMENTS = [
-    ["arrays", "data_files", "devices", "draws", "libraries", "metrics", "pieces", "stopping"],
+    ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
     ["classes", "digits", "noisy_networks", "run_folder"],
     ["options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
+    ["latent_folder"],
     ["converting", "encoding", "extractors", "feature_export", "pairs"],
     ["results"],
     ["batches", "plots"],

@@ -58,7 +58,7 @@ def test_every_pass_gives_every_row_once_and_in_order(keep, size):
 
 @pytest.mark.parametrize(("free", "passes_read"), [(4 * 5 * 3 * 4, 1), (4 * 5 * 3 * 4 - 1, 3)])
 def test_what_takes_a_share_of_the_free_memory_is_read_once(free, passes_read, monkeypatch):
-    monkeypatch.setattr(pieces, "_free_memory", lambda device: free)
+    monkeypatch.setattr(pieces, "free_memory", lambda device: free)
     array = counted(arrays())
     found = Pieces([[array]], ROWS, 2, CPU)
     for _ in range(3):
@@ -74,7 +74,7 @@ def test_a_pass_that_ends_early_keeps_nothing():
 
 
 def test_free_memory_on_a_processor_is_that_of_the_system():
-    assert 0 < pieces._free_memory(CPU) <= psutil.virtual_memory().total
+    assert 0 < pieces.free_memory(CPU) <= psutil.virtual_memory().total
 
 
 @pytest.mark.gpu

@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
-from ddae_hf.experiments.encoding import LatentFolder, LatentInputs
 from ddae_hf.experiments.features import extract_features
 from ddae_hf.experiments.images import Images
+from ddae_hf.experiments.latent_folder import LatentFolder, LatentInputs
 from ddae_hf.experiments.transferring import TransferOptions, transfer
 
 from . import commands
@@ -135,13 +135,13 @@ def test_a_notebook_transfers_its_own_model_and_images(checkpoint, digits, trans
 
 def test_online_probes_go_through_the_views(checkpoint, images, tmp_path, monkeypatch):
     seen = []
-    read = LatentInputs.read
+    fetch = LatentInputs.fetch
 
-    def spy(self, rows, view=0, numbers=None):
+    def spy(self, rows, view=0, device="cpu"):
         seen.append((self.split, view % self.folder.views(self.split)))
-        return read(self, rows, view, numbers)
+        return fetch(self, rows, view, device)
 
-    monkeypatch.setattr(LatentInputs, "read", spy)
+    monkeypatch.setattr(LatentInputs, "fetch", spy)
     protocol = {"protocol": "paper", "num_train_epochs": 3, "num_views": 2, "layers": ["transformer_blocks.1"]}
     transfer(checkpoint, images, chosen(tmp_path, **protocol))
     assert {view for split, view in seen if split == "train"} == {0, 1}

@@ -213,7 +213,7 @@ TRAININGS = {
     "DiT, DDPM, classes, two passes": {"denoiser": DIT, "class_conditional": True, "gradient_accumulation_steps": 2},
 }
 IN_TRAINING: dict[tuple[str, str], str] = {
-    (SENT, "accelerate.utils.operations:send_to_device"): "the batch itself, from pinned memory",
+    (SENT, "ddae_hf.experiments.loading:to_device"): "the batch itself, from pinned memory",
 }
 
 
@@ -284,7 +284,9 @@ def test_what_is_seen_late_is_never_saved(bad, tmp_path):
             loop.waits = False  # as on a GPU
             loop.accelerator.log = lambda values, step: shown.append((step, loop.progress.steps))
             number = iter(range(1, total + 1))
-            loop.run(lambda batch: module(batch["x"]).square().mean() * (math.nan if next(number) == bad else 1.0))
+            loop.run(
+                lambda batch, draws: module(batch["x"]).square().mean() * (math.nan if next(number) == bad else 1.0)
+            )
         return loop
 
     loop = trained(tmp_path / "good", 25, 50)
@@ -304,7 +306,7 @@ def test_what_is_seen_late_is_never_saved(bad, tmp_path):
 NETWORKS = {"U-Net": (make_unet, {}), "U-Net, classes": (make_unet, {"num_class_embeds": 5}), "DiT": (make_dit, {})}
 SCHEDULERS = {"DDPM": DDPMScheduler, "EDM": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 IN_FEATURES: dict[tuple[str, str], str] = {
-    (SENT, "ddae_hf.experiments.features:batch_features"): "to be mended: images and their noise are of the CPU",
+    (SENT, "ddae_hf.experiments.loading:to_device"): "the images, from pinned memory",
 }
 
 

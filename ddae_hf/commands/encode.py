@@ -30,5 +30,7 @@ KINDS = (DataOptions, Arguments)
 def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
     folder = encode(options.vae, data.open(options.cache_dir), options)
+    if folder is None:  # another process has it
+        return
     count = folder.index["splits"]["train"]["count"]
     print(f"{count:,} images are in {folder.folder}, with {folder.views('train')} view(s) of each.")

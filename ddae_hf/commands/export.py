@@ -28,4 +28,5 @@ KINDS = (DataOptions, Arguments)
 
 def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
-    print(export_features(options.model_name_or_path, data.open(options.cache_dir), options))
+    if (exported := export_features(options.model_name_or_path, data.open(options.cache_dir), options)) is not None:
+        print(exported)

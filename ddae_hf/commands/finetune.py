@@ -14,7 +14,7 @@ from ..experiments.finetuning import FinetuningOptions, finetune
 from ..experiments.images import DataOptions
 from ..experiments.options import option
 from ..experiments.publishing import HubOptions, prepare, publish
-from .running import is_main_process
+from ..experiments.sharing import is_first_process
 
 
 @dataclass(kw_only=True)
@@ -30,9 +30,9 @@ KINDS = (DataOptions, Arguments, HubOptions)
 
 def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     """Run the command."""
-    if is_main_process():
+    if is_first_process():
         prepare(hub, options.output_dir)
     result = finetune(options.model_name_or_path, data.open(options.cache_dir), options)
-    if is_main_process():
+    if is_first_process():
         print(result.table())
         print(publish(hub, options.output_dir, "Fine-tune") or f"The classifier is in {options.output_dir}.")

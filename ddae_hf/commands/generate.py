@@ -15,7 +15,7 @@ from pathlib import Path
 from ..experiments.generation import GenerationOptions, generate
 from ..experiments.options import option
 from ..experiments.plots import image_grid
-from .running import is_main_process
+from ..experiments.sharing import is_first_process
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ KINDS = (Arguments,)
 def main(options: Arguments) -> None:
     """Run the command."""
     samples = generate(options.model_name_or_path, options)
-    if is_main_process():
+    if is_first_process():
         grid = Path(options.output_dir) / "grid.png"
         image_grid(samples[: options.grid_images]).save(grid)
         print(f"{len(samples)} images are in {options.output_dir}, {samples.made} of them made now. Look at {grid}.")

@@ -31,7 +31,20 @@ COMMANDS = {
     "demo": "show a checkpoint on a local web page, or write a Space of it",
     "configs": "list the configurations that --config takes by name",
 }
-SHARED = ("pretrain", "generate", "evaluate", "finetune", "train-vae")  # commands that several processes can share
+# Commands that several processes can share.
+SHARED = (
+    "pretrain",
+    "generate",
+    "probe",
+    "sweep",
+    "finetune",
+    "noisy",
+    "evaluate",
+    "transfer",
+    "train-vae",
+    "encode",
+    "export",
+)
 EXTRAS = {"demo": "demo", "quickstart": "quickstart"}  # what commands need in place of `experiments`
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 

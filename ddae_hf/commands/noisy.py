@@ -30,4 +30,6 @@ KINDS = (DataOptions, Arguments)
 def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
     result = classify_noisy(options.model_name_or_path, data.open(options.cache_dir), options)
+    if result is None:  # another process has it
+        return
     print(f"{result.table()}\n\nThe curves are in {options.output_dir}/accuracy.png.")

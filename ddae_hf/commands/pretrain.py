@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..experiments.encoding import LatentFolder
 from ..experiments.images import DataOptions, Images
+from ..experiments.latent_folder import LatentFolder
 from ..experiments.options import option
 from ..experiments.pretraining import PretrainingOptions, pretrain
 from ..experiments.publishing import HubOptions, prepare, publish
-from .running import is_main_process
+from ..experiments.sharing import is_first_process
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ KINDS = (DataOptions, Arguments, HubOptions)
 
 def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     """Run the command."""
-    if is_main_process():
+    if is_first_process():
         prepare(hub, options.output_dir)
     if options.latents_dir is None:
         images: Images | LatentFolder = data.open(options.cache_dir, options.streaming)
@@ -48,6 +48,6 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
             raise ValueError(f"{given[0]} does not go with latents_dir, which fixes what is trained on: leave it out.")
         images = LatentFolder(options.latents_dir)
     result = pretrain(images, options)
-    if is_main_process():
+    if is_first_process():
         print(result.table())
         print(publish(hub, options.output_dir, "Pretrain") or f"The checkpoint is in {options.output_dir}.")

@@ -17,6 +17,7 @@ from typing import ClassVar
 from ..experiments.images import DataOptions
 from ..experiments.options import option
 from ..experiments.publishing import HubOptions, prepare, publish
+from ..experiments.sharing import is_first_process
 from ..experiments.sweeping import SweepOptions, sweep
 
 
@@ -38,8 +39,12 @@ KINDS = (DataOptions, Arguments, HubOptions)
 
 def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     """Run the command."""
-    prepare(hub, options.output_dir)
     model = options.model_name_or_path
-    print(sweep(model, data.open(options.cache_dir), options).table())
+    if is_first_process():
+        prepare(hub, options.output_dir)
+    result = sweep(model, data.open(options.cache_dir), options)
+    if result is None:  # another process has it
+        return
+    print(result.table())
     said = publish(hub, options.output_dir, "Add a linear classifier", generator=model)
     print(said or f"The classifier, pictures and every figure are in {options.output_dir}.")

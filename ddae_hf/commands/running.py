@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
+from ..experiments.sharing import FirstFailed, is_first_process
 from ..experiments.stopping import Interrupted
 from .parsing import parse
 
 logger = logging.getLogger(__name__)
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's: microseconds or `max`, then the period that they are out of
+ALIKE_SECONDS = 10  # in which the first of several processes may say what went wrong in all
 INTERRUPTED = "Interrupted: the same command goes on from what was kept, or starts again if nothing was."
 
 
@@ -33,7 +36,7 @@ def run_command(command: ModuleType, words: Sequence[str]) -> None:
     options = parse(command.KINDS, command.__doc__, words, f"ddae {name}")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
-    show_log(is_main_process())
+    show_log(is_first_process())
     with sentences(), logging_redirect_tqdm():  # each line of the log by itself, above the progress bars
         command.main(*options)
     if torch.distributed.is_initialized():
@@ -45,11 +48,6 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = CPU_LIMIT.read_text().partition(" ") if CPU_LIMIT.is_file() else ("max", "", "")
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
-
-
-def is_main_process() -> bool:
-    """Return whether this is the first of the launched processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def show_log(main_process: bool = True) -> None:
@@ -75,7 +73,11 @@ def sentences() -> Iterator[None]:
             yield
     except (ValueError, OSError) as error:
         logger.debug("Where this was raised:", exc_info=True)
+        if not is_first_process():  # which mostly fails alike and says so; then the launcher ends this one
+            time.sleep(ALIKE_SECONDS)
         raise SystemExit(str(error)) from error
+    except FirstFailed as error:  # which says why itself
+        raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print(str(error) or INTERRUPTED, file=sys.stderr)
         raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error  # `Interrupted` knows its own

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..experiments.images import DataOptions
 from ..experiments.options import option
 from ..experiments.publishing import HubOptions, prepare, publish
+from ..experiments.sharing import is_first_process
 from ..experiments.sweeping import CurveOptions, sweep, sweep_run
 
 
@@ -41,12 +42,16 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     """Run the command."""
     if options.checkpoints and hub.push_to_hub:
         raise ValueError("push_to_hub pushes one classifier: sweep one checkpoint, with model_name_or_path.")
-    prepare(hub, options.output_dir)
+    if is_first_process():
+        prepare(hub, options.output_dir)
     images = data.open(options.cache_dir)
     if options.model_name_or_path is None:
         print(sweep_run(str(options.checkpoints), images, options).table())
     else:
-        print(sweep(options.model_name_or_path, images, options).table())
+        result = sweep(options.model_name_or_path, images, options)
+        if result is None:  # another process has it
+            return
+        print(result.table())
         classifier = f"{options.output_dir}/classifier"
         said = publish(hub, classifier, "Add the classifier of a sweep", generator=options.model_name_or_path)
         print(said or f"The classifier is in {classifier}.")

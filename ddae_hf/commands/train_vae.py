@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from ..experiments.images import DataOptions
 from ..experiments.options import option
+from ..experiments.sharing import is_first_process
 from ..experiments.vae_training import VAEOptions, train_vae
-from .running import is_main_process
 
 
 @dataclass(kw_only=True)
@@ -29,5 +29,5 @@ KINDS = (DataOptions, Arguments)
 def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
     result = train_vae(data.open(options.cache_dir), options)
-    if is_main_process():
+    if is_first_process():
         print(result.table())

@@ -15,6 +15,7 @@ from ..experiments.images import DataOptions
 from ..experiments.options import option
 from ..experiments.publishing import HubOptions, prepare, publish
 from ..experiments.results import FineTuningReport
+from ..experiments.sharing import is_first_process
 from ..experiments.transferring import TransferOptions, transfer
 
 
@@ -31,8 +32,12 @@ KINDS = (DataOptions, Arguments, HubOptions)
 
 def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     """Run the command."""
-    prepare(hub, options.output_dir)
-    print(transfer(options.model_name_or_path, data.open(options.cache_dir), options).table())
+    if is_first_process():
+        prepare(hub, options.output_dir)
+    result = transfer(options.model_name_or_path, data.open(options.cache_dir), options)
+    if result is None:  # another process has it
+        return
+    print(result.table())
     if options.finetune is not None:
         print(f"\nFine-tuned:\n\n{FineTuningReport.read(f'{options.output_dir}/finetuned').table()}")
     classifier = f"{options.output_dir}/classifier"

@@ -217,7 +217,8 @@ class Demo:
         """Return the features (N, C) of images, from disk if they were computed before."""
         layer, sigma = self.tap
         inputs = ImageInputs(images, self.processor)
-        batches = partial(inputs.batches, self.options.batch_size, None, title="Features of the images")
+        title, device = "Features of the images", self.model.ddae.device
+        batches = partial(inputs.batches, self.options.batch_size, None, title=title, device=device)
         cache = FeatureCache(self.options.features_dir, self.model.ddae, self.model.config.noise_seed)
         found = cache.features(batches, len(inputs), [layer], sigma, view=view, data=inputs.identity)
         return torch.from_numpy(np.array(found[layer]))

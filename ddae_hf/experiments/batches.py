@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..image_processing_ddae import DDAEImageProcessor
 from .devices import fast_layout
-from .image_set import ImageSet, Pixels, scaled
+from .image_set import ImageSet, Pixels, counted, scaled
+from .loading import to_device
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -60,25 +61,27 @@ def whole(batch: Batch) -> Batch:
     return batch
 
 
-def _read(pixels: Pixels, labels: Tensor | None, rows: list[int]) -> Batch:
-    batch = {"pixel_values": pixels.read(rows)}
-    return batch if labels is None else {**batch, "labels": labels[rows]}
+def _read(pixels: Pixels, labels: Tensor | None, device: torch.device | str, rows: list[int]) -> Batch:
+    batch = {"pixel_values": pixels.read(rows, device)}
+    return batch if labels is None else {**batch, "labels": to_device(labels[rows], device)}
 
 
 def _put_together(processor: DDAEImageProcessor, rows: list[dict[str, Any]]) -> Batch:
     """Return a stream's rows as a batch."""
-    batch = {"pixel_values": processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]}
+    batch = {"pixel_values": counted([row["image"] for row in rows], processor)}
     if "labels" in rows[0]:
         batch["labels"] = torch.tensor([row["labels"] for row in rows])
     return batch
 
 
 def image_batches(
-    images: ImageSet, processor: DDAEImageProcessor, options: Any, labels: bool = False
-) -> DataLoader[Any]:
+    images: ImageSet, processor: DDAEImageProcessor, options: Any, labels: bool = False,
+    device: torch.device | str = "cpu",
+) -> DataLoader[Any]:  # fmt: skip
     """Return shuffled batches of images: `pixel_values` (B, C, H, W), and `labels` (B,) if asked for.
 
-    Pixels are integers where they can be; `clean_images` makes them floats.
+    Pixels are integers where they can be; `clean_images` makes them floats. They come on the device, unless images are
+    read by workers or from a stream, and are kept there where all of them fit.
 
     Raises:
         ValueError: Fewer images than a step has, or a stream that may be too short.
@@ -88,7 +91,8 @@ def image_batches(
         # Workers have their own memory, and each would keep there what it happens to decode.
         pixels = Pixels(images, processor, keep=workers == 0)
         known = torch.from_numpy(images.labels) if labels else None
-        return row_batches(range(len(images)), options, partial(_read, pixels, known))
+        place = device if workers == 0 else "cpu"  # a GPU cannot be used in workers
+        return row_batches(range(len(images)), options, partial(_read, pixels, known, place), pin=workers > 0)
     # Each worker drops the images of its own part that do not fill a batch.
     needed = sizes.per_device * (sizes.processes + max(workers, 1) - 1)
     found = sum(1 for _ in images.dataset.cast_column(images.image_column, Image(decode=False)).take(needed))
@@ -102,11 +106,12 @@ def image_batches(
     return DataLoader(rows, sizes.per_device, drop_last=True, collate_fn=together, **_loading(workers))
 
 
-def row_batches(rows: Any, options: Any, collate: Callable[[Any], Batch]) -> DataLoader[Any]:
+def row_batches(rows: Any, options: Any, collate: Callable[[Any], Batch], pin: bool = True) -> DataLoader[Any]:
     """Return shuffled batches of the rows of a data set: see `image_batches`.
 
-    The order is new in every epoch, and does not depend on the size of the batches. Rows that do not fill a step are
-    left out; but if there are fewer rows than a batch holds, all of them make one batch.
+    With `pin`, they come in memory from which a GPU fetches them by itself, if there is one. The order is new in every
+    epoch, and does not depend on the size of the batches. Rows that do not fill a step are left out; but if there are
+    fewer rows than a batch holds, all of them make one batch.
     """
     sizes, count = options.sizes, len(rows)
     if count < sizes.total > sizes.per_device:
@@ -122,11 +127,11 @@ def row_batches(rows: Any, options: Any, collate: Callable[[Any], Batch]) -> Dat
         return order[:used].split(sizes.per_device)
 
     order = Batches(of_epoch, sizes.per_device)
-    return DataLoader(rows, batch_sampler=order, collate_fn=collate, **_loading(options.dataloader_num_workers))
+    return DataLoader(rows, batch_sampler=order, collate_fn=collate, **_loading(options.dataloader_num_workers, pin))
 
 
-def _loading(workers: int) -> dict[str, Any]:
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+def _loading(workers: int, pin: bool = True) -> dict[str, Any]:
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin and torch.cuda.is_available()}
 
 
 def clean_images(pixels: Tensor, config: Any) -> Tensor:

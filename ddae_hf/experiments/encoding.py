@@ -1,53 +1,35 @@
 """Latents of a data set: `encode` makes them once, and denoisers of latents train on them without their VAE.
 
-    folder = encode("runs/cifar10_vae", Images.open("uoft-cs/cifar10"), mirror=True, output_dir="runs/latents")
-
-The latents lie in a `LatentFolder`. `LatentInputs` gives them to probes in place of images, and `latent_dataset` gives
-them to a training loop. The folder's files are
-
-    latents.json          which images the latents are of, and how they were made
-    train-0.npy, ...      one array (N, c, h, w), float16, for each split and view
-    train-labels.npy      the labels (N,) of a split, where there are any
-    rows.json             how many rows of each array are done, and their checksum
-
-Latents take 8 KiB for each view of an image of 256 x 256 pixels. They are written a batch at a time, and read through
-memory maps. Latents of version 0.1.0 have no checksum: they are refused until they are encoded again.
+folder = encode("runs/cifar10_vae", Images.open("uoft-cs/cifar10"), mirror=True, output_dir="runs/latents")
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from ..augment import mirror
-from ..checkpoints import load_vae, plain_config
-from ..generators import Generator, uniform
+from ..checkpoints import load_vae
 from ..image_processing_ddae import DDAEImageProcessor
 from ..latents import downsampling
-from ..latents import encode as scaled_latents
-from ..weights import fingerprint
 from . import arrays
 from .devices import best_device, made_fast
-from .draws import GENERATOR, POSTERIOR, indexed_noise
-from .features import evaluating
-from .image_set import Rows
-from .images import ImageInputs, Images, ImageSet, Inputs
+from .images import ImageInputs, Images, Part, parts_of
+from .latent_folder import DTYPE, FLOAT32, LatentFolder, latents_of
 from .models import path_of
 from .options import Options, option
+from .sharing import Team
 
-INDEX = "latents.json"
-DTYPE = "float16"
 logger = logging.getLogger(__name__)
 
 
@@ -63,16 +45,22 @@ class EncodingOptions(Options):
     mirror: bool = option(False, "Encode every image's mirror image too, as a second view.")
     sample_posterior: bool = option(False, "Draw latents from the VAE's distribution.")
     batch_size: int = option(16, "Images that are encoded at a time.")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "Type that the VAE computes in. bfloat16 is two to three times as fast on GPUs and on processors with bfloat16 "
+        "arithmetic (AVX512-BF16, AMX), and slower on others; latents have two to three digits then.",
+    )
     seed: int = option(0, "Seed of the draws.")
     cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
-def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder:
+def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **changes: Any) -> LatentFolder | None:
     """Encode a split's images with a VAE once, with their labels beside them where they have any; return the folder.
 
     The VAE is an `AutoencoderKL`, or a folder or Hub id of one, or of a checkpoint that has one. The folder's split is
     `train`, whatever its name in the data set. An interrupted run goes on where it stopped, and existing latents
-    are not computed again.
+    are not computed again. The processes of `accelerate launch` share the images; the first one gets the folder, the
+    others None.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, a folder of other latents, or a damaged file.
@@ -91,14 +79,19 @@ def encode(vae: Any, images: Images, options: EncodingOptions | None = None, **c
     )
     train = images[options.split].take(options.max_samples)
     inputs = {"train": _Mirrored(train, processor)}
-    folder = LatentFolder.create(
-        options.output_dir, vae, (side, side),
-        describe_splits(inputs, 1 + options.mirror, {"mirror": options.mirror}),
-        sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
-        vae_source=source or vae.config.get("_name_or_path"), dataset=images.facts(train),
-    )  # fmt: skip
-    encode_views(folder, vae, inputs, options.batch_size)
-    return folder
+    with encoding_team(vae, inputs, options.dtype) as team:
+        if team.helps:
+            team.serve()
+            return None
+        with team:
+            folder = LatentFolder.create(
+                options.output_dir, vae, (side, side),
+                describe_splits(inputs, 1 + options.mirror, {"mirror": options.mirror}),
+                sample_posterior=options.sample_posterior, seed=options.seed, dtype=options.dtype, names=train.names,
+                vae_source=source or vae.config.get("_name_or_path"), dataset=images.facts(train),
+            )  # fmt: skip
+            encode_views(folder, inputs, options.batch_size, team)
+            return folder
 
 
 def describe_splits(inputs: Mapping[str, ImageInputs], views: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -112,10 +105,10 @@ def describe_splits(inputs: Mapping[str, ImageInputs], views: int, changes: dict
     return splits
 
 
-def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInputs], batch_size: int) -> None:
-    """Compute the latents that a folder lacks, in float32 on the best device there is, and keep the labels.
+def encode_views(folder: LatentFolder, inputs: Mapping[str, ImageInputs], batch_size: int, team: Team) -> None:
+    """Compute the latents that a folder lacks, by the processes of `encoding_team`, and keep the labels.
 
-    The folder is one that `LatentFolder.create` made for these images. Afterwards the VAE is as it was.
+    The folder is one that `LatentFolder.create` made for these images.
     """
     for split, known in inputs.items():
         if known.labels is not None:
@@ -133,225 +126,47 @@ def encode_views(folder: LatentFolder, vae: Any, inputs: Mapping[str, ImageInput
     )
     if not folder.missing_bytes():
         return
-    device, dtype = vae.device, vae.dtype
     started = time.monotonic()
-    made_fast(vae, best_device()).to(best_device()).float()
-    try:
-        for split, described in splits.items():
-            for view in range(described["views"]):
-                title = f"Encoding {given[split]} images, view {view}"
-                views = partial(inputs[split].batches, batch_size, None, view=view, title=title)
-                folder.encode(vae, split, view, views)
-    finally:
-        vae.to(device).type(dtype)
+    for split, described in splits.items():
+        for view in range(described["views"]):
+            details = {"split": split, "image_view": view, "seed": folder.index["seed"]}
+            details["view"] = folder.number(split, view)
+            rows = np.arange(described["count"])
+
+            def latents(start: int, rows: Any = rows, details: dict[str, Any] = details) -> Iterator[Tensor]:
+                return team.each("latents", parts_of(rows, batch_size, start), **details)
+
+            folder.keep(split, view, latents)
     logger.info("Encoded in %.0f s.", time.monotonic() - started)
+
+
+def latents_of_parts(
+    vae: Any, inputs: Mapping[str, ImageInputs], parts: Sequence[Part], *, split: str, image_view: int,
+    seed: int | None, view: int,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yield the latents of parts of a split's view: see `latents_of` and `Inputs.parts`."""
+    title = f"Encoding {inputs[split].images.split} images, view {image_view}"
+    images = inputs[split].parts(parts, view=image_view, title=title, device=vae.device)
+    for (_, indices), pixels in zip(parts, images, strict=True):
+        yield latents_of(vae, pixels, indices, seed=seed, view=view)
+
+
+@contextlib.contextmanager
+def encoding_team(vae: Any, inputs: Mapping[str, ImageInputs], dtype: str) -> Iterator[Team]:
+    """Give the processes that encode, with the VAE in a type on the best device; afterwards it is as it was."""
+    if dtype != FLOAT32:
+        vae = copy.deepcopy(vae)  # casting it back would not undo the rounding
+    device, before = vae.device, vae.dtype
+    made_fast(vae, best_device()).to(best_device()).type(getattr(torch, dtype))
+    try:
+        yield Team({"latents": partial(latents_of_parts, vae, inputs)})
+    finally:
+        vae.to(device).type(before)
 
 
 class _Mirrored(ImageInputs):
     """Images whose second view is the mirror image."""
 
-    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
-        pixels = super().read(rows)
+    def made(self, fetched: Tensor, view: int, numbers: Any) -> Tensor:
+        pixels = super().made(fetched, 0, numbers)
         return mirror(pixels) if view else pixels
-
-
-class LatentInputs(Inputs):
-    """Images by their latents in a folder, computed or not; after the last view, numbers begin again at the first.
-
-    A folder of other images is refused.
-    """
-
-    def __init__(self, images: ImageSet, folder: LatentFolder, split: str):
-        self.images, self.folder, self.split = images, folder, split
-        if folder.index["splits"].get(split, {}).get("images") != images.hash:
-            what = f"{folder.folder} has no latents of these {split} images: `transfer` makes them, from the same data"
-            raise ValueError(f"{what} with the same max_train_samples and max_test_samples.")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """How the latents were made, and of which images."""
-        index = self.folder.index
-        known = {name: index[name] for name in ("vae", "vae_fingerprint", "shape", "sample_posterior", "seed")}
-        return {**known, **index["splits"][self.split]}
-
-    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
-        """Return the latents (B, c, h, w) of a view of the images at `rows`, float32."""
-        return self.folder.read(self.split, view % self.folder.views(self.split), rows)
-
-
-def latent_dataset(folder: LatentFolder, split: str, labels: np.ndarray | None) -> Dataset:
-    """Return a split's latents as a data set of `pixel_values` and, where they are given, `labels`.
-
-    `pixel_values` are all views of an image, (views, c, h, w): see `one_view`.
-    """
-    views = range(folder.views(split))
-    count = min(len(folder.latents(split, view)) for view in views)
-    columns = {"index": np.arange(count)} | ({} if labels is None else {"labels": labels})
-
-    def rows(batch: dict[str, Any]) -> dict[str, Any]:
-        # Latents are opened here: datasets pickles what a transform holds, and would read them all into memory.
-        row = {"pixel_values": torch.stack([folder.read(split, view, batch["index"]) for view in views], 1)}
-        return row if labels is None else row | {"labels": torch.tensor(batch["labels"])}
-
-    return Dataset.from_dict(columns).with_transform(rows)
-
-
-def one_view(pixel_values: Tensor, generator: Generator = None) -> Tensor:
-    """Return one random view of each image, (B, c, h, w) of (B, views, c, h, w); images stay as they are."""
-    if pixel_values.ndim == 4:
-        return pixel_values
-    count, views = pixel_values.shape[:2]
-    drawn = (uniform((count,), pixel_values.device, generator) * views).long()
-    return pixel_values[torch.arange(count, device=pixel_values.device), drawn]
-
-
-class LatentFolder:
-    """Latents of the splits of a data set, in one or more views of every image; a folder without any is refused.
-
-    Attributes:
-        folder: Where the latents are.
-        index: What `latents.json` says: `vae` (its config), `vae_fingerprint`, `shape` (c, h, w), `sample_posterior`,
-            `seed`, `splits` (by name: `count`, `views` and more), and the notes of `create`.
-    """
-
-    def __init__(self, folder: arrays.StrPath):
-        self.folder = Path(folder)
-        if not (self.folder / INDEX).is_file():
-            raise ValueError(f"{folder} holds no latents: it has no {INDEX}.")
-        self.index: dict[str, Any] = arrays.read_json(self.folder / INDEX)
-
-    @classmethod
-    def create(
-        cls,
-        folder: arrays.StrPath,
-        vae: Any,
-        image_size: tuple[int, int],
-        splits: dict[str, Any],
-        *,
-        sample_posterior: bool = False,
-        seed: int = 0,
-        **notes: Any,
-    ) -> LatentFolder:
-        """Open a folder for latents of this description, or create it; they are not computed yet.
-
-        `splits` has by name `count` (number of images), `views` (number of views), and what tells the images and their
-        views from others, as JSON. With `sample_posterior`, latents are draws in place of means; each (seed, image,
-        view) has its own draw. `notes` are what readers may want to know, as JSON. A folder of latents of another
-        description raises `ValueError`, and a disk without room for them raises `OSError`.
-        """
-        height, width = (side // downsampling(vae.config) for side in image_size)
-        index = {
-            "vae": plain_config(vae),
-            "vae_fingerprint": fingerprint(vae, dtype=torch.float32),
-            "shape": [vae.config.latent_channels, height, width],
-            "sample_posterior": sample_posterior,
-            "seed": seed if sample_posterior else None,
-            "splits": splits,
-        }
-        if sample_posterior:
-            index["generator"] = GENERATOR
-        path = Path(folder) / INDEX
-        text = json.dumps({**notes, **index}, indent=2, sort_keys=True) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            with arrays.locked(path.parent):
-                if not path.is_file():  # another process may have come first
-                    # Without a description, nobody knows which images the rows are of.
-                    (path.parent / "rows.json").unlink(missing_ok=True)
-                    arrays.write_text(path, text)
-        known = arrays.read_json(path)
-        wanted = json.loads(text)
-        if found := arrays.differences(known, {name: wanted[name] for name in index}):
-            raise ValueError(f"{folder} holds other latents ({'; '.join(found)}): give another folder, or delete it.")
-        if known != wanted:
-            arrays.write_text(path, text)
-        latents = cls(folder)
-        arrays.check_space(latents.folder, latents.missing_bytes())
-        return latents
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a latent."""
-        channels, height, width = self.index["shape"]
-        return channels, height, width
-
-    def views(self, split: str) -> int:
-        """Return the number of a split's views, or raise `ValueError` with the splits there are."""
-        if split not in self.index["splits"]:
-            raise ValueError(f"{self.folder} has no split {split!r}: it has {sorted(self.index['splits'])}.")
-        return self.index["splits"][split]["views"]
-
-    def missing_bytes(self) -> int:
-        """Return the space that the missing latents will take, in bytes."""
-        rows = arrays.rows_done(self.folder)
-        return sum(
-            arrays.num_bytes(self.shape, known["count"] - rows.get(f"{split}-{view}", 0), DTYPE)
-            for split, known in self.index["splits"].items()
-            for view in range(known["views"])
-        )
-
-    def encode(self, vae: Any, split: str, view: int, images: Callable[[int], Iterable[Tensor]]) -> None:
-        """Compute a view's latents, from the image at which an interrupted run stopped.
-
-        The VAE is the one that the folder was created for, on the device to use; its mode plays no part. `images`,
-        called with an index, gives `pixel_values` in batches from that image on. Another number of images than
-        announced, and latents that are not finite, raise `ValueError`.
-        """
-        name, count = f"{split}-{view}", self.index["splits"][split]["count"]
-        # No two splits share a draw.
-        number = len(self.index["splits"]) * view + sorted(self.index["splits"]).index(split)
-
-        def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
-            for pixels in images(start):
-                indices = range(start, start := start + len(pixels))
-                own = None
-                if self.index["sample_posterior"]:
-                    own = indexed_noise(self.shape, indices, self.index["seed"], number, purpose=POSTERIOR)
-                with evaluating(vae):
-                    latents = scaled_latents(vae, pixels.to(vae.device), own).to(getattr(torch, DTYPE))
-                if not latents.isfinite().all():
-                    what = f"Latents of the {split} images {indices[0]} to {indices[-1]} are not finite in {DTYPE}"
-                    raise ValueError(f"{what}: the VAE overflows. Run it in float32, and look at its scaling_factor.")
-                yield {name: latents}
-
-        arrays.fill(self.folder, {name: self.shape}, count, batches, DTYPE)
-
-    def latents(self, split: str, view: int = 0) -> np.ndarray:
-        """Return a view's latents (N, c, h, w), float16, mapped from disk, or raise `ValueError` if any is missing."""
-        views, count = self.views(split), self.index["splits"][split]["count"]
-        if not 0 <= view < views:
-            raise ValueError(f"{self.folder} has {views} views of the split {split!r}: view {view} is not among them.")
-        done = arrays.rows_done(self.folder).get(f"{split}-{view}", 0)
-        if done < count:
-            what = f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}"
-            raise ValueError(f"{what}: finish encoding them with the command that began it.")
-        return arrays.open_array(self.folder, f"{split}-{view}", (count, *self.shape), DTYPE)
-
-    def read(self, split: str, view: int, rows: Rows) -> Tensor:
-        """Return a view's latents (B, c, h, w) at these rows, float32."""
-        return torch.from_numpy(self.latents(split, view)[np.asarray(rows)]).float()
-
-    def write_labels(self, split: str, labels: np.ndarray) -> None:
-        """Keep a split's labels (N,), 64-bit integers, beside its latents."""
-        count = self.index["splits"][split]["count"]
-        if labels.shape != (count,) or labels.dtype != np.int64:
-            came = f"labels of the split {split!r} have shape {labels.shape} and type {labels.dtype}"
-            raise ValueError(f"{came}: give ({count},), int64.")
-        arrays.write_array(self.folder, f"{split}-labels", labels)
-
-    def labels(self, split: str) -> np.ndarray | None:
-        """Return a split's labels (N,), None where it has none, or raise `ValueError` where their file is damaged."""
-        if not (self.folder / f"{split}-labels.npy").is_file():
-            return None
-        count = self.index["splits"][split]["count"]
-        return np.array(arrays.open_array(self.folder, f"{split}-labels", (count,), "int64"))
-
-    def check_vae(self, vae: Any) -> None:
-        """Raise `ValueError` unless the latents are those of this VAE, scaled as it says."""
-        if fingerprint(vae, dtype=torch.float32) != self.index["vae_fingerprint"]:
-            raise ValueError(f"The latents in {self.folder} were made by another VAE than this one.")
-        for name in ("scaling_factor", "shift_factor"):
-            made = self.index["vae"].get(name)
-            has = vae.config.get(name)
-            if made != has:
-                raise ValueError(f"The latents in {self.folder} were made with a {name} of {made}: this VAE has {has}.")

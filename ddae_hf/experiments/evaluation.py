@@ -32,7 +32,7 @@ from .classes import draw_images
 from .data_files import list_folder
 from .devices import best_device, machine
 from .extractors import Extractor, check_extractor, open_extractor
-from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, open_processes, sample
+from .generation import GenerationOptions, Generator, chosen_classes, made_by, open_pipeline, sample
 from .images import Images, ImageSet
 from .libraries import pip_line
 from .models import path_of
@@ -40,6 +40,7 @@ from .options import option
 from .plots import Picture, image_grid
 from .report import in_memory
 from .results import GenerationReport
+from .sharing import this_process
 
 REFERENCE_VIEW, GENERATED_VIEW, BASELINE_VIEW = 0, 1, 2  # images that are compared never share noise
 FEWEST = 4  # every image needs a third neighbour
@@ -136,7 +137,7 @@ def compare_samples(
 ) -> GenerationResult | None:
     """Do what `evaluate_generation` does, with an extractor that is open already, if one is given."""
     started = time.monotonic()
-    processes = open_processes()
+    processes = this_process()
     given = path_of(model)
     with kept_or_temporary(options.output_dir) as folder:
         compared: dict[str, Compared] = {}

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from .arrays import check_space, write_json, written_whole
 from .devices import HELP
-from .features import FeatureCache
-from .images import ImageInputs, Images
+from .features import FeatureCache, features_of_parts
+from .images import ImageInputs, Images, parts_of
 from .models import Model, check_taps, chosen_layers, open_for, open_processor, path_of
 from .options import Options, option
+from .sharing import Team
 
 ROW_GROUP = 10_000
 
@@ -69,10 +70,11 @@ class ExportedFeatures:
 
 def export_features(
     model: Model, images: Images, options: ExportOptions | None = None, **changes: Any
-) -> ExportedFeatures:
+) -> ExportedFeatures | None:
     """Compute the features of a split's images, and write them to files with the labels, where there are any.
 
     They are computed into `features_dir` first: an interrupted run goes on, and what a sweep has left there is used.
+    The processes of `accelerate launch` share the images; the first one writes, and the others return None.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, or a damaged file.
@@ -88,12 +90,22 @@ def export_features(
     check_taps(network, layers, [sigma])
     inputs = ImageInputs(chosen, open_processor(model, options.cache_dir))
 
+    task = partial(
+        features_of_parts, network, inputs, layers=layers, sigma=sigma, noise_seed=options.noise_seed, view=options.view
+    )
+    team = Team({"features": task})
+    if team.helps:
+        team.serve()
+        return None
     folder = Path(options.output_dir)
     cache = FeatureCache(options.features_dir or folder / "cache", network, options.noise_seed)
-    features = cache.features(
-        partial(inputs.batches, options.batch_size, None, title="Features"),
-        len(inputs), layers, sigma, view=options.view, data=inputs.identity,
-    )  # fmt: skip
+    with team:
+        features = cache.kept(
+            lambda start, missing: team.each(
+                "features", parts_of(np.arange(len(inputs)), options.batch_size, start), layers=missing
+            ),
+            len(inputs), layers, sigma, view=options.view, data=inputs.identity,
+        )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, sum(values.nbytes for values in features.values()))
     labelled = {} if labels is None else {"label": labels}

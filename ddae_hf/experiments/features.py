@@ -20,8 +20,9 @@ from ..hidden_states import check_layers, hidden_size, pool_hidden_states
 from ..modeling_ddae import DDAEModel
 from ..noise import family_of
 from ..weights import fingerprint
-from .arrays import StrPath, described_folder, fill
+from .arrays import Batches, StrPath, described_folder, fill
 from .draws import GENERATOR, POSTERIOR, indexed_noise
+from .loading import to_device
 
 Images = Callable[[int], Iterable[Tensor]]
 
@@ -55,21 +56,23 @@ def extract_features(
     and a data set without images are refused.
     """
     family_of(model.scheduler).check_sigma(sigma)
-    parts: list[dict[str, Tensor]] = []
+    parts: list[Tensor] = []
     start = 0
     for images in batches:
         indices = range(start, start := start + len(images))
         found = batch_features(model, images, indices, layers, sigma, noise_seed=noise_seed, view=view)
-        parts.append({layer: values.cpu() for layer, values in found.items()})
+        widths = {layer: values.shape[1] for layer, values in found.items()}
+        parts.append(torch.cat(list(found.values()), dim=1).cpu())  # the one copy of a batch
     if not parts:
         raise ValueError("The data set is empty: there is no image to compute features of.")
-    return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+    columns = torch.cat(parts).split(list(widths.values()), dim=1)
+    return {layer: values.contiguous() for layer, values in zip(widths, columns, strict=True)}
 
 
 def batch_features(
     model: DDAEModel,
     images: Tensor,
-    indices: Sequence[int] | np.ndarray,
+    indices: Sequence[int] | np.ndarray | Tensor,
     layers: Sequence[str],
     sigma: float | Tensor,
     *,
@@ -88,9 +91,19 @@ def batch_features(
     noise = draws((config.num_noise_samples, *shape)).transpose(0, 1)
     own = draws(shape, purpose=POSTERIOR) if config.sample_posterior else None
     with evaluating(model):
-        clean = model.encode(images.to(model.device), own)
+        clean = model.encode(to_device(images, model.device), own)
         hidden = model.read_layers(clean, list(layers), sigma=sigma, noise=noise)
         return {layer: pool_hidden_states(hidden[layer], config.pooling) for layer in layers}
+
+
+def features_of_parts(
+    model: DDAEModel, inputs: Any, parts: Sequence[tuple[np.ndarray, Any]], layers: Sequence[str], sigma: float, *,
+    noise_seed: int, view: int, image_view: int = 0, title: str = "Features",
+) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+    """Yield the features of parts of a data set, `Inputs`: see `Inputs.parts`, whose numbers are the indices here."""
+    images = inputs.parts(parts, view=image_view, title=title, device=model.device)
+    for (_, numbers), batch in zip(parts, images, strict=True):
+        yield batch_features(model, batch, numbers, layers, sigma, noise_seed=noise_seed, view=view)
 
 
 class FeatureCache:
@@ -132,15 +145,22 @@ class FeatureCache:
             ValueError: An unknown layer or noise level, another number of images than `count`, or a damaged file.
             OSError: Not enough space on disk.
         """
-        check_layers(self.model.denoiser, layers)
-        family_of(self.model.scheduler).check_sigma(sigma)
-        identity = {**self.identity, "data": data, "count": count, "sigma": float(sigma), "view": view}
-        folder = described_folder(self.folder, identity)
+        model, noise_seed = self.model, self.noise_seed
 
         def batches(start: int, missing: list[str]) -> Iterable[dict[str, Tensor]]:
             for batch in images(start):
                 indices = range(start, start := start + len(batch))
-                yield batch_features(self.model, batch, indices, missing, sigma, noise_seed=self.noise_seed, view=view)
+                yield batch_features(model, batch, indices, missing, sigma, noise_seed=noise_seed, view=view)
 
+        return self.kept(batches, count, layers, sigma, view=view, data=data)
+
+    def kept(
+        self, batches: Batches, count: int, layers: Sequence[str], sigma: float, *, view: int, data: dict[str, Any]
+    ) -> dict[str, np.ndarray]:
+        """Return features likewise, where `batches` computes those that are missing: see `arrays.fill`."""
+        check_layers(self.model.denoiser, layers)
+        family_of(self.model.scheduler).check_sigma(sigma)
+        identity = {**self.identity, "data": data, "count": count, "sigma": float(sigma), "view": view}
+        folder = described_folder(self.folder, identity)
         denoiser, pooling = self.model.denoiser, self.model.config.pooling
         return fill(folder, {layer: (hidden_size(denoiser, layer, pooling),) for layer in layers}, count, batches)

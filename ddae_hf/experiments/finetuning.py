@@ -42,9 +42,9 @@ from .arrays import StrPath, kept_or_temporary
 from .classes import draw_labels
 from .devices import PRECISION, best_device, machine, made_fast, training_precision
 from .draws import indexed_noise, separate_randomness
-from .encoding import LatentFolder, LatentInputs
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
+from .latent_folder import LatentFolder, LatentInputs
 from .models import Model, base_model, base_of, check_null_class
 from .options import option
 from .probing import classify
@@ -189,7 +189,9 @@ def _finetune(
     train, test = open_inputs(path, images, options, processor)
     classifier = made_fast(build_classifier(path, options, train.names), best_device())
     chosen = check_finetuning(options, classifier.config, train.labels)
-    rows = LabelledRows(train, chosen, train.folder.views("train") if isinstance(train, LatentInputs) else None)
+    views = train.folder.views("train") if isinstance(train, LatentInputs) else None
+    device = best_device() if options.dataloader_num_workers == 0 else "cpu"  # a GPU cannot be used in workers
+    rows = LabelledRows(train, chosen, views, device=device)
     keeps = given["output_dir"] is not None
     trainer = FineTuner(options, training_arguments(options, keeps), classifier, rows)
     trainer.known = beginning(classifier, rows) | {"options": given}
@@ -197,7 +199,7 @@ def _finetune(
         trainer.restore(resume)
         if finished := finished_run(options, given):
             return finished
-    found: dict[str, Any] = train_further(trainer, given, resume) | figures_of(trainer, test)
+    found: dict[str, Any] = train_further(trainer, given, resume) | figures_of(trainer, test, device)
     if isinstance(train, LatentInputs):
         classifier = with_vae(path, options, classifier, train.folder)
         right = classify(classifier, test.images, processor) == test.labels
@@ -368,7 +370,8 @@ def training_arguments(options: FinetuningOptions, keeps: bool) -> TrainingArgum
         logging_nan_inf_filter=False,  # it would hide such losses
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # they are frozen
-        dataloader_num_workers=options.dataloader_num_workers, dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=options.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available() and options.dataloader_num_workers > 0,
     )  # fmt: skip
     if arguments.n_gpu > 1:  # Trainer would split batches along the draws of noise
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, one process each.")
@@ -404,12 +407,12 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     }
 
 
-def figures_of(trainer: FineTuner, test: Inputs) -> dict[str, float]:
+def figures_of(trainer: FineTuner, test: Inputs, device: str) -> dict[str, float]:
     """Return figures of the test images, with the model's fixed noise and with noise of every image's own."""
     config = trainer.model.config
     shape = (config.num_noise_samples, *config.sample_shape)
     own = partial(indexed_noise, shape, seed=config.noise_seed, view=noise_view(True, 0))
-    figures = trainer.evaluate(LabelledRows(test), metric_key_prefix="test")
-    figures |= trainer.evaluate(LabelledRows(test, noise=own), metric_key_prefix="test_own_noise")
+    figures = trainer.evaluate(LabelledRows(test, device=device), metric_key_prefix="test")
+    figures |= trainer.evaluate(LabelledRows(test, noise=own, device=device), metric_key_prefix="test_own_noise")
     wanted = ("_loss", "_accuracy", "_f1", "_precision", "_recall")
     return {name: value for name, value in figures.items() if name.endswith(wanted)}

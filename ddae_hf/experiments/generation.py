@@ -9,14 +9,12 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -30,6 +28,7 @@ from .arrays import StrPath, differences, read_json, write_json, written_whole
 from .devices import HELP, best_device, made_fast
 from .features import evaluating
 from .options import Options, option
+from .sharing import this_process
 
 # A generator's folder or Hub id, in any layout, or an open pipeline or model.
 Generator = StrPath | DDAEPipeline | DDAEModel
@@ -107,18 +106,13 @@ def generate(model: Generator, options: GenerationOptions | None = None, **chang
     return Samples(images, [], options.num_images)
 
 
-def open_processes() -> PartialState:
-    """Return which of the launched processes this is; they may end at times that are hours apart."""
-    return PartialState(cpu=best_device() == "cpu", timeout=timedelta(days=7))
-
-
 def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     """Return a pipeline with its own scheduler, the one asked for; one opened from a path is on the best device.
 
     Refused are a scheduler of another framework, unknown classes, another type than an open model's, and processes
     without a folder to share images through.
     """
-    if options.output_dir is None and (count := open_processes().num_processes) > 1:
+    if options.output_dir is None and (count := this_process().num_processes) > 1:
         raise ValueError(f"output_dir is None: {count} processes share images through a folder.")
     wanted = None if options.dtype is None else getattr(torch, options.dtype)
     if isinstance(model, DDAEModel):
@@ -185,7 +179,7 @@ def sample(pipeline: DDAEPipeline, options: GenerationOptions, folder: Path) -> 
 
     Batches have fixed members, and one that lacks an image is computed whole: another size may round differently.
     """
-    processes = open_processes()
+    processes = this_process()
     paths = [folder / f"{i:05d}.png" for i in range(options.num_images)]
     facts = made_by(pipeline, options)
     facts |= {"null_class": pipeline.null_class, "scheduler": plain_config(pipeline.scheduler)}

@@ -1,6 +1,6 @@
 """The images of a split: their labels, subsets, hash and pixels, and what becomes of damaged ones.
 
-Pixels are decoded when they are first asked for, kept where they fit, and scaled on the device.
+Pixels are decoded when they are first asked for, kept where they fit, on the device too, and scaled there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
 from .classes import Classes, draw_images
+from .loading import is_apart, to_device
+from .pieces import free_memory
 
 Rows = Sequence[int] | np.ndarray  # places of images
 SHARE = 4  # one part in so many of the free memory may be filled
@@ -201,8 +203,9 @@ class ImageSet:
 class Pixels:
     """The pixels of an `ImageSet`, as integers from 0 to 255 that `scaled` makes floats of.
 
-    With `keep`, an image is decoded once, if all fit into memory. Where some have more than 8 bits, none are kept, and
-    batches with such images are floats.
+    With `keep`, an image is decoded once, if all fit into memory. When all are decoded, they are kept on a GPU as well
+    that asks for them, if they fit there. Where some have more than 8 bits, none are kept, and batches with such images
+    are floats.
     """
 
     def __init__(self, images: Any, processor: DDAEImageProcessor, keep: bool = True):
@@ -211,13 +214,37 @@ class Pixels:
             raise ValueError(f"The image processor has do_rescale=False: {reason}.")
         self.images, self.processor, self.keep = images, processor, keep
         self.kept: tuple[Tensor, Tensor] | None = None  # pixels of all images, and which of them are there
+        self.resident: Tensor | None = None  # pixels of all images, on the device
+        self.fits = True  # whether the device has room for them, as far as is known
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Rows) -> Tensor:
-        """Return pixels (B, C, H, W) of the images at `indices`, in that order: uint8, or floats in [-1, 1]."""
-        rows, kept = torch.as_tensor(indices), self.kept
+    def are_on(self, device: torch.device | str) -> bool:
+        """Return whether the pixels of all images are kept on a device apart; they are brought there if they may be."""
+        if not is_apart(device) or self.kept is None or not self.fits:
+            return False
+        home = torch.empty(0, device=device).device  # with its number
+        if self.resident is None or self.resident.device != home:
+            room, there = self.kept
+            if not there.all():
+                return False
+            self.fits = room.numel() * SHARE <= free_memory(home)
+            self.resident = room.to(home) if self.fits else None
+        return self.fits
+
+    def read(self, indices: Rows | Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Return pixels (B, C, H, W) of the images at `indices`, in that order: uint8, or floats in [-1, 1].
+
+        They are on the device; where all pixels are kept there, nothing but `indices` is copied.
+        """
+        rows = torch.as_tensor(indices)
+        if self.are_on(device) and self.resident is not None:
+            return self.resident[to_device(rows, device)]
+        return to_device(self._read(rows), device)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        kept = self.kept
         missing = rows if kept is None else rows[~kept[1][rows]]
         if kept is not None and len(missing) == 0:
             return kept[0][rows]
@@ -239,11 +266,14 @@ class Pixels:
         return kept[0][rows]
 
     def _decode(self, rows: Tensor) -> Tensor:
-        images = self.images.pil(rows.tolist())
-        counts = self.processor(
-            images, do_rescale=False, do_normalize=False, data_format="channels_first", return_tensors="pt"
-        )["pixel_values"]
-        return counts if counts.dtype == torch.uint8 else _scale(counts, self.processor)
+        return counted(self.images.pil(rows.tolist()), self.processor)
+
+
+def counted(images: list[PILImage.Image], processor: DDAEImageProcessor) -> Tensor:
+    """Return the pixels (B, C, H, W) of images: uint8, which `scaled` makes floats of, or floats if some have more."""
+    plain: dict[str, Any] = {"do_rescale": False, "do_normalize": False, "data_format": "channels_first"}
+    counts = processor(images, **plain, return_tensors="pt")["pixel_values"]
+    return counts if counts.dtype == torch.uint8 else _scale(counts, processor)
 
 
 def scaled(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
@@ -261,7 +291,7 @@ def _scale(pixels: Tensor, processor: DDAEImageProcessor) -> Tensor:
         for change, value in ((pixels.sub_, processor.image_mean), (pixels.div_, processor.image_std)):
             # A plain number needs no copy to the device.
             one = isinstance(value, (int, float))
-            change(float(value) if one else torch.tensor(value, device=pixels.device).float().reshape(-1, 1, 1))
+            change(float(value) if one else to_device(torch.tensor(value).float().reshape(-1, 1, 1), pixels.device))
     return pixels
 
 

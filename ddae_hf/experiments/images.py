@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Features
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,7 +24,11 @@ from .classes import Classes, find_label_column, warn_of_missing
 from .data_files import in_memory, read_source
 from .draws import augment_view
 from .image_set import ImageSet, Pixels, Rows, columns_of, image_column, scaled
+from .loading import read_ahead
 from .options import Options, option
+from .sharing import is_first_process
+
+Part = tuple[np.ndarray, Any]  # rows of images, and numbers of the same images, by which what is random is seeded
 
 
 @dataclass(kw_only=True)
@@ -212,28 +217,60 @@ class Inputs(abc.ABC):
         """What tells these inputs from others, as JSON."""
 
     @abc.abstractmethod
-    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
-        """Return the inputs (B, C, H, W) at B rows, float32.
+    def fetch(self, rows: Any, view: int = 0, device: torch.device | str = "cpu") -> Tensor:
+        """Return, on the device, what is kept of a view of the images at B rows: what `made` takes."""
+
+    @abc.abstractmethod
+    def made(self, fetched: Tensor, view: int, numbers: Any) -> Tensor:
+        """Return the inputs (B, C, H, W), float32, that something fetched stands for, on its device: see `read`."""
+
+    def are_on(self, device: torch.device | str) -> bool:
+        """Return whether all that `fetch` returns is kept on a device apart from the processor."""
+        return False
+
+    def read(
+        self, rows: Rows | Tensor, view: int = 0, numbers: Any = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Return the inputs (B, C, H, W) at B rows, float32, on the device.
 
         View 0 is the image as it is; later views depend on the kind of inputs. What is random about them is seeded by
         `numbers`, one for each image, by default the rows.
         """
+        return self.made(self.fetch(rows, view, device), view, rows if numbers is None else numbers)
 
     def batches(
-        self, batch_size: int, rows: Rows | None = None, start: int = 0, *, view: int = 0, title: str = "Images"
-    ) -> Iterator[Tensor]:
+        self, batch_size: int, rows: Rows | None = None, start: int = 0, *, view: int = 0, title: str = "Images",
+        device: torch.device | str = "cpu",
+    ) -> Iterator[Tensor]:  # fmt: skip
         """Yield inputs (B, C, H, W) with a progress bar: of `rows`, by default all, from the place `start` on.
 
-        What is random about a later view is seeded by the place among `rows`.
+        They are on the device; while a GPU computes with a batch, the next ones are read. What is random about a later
+        view is seeded by the place among `rows`.
         """
         chosen = np.arange(len(self)) if rows is None else np.asarray(rows)
-        for first in tqdm(range(start, len(chosen), batch_size), desc=title, leave=False):
-            part = chosen[first : first + batch_size]
-            yield self.read(part, view, range(first, first + len(part)))
+        yield from self.parts(parts_of(chosen, batch_size, start), view=view, title=title, device=device)
+
+    def parts(
+        self, parts: Sequence[Part], *, view: int = 0, title: str = "Images", device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """Yield inputs (B, C, H, W) of each part's rows, seeded by its numbers, with a progress bar: see `batches`."""
+        there = self.are_on(device)
+
+        def fetch(part: Part) -> Tensor:
+            return self.fetch(part[0], view, device if there else "cpu")
+
+        # It has no name, so that its thread ends at an error, whoever keeps the traceback. Where all is there, nothing
+        # is left to a thread.
+        for (_, numbers), values in zip(
+            tqdm(parts, desc=title, leave=False, disable=not is_first_process()),
+            map(fetch, parts) if there else read_ahead(fetch, parts, device),
+            strict=True,
+        ):
+            yield self.made(values, view, numbers)
 
 
 class ImageInputs(Inputs):
-    """Images by their pixels, in [-1, 1], which are kept in memory where they fit.
+    """Images by their pixels, in [-1, 1], which are kept in memory and on the device where they fit.
 
     With `flip`, half of the images in later views are mirrored; with `crop_padding`, all are cropped: `augment_view`.
     """
@@ -255,12 +292,24 @@ class ImageInputs(Inputs):
         """The images' hash, and how they are prepared."""
         return {"images": self.images.hash, "preprocessing": self.processor.to_dict()}
 
-    def read(self, rows: Rows, view: int = 0, numbers: Rows | None = None) -> Tensor:
-        """Return pixels (B, C, H, W): see `Inputs.read`."""
-        pixels = scaled(self.pixels.read(rows), self.processor)
-        if view == 0:
-            return pixels
-        return augment_view(pixels, rows if numbers is None else numbers, self.seed, view, self.flip, self.crop_padding)
+    def fetch(self, rows: Any, view: int = 0, device: torch.device | str = "cpu") -> Tensor:
+        """Return pixels (B, C, H, W), which are the same for all views: uint8, or floats in [-1, 1]."""
+        return self.pixels.read(rows, device)
+
+    def made(self, fetched: Tensor, view: int, numbers: Any) -> Tensor:
+        """Return pixels (B, C, H, W) as floats, of later views mirrored and cropped."""
+        pixels = scaled(fetched, self.processor)
+        return pixels if view == 0 else augment_view(pixels, numbers, self.seed, view, self.flip, self.crop_padding)
+
+    def are_on(self, device: torch.device | str) -> bool:
+        """Return whether the pixels of all images are kept on a device apart from the processor."""
+        return self.pixels.are_on(device)
+
+
+def parts_of(rows: np.ndarray, size: int, start: int = 0) -> list[Part]:
+    """Return rows in parts of a size, from a place on; an image's number is its place among the rows."""
+    firsts = range(start, len(rows), size)
+    return [(rows[first : first + size], range(first, min(first + size, len(rows)))) for first in firsts]
 
 
 def noise_view(test: bool, view: int) -> int:

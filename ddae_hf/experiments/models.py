@@ -100,9 +100,7 @@ def report_facts(model: Model, images: Any, options: Any, *used: Any) -> dict[st
 
 
 def ready(model: Any) -> Any:
-    """Return a model on the best device there is; its VAE takes one image at a time, which bounds its memory."""
-    if model.base_model.vae is not None:
-        model.base_model.vae.enable_slicing()
+    """Return a model on the best device there is, in the layout that is fastest there."""
     return made_fast(model, best_device()).to(best_device())
 
 

@@ -25,11 +25,11 @@ from ..networks import build_denoiser, network_of
 from ..noise import family_of
 from .devices import best_device
 from .draws import separate_randomness
-from .encoding import LatentFolder
 from .images import Images
+from .latent_folder import LatentFolder
 from .options import Table
 from .pretraining_data import TrainingData
-from .training import this_process
+from .sharing import this_process
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ levels then have. Test images, each with noise of its own, serve for the final f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,8 +44,9 @@ from .arrays import StrPath, differences, fill, kept_or_temporary, read_json, wr
 from .batches import Batches, whole
 from .devices import machine
 from .draws import GENERATOR, POSTERIOR, RowDraws, indexed_noise, seed_by, separate_randomness
-from .features import FeatureCache, batch_features
-from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
+from .features import FeatureCache, batch_features, features_of_parts
+from .images import ImageInputs, Images, Inputs, Part, SplitOptions, labelled_splits, noise_view, parts_of
+from .loading import to_device
 from .models import Model, check_taps, open_model, open_processor, report_facts
 from .noisy_networks import NoiseConditionalMLP, WideResNet
 from .options import option
@@ -52,6 +54,7 @@ from .plots import curves
 from .report import in_memory
 from .results import NoisyReport
 from .run_folder import STATE, check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
+from .sharing import Team
 from .stopping import largest, not_finite
 from .trainer import LabelledRows
 from .training import Loop, accelerated
@@ -130,8 +133,13 @@ class NoisyResult(NoisyReport):
         self.write(Path(folder))
 
 
-def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = None, **changes: Any) -> NoisyResult:
+def classify_noisy(
+    model: Model, images: Images, options: NoisyOptions | None = None, **changes: Any
+) -> NoisyResult | None:
     """Train both classifiers of noisy images, which have labels, and test them at every level.
+
+    The processes of `accelerate launch` share the images whose features are computed. The first one trains the
+    classifiers and gets the result, the others get None.
 
     Raises:
         ValueError: Options that cannot work, a folder of other options, or a training that diverges.
@@ -141,7 +149,7 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
     options = NoisyOptions.of(options, changes)
     images = Images.open(images, cache_dir=options.cache_dir)
     started = time.monotonic()
-    with separate_randomness(), kept_or_temporary(options.output_dir) as folder:
+    with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:
         network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))
@@ -149,7 +157,12 @@ def classify_noisy(model: Model, images: Images, options: NoisyOptions | None = 
             raise ValueError(f"random_crop is {options.random_crop}: it must be below the sides, {sides}.")
         processor = open_processor(model, options.cache_dir)
         train, test = (ImageInputs(part, processor) for part in labelled_splits(images, options))
-        study = Study(network, train, test, options, folder, check_folders(folder, network, train, options))
+        study = Study(network, train, test, options, folder)
+        if study.team.helps:
+            study.team.serve()
+            return None
+        stack.enter_context(study.team)
+        study.checkpoint = check_folders(folder, network, train, options)
         networks: dict[str, tuple[nn.Module, dict[str, Any]]] = {MLP: study.train_mlp()}
         if options.wide_resnet:
             networks[WIDE_RESNET] = study.train_wide_resnet()
@@ -229,6 +242,8 @@ class Study:
     def __post_init__(self) -> None:
         self.layers = self.options.layers or []
         self.sigmas = self.options.sigmas or []
+        known = partial(features_of_parts, self.model, self.test, layers=self.layers, view=TEST_VIEW)
+        self.team = Team({"view": self.computed, "test": known})
 
     def stored_view(self, view: int) -> tuple[np.ndarray, Tensor]:
         """Return the training images' features (N, C) in a draw, kept on disk, and their levels (N,)."""
@@ -238,16 +253,7 @@ class Study:
         size = sum(hidden_size(self.model.denoiser, layer, self.model.config.pooling) for layer in self.layers)
 
         def batches(start: int, missing: list[str]) -> Iterator[dict[str, Tensor]]:
-            title = f"features, view {view + 1} of {options.num_views}"
-            for images in self.train.batches(options.batch_size, start=start, title=title):
-                rows = range(start, start := start + len(images))
-                draws = RowDraws(options.seed, rows, device, view)
-                sigma = log_uniform(options, draws.uniform((len(rows),)))
-                images = random_changes(images.to(device), options.random_flip, options.random_crop, draws)
-                found = batch_features(
-                    self.model, images, rows, self.layers, sigma, noise_seed=options.noise_seed, view=2 + view
-                )
-                yield {name: torch.cat([found[layer] for layer in self.layers], dim=1)}
+            return self.team.each("view", parts_of(np.arange(count), options.batch_size, start), view=view)
 
         name = f"view-{view}"
         features = fill(self.folder / "features", {name: (size,)}, count, batches)[name]
@@ -256,12 +262,26 @@ class Study:
         levels = RowDraws(options.seed, range(count), device, view).uniform((count,))  # as the batches drew them first
         return features, log_uniform(options, levels)
 
+    def computed(self, parts: Sequence[Part], view: int) -> Iterator[dict[str, Tensor]]:
+        """Compute the features, of all layers joined, of parts of the training images in a draw: see `stored_view`."""
+        options = self.options
+        device = self.model.device
+        title = f"features, view {view + 1} of {options.num_views}"
+        for (_, rows), images in zip(parts, self.train.parts(parts, title=title, device=device), strict=True):
+            draws = RowDraws(options.seed, rows, device, view)
+            sigma = log_uniform(options, draws.uniform((len(rows),)))
+            changed = random_changes(images, options.random_flip, options.random_crop, draws)
+            found = batch_features(
+                self.model, changed, rows, self.layers, sigma, noise_seed=options.noise_seed, view=2 + view
+            )
+            yield {f"view-{view}": torch.cat([found[layer] for layer in self.layers], dim=1)}
+
     def train_mlp(self) -> tuple[NoiseConditionalMLP, dict[str, Any]]:
         """Return the MLP trained on stored features, which it standardises, and what it is built from."""
         options = self.options
         device = self.model.device
         stored, sigmas = zip(*(self.stored_view(view) for view in range(options.num_views)), strict=True)
-        labels = torch.from_numpy(self.train.labels)
+        labels = torch.from_numpy(self.train.labels).to(device)
         config = {"in_features": stored[0].shape[1], "num_labels": len(self.train.names)}
         config |= {name: getattr(options, name) for name in ("hidden_size", "num_hidden_layers", "dropout")}
         seed_by(options.seed)
@@ -274,8 +294,9 @@ class Study:
         schedule = CosineAnnealingLR(optimizer, len(passes))
         for view in tqdm(passes, desc="MLP"):
             for batch in torch.randperm(len(labels)).split(options.train_batch_size):
-                inputs = torch.from_numpy(stored[view][batch.numpy()]).to(device)
-                loss = F.cross_entropy(mlp(inputs, sigmas[view][batch]), labels[batch].to(device))
+                inputs = to_device(torch.from_numpy(stored[view][batch.numpy()]), device)
+                some = to_device(batch, device)
+                loss = F.cross_entropy(mlp(inputs, sigmas[view][some]), labels[some])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -306,7 +327,7 @@ class Study:
         def loss(batch: dict[str, Tensor], draws: RowDraws) -> Tensor:
             noisy, sigma = self.noisy_batch(batch["pixel_values"], draws)
             logits = network(noisy.to(memory_format=torch.channels_last), sigma)
-            return F.cross_entropy(logits, batch["labels"].to(sigma.device))
+            return F.cross_entropy(logits, batch["labels"])
 
         def save(partial: Path) -> None:
             save_model(network, str(partial / "model.safetensors"))
@@ -315,8 +336,9 @@ class Study:
         if self.checkpoint is not None:
             load_model(network, self.checkpoint / "model.safetensors")
         order = Batches(of_epoch, size)
-        loader = DataLoader(LabelledRows(self.train), batch_sampler=order, collate_fn=cast(Any, whole))
-        with accelerated(mixed_precision="no", device_placement=False) as accelerator:
+        rows = LabelledRows(self.train, device=self.model.device)
+        loader = DataLoader(rows, batch_sampler=order, collate_fn=cast(Any, whole))
+        with accelerated(alone=True, mixed_precision="no", device_placement=False) as accelerator:
             loop = Loop(
                 accelerator, network, optimizer, loader, total_steps=steps, seed=options.seed,
                 schedule=LambdaLR(optimizer, lambda step: float(1 + np.cos(np.pi * step / steps)) / 2),
@@ -333,7 +355,6 @@ class Study:
         """Return noisy images or latents (B, C, H, W) and their levels (B,), with draws for the images."""
         shape = (len(images), *self.model.config.sample_shape)
         sigma = log_uniform(self.options, draws.uniform(shape[:1]))
-        images = images.to(self.model.device)
         images = random_changes(images, self.options.random_flip, self.options.random_crop, draws)
         clean = self.model.encode(images, draws.normal(shape))
         return clean + sigma[:, None, None, None] * draws.normal(shape), sigma
@@ -342,10 +363,12 @@ class Study:
     def accuracies(self, name: str, network: nn.Module) -> list[float]:
         """Return a classifier's accuracy at every level; the noise of a test image is the same for all of them."""
         answers = self.of_features(network) if name == MLP else self.of_noisy(network)
-        right = [0] * len(self.sigmas)
+        device = self.model.device
+        labels = torch.from_numpy(self.test.labels).to(device)
+        right = torch.zeros(len(self.sigmas), dtype=torch.int64, device=device)
         for number, rows, logits in answers:
-            right[number] += int((logits.argmax(-1).cpu().numpy() == self.test.labels[rows]).sum())
-        return [count / len(self.test) for count in right]
+            right[number] += (logits.argmax(-1) == labels[rows]).sum()
+        return [count / len(self.test) for count in right.tolist()]
 
     def of_features(self, mlp: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield the MLP's answers to test images: a level's number, rows, and logits (B, K)."""
@@ -353,13 +376,17 @@ class Study:
         count = len(self.test)
         where = self.options.features_dir or self.folder / "features"
         cache = FeatureCache(where, self.model, self.options.noise_seed)
-        images = partial(self.test.batches, size, None, title="test")
         for number, sigma in enumerate(self.sigmas):
-            found = cache.features(images, count, self.layers, sigma, view=TEST_VIEW, data=self.test.identity)
+
+            def batches(start: int, missing: list[str], sigma: float = sigma) -> Iterator[Any]:
+                parts = parts_of(np.arange(count), size, start)
+                return self.team.each("test", parts, sigma=sigma, noise_seed=self.options.noise_seed, title="test")
+
+            found = cache.kept(batches, count, self.layers, sigma, view=TEST_VIEW, data=self.test.identity)
             for start in range(0, count, size):
                 rows = slice(start, start + size)
                 values = np.concatenate([found[layer][rows] for layer in self.layers], axis=1)
-                features = torch.from_numpy(values).to(self.model.device)
+                features = to_device(torch.from_numpy(values), self.model.device)
                 yield number, rows, mlp(features, features.new_full((len(features),), sigma))
 
     def of_noisy(self, network: nn.Module) -> Iterator[tuple[int, slice, Tensor]]:
@@ -367,14 +394,14 @@ class Study:
         config = self.model.config
         seed = self.options.noise_seed
         first = 0
-        for images in self.test.batches(self.options.batch_size, title="test"):
+        for images in self.test.batches(self.options.batch_size, title="test", device=self.model.device):
             rows = slice(first, first := first + len(images))
             indices = range(rows.start, rows.stop)
             draws = partial(indexed_noise, indices=indices, seed=seed, view=TEST_VIEW, device=self.model.device)
             own = None
             if config.sample_posterior:
                 own = draws(config.sample_shape, purpose=POSTERIOR)
-            clean = self.model.encode(images.to(self.model.device), own)
+            clean = self.model.encode(images, own)
             noise = draws(config.sample_shape).to(clean)
             for number, sigma in enumerate(self.sigmas):
                 yield number, rows, network(clean + sigma * noise, clean.new_full((len(clean),), sigma))

@@ -40,7 +40,7 @@ class Pieces:
         self.changes: list[Callable[[Tensor], object]] = []
         self.kept: list[Piece] | None = None
         needed = 4 * len(groups) * len(groups[0]) * len(rows) * groups[0][0].shape[1]
-        self.keep = keep and needed <= _SHARE * _free_memory(device)
+        self.keep = keep and needed <= _SHARE * free_memory(device)
 
     def __iter__(self) -> Iterator[Piece]:
         if self.kept is not None:
@@ -108,7 +108,7 @@ def _arrived(part: slice, piece: Tensor, copied: torch.cuda.Event, computing: to
     return part, piece
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Return how many bytes may still be used, of a GPU's memory or of the processor's, which others share."""
     if device.type != "cuda":
         return psutil.virtual_memory().available

@@ -30,8 +30,8 @@ from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
 from .batches import Batch, clean_images
 from .draws import RowDraws
-from .encoding import LatentFolder, one_view
 from .images import Images
+from .latent_folder import LatentFolder, one_view
 from .models import base_model
 from .new_networks import check_networks, choose, chosen_before, networks_to_train, new_networks, trained_on
 from .options import Table, option
@@ -167,7 +167,7 @@ class Pretraining:
         self.average.requires_grad_(False).eval()
         what = "images" if data.described is None else f"latents, {data.described['views']} view(s) of each,"
         logger.info(f"Training on {data.count or 'a stream of'} {what} with a side of {network.config.sample_size}.")
-        loader = data.batches(network.config, options)
+        loader = data.batches(network.config, options, accelerator.device)
         adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
         adam["weight_decay"] = options.weight_decay
         self.loop = options.loop(

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, default_collate
 
 from ..checkpoints import Checkpoint, load_vae
 from ..image_processing_ddae import DDAEImageProcessor
 from .batches import image_batches, images_hash, row_batches
 from .classes import draw_images, warn_of_missing
-from .encoding import LatentFolder, latent_dataset
 from .images import Images, ImageSet
+from .latent_folder import LatentFolder, latent_dataset
 
 BY_ENCODE = "it is an option of `encode`, and the folder says what it was"
 BY_VIEWS = "latents are not changed; `encode` with mirror makes a second, mirrored view of each"
@@ -52,11 +53,11 @@ class TrainingData:
             except ValueError as error:
                 raise ValueError(f"{source.path} cannot be trained on these latents. {error}") from error
 
-    def batches(self, config: Any, options: Any) -> DataLoader[Any]:
-        """Return shuffled batches for a network of this configuration: see `image_batches`."""
+    def batches(self, config: Any, options: Any, device: torch.device | str = "cpu") -> DataLoader[Any]:
+        """Return shuffled batches for a network of this configuration, on this device: see `image_batches`."""
         if isinstance(self.rows, ImageSet):
             processor = DDAEImageProcessor.for_denoiser(config, do_center_crop=self.center_crop)
-            return image_batches(self.rows, processor, options, labels=self.num_classes > 0)
+            return image_batches(self.rows, processor, options, self.num_classes > 0, device)
         return row_batches(self.rows, options, default_collate)
 
 

@@ -11,9 +11,9 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,14 @@ from .batches import Batch, Batches
 from .classes import draw_images, draw_labels
 from .devices import made_fast
 from .draws import RowDraws, separate_randomness
-from .features import FeatureCache, batch_features
-from .images import ImageInputs, ImageSet, Inputs, noise_view
+from .features import FeatureCache, features_of_parts
+from .images import ImageInputs, ImageSet, Inputs, Part, noise_view, parts_of
+from .loading import to_device
 from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_regression, knn_predict, uniformity
 from .metrics import F1
 from .models import Model
 from .pairs import Pair, Probe
+from .sharing import Team
 from .training import Loop, accelerated
 
 PIXELS = "pixels"  # the name in place of a layer's where no network is read
@@ -89,6 +91,8 @@ class Prober:
         folder: Where features are kept.
         selection_views: The views of the training images that the choice is made on; by default all of the options'.
         rows: Sorted indices of the training images that the choice is made with, `fitted` and `held_out`.
+        random: Whether `model` is the one with random weights, `random_model` of another prober.
+        team: The processes that compute features, which may be this one alone.
         chosen_on: Indices of the images whose features are read to choose: `rows`; but for a single pair all images, as
             the last fit needs them anyway.
     """
@@ -101,8 +105,10 @@ class Prober:
     sigmas: list[float]
     folder: StrPath = ""
     selection_views: Sequence[int] | None = None
+    random: bool = False
 
     def __post_init__(self) -> None:
+        self.team = Team({"features": self.computed})
         self.labels: dict[str, Any] = {"train": self.train.labels, "test": self.test.labels}
         order = np.random.default_rng(self.options.seed).permutation(len(self.train))
         order = order[: self.options.max_selection_samples]
@@ -118,18 +124,44 @@ class Prober:
         options, inputs = self.options, self.train if split == "train" else self.test
         part = {} if rows is None else {"rows": hashlib.sha256(rows.tobytes()).hexdigest()}
         found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
+        chosen = np.arange(len(inputs)) if rows is None else rows
         for view in range(options.num_views) if views is None else views:
-            title = f"sigma {sigma:g}, {split} images, view {view}"
-            images = partial(inputs.batches, options.batch_size, rows, view=view, title=title)
             if layers == [PIXELS]:
-                found[PIXELS].append(torch.cat([batch.flatten(1) for batch in images(0)]).numpy())
+                images = inputs.batches(options.batch_size, rows, view=view, title=f"{split} images, view {view}")
+                found[PIXELS].append(torch.cat([batch.flatten(1) for batch in images]).numpy())
                 continue
-            cache, count = FeatureCache(self.folder, self.model, noise_seed), len(inputs if rows is None else rows)
             known = {**inputs.identity, **part, **(options.changes if view else {})}
             number = noise_view(split == "test", view)
-            for layer, values in cache.features(images, count, layers, sigma, view=number, data=known).items():
+
+            def batches(start: int, missing: list[str], view: int = view, number: int = number) -> Iterator[Any]:
+                parts = parts_of(chosen, options.batch_size, start)
+                return self.each(parts, split, missing, sigma, noise_seed, view=number, image_view=view)
+
+            cache = FeatureCache(self.folder, self.model, noise_seed)
+            for layer, values in cache.kept(batches, len(chosen), layers, sigma, view=number, data=known).items():
                 found[layer].append(values)
         return found
+
+    def each(
+        self, parts: Sequence[Part], split: str, layers: list[str], sigma: float, noise_seed: int, *,
+        view: int, image_view: int,
+    ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+        """Yield the features of parts of a split's images, which the team computes: see `features_of_parts`."""
+        return self.team.each(
+            "features", parts, split=split, layers=layers, sigma=sigma, noise_seed=noise_seed,
+            view=view, image_view=image_view, random=self.random,
+        )  # fmt: skip
+
+    def computed(
+        self, parts: Sequence[Part], *, split: str, layers: list[str], sigma: float, noise_seed: int,
+        view: int, image_view: int, random: bool,
+    ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+        """Compute this process's share of `each`."""
+        return features_of_parts(
+            self.model if random == self.random else self.random_model,
+            self.train if split == "train" else self.test, parts, layers, sigma, noise_seed=noise_seed,
+            view=view, image_view=image_view, title=f"sigma {sigma:g}, {split} images, view {image_view}",
+        )  # fmt: skip
 
     def selection_features(self, sigma: float, views: Sequence[int] | None = None) -> dict[str, list[np.ndarray]]:
         """Return the features of the images `chosen_on`: for each layer, an array (N, C) per view."""
@@ -235,16 +267,20 @@ class Prober:
         few = self.few_labels(best)
         return Probe(best=best, test_accuracies=accuracies, test_f1=f1, few_label_test_accuracies=few), fitted[first]
 
-    def baselines(self) -> dict[str, Probe]:
-        """Return the baselines: the network's input, and the same network with random weights, but with its own VAE."""
+    @cached_property
+    def random_model(self) -> DDAEModel:
+        """The same network with random weights, but with its own VAE."""
         config: Any = self.model.config
         with separate_randomness(self.options.seed):
             untrained = DDAEModel(config).eval().to(dtype=self.model.dtype)
         untrained.vae = self.model.vae
-        untrained = made_fast(untrained, self.model.device).to(self.model.device)
+        return made_fast(untrained, self.model.device).to(self.model.device)
+
+    def baselines(self) -> dict[str, Probe]:
+        """Return the baselines: the network's input, and the same network with random weights, but with its own VAE."""
         fed = "raw pixels" if isinstance(self.train, ImageInputs) else "raw latents"
         probers = {fed: dataclasses.replace(self, layers=[PIXELS], sigmas=[0.0])}
-        probers["untrained network"] = dataclasses.replace(self, model=untrained)
+        probers["untrained network"] = dataclasses.replace(self, model=self.random_model, random=True)
         levels = {name: [pair for sigma in each.sigmas for pair in each.level(sigma)] for name, each in probers.items()}
         return {name: each.tested(levels[name], 1)[0] for name, each in probers.items()}
 
@@ -254,14 +290,15 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
 
     Every epoch has fresh noise, flips and crops; the optimiser is Adam, on a cosine schedule.
     """
-    options, model, labels = prober.options, prober.model, torch.from_numpy(prober.labels["train"])
+    options, model = prober.options, prober.model
+    labels = torch.from_numpy(prober.labels["train"]).to(model.device)
     widths = {layer: hidden_size(model.denoiser, layer, model.config.pooling) for layer in layers}
     steps = math.ceil(len(rows) / options.train_batch_size)
 
     def of_epoch(epoch: int) -> list[np.ndarray]:
         return np.array_split(np.random.default_rng([options.seed, epoch + 1]).permutation(rows), steps)
 
-    with accelerated(seed=options.seed, mixed_precision="no", device_placement=False) as accelerator:
+    with accelerated(seed=options.seed, alone=True, mixed_precision="no", device_placement=False) as accelerator:
         probes = OnlineProbes(widths, len(prober.train.names or ()), options.protocol == "batch_norm").to(model.device)
         numbers: Any = range(len(labels))  # of the images, which `loss` reads
         order = Batches(of_epoch, options.train_batch_size)
@@ -274,11 +311,12 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
 
         def loss(batch: Batch, draws: RowDraws) -> Tensor:
             epoch = loop.progress.epoch + 1  # the view 0 is of the images as they are
-            some = batch["rows"].numpy()
-            images, view = prober.train.read(some, epoch), noise_view(False, epoch)
-            features = batch_features(model, images, some, layers, sigma, noise_seed=noise_seed, view=view)
-            truth = labels[some].to(model.device)
-            losses = (F.cross_entropy(logits, truth) for logits in loop.module(features).values())
+            some = to_device(batch["rows"], model.device)
+            parts = [(part, part) for part in np.array_split(batch["rows"].numpy(), prober.team.count) if len(part)]
+            view = noise_view(False, epoch)
+            found = list(prober.each(parts, "train", layers, sigma, noise_seed, view=view, image_view=epoch))
+            features = {layer: torch.cat([part[layer] for part in found]).to(model.device) for layer in layers}
+            losses = (F.cross_entropy(logits, labels[some]) for logits in loop.module(features).values())
             return sum(losses, torch.zeros((), device=model.device))
 
         loop.run(loss)
@@ -290,15 +328,13 @@ def predict_online(
     prober: Prober, probes: OnlineProbes, split: str, sigma: float, rows: np.ndarray, noise_seed: int
 ) -> dict[str, np.ndarray]:
     """Return the classes (1, N) that probes give a split's images at `rows`, by layer name."""
-    found: dict[str, list[np.ndarray]] = {layer: [] for layer in probes.layers}
-    inputs = prober.train if split == "train" else prober.test
-    start, view = 0, noise_view(split == "test", 0)
-    for images in inputs.batches(prober.options.batch_size, rows, title=f"sigma {sigma:g}, {split} images"):
-        indices = rows[start : (start := start + len(images))]
-        features = batch_features(prober.model, images, indices, probes.layers, sigma, noise_seed=noise_seed, view=view)
-        for layer, logits in probes(features).items():
-            found[layer].append(logits.argmax(1).cpu().numpy())
-    return {layer: np.concatenate(parts)[None] for layer, parts in found.items()}
+    found: dict[str, list[Tensor]] = {layer: [] for layer in probes.layers}
+    parts = [(part, part) for part, _ in parts_of(rows, prober.options.batch_size)]
+    view = noise_view(split == "test", 0)
+    for features in prober.each(parts, split, probes.layers, sigma, noise_seed, view=view, image_view=0):
+        for layer, logits in probes({n: each.to(prober.model.device) for n, each in features.items()}).items():
+            found[layer].append(logits.argmax(1))
+    return {layer: torch.cat(parts).cpu().numpy()[None] for layer, parts in found.items()}
 
 
 def make_classifier(
@@ -358,6 +394,6 @@ def classify(
     classifier: DDAEForImageClassification, images: ImageSet, processor: DDAEImageProcessor, batch_size: int = 250
 ) -> np.ndarray:
     """Return the classes (N,) that a classifier gives images."""
-    read = ImageInputs(images, processor).batches(batch_size, title="classifier")
-    answers: Any = (classifier(batch.to(classifier.device)) for batch in read)
-    return np.concatenate([answer.logits.argmax(-1).cpu().numpy() for answer in answers])
+    read = ImageInputs(images, processor).batches(batch_size, title="classifier", device=classifier.device)
+    answers: Any = (classifier(batch) for batch in read)
+    return torch.cat([answer.logits.argmax(-1) for answer in answers]).cpu().numpy()

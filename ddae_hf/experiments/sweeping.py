@@ -7,6 +7,7 @@ probe. `sweep_run` does so for every checkpoint of a training run, and measures 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,6 +37,7 @@ from .evaluation import EvaluationOptions, compare_samples
 from .extractors import open_extractor
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
+from .loading import to_device
 from .models import Model, check_taps, chosen_layers, open_for, open_model, open_processor, path_of, ready, report_facts
 from .options import option
 from .pairs import Pair, Point
@@ -44,6 +46,7 @@ from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save
 from .report import in_memory
 from .results import CurveReport, PretrainingReport, ProbeReport
 from .run_folder import saved_checkpoints, saving, step_of
+from .sharing import this_process
 
 LOSS_IMAGES = 5000
 MOST_PIXELS = 2**14  # numbers of an image, whose correlations take 2 GiB
@@ -168,11 +171,12 @@ class SweepResult(ProbeReport):
             np.save(path / "test_labels.npy", self.labels)
 
 
-def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult:
+def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult | None:
     """Probe every pair of layer and noise level on labelled images, test the best, and make it a classifier.
 
     With `output_dir` everything is kept there, and an interrupted sweep goes on; without, features lie in a temporary
-    folder.
+    folder. All processes of `accelerate launch` call this: they share the images. The first one gets the result, the
+    others get None.
 
     Raises:
         ValueError: Options that cannot work, images that cannot be read, or a damaged file.
@@ -224,7 +228,7 @@ def check_sweep(
 def sweep_inputs(
     source: Model, model: DDAEModel, images: Images, train: Inputs, test: Inputs, processor: DDAEImageProcessor,
     options: SweepOptions, selection_views: Sequence[int] | None = None, **config: Any,
-) -> SweepResult:  # fmt: skip
+) -> SweepResult | None:  # fmt: skip
     """Sweep over images or latents with an open model: see `sweep`.
 
     The classifier is made of `source`; `config` is what its configuration says besides the pair. The pair is chosen on
@@ -232,8 +236,13 @@ def sweep_inputs(
     """
     started = time.monotonic()
     kept = None if options.output_dir is None else Path(options.output_dir)
-    with separate_randomness(), kept_or_temporary(options.features_dir or (kept and kept / "features")) as folder:
+    where = options.features_dir or (kept and kept / "features")
+    with separate_randomness(), kept_or_temporary(where) as folder, contextlib.ExitStack() as stack:
         prober = check_sweep(model, train, test, processor, options, folder, selection_views)
+        if prober.team.helps:
+            prober.team.serve()
+            return None
+        stack.enter_context(prober.team)
         pairs = sweep_levels(prober, kept and kept / "levels")
         levels_done = time.monotonic()
         found, fitted = prober.tested(pairs, options.num_noise_seeds)
@@ -324,10 +333,15 @@ def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None,
     `training_curve.png` beside them.
 
     Raises:
-        ValueError: A folder without checkpoints, options that cannot work, or images that cannot be read.
+        ValueError: A folder without checkpoints, options that cannot work, images that cannot be read, or more than one
+            process.
         OSError: Not enough space on disk.
     """
     options = CurveOptions.of(options, changes)
+    if (count := this_process().num_processes) > 1:
+        raise ValueError(
+            f"{count} processes were launched: they share the sweep of one checkpoint, not of a whole run."
+        )
     images = Images.open(images, cache_dir=options.cache_dir)
     checkpoints = training_checkpoints(run)
     for checkpoint in checkpoints.values():
@@ -350,6 +364,7 @@ def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None,
         folder = kept and f"{kept}/checkpoint-{step}"
         own = dataclasses.replace(options, output_dir=folder, features_dir=features)
         found = sweep_inputs(str(checkpoint), open_for(checkpoint, own), images, learnt, tested, processor, own)
+        assert found is not None  # there is one process
         accuracy, loss = found.test_accuracies[str(options.noise_seed)], test_loss(checkpoint, tested, options)
         point = Point(step=step, test_accuracy=accuracy, test_loss=loss, **dataclasses.asdict(found.best))
         if quality is not None:
@@ -384,9 +399,9 @@ def test_loss(checkpoint: Path, test: Inputs, options: CurveOptions) -> float:
     generator = torch.Generator().manual_seed(options.seed)
     losses = []
     some = draw_images(test.labels, LOSS_IMAGES)
-    for images in test.batches(options.batch_size, some, title="loss on test images"):
-        clean = model.encode(images.to(model.device))
-        sigma = model.diffusion.family.draw(len(images), None, generator).to(model.device)
-        noise = torch.randn(clean.shape, generator=generator).to(model.device)
-        losses.append(model.diffusion.loss(clean, sigma=sigma, noise=noise).cpu())
-    return torch.cat(losses).mean().item()
+    for images in test.batches(options.batch_size, some, title="loss on test images", device=model.device):
+        clean = model.encode(images)
+        sigma = to_device(model.diffusion.family.draw(len(images), None, generator), model.device)
+        noise = to_device(torch.randn(clean.shape, generator=generator), model.device)
+        losses.append(model.diffusion.loss(clean, sigma=sigma, noise=noise))
+    return torch.cat(losses).cpu().mean().item()

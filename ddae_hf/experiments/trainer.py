@@ -32,8 +32,9 @@ from .arrays import read_json, write_json
 from .batches import whole
 from .devices import fast_layout
 from .draws import RowDraws, seed_by
-from .encoding import one_view
 from .images import Inputs
+from .latent_folder import one_view
+from .loading import to_device
 from .metrics import classification_metrics
 from .run_folder import OF_DATA, check_same_run, discard, note_files, read_options, saved_checkpoints, saving, step_of
 from .stopping import Stopping, check_weights, look, not_finite
@@ -82,16 +83,20 @@ def parameter_groups(
 
 
 class LabelledRows(Dataset[Any]):
-    """Labelled inputs by whole batches: by default all of them, only the first view of each, and without `noise`."""
+    """Labelled inputs by whole batches: by default all of them, only the first view of each, and without `noise`.
+
+    They are read onto the device, which must be the processor where workers of a loader read them.
+    """
 
     def __init__(
         self,
         inputs: Inputs,
         rows: np.ndarray | None = None,
         views: int | None = None,
-        noise: Callable[[np.ndarray], Tensor] | None = None,
+        noise: Callable[..., Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ):
-        self.inputs, self.views, self.noise = inputs, views, noise
+        self.inputs, self.views, self.noise, self.device = inputs, views, noise, device
         self.rows = np.arange(len(inputs)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -100,10 +105,10 @@ class LabelledRows(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Return `pixel_values` (B, C, H, W) or (B, views, c, h, w), `labels` (B,) and `noise` (draws, B, C, H, W)."""
         rows = self.rows[indices]
-        views = [self.inputs.read(rows, view) for view in range(self.views or 1)]
+        views = [self.inputs.read(rows, view, device=self.device) for view in range(self.views or 1)]
         batch = {"pixel_values": torch.stack(views, dim=1) if self.views else views[0]}
-        batch["labels"] = torch.from_numpy(self.inputs.labels[rows])
-        return batch if self.noise is None else batch | {"noise": self.noise(rows).transpose(0, 1)}
+        batch["labels"] = to_device(torch.from_numpy(self.inputs.labels[rows]), self.device)
+        return batch if self.noise is None else batch | {"noise": self.noise(rows, device=self.device).transpose(0, 1)}
 
 
 class Progress(ProgressCallback):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import time
 from collections import deque
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration, DynamoBackend, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import DataLoaderConfiguration, DistributedType, DynamoBackend, GradientAccumulationPlugin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -34,38 +33,37 @@ from .batches import Batch, Batches
 from .devices import laid_out_as, machine
 from .draws import RowDraws, seed_by, separate_randomness
 from .run_folder import PROGRESS, Progress, alone_in, discard, note_files, saved_checkpoints, saving
+from .sharing import this_process
 from .stopping import Look, Stopping, check_weights, interrupted, not_finite
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[Any, RowDraws], Tensor]
+# What accelerate knows of a process that was launched by itself.
+ALONE = {"distributed_type": DistributedType.NO, "num_processes": 1, "process_index": 0, "local_process_index": 0}
 
 GRAPHS = 64  # that a compiled training may have of one class of blocks, which differ in their channels
 NUM_LOSSES = 100  # batches over which the loss is averaged
 LOOKS = 10  # steps between two looks at losses and weights
 
 
-def this_process() -> PartialState:
-    """Return accelerate's state of this process among all, as an `Accelerator` sets it up.
-
-    Without GPUs accelerate would let launched processes run apart, unless told to use the processor.
-    """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    without = not (alone or torch.accelerator.is_available())
-    return PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
 @contextlib.contextmanager
-def accelerated(*, seed: int | None = None, accumulation: int = 1, **options: Any) -> Iterator[Accelerator]:
+def accelerated(
+    *, seed: int | None = None, accumulation: int = 1, alone: bool = False, **options: Any
+) -> Iterator[Accelerator]:
     """Give a separate `Accelerator`: accelerate's state and global random generators are afterwards as before.
 
-    The generators begin with `seed`; the gradients of `accumulation` batches make a step.
+    The generators begin with `seed`; the gradients of `accumulation` batches make a step. With `alone` this process
+    trains by itself, whether or not others were launched with it.
     """
-    kinds: tuple[Any, ...] = (AcceleratorState, GradientState)
+    kinds: tuple[Any, ...] = (AcceleratorState, GradientState, *([PartialState] if alone else []))
+    one = {**vars(this_process()), **ALONE}
     before = [dict(kind._shared_state) for kind in kinds]
     with separate_randomness(seed):
         try:
             for kind in kinds:
                 kind._shared_state.clear()
+            if alone:
+                PartialState._shared_state.update(one)
             accelerator = Accelerator(
                 gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation, sync_with_dataloader=False),
                 dataloader_config=DataLoaderConfiguration(non_blocking=True),

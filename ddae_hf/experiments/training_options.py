@@ -21,7 +21,8 @@ from .batches import BatchSizes
 from .devices import PRECISION, has_bfloat16, made_fast, training_precision
 from .options import Options, option
 from .run_folder import OF_DATA, OF_PLACES, STATE, Progress, checkpoint_to_resume, read_options
-from .training import Loop, accelerated, this_process
+from .sharing import this_process
+from .training import Loop, accelerated
 
 logger = logging.getLogger(__name__)
 

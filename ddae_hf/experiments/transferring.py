@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 from ..checkpoints import load_vae
 from ..configuration_ddae import DDAEConfig
 from ..hidden_states import hidden_size
+from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEModel
 from .arrays import kept_or_temporary, num_bytes, size
 from .draws import GENERATOR
-from .encoding import LatentFolder, LatentInputs, describe_splits, encode_views
+from .encoding import describe_splits, encode_views, encoding_team
 from .finetuning import FinetuningOptions, check_finetuning, finetune
 from .images import ImageInputs, Images, labelled_splits
+from .latent_folder import FLOAT32, LatentFolder, LatentInputs
 from .models import Model, open_for, open_processor, path_of
 from .options import Table, option
 from .probing import Prober
@@ -74,7 +76,9 @@ class TransferOptions(SweepOptions):
         return FinetuningOptions.of(shared, self.finetune or {})
 
 
-def transfer(model: Model, images: Images, options: TransferOptions | None = None, **changes: Any) -> SweepResult:
+def transfer(
+    model: Model, images: Images, options: TransferOptions | None = None, **changes: Any
+) -> SweepResult | None:
     """Encode labelled images once, probe a denoiser of latents on them and, with `finetune`, train it further.
 
     The model must have its VAE with it. What this will take is logged before it begins; an interrupted transfer goes on
@@ -96,31 +100,47 @@ def transfer(model: Model, images: Images, options: TransferOptions | None = Non
     pixels = {"train": ImageInputs(train, processor, **views), "test": ImageInputs(test, processor, **views)}
     with kept_or_temporary(options.output_dir) as kept:
         where = options.latents_dir or str(kept / "latents")
-        folder = LatentFolder.create(
-            where, vae, sides, describe_splits(pixels, options.num_views, changes),
-            sample_posterior=options.sample_posterior, seed=options.seed, names=train.names,
-            vae_source=path_of(model),
-        )  # fmt: skip
-        if folder.shape != denoiser.config.sample_shape:
-            what = f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes"
-            mend = "mend its preprocessor_config.json, or give the VAE that it was trained with"
-            raise ValueError(f"{what} {denoiser.config.sample_shape}: {mend}.")
-        learnt = LatentInputs(train, folder, "train")
-        tested = LatentInputs(test, folder, "test")
-        prober = check_sweep(denoiser, learnt, tested, processor, options, selection_views=FIRST)
-        if options.finetune is not None:
-            check_finetuning(
-                options.finetuning(prober.layers[0], prober.sigmas[0], where), denoiser.config, train.labels
-            )
-        logger.info(features_use(prober, options))
-        encode_views(folder, vae, pixels, options.encode_batch_size)
+        with encoding_team(vae, pixels, FLOAT32) as team:
+            if options.output_dir is None and team.count > 1:
+                raise ValueError(f"output_dir is None: {team.count} processes share latents through a folder.")
+            if team.helps:
+                team.serve()
+                folder = LatentFolder(where)
+            else:
+                with team:
+                    splits = describe_splits(pixels, options.num_views, changes)
+                    folder = LatentFolder.create(
+                        where, vae, sides, splits, sample_posterior=options.sample_posterior, seed=options.seed,
+                        names=train.names, vae_source=path_of(model),
+                    )  # fmt: skip
+                    prober = check_transfer(denoiser, folder, pixels, processor, options)
+                    logger.info(features_use(prober, options))
+                    encode_views(folder, pixels, options.encode_batch_size, team)
         result = sweep_inputs(
-            model, denoiser, images, learnt, tested, processor, options, FIRST,
-            sample_posterior=options.sample_posterior,
+            model, denoiser, images, LatentInputs(train, folder, "train"), LatentInputs(test, folder, "test"),
+            processor, options, FIRST, sample_posterior=options.sample_posterior,
         )  # fmt: skip
         if options.finetune is not None:
-            finetune(model, images, options.finetuning(result.best.layer, result.best.sigma, where))
+            best = team.agree(result and result.best)
+            finetune(model, images, options.finetuning(best.layer, best.sigma, where))
     return result
+
+
+def check_transfer(
+    denoiser: DDAEModel, folder: LatentFolder, pixels: dict[str, ImageInputs], processor: DDAEImageProcessor,
+    options: TransferOptions,
+) -> Prober:  # fmt: skip
+    """Return the probes of latents that are to be made, or raise `ValueError` for what cannot work."""
+    if folder.shape != denoiser.config.sample_shape:
+        what = f"The checkpoint's VAE and image size make latents {folder.shape}, but its denoiser takes"
+        mend = "mend its preprocessor_config.json, or give the VAE that it was trained with"
+        raise ValueError(f"{what} {denoiser.config.sample_shape}: {mend}.")
+    learnt, tested = (LatentInputs(known.images, folder, split) for split, known in pixels.items())
+    prober = check_sweep(denoiser, learnt, tested, processor, options, selection_views=FIRST)
+    if options.finetune is not None:
+        given = options.finetuning(prober.layers[0], prober.sigmas[0], str(folder.folder))
+        check_finetuning(given, denoiser.config, learnt.labels)
+    return prober
 
 
 def _open(model: Model, options: TransferOptions) -> tuple[DDAEModel, Any]:

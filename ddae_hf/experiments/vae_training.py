@@ -145,7 +145,7 @@ def train_vae(images: Images, options: VAEOptions | None = None, **changes: Any)
             check_same_run(given, trained, options.may_change, resume)
         vae = new_vae(options)
         processor = DDAEImageProcessor.for_denoiser(vae.config, do_center_crop=bool(options.center_crop))
-        loader = image_batches(train, processor, options)
+        loader = image_batches(train, processor, options, device=accelerator.device)
         loop = options.loop(
             accelerator, Autoencoder(vae), loader, data, resume, {"weight_decay": 0.0},
             save=partial(write_options, given), keep_weights=True,

@@ -1,0 +1,182 @@
+"""Work that the processes of `accelerate launch` share: the first one asks for parts of it, and all compute.
+
+The first process runs an experiment as it would alone. What takes long is a task, which every process knows by name:
+the first one calls `Team.each`, the others are in `Team.serve` and compute their share, and the results reach the first
+one in order. So whatever is decided, written or printed is so once, and figures do not depend on the number of
+processes. Messages go through accelerate's process group.
+
+    team = Team({"features": features_of})
+    if team.helps:
+        team.serve()
+    else:
+        with team:
+            for batch in team.each("features", parts, layer=layer):
+                ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+
+Task = Callable[..., Any]
+_GO_ON = "go on"  # what the first process says before each round of a task
+_NO_MORE = "no more"
+_DONE, _FAILED = "done", "failed"  # how it lets the others go
+
+
+def this_process() -> PartialState:
+    """Return accelerate's state of this process among all, as an `Accelerator` sets it up.
+
+    Without GPUs accelerate would let launched processes run apart, unless told to use the processor. Processes may wait
+    for each other for days: one fits probes while the others have nothing to do.
+
+    Raises:
+        ValueError: More processes on this machine than it has GPUs: two of them would share one.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    processor = not (alone or torch.accelerator.is_available()) or parse_flag_from_env("ACCELERATE_USE_CPU")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not processor and torch.cuda.is_available() and here > (gpus := torch.cuda.device_count()):
+        raise ValueError(f"{here} processes were launched on a machine with {gpus} GPU(s): launch one for each GPU.")
+    return PartialState(cpu=processor, timeout=timedelta(days=7))
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first of the launched processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class FirstFailed(RuntimeError):
+    """Raised where a process helps the first one, and that one ended with an error, which it says itself."""
+
+
+@dataclass
+class _Failure:
+    """What went wrong in another process."""
+
+    process: int
+    error: Exception
+
+
+class Team:
+    """The processes of a launch, of which there may be one, and the tasks that they share.
+
+    Args:
+        tasks: By name, functions of (parts, **details) that give a result for each part in order: tensors by name, or
+            what can be pickled.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task]):
+        self.tasks = tasks
+        state = this_process()
+        self.count: int = state.num_processes
+        self.number: int = state.process_index
+        self.over = False  # whether the others were let go
+
+    @property
+    def helps(self) -> bool:
+        """Whether this process is not the first one, and is to `serve`."""
+        return self.number > 0
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the others go; where this process failed because another one is gone, there is nobody to tell."""
+        self.over = True
+        with contextlib.suppress(RuntimeError) if kind is not None else contextlib.nullcontext():
+            self._tell(_DONE if kind is None else _FAILED)
+
+    def each(self, task: str, parts: Sequence[Any], **details: Any) -> Iterator[Any]:
+        """Yield a task's result for each part, in order; process k of n computes parts k, k + n, ...
+
+        An error in another process is raised here. Whoever takes no more results ends the task for all.
+        """
+        if self.count == 1:
+            yield from self.tasks[task](parts, **details)
+            return
+        self._tell((task, list(parts), details))
+        own = self._results(task, parts, details)
+        left = self._rounds(parts)
+        try:
+            while left:
+                mine = next(own, None)  # first: where a signal comes meanwhile, the others can still be told
+                self._tell(_GO_ON)
+                left -= 1
+                for result in self._gather(mine):
+                    if isinstance(result, _Failure):
+                        raise result.error
+                    if result is not None:
+                        yield result
+        finally:
+            if left and not self.over:
+                self._tell(_NO_MORE)
+
+    def serve(self) -> None:
+        """Compute shares of tasks until the first process needs no more; `FirstFailed` if it ends with an error."""
+        while not self._is_over(job := self._tell()):
+            task, parts, details = job
+            own = self._results(task, parts, details)
+            for _ in range(self._rounds(parts)):
+                mine = next(own, None)
+                word = self._tell()
+                if self._is_over(word):
+                    return
+                if word == _NO_MORE:
+                    break
+                self._gather(mine)
+
+    def _is_over(self, word: Any) -> bool:
+        if word == _FAILED:
+            raise FirstFailed("The first process failed.")
+        return word == _DONE
+
+    def agree(self, value: Any = None) -> Any:
+        """Return the first process's value in all processes, which all ask for it."""
+        return self._tell(value)
+
+    def _rounds(self, parts: Sequence[Any]) -> int:
+        return -(-len(parts) // self.count)
+
+    def _results(self, task: str, parts: Sequence[Any], details: Mapping[str, Any]) -> Iterator[Any]:
+        """Yield this process's results, in memory, and an error as the last of them."""
+        try:
+            for result in self.tasks[task](parts[self.number :: self.count], **details):
+                yield _in_memory(result)
+        except Exception as error:  # whatever it is, the first process is to say it
+            yield _Failure(self.number, error)
+
+    def _tell(self, message: Any = None) -> Any:
+        """Return the first process's message, in all processes."""
+        if self.count == 1:
+            return message
+        messages = [message]
+        dist.broadcast_object_list(messages, src=0)
+        return messages[0]
+
+    def _gather(self, result: Any) -> list[Any]:
+        """Return all processes' results in the first process, and nothing elsewhere."""
+        results: list[Any] | None = None if self.helps else [None] * self.count
+        dist.gather_object(result, results, dst=0)
+        return results or []
+
+
+def _in_memory(result: Any) -> Any:
+    """Return tensors by name as they are to be sent: from the processor's memory."""
+    if not isinstance(result, dict):
+        return result
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in result.items()}
