@@ -190,7 +190,7 @@ def test_a_batch_is_one_copy_of_integers_and_none_once_all_are_on_the_device(mon
     numbers = 4 * 3 * SIDE**2
     assert copies.sizes == [numbers] * 3 and {batch.device.type for batch in batches} == {"meta"}
     monkeypatch.setattr(image_set, "free_memory", lambda device: 4 * COUNT * 3 * SIDE**2)
-    for view, sizes in ((1, [COUNT * 3 * SIDE**2, COUNT]), (2, [COUNT])):  # the pixels, and which are wanted
+    for view, sizes in ((1, [COUNT * 3 * SIDE**2, 4, 4, 4]), (2, [4, 4, 4])):  # the pixels, and which are wanted
         with Copies() as copies:
             assert [len(batch) for batch in inputs.batches(4, view=view, device="meta")] == [4, 4, 4]
         assert copies.sizes == sizes
