@@ -88,6 +88,11 @@ def test_parts_come_in_order_and_some_are_read_before_they_are_wanted(apart):
     assert list(read_ahead(noted, [], "cpu")) == [] and not readers()
 
 
+def test_a_part_alone_is_read_without_a_thread(apart):
+    parts = read_ahead(lambda part: torch.tensor([threading.get_ident()]), [0], "cpu")
+    assert next(parts).item() == threading.get_ident() and not readers() and not list(parts)
+
+
 def test_on_the_processor_each_part_is_read_when_it_is_wanted():
     read = []
     parts = read_ahead(lambda part: read.append(part) or numbered(part), range(9), "cpu")
