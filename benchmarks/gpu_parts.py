@@ -111,7 +111,7 @@ def host(args: argparse.Namespace) -> list[Row]:
         "pixels read once more, and on the device": read,
         "one draw of noise": partial(draw, 1),
         "four draws of noise": partial(draw, 4),
-        f"features of {len(layers)} layers written to disk": partial(write, widths, count, size),
+        f"features of {len(layers)} layers written to disk": partial(write, widths, count, size, device),
         f"probes of {len(layers)} layers solved, {len(STRENGTHS)} strengths": solving(widths, count, device),
         f"the whole pass in memory, {len(layers)} layers, bfloat16": lambda: extract_features(
             model, inputs.batches(size, device=device), layers, SIGMA
@@ -122,12 +122,12 @@ def host(args: argparse.Namespace) -> list[Row]:
     return [row(name, rate, slowest) for name, rate in found.items()]
 
 
-def write(widths: dict[str, tuple[int]], count: int, size: int) -> None:
+def write(widths: dict[str, tuple[int]], count: int, size: int, device: str) -> None:
     """Write features of `count` images to a temporary folder, as a sweep does."""
 
     def batches(start: int, names: list[str]) -> Iterator[dict[str, Tensor]]:
         for first in range(start, count, size):
-            yield {name: torch.zeros(min(size, count - first), *widths[name]) for name in names}
+            yield {name: torch.zeros(min(size, count - first), *widths[name], device=device) for name in names}
 
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder), widths, count, batches)

@@ -22,10 +22,10 @@ WARM_UP, REACH = 0.02, 0.02
 QUARTERS = 4  # of a training, at whose ends are checkpoints
 # Seconds, estimates: of the training besides its steps (start, compiling, files), and of what follows it.
 AROUND, QUICK, SAMPLES, WHOLE = 60, 45, 40, 75
-PASSES = 6  # times the seconds of the quick probe that one of all labels takes
+PASSES = 12  # times the seconds of the quick probe that one of all labels takes
 TRIED = {  # what is probed: around the paper's best layers and noise level, the sixth and seventh block and 0.05
     "layers": ["up_blocks.0.resnets.2", "up_blocks.1.resnets.1", "up_blocks.1.resnets.2", "up_blocks.2.attentions.0"],
-    "sigmas": [0.05, 0.1],
+    "sigmas": [0.03, 0.05, 0.08, 0.14],
 }
 
 
@@ -123,7 +123,7 @@ def probe_and_sample(campaign: Campaign, folder: Path) -> None:
     campaign.run(f"{name}: probe of 10,000 labels", quick, needed=QUICK / 2)
     seconds = before - campaign.left()
     campaign.run(f"{name}: samples", samples, needed=SAMPLES / 2)
-    whole = [*probe, "--max_selection_samples", 10_000, "--num_views", 2, "--random_flip"]
+    whole = [*probe, "--max_selection_samples", 10_000, "--num_views", 2, "--random_flip", "--num_noise_samples", 4]
     campaign.run(f"{name}: probe of all labels", [*whole, "--output_dir", outputs / "whole"], needed=PASSES * seconds)
     write_json(folder / "result.json", result(folder, checkpoint, outputs, done))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .generators import Generator, uniform
+from .generators import Generator, normal_quantile, uniform
 
 _UNITS = {
     "sigma": "standard deviation of the noise on images in [-1, 1], or on scaled latents",
@@ -262,7 +262,7 @@ class Family(ABC):
                 f"log sigma cannot have mean {mean} and deviation {deviation}: they must be finite, the deviation "
                 "positive."
             )
-        return self.trainable(torch.exp(mean + deviation * torch.special.ndtri(share)))
+        return self.trainable(torch.exp(mean + deviation * normal_quantile(share)))
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,13 @@ def normal(shape: tuple[int, ...], device: Any, generator: Generator = None) -> 
     if not (generator is None or isinstance(generator, torch.Generator)):
         return generator.normal(shape)
     return torch.randn(shape, device=device, dtype=torch.float32, **_drawn_by(generator))
+
+
+def normal_quantile(share: Tensor) -> Tensor:
+    """Return the numbers below which these shares, between 0 and 1, of the standard normal distribution are."""
+    if share.device.type == "mps":  # which has no kernel for the function itself
+        return math.sqrt(2) * torch.erfinv(2 * share - 1)
+    return torch.special.ndtri(share)
 
 
 def _drawn_by(generator: torch.Generator | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +50,22 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+@contextlib.contextmanager
+def products_as_before(precision: str | None = None) -> Iterator[None]:
+    """Restore afterwards in which precision GPUs multiply float32 matrices; inside it is as before, or `precision`.
+
+    `ieee` is float32 in full, `tf32` has its range and ten bits after the leading one.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        if precision is not None:
+            products.fp32_precision = precision
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def made_fast(network: T, device: str | torch.device) -> T:

@@ -153,7 +153,7 @@ def _keys(indices: Tensor, *numbers: int) -> Tensor:
     """Return a key, int64 (N,), for each index and these numbers, which are the same for all."""
     key = 0
     for number in numbers:
-        key = _hash((key + _STEP + number) % _WORD)
+        key = _hash((key + _STEP + int(number)) % _WORD)  # NumPy's would overflow
     return _hashed_((indices + 1) * _signed(_STEP) + _signed(key))
 
 

@@ -28,7 +28,7 @@ from .images import ImageInputs, Images, Part, parts_of
 from .latent_folder import DTYPE, FLOAT32, LatentFolder, latents_of
 from .models import path_of
 from .options import Options, option
-from .sharing import Team
+from .sharing import Team, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,7 @@ def encoding_team(vae: Any, inputs: Mapping[str, ImageInputs], dtype: str) -> It
     """Give the processes that encode, with the VAE in a type on the best device; afterwards it is as it was."""
     if dtype != FLOAT32:
         vae = copy.deepcopy(vae)  # casting it back would not undo the rounding
+    this_process()  # of several processes each has a GPU of its own
     device, before = vae.device, vae.dtype
     made_fast(vae, best_device()).to(best_device()).type(getattr(torch, dtype))
     try:

@@ -112,7 +112,8 @@ def open_pipeline(model: Generator, options: GenerationOptions) -> DDAEPipeline:
     Refused are a scheduler of another framework, unknown classes, another type than an open model's, and processes
     without a folder to share images through.
     """
-    if options.output_dir is None and (count := this_process().num_processes) > 1:
+    count = this_process().num_processes  # asked first: of several processes each has a GPU of its own
+    if options.output_dir is None and count > 1:
         raise ValueError(f"output_dir is None: {count} processes share images through a folder.")
     wanted = None if options.dtype is None else getattr(torch, options.dtype)
     if isinstance(model, DDAEModel):

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .devices import products_as_before
 from .pieces import Pieces
 
 # A layer's features: an array (N, C) for every view, in memory or mapped from disk.
@@ -54,6 +55,7 @@ class LinearProbes:
     loss: Tensor
     converged: Tensor
 
+    @products_as_before("ieee")
     def predict(self, views: Views, indices: np.ndarray | None = None) -> np.ndarray:
         """Return predicted classes (L, N) of the images at `indices`, from logits averaged over views (N, C) each."""
         rows = np.arange(len(views[0])) if indices is None else indices
@@ -68,6 +70,7 @@ class LinearProbes:
         return predicted.cpu().numpy()
 
 
+@products_as_before("ieee")  # with TF32, gradients are too far off to find the optimum
 def fit_logistic_regression(
     features: Mapping[str, Views], labels: np.ndarray, l2: Sequence[float], *, num_classes: int | None = None,
     indices: np.ndarray | None = None, max_iterations: int = 500, device: torch.device | str = "cpu",
@@ -302,6 +305,7 @@ def _direction(gradient: Tensor, history: Sequence[_Pair], scale: Tensor) -> Ten
     return direction
 
 
+@products_as_before("ieee")
 def knn_predict(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, neighbours: Sequence[int], *,
     device: torch.device | str = "cpu",

@@ -15,6 +15,7 @@ from ..noise import family_of
 from .arrays import StrPath
 from .devices import best_device, made_fast
 from .draws import separate_randomness
+from .sharing import this_process
 
 # A checkpoint's folder or Hub id, in any layout, or an open model.
 Model = StrPath | DDAEModel
@@ -101,6 +102,7 @@ def report_facts(model: Model, images: Any, options: Any, *used: Any) -> dict[st
 
 def ready(model: Any) -> Any:
     """Return a model on the best device there is, in the layout that is fastest there."""
+    this_process()  # of several processes each has a GPU of its own
     return made_fast(model, best_device()).to(best_device())
 
 
