@@ -261,11 +261,12 @@ def discard(folder: Path) -> None:
 
 
 def clear_rubbish(output_dir: StrPath) -> None:
-    """Remove what interrupted writing has left."""
+    """Remove what interrupted writing has left; several processes may do so at once."""
     for rubbish in Path(output_dir).glob("partial-checkpoint*"):
-        shutil.rmtree(rubbish)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(rubbish)
     for rubbish in Path(output_dir).glob(f"*.{'[0-9a-f]' * 12}.partial"):  # the names that `written_whole` gives
-        rubbish.unlink()
+        rubbish.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

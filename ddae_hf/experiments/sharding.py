@@ -104,7 +104,7 @@ def _divide(network: Any, mesh: DeviceMesh, precision: str) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
-def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+def own_parts(tensors: Iterable[Tensor]) -> list[Any]:
     """Return what this process keeps of tensors, in place: of one that is divided its part, of others all."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
