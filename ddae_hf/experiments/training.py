@@ -153,12 +153,12 @@ class Loop:
         groups = self.optimizer.param_groups
         given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         try:
-            state = checkpoint / "state"
-            in_parts = (state / PARTS).is_dir()
+            folder = checkpoint / "state"
+            in_parts = (folder / PARTS).is_dir()
             if self.shards is not None or not in_parts:
-                self.accelerator.load_state(str(state))
+                self.accelerator.load_state(str(folder))
             if self.shards is not None or in_parts:
-                load_moments(state, self.raw(), self.optimizer)
+                load_moments(folder, self.raw(), self.optimizer)
             progress = Progress.read(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{checkpoint} cannot be resumed: {error}. Resume an earlier checkpoint.") from error
