@@ -33,6 +33,7 @@ class NetworkClass(ABC):
     component: str  # the key under which diffusers' pipelines keep it
     parts: tuple[str, ...] = ()  # a network of another class that has all of these can be read as one of this class
     indivisible: tuple[str, ...] = ()  # names of classes of its blocks that a device map must not divide
+    borrowed: tuple[str, ...] = ()  # names of parts of blocks that its forward calls outside of their block, too
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a randomly initialised network from its config."""

@@ -373,7 +373,9 @@ DDAEPipeline.__init__.__signature__ = inspect.Signature([*_arguments.values(), _
 
 
 def _class_name(network: Any) -> str:
-    return type(uncompiled(network)).__name__
+    """Return the name of its class, without what torch's `fully_shard` makes of it."""
+    kinds = type(uncompiled(network)).__mro__
+    return next(kind.__name__ for kind in kinds if not kind.__module__.startswith("torch.distributed"))
 
 
 def _check_parts(

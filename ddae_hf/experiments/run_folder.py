@@ -40,7 +40,10 @@ FILES = "files.json"
 PROGRESS = Path("state") / "progress.json"
 WEIGHTS = "state/model.safetensors"  # where accelerate keeps them
 # What a checkpoint has besides weights, without which a run would not go on as it was.
-STATE = ("state/optimizer.bin", "state/random_states_0.pkl", PROGRESS.as_posix())
+MOMENTS = "optimizer.bin"  # the optimiser's, in `state`
+PARTS = "optimizer"  # the folder that a sharded run has in its place
+STATE = (f"state/{MOMENTS}", "state/random_states_0.pkl", PROGRESS.as_posix())
+IN_PARTS = {STATE[0]: f"state/{PARTS}/*.safetensors"}  # what stands for a file in a sharded run
 # Words of safetensors and torch, whose errors in writing are not `OSError`.
 OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
 
@@ -84,7 +87,8 @@ def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
 
     Versions before 0.3.0 wrote no `files.json`: then files are checked for being missing or cut short.
     """
-    if missing := [pattern for pattern in needed if not any(checkpoint.glob(pattern))]:
+    patterns = {pattern: (pattern, IN_PARTS.get(pattern, pattern)) for pattern in needed}
+    if missing := [name for name in needed if not any(any(checkpoint.glob(each)) for each in patterns[name])]:
         return f"it has no {', no '.join(missing)}"
     try:
         if not (checkpoint / FILES).is_file():
@@ -257,11 +261,12 @@ def discard(folder: Path) -> None:
 
 
 def clear_rubbish(output_dir: StrPath) -> None:
-    """Remove what interrupted writing has left."""
+    """Remove what interrupted writing has left; several processes may do so at once."""
     for rubbish in Path(output_dir).glob("partial-checkpoint*"):
-        shutil.rmtree(rubbish)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(rubbish)
     for rubbish in Path(output_dir).glob(f"*.{'[0-9a-f]' * 12}.partial"):  # the names that `written_whole` gives
-        rubbish.unlink()
+        rubbish.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
