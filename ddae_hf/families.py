@@ -144,7 +144,9 @@ class Family(ABC):
         low, high = self.training_range(unit) if allowed is None else allowed
         if is_number:
             # The compiler can print a changing scalar in no other format.
-            wrong = None if _inside(values, low, high) else f"{float(values)!r}"
+            endless = isinstance(values, int) and abs(values) >= 2**1023  # which no float can hold
+            words = "of 300 digits or more"
+            wrong = None if _inside(values, low, high) else words if endless else f"{float(values)!r}"
         else:
             # In float64, because bfloat16 takes 1000 for 999; unwrapped, because `torch.func.vmap` hides its batch.
             values = torch.func.debug_unwrap(values).double()
