@@ -90,8 +90,7 @@ def build_scheduler(config: dict[str, Any]) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ValueError(f"The scheduler's `_class_name` is {short(name)}: it must name a diffusers scheduler.")
     with building("scheduler", config, cls):
-        scheduler = cls.from_config(config)
-        family_of(scheduler).sigma_range()  # where a number of another type is found out
+        family_of(scheduler := cls.from_config(config)).sigma_range()  # where numbers of another type are found out
     return scheduler
 
 
@@ -170,8 +169,8 @@ class Checkpoint:
         """Return the local paths of a part's files of weights, which hold all of its tensors, and their variant.
 
         Raises:
-            ValueError: No weights in safetensors, two sets of them that cannot be told apart, missing tensors, or
-                tensors of other shapes.
+            ValueError: No weights in safetensors, two sets of them that cannot be told apart, or tensors that are
+                missing or have other shapes.
         """
         expected = {name: tuple(value.shape) for name, value in plain_state(skeleton(self.config[part])).items()}
         files, variant = self.weight_files(part)
@@ -324,8 +323,8 @@ def _read_model(
     """Read a model of this package, whole or without its denoiser."""
     if missing := [part for part in ("denoiser", "scheduler") if not config.get(part)]:
         raise ValueError(f"{path} is incomplete: its config.json describes no {missing[0]}.")
-    for name, kind in {"denoiser": dict, "scheduler": dict, "vae": dict, "architectures": list}.items():
-        if not isinstance(config.get(name), (kind, type(None))):
+    for name in ("denoiser", "scheduler", "vae", "architectures"):
+        if not isinstance(config.get(name), (list if name == "architectures" else dict, type(None))):
             raise ValueError(f"{path} is damaged: its config.json says that {name} is {short(config[name])}.")
     weights = config.get("weights")
     if weights not in (None, *WEIGHTS):
@@ -392,6 +391,8 @@ def _read_pipeline(
         check_vae_class(classes["vae"], f"{where}: its `vae`")
         config["vae"] = {**plain_config(vae), "_class_name": classes["vae"]}
     checked_names(index.get("id2label"), LARGEST)
+    if type(index.get("null_class", 0)) not in (int, type(None)):
+        raise ValueError(f"{where}: its null_class is {short(index['null_class'])}, and must be a whole number.")
     if index.get("null_class") is not None:
         config["null_class"] = index["null_class"]
     folders = {"denoiser": name, "vae": "vae"} if own_config else {"vae": "vae"}

@@ -226,7 +226,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for given, other in (("timestep", "sigma"), ("out_features", "out_indices"), ("out_indices", "out_features")):
             if overrides.get(given) is not None and overrides.get(other) is None:
                 config_dict.pop(other, None)
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        with refusing("The configuration cannot be used"):
+            return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

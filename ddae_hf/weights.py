@@ -146,6 +146,8 @@ def read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] |
         raise ValueError(f"{found} is damaged, and cannot be read as JSON ({error}): restore it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{found} holds {short(content)}, where a JSON object belongs: restore it.")
+    if content.get("quantization_config") is not None:
+        raise ValueError(f"{found} describes quantised weights, which are not supported: save it in full precision.")
     return content
 
 
@@ -211,7 +213,7 @@ def _shards(path: str, index_file: str, index: Mapping[str, Any]) -> list[str]:
     names = index.get("weight_map")
     shards = list(names.values()) if isinstance(names, dict) else []
     wrong = [name for name in shards if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name)]
-    if wrong or not shards or not isinstance(index.get("metadata", {}), dict):
+    if wrong or not shards or not isinstance(index.get("metadata"), dict):
         said = f"names {short(wrong[0])} as a file of weights" if wrong else "does not say which file has which tensor"
         raise ValueError(f"{path} is damaged: its {index_file} {said}. It must name safetensors files beside itself.")
     return sorted(set(shards))
