@@ -27,7 +27,7 @@ def _inside(value: Any, low: Any, high: Any) -> Any:
     return (low - _ROUNDING * abs(low) <= value) & (value <= high + _ROUNDING * abs(high))
 
 
-def _is_float(value: float) -> bool:
+def _is_float(value: Any) -> bool:
     """Whether a number is not a whole one that no float can hold."""
     return not 2**1023 <= abs(value) < math.inf
 

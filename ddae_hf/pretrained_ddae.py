@@ -95,8 +95,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         there: only those of a new classifier may be missing.
 
         Raises:
-            ValueError: No checkpoint, a denoiser that is not supported, a tap that it does not have, no such variant,
-                or missing tensors.
+            ValueError: No checkpoint, an unsupported denoiser, a tap or variant that it lacks, or missing tensors.
         """
         if pretrained_model_name_or_path is None:
             made = super().from_pretrained(None, *model_args, **kwargs)
