@@ -18,7 +18,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from .checkpoints import Checkpoint, still_generates, take_checkpoint
+from .checkpoints import Checkpoint, build_scheduler, still_generates, take_checkpoint
 from .cut import uncompiled
 from .diffusion import Diffusion
 from .families import Family
@@ -176,6 +176,8 @@ class DDAEPipeline(DiffusionPipeline):
             checkpoint.check("denoiser")
         if "vae" not in kwargs and checkpoint.vae is not None:
             checkpoint.check("vae")
+        if "scheduler" not in kwargs and checkpoint.scheduler is not None:
+            build_scheduler(checkpoint.scheduler)
         return super().from_pretrained(
             checkpoint.path, dtype=dtype, variant=checkpoint.variant, use_safetensors=True, **checkpoint.hub, **kwargs
         )
