@@ -30,8 +30,9 @@ notebooks: $(VENV)/.installed  ## Run the notebooks of examples/ from top to bot
 test: $(VENV)/.installed  ## Run the default tests, on two processes.
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-slow: $(VENV)/.installed  ## Run the tests that take minutes.
+test-slow: $(VENV)/.installed  ## Run the tests that take minutes, and try fifty times as many examples of the laws.
 	$(BIN)/python -m pytest -m slow
+	DDAE_LAWS=50 $(BIN)/python -m pytest tests/test_laws.py tests/test_damage.py
 
 test-minimum:  ## Run the default tests on the oldest supported versions, with the same torch.
 	$(PYTHON) -m venv $(VENV)-minimum

@@ -24,6 +24,7 @@ DEMO = [*QUICKSTART, "gradio>=6.31"]
 DEVELOPMENT = [
     *DEMO,
     "build>=1.2",
+    "hypothesis>=6.170.17",
     "ipykernel>=6.29",
     "mkdocs-material>=9.8",
     "mkdocstrings>=1.0",

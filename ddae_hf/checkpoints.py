@@ -27,10 +27,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from .building import LARGEST, building, refusing, short
 from .cut import uncompiled
+from .labels import checked_names
 from .latents import check_vae_class
-from .networks import NETWORKS, build_network, check_denoiser_class, network_of, present_config, present_name, skeleton
-from .noise import new_scheduler
+from .networks import (
+    NETWORKS,
+    build_network,
+    check_denoiser_class,
+    component_classes,
+    network_of,
+    present_config,
+    present_name,
+    skeleton,
+)
+from .noise import family_of, new_scheduler
 from .weights import (
     COMPILED,
     DIFFUSERS_FILE,
@@ -47,9 +58,11 @@ from .weights import (
     read_json,
     refuse_missing,
     refuse_offline,
+    refuse_other_shapes,
     refuse_unexpected,
     stored_dtype,
     tensor_names,
+    tensor_shapes,
     weight_files,
     where_files_are,
 )
@@ -63,20 +76,22 @@ def plain_config(config: Any) -> dict[str, Any]:
     """Return a diffusers config, or a network's or scheduler's, as JSON would hold it, without private keys."""
     if hasattr(config, "config"):
         config = {**config.config, "_class_name": type(uncompiled(config)).__name__}
-    kept = {k: v for k, v in dict(config).items() if not k.startswith("_") or k == "_class_name"}
-    return json.loads(json.dumps(kept))
+    if not isinstance(config, Mapping):
+        raise ValueError(f"A config is {short(config)}: it must be a mapping, as diffusers writes it.")
+    kept = {k: v for k, v in config.items() if not str(k).startswith("_") or k == "_class_name"}
+    with refusing("A config cannot be written as JSON"):
+        return json.loads(json.dumps(kept))
 
 
 def build_scheduler(config: dict[str, Any]) -> Any:
     """Build a scheduler from its diffusers config (with `_class_name`), or raise `ValueError`."""
-    cls = getattr(diffusers, str(name := config.get("_class_name")), None)
+    name = config.get("_class_name")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise ValueError(f"The scheduler's `_class_name` is {name!r}: it must name a diffusers scheduler.")
-    try:
-        return cls.from_config(config)
-    except (TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"scheduler: {name} cannot be built from this config: {reason}") from error
+        raise ValueError(f"The scheduler's `_class_name` is {short(name)}: it must name a diffusers scheduler.")
+    with building("scheduler", config, cls):
+        family_of(scheduler := cls.from_config(config)).sigma_range()  # where numbers of another type are found out
+    return scheduler
 
 
 def still_generates(denoiser: torch.nn.Module, config: Mapping[str, Any]) -> bool:
@@ -154,11 +169,14 @@ class Checkpoint:
         """Return the local paths of a part's files of weights, which hold all of its tensors, and their variant.
 
         Raises:
-            ValueError: No weights in safetensors, two sets of them that cannot be told apart, or missing tensors.
+            ValueError: No weights in safetensors, two sets of them that cannot be told apart, or tensors that are
+                missing or have other shapes.
         """
-        expected = plain_state(skeleton(self.config[part]))
+        expected = {name: tuple(value.shape) for name, value in plain_state(skeleton(self.config[part])).items()}
         files, variant = self.weight_files(part)
-        refuse_missing(self.path, part, expected, self._stored_names(part, files))
+        stored = self._stored_shapes(part, files)
+        refuse_missing(self.path, part, expected, stored)
+        refuse_other_shapes(self.path, part, expected, stored)
         return files, variant
 
     def weight_files(self, part: str = "denoiser") -> tuple[list[str], str | None]:
@@ -167,10 +185,10 @@ class Checkpoint:
         wanted = [self.variant] if part == "denoiser" else [self.variant, None]
         return weight_files(self.path, self.weights_name, inside(self.hub, self.folders.get(part, "")), *wanted)
 
-    def _stored_names(self, part: str, files: list[str]) -> set[str]:
-        """Return the names that the stored tensors of a part have in its network."""
-        names = tensor_names(files)
-        return {present_name(name) for name in names} if len(files) == 1 else set(names)
+    def _stored_shapes(self, part: str, files: list[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the stored tensors of a part by the names that they have in its network."""
+        shapes = tensor_shapes(files)
+        return {present_name(name): shape for name, shape in shapes.items()} if len(files) == 1 else shapes
 
     def _read(self, part: str, dtype: torch.dtype | None, files: list[str], variant: str | None) -> Any:
         """Return the network of a part with the weights of these files."""
@@ -198,8 +216,9 @@ class WholeCheckpoint(Checkpoint):
             return None
         return plain_state({name: value for file in files for name, value in load_file(file).items()})
 
-    def _stored_names(self, part: str, files: list[str]) -> set[str]:
-        return {name for name, _ in names_of_part(part, files)}
+    def _stored_shapes(self, part: str, files: list[str]) -> dict[str, tuple[int, ...]]:
+        shapes = tensor_shapes(files)
+        return {name: shapes[key] for name, key in names_of_part(part, files)}
 
     def _read(self, part: str, dtype: torch.dtype | None, files: list[str], variant: str | None) -> Any:
         network = build_network(self.config[part])
@@ -304,6 +323,9 @@ def _read_model(
     """Read a model of this package, whole or without its denoiser."""
     if missing := [part for part in ("denoiser", "scheduler") if not config.get(part)]:
         raise ValueError(f"{path} is incomplete: its config.json describes no {missing[0]}.")
+    for name in ("denoiser", "scheduler", "vae", "architectures"):
+        if not isinstance(config.get(name), (list if name == "architectures" else dict, type(None))):
+            raise ValueError(f"{path} is damaged: its config.json says that {name} is {short(config[name])}.")
     weights = config.get("weights")
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"{path} says `weights: {weights!r}`: allowed are {', '.join(WEIGHTS)}.")
@@ -343,7 +365,7 @@ def _read_pipeline(
 ) -> Checkpoint:
     """Read a diffusers pipeline whose parts are in sub-folders or side by side."""
     where = f"The pipeline {index.get('_class_name')} in {path}"
-    classes = {k: v[-1] for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
+    classes = component_classes(path, index)
     name = next((k for k in classes if k in ("unet", "transformer", "prior", "decoder")), None)
     if name is None:
         raise ValueError(f"{where} has no denoiser: its components are {', '.join(classes) or 'none'}.")
@@ -368,6 +390,9 @@ def _read_pipeline(
     if "vae" in classes:
         check_vae_class(classes["vae"], f"{where}: its `vae`")
         config["vae"] = {**plain_config(vae), "_class_name": classes["vae"]}
+    checked_names(index.get("id2label"), LARGEST)
+    if type(index.get("null_class", 0)) not in (int, type(None)):
+        raise ValueError(f"{where}: its null_class is {short(index['null_class'])}, and must be a whole number.")
     if index.get("null_class") is not None:
         config["null_class"] = index["null_class"]
     folders = {"denoiser": name, "vae": "vae"} if own_config else {"vae": "vae"}

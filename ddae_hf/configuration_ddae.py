@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import field, fields
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .building import LARGEST, refusing, short
 from .checkpoints import WEIGHTS, build_scheduler, plain_config, read_checkpoint
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
+from .labels import checked_names
 from .latents import check_vae, check_vae_class, downsampling
 from .networks import PAPER_UNET, check_denoiser_class, network_of, skeleton
 from .noise import family_of
 from .weights import HUB_ARGUMENTS
 
 SIGMA_OF_LATENTS = 0.42
+MOST_NOISE = 2**30  # numbers of the fixed noise, and of what else a network has in memory that no checkpoint holds
+NEVER_NONE = ("sample_posterior", "pooling", "feature_norm", "noise_seed", "num_noise_samples")
+# The options of each type, and the type in words.
+TYPES: dict[type, tuple[str, str]] = {
+    SupportsFloat: ("sigma timestep", "a number"),
+    SupportsIndex: ("noise_seed num_noise_samples null_class num_labels", "a whole number"),
+    bool: ("sample_posterior", "true or false"),
+    str: (
+        "layer pooling feature_norm generator_fingerprint generator_fingerprint_float16 features_only weights",
+        "text",
+    ),
+    Mapping: ("id2label label2id", "a mapping"),
+}
 
 
 class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -80,7 +98,11 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Fill in defaults and refuse what cannot work."""
         timestep = kwargs.pop("timestep", None)
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
-        super().__post_init__(**kwargs)
+        self._check_types(timestep, kwargs.get("num_labels"))
+        with refusing("The configuration cannot be used"):
+            super().__post_init__(**kwargs)
+        if not isinstance(self.dtype, (torch.dtype, type(None))):
+            raise ValueError(f"dtype is {short(self.dtype)}: it must be the name of a torch type, such as float32.")
         self.denoiser = plain_config(self.denoiser)
         self.scheduler = plain_config(self.scheduler)
         self._check_choices()
@@ -90,6 +112,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             self.denoiser.setdefault(name, denoiser.config[name])
         network = network_of(denoiser)
         network.check_config(denoiser.config)
+        self._check_memory(denoiser)
         network.check_null_class(self.null_class, denoiser.config)
         scheduler = build_scheduler(self.scheduler)
         family = family_of(scheduler)
@@ -107,7 +130,21 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             self.layer = default_layer(denoiser)
         check_layers(denoiser, [self.layer])
         if out_features is not None or out_indices is not None:
-            self.set_output_features_output_indices(out_features, out_indices)
+            with refusing(f"out_features {short(out_features)} or out_indices {short(out_indices)} cannot be used"):
+                self.set_output_features_output_indices(out_features, out_indices)
+
+    def _check_types(self, timestep: Any, num_labels: Any) -> None:
+        """Refuse values of types that their options do not have, as a damaged file may hold them."""
+        given = {"timestep": timestep, "num_labels": num_labels}
+        for kind, (names, words) in TYPES.items():
+            for name in names.split():
+                value = given[name] if name in given else getattr(self, name)
+                of_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+                if not (of_kind or (value is None and name not in NEVER_NONE)):
+                    raise ValueError(f"{name} is {short(value)}: it must be {words}.")
+        if num_labels is not None and not 0 <= num_labels <= LARGEST:
+            raise ValueError(f"num_labels is {short(num_labels)}: it must be between 0 and {LARGEST}.")
+        checked_names(self.id2label, LARGEST)
 
     def _check_choices(self) -> None:
         check_denoiser_class(self.denoiser.get("_class_name"))
@@ -117,8 +154,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(map(str, allowed))}.")
         if self.num_noise_samples < 1:
             raise ValueError(f"num_noise_samples is {self.num_noise_samples}: it must be at least 1.")
-        if self.noise_seed < 0:
-            raise ValueError(f"noise_seed is {self.noise_seed}: it must not be negative.")
+        if not 0 <= self.noise_seed < 2**64:  # as torch's generators take it
+            raise ValueError(f"noise_seed is {short(self.noise_seed)}: it must not be negative, and below 2**64.")
 
     def _check_vae(self, denoiser: Any) -> None:
         """Complete the VAE's config with the shape of its images and latents, and refuse another denoiser's VAE."""
@@ -132,6 +169,16 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("in_channels", "latent_channels", "block_out_channels"):
             self.vae.setdefault(name, vae.config[name])
         check_vae(self.vae, denoiser.config)
+
+    def _check_memory(self, denoiser: Any) -> None:
+        """Refuse sizes for which what no checkpoint holds, fixed noise and positions, would fill the memory."""
+        noise = (self.num_noise_samples + self.sample_posterior) * math.prod(self.sample_shape)
+        if max(noise, sum(buffer.numel() for buffer in denoiser.buffers())) > MOST_NOISE:
+            raise ValueError(
+                f"The fixed noise or the positions would take more than {MOST_NOISE} numbers, with sample_size "
+                f"{short(self.denoiser['sample_size'])} and num_noise_samples {short(self.num_noise_samples)}: one of "
+                "them is wrong."
+            )
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -179,7 +226,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for given, other in (("timestep", "sigma"), ("out_features", "out_indices"), ("out_indices", "out_features")):
             if overrides.get(given) is not None and overrides.get(other) is None:
                 config_dict.pop(other, None)
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        with refusing("The configuration cannot be used"):
+            return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

@@ -26,6 +26,7 @@ class DiT(NetworkClass):
     component = "transformer"
     parts = ("transformer_blocks",)
     indivisible = ("BasicTransformerBlock",)
+    borrowed = ("transformer_blocks.0.norm1.emb",)
     # An option that diffusers lacks: frequency i of the n of the timestep embedding is `10000 ** (-i / (n - shift))`.
     # The official DiTs have shift 0, which their conversions note. diffusers builds every DiT with shift 1, and a
     # checkpoint without the note keeps it.

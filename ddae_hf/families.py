@@ -19,11 +19,17 @@ _UNITS = {
 }
 # How far beyond an end a level may be, relative to the end: ends are printed and written down with five digits.
 _ROUNDING = 5e-5
+_ENDLESS = "of 300 digits or more"
 
 
 def _inside(value: Any, low: Any, high: Any) -> Any:
     """Whether a number, or each number of a tensor, is in the range, to five digits."""
     return (low - _ROUNDING * abs(low) <= value) & (value <= high + _ROUNDING * abs(high))
+
+
+def _is_float(value: Any) -> bool:
+    """Whether a number is not a whole one that no float can hold."""
+    return not 2**1023 <= abs(value) < math.inf
 
 
 def rounded(level: Tensor, low: Any, high: Any) -> Tensor:
@@ -164,7 +170,7 @@ class Family(ABC):
         low, high = self.training_range(unit) if allowed is None else allowed
         if is_number:
             # The compiler can print a changing scalar in no other format.
-            wrong = None if _inside(values, low, high) else f"{float(values)!r}"
+            wrong = None if _inside(values, low, high) else f"{float(values)!r}" if _is_float(values) else _ENDLESS
         else:
             # In float64, because bfloat16 takes 1000 for 999; unwrapped, because `torch.func.vmap` hides its batch.
             values = torch.func.debug_unwrap(values).double()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .building import refusing
 from .cut import is_compiled, uncompiled, unwrapped
 from .networks import build_denoiser, network_of, tap_of
 
@@ -47,6 +48,8 @@ def default_layer(denoiser: Any) -> str:
     There the paper finds the best features: `out_6` of 12, `out_7` of 15, block 13 (from 0) of 28.
     """
     decoder = decoder_layer_names(denoiser)
+    if not decoder:
+        raise ValueError("The denoiser has no layers whose hidden states could be read: its config must describe some.")
     return decoder[max(0, len(decoder) // 2 - 1)]
 
 
@@ -231,7 +234,8 @@ def learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
         sample = torch.empty(shape, dtype=denoiser.dtype)
         conditions = network.conditions(denoiser, network.example_label(denoiser), 1, "meta")
         timestep = network.fed_timestep(denoiser, torch.zeros(1))
-        _, states = run_with_hidden_states(denoiser, sample, timestep, layers, conditions, stop_early=True)
+        with refusing(f"denoiser: a {type(denoiser).__name__} of this config cannot be run"):
+            _, states = run_with_hidden_states(denoiser, sample, timestep, layers, conditions, stop_early=True)
     return frozenset(parameters_behind(states.values(), names, set()))
 
 

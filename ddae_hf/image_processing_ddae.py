@@ -15,9 +15,11 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from .building import refusing
 from .checkpoints import read_checkpoint
 from .latents import downsampling
-from .weights import HUB_ARGUMENTS, find_file
+from .network_class import height_and_width
+from .weights import HUB_ARGUMENTS, read_json
 
 # Options of transformers' image processors that have no effect here, and why.
 WITHOUT_EFFECT = {
@@ -81,8 +83,9 @@ class DDAEImageProcessor(PilBackend):
         allowed = self.valid_kwargs.__annotations__
         if unknown := sorted(options.keys() - allowed.keys()):
             raise ValueError(f"An image processor has no options {unknown}: allowed are {sorted(allowed)}.")
-        validate_typed_dict(self.valid_kwargs, _given(options))  # type: ignore[type-var]
-        super().__init__(**kwargs)
+        with refusing("The options of the image processor cannot be used"):
+            validate_typed_dict(self.valid_kwargs, _given(options))  # type: ignore[type-var]
+            super().__init__(**kwargs)
 
     @classmethod
     def for_denoiser(cls, config: Any, vae: Any = None, **kwargs: Any) -> DDAEImageProcessor:
@@ -93,7 +96,7 @@ class DDAEImageProcessor(PilBackend):
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """Return a checkpoint's options, from `preprocessor_config.json` or, where it has none, from its denoiser."""
         hub = _given(kwargs)
-        if find_file(pretrained_model_name_or_path, "preprocessor_config.json", **hub):
+        if read_json(os.fspath(pretrained_model_name_or_path), "preprocessor_config.json", hub) is not None:
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
         options = _options_for(checkpoint.denoiser, checkpoint.vae) | {"do_center_crop": cls.do_center_crop}
@@ -104,7 +107,8 @@ class DDAEImageProcessor(PilBackend):
         """Return the processor that saved options describe; options in `kwargs` take precedence."""
         # Version 0.1.0 had no such option, and squashed images.
         options = {"do_center_crop": False} | _given(image_processor_dict)
-        return super().from_dict(options, **_given(kwargs))
+        with refusing("The options of the image processor cannot be used"):
+            return super().from_dict(options, **_given(kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], include_code: bool = False, **kwargs: Any) -> Any:
         """Write `preprocessor_config.json`, as in transformers; `include_code` as in `DDAEModel.save_pretrained`."""
@@ -255,7 +259,7 @@ def _options_for(denoiser: Any, vae: Any = None) -> dict[str, Any]:
     side = denoiser.get("sample_size")
     if side is None:
         raise ValueError("The denoiser's config has no sample_size: pass size={'height': ..., 'width': ...} in pixels.")
-    height, width = (side, side) if isinstance(side, int) else side
+    height, width = height_and_width(side)
     channels = dict(denoiser if vae is None else vae).get("in_channels", 3)
     return {"size": {"height": height * factor, "width": width * factor}, "num_channels": channels}
 

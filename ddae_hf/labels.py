@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .building import short
 from .families import readable
 from .generators import Generator, uniform
 
@@ -22,6 +23,8 @@ def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, s
     """
     if id2label is None:
         return None
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"id2label is {short(id2label)}: it must map labels to names.")
     names: dict[int, str] = {}
     for given, name in id2label.items():
         label = int(str(given)) if str(given).isdecimal() else -1

@@ -15,20 +15,24 @@ import diffusers
 import torch
 from torch import Tensor
 
+from .building import building, short
+
 VAES = ("AutoencoderKL",)
 AT_ONCE = 2**20  # pixels, as of 16 images of 256 x 256: a layer of Stable Diffusion's encoder makes 0.5 GiB of them
 
 
 def check_vae_class(name: str | None, where: str = "the vae") -> None:
     """Raise `ValueError` unless `name` is a class of VAE that this package supports."""
-    if name not in VAES:
-        raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed is {', '.join(VAES)}.")
+    if not isinstance(name, str) or name not in VAES:
+        raise ValueError(f"{where} is of class {short(name)}, which is not supported: allowed is {', '.join(VAES)}.")
 
 
 def build_vae(config: Mapping[str, Any]) -> Any:
     """Build a randomly initialised VAE from its diffusers config (with `_class_name`)."""
     check_vae_class(config.get("_class_name"))
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    cls = getattr(diffusers, config["_class_name"])
+    with building("vae", config, cls):
+        return cls.from_config(config)
 
 
 def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -60,7 +64,10 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 def downsampling(config: Any) -> int:
     """Return how many pixels a latent's side stands for, from the VAE's diffusers config."""
-    return 2 ** (len(config.get("block_out_channels") or [64]) - 1)  # one level is diffusers' default
+    widths = config.get("block_out_channels") or [64]  # one level is diffusers' default
+    if not isinstance(widths, (list, tuple)):
+        raise ValueError(f"The vae's block_out_channels is {short(widths)}: it must be a list of widths, one a level.")
+    return 2 ** (len(widths) - 1)
 
 
 def check_vae(config: Any, denoiser: Any) -> None:

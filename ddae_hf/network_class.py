@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
+from .building import short
 from .cut import Cut, runs_forward_alone
 from .families import in_batch
 from .labels import check_label_range
@@ -26,6 +27,14 @@ class Tap(NamedTuple):
     part: str  # "encoder", "middle" or "decoder"; networks without these are decoders as a whole
 
 
+def height_and_width(sample_size: Any) -> tuple[int, int]:
+    """Return the height and the width that a network's `sample_size` stands for, or raise `ValueError`."""
+    sides = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size, sample_size]
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise ValueError(f"sample_size is {short(sample_size)}: it must be a side, or height and width, at least 1.")
+    return sides[0], sides[1]
+
+
 class NetworkClass(ABC):
     """A class of denoisers."""
 
@@ -33,6 +42,7 @@ class NetworkClass(ABC):
     component: str  # the key under which diffusers' pipelines keep it
     parts: tuple[str, ...] = ()  # a network of another class that has all of these can be read as one of this class
     indivisible: tuple[str, ...] = ()  # names of classes of its blocks that a device map must not divide
+    borrowed: tuple[str, ...] = ()  # names of parts of blocks that its forward calls outside of their block, too
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a randomly initialised network from its config."""
@@ -56,10 +66,9 @@ class NetworkClass(ABC):
 
     def size(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Return height and width of its images, or raise `ValueError` where the config does not say them."""
-        side = config["sample_size"]
-        if side is None:
+        if config["sample_size"] is None:
             raise ValueError("The denoiser's config has no sample_size: set it to the side of its images or latents.")
-        return (side, side) if isinstance(side, int) else tuple(side)
+        return height_and_width(config["sample_size"])
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise `ValueError` unless the network can divide its images as it must."""
@@ -90,9 +99,9 @@ class NetworkClass(ABC):
     def check_null_class(self, null_class: int | None, config: Mapping[str, Any]) -> None:
         """Raise `ValueError` unless the network has the label that is to stand for no class."""
         count = self.num_labels(config)
-        if null_class is not None and not 0 <= null_class < count:
+        if null_class is not None and not (isinstance(null_class, SupportsIndex) and 0 <= int(null_class) < count):
             has = f"has the labels 0 to {count - 1}" if count else "takes no labels"
-            raise ValueError(f"null_class is {null_class}, but this denoiser {has}.")
+            raise ValueError(f"null_class is {short(null_class)}, but this denoiser {has}.")
 
     def is_conditional(self, denoiser: Any) -> bool:
         """Whether the network can be given class labels."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .building import building, short
 from .cut import uncompiled
 from .dits import DiT
 from .latents import VAES, build_vae
@@ -44,8 +45,10 @@ def register(network: NetworkClass) -> NetworkClass:
 
 def check_denoiser_class(name: str | None, where: str = "the denoiser") -> None:
     """Raise `ValueError` unless `name` is a class of denoiser that this package supports."""
-    if name not in NETWORKS:
-        raise ValueError(f"{where} is of class {name!r}, which is not supported: allowed are {', '.join(NETWORKS)}.")
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise ValueError(
+            f"{where} is of class {short(name)}, which is not supported: allowed are {', '.join(NETWORKS)}."
+        )
 
 
 def network_of(denoiser: Any) -> NetworkClass:
@@ -65,14 +68,39 @@ def network_of(denoiser: Any) -> NetworkClass:
     return NETWORKS[str(name)]
 
 
+def component_classes(path: str, index: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the classes of a pipeline's components, from the `model_index.json` in `path`.
+
+    diffusers imports the library that an index names beside each class, so only diffusers itself may be named, or the
+    module of a class of networks that has been registered.
+
+    Raises:
+        ValueError: Another library, or entries that are not pairs of a library and a class.
+    """
+    named = {network.component for network in NETWORKS.values()} | {"scheduler", "vae"}
+    classes = {}
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{path} is damaged: its model_index.json does not name the class of the pipeline.")
+    for name, entry in index.items():
+        if entry == [None, None] or not (isinstance(entry, list) or name in named):
+            continue
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            raise ValueError(f"{path} is damaged: its model_index.json says that {name} is {short(entry)}.")
+        library, classes[name] = entry
+        known = NETWORKS[entry[1]].model.__module__ if entry[1] in NETWORKS else "diffusers"
+        if library not in ("diffusers", known):
+            raise ValueError(
+                f"{path} has a model_index.json that takes its {name} from {short(library)}: allowed is diffusers."
+            )
+    return classes
+
+
 def build_denoiser(config: Mapping[str, Any]) -> Any:
     """Build a randomly initialised denoiser from its diffusers config (with `_class_name`), or raise `ValueError`."""
     network = network_of(config)
-    try:
+    with building("denoiser", config, network.model):
         denoiser = network.build(config)
-    except TypeError as error:
-        raise ValueError(f"denoiser: {config['_class_name']} cannot be built from this config: {error}") from error
-    network.complete(denoiser)
+        network.complete(denoiser)
     return denoiser
 
 

@@ -113,6 +113,7 @@ class _VariancePreserving(Family):
         stop = _at(sigmas, (low + 1).clamp(max=last))
         fraction = timestep - low
         between = torch.exp(torch.lerp(exactly(start).log(), exactly(stop).log(), exactly(fraction))).float()
+        between = torch.where(stop == math.inf, stop, between)  # for which torch may say NaN
         return torch.where(fraction == 0, start, between)
 
     def to_timestep(self, sigma: Tensor) -> Tensor:

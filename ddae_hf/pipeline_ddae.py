@@ -18,7 +18,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from .checkpoints import Checkpoint, still_generates, take_checkpoint
+from .checkpoints import Checkpoint, build_scheduler, still_generates, take_checkpoint
 from .cut import uncompiled
 from .diffusion import Diffusion
 from .families import Family
@@ -176,6 +176,8 @@ class DDAEPipeline(DiffusionPipeline):
             checkpoint.check("denoiser")
         if "vae" not in kwargs and checkpoint.vae is not None:
             checkpoint.check("vae")
+        if "scheduler" not in kwargs and checkpoint.scheduler is not None:
+            build_scheduler(checkpoint.scheduler)
         return super().from_pretrained(
             checkpoint.path, dtype=dtype, variant=checkpoint.variant, use_safetensors=True, **checkpoint.hub, **kwargs
         )
@@ -373,7 +375,9 @@ DDAEPipeline.__init__.__signature__ = inspect.Signature([*_arguments.values(), _
 
 
 def _class_name(network: Any) -> str:
-    return type(uncompiled(network)).__name__
+    """Return the name of its class, without what torch's `fully_shard` makes of it."""
+    kinds = type(uncompiled(network)).__mro__
+    return next(kind.__name__ for kind in kinds if not kind.__module__.startswith("torch.distributed"))
 
 
 def _check_parts(

@@ -22,7 +22,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
 from .configuration_ddae import DDAEConfig
-from .networks import NETWORKS, network_of
+from .networks import NETWORKS, network_of, skeleton
 from .remote_code import AUTO_MAP
 from .weights import (
     COMPILED,
@@ -33,8 +33,10 @@ from .weights import (
     location,
     plain_state,
     refuse_missing,
+    refuse_other_shapes,
     refuse_unexpected,
     replaced_weights,
+    tensor_shapes,
     uncompiled_names,
 )
 
@@ -93,8 +95,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         there: only those of a new classifier may be missing.
 
         Raises:
-            ValueError: No checkpoint, a denoiser that is not supported, a tap that it does not have, no such variant,
-                or missing tensors.
+            ValueError: No checkpoint, an unsupported denoiser, a tap or variant that it lacks, or missing tensors.
         """
         if pretrained_model_name_or_path is None:
             made = super().from_pretrained(None, *model_args, **kwargs)
@@ -110,6 +111,8 @@ class DDAEPreTrainedModel(PreTrainedModel):
         scheduler = kwargs.get("scheduler", checkpoint.scheduler)
         if config is None:
             config, kwargs = DDAEConfig.from_dict(checkpoint.config, return_unused_kwargs=True, **kwargs)
+            if state is None and not asked:
+                cls._check_stored(checkpoint, config)
             if scheduler is None:
                 warnings.warn(
                     f"{checkpoint.path} holds a network without its scheduler: {config.scheduler['_class_name']} is "
@@ -144,6 +147,25 @@ class DDAEPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     @classmethod
+    def _check_stored(cls, checkpoint: Checkpoint, config: DDAEConfig) -> None:
+        """Refuse a model of this package whose stored tensors are not of the shapes that its configuration says."""
+        if not checkpoint.holds_model:
+            return
+        if checkpoint.head is None:
+            for part in ("denoiser", "vae"):
+                if getattr(config, part) is not None:
+                    checkpoint.check(part)
+        files = checkpoint.weight_files()[0] if checkpoint.head is None else [checkpoint.head]
+        stored = tensor_shapes(files)
+        size = config.hidden_size
+        count = int(config.num_labels or 0)
+        own = {"classifier.weight": (count, size), "classifier.bias": (count,)}
+        own |= {"feature_norm.running_mean": (size,), "feature_norm.running_var": (size,)}
+        if cls._has_head:
+            expected = {name: shape for name, shape in own.items() if name in stored}
+            refuse_other_shapes(checkpoint.path, "classifier", expected, stored)
+
+    @classmethod
     def _read_parts(cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any) -> tuple[dict[str, Any], Any]:
         """Return the tensors of a generator, or of a head and its base, and their type; set `config`'s fingerprints."""
         denoiser = checkpoint.load("denoiser", dtype if isinstance(dtype, torch.dtype) else None)
@@ -154,6 +176,11 @@ class DDAEPreTrainedModel(PreTrainedModel):
             parts["vae"] = checkpoint.load("vae")
             if parts["vae"] is None:
                 raise ValueError(f"{checkpoint.path} has no vae: a vae's config is of no use without its weights.")
+        for part, network in parts.items():
+            expected = _shapes(skeleton(getattr(config, part)))
+            stored = _shapes(network)
+            known = {name: shape for name, shape in expected.items() if name in stored}  # others are refused later
+            refuse_other_shapes(checkpoint.path, part, known, stored)
         prefix = cls._inner_prefix
         state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
         state |= load_file(checkpoint.head) if cls._has_head and checkpoint.head else {}
@@ -302,6 +329,10 @@ def write_head(
     folder.mkdir(parents=True, exist_ok=True)
     own_tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(own_tensors, folder / HEAD_FILE, {k: v for k, v in known.items() if v})
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in plain_state(network).items()}
 
 
 def _originals(checkpoint: Checkpoint, denoiser: nn.Module, vae: nn.Module | None) -> tuple[Any, Any]:

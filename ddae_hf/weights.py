@@ -20,6 +20,7 @@ from huggingface_hub import is_offline_mode
 from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
+from .building import short
 from .cut import uncompiled
 
 # The arguments of `from_pretrained` that say where files are, and those that also say how they are opened.
@@ -90,6 +91,19 @@ def refuse_unexpected(where: str, what: str, unexpected: Iterable[str]) -> None:
         )
 
 
+def refuse_other_shapes(
+    where: str, what: str, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise `ValueError`, with one of their names, if stored tensors have other shapes than a network's."""
+    if other := sorted(name for name, shape in expected.items() if stored[name] != shape):
+        name = other[0]
+        raise ValueError(
+            f"{where} has {len(other)} tensors of its {what} in other shapes than its config describes: {name} is "
+            f"{list(stored[name])} there, and {list(expected[name])} by the config. One of the two files is not the "
+            "one that was saved: save or download it again."
+        )
+
+
 def where_files_are(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that say where files are, without empty ones."""
     return {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS and value not in (None, "")}
@@ -117,12 +131,24 @@ def find_file(path: str | os.PathLike[str], filename: str, **hub: Any) -> str | 
 
 
 def read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a checkpoint's JSON file holds, or None where it has no such file."""
+    """Return the object that a checkpoint's JSON file holds, or None where it has no such file.
+
+    Raises:
+        ValueError: A file that is damaged, or that holds something other than an object.
+    """
     found = find_file(path, filename, **hub)
     if found is None:
         return None
-    with open(found, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(found, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{found} is damaged, and cannot be read as JSON ({error}): restore it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{found} holds {short(content)}, where a JSON object belongs: restore it.")
+    if content.get("quantization_config") is not None:
+        raise ValueError(f"{found} describes quantised weights, which are not supported: save it in full precision.")
+    return content
 
 
 def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:
@@ -167,7 +193,7 @@ def _find_weights(path: str, name: str, hub: dict[str, Any], variant: str | None
     index = read_json(path, index_file, hub)
     if index is None:
         return [] if single is None else [single]
-    shards = sorted(set(index["weight_map"].values()))
+    shards = _shards(path, index_file, index)
     found = [find_file(path, shard, **hub) for shard in shards]
     if single is not None:
         if None not in found:
@@ -180,6 +206,17 @@ def _find_weights(path: str, name: str, hub: dict[str, Any], variant: str | None
         refuse_offline(missing[0], path, hub)
         raise ValueError(f"{path} lacks {missing[0]}, which {index_file} names: download it again.")
     return [file for file in found if file is not None]
+
+
+def _shards(path: str, index_file: str, index: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files that an index of weights names; it may name only files beside itself."""
+    names = index.get("weight_map")
+    shards = list(names.values()) if isinstance(names, dict) else []
+    wrong = [name for name in shards if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name)]
+    if wrong or not shards or not isinstance(index.get("metadata"), dict):
+        said = f"names {short(wrong[0])} as a file of weights" if wrong else "does not say which file has which tensor"
+        raise ValueError(f"{path} is damaged: its {index_file} {said}. It must name safetensors files beside itself.")
+    return sorted(set(shards))
 
 
 def _variants(path: str, name: str, subfolder: str) -> list[str]:
@@ -198,6 +235,15 @@ def tensor_names(files: Iterable[str]) -> Iterator[str]:
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             yield from tensors.keys()
+
+
+def tensor_shapes(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in files, by their names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
 
 
 def names_of_part(part: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:

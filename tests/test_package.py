@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ddae_hf"
 # A module imports only modules of earlier lines.
 FLAT = [
-    ["cut", "generators", "latents", "pickles", "remote_code"],
-    ["families"],
+    ["building", "cut", "generators", "pickles", "remote_code"],
+    ["families", "latents"],
     ["augment", "labels", "noise", "weights"],
     ["network_class", "sampling"],
     ["dits", "unets"],
@@ -41,7 +41,8 @@ EXPERIMENTS = [
     ["converting", "encoding", "extractors", "feature_export", "pairs"],
     ["results"],
     ["batches", "plots"],
-    ["correspondences", "generation", "pretraining_data", "publishing", "trainer", "training"],
+    ["correspondences", "generation", "pretraining_data", "publishing", "sharding", "trainer"],
+    ["training"],
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],

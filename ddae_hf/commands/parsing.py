@@ -34,7 +34,7 @@ GROUPS = {
     "generation": """num_images class_label guidance_scale num_inference_steps sampling_scheduler sampler grid_images
         sample_steps""",
     "speed and memory": """batch_size encode_batch_size dtype mixed_precision allow_tf32 torch_compile
-        gradient_checkpointing dataloader_num_workers""",
+        gradient_checkpointing shard dataloader_num_workers""",
     "files": """output_dir features_dir space_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit
         report_to logging_dir""",
     "Hub": "push_to_hub hub_model_id hub_private license",

@@ -163,7 +163,7 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file of our own, or raise `ValueError` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from error
 
 
@@ -232,7 +232,8 @@ def _read_rows(folder: Path) -> dict[str, Rows]:
     known = read_json(path) if path.exists() else {}
     try:
         rows = {name: Rows(**it) for name, it in known.items() if not isinstance(it, int)}
-        sound = all(it.count >= 0 and 0 <= it.crc32 < 2**32 for it in rows.values())
+        whole = all(type(number) is int for it in rows.values() for number in (it.count, it.crc32))
+        sound = whole and all(it.count >= 0 and 0 <= it.crc32 < 2**32 for it in rows.values())
     except (AttributeError, TypeError):
         sound = False
     if not sound:

@@ -102,7 +102,7 @@ def read_yaml(text: str) -> Any:
     """Return what YAML says, `{}` where it says nothing, or raise `ValueError`, also for repeated keys and aliases."""
     try:
         content = yaml.load(text, _SafeLoader)  # noqa: S506 (derived from SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that no calendar has is a `ValueError`
         raise ValueError(" ".join(str(error).split())) from error
     return {} if content is None else content
 
@@ -204,8 +204,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if hint is float and number and isinstance(value, int) and abs(value) >= 2**1024:
-        raise ValueError(f"{name} has {len(str(value))} digits: it must be finite.")
+    if number and isinstance(value, int) and abs(value) >= 2**1023:  # more than a float can hold
+        raise ValueError(f"{name} has {1 + int(abs(value).bit_length() * math.log10(2))} digits: it must be finite.")
     if number and (hint is float or (hint is int and value % 1 == 0)):
         return _in_range(name, hint(value))
     if hint in (str, bool) and isinstance(value, hint):

@@ -40,6 +40,7 @@ from .pretraining_data import TrainingData, training_data
 from .report import in_memory
 from .results import PretrainingReport
 from .run_folder import OF_DATA, Progress, check_same_run, read_options, saving, write_options
+from .sharding import check_sharding
 from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class PretrainingOptions(TrainingOptions):
     # Besides these, the network and its scheduler are compared as they were built, and the data by number and hash.
     may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
         """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 weight_decay
-        adam_epsilon ema_decay sample_steps grid_images num_inference_steps sampler""".split()
+        adam_epsilon ema_decay shard sample_steps grid_images num_inference_steps sampler""".split()
     )
 
     denoiser: Table = option({}, "Options of the network and its `_class_name`, as YAML.")
@@ -74,6 +75,11 @@ class PretrainingOptions(TrainingOptions):
     low_resolution_share: float = option(0.9, "Share of the steps that use low_resolution.")
     shuffle_buffer: int = option(10000, "Images of a stream among which the next one is drawn.")
     gradient_checkpointing: bool = option(False, "Compute hidden states twice, to save memory.")
+    shard: bool = option(
+        False,
+        "Keep a part of the weights, of the optimiser and of the averages on each device, for networks that are too "
+        "large for one.",
+    )
     adam_beta1: float = option(0.9, "Decay of AdamW's mean of the gradient.")
     adam_beta2: float = option(0.999, "Decay of AdamW's mean of the gradient's square.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
@@ -107,11 +113,14 @@ class PretrainingOptions(TrainingOptions):
 class PretrainingResult(PretrainingReport):
     """A denoiser's training and what came of it."""
 
-    pipeline: DDAEPipeline = in_memory()  # the network of averaged weights, ready to sample from
+    pipeline: DDAEPipeline = in_memory()  # of averaged weights; of a sharded run in the first process alone
     run: Pretraining | None = in_memory()
 
     def save(self, folder: str | Path) -> None:
-        """Write the networks, options and report (`OSError`); refuse a run that was complete before (`ValueError`)."""
+        """Write the networks, options and report (`OSError`); refuse a run that was complete before (`ValueError`).
+
+        Of a sharded run every process has to call this.
+        """
         if self.run is None:
             raise ValueError(f"This run was complete before: its files are in {self.folder}.")
         with saving(folder) as path:
@@ -139,9 +148,11 @@ def pretrain(
             images = Images.open(images, cache_dir=options.cache_dir)
         options = choose(images, options) if resume is None else chosen_before(options, read_options(resume))
     with options.accelerated(resume) as accelerator:
+        if options.shard:
+            check_sharding(accelerator)
         run = Pretraining(options, accelerator, training_data(images, options), resume)
         if result := run.loop.finished(PretrainingResult):
-            result.pipeline = run.pipeline(run.average)
+            result.pipeline = run.trained()
             return result
         return run.train()
 
@@ -151,6 +162,7 @@ class Pretraining:
 
     def __init__(self, options: PretrainingOptions, accelerator: Accelerator, data: TrainingData, resume: Path | None):
         self.options, self.accelerator, self.data = options, accelerator, data
+        self.main = accelerator.is_main_process
         self.given = options.in_force(accelerator.mixed_precision, data.opened_with)
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
@@ -172,7 +184,7 @@ class Pretraining:
         adam["weight_decay"] = options.weight_decay
         self.loop = options.loop(
             accelerator, network, loader, known, resume, adam,
-            save=self.write, average=self.average, ema_decay=options.ema_decay,
+            options.shard, save=self.write, average=self.average, ema_decay=options.ema_decay,
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
 
@@ -215,28 +227,40 @@ class Pretraining:
         scheduler = copy.deepcopy(self.scheduler)
         return DDAEPipeline.for_denoiser(denoiser, scheduler, null_class, vae=self.data.vae, id2label=names)
 
+    def trained(self) -> Any:
+        """Return the pipeline of averaged weights; of a sharded run in the first process alone, elsewhere None."""
+        denoiser = self.loop.whole(self.loop.averaged())
+        return None if denoiser is None else self.pipeline(denoiser)
+
     def write(self, folder: Path) -> None:
-        """Write the averaged network, the raw one in `raw`, how their images are prepared, and the options."""
-        if self.data.described is not None and (folder / "state").is_dir():
+        """Write the averaged network, the raw one in `raw`, how their images are prepared, and the options.
+
+        The first process does so; where the networks are sharded all call this, to hand it their parts.
+        """
+        if self.data.described is not None and (folder / "state").is_dir() and self.main:
             write_json(folder / LATENTS, self.data.described)
         vae = None if self.data.vae is None else self.data.vae.config
         processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
-        for place, denoiser in ((folder, self.loop.averaged()), (folder / "raw", self.loop.raw())):
-            self.pipeline(denoiser).save_pretrained(place)
-            processor.save_pretrained(place)
-        write_options(self.given, folder)
+        for place, network in ((folder, self.loop.averaged()), (folder / "raw", self.loop.raw())):
+            denoiser = self.loop.whole(network)
+            if self.main:
+                self.pipeline(denoiser).save_pretrained(place)
+                processor.save_pretrained(place)
+            del denoiser  # memory has room for one
+        if self.main:
+            write_options(self.given, folder)
 
     def picture(self, step: int) -> Path:
         """Return the file of a step's samples."""
         return Path(self.options.output_dir or ".") / "samples" / f"step-{step:07d}.png"
 
     def sample(self, step: int) -> None:
-        """Draw a grid from the averaged network, always from the same noise."""
+        """Draw a grid from the averaged network, always from the same noise; where it is sharded, all processes do."""
         options = self.options
-        if not self.accelerator.is_main_process:
+        if not (self.main or options.shard):
             return
         pipeline = self.pipeline(self.loop.averaged()).to(self.accelerator.device)
-        pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=None)
+        pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=None if self.main else True)
         found: Any = pipeline(
             options.grid_images,
             torch.arange(options.grid_images) % (pipeline.null_class or 1) if options.class_conditional else None,
@@ -245,12 +269,16 @@ class Pretraining:
             sampler=options.sampler,
             output_type="np",
         )
-        images = found.images
+        if self.main:
+            self.save_grid(pipeline, found.images, step)
+
+    def save_grid(self, pipeline: DDAEPipeline, images: Any, step: int) -> None:
+        """Write samples (B, H, W, C) in [0, 1] as one picture, and hand it to trackers that take images."""
         if self.data.vae is not None:  # its memory is left to the training
             self.data.vae.to("cpu")
         grid = image_grid(pipeline.numpy_to_pil(images[..., :3] if images.shape[-1] >= 3 else images[..., :1]))
         path = self.picture(step)
-        with saving(options.output_dir or "."):
+        with saving(self.options.output_dir or "."):
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as partial:
                 grid.save(partial, format="PNG")
@@ -268,8 +296,7 @@ class Pretraining:
             self.sample(step)
         loop.run(self.loss, self.sample, every)
         self.accelerator.wait_for_everyone()
-        main = self.accelerator.is_main_process
-        if main and folder:
+        if folder and (self.main or options.shard):
             with saving(folder) as path:
                 self.write(path)
         if every and loop.progress.steps % every:
@@ -279,12 +306,12 @@ class Pretraining:
             parameters=sum(p.numel() for p in self.average.parameters()),
             dataset=self.data.facts(),
             latents=self.data.described or {},
-            pipeline=self.pipeline(loop.averaged()),
+            pipeline=self.trained(),
             run=self,
             **loop.facts(),
             **base_model(options.init_from),
         )
-        if main and folder:
+        if self.main and folder:
             with saving(folder) as path:
                 result.write(path)
             logger.info(

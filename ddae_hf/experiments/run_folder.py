@@ -40,7 +40,10 @@ FILES = "files.json"
 PROGRESS = Path("state") / "progress.json"
 WEIGHTS = "state/model.safetensors"  # where accelerate keeps them
 # What a checkpoint has besides weights, without which a run would not go on as it was.
-STATE = ("state/optimizer.bin", "state/random_states_0.pkl", PROGRESS.as_posix())
+MOMENTS = "optimizer.bin"  # the optimiser's, in `state`
+PARTS = "optimizer"  # the folder that a sharded run has in its place
+STATE = (f"state/{MOMENTS}", "state/random_states_0.pkl", PROGRESS.as_posix())
+IN_PARTS = {STATE[0]: f"state/{PARTS}/*.safetensors"}  # what stands for a file in a sharded run
 # Words of safetensors and torch, whose errors in writing are not `OSError`.
 OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
 
@@ -84,15 +87,21 @@ def what_is_wrong(checkpoint: Path, needed: Sequence[str]) -> str | None:
 
     Versions before 0.3.0 wrote no `files.json`: then files are checked for being missing or cut short.
     """
-    if missing := [pattern for pattern in needed if not any(checkpoint.glob(pattern))]:
+    patterns = {pattern: (pattern, IN_PARTS.get(pattern, pattern)) for pattern in needed}
+    if missing := [name for name in needed if not any(any(checkpoint.glob(each)) for each in patterns[name])]:
         return f"it has no {', no '.join(missing)}"
     try:
         if not (checkpoint / FILES).is_file():
             cut = [path for path in sorted(checkpoint.rglob("*")) if _is_cut_short(path)]
             return f"{cut[0].relative_to(checkpoint).as_posix()} is damaged" if cut else None
         known = read_json(checkpoint / FILES)
-        for name, (size, digest) in known.items():
+        if not isinstance(known, dict):
+            return f"{FILES} does not say which files there are"
+        for name, noted in known.items():
             path = checkpoint / name
+            if not isinstance(noted, list) or len(noted) != 2 or ".." in path.parts or Path(name).is_absolute():
+                return f"{FILES} says of {name!r} what cannot be"
+            size, digest = noted
             if not path.is_file():
                 return f"it has no {name}"
             if path.stat().st_size != size or _sha256(path) != digest:
@@ -179,10 +188,10 @@ def read_options(checkpoint: Path) -> dict[str, Any]:
     """Return the options of the run that wrote a checkpoint, or raise `ValueError` where the file is damaged."""
     try:
         options = yaml.safe_load((checkpoint / OPTIONS).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{checkpoint / OPTIONS} cannot be read: {error}.") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{checkpoint / OPTIONS} must hold options, and holds {options!r}.")
+        raise ValueError(f"{checkpoint / OPTIONS} must hold options, but holds a {type(options).__name__}.")
     return with_present_names(options)
 
 
@@ -215,15 +224,41 @@ class Progress:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Progress:
-        """Return how far a run had come when it wrote a checkpoint, of this version or of an earlier one."""
-        known = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        """Return how far a run had come when it wrote a checkpoint, of this version or of an earlier one.
+
+        Raises:
+            ValueError: A file that is damaged.
+        """
+        path = checkpoint / PROGRESS
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}): resume another checkpoint.") from error
         names = {field.name for field in dataclasses.fields(cls)}
-        progress = cls(**{name: value for name, value in known.items() if name in names})
+        given: dict[str, Any] = known if isinstance(known, dict) else {"epoch": None}
+        progress = cls(**{name: value for name, value in given.items() if name in names})
+        if not progress.is_sound():
+            raise ValueError(f"{path} is damaged: it does not say how far the run has come. Resume another checkpoint.")
         if "steps" not in known:  # before version 0.3.0
             progress.steps = step_of(checkpoint)
             processes = len(list((checkpoint / "state").glob("random_states_*")))
-            progress.batch_images = read_options(checkpoint)["train_batch_size"] * processes
+            batch_size = read_options(checkpoint).get("train_batch_size")
+            if type(batch_size) is not int or batch_size < 1:
+                raise ValueError(f"{checkpoint / OPTIONS} says no train_batch_size: resume another checkpoint.")
+            progress.batch_images = batch_size * processes
         return progress
+
+    def is_sound(self) -> bool:
+        """Whether every value is of its type, and no count is negative."""
+        counts = (self.epoch, self.batch, self.batches, self.images, self.steps)
+        optional = (self.num_images, self.batch_images)
+        numbers = [self.seconds, *self.losses] if isinstance(self.losses, list) else [None]
+        return (
+            all(type(count) is int and count >= 0 for count in counts)
+            and all(count is None or (type(count) is int and count >= 0) for count in optional)
+            and all(type(number) in (int, float) for number in numbers)
+            and isinstance(self.images_hash, (str, type(None)))
+        )
 
     def count(self, images: int, last: bool) -> None:
         """Add a batch, which may be the last of its epoch."""
@@ -257,11 +292,12 @@ def discard(folder: Path) -> None:
 
 
 def clear_rubbish(output_dir: StrPath) -> None:
-    """Remove what interrupted writing has left."""
+    """Remove what interrupted writing has left; several processes may do so at once."""
     for rubbish in Path(output_dir).glob("partial-checkpoint*"):
-        shutil.rmtree(rubbish)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(rubbish)
     for rubbish in Path(output_dir).glob(f"*.{'[0-9a-f]' * 12}.partial"):  # the names that `written_whole` gives
-        rubbish.unlink()
+        rubbish.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

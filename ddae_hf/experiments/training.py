@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedType, DynamoBackend, GradientAccumulationPlugin
 from diffusers.training_utils import EMAModel
@@ -32,9 +33,10 @@ from .arrays import StrPath, write_json
 from .batches import Batch, Batches
 from .devices import laid_out_as, machine, products_as_before
 from .draws import RowDraws, seed_by, separate_randomness
-from .run_folder import PROGRESS, Progress, alone_in, discard, note_files, saved_checkpoints, saving
+from .run_folder import PARTS, PROGRESS, Progress, alone_in, discard, note_files, saved_checkpoints, saving
+from .sharding import Shards, load_moments, own_parts, save_moments
 from .sharing import this_process
-from .stopping import Look, Stopping, check_weights, interrupted, not_finite
+from .stopping import Look, Stopping, check_weights, interrupted, largest, not_finite
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[Any, RowDraws], Tensor]
@@ -111,6 +113,7 @@ class Loop:
     checkpointing_steps: int | None = None  # steps between two checkpoints
     checkpoints_total_limit: int | None = None  # how many of the newest are kept; by default all
     save: Callable[[Path], object] | None = None  # writes weights, such as those of `average`, into checkpoints
+    shards: Shards | None = None  # where each process keeps a part of the module and of `average`; all call `save` then
     keep_weights: bool = False  # whether accelerate writes the module's weights into checkpoints, and `restore` reads
     desc: str = "Training"  # what the progress bar says
     option: str = "learning_rate"  # name of the option that is the learning rate, for messages
@@ -121,13 +124,19 @@ class Loop:
         self.order = loader.batch_sampler if isinstance(loader.batch_sampler, Batches) else None
         size = loader.batch_size if self.order is None else self.order.batch_size
         self.batch_images = (size or 1) * accelerator.num_processes
-        self.module, self.optimizer, self.loader = accelerator.prepare(self.module, self.optimizer, loader)
+        if self.shards is None:
+            self.module, self.optimizer, self.loader = accelerator.prepare(self.module, self.optimizer, loader)
+        else:
+            self.module = accelerator.prepare_model(self.module, evaluation_mode=True)  # nothing beside its precision
+            self.optimizer = AcceleratedOptimizer(self.optimizer, device_placement=False)
+            self.loader = accelerator.prepare(loader)
         self.ema: EMAModel | None = None
         if self.average is not None:
-            self.average.to(accelerator.device)
-            for own, averaged in zip(self.module.parameters(), self.average.parameters(), strict=True):
-                averaged.data = laid_out_as(averaged.data, own)
-            self.ema = EMAModel(self.average.parameters(), decay=self.ema_decay, foreach=True)
+            if self.shards is None:
+                self.average.to(accelerator.device)
+                for own, averaged in zip(self.module.parameters(), self.average.parameters(), strict=True):
+                    averaged.data = laid_out_as(averaged.data, own)
+            self.ema = EMAModel(own_parts(self.average.parameters()), decay=self.ema_decay, foreach=True)
         if not self.keep_weights:
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
             accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -152,7 +161,12 @@ class Loop:
         groups = self.optimizer.param_groups
         given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         try:
-            self.accelerator.load_state(str(checkpoint / "state"))
+            folder = checkpoint / "state"
+            in_parts = (folder / PARTS).is_dir()
+            if self.shards is not None or not in_parts:
+                self.accelerator.load_state(str(folder))
+            if self.shards is not None or in_parts:
+                load_moments(folder, self.raw(), self.optimizer)
             progress = Progress.read(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{checkpoint} cannot be resumed: {error}. Resume an earlier checkpoint.") from error
@@ -172,7 +186,7 @@ class Loop:
             self.schedule.last_epoch = progress.steps
             for group, rate, factor in zip(groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True):
                 group["lr"] = rate * factor(progress.steps)
-        check_weights(checkpoint, self._weights())
+        check_weights(checkpoint, [self.accelerator.reduce(largest(self._weights()))])  # of all processes
         if self.ema is not None:
             self.ema.optimization_step = progress.steps
         self.losses.extend(torch.tensor(progress.losses, device=self.accelerator.device))
@@ -181,7 +195,9 @@ class Loop:
         logger.info(f"Resuming from {checkpoint}.")
 
     def _weights(self) -> list[Tensor]:
-        return [*self.module.state_dict().values(), *([] if self.ema is None else self.ema.shadow_params)]
+        """Return the weights that are looked at: those that this process keeps, of which small ones may be none."""
+        own = own_parts(self.module.state_dict().values())
+        return [values for values in (*own, *([] if self.ema is None else self.ema.shadow_params)) if values.numel()]
 
     def run(self, loss: Loss, sample: Callable[[int], None] | None = None, sample_steps: int = 0) -> None:
         """Train to the last step, with the loss of a batch; `sample` is called after every `sample_steps` of them.
@@ -246,7 +262,7 @@ class Loop:
                 self.schedule.step()
             progress.steps += 1
             if self.ema is not None:
-                self.ema.step(self.module.parameters())
+                self.ema.step(own_parts(self.module.parameters()))
             yield progress.steps
             if progress.steps == self.total_steps:
                 return
@@ -328,9 +344,12 @@ class Loop:
         self.progress.seconds = self.resumed.seconds + time.monotonic() - self.started
 
     def averaged(self) -> Any:
-        """Return `average` with the averaged weights of this step."""
+        """Return `average` with the averaged weights of this step; where it is sharded, all processes have to call it.
+
+        It then computes what it is asked for in all of them at once.
+        """
         if self.ema is not None:
-            self.ema.copy_to(self.average.parameters())
+            self.ema.copy_to(own_parts(self.average.parameters()))
         return self.average
 
     def checkpoint(self) -> None:
@@ -344,12 +363,16 @@ class Loop:
                 shutil.rmtree(partial, ignore_errors=True)
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial / "state"))
+            if self.shards is not None:
+                save_moments(partial / "state" / PARTS, self.raw(), self.optimizer)
             accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
             if accelerator.is_main_process:
                 write_json(partial / PROGRESS, dataclasses.asdict(self.progress))
+            if accelerator.is_main_process or self.shards is not None:
                 self.averaged()
                 if self.save is not None:
                     self.save(partial)
+            if accelerator.is_main_process:
                 note_files(partial)
                 if final.exists():
                     discard(final)
@@ -365,3 +388,10 @@ class Loop:
     def raw(self) -> Any:
         """Return the module as it came, with the weights that the optimiser left."""
         return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
+
+    def whole(self, network: Any) -> Any:
+        """Return `averaged()` or `raw()` with all weights; a sharded one in the first process alone, elsewhere None.
+
+        Where it is sharded every process has to call this, and the copy is in the processor's memory.
+        """
+        return network if self.shards is None else self.shards.whole(network)

@@ -21,6 +21,7 @@ from .batches import BatchSizes
 from .devices import PRECISION, has_bfloat16, made_fast, training_precision
 from .options import Options, option
 from .run_folder import OF_DATA, OF_PLACES, STATE, Progress, checkpoint_to_resume, read_options
+from .sharding import Shards, refuse_fsdp
 from .sharing import this_process
 from .training import Loop, accelerated
 
@@ -76,7 +77,8 @@ class TrainingOptions(Options):
     logging_dir: str = option("logs", "Folder of the tracker's files, inside output_dir.")
 
     def check(self) -> None:
-        """Refuse what needs a folder if there is none."""
+        """Refuse what needs a folder if there is none, and accelerate's FSDP."""
+        refuse_fsdp()
         if self.output_dir is None and self.resume_from_checkpoint == "latest":
             raise ValueError("resume_from_checkpoint is latest: give an output_dir with it, or a checkpoint's folder.")
 
@@ -147,10 +149,15 @@ class TrainingOptions(Options):
 
     def loop(
         self, accelerator: Accelerator, module: nn.Module, loader: Any, data: Progress, resume: Path | None,
-        adam: Mapping[str, Any], **more: Any,
+        adam: Mapping[str, Any], shard: bool = False, **more: Any,
     ) -> Loop:  # fmt: skip
-        """Return a `Loop` as these options and `more` say, with AdamW, from the start or from a checkpoint."""
+        """Return a `Loop` as these options and `more` say, with AdamW, from the start or from a checkpoint.
+
+        With `shard` each process keeps a part of the module and of `more`'s `average`.
+        """
         made_fast(module, accelerator.device)
+        if shard:
+            more["shards"] = Shards(accelerator, module, more["average"])
         rate = self.learning_rate * (self.sizes.total if self.scale_lr else 1)
         optimizer = torch.optim.AdamW(module.parameters(), rate, fused=True, **adam)
         steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // self.sizes.total)
