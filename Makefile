@@ -95,7 +95,7 @@ cifar10-latent: $(VENV)/.installed  ## Train the small VAE and latent DiT and tr
 cifar10-speedrun: $(VENV)/.installed  ## Train from scratch for good features on one GPU, and probe them: make cifar10-speedrun DDAE_CIFAR10_DIR=...
 	@test -n "$(DDAE_CIFAR10_DIR)" || { echo "Set DDAE_CIFAR10_DIR to a folder of CIFAR-10 parquet files, or to uoft-cs/cifar10."; exit 1; }
 	$(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
-		--dynamo_backend inductor --dynamo_use_regional_compilation -m ddae_hf pretrain --config cifar10_speedrun \
+		--dynamo_backend inductor -m ddae_hf pretrain --config cifar10_speedrun \
 		--dataset_name "$(DDAE_CIFAR10_DIR)" --output_dir runs/cifar10_speedrun --resume_from_checkpoint latest
 	$(BIN)/ddae sweep --model_name_or_path runs/cifar10_speedrun --dataset_name "$(DDAE_CIFAR10_DIR)" --dtype bfloat16 \
 		--layers decoder --sigmas 0.03 0.05 0.08 0.14 --max_selection_samples 20000 --num_noise_samples 4 --num_views 2 \

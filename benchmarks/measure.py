@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ import scipy.stats
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddae_hf.experiments.devices import machine
+from ddae_hf.experiments.devices import machine, products_as_before
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 CONVOLUTION = {"cpu": (64, 256, 16), "cuda": (512, 256, 16)}  # batch, channels, side of the images
 COPIED = 2**28  # bytes
+TIMES = {"cpu": 1, "cuda": 20}  # that a convolution and a copy are timed at once
 
 
 def synchronise(device: str) -> None:
@@ -88,7 +90,11 @@ def gflop(call: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def limits(device: str, repeats: int = 5) -> dict[str, float]:
-    """Return the machine's rates, medians: GFLOP/s of a square matrix product and of a 3x3 convolution, GB/s copied."""
+    """Return the machine's rates, medians: GFLOP/s of a square matrix product and of a 3x3 convolution, GB/s copied.
+
+    On GPUs float32 is TF32 in both, as torch has it for convolutions, and what is short is timed several times at once.
+    """
+    times = TIMES[device]
     side, (batch, channels, size) = MATRIX_SIDE[device], CONVOLUTION[device]
     calls: dict[str, Callable[[], Any]] = {}
     amounts: dict[str, float] = {}
@@ -100,13 +106,25 @@ def limits(device: str, repeats: int = 5) -> dict[str, float]:
         convolution.to(memory_format=torch.channels_last)
         calls[f"matrix_{name}"] = lambda matrix=matrix: matrix @ matrix
         amounts[f"matrix_{name}"] = 2 * side**3 / 1e9
-        calls[f"convolution_{name}"] = lambda convolution=convolution, images=images: convolution(images)
-        amounts[f"convolution_{name}"] = 2 * 9 * channels**2 * batch * size**2 / 1e9
+        calls[f"convolution_{name}"] = repeated(partial(convolution, images), times)
+        amounts[f"convolution_{name}"] = times * 2 * 9 * channels**2 * batch * size**2 / 1e9
     source = torch.zeros(COPIED // 4, device=device)
     target = torch.empty_like(source)
-    calls["copy"] = lambda: target.copy_(source)
-    amounts["copy"] = 2 * COPIED / 1e9  # read and written
-    return {name: rates(amounts[name], each)["median"] for name, each in in_turn(calls, repeats, device).items()}
+    calls["copy"] = repeated(partial(target.copy_, source), times)
+    amounts["copy"] = times * 2 * COPIED / 1e9  # read and written
+    with products_as_before("tf32"):
+        seconds = in_turn(calls, repeats, device)
+    return {name: rates(amounts[name], each)["median"] for name, each in seconds.items()}
+
+
+def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    """Return a call that does the same several times."""
+
+    def several() -> None:
+        for _ in range(times):
+            call()
+
+    return several
 
 
 def highest(*found: dict[str, float]) -> dict[str, float]:

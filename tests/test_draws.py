@@ -1,6 +1,7 @@
 """Randomness by index: what is drawn, and that nothing else plays a part."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from ddae_hf.experiments import draws
 from ddae_hf.experiments.draws import CHANGES, NOISE, POSTERIOR, TRAINING, RowDraws, augment_view, indexed_noise
+from ddae_hf.generators import normal_quantile
 
 WORD = 2**64
 
@@ -131,3 +133,17 @@ def test_training_has_other_draws_than_images_have():
 def test_views_need_an_index_an_image():
     with pytest.raises(ValueError, match="3 images, but 2 indices"):
         augment_view(torch.zeros(3, 1, 8, 8), range(2), 0, 1, True, 2)
+
+
+def test_seeds_and_indices_of_numpy_are_as_good():
+    expected = indexed_noise((3, 4), [5], 7, 2)
+    assert torch.equal(indexed_noise((3, 4), [np.int64(5)], np.int64(7), np.int32(2)), expected)
+
+
+def test_quantiles_are_those_of_the_normal_distribution_on_macs_too():
+    shares = (torch.arange(2**12) + 0.5) / 2**12
+    expected = scipy.stats.norm.ppf(shares.double().numpy())
+    np.testing.assert_allclose(normal_quantile(shares), expected, rtol=1e-5, atol=1e-6)
+    device = SimpleNamespace(type="mps")
+    other = type("Shares", (), {"device": device, "__rmul__": lambda self, factor: factor * shares})()
+    np.testing.assert_allclose(normal_quantile(other), expected, rtol=2e-5, atol=1e-6)

@@ -368,3 +368,20 @@ def test_alignment_and_uniformity_are_their_formulas():
         alignment(a, b[:5])
     with pytest.raises(ValueError, match="at least two"):
         uniformity(a[:1])
+
+
+def test_probes_are_fitted_in_full_float32_whatever_is_set(monkeypatch):
+    products = torch.backends.cuda.matmul
+    seen = []
+    evaluate = logistic_regression._Problem.evaluate
+    watched = lambda self, x: seen.append(products.fp32_precision) or evaluate(self, x)  # noqa: E731
+    monkeypatch.setattr(logistic_regression._Problem, "evaluate", watched)
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        rng = np.random.default_rng(0)
+        features = rng.standard_normal((40, 3)).astype(np.float32)
+        logistic_regression.fit_logistic_regression({"layer": [features]}, rng.integers(0, 2, 40), [0.1])
+        assert set(seen) == {"ieee"} and products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before

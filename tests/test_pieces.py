@@ -90,3 +90,15 @@ def test_pieces_on_a_gpu_are_those_in_memory(keep):
         sums = [piece.sum((0, 2)) for _, piece in found]
         expected = torch.from_numpy(2 * np.concatenate([values.sum(1), values[::-1].sum(1)]))
         torch.testing.assert_close(torch.cat(sums).cpu(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_memory_is_that_of_the_container(monkeypatch, tmp_path):
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(pieces, "CONTAINER", (limit, used))
+    everything = pieces.free_memory(torch.device("cpu"))
+    assert everything > 2**20
+    used.write_text("1000\n")
+    for said, expected in (("max", None), ("4000", 3000), ("500", 0)):
+        limit.write_text(f"{said}\n")
+        found = pieces.free_memory(torch.device("cpu"))
+        assert found > 2**20 if expected is None else found == expected

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
-from ddae_hf.experiments import sharing
-from ddae_hf.experiments.sharing import Team, this_process
+from ddae_hf import DDAEPipeline
+from ddae_hf.experiments import encoding, generation, models, sharing
+from ddae_hf.experiments.sharing import Team, held_back, this_process
+
+from .conftest import make_unet, make_vae
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,3 +127,31 @@ def test_two_processes_on_one_gpu_are_refused(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # on two machines
     assert not this_process()["cpu"]
+
+
+def test_a_signal_waits_until_processes_are_in_step():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with held_back():
+            signal.raise_signal(signal.SIGINT)
+            done.append("in step")
+        done.append("not reached")
+    assert done == ["in step"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("ask", ["a model is opened", "a VAE is opened", "a pipeline is opened"])
+def test_a_process_knows_its_gpu_before_anything_goes_there(ask, monkeypatch):
+    """Else every network would go to the first GPU."""
+    known = []
+    for module in (models, encoding, generation):
+        monkeypatch.setattr(module, "this_process", lambda: known.append("process") or this_process())
+        monkeypatch.setattr(module, "best_device", lambda: known.append("device") or "cpu")
+    if ask == "a model is opened":
+        models.ready(torch.nn.Linear(1, 1))
+    elif ask == "a VAE is opened":
+        with encoding.encoding_team(make_vae(), {}, "float32"):
+            pass
+    else:
+        pipeline = DDAEPipeline.for_denoiser(make_unet(), DDIMScheduler())
+        generation.open_pipeline(pipeline, generation.GenerationOptions(output_dir="nowhere"))
+    assert known[0] == "process"

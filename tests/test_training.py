@@ -577,3 +577,15 @@ def test_a_file_in_place_of_the_folder_is_refused_before_any_work(tmp_path, name
     with pytest.raises(SystemExit):
         commands.run(name, *TRAININGS[name]("nowhere", tmp_path / "file"))
     assert f"{tmp_path / 'file'} is a file: give a folder" in capsys.readouterr().err
+
+
+def test_what_is_compiled_is_compiled_block_by_block(monkeypatch):
+    """As a whole it took minutes, and gradients were wrong; TF32 is as before, though accelerate switches it on."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    limit, precision = torch._dynamo.config.recompile_limit, torch.backends.cuda.matmul.fp32_precision
+    with accelerated(mixed_precision="no") as accelerator:
+        plugin = accelerator.state.dynamo_plugin
+        assert plugin.use_regional_compilation and plugin.dynamic is False
+        assert torch._dynamo.config.recompile_limit > limit
+    assert torch._dynamo.config.recompile_limit == limit
+    assert torch.backends.cuda.matmul.fp32_precision == precision

@@ -40,7 +40,15 @@ from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
 from .arrays import StrPath, kept_or_temporary
 from .classes import draw_labels
-from .devices import PRECISION, best_device, machine, made_fast, training_precision
+from .devices import (
+    PRECISION,
+    best_device,
+    compiling_by_blocks,
+    machine,
+    made_fast,
+    products_as_before,
+    training_precision,
+)
 from .draws import indexed_noise, separate_randomness
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
@@ -390,7 +398,8 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
         trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
         load_model(trainer.model, resume / WEIGHTS)
     else:
-        with trainer.stopping if keeps else contextlib.nullcontext():
+        stopping = trainer.stopping if keeps else contextlib.nullcontext()
+        with compiling_by_blocks(trainer.accelerator), products_as_before(), stopping:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if number := trainer.stopping.agreed(trainer.accelerator):
         raise interrupted(number, trainer.state.global_step, trainer.args.max_steps, saved_checkpoints(output)[-1])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from PIL import Image as PILImage
@@ -255,7 +254,7 @@ class Pixels:
         if kept is None:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of which keeps the images for itself
             needed = len(self) * pixels[0].numel() * SHARE * processes
-            self.keep = self.keep and needed <= psutil.virtual_memory().available
+            self.keep = self.keep and needed <= free_memory(torch.device("cpu"))
             if not self.keep:
                 return pixels
             # Empty memory takes space only where it is written to.

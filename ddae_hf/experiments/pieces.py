@@ -6,6 +6,7 @@ Where they do not fit, each pass reads them again, so that those mapped from dis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 _SHARE = 0.25  # of the device's free memory, which arrays may take
+
+# A container's memory, of which the system sees more: how much it may use, or `max`, and how much it does.
+CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
 Piece = tuple[slice, Tensor]  # which of the rows, and what they hold
 
@@ -111,6 +115,8 @@ def _arrived(part: slice, piece: Tensor, copied: torch.cuda.Event, computing: to
 def free_memory(device: torch.device) -> int:
     """Return how many bytes may still be used, of a GPU's memory or of the processor's, which others share."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        available = psutil.virtual_memory().available
+        limit, used = (file.read_text().strip() if file.is_file() else "max" for file in CONTAINER)
+        return available if "max" in (limit, used) else min(available, max(0, int(limit) - int(used)))
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused

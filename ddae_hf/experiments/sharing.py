@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +58,23 @@ def this_process() -> PartialState:
 def is_first_process() -> bool:
     """Return whether this is the first of the launched processes, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Let SIGINT and SIGTERM come afterwards: inside, processes would get out of step with each other."""
+    ours = threading.current_thread() is threading.main_thread()
+    came: list[int] = []
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if ours else {}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class FirstFailed(RuntimeError):
@@ -115,9 +134,11 @@ class Team:
         try:
             while left:
                 mine = next(own, None)  # first: where a signal comes meanwhile, the others can still be told
-                self._tell(_GO_ON)
+                with held_back():
+                    self._tell(_GO_ON)
+                    results = self._gather(mine)
                 left -= 1
-                for result in self._gather(mine):
+                for result in results:
                     if isinstance(result, _Failure):
                         raise result.error
                     if result is not None:

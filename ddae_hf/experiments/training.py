@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration, DistributedType, DynamoBackend, GradientAccumulationPlugin
+from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .arrays import StrPath, write_json
 from .batches import Batch, Batches
-from .devices import laid_out_as, machine, products_as_before
+from .devices import compiling_by_blocks, laid_out_as, machine, products_as_before
 from .draws import RowDraws, seed_by, separate_randomness
 from .run_folder import PARTS, PROGRESS, Progress, alone_in, discard, note_files, saved_checkpoints, saving
 from .sharding import Shards, load_moments, own_parts, save_moments
@@ -43,7 +43,6 @@ Loss = Callable[[Any, RowDraws], Tensor]
 # What accelerate knows of a process that was launched by itself.
 ALONE = {"distributed_type": DistributedType.NO, "num_processes": 1, "process_index": 0, "local_process_index": 0}
 
-GRAPHS = 64  # that a compiled training may have of one class of blocks, which differ in their channels
 NUM_LOSSES = 100  # batches over which the loss is averaged
 LOOKS = 10  # steps between two looks at losses and weights
 
@@ -77,21 +76,6 @@ def accelerated(
             for kind, state in zip(kinds, before, strict=True):
                 kind._shared_state.clear()
                 kind._shared_state.update(state)
-
-
-def compiling_by_blocks(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
-    """Let accelerate, where it compiles, compile block by block, and every block: beyond eight torch would stop.
-
-    As a whole, torch 2.13 compiles a U-Net in minutes, and on a processor it has computed wrong gradients: of 154 of
-    184 parameters of the network of `cifar10_minutes`, on images of 16 pixels. Shapes are fixed unless
-    `ACCELERATE_DYNAMO_USE_DYNAMIC` says otherwise.
-    """
-    plugin = accelerator.state.dynamo_plugin
-    plugin.use_regional_compilation = True
-    plugin.dynamic = bool(plugin.dynamic)
-    if plugin.backend == DynamoBackend.NO:
-        return contextlib.nullcontext()
-    return torch._dynamo.config.patch(recompile_limit=GRAPHS)  # type: ignore[no-untyped-call]
 
 
 @dataclass
