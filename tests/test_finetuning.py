@@ -281,7 +281,7 @@ def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, d
         with pytest.raises(ValueError, match=f"other options: {name} was .* and is {value!r}. Resuming cannot change"):
             run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
     for name, value, images in (("train_batch_size", 16, 16), ("gradient_accumulation_steps", 2, 64)):
-        with pytest.raises(ValueError, match=f"train_batch_size x gradient_accumulation_steps was 32 and is {images}"):
+        with pytest.raises(ValueError, match=f"{trainer.STEP} was 32 and is {images}"):
             run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
     with pytest.raises(ValueError, match="was trained on 100 images, but here there are 50, or others"):
         run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, max_train_samples=50)
