@@ -1,6 +1,9 @@
 """What one process does alone and two do together, for tests that compare them; as a script, what each of two does."""
 
+import itertools
 import json
+import os
+import signal
 import sys
 import zlib
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from ddae_hf import DDAEForImageClassification, DDAEImageProcessor
 from ddae_hf.experiments import Images, pretraining
 from ddae_hf.experiments.batches import BatchSizes, image_batches
 from ddae_hf.experiments.sharing import this_process
-from ddae_hf.experiments.training import accelerated
+from ddae_hf.experiments.training import Loop, accelerated
 
 from . import commands
 from .watch import watched
@@ -81,7 +84,20 @@ def count_stream(path, folder, size, workers):
             json.dump(epochs, file)
 
 
-WORK = {"train_plainly": train_plainly, "count_stream": count_stream}
+def lose_a_process(*words):
+    """Run a command of which the second process is killed in its twelfth batch."""
+    begun, count = Loop.draws, itertools.count(1)
+
+    def draws(loop, rows):
+        if next(count) == 12 and loop.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return begun(loop, rows)
+
+    Loop.draws = draws
+    commands.run(*words)
+
+
+WORK = {"lose_a_process": lose_a_process, "train_plainly": train_plainly, "count_stream": count_stream}
 
 
 def do(name, *words):

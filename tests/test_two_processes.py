@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from diffusers import DDIMScheduler
 from PIL import Image
@@ -27,6 +30,7 @@ UNET |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types
 DIT = {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
 VAE = {"in_channels": 1, "latent_channels": 2, "block_out_channels": [8, 16], "norm_num_groups": 4}
 STEPS = 50
+SECONDS = 120  # of a launch that fails, half of which it may take to begin
 IMAGES = 100  # twelve steps of eight an epoch, and four images are left over
 # The options of each training, and how many images one process and each of two take at a time.
 TRAININGS = {
@@ -144,9 +148,9 @@ def root(digits, tmp_path_factory):
     return root
 
 
-def weights_of(folder):
-    """All weights of a training at its last step, by the file and the name."""
-    checkpoint = folder / f"checkpoint-{STEPS}"
+def weights_of(folder, step):
+    """All weights of a training at a step, by the file and the name."""
+    checkpoint = folder / f"checkpoint-{step}"
     files = [path.relative_to(checkpoint) for path in checkpoint.rglob("*.safetensors")]
     return {(file, name): value for file in files for name, value in load_file(checkpoint / file).items()}
 
@@ -156,8 +160,8 @@ def losses_of(folder):
     return json.loads((folder / f"checkpoint-{STEPS}" / "state" / "progress.json").read_text())["losses"]
 
 
-def assert_alike(one, two):
-    expected, found = weights_of(one), weights_of(two)
+def assert_alike(one, two, step=STEPS):
+    expected, found = weights_of(one, step), weights_of(two, step)
     assert expected.keys() == found.keys() and expected
     furthest = max((expected[name] - found[name]).abs().max().item() for name in expected)
     assert furthest < 1e-5
@@ -222,3 +226,37 @@ def test_of_a_stream_no_image_comes_twice_and_all_but_a_batch_per_worker_come(ro
             assert STREAMED - left_out <= len(images) <= STREAMED
         together = sum((a + b for a, b in zip(both[0][epoch], both[1][epoch], strict=True)), [])
         assert together == seen[0][: len(together)]  # the same images in the same order
+
+
+def faulty(digits, folder):
+    """A training of which every second image of a step is read by the second process."""
+    options = ["--dataset_name", digits, "--output_dir", folder, "--total_batch_size", 8, "--max_train_steps", 20]
+    options += ["--checkpointing_steps", 5, "--sample_steps", 0, "--mixed_precision", "no"]
+    return ["pretrain", *options, "--denoiser", json.dumps(UNET)]
+
+
+def test_where_one_of_two_processes_is_killed_the_other_ends_and_what_is_saved_goes_on(digits, tmp_path):
+    started = time.monotonic()
+    done = launch([["lose_a_process", *faulty(digits, tmp_path / "run")]])
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    assert time.monotonic() - started < SECONDS
+    assert {path.name for path in (tmp_path / "run").glob("*checkpoint*")} == {"checkpoint-5", "checkpoint-10"}
+    alone(
+        [faulty(digits, tmp_path / "whole"), [*faulty(digits, tmp_path / "run"), "--resume_from_checkpoint", "latest"]]
+    )
+    assert_alike(tmp_path / "whole", tmp_path / "run", 20)
+
+
+def test_an_image_that_one_of_two_processes_cannot_read_ends_both_with_its_name(tmp_path):
+    for number in range(32):
+        path = tmp_path / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(path)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "images" / f"{sorted(map(str, range(32)))[order[12]]}.png"
+    path.write_bytes(path.read_bytes()[:-40])  # in the second step, of the second process
+    started = time.monotonic()
+    done = launch([faulty(tmp_path / "images", tmp_path / "run")])
+    assert done.returncode != 0 and f"{path} cannot be read" in done.stderr
+    assert re.search(r"Process 0 stops|\[rank0\]: RuntimeError", done.stderr)  # which did not read it
+    assert time.monotonic() - started < SECONDS
