@@ -295,6 +295,16 @@ def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, d
         run(checkpoints / "ddpm", digits, None, **LATEST)
 
 
+def test_more_processes_than_gpus_are_refused_before_any_work(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 processes were launched on a machine with 1 GPU\(s\)"):
+        finetune("nowhere", "nowhere")
+
+
 def test_averages_cannot_begin_in_the_middle(checkpoints, digits, tmp_path):
     options = {"max_train_steps": 2, "checkpointing_steps": 1}
     run(checkpoints / "flow", digits, tmp_path, ema_decay=None, **options)

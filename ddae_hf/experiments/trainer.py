@@ -194,7 +194,8 @@ class FineTuner(Trainer):
         inputs = {name: value[: own or None] for name, value in inputs.items()}
         draws = self.draws(len(inputs["labels"]))
         inputs = inputs | self.change(one_view(inputs["pixel_values"], draws), inputs["labels"], draws)
-        loss: Any = super().compute_loss(model, inputs, *args, **kwargs) * weight
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = loss * weight
         self.batch += 1
         self.images_seen += counted
         self.losses.append(loss.detach())
