@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ddae_hf" / "__init__.py").read_text(encoding="utf-8"))[1]
 EXPERIMENTS = [
     "accelerate>=1.15",
-    "datasets>=4.8",
+    "datasets>=4.8,!=5.0.*",  # 5.0 leaves workers of a stream without data
     "evaluate>=0.4.3",
     "matplotlib>=3.9",
     "psutil>=5.9",

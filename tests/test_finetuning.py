@@ -281,7 +281,7 @@ def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, d
         with pytest.raises(ValueError, match=f"other options: {name} was .* and is {value!r}. Resuming cannot change"):
             run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
     for name, value, images in (("train_batch_size", 16, 16), ("gradient_accumulation_steps", 2, 64)):
-        with pytest.raises(ValueError, match=f"train_batch_size x gradient_accumulation_steps was 32 and is {images}"):
+        with pytest.raises(ValueError, match=f"{trainer.STEP} was 32 and is {images}"):
             run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **{name: value})
     with pytest.raises(ValueError, match="was trained on 100 images, but here there are 50, or others"):
         run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, max_train_samples=50)
@@ -293,6 +293,16 @@ def test_resuming_another_run_or_mixing_two_is_refused(finetuned, checkpoints, d
         run(checkpoints / "ddpm", digits, tmp_path, **SIX, resume_from_checkpoint=str(tmp_path))
     with pytest.raises(ValueError, match="output_dir is not given: without it there is nothing to resume"):
         run(checkpoints / "ddpm", digits, None, **LATEST)
+
+
+def test_more_processes_than_gpus_are_refused_before_any_work(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 processes were launched on a machine with 1 GPU\(s\)"):
+        finetune("nowhere", "nowhere")
 
 
 def test_averages_cannot_begin_in_the_middle(checkpoints, digits, tmp_path):
@@ -365,7 +375,7 @@ def test_a_run_is_resumed_on_the_same_images(finetuned, checkpoints, digits, tmp
     (checkpoint / FILES).unlink()
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")  # as two processes leave them
-    with pytest.raises(ValueError, match=r"trained by 2 process\(es\), but here there are 1: start as many as then"):
+    with pytest.raises(ValueError, match=f"{trainer.STEP} was 64 and is 32"):
         run(checkpoints / "ddpm", copy, tmp_path / "out", **options)
 
 

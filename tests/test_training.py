@@ -422,6 +422,18 @@ def test_two_processes_go_on_where_one_stopped_and_stop_together(digits, tmp_pat
     assert [f.name for f in (tmp_path / "stops").glob("*checkpoint*")] == ["checkpoint-10"]
 
 
+def test_a_stream_that_workers_share_is_resumed_in_the_same_batches(digits, tmp_path):
+    """They take turns by batches, so that others would come twice, or not at all."""
+    options = [*pretrain_options(digits, tmp_path), "--sample_steps", 0, "--streaming", "--shuffle_buffer", 10]
+    options = [word for word in options if word not in ("--max_train_samples", 100)]
+    options += ["--dataloader_num_workers", 2, "--total_batch_size", 4, "--train_batch_size", 4]
+    commands.run("pretrain", *options, "--max_train_steps", 2)
+    options += ["--max_train_steps", 3, "--resume_from_checkpoint", tmp_path / "checkpoint-2"]
+    with pytest.raises(SystemExit, match="other options: train_batch_size was 4 and is 2"):
+        commands.run("pretrain", *options, "--train_batch_size", 2)
+    commands.run("pretrain", *options)
+
+
 # Signals, disks and damaged files
 
 

@@ -17,6 +17,7 @@ from ..image_processing_ddae import DDAEImageProcessor
 from .devices import fast_layout
 from .image_set import ImageSet, Pixels, counted, scaled
 from .loading import to_device
+from .sharing import is_first_process
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -101,6 +102,8 @@ def image_batches(
             f"The stream has {found} images: batches of {sizes.per_device}, {sizes.processes} processes and {workers} "
             f"workers (dataloader_num_workers) need {needed}. Lower one of them."
         )
+    # The first process reads a stream, and accelerate hands on what the others get.
+    workers = workers if is_first_process() else 0
     rows = images.stream(labels, options.shuffle_buffer, options.seed)
     together = partial(_put_together, processor)
     return DataLoader(rows, sizes.per_device, drop_last=True, collate_fn=together, **_loading(workers))

@@ -70,13 +70,13 @@ from .run_folder import (
     step_of,
     write_options,
 )
+from .sharing import this_process
 from .stopping import interrupted
 from .trainer import AVERAGED, BY_HASH, IN_TRAINING, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
 
 SIZES = {"train_batch_size", "gradient_accumulation_steps"}
-STEP = "train_batch_size x gradient_accumulation_steps"  # the images of a step, which are what counts
 NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", PROGRESS)
 
 
@@ -164,11 +164,13 @@ def finetune(
     of `accelerate launch` call this, and the first one writes.
 
     Raises:
-        ValueError: Options that cannot work, or would turn a resumed run into another, or a training that diverges.
+        ValueError: Options that cannot work, or would turn a resumed run into another; more processes than GPUs; or a
+            training that diverges.
         OSError: No such checkpoint, or no room on the disk.
         Interrupted: A signal came, and there is a checkpoint to go on from.
     """
     options = FinetuningOptions.of(options, changes)
+    this_process()
     images = Images.open(images, cache_dir=options.cache_dir)
     run = run_to_resume(options)
     before = None if run is None else read_options(run).get("mixed_precision")
@@ -249,16 +251,14 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
         return None
     run = run_to_resume(options)
     if run is not None:
-        trained = {"gradient_accumulation_steps": 1} | read_options(run)  # which version 0.2.0 did not have
+        trained = read_options(run)
         if "label_fraction" in trained:
             raise ValueError(
                 f"{run} was trained on a label_fraction of {trained['label_fraction']}, which is no longer an option: "
                 "begin another run, with few_labels, in another output_dir."
             )
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
-        known = given, trained
-        now, before = (each | {STEP: each["train_batch_size"] * each["gradient_accumulation_steps"]} for each in known)
-        check_same_run(now, before, (options.MAY_CHANGE | OF_PLACES | BY_HASH | SIZES) - begins, run)
+        check_same_run(given, trained, (options.MAY_CHANGE | OF_PLACES | BY_HASH | SIZES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
     checkpoint = checkpoint_to_resume(options.output_dir, options.resume_from_checkpoint, needed)
     if checkpoint is not None and run is None:

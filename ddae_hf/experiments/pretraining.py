@@ -199,6 +199,11 @@ class Pretraining:
             may_change -= OF_DATA | {"dataloader_num_workers"}
         now = {**self.given, "latents": data.described, "streaming": data.count is None}
         trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
+        if data.count is None and options.dataloader_num_workers > 1:  # they take turns by the batches of a device
+            may_change -= {"train_batch_size"}
+            now["train_batch_size"] = options.sizes.per_device
+            processes = len(list((resume / "state").glob("random_states_*")))
+            trained["train_batch_size"] = (Progress.read(resume).batch_images or 0) // processes
         if not options.init_from and not trained.get("init_from"):
             now |= trained_on(*new_networks(options, data))
             trained |= trained_on(network, self.scheduler)

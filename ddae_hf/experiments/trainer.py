@@ -44,6 +44,7 @@ AVERAGED = "averaged.safetensors"
 PROGRESS = "progress.json"
 # Options that may be others if the same images and network come of them, as hashes in a checkpoint tell.
 BY_HASH = OF_DATA | {"model_name_or_path"}
+STEP = "train_batch_size x gradient_accumulation_steps x processes"  # the images of a step, which are what counts
 # Options that a run can no longer take over once it has reached its last step.
 IN_TRAINING = frozenset(
     "learning_rate layer_decay lr_warmup_ratio weight_decay max_grad_norm ema_decay mixed_precision".split()
@@ -150,7 +151,8 @@ class FineTuner(Trainer):
     """Trainer of a classifier, on `LabelledRows`.
 
     What is drawn for an image in training depends on (seed, its place in the step) alone, however the images of a step
-    are shared out; mixup and dropout depend on (seed, step, process, batch). So a resumed run repeats all of it.
+    are shared out, and so does its weight; mixup and dropout depend on (seed, step, process, batch). So a resumed run
+    repeats all of it.
     """
 
     model: Any
@@ -164,8 +166,8 @@ class FineTuner(Trainer):
                 callback.logging_dir = str(Path(str(arguments.output_dir)) / options.logging_dir)
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(self))
-        steps = math.ceil(len(self.get_train_dataloader()) / options.gradient_accumulation_steps)  # of an epoch
-        arguments.max_steps = options.max_train_steps or options.num_train_epochs * steps
+        self.epoch_steps = math.ceil(len(self.get_train_dataloader()) / options.gradient_accumulation_steps)
+        arguments.max_steps = options.max_train_steps or options.num_train_epochs * self.epoch_steps
         groups = parameter_groups(model, options.learning_rate, options.layer_decay, options.weight_decay)
         self.given = [(group["lr"], group["weight_decay"]) for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -174,6 +176,7 @@ class FineTuner(Trainer):
         if options.ema_decay is not None:
             self.average = EMAModel(self.learning.values(), decay=options.ema_decay, foreach=True)
         self.options = options
+        self.rows = dataset
         self.stopping = Stopping()
         self.losses: deque[Tensor] = deque(maxlen=100)  # of batches
         self.batch = 0  # of this step
@@ -187,13 +190,31 @@ class FineTuner(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         seed_by(self.options.seed, self.state.global_step, self.args.process_index, self.batch)
+        counted, own, weight = self.shares()
+        inputs = {name: value[: own or None] for name, value in inputs.items()}
         draws = self.draws(len(inputs["labels"]))
         inputs = inputs | self.change(one_view(inputs["pixel_values"], draws), inputs["labels"], draws)
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = loss * weight
         self.batch += 1
-        self.images_seen += len(inputs["labels"]) * self.args.world_size
+        self.images_seen += counted
         self.losses.append(loss.detach())
         return loss
+
+    def shares(self) -> tuple[int, int, float]:
+        """Return how many images count of this pass of all processes, and of this one's batch, and the batch's weight.
+
+        At the end of an epoch, accelerate fills up the batches of several processes with images from its beginning,
+        which do not count. With the weights, the mean over a step's batches is that over its images.
+        """
+        size = self.args.train_batch_size
+        together = size * self.args.world_size  # in a pass of all processes
+        full = together * self.args.gradient_accumulation_steps
+        left = len(self.rows) - self.state.global_step % self.epoch_steps * full  # of the epoch, when the step began
+        in_step = min(left, full)
+        counted = min(left - self.batch * together, together)
+        own = min(max(counted - self.args.process_index * size, 0), size)
+        return counted, own, own * math.ceil(in_step / together) * self.args.world_size / in_step
 
     def draws(self, count: int) -> RowDraws:
         """Return draws for the batch that is trained on now, of so many images."""
@@ -217,7 +238,7 @@ class FineTuner(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Take over progress and averages, of which Trainer does not know; raise `ValueError` if it is another run.
 
-        With other processes or images Trainer would go on at another place.
+        With other images, or another number of them in a step, Trainer would go on at another place.
         """
         self.before = read_json(checkpoint / PROGRESS)
         averages = {} if self.average is None else load_file(checkpoint / AVERAGED)
@@ -226,10 +247,8 @@ class FineTuner(Trainer):
             for name, value in zip(self.learning, self.average.shadow_params, strict=True):
                 value.copy_(averages[name])
             self.average.optimization_step = step_of(checkpoint)
+        self._check_step(checkpoint)
         trained = f"{checkpoint} was trained"
-        processes = len(list(checkpoint.glob("rng_state*.pth")))
-        if processes != (now := self.args.world_size):
-            raise ValueError(f"{trained} by {processes} process(es), but here there are {now}: start as many as then.")
         # Versions before 0.3.0 noted the number of images alone, or nothing.
         different = {name for name, value in self.known.items() if self.before.get(name, value) != value}
         if different & {"num_images", "data"}:
@@ -241,6 +260,16 @@ class FineTuner(Trainer):
             start = "from another model_name_or_path, or on images or latents that were made otherwise"
             raise ValueError(f"{trained} {start}: give those that the run began with.")
         self._check_options(checkpoint)
+
+    def _check_step(self, checkpoint: Path) -> None:
+        """Raise `ValueError` unless a step has as many images as it had, on however many processes."""
+        options = self.before.get("options") or read_options(checkpoint.parent)
+        processes = len(list(checkpoint.glob("rng_state*.pth")))
+        now, before = (
+            {STEP: each["train_batch_size"] * each.get("gradient_accumulation_steps", 1) * count}  # 0.2.0 had no passes
+            for each, count in ((self.known["options"], self.args.world_size), (options, processes))
+        )
+        check_same_run(now, before, (), checkpoint)
 
     def _check_options(self, checkpoint: Path) -> None:
         """Raise `ValueError` for options that may change, but would have no effect here."""
@@ -297,4 +326,7 @@ class FineTuner(Trainer):
 
 
 def _metrics(found: Any) -> dict[str, float]:
-    return classification_metrics().compute(predictions=found.predictions.argmax(-1), references=found.label_ids)
+    """Return the figures of all images; Trainer's own loss is of batches that several processes fill up."""
+    figures = classification_metrics().compute(predictions=found.predictions.argmax(-1), references=found.label_ids)
+    logits = torch.from_numpy(found.predictions)
+    return {"loss": F.cross_entropy(logits, torch.from_numpy(found.label_ids)).item(), **figures}
