@@ -40,15 +40,8 @@ from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
 from .arrays import StrPath, kept_or_temporary
 from .classes import draw_labels
-from .devices import (
-    PRECISION,
-    best_device,
-    compiling_by_blocks,
-    machine,
-    made_fast,
-    products_as_before,
-    training_precision,
-)
+from .devices import PRECISION, best_device, compiling_by_blocks, machine, made_fast, products_as_before
+from .devices import training_precision as precision_of
 from .draws import indexed_noise, separate_randomness
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
@@ -174,10 +167,11 @@ def finetune(
     images = Images.open(images, cache_dir=options.cache_dir)
     run = run_to_resume(options)
     before = None if run is None else read_options(run).get("mixed_precision")
-    precision: Any = training_precision(options.mixed_precision, before, torch.device(best_device()))
+    precision: Any = precision_of(options.mixed_precision, before, torch.device(best_device()))
     options = dataclasses.replace(options, mixed_precision=precision)
     given = DataOptions().to_dict() | images.opened_with | options.to_dict()
     with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:
+        stack.enter_context(products_as_before())
         if isinstance(model, (str, os.PathLike)):
             path = given["model_name_or_path"] = os.fspath(model)
         else:  # it is written to disk, and opened like all others
@@ -253,18 +247,15 @@ def to_resume(options: FinetuningOptions, given: dict[str, Any]) -> Path | None:
     if run is not None:
         trained = read_options(run)
         if "label_fraction" in trained:
-            raise ValueError(
-                f"{run} was trained on a label_fraction of {trained['label_fraction']}, which is no longer an option: "
-                "begin another run, with few_labels, in another output_dir."
-            )
+            was = f"{run} was trained on a label_fraction of {trained['label_fraction']}, which is no longer an option"
+            raise ValueError(f"{was}: begin another run, with few_labels, in another output_dir.")
         begins = {"ema_decay"} if trained.get("ema_decay") is None else set()  # averages are of all steps
         check_same_run(given, trained, (options.MAY_CHANGE | OF_PLACES | BY_HASH | SIZES) - begins, run)
     needed = NEEDED if options.ema_decay is None else (*NEEDED, AVERAGED)
     checkpoint = checkpoint_to_resume(options.output_dir, options.resume_from_checkpoint, needed)
     if checkpoint is not None and run is None:
-        raise ValueError(
-            f"{checkpoint.parent} has no {OPTIONS}, which says how {checkpoint.name} was trained: resume another."
-        )
+        lacks = f"{checkpoint.parent} has no {OPTIONS}, which says how {checkpoint.name} was trained"
+        raise ValueError(f"{lacks}: resume another.")
     return checkpoint
 
 
@@ -399,7 +390,7 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
         load_model(trainer.model, resume / WEIGHTS)
     else:
         stopping = trainer.stopping if keeps else contextlib.nullcontext()
-        with compiling_by_blocks(trainer.accelerator), products_as_before(), stopping:
+        with compiling_by_blocks(trainer.accelerator), stopping:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if number := trainer.stopping.agreed(trainer.accelerator):
         raise interrupted(number, trainer.state.global_step, trainer.args.max_steps, saved_checkpoints(output)[-1])
