@@ -29,7 +29,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..weights import fingerprint
-from .arrays import StrPath, kept_or_temporary, read_json, write_json
+from .arrays import StrPath, kept_or_temporary, read_json, write_json, written_whole
 from .classes import draw_images, draw_labels
 from .devices import HELP, machine
 from .draws import separate_randomness
@@ -41,7 +41,7 @@ from .loading import to_device
 from .models import Model, check_taps, chosen_layers, open_for, open_model, open_processor, path_of, ready, report_facts
 from .options import option
 from .pairs import Pair, Point
-from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map
+from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map, save_picture
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
 from .results import CurveReport, PretrainingReport, ProbeReport
@@ -162,13 +162,14 @@ class SweepResult(ProbeReport):
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
         with saving(folder):
             path = self.write(folder).parent
-            self.heat_map().savefig(path / "heat_map.png", dpi=120)
-            accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
+            save_picture(self.heat_map(), path / "heat_map.png", dpi=120)
+            save_picture(accuracy_over_sigma(self.pairs, self.best), path / "accuracy_over_sigma.png", dpi=120)
             names = list((self.classifier.config.id2label or {}).values())
             table = confusion_table(self.labels, self.predicted, names)
-            table.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
-            np.save(path / "test_predictions.npy", self.predicted)
-            np.save(path / "test_labels.npy", self.labels)
+            save_picture(table, path / "confusion.png", dpi=100, bbox_inches="tight")
+            for name, classes in (("test_predictions", self.predicted), ("test_labels", self.labels)):
+                with written_whole(path / f"{name}.npy") as partial, partial.open("wb") as file:
+                    np.save(file, classes)
 
 
 def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult | None:
@@ -377,7 +378,7 @@ def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None,
     report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
     if kept is not None:
         report.write(kept)
-        curves_of_points(points).savefig(Path(kept, "training_curve.png"), dpi=120)
+        save_picture(curves_of_points(points), Path(kept, "training_curve.png"), dpi=120)
     return report
 
 
