@@ -29,7 +29,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..weights import fingerprint
-from .arrays import StrPath, kept_or_temporary, read_json, write_json, written_whole
+from .arrays import StrPath, damaged, kept_or_temporary, read_json, write_json, written_whole
 from .classes import draw_images, draw_labels
 from .devices import HELP, machine
 from .draws import separate_randomness
@@ -288,6 +288,10 @@ def _classifier(
     return classifier, float((predicted == prober.labels["test"]).mean())
 
 
+def _hash_of(known: Any) -> str:
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     """Probe every noise level, and keep each one's figures in a folder, if any: an interrupted sweep goes on there."""
     options = prober.options
@@ -301,15 +305,18 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     known |= {"data": prober.train.identity, "layers": prober.layers, "chosen_on": len(prober.chosen_on)}
     known["features"] = FeatureCache(folder or "", prober.model, options.noise_seed).identity
     known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
-    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    key = _hash_of(known)
     pairs: list[Pair] = []
     for sigma in tqdm(prober.sigmas, desc="Noise levels", disable=None):
         path = None if folder is None else folder / f"sigma-{sigma}.json"
         level = read_json(path) if path is not None and path.exists() else {}
         if level.get("key") != key:
-            level = {"key": key, "rows": [dataclasses.asdict(pair) for pair in prober.level(sigma)]}
+            rows = [dataclasses.asdict(pair) for pair in prober.level(sigma)]
+            level = {"key": key, "rows": rows, "sha256": _hash_of(rows)}
             if path is not None:
                 write_json(path, level)
+        elif path is not None and level.get("sha256", "") not in ("", _hash_of(level.get("rows"))):  # "": of 0.2.0
+            raise damaged(path, "its checksum is not that of the figures that were written")
         pairs += [Pair(**row) for row in level["rows"]]
     return pairs
 
