@@ -40,7 +40,8 @@ test-minimum:  ## Run the default tests on the oldest supported versions, with t
 	$(VENV)-minimum/bin/python -m pytest $(PARALLEL)
 
 test-faults: $(VENV)/.installed  ## Kill commands, fill disks and damage files, an hour long: make test-faults MOMENTS=20 SEED=7
-	$(BIN)/python -m tests.faults --moments $(or $(MOMENTS),20) $(if $(SEED),--seed $(SEED)) $(FAULTS)
+	$(BIN)/python -m tests.faults --moments $(or $(MOMENTS),20) $(if $(SEED),--seed $(SEED)) \
+		$(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
 
 soak: $(VENV)/.installed  ## Repeat small experiments in one process, and see whether memory grows: make soak MINUTES=60
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),60)

@@ -87,7 +87,7 @@ def rows_of(job: Job, every: list[Job], options: argparse.Namespace, seed: int, 
         return
     if "disk" in options.kinds:
         yield row(job, "no room", disks(known, folder, max(1, count // 4), seed), seed)
-    if "damage" in options.kinds:
+    if "damage" in options.kinds and place == 0:  # files of a command's variants are alike
         yield row(job, "damaged", damages(known, folder, options.damages, seed), seed)
 
 
