@@ -31,7 +31,7 @@ COMMAND = re.compile(r"(?:^|[\s/(])(?:ddae|-m ddae_hf) +([a-z][\w-]*)(?![\w.])(.
 BENCHMARK = re.compile(r"-m benchmarks\.(\w+)(.*)")
 # Options of other programs, and `--conf`, by which a docstring says what is no option.
 FOREIGN = {"conf", "config_file", "num_cpu_threads_per_process", "num_processes", "multi_gpu", "dynamo_backend"}
-FOREIGN |= {"dynamo_use_regional_compilation", "dynamo_use_dynamic"}
+FOREIGN |= {"dynamo_use_regional_compilation", "dynamo_use_dynamic", "machine_rank", "main_process_ip"}
 FOREIGN |= {"repo_type", "version"}
 # Files that commands and benchmarks write, and that lie in checkpoints and Spaces.
 WRITTEN = {"training_options.yaml", "pipeline.py", "paper.yaml", "network.yaml", "demo.yaml", "linear_probe.yaml"}

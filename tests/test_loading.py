@@ -88,6 +88,11 @@ def test_parts_come_in_order_and_some_are_read_before_they_are_wanted(apart):
     assert list(read_ahead(noted, [], "cpu")) == [] and not readers()
 
 
+def test_a_part_alone_is_read_without_a_thread(apart):
+    parts = read_ahead(lambda part: torch.tensor([threading.get_ident()]), [0], "cpu")
+    assert next(parts).item() == threading.get_ident() and not readers() and not list(parts)
+
+
 def test_on_the_processor_each_part_is_read_when_it_is_wanted():
     read = []
     parts = read_ahead(lambda part: read.append(part) or numbered(part), range(9), "cpu")
@@ -190,7 +195,7 @@ def test_a_batch_is_one_copy_of_integers_and_none_once_all_are_on_the_device(mon
     numbers = 4 * 3 * SIDE**2
     assert copies.sizes == [numbers] * 3 and {batch.device.type for batch in batches} == {"meta"}
     monkeypatch.setattr(image_set, "free_memory", lambda device: 4 * COUNT * 3 * SIDE**2)
-    for view, sizes in ((1, [COUNT * 3 * SIDE**2, COUNT]), (2, [COUNT])):  # the pixels, and which are wanted
+    for view, sizes in ((1, [COUNT * 3 * SIDE**2, 4, 4, 4]), (2, [4, 4, 4])):  # the pixels, and which are wanted
         with Copies() as copies:
             assert [len(batch) for batch in inputs.batches(4, view=view, device="meta")] == [4, 4, 4]
         assert copies.sizes == sizes

@@ -166,19 +166,19 @@ def test_a_second_run_and_another_probe_read_the_features_that_are_there(
 
 def test_an_interrupted_sweep_gives_what_an_uninterrupted_one_gives(swept, checkpoint, digits, tmp_path, monkeypatch):
     expected = swept[1]
-    original, calls = FeatureCache.features, []
+    original, calls = FeatureCache.kept, []
 
-    def stop(self, images, *arguments, **options):
-        def some(start):
-            for batch in images(start):
-                calls.append(len(batch))
+    def stop(self, batches, *arguments, **options):
+        def some(start, missing):
+            for batch in batches(start, missing):
+                calls.append(len(next(iter(batch.values()))))
                 if len(calls) == 9:  # in the second noise level
                     raise KeyboardInterrupt
                 yield batch
 
         return original(self, some, *arguments, **options)
 
-    monkeypatch.setattr(FeatureCache, "features", stop)
+    monkeypatch.setattr(FeatureCache, "kept", stop)
     with pytest.raises(SystemExit, match="130"):
         run(checkpoint, digits, tmp_path)
     resumed = run(checkpoint, digits, tmp_path)

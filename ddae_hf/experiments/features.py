@@ -101,8 +101,11 @@ def features_of_parts(
     noise_seed: int, view: int, image_view: int = 0, title: str = "Features",
 ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
     """Yield the features of parts of a data set, `Inputs`: see `Inputs.parts`, whose numbers are the indices here."""
-    images = inputs.parts(parts, view=image_view, title=title, device=model.device)
-    for (_, numbers), batch in zip(parts, images, strict=True):
+    for (_, numbers), batch in zip(
+        parts,
+        inputs.parts(parts, view=image_view, title=title, device=model.device),  # without a name: see there
+        strict=True,
+    ):
         yield batch_features(model, batch, numbers, layers, sigma, noise_seed=noise_seed, view=view)
 
 

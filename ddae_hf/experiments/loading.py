@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -32,15 +32,17 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     return values.to(device, non_blocking=values.is_pinned())
 
 
-def read_ahead(read: Callable[[Part], Tensor], parts: Iterable[Part], device: torch.device | str) -> Iterator[Tensor]:
+def read_ahead(read: Callable[[Part], Tensor], parts: Sequence[Part], device: torch.device | str) -> Iterator[Tensor]:
     """Yield on a device what `read` returns of each part, in order.
 
     Where the device works beside the processor, a thread reads the next parts meanwhile, into pinned memory; on the
-    processor itself, each part is read when it is wanted. The thread ends with the generator: after the last part, when
-    the consumer stops, and at an error of either. An error of `read` comes where its part would have come.
+    processor itself, and where there is one part alone, each is read when it is wanted. The thread ends with the
+    generator: after the last part, when the consumer stops, and at an error of either. An error of `read` comes where
+    its part would have come.
     """
-    if not is_apart(device):
-        yield from map(read, parts)
+    if not is_apart(device) or len(parts) < 2:
+        for part in parts:
+            yield to_device(read(part), device)
         return
 
     def read_pinned(part: Part) -> Tensor:
