@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -124,12 +124,11 @@ def row(job: Job, what: str, trials: Iterator[Trial], seed: int) -> Row:
             print("\n".join(f"    {reason}" for reason in trial.wrong), flush=True)
         else:
             shutil.rmtree(trial.folder)
-    counted: Callable[[str], int] = lambda name: sum(getattr(trial, name) for trial in found)  # noqa: E731
-    result = {"job": job.name, "fault": what, "moments": len(found), "survived": counted("survived")}
-    result |= {"equal": counted("equal"), "passed": sum(not trial.wrong for trial in found)}
-    result |= {"seconds": round(time.monotonic() - started, 1)}
+    result: Row = {"job": job.name, "fault": what, "moments": len(found)}
+    result |= {"survived": sum(trial.survived for trial in found), "equal": sum(trial.equal for trial in found)}
+    result |= {"passed": sum(not trial.wrong for trial in found), "seconds": round(time.monotonic() - started, 1)}
     result |= {"wrong": [{"what": trial.what, "reasons": trial.wrong} for trial in found if trial.wrong]}
-    print(" ".join(str(value) for value in list(result.values())[:-1]), flush=True)
+    print(f"{job.name}, {what}: {result['passed']} of {len(found)} pass, {result['seconds']} s", flush=True)
     return result
 
 

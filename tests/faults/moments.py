@@ -91,8 +91,7 @@ class Watch:
         sys.addaudithook(self._seen)
         safetensors.torch.serialize_file = self._torn(safetensors.torch.serialize_file)
         torch.save = self._torn(torch.save)
-        fsync = os.fsync
-        os.fsync = lambda file: (self._change(), fsync(file))[1]
+        os.fsync = self._counted_before(os.fsync)
 
     def counted(self) -> Counted:
         """Return what the process did so far."""
@@ -134,6 +133,16 @@ class Watch:
             relative = event in ("os.remove", "os.rmdir") and args[1] != -1  # as `shutil.rmtree` names its files
             if (relative or any(self._inside(path) for path in args[: CHANGES[event]])) and self._change():
                 self._die()
+
+    def _counted_before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function before which the process may be killed; it leaves nothing torn."""
+
+        def calls(*args: Any) -> Any:
+            if self._change():
+                self._die()
+            return call(*args)
+
+        return calls
 
     def _torn(self, write: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that writes a file whose last half may never get there; its path is the second argument."""

@@ -84,7 +84,7 @@ def killed(known: Reference, folder: Path, random: Random, part: int, parts: int
             ended = launch(job.words, folder, fault)
         else:
             ended = run(job.words, folder, fault, job.processes)
-        _keep_log(folder, each)
+        shutil.copy(folder / "log.txt", folder / f"log at {each}.txt")
         if not ended.killed and not ended.well:
             trial.broken(f"ended by itself with status {ended.statuses}: {ended.text[-1500:]}")
         if job.processes == 2 and ended.killed:
@@ -92,10 +92,6 @@ def killed(known: Reference, folder: Path, random: Random, part: int, parts: int
         check_nothing_partial(trial, known)
     check_ends_equal(trial, known)
     return trial
-
-
-def _keep_log(folder: Path, moment: Moment) -> None:
-    shutil.copy(folder / "log.txt", folder / f"log at {moment}.txt")
 
 
 def _check_other(trial: Trial, ended: Ended, launched: bool) -> None:
@@ -195,7 +191,7 @@ def without_room(known: Reference, folder: Path, random: Random) -> Trial:
         largest = int(share * max(sizes))
         trial = Trial(f"{share:.3f} of the room" if mounted else f"no file beyond {share:.3f} of the largest", folder)
         ended = run(job.words, folder, Fault(bytes=None if mounted else largest))
-        _keep_log(folder, HALF_WAY)
+        shutil.copy(folder / "log.txt", folder / "log without room.txt")
         if ended.well:
             trial.broken("the command did not notice")
         elif ended.statuses != [1] or not ended.sentence:
