@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart demo digits-checkpoint model-cards notebooks test test-slow test-minimum check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
+.PHONY: quickstart demo digits-checkpoint model-cards notebooks test test-slow test-minimum test-faults soak check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -39,6 +39,13 @@ test-minimum:  ## Run the default tests on the oldest supported versions, with t
 	$(VENV)-minimum/bin/pip install --quiet --requirement requirements-minimum.txt
 	$(VENV)-minimum/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	$(VENV)-minimum/bin/python -m pytest $(PARALLEL)
+
+test-faults: $(VENV)/.installed  ## Kill commands, fill disks and damage files, an hour long: make test-faults MOMENTS=20 SEED=7
+	$(BIN)/python -m tests.faults --moments $(or $(MOMENTS),20) $(if $(SEED),--seed $(SEED)) \
+		$(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
+
+soak: $(VENV)/.installed  ## Repeat small experiments in one process, and see whether memory grows: make soak MINUTES=60
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),60)
 
 check: $(VENV)/.installed  ## Check lint, formatting and types.
 	$(BIN)/ruff check .

@@ -77,6 +77,16 @@ def test_nothing_is_computed_twice(encoded, vae, images, caplog):
         encode(vae, images, options, max_samples=9)
 
 
+def test_an_array_that_was_filled_when_its_process_was_killed_is_finished(vae, images, tmp_path):
+    options = {"max_samples": 30, "mirror": True, "output_dir": str(tmp_path)}
+    folder = encode(vae, images, **options)
+    expected = np.array(folder.latents("train", 1))
+    (tmp_path / "train-1.npy").rename(tmp_path / "train-1.npy.partial")
+    with pytest.raises(ValueError, match="30 of 30 latents .*view 1, in a file that is not finished: finish encoding"):
+        folder.latents("train", 1)
+    assert np.array_equal(encode(vae, images, **options).latents("train", 1), expected)
+
+
 def test_the_log_has_the_data_sets_own_name_of_a_split(vae, images, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     folder = encode(vae, images, split="test", max_samples=3, output_dir=tmp_path)

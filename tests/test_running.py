@@ -36,6 +36,19 @@ def test_what_a_user_can_mend_is_a_sentence_and_the_rest_a_traceback():
         pass
 
 
+def test_a_process_that_lost_another_says_so_and_other_errors_stay(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    gloo = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]: Connection reset by peer."
+    for error in (RuntimeError(gloo), torch.distributed.DistNetworkError("The client socket has timed out.")):
+        with (
+            pytest.raises(SystemExit, match="^Process 1 stops, .* latest .*torch says: .*(reset|timed out)"),
+            sentences(),
+        ):
+            raise error
+    with pytest.raises(RuntimeError, match="size mismatch"), sentences():
+        raise RuntimeError("size mismatch")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_was_interrupted_ends_with_the_status_of_its_signal(number, capsys):
     with pytest.raises(SystemExit) as stopped, sentences():

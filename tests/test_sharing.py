@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import json, os, signal, sys
 import torch
+from accelerate.state import PartialState
 from ddae_hf.experiments.sharing import FirstFailed, Team
 
 failed = []
@@ -67,8 +68,9 @@ for case in sys.argv[1:]:
             found += globals()[case]()
     except (ValueError, KeyboardInterrupt) as error:
         found.append(repr(error))
-    print(case, json.dumps(found), flush=True)
-print("process", team.number, "ends", *failed, flush=True)
+    sys.stdout.write(f"{case} {json.dumps(found)}\\n")  # at once: the processes share a pipe
+sys.stdout.write(" ".join(["process", str(team.number), "ends", *failed]) + "\\n")
+PartialState().destroy_process_group()
 """
 
 

@@ -218,6 +218,17 @@ def test_what_is_damaged_ends_a_sweep_with_the_files_name(swept, checkpoint, dig
         run(checkpoint, digits, tmp_path / "out")
 
 
+def test_figures_of_a_level_that_were_changed_are_not_used(swept, checkpoint, digits, tmp_path):
+    shutil.copytree(swept[0], tmp_path / "out")
+    run(checkpoint, digits, tmp_path / "out")
+    path = tmp_path / "out" / "levels" / "sigma-2.0.json"
+    level = json.loads(path.read_text())
+    level["rows"].append({"layer": "mid_block", "sigma": 2.0, "validation_accuracy": 1.0})
+    path.write_text(json.dumps(level))
+    with pytest.raises(SystemExit, match=f"{path} is damaged .its checksum"):
+        run(checkpoint, digits, tmp_path / "out")
+
+
 def test_more_views_are_trained_on_and_averaged(checkpoint, digits, tmp_path):
     options = ["--sigmas", "1", "--layers", "mid_block"]
     one = run(checkpoint, digits, tmp_path, *options)

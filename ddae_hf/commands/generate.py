@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..experiments.generation import GenerationOptions, generate
 from ..experiments.options import option
-from ..experiments.plots import image_grid
+from ..experiments.plots import image_grid, save_picture
 from ..experiments.sharing import is_first_process
 
 
@@ -35,5 +35,5 @@ def main(options: Arguments) -> None:
     samples = generate(options.model_name_or_path, options)
     if is_first_process():
         grid = Path(options.output_dir) / "grid.png"
-        image_grid(samples[: options.grid_images]).save(grid)
+        save_picture(image_grid(samples[: options.grid_images]), grid)
         print(f"{len(samples)} images are in {options.output_dir}, {samples.made} of them made now. Look at {grid}.")

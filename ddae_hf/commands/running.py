@@ -20,7 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..experiments.sharing import FirstFailed, is_first_process
+from ..experiments.sharing import FirstFailed, is_first_process, is_of_another
 from ..experiments.stopping import Interrupted
 from .parsing import parse
 
@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's: microseconds or `max`, then the period that they are out of
 ALIKE_SECONDS = 10  # in which the first of several processes may say what went wrong in all
 INTERRUPTED = "Interrupted: the same command goes on from what was kept, or starts again if nothing was."
+LOST = (
+    "Process {} stops, because another process of this launch is gone or does not answer; the output of that one says "
+    "why, if it could. The same command goes on from what was kept, with resume_from_checkpoint latest where there is "
+    "that option. What torch says: {}"
+)
 
 
 def run_command(command: ModuleType, words: Sequence[str]) -> None:
@@ -78,6 +83,11 @@ def sentences() -> Iterator[None]:
         raise SystemExit(str(error)) from error
     except FirstFailed as error:  # which says why itself
         raise SystemExit(1) from error
+    except RuntimeError as error:
+        if not is_of_another(error):
+            raise
+        logger.debug("Where this was raised:", exc_info=True)
+        raise SystemExit(LOST.format(os.environ.get("RANK", "0"), str(error).partition("\n")[0])) from error
     except KeyboardInterrupt as error:
         print(str(error) or INTERRUPTED, file=sys.stderr)
         raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error  # `Interrupted` knows its own

@@ -38,7 +38,7 @@ from .features import evaluating
 from .images import Images
 from .models import Model, check_taps, open_model, open_processor, report_facts
 from .options import Options, option
-from .plots import Picture
+from .plots import Picture, save_picture
 from .report import in_memory
 from .results import CorrespondenceReport
 from .run_folder import saving
@@ -96,7 +96,7 @@ class CorrespondenceResult(CorrespondenceReport):
     def save(self, folder: StrPath) -> None:
         """Write `eval_results.json` and `correspondence.png`."""
         with saving(folder):
-            self.picture().savefig(self.write(Path(folder)).parent / "correspondence.png", dpi=90)
+            save_picture(self.picture(), self.write(Path(folder)).parent / "correspondence.png", dpi=90)
 
 
 def find_correspondences(

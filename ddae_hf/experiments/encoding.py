@@ -124,7 +124,7 @@ def encode_views(folder: LatentFolder, inputs: Mapping[str, ImageInputs], batch_
         f"{arrays.size(arrays.num_bytes(folder.shape, count, DTYPE))} on disk in {folder.folder}, "
         f"{arrays.size(folder.missing_bytes())} of them still to be computed, {batch_size} images at a time."
     )
-    if not folder.missing_bytes():
+    if folder.complete:
         return
     started = time.monotonic()
     for split, described in splits.items():

@@ -37,7 +37,7 @@ from .images import Images, ImageSet
 from .libraries import pip_line
 from .models import path_of
 from .options import option
-from .plots import Picture, image_grid
+from .plots import Picture, image_grid, save_picture
 from .report import in_memory
 from .results import GenerationReport
 from .sharing import this_process
@@ -109,7 +109,7 @@ class GenerationResult(GenerationReport):
     def save(self, folder: StrPath) -> None:
         """Write `generation_results.json`, and the picture as `grid.png`."""
         self.write(Path(folder))
-        self.picture().savefig(Path(folder) / "grid.png", dpi=120, bbox_inches="tight")
+        save_picture(self.picture(), Path(folder) / "grid.png", dpi=120, bbox_inches="tight")
 
 
 def evaluate_generation(

@@ -163,6 +163,16 @@ class LatentFolder:
             for view in range(known["views"])
         )
 
+    @property
+    def complete(self) -> bool:
+        """Whether all latents are there in whole arrays: a process that is killed may leave one that is only filled."""
+        splits = self.index["splits"]
+        views = ((split, view) for split in splits for view in range(splits[split]["views"]))
+        return not self.missing_bytes() and all(self._is_whole(split, view) for split, view in views)
+
+    def _is_whole(self, split: str, view: int) -> bool:
+        return (self.folder / f"{split}-{view}.npy").is_file()
+
     def encode(self, vae: Any, split: str, view: int, images: Callable[[int], Iterable[Tensor]]) -> None:
         """Compute a view's latents, from the image at which an interrupted run stopped.
 
@@ -197,8 +207,9 @@ class LatentFolder:
         if not 0 <= view < views:
             raise ValueError(f"{self.folder} has {views} views of the split {split!r}: view {view} is not among them.")
         done = arrays.rows_done(self.folder).get(f"{split}-{view}", 0)
-        if done < count:
+        if done < count or not self._is_whole(split, view):
             what = f"{self.folder} has {done} of {count} latents of the split {split!r}, view {view}"
+            what += ", in a file that is not finished" if done == count else ""
             raise ValueError(f"{what}: finish encoding them with the command that began it.")
         return arrays.open_array(self.folder, f"{split}-{view}", (count, *self.shape), DTYPE)
 

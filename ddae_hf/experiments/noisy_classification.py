@@ -50,7 +50,7 @@ from .loading import to_device
 from .models import Model, check_taps, open_model, open_processor, report_facts
 from .noisy_networks import NoiseConditionalMLP, WideResNet
 from .options import option
-from .plots import curves
+from .plots import curves, save_picture
 from .report import in_memory
 from .results import NoisyReport
 from .run_folder import STATE, check_same_run, checkpoint_to_resume, saved_checkpoints, saving, step_of
@@ -129,7 +129,7 @@ class NoisyResult(NoisyReport):
         for name, (network, config) in self.networks.items():
             write_json(Path(folder, name, "config.json"), config)
             save_model(network, str(Path(folder, name, "model.safetensors")))
-        self.curves().savefig(Path(folder, "accuracy.png"), dpi=120, bbox_inches="tight")
+        save_picture(self.curves(), Path(folder, "accuracy.png"), dpi=120, bbox_inches="tight")
         self.write(Path(folder))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
 
 from ..image_processing_ddae import as_rgb
+from .arrays import written_whole
 from .pairs import Pair, Point
 
 
@@ -23,6 +25,15 @@ class Picture(Figure):
         file = io.BytesIO()
         self.savefig(file, format="png")
         return file.getvalue()
+
+
+def save_picture(picture: Figure | PILImage.Image, path: Path, **options: Any) -> None:
+    """Write a figure or an image as a PNG file, complete or not at all; `options` are those of `Figure.savefig`."""
+    with written_whole(path) as partial:
+        if isinstance(picture, Figure):
+            picture.savefig(partial, format="png", **options)
+        else:
+            picture.save(partial, format="PNG")
 
 
 def heat_map(pairs: Sequence[Pair], best: Pair) -> Figure:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ Task = Callable[..., Any]
 _GO_ON = "go on"  # what the first process says before each round of a task
 _NO_MORE = "no more"
 _DONE, _FAILED = "done", "failed"  # how it lets the others go
+# What gloo, which raises plain errors, says where another process is gone or does not answer.
+_GONE = r"gloo|Connection (closed|reset|refused)|Broken pipe"
 
 
 def this_process() -> PartialState:
@@ -75,6 +78,11 @@ def held_back() -> Iterator[None]:
             signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
+
+
+def is_of_another(error: BaseException) -> bool:
+    """Return whether an error was raised because another process of the launch is gone, or does not answer."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(re.search(_GONE, str(error))))
 
 
 class FirstFailed(RuntimeError):

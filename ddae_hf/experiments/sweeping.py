@@ -29,7 +29,7 @@ from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..weights import fingerprint
-from .arrays import StrPath, kept_or_temporary, read_json, write_json
+from .arrays import StrPath, damaged, kept_or_temporary, read_json, write_json, written_whole
 from .classes import draw_images, draw_labels
 from .devices import HELP, machine
 from .draws import separate_randomness
@@ -41,7 +41,7 @@ from .loading import to_device
 from .models import Model, check_taps, chosen_layers, open_for, open_model, open_processor, path_of, ready, report_facts
 from .options import option
 from .pairs import Pair, Point
-from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map
+from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map, save_picture
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
 from .results import CurveReport, PretrainingReport, ProbeReport
@@ -162,13 +162,14 @@ class SweepResult(ProbeReport):
         """Write `eval_results.json`, the pictures, and the test images' classes as they are and as predicted."""
         with saving(folder):
             path = self.write(folder).parent
-            self.heat_map().savefig(path / "heat_map.png", dpi=120)
-            accuracy_over_sigma(self.pairs, self.best).savefig(path / "accuracy_over_sigma.png", dpi=120)
+            save_picture(self.heat_map(), path / "heat_map.png", dpi=120)
+            save_picture(accuracy_over_sigma(self.pairs, self.best), path / "accuracy_over_sigma.png", dpi=120)
             names = list((self.classifier.config.id2label or {}).values())
             table = confusion_table(self.labels, self.predicted, names)
-            table.savefig(path / "confusion.png", dpi=100, bbox_inches="tight")
-            np.save(path / "test_predictions.npy", self.predicted)
-            np.save(path / "test_labels.npy", self.labels)
+            save_picture(table, path / "confusion.png", dpi=100, bbox_inches="tight")
+            for name, classes in (("test_predictions", self.predicted), ("test_labels", self.labels)):
+                with written_whole(path / f"{name}.npy") as partial, partial.open("wb") as file:
+                    np.save(file, classes)
 
 
 def sweep(model: Model, images: Images, options: SweepOptions | None = None, **changes: Any) -> SweepResult | None:
@@ -287,6 +288,10 @@ def _classifier(
     return classifier, float((predicted == prober.labels["test"]).mean())
 
 
+def _hash_of(known: Any) -> str:
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     """Probe every noise level, and keep each one's figures in a folder, if any: an interrupted sweep goes on there."""
     options = prober.options
@@ -300,15 +305,18 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     known |= {"data": prober.train.identity, "layers": prober.layers, "chosen_on": len(prober.chosen_on)}
     known["features"] = FeatureCache(folder or "", prober.model, options.noise_seed).identity
     known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
-    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    key = _hash_of(known)
     pairs: list[Pair] = []
     for sigma in tqdm(prober.sigmas, desc="Noise levels", disable=None):
         path = None if folder is None else folder / f"sigma-{sigma}.json"
         level = read_json(path) if path is not None and path.exists() else {}
         if level.get("key") != key:
-            level = {"key": key, "rows": [dataclasses.asdict(pair) for pair in prober.level(sigma)]}
+            rows = [dataclasses.asdict(pair) for pair in prober.level(sigma)]
+            level = {"key": key, "rows": rows, "sha256": _hash_of(rows)}
             if path is not None:
                 write_json(path, level)
+        elif path is not None and level.get("sha256", "") not in ("", _hash_of(level.get("rows"))):  # "": of 0.2.0
+            raise damaged(path, "its checksum is not that of the figures that were written")
         pairs += [Pair(**row) for row in level["rows"]]
     return pairs
 
@@ -377,7 +385,7 @@ def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None,
     report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
     if kept is not None:
         report.write(kept)
-        curves_of_points(points).savefig(Path(kept, "training_curve.png"), dpi=120)
+        save_picture(curves_of_points(points), Path(kept, "training_curve.png"), dpi=120)
     return report
 
 

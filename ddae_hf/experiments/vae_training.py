@@ -33,7 +33,7 @@ from .batches import Batch, clean_images, image_batches, images_hash
 from .draws import RowDraws, separate_randomness
 from .images import Images, ImageSet
 from .options import Table, option
-from .plots import image_grid
+from .plots import image_grid, save_picture
 from .report import in_memory
 from .results import VAEReport
 from .run_folder import WEIGHTS, Progress, check_same_run, saving, write_options
@@ -102,7 +102,7 @@ class VAEResult(VAEReport):
             self.vae.save_pretrained(path)
             write_options(self.options, path)
             if self.reconstructions is not None:
-                self.reconstructions.save(path / "reconstructions.png")
+                save_picture(self.reconstructions, path / "reconstructions.png")
             self.write(path)
 
 
