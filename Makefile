@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart demo digits-checkpoint model-cards notebooks test test-slow test-minimum test-faults soak check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
+.PHONY: quickstart demo digits-checkpoint model-cards notebooks test test-processes test-slow test-minimum test-faults soak check docs wheel digits-frameworks cifar10-cpu cifar10-latent cifar10-speedrun benchmarks clean
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -29,6 +29,9 @@ notebooks: $(VENV)/.installed  ## Run the notebooks of examples/ from top to bot
 
 test: $(VENV)/.installed  ## Run the default tests, on two processes.
 	$(BIN)/python -m pytest $(PARALLEL)
+
+test-processes: $(VENV)/.installed  ## Run the tests that compare several processes with one.
+	$(BIN)/python -m pytest -m processes
 
 test-slow: $(VENV)/.installed  ## Run the tests that take minutes, and try fifty times as many examples of the laws.
 	$(BIN)/python -m pytest -m slow

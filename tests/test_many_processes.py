@@ -17,6 +17,8 @@ from ddae_hf.experiments.latent_folder import LatentFolder
 from . import commands
 from .conftest import make_dit, make_unet, make_vae
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 RUN = """
 import json, sys

@@ -21,6 +21,8 @@ from ddae_hf.experiments.vae_training import VAEOptions
 
 from . import commands
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 UNET = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [32, 32], "layers_per_block": 1}
 UNET |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}

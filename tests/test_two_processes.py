@@ -23,6 +23,8 @@ from ddae_hf.experiments.run_folder import OPTIONS
 from . import launched
 from .conftest import make_unet, make_vae
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 UNET = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [16, 16], "layers_per_block": 1}
 UNET |= {"norm_num_groups": 8}
