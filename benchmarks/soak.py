@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from ddae_hf.experiments import Images, generate, pretrain, sweep
@@ -153,9 +154,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/soak"), help="Folder of soak.json and soak.png.")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    torch.set_num_threads(1)  # tiny networks gain nothing from more
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # where progress bars go
         samples = soak(options.minutes)
-    found = growths(samples)
+    try:
+        found = growths(samples)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     report = {"growth": [asdict(each) for each in found], "samples": [asdict(each) for each in samples]}
     write_json(options.output_dir / "soak.json", report | machine("cpu"))
     save_picture(picture(samples), options.output_dir / "soak.png", dpi=110)

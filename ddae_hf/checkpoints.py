@@ -24,7 +24,6 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .building import LARGEST, building, refusing, short
@@ -54,6 +53,7 @@ from .weights import (
     inside,
     location,
     names_of_part,
+    open_weights,
     plain_state,
     read_json,
     refuse_missing,
@@ -224,7 +224,7 @@ class WholeCheckpoint(Checkpoint):
         network = build_network(self.config[part])
         state: dict[str, torch.Tensor] = {}
         for file in files:
-            with safe_open(file, framework="pt") as tensors:
+            with open_weights(file) as tensors:
                 state |= {name: tensors.get_tensor(key) for name, key in names_of_part(part, [file])}
         refuse_unexpected(os.path.dirname(files[0]), part, state.keys() - network.state_dict().keys())
         network.load_state_dict(state, assign=True)

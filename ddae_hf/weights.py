@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 from .building import short
@@ -230,10 +230,23 @@ def _variants(path: str, name: str, subfolder: str) -> list[str]:
     return sorted({match[1] or match[2] for match in found if match})
 
 
+@contextmanager
+def open_weights(file: str) -> Iterator[Any]:
+    """Give an open file of safetensors, or raise `ValueError` if it is none or was cut short."""
+    try:
+        opened = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. It is no file of safetensors, or is not whole: save or download it again."
+        ) from error
+    with opened as tensors:
+        yield tensors
+
+
 def tensor_names(files: Iterable[str]) -> Iterator[str]:
     """Yield the names of the tensors in files."""
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with open_weights(file) as tensors:
             yield from tensors.keys()
 
 
@@ -256,7 +269,7 @@ def names_of_part(part: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def stored_dtype(file: str) -> torch.dtype:
     """Return the type of the floating-point tensors in a file."""
-    with safe_open(file, framework="pt") as tensors:
+    with open_weights(file) as tensors:
         dtypes = (tensors.get_tensor(key).dtype for key in tensors.keys())  # noqa: SIM118 (not a mapping)
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
@@ -286,5 +299,5 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
 
 def head_metadata(head: str) -> dict[str, str]:
     """Return what a classifier without its denoiser says of its base: `base`, `revision`, `fingerprint`."""
-    with safe_open(head, framework="pt") as tensors:
+    with open_weights(head) as tensors:
         return dict(tensors.metadata() or {})

@@ -645,3 +645,14 @@ def test_a_gpu_gives_the_cpus_predictions(images):
     expected = model(images).logits
     logits = copy.deepcopy(model).to("cuda", memory_format=torch.channels_last)(images.cuda()).logits.cpu()
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("kind", [DDAEModel, DDAEForImageClassification])
+def test_weights_that_were_cut_short_are_refused_by_their_files_name(kind, share, tmp_path):
+    DDAEForImageClassification(make_config()).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=f"{path} cannot be read: .* save or download it again"):
+        kind.from_pretrained(tmp_path)
