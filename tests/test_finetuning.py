@@ -264,6 +264,20 @@ def test_a_run_goes_on_in_other_batches_of_the_same_steps_and_in_another_precisi
         trainer.FineTuner._check_options(tuner, finetuned[0] / "checkpoint-3")
 
 
+def test_a_process_that_is_killed_while_it_saves_leaves_no_checkpoint(checkpoints, digits, tmp_path):
+    """Else `latest` would be one that cannot be resumed."""
+    if not (child := os.fork()):
+        trainer.note_files = lambda folder: os._exit(9)  # the last thing before the checkpoint comes to its place
+        try:
+            run(checkpoints / "ddpm", digits, tmp_path, **SIX)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not list(tmp_path.glob("checkpoint-*")) and list(tmp_path.glob("partial-checkpoint/checkpoint-*"))
+    assert run(checkpoints / "ddpm", digits, tmp_path, **SIX, **LATEST).steps == 6
+    assert list(tmp_path.glob("checkpoint-*")) and not list(tmp_path.glob("partial*"))
+
+
 def test_a_run_whose_end_was_interrupted_is_tested(finetuned, checkpoints, digits, tmp_path):
     folder = started(finetuned, tmp_path / "out", 3, 6)
     again = run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST)

@@ -294,11 +294,16 @@ class FineTuner(Trainer):
         images = self.before["images"] + self.images_seen
         return {"images": images, "seconds": self.before["seconds"] + monotonic() - self.started}
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where Trainer writes checkpoints: they come to their place when they are whole."""
+        return str(Path(self.args.output_dir) / "partial-checkpoint")
+
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write a checkpoint, finite and whole or not at all, and drop the oldest others."""
         self.look()
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with saving(folder.parent):
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / place.name
+        with saving(place.parent):
             try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process has written its random state
@@ -308,7 +313,11 @@ class FineTuner(Trainer):
                         save_file(dict(zip(self.learning, averages, strict=True)), folder / AVERAGED)
                     write_json(folder / PROGRESS, self.total() | self.known)
                     note_files(folder)
-                    for old in [other for other in saved_checkpoints(folder.parent) if other != folder][:-1]:
+                    if place.exists():
+                        discard(place)
+                    folder.rename(place)
+                    folder.parent.rmdir()
+                    for old in [other for other in saved_checkpoints(place.parent) if other != place][:-1]:
                         discard(old)
             except BaseException:
                 if self.is_world_process_zero() and folder.exists():
