@@ -254,7 +254,7 @@ def tensor_shapes(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in files, by their names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with open_weights(file) as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
 
