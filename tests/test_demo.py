@@ -340,10 +340,14 @@ def test_a_training_image_is_its_own_nearest_neighbour(page, run, tmp_path):
     images = open_demo(run).images["train"].take(200)
     [image] = images.pil([7])
     image.resize((80, 80), Image.Resampling.NEAREST).save(tmp_path / "digit.png")
-    before = page.wait(lambda: page.pictures("#found"))
+    page.wait(lambda: page.pictures("#found"))  # those of what is drawn, which may come late
     page.upload(tmp_path / "digit.png")
-    found = page.wait(lambda: (found := page.pictures("#found")) != before and found)
-    assert len(found) == 8 and np.array_equal(pictures_in(found[0])[0], image)
+
+    def nearest():
+        found = page.pictures("#found")
+        return found if len(found) == 8 and np.array_equal(pictures_in(found[0])[0], image) else None
+
+    page.wait(nearest)
     captions = [element.text for element in page.find("#found figcaption")]
     assert captions[0].startswith(images.names[images.labels[7]] + ",")
     values = [float(text.rpartition(" ")[2]) for text in captions]
