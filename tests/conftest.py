@@ -179,3 +179,13 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     room.write_digits(folder, room.digits())
     return folder
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Measure the machine on matrices and images that take no time."""
+    from benchmarks import measure  # not among what every test imports
+
+    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr(measure, "CONVOLUTION", {"cpu": (1, 8, 8)})
+    monkeypatch.setattr(measure, "COPIED", 2**12)

@@ -22,14 +22,6 @@ NETWORK = (
 pytestmark = pytest.mark.filterwarnings("ignore:.*their covariance is singular")
 
 
-@pytest.fixture
-def small_limits(monkeypatch):
-    """Measure the machine on matrices and images that take no time."""
-    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 64})
-    monkeypatch.setattr(measure, "CONVOLUTION", {"cpu": (1, 8, 8)})
-    monkeypatch.setattr(measure, "COPIED", 2**12)
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from benchmarks import gpu_campaign, gpu_parts, gpu_stage, gpu_training, measure
+from benchmarks import gpu_campaign, gpu_parts, gpu_stage, gpu_training
 from ddae_hf import DDAEPipeline
 
 from .conftest import make_unet
@@ -19,13 +19,6 @@ TESTS = [f"tests/test_gpu.py::test_{name}" for name in ("one", "two[edm]", "thre
 def campaign(folder, *options, seconds=100.0):
     args = gpu_campaign.parse_arguments(["--output_dir", str(folder), "--device", "cpu", *map(str, options)])
     return gpu_stage.Campaign(args, time.monotonic() + seconds)
-
-
-@pytest.fixture
-def small_limits(monkeypatch):
-    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 64})
-    monkeypatch.setattr(measure, "CONVOLUTION", {"cpu": (1, 8, 8)})
-    monkeypatch.setattr(measure, "COPIED", 2**12)
 
 
 @pytest.fixture(scope="module")
