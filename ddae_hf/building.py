@@ -14,7 +14,7 @@ from typing import Any
 
 LARGEST = 2**20  # of a number in a config: a width, a side, a number of timesteps or of classes
 # Numbers of layers, each of which takes a while to build.
-OF_LAYERS = ("layers_per_block", "num_layers")
+OF_LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")
 MOST_LAYERS = 1000
 
 
@@ -29,10 +29,19 @@ def building(what: str, config: Mapping[str, Any], cls: Any) -> Iterator[None]:
     check_numbers(what, config)
     for name, parameter in inspect.signature(cls).parameters.items():
         number = isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool)
-        if number and not isinstance(config.get(name), (int, float, type(None))):
+        lists = "tuple" in str(parameter.annotation)  # one number for each level may be given, too
+        value = config.get(name)
+        if number and not (_is_numbers(value) if lists else isinstance(value, (int, float, type(None)))):
             raise ValueError(f"{sentence}: {name} is {short(config[name])}, and must be a number.")
     with refusing(sentence):
         yield
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether a value is None, a number, or a list of such values."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_numbers(each) for each in value)
+    return isinstance(value, (int, float, type(None)))
 
 
 @contextmanager

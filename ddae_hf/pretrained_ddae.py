@@ -23,6 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of, skeleton
+from .prompts import embed, embeds
 from .remote_code import AUTO_MAP
 from .weights import (
     COMPILED,
@@ -90,13 +91,17 @@ class DDAEPreTrainedModel(PreTrainedModel):
 
         For a generative checkpoint, `layer` and either `sigma` or `timestep` say where to tap it, and `num_labels` (or
         `id2label`) says how many classes the new classifier has. With `vae=None` a denoiser of latents comes without
-        its VAE, and takes latents as its images. `variant` says which of several sets of weights is opened, and
+        its VAE, and takes latents as its images. A denoiser that is told a text is read with a `prompt`, or with a
+        `condition` as `embed_prompts` makes it, for all images; by default with the null prompt, if the checkpoint has
+        text encoders. `variant` says which of several sets of weights is opened, and
         `state_dict` replaces all of them. Everything else is as in transformers, except that every tensor must be
         there: only those of a new classifier may be missing.
 
         Raises:
-            ValueError: No checkpoint, an unsupported denoiser, a tap or variant that it lacks, or missing tensors.
+            ValueError: No checkpoint, an unsupported denoiser, a tap or variant that it lacks, or missing tensors; a
+                prompt or condition for a model that stores another one.
         """
+        condition = kwargs.pop("condition", None)
         if pretrained_model_name_or_path is None:
             made = super().from_pretrained(None, *model_args, **kwargs)
             (made[0] if isinstance(made, tuple) else made).restrict_gradients()
@@ -108,6 +113,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         anew = asked and bool(kwargs.get("ignore_mismatched_sizes"))
         checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
         config = kwargs.pop("config", None)
+        _check_told(checkpoint, condition, kwargs.get("prompt"))
         scheduler = kwargs.get("scheduler", checkpoint.scheduler)
         if config is None:
             config, kwargs = DDAEConfig.from_dict(checkpoint.config, return_unused_kwargs=True, **kwargs)
@@ -125,7 +131,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
             state = checkpoint.compiled_state()
         if state is None and not checkpoint.opens_in_transformers:
             config = copy.deepcopy(config)
-            state, dtype = cls._read_parts(checkpoint, config, dtype)
+            state, dtype = cls._read_parts(checkpoint, config, dtype, condition)
         with _load_reports(checkpoint.path) as reports:
             opened: Any = super().from_pretrained(
                 checkpoint.path if state is None else None,
@@ -166,8 +172,13 @@ class DDAEPreTrainedModel(PreTrainedModel):
             refuse_other_shapes(checkpoint.path, "classifier", expected, stored)
 
     @classmethod
-    def _read_parts(cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any) -> tuple[dict[str, Any], Any]:
-        """Return the tensors of a generator, or of a head and its base, and their type; set `config`'s fingerprints."""
+    def _read_parts(
+        cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any, condition: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the tensors of a generator, or of a head and its base, and their type.
+
+        It sets the fingerprints of `config`, and the shapes of a null condition.
+        """
         denoiser = checkpoint.load("denoiser", dtype if isinstance(dtype, torch.dtype) else None)
         for name, rounded in GENERATOR_FINGERPRINTS.items():
             setattr(config, name, fingerprint(denoiser, dtype=rounded))
@@ -183,7 +194,14 @@ class DDAEPreTrainedModel(PreTrainedModel):
             refuse_other_shapes(checkpoint.path, part, known, stored)
         prefix = cls._inner_prefix
         state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
-        state |= load_file(checkpoint.head) if cls._has_head and checkpoint.head else {}
+        head = load_file(checkpoint.head) if checkpoint.head else {}
+        state |= head if cls._has_head else {}
+        kept = "ddae.condition."
+        told = {name.removeprefix(kept): value for name, value in head.items() if name.startswith(kept)}
+        if not checkpoint.head:
+            told = null_condition(checkpoint, denoiser, config.prompt, condition)
+            config.condition_shapes = {name: list(value.shape[1:]) for name, value in told.items()} or None
+        state |= {f"{prefix}condition.{name}": value for name, value in told.items()}
         return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
     def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:
@@ -280,6 +298,37 @@ def _load_reports(where: str) -> Iterator[list[logging.LogRecord]]:
         for record in reports:
             record.msg = record.msg.replace("from: None\n", f"from: {where}\n")
             reporting.handle(record)
+
+
+def _check_told(checkpoint: Checkpoint, condition: Any, prompt: Any) -> None:
+    """Refuse another prompt or condition for a model that stores what its denoiser is told."""
+    stored = checkpoint.config.get("prompt")
+    if checkpoint.holds_model and (condition is not None or (prompt is not None and prompt != stored)):
+        raise ValueError(
+            f"{checkpoint.path} was saved with what its denoiser is told ("
+            f"{'no prompt' if stored is None else f'the prompt {stored!r}'}): leave prompt and condition out. Its "
+            "forward takes another `condition`; to train for another prompt, open the generative checkpoint with it."
+        )
+
+
+def null_condition(checkpoint: Checkpoint, denoiser: Any, prompt: str | None, condition: Any) -> dict[str, Any]:
+    """Return what a generator's denoiser is to be told of all images, (1, ...) by name; empty where nothing is.
+
+    Args:
+        checkpoint: The generator.
+        denoiser: Its denoiser.
+        prompt: A text; None is the null prompt.
+        condition: Embeddings, in place of a text.
+    """
+    network = network_of(denoiser)
+    if condition is not None and prompt is not None:
+        raise ValueError("Both prompt and condition came: pass one of them.")
+    if not network.stock_pipelines and condition is not None:
+        raise ValueError("condition came, but this denoiser is told no text: leave it out, or pass it to the forward.")
+    if not network.stock_pipelines or (condition is None and prompt is None and not embeds(checkpoint)):
+        return {}
+    told = embed(checkpoint, prompt, denoiser.dtype) if condition is None else condition
+    return network.conditions(denoiser, told, 1, "cpu")
 
 
 def use_attention(denoiser: nn.Module, implementation: str | None) -> None:

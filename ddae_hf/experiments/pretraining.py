@@ -219,7 +219,7 @@ class Pretraining:
         if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
             clean = reduced(clean, options.low_resolution)
         log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
-        return self.diffusion.loss(clean, class_labels=labels, log_normal=log_sigma, generator=draws).mean()
+        return self.diffusion.loss(clean, condition=labels, log_normal=log_sigma, generator=draws).mean()
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""
