@@ -106,7 +106,7 @@ class DDAEModel(DDAEPreTrainedModel):
 
     def _check_learning(self, layers: list[str]) -> None:
         """Refuse to return, in training, hidden states of layers whose gradients `restrict_gradients` has left out."""
-        known = self.layer_names()
+        known = layer_names(self.denoiser, inner=True)
         deepest = max(self._restricted_to, key=known.index)
 
         def learns(layer: str) -> bool:
