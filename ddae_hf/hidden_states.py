@@ -32,9 +32,10 @@ def layer_names(denoiser: Any, *, inner: bool = False) -> list[str]:
     """Return the name of every tap, in the order in which the network computes them.
 
     For U-Nets: encoder (`down_blocks.0.resnets.0`, ...), `mid_block`, decoder (`up_blocks.0.attentions.0`, ...). For
-    transformers: `transformer_blocks.0`, ... With `inner`, also those that lie inside of these, which are read only
-    where they are named: the transformer blocks of attentions (`up_blocks.1.attentions.0.transformer_blocks.0`) and, of
-    each transformer block, queries and keys of its self-attention (`transformer_blocks.0.attn1.to_q`, `.to_k`).
+    transformers: `transformer_blocks.0`, ... With `inner`, also those that are read only where they are named: the
+    transformer blocks of attentions (`up_blocks.1.attentions.0.transformer_blocks.0`); of each transformer block,
+    queries and keys of its self-attention (`transformer_blocks.0.attn1.to_q`, `.to_k`); and whole blocks of a U-Net's
+    decoder that end with an upsampling (`up_blocks.1`), as work on correspondences reads them.
     """
     return [tap.name for tap in network_of(denoiser).taps(denoiser) if inner or not tap.inner]
 

@@ -25,7 +25,7 @@ class Tap(NamedTuple):
     channels: int  # width of the hidden state
     stride: int  # pixels of the network's input, in height and in width, that one of its positions stands for
     part: str  # "encoder", "middle" or "decoder"; networks without these are decoders as a whole
-    inner: bool = False  # whether it lies inside of another tap, so that it is read only where it is named
+    inner: bool = False  # whether it is read only where it is named: it lies inside of another tap, or around some
 
 
 def taps_of_block(name: str, width: int, stride: int, part: str, *, inner: bool) -> list[Tap]:
