@@ -84,6 +84,11 @@ def images(folder):
     return Images.open(folder)
 
 
+def told(model):
+    """What a model's denoiser is told, by name."""
+    return dict(model.condition.named_buffers())
+
+
 def same(one, other):
     """Whether two conditions are the same tensors."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name].to(one[name])) for name in one)
@@ -99,8 +104,8 @@ def test_a_sweep_saves_a_head_that_gives_its_predictions(stocks, images, tmp_pat
     saved = tmp_path / "classifier"
     assert not list(saved.rglob("diffusion_pytorch_model*")) and not (saved / "model.safetensors").exists()
     opened = DDAEForImageClassification.from_pretrained(saved)
-    told = embed_prompts(stocks[name], PROMPT)
-    assert opened.config.prompt == PROMPT and same(opened.ddae.condition.tensors(), told)
+    expected = embed_prompts(stocks[name], PROMPT)
+    assert opened.config.prompt == PROMPT and same(told(opened.ddae), expected)
     processor = DDAEImageProcessor.from_pretrained(saved)
     predicted = classify(opened, images["test"], processor)
     assert (predicted == classify(result.classifier, images["test"], result.processor)).all()
@@ -128,7 +133,7 @@ def test_of_an_open_model_a_sweep_saves_the_whole(stocks, images, tmp_path):
     result = sweep(model, images, layers=["mid_block"], **ONE)
     result.save(tmp_path)
     opened = DDAEForImageClassification.from_pretrained(tmp_path)
-    assert same(opened.ddae.condition.tensors(), condition)
+    assert same(told(opened.ddae), condition)
     again = classify(opened, images["test"], result.processor)
     assert (again == classify(result.classifier, images["test"], result.processor)).all()
     with pytest.raises(ValueError, match="open already, with another prompt"):
@@ -177,18 +182,18 @@ def test_features_are_kept_apart_by_what_the_denoiser_is_told(stocks, plain, ima
 
 
 def test_networks_with_random_weights_are_told_the_same(stocks, images, tmp_path):
-    told = embed_prompts(stocks["sd"], PROMPT)
+    expected = embed_prompts(stocks["sd"], PROMPT)
     backbones = open_backbones(stocks["sd"], CorrespondenceOptions(prompt=PROMPT))
-    assert all(same(backbone.ddae.condition.tensors(), told) for backbone in backbones.values())
+    assert all(same(told(backbone.ddae), expected) for backbone in backbones.values())
     model = backbones["denoiser"].ddae
     processor = DDAEImageProcessor.from_pretrained(stocks["sd"])
     options = SweepOptions(layers=["mid_block"], **ONE)
     inputs = [changed_inputs(images[split], processor, options) for split in ("train", "test")]
     prober = check_sweep(model, *inputs, processor, options)
-    assert same(prober.random_model.condition.tensors(), told)
+    assert same(told(prober.random_model), expected)
     for path in (stocks["sd"], str(tmp_path)):
         built = build_classifier(path, FinetuningOptions(from_scratch=True, prompt=PROMPT), ["a", "b"])
-        assert same(built.ddae.condition.tensors(), told)
+        assert same(told(built.ddae), expected)
         pairs = zip(built.ddae.denoiser.parameters(), model.denoiser.parameters(), strict=True)
         assert not all(torch.equal(one, other) for one, other in pairs)
         state, own = built.ddae.vae.state_dict(), model.vae.state_dict()
@@ -204,7 +209,7 @@ def test_fine_tuning_saves_what_it_was_told_and_resumes(stocks, images, tmp_path
     result = finetune(stocks[name], images, max_train_steps=2, resume_from_checkpoint="latest", **given)
     assert result.steps == 2 and result.options["prompt"] == PROMPT
     opened = DDAEForImageClassification.from_pretrained(tmp_path)
-    assert same(opened.ddae.condition.tensors(), embed_prompts(stocks[name], PROMPT))
+    assert same(told(opened.ddae), embed_prompts(stocks[name], PROMPT))
     before = DDAEModel.from_pretrained(stocks[name]).denoiser.state_dict()
     after = opened.ddae.denoiser.state_dict()
     assert not all(torch.equal(before[key], after[key]) for key in before)
@@ -223,7 +228,7 @@ def test_a_transfer_tells_its_fine_tuning_the_same_prompt(stocks, images, tmp_pa
     assert read_checkpoint(tmp_path / "classifier").head and result.classifier.ddae.vae is not None
     opened = [DDAEForImageClassification.from_pretrained(tmp_path / part) for part in ("classifier", "finetuned")]
     assert all(each.config.prompt == PROMPT and each.ddae.vae is not None for each in opened)
-    assert same(opened[0].ddae.condition.tensors(), opened[1].ddae.condition.tensors())
+    assert same(told(opened[0].ddae), told(opened[1].ddae))
     latents = encode(stocks["sd"], images, output_dir=str(tmp_path / "encoded"))
     assert latents.shape == (4, 8, 8)
 

@@ -382,9 +382,9 @@ def save_classifier(
     """
     base = classifier.ddae
     generates = classifier.config.features_only is None and still_generates(base.denoiser, vars(classifier.config))
-    if generates and (pipeline := stock_pipeline_of(model, cache_dir)) is not None:
-        here = location(pipeline.path, **pipeline.hub) == location(folder)
-        classifier.save_head(folder, None if here else pipeline.path, variant=pipeline.variant, **pipeline.hub)
+    if generates and (stock := stock_pipeline_of(model, cache_dir)) is not None:
+        here = location(stock.path, **stock.hub) == location(folder)
+        classifier.save_head(folder, None if here else stock.path, variant=stock.variant, **stock.hub)
     elif not generates or network_of(base.denoiser).stock_pipelines:
         classifier.save_pretrained(folder)
     else:
