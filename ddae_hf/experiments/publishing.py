@@ -7,6 +7,7 @@ is not in it. Its words are in `model_card_template.md`, which asks a `_Card` fo
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -72,7 +73,8 @@ def prepare(hub: HubOptions, output_dir: StrPath, model: Model | None = None) ->
     """
     if not hub.push_to_hub:
         return None
-    if (pipeline := stock_pipeline_of(model)) is not None and Path(pipeline.path).is_dir():
+    here = isinstance(model, (str, os.PathLike)) and Path(model).is_dir()
+    if here and (pipeline := stock_pipeline_of(model)) is not None and Path(pipeline.path).is_dir():
         raise ValueError(
             f"push_to_hub: the classifier would stand on {pipeline.path}, which only this machine has: give the Hub id "
             "of that pipeline as model_name_or_path."
