@@ -47,7 +47,7 @@ EXPERIMENTS = [
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
-    ["noisy_classification", "transferring"],
+    ["noisy_classification", "training_curve", "transferring"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["views"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}

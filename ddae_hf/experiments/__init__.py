@@ -31,7 +31,8 @@ _ROOMS = {
     "pretraining": ("PretrainingOptions", "pretrain"),
     "publishing": ("make_card", "save_card"),
     "results": ("Report",),
-    "sweeping": ("CurveOptions", "SweepOptions", "sweep", "sweep_run"),
+    "sweeping": ("SweepOptions", "sweep"),
+    "training_curve": ("CurveOptions", "sweep_run"),
     "transferring": ("TransferOptions", "transfer"),
     "vae_training": ("VAEOptions", "train_vae"),
 }
@@ -57,7 +58,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .pretraining import PretrainingOptions, pretrain
     from .publishing import make_card, save_card
     from .results import Report
-    from .sweeping import CurveOptions, SweepOptions, sweep, sweep_run
+    from .sweeping import SweepOptions, sweep
+    from .training_curve import CurveOptions, sweep_run
     from .transferring import TransferOptions, transfer
     from .vae_training import VAEOptions, train_vae
 

@@ -37,6 +37,7 @@ from .plots import image_grid, save_picture
 from .report import in_memory
 from .results import VAEReport
 from .run_folder import WEIGHTS, Progress, check_same_run, saving, write_options
+from .sharing import refuse_fsdp
 from .training_options import Schedule, TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,9 @@ class VAEOptions(TrainingOptions):
     checkpoints_total_limit: int | None = option(2, "Keep only the newest N checkpoints.")
 
     def check(self) -> None:
-        """Refuse an autoencoder that cannot be built."""
+        """Refuse an autoencoder that cannot be built, and accelerate's FSDP."""
         super().check()
+        refuse_fsdp()
         self.center_crop = self.center_crop is not False
         if derived := sorted(set(self.autoencoder) & set(DERIVED)):
             raise ValueError(f"autoencoder has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
