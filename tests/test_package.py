@@ -42,7 +42,7 @@ EXPERIMENTS = [
     ["converting", "encoding", "extractors", "feature_export", "pairs"],
     ["results"],
     ["batches", "plots"],
-    ["correspondences", "generation", "pretraining_data", "publishing", "sharding", "trainer"],
+    ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding", "trainer"],
     ["training"],
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
