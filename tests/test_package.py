@@ -49,7 +49,7 @@ EXPERIMENTS = [
     ["finetuning", "sweeping"],
     ["noisy_classification", "transferring"],
 ]
-DEMO = [["nearness", "pictures", "steps", "uploads"], ["views"], ["page", "space"]]
+DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 
 
