@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .cut import uncompiled, unwrapped
 from .generators import Generator, normal
-from .hidden_states import run_with_hidden_states
+from .hidden_states import run_with_hidden_states, run_with_hooks
 from .networks import network_of
 from .noise import family_of
 
@@ -113,15 +113,32 @@ class Diffusion:
         not be synchronised.
         """
         count, batch_size = noise.shape[:2]
-        conditions = self.conditions(condition, batch_size, clean.device)
-        conditions = {name: _repeat(value, count) for name, value in conditions.items()}
-        level = _repeat(torch.as_tensor(sigma, dtype=torch.float32), count)
-        fed, told = self._fed(*self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level))
-        keywords = self.network.keywords(conditions)
+        fed, told, keywords = self._noisy(clean, noise, sigma, condition)
         _, found = run_with_hidden_states(self.denoiser, fed, told, layers, keywords, stop_early=True)
         if count > 1:
             return {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
         return found
+
+    def module_outputs(
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, names: Sequence[str], condition: Any = None
+    ) -> dict[str, Tensor]:
+        """Return raw outputs (draws * B, ...) of any modules by name, and compute nothing after the last of `names`.
+
+        Names are those of `named_modules()`, in the order of computation; for the rest see `hidden_states`.
+        """
+        fed, told, keywords = self._noisy(clean, noise, sigma, condition)
+        return run_with_hooks(self.denoiser, fed, told, names, names[-1], keywords)[1]
+
+    def _noisy(
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, condition: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return what the denoiser is fed of images with several draws of noise, and what it is told."""
+        count, batch_size = noise.shape[:2]
+        conditions = self.conditions(condition, batch_size, clean.device)
+        conditions = {name: _repeat(value, count) for name, value in conditions.items()}
+        level = _repeat(torch.as_tensor(sigma, dtype=torch.float32), count)
+        fed, told = self._fed(*self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level))
+        return fed, told, self.network.keywords(conditions)
 
     def denoise(
         self,
