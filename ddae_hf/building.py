@@ -14,7 +14,7 @@ from typing import Any
 
 LARGEST = 2**20  # of a number in a config: a width, a side, a number of timesteps or of classes
 # Numbers of layers, each of which takes a while to build.
-OF_LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")
+OF_LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block", "num_hidden_layers")
 MOST_LAYERS = 1000
 
 

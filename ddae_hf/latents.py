@@ -51,16 +51,17 @@ def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tenso
     if noise is not None:
         deviations = torch.cat([posterior.std for posterior in posteriors]).float()
         latents = latents + deviations * noise.to(latents.device)
-    mean, std = _of_channels(vae.config, latents)
-    if mean is not None:
+    if (scales := _of_channels(vae.config, latents)) is not None:
+        mean, std = scales
         return (latents - mean) * vae.config.scaling_factor / std
     return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
-def _of_channels(config: Any, latents: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _of_channels(config: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the VAE's mean and deviation of each channel, (1, c, 1, 1), where it has them."""
-    values = (config.get("latents_mean"), config.get("latents_std"))
-    mean, std = (None if given is None else latents.new_tensor(given).reshape(1, -1, 1, 1) for given in values)
+    if config.get("latents_mean") is None:
+        return None
+    mean, std = (latents.new_tensor(config[name]).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
     return mean, std
 
 
@@ -73,8 +74,8 @@ def _pieces(images: Tensor) -> Sequence[Tensor]:
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Return the images (B, C, H, W), float32, roughly in [-1, 1], that scaled latents (B, c, h, w) stand for."""
-    mean, std = _of_channels(vae.config, latents)
-    if mean is not None:
+    if (scales := _of_channels(vae.config, latents)) is not None:
+        mean, std = scales
         unscaled = latents * std / vae.config.scaling_factor + mean
     else:
         unscaled = 1 / vae.config.scaling_factor * latents + (vae.config.shift_factor or 0)
