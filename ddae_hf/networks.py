@@ -96,11 +96,11 @@ def component_classes(path: str, index: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise ValueError(f"{path} is damaged: its model_index.json says that {name} is {short(entry)}.")
         library, classes[name] = entry
-        known = NETWORKS[entry[1]].model.__module__ if entry[1] in NETWORKS else "diffusers"
         if name in TEXTS and classes[name] not in TEXTS[name]:
             allowed = ", ".join(TEXTS[name])
             raise ValueError(f"{path} has a {name} of class {short(classes[name])}: allowed are {allowed}.")
         allowed = "transformers" if name in TEXTS else "diffusers"
+        known = NETWORKS[entry[1]].model.__module__ if entry[1] in NETWORKS else allowed
         if library not in (allowed, known):
             raise ValueError(
                 f"{path} has a model_index.json that takes its {name} from {short(library)}: allowed is {allowed}."
