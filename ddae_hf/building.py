@@ -49,9 +49,12 @@ def refusing(sentence: str) -> Iterator[None]:
     """Raise a `ValueError` that says this and the reason in place of any other error of a library."""
     try:
         yield
-    except (ValueError, OSError):
+    except OSError:
         raise
     except Exception as error:  # values of another type can raise anything
+        # Subclasses, such as those for damaged text, and a few words say nothing of what cannot be used.
+        if type(error) is ValueError and len(str(error).split()) > 3:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{sentence}: {reason[:300]}") from error
 

@@ -146,7 +146,9 @@ def _open_tokenizer(checkpoint: Checkpoint, name: str, kind: str, dtype: torch.d
             f"{checkpoint.path} has its {name} as a spiece.model alone, which needs another package: "
             "`pip install sentencepiece protobuf`. (Saved again where that is installed, it has a tokenizer.json.)"
         )
-    read_json(checkpoint.path, "tokenizer_config.json", where)  # which refuses what is damaged
+    for file in ("tokenizer_config.json", *files):
+        if file.endswith(".json"):
+            read_json(checkpoint.path, file, where)  # which refuses what is damaged
     return getattr(transformers, kind).from_pretrained(checkpoint.path, **where)
 
 
