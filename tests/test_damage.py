@@ -254,6 +254,30 @@ def test_models_of_damaged_checkpoints_are_opened_or_refused_in_a_sentence(check
 
 @law(120)
 @given(st.sampled_from(TEXT_FILES), damages)
+@found(
+    ("stock/tokenizer/tokenizer.json", Whole(b"\xff\xfe{\x00}\x00")),
+    ("stock/tokenizer/tokenizer.json", Whole(b"")),
+    ("words/tokenizer/vocab.json", Whole(DEEP)),
+    ("words/tokenizer/tokenizer_config.json", Replaced(("model_max_length",), 10**9)),
+    ("words/tokenizer/tokenizer_config.json", Added(("model_max_length",), "vocab_file", "/etc/passwd")),
+    (
+        "stock/tokenizer/tokenizer_config.json",
+        Added(("eos_token",), "auto_map", {"AutoTokenizer": ["evil.Evil"]}),
+    ),
+    ("stock/tokenizer/tokenizer_config.json", Replaced(("tokenizer_class",), "evil")),
+    ("stock/text_encoder/config.json", Added(("hidden_size",), "attn_implementation", "kernels/evil")),
+    ("stock/text_encoder/config.json", Added(("hidden_size",), "auto_map", {"AutoModel": "evil.Evil"})),
+    ("stock/text_encoder/config.json", Replaced(("num_hidden_layers",), 10**6)),
+    ("stock/text_encoder/config.json", Replaced(("dtype",), "load")),
+    ("words/text_encoder_2/config.json", Replaced(("projection_dim",), 10**12)),
+    ("words/model_index.json", Replaced(("text_encoder_2", 0), "evil")),
+    ("words/model_index.json", Replaced(("tokenizer", 1), "Evil")),
+    ("words/model_index.json", Replaced(("force_zeros_for_empty_prompt",), [])),
+    ("stock/model_index.json", Replaced(("_class_name",), "OnnxStableDiffusionPipeline")),
+    ("stock/unet/config.json", Replaced(("down_block_types", 0), "")),
+    ("sentences/transformer/config.json", Replaced(("caption_channels",), 7)),
+    ("whole_texts/config.json", Replaced(("condition_shapes", "encoder_hidden_states"), [10**6, 10**6])),
+)
 def test_models_that_are_told_texts_are_opened_or_refused_in_a_sentence(checkpoints, file, damage):
     opens_or_says_why(checkpoints, file, damage, [DDAEModel, DDAEPipeline])
 
