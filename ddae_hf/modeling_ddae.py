@@ -106,7 +106,7 @@ class DDAEModel(DDAEPreTrainedModel):
 
     def _check_learning(self, layers: list[str]) -> None:
         """Refuse to return, in training, hidden states of layers whose gradients `restrict_gradients` has left out."""
-        known = self.layer_names()
+        known = layer_names(self.denoiser, inner=True)
         deepest = max(self._restricted_to, key=known.index)
 
         def learns(layer: str) -> bool:
@@ -132,7 +132,7 @@ class DDAEModel(DDAEPreTrainedModel):
     @property
     def diffusion(self) -> Diffusion:
         """The denoiser with its scheduler and its null condition."""
-        stored = self.config.null_class if self.condition is None else self.condition.tensors()
+        stored = self.config.null_class if self.condition is None else self.condition()
         return Diffusion(self.denoiser, self.scheduler, stored)
 
     def layer_names(self) -> list[str]:
@@ -198,7 +198,9 @@ class DDAEModel(DDAEPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         known = self.layer_names()
         if output_hidden_states is True:
-            return known[: known.index(self.config.layer) + 1]
+            every = layer_names(self.denoiser, inner=True)
+            before = every[: every.index(str(self.config.layer))]
+            return [*(layer for layer in before if layer in known), str(self.config.layer)]
         if not output_hidden_states:
             return []
         if outside := [i for i in output_hidden_states if isinstance(i, int) and not -len(known) <= i < len(known)]:
