@@ -146,19 +146,22 @@ class Reader(torch.nn.Module):
 
 
 INNER = "mid_block.attentions.0.transformer_blocks.0"
+# What compiles fastest.
+SMALL = {
+    "block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",),
+}  # fmt: skip
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers", [[f"{INNER}.attn1.to_q", f"{INNER}.attn1.to_k"], [INNER, "up_blocks.0.resnets.0"]])
-def test_compiles_to_one_graph_and_exports(layers):
-    reader = Reader(make_network(), layers)
+def test_reading_inside_of_attentions_compiles_to_one_graph_and_exports():
+    layers = ["down_blocks.0.attentions.0.transformer_blocks.0", f"{INNER}.attn1.to_q", f"{INNER}.attn1.to_k"]
+    reader = Reader(make_network(**SMALL), layers)
     inputs, told = call_of(reader.network)
     expected = reader(inputs, told)
-    compiled = torch.compile(reader, fullgraph=True, backend="aot_eager")(inputs, told)
+    compiled = torch.compile(reader, fullgraph=True, backend="eager")(inputs, told)
     exported = torch.export.export(reader, (inputs, told)).module()(inputs, told)
     for name in layers:
-        torch.testing.assert_close(compiled[name], expected[name])
-        assert torch.equal(exported[name], expected[name])
+        assert torch.equal(compiled[name], expected[name]) and torch.equal(exported[name], expected[name])
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,21 @@
 """Networks that are told a text, of every layout: what they are told, and their hidden states."""
 
+import shutil
+
 import pytest
 import torch
+from accelerate import cpu_offload
+from safetensors.torch import load_file
 
-from ddae_hf import DDAEModel, collect_hidden_states, embed_prompts, layer_names
+from ddae_hf import (
+    DDAEBackbone,
+    DDAEConfig,
+    DDAEForImageClassification,
+    DDAEModel,
+    collect_hidden_states,
+    embed_prompts,
+    layer_names,
+)
 
 from .stock import LAYOUTS, batched, denoiser_of, first_call, noisy_input, outputs_of
 
@@ -74,3 +86,285 @@ def test_every_tap_is_that_of_the_stock_pipelines_call(layout, opened, told):
     read = model.read_layers(clean, names, condition, timestep=TIMESTEP, noise=noise)
     for name in names:
         torch.testing.assert_close(read[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_given_for_each_image_is_for_that_image(layout, opened):
+    model = model_of(layout[1], opened)
+    images, noise = batch(model)
+    condition = embed_prompts(layout[1], PROMPTS)
+    together = model(images, condition=condition, noise=noise).pooler_output
+    for i in range(2):
+        own = {name: value[i : i + 1] if len(value) == 2 else value for name, value in condition.items()}
+        alone = model(images[i : i + 1], condition=own, noise=noise[i : i + 1]).pooler_output
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-5)
+        for_all = model(images, condition=own, noise=noise).pooler_output
+        torch.testing.assert_close(for_all[i], together[i], rtol=1e-4, atol=1e-5)
+    null = model(images, noise=noise).pooler_output
+    assert not torch.allclose(null, together, rtol=1e-3, atol=1e-4)
+    stored = {name: value.clone() for name, value in model.condition().items()}
+    assert torch.equal(model(images, noise=noise, condition=stored).pooler_output, null)
+    draws = torch.stack([noise, -noise])
+    both = model(images, condition=condition, noise=draws).last_hidden_state
+    each = [model(images, condition=condition, noise=draw).last_hidden_state for draw in draws]
+    torch.testing.assert_close(both, torch.stack(each).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def refused(model, condition, images):
+    with pytest.raises(ValueError) as error:
+        model(images, condition=condition)
+    return str(error.value)
+
+
+def test_conditions_that_cannot_be_are_refused(layout, opened):
+    model = model_of(layout[1], opened)
+    images, _ = batch(model)
+    good = model.condition()
+    sequence = good["encoder_hidden_states"]
+    with pytest.raises(ValueError, match="Both condition and class_labels came: pass one of them"):
+        model(images, condition=good, class_labels=torch.tensor([0, 1]))
+    for labels in (torch.tensor([0, 1]), 3, [0, 1], "a cat"):
+        assert "is told a text, and no class labels: give what `embed_prompts` makes" in refused(model, labels, images)
+    three = {name: value.repeat(3, *[1] * (value.ndim - 1)) for name, value in good.items()}
+    assert "is for 3 images, but 2 came: give it for one, or for all" in refused(model, three, images)
+    narrow = good | {"encoder_hidden_states": sequence[..., 1:]}
+    assert "encoder_hidden_states has the shape (B, " in refused(model, narrow, images)
+    numbers = good | {"encoder_hidden_states": sequence.long()}
+    assert "encoder_hidden_states is of type int64: it must be floats" in refused(model, numbers, images)
+    assert "encoder_hidden_states is 1: it must be a tensor" in refused(
+        model, good | {"encoder_hidden_states": 1}, images
+    )
+    assert "this " in refused(model, good | {"other": sequence}, images)
+    for name in good.keys() - {"time_ids", "resolution", "aspect_ratio"}:
+        without = {other: value for other, value in good.items() if other != name}
+        message = refused(model, without, images)
+        assert f"is told {', '.join(good)[:21]}" in message or "came without text encoders" in message
+
+
+def test_a_network_without_its_text_encoders_needs_a_condition(layout, opened):
+    known = model_of(layout[1], opened)
+    model = DDAEModel(config_of(known, condition_shapes=None)).eval()
+    images, _ = batch(model)
+    assert model.condition is None and not any("condition" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="is told a text, and its checkpoint came without text encoders"):
+        model(images)
+    model.load_state_dict({k: v for k, v in known.state_dict().items() if not k.startswith("condition.")})
+    found = model(images, condition=known.condition(), sigma=0.3).pooler_output
+    assert torch.equal(found, known(images, sigma=0.3).pooler_output)
+
+
+def asked_and_got(model):
+    model.train()
+    images, _ = batch(model.base_model)
+    out = model(images)
+    loss = out.logits.square().mean() if hasattr(out, "logits") else sum(m.square().mean() for m in out.feature_maps)
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    asked = {name for name, p in parameters.items() if p.requires_grad}
+    return asked, {name for name, p in parameters.items() if p.grad is not None}
+
+
+def config_of(model, **options):
+    """The config of a model of the same networks and conditions."""
+    known = ("denoiser", "scheduler", "vae", "condition_shapes")
+    return DDAEConfig(**{name: getattr(model.config, name) for name in known} | options)
+
+
+def test_what_asks_for_a_gradient_gets_one_wherever_the_tap_is(layout, opened):
+    """So that DistributedDataParallel waits for no parameter; tensors of what is told are no parameters."""
+    known = model_of(layout[1], opened)
+    names = layer_names(known.denoiser, inner=True)
+    sizes = []
+    for layer in names[:: max(1, len(names) // 6)]:
+        model = DDAEForImageClassification(config_of(known, num_labels=3, layer=layer))
+        asked, got = asked_and_got(model)
+        assert asked == got and not any("vae" in name or "condition" in name for name in asked)
+        sizes.append(len(got))
+        model.zero_grad(set_to_none=True)
+        model.freeze_denoiser()
+        asked, got = asked_and_got(model)
+        assert asked == got == {"classifier.weight", "classifier.bias"}
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] < len(list(model.ddae.denoiser.parameters()))
+    backbone = DDAEBackbone(config_of(known, out_features=[names[2], names[-3]]))
+    asked, got = asked_and_got(backbone)
+    assert asked == got
+
+
+def test_opening_keeps_apart_what_learns(layout):
+    for cls, options in ((DDAEForImageClassification, {"num_labels": 3}), (DDAEBackbone, {})):
+        asked, got = asked_and_got(cls.from_pretrained(layout[1], **options))
+        assert asked == got
+
+
+def test_hidden_states_around_a_tap_inside_of_an_attention(layout, opened):
+    """Those of every layer up to it; in training, those whose parameters learn nothing are refused."""
+    known = model_of(layout[1], opened)
+    outer = layer_names(known.denoiser)
+    every = layer_names(known.denoiser, inner=True)
+    layer = [name for name in every if name not in outer][-1]
+    after = every[every.index(layer) + 1]  # what has it inside
+    model = DDAEForImageClassification(config_of(known, num_labels=3, layer=layer)).eval()
+    images, _ = batch(known)
+    states = model(images, output_hidden_states=True).hidden_states
+    assert len(states) == outer.index(after) + 1
+    assert torch.equal(states[-1], model.ddae(images).last_hidden_state)
+    (first,) = model(images, output_hidden_states=[every[0]]).hidden_states
+    assert len(first) == 2
+    assert len(model(images, output_hidden_states=[after]).hidden_states) == 1
+    model.train()
+    assert model(images, output_hidden_states=[every[0], layer]).hidden_states[0].requires_grad
+    with pytest.raises(ValueError, match=f"{after} are asked for in training, but the parameters after {layer}"):
+        model(images, output_hidden_states=[after])
+
+
+def test_gradients_are_the_same_with_checkpointing(layout, opened):
+    known = model_of(layout[1], opened)
+    names = layer_names(known.denoiser, inner=True)
+    images, noise = batch(known)
+    labels = torch.tensor([0, 2])
+    for layer in (names[-1], names[-3]):
+        model = DDAEForImageClassification(config_of(known, num_labels=3, layer=layer)).train()
+        gradients = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            model.zero_grad(set_to_none=True)
+            model(images, labels, noise=noise).loss.backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, gradient in gradients[0].items():
+            assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_gradients_reach_a_condition(layout, opened):
+    """As where a text is learnt."""
+    model = model_of(layout[1], opened)
+    images, _ = batch(model)
+    condition = {name: value.clone() for name, value in model.condition().items()}
+    condition["encoder_hidden_states"].requires_grad_(True)
+    model(images, condition=condition).pooler_output.square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    assert condition["encoder_hidden_states"].grad.abs().max() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_what_is_stored_in_it(layout, opened, dtype, tmp_path):
+    folder = layout[1]
+    known = model_of(folder, opened)
+    images, noise = batch(known)
+    cast = DDAEModel.from_pretrained(folder).eval().to(dtype)
+    expected = known(images, noise=noise).pooler_output
+    assert torch.equal(cast.fixed_noise, known.fixed_noise)
+    model = DDAEModel.from_pretrained(folder, dtype=dtype).eval()
+    for half in (cast, model):
+        for name, value in half.condition().items():
+            stored = known.condition()[name]
+            assert value.dtype == (stored.dtype if name == "encoder_attention_mask" else dtype)
+            torch.testing.assert_close(value.float(), stored.float(), rtol=0.1, atol=0.1)
+        found = half(images.to(dtype), noise=noise).pooler_output
+        assert (found - expected).norm() < 0.1 * expected.norm()
+        as_given = half(images.to(dtype), noise=noise, condition=half.condition()).pooler_output
+        assert torch.equal(as_given, found)
+    model.save_pretrained(tmp_path)
+    kept = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if k.startswith("condition.")}
+    assert {k.removeprefix("condition."): v.dtype for k, v in kept.items()} == {
+        name: value.dtype for name, value in model.condition().items()
+    }
+    again = DDAEModel.from_pretrained(tmp_path).eval()
+    assert again.dtype == dtype and torch.equal(again(images.to(dtype), noise=noise).pooler_output, found)
+
+
+@torch.no_grad()
+def test_whole_models_heads_and_states_give_the_same(layout, opened, tmp_path):
+    """None of them needs a text encoder, and a head beside its base leaves the pipeline as it is."""
+    folder = layout[1]
+    known = model_of(folder, opened)
+    images, _ = batch(known)
+    model = DDAEForImageClassification.from_pretrained(folder, num_labels=3, prompt="a cat").eval()
+    expected = model(images).logits
+    assert model.config.prompt == "a cat" and known.config.prompt is None
+    model.save_pretrained(tmp_path / "whole")
+    names = set(load_file(tmp_path / "whole" / "model.safetensors"))
+    assert {f"ddae.condition.{name}" for name in known.condition()} == {name for name in names if ".condition." in name}
+    shutil.copytree(folder, tmp_path / "pipeline")
+    model.save_head(tmp_path / "pipeline")
+    model.save_head(tmp_path / "head", base=folder)
+    written = load_file(tmp_path / "head" / "head.safetensors")
+    own = {f"ddae.condition.{name}" for name in known.condition()}
+    assert set(written) == own | {"classifier.weight", "classifier.bias"}
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        shutil.rmtree(tmp_path / "pipeline" / part, ignore_errors=True)
+    for place in ("whole", "pipeline", "head"):
+        opened_again = DDAEForImageClassification.from_pretrained(tmp_path / place).eval()
+        assert opened_again.config.prompt == "a cat"
+        assert torch.equal(opened_again(images).logits, expected), place
+        features = DDAEModel.from_pretrained(tmp_path / place).eval()(images).pooler_output
+        assert torch.equal(features, model.ddae(images).pooler_output), place
+    other = DDAEForImageClassification(config_of(known, num_labels=3)).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(images, sigma=model.config.sigma).logits, expected)
+
+
+@torch.no_grad()
+def test_feature_maps_inside_of_attentions_are_on_the_grid(layout, opened, tmp_path):
+    known = model_of(layout[1], opened)
+    names = layer_names(known.denoiser, inner=True)
+    wanted = [names[0], names[2], names[-1]]
+    backbone = DDAEBackbone.from_pretrained(layout[1], out_features=wanted).eval()
+    images, noise = batch(known)
+    maps = backbone(images, noise=noise).feature_maps
+    assert [m.shape[1] for m in maps] == backbone.channels
+    clean = known.encode(images)
+    states = known.read_layers(clean, wanted, noise=noise)
+    for name, found in zip(wanted, maps, strict=True):
+        state = states[name]
+        tokens = state if state.ndim == 3 else state.flatten(2).transpose(1, 2)
+        assert found.ndim == 4 and torch.equal(found.flatten(2).transpose(1, 2), tokens), name
+    backbone.save_pretrained(tmp_path)
+    again = DDAEBackbone.from_pretrained(tmp_path).eval()
+    assert again.out_features == wanted and again.stage_names == backbone.stage_names
+    assert all(map(torch.equal, again(images, noise=noise).feature_maps, maps))
+    every = backbone(images, noise=noise, output_hidden_states=True).hidden_states
+    assert len(every) == len({*layer_names(known.denoiser), *wanted})
+
+
+@torch.no_grad()
+def test_guidance_is_the_pipelines(layout, opened):
+    """The answer that a stock pipeline's guidance makes of the network's, without a learned variance."""
+    model = model_of(layout[1], opened)
+    images, noise = batch(model)
+    diffusion = model.diffusion
+    told, null = (diffusion.conditions(c, 2, "cpu") for c in (embed_prompts(layout[1], PROMPTS), None))
+    fed, timestep = diffusion.family.noisy(model.encode(images), noise, 0.7)
+    with_text, without = (diffusion.predict(fed, timestep, c) for c in (told, null))
+    guided = diffusion.predict(fed, timestep, told, 3.0, null)
+    assert guided.shape == fed.shape
+    torch.testing.assert_close(guided, without + 3 * (with_text - without), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="or the conditions of a text and of no text"):
+        diffusion.predict(fed, timestep, told, 3.0)
+    shorter = {name: value[:, 1:] if name.startswith("encoder") else value for name, value in null.items()}
+    with pytest.raises(ValueError, match="null condition's encoder_hidden_states are of the shapes"):
+        diffusion.predict(fed, timestep, told, 3.0, shorter)
+
+
+@torch.no_grad()
+def test_models_on_other_devices_fetch_what_they_are_told(layout, opened, tmp_path):
+    known = model_of(layout[1], opened)
+    images, _ = batch(known)
+    expected = known(images).pooler_output
+    known.save_pretrained(tmp_path)
+    model = cpu_offload(DDAEModel.from_pretrained(tmp_path).eval(), execution_device="cpu", offload_buffers=True)
+    assert all(buffer.is_meta for buffer in model.condition.buffers())
+    assert torch.equal(model(images).pooler_output, expected)
+    for places in ({"": "cpu"}, "auto"):
+        placed = DDAEModel.from_pretrained(tmp_path, device_map=places).eval()
+        assert torch.equal(placed(images).pooler_output, expected)
+    classifier = DDAEForImageClassification(config_of(known, num_labels=3)).eval()
+    classifier.save_pretrained(tmp_path / "classifier")
+    places = {"ddae": "disk", "feature_norm": "cpu", "classifier": "cpu"}
+    placed = DDAEForImageClassification.from_pretrained(
+        tmp_path / "classifier", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert any(parameter.is_meta for parameter in placed.parameters())
+    assert torch.equal(placed(images).logits, classifier(images).logits)
