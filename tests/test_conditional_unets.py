@@ -28,7 +28,8 @@ def call_of(network):
     """The arguments of its forward."""
     generator = torch.Generator().manual_seed(0)
     described = network_of(network)
-    shapes = described._parts(network.config)
+    sizes = described.size_parts(network.config, 8, 8)
+    shapes = described.text_parts(network.config) | {name: (len(values),) for name, values in sizes.items()}
     condition = {name: torch.randn(2, *(n or 5 for n in shape), generator=generator) for name, shape in shapes.items()}
     told = described.keywords(described.conditions(network, condition, 2, "cpu"))
     return (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3.0, 700.0])), told

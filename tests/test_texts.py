@@ -1,11 +1,14 @@
 """Networks that are told a text, of every layout: what they are told, and their hidden states."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddae_hf import (
     DDAEBackbone,
@@ -368,3 +371,76 @@ def test_models_on_other_devices_fetch_what_they_are_told(layout, opened, tmp_pa
     )
     assert any(parameter.is_meta for parameter in placed.parameters())
     assert torch.equal(placed(images).logits, classifier(images).logits)
+
+
+def classifier_of(known):
+    torch.manual_seed(5)
+    model = DDAEForImageClassification(config_of(known, num_labels=3)).eval()
+    model.ddae.load_state_dict(known.state_dict())
+    return model
+
+
+BATCH = {"pixel_values": {0: torch.export.Dim("batch", min=2, max=63)}}  # diffusers' up-sampling branches on 64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["xl", "alpha of 1024 pixels"])
+def test_a_classifier_is_one_graph_that_holds_what_it_is_told(stock_layout, opened, name):
+    model = classifier_of(model_of(stock_layout(name)[1], opened))
+    images = torch.rand(5, 3, *model.config.image_size) * 2 - 1
+    expected = model(images).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images).logits, expected)
+    exported = torch.export.export(model, (images,), dynamic_shapes=BATCH).module()
+    for count in (5, 2):
+        torch.testing.assert_close(exported(images[:count]).logits, expected[:count], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [pytest.param("xl", marks=pytest.mark.slow), "alpha"])
+def test_onnxruntime_gives_the_same_logits_without_a_text(stock_layout, opened, name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = classifier_of(model_of(stock_layout(name)[1], opened))
+    images = torch.rand(5, 3, *model.config.image_size) * 2 - 1
+    torch.onnx.export(
+        model, (images,), tmp_path / "model.onnx", input_names=["pixel_values"], output_names=["logits"],
+        dynamic_shapes=BATCH, verbose=False,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (5, 2):
+        (logits,) = session.run(["logits"], {"pixel_values": images[:count].numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images[:count]).logits, rtol=0, atol=1e-4)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["ddae_hf"] = None  # importing it fails, as where it is not installed
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+found = {}
+for folder in sys.argv[2:]:
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    images = load_file(folder + "/images.safetensors")["images"]
+    found[folder] = model(images).logits.detach()
+save_file(found, sys.argv[1])
+"""
+
+
+@torch.no_grad()
+def test_copies_with_their_code_need_neither_the_package_nor_text_encoders(stock_layout, opened, tmp_path):
+    expected = {}
+    for name in ("xl", "sigma"):
+        model = classifier_of(model_of(stock_layout(name)[1], opened))
+        folder = tmp_path / name
+        model.save_pretrained(folder, include_code=True)
+        images = torch.rand(2, 3, *model.config.image_size) * 2 - 1
+        save_file({"images": images}, folder / "images.safetensors")
+        expected[str(folder)] = model(images).logits
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {**os.environ, "HF_HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "found.safetensors"), *expected]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(load_file(tmp_path / "found.safetensors"), expected, rtol=1e-4, atol=1e-5)
