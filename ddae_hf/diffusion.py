@@ -71,13 +71,20 @@ class Diffusion:
             noisy: Its input (B, C, H, W), scaled as `Family.noisy` does.
             timestep: Its timestep (B,), in the scheduler's units.
             conditions: What `conditions` returned.
-            guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
+            guidance_scale: Strength w of classifier-free guidance, `null + w * (told - null)`; at 1 there is none.
             null_conditions: What `conditions` returned for the null condition, which guidance needs.
         """
         fed, told = self._fed(noisy, timestep)
         if guidance_scale != 1:
             if not (conditions and null_conditions):
-                raise ValueError(f"guidance_scale is {guidance_scale}: guidance needs labels and a null class.")
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale}: guidance needs labels and a null class, or the conditions of "
+                    "a text and of no text."
+                )
+            for name, value in conditions.items():
+                if value.shape != null_conditions[name].shape:
+                    lengths = f"{tuple(value.shape)} and {tuple(null_conditions[name].shape)}"
+                    raise ValueError(f"The condition's and the null condition's {name} are of the shapes {lengths}.")
             conditions = {name: torch.cat([value, null_conditions[name]]) for name, value in conditions.items()}
             fed = torch.cat([fed, fed])
             told = torch.cat([told, told])
@@ -85,8 +92,8 @@ class Diffusion:
         output = self.network.call(self.answering, fed, told, **keywords).sample.float()
         prediction = output[:, : noisy.shape[1]]
         if guidance_scale != 1:
-            with_label, without = prediction.chunk(2)
-            prediction = without + guidance_scale * (with_label - without)
+            told_so, without = prediction.chunk(2)
+            prediction = without + guidance_scale * (told_so - without)
         if self.family.learns_variance:
             return torch.cat([prediction, output[: len(noisy), noisy.shape[1] :]], dim=1)
         return prediction

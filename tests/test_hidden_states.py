@@ -581,7 +581,7 @@ class Alike(torch.nn.Module):
 
     def __init__(self, unet):
         super().__init__()
-        self.config, self.dtype = unet.config, unet.dtype
+        self.config, self.dtype, self.class_embedding = unet.config, unet.dtype, unet.class_embedding
         for name, child in unet.named_children():
             self.add_module(name, child)
 
