@@ -35,7 +35,15 @@ from .draws import RowDraws
 from .images import Images
 from .latent_folder import LatentFolder, one_view
 from .models import base_model
-from .new_networks import check_networks, choose, chosen_before, networks_to_train, new_networks, trained_on
+from .new_networks import (
+    check_networks,
+    check_tells_no_text,
+    choose,
+    chosen_before,
+    networks_to_train,
+    new_networks,
+    trained_on,
+)
 from .options import Table, option
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
@@ -96,6 +104,7 @@ class PretrainingOptions(TrainingOptions):
         """Refuse options that do not go together, and FSDP of another kind than `shard`."""
         super().check()
         check_fsdp()
+        check_tells_no_text(self.denoiser, "denoiser")
         own = {name for network in NETWORKS.values() for name in network.label_options(1)}
         if labels := sorted(own & set(self.denoiser)):
             raise ValueError(f"denoiser has {labels[0]}: leave it out; class_conditional takes it from the data.")
