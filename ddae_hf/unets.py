@@ -69,7 +69,7 @@ class UNet(NetworkClass):
             found.append(Tap("mid_block", middle.resnets[-1].out_channels, 2**last, "middle"))
         for i, block in enumerate(denoiser.up_blocks):
             found += self._block_taps(block, f"up_blocks.{i}", 2 ** (last - i), "decoder")
-            if block.upsamplers is not None:  # the whole block, whose output is of the next level's size
+            if getattr(block, "upsamplers", None):  # the whole block, whose output is of the next level's size
                 width = block.resnets[-1].out_channels
                 found.append(Tap(f"up_blocks.{i}", width, 2 ** (last - i - 1), "decoder", inner=True))
         return found

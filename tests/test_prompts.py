@@ -238,12 +238,12 @@ def test_variants_and_types(stock, layout, encoders, tmp_path, pixels):
         model = DDAEModel.from_pretrained(tmp_path / "half", variant="fp16", dtype=kind.vae.dtype)
         assert model.dtype == kind.vae.dtype
         if encoders == "with the variant" or kind is half:
-            assert model.condition.tensors()["encoder_hidden_states"].dtype == kind.vae.dtype
+            assert model.condition()["encoder_hidden_states"].dtype == kind.vae.dtype
     model = DDAEModel.from_pretrained(tmp_path / "half", variant="fp16")
     assert model.dtype == torch.float16 and model.vae.dtype == torch.float32
     with torch.no_grad():
         expected = half.encode_prompt("", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
-    assert torch.equal(model.condition.tensors()["encoder_hidden_states"], expected)
+    assert torch.equal(model.condition()["encoder_hidden_states"], expected)
     with pytest.raises(ValueError, match=r"has no .*\.ema\.safetensors in .*available variants: fp16"):
         DDAEModel.from_pretrained(tmp_path / "half", variant="ema")
 
@@ -305,7 +305,7 @@ def test_pixarts_of_2023_open_as_todays(stock, tmp_path, pixels):
     model = DDAEModel.from_pretrained(folder)
     assert type(model.denoiser) is PixArtTransformer2DModel
     noisy = torch.randn(2, 4, 8, 8)
-    null = model.condition.tensors()
+    null = model.condition()
     told = {name: tensor.expand(2, *tensor.shape[1:]) for name, tensor in null.items()}
     sizes = {name: told.pop(name) for name in ("resolution", "aspect_ratio")}
     timestep = torch.tensor([5, 500])
