@@ -1,8 +1,8 @@
 """Changes to training images: mirrors, crops, mixtures, and augmentation that the network is told about.
 
 All functions take and return images (B, C, H, W), floats in [-1, 1]; `random_flip`, `random_crop` and `mixup` take
-latents too. Random numbers come from torch's global generators, which the training code seeds, unless `augment` is
-given a generator of its own. What happens to an image therefore depends on its batch.
+latents too. Random numbers come from torch's global generators, which the training code seeds, unless a function is
+given a generator of its own. What happens to an image then depends on its batch.
 """
 
 from __future__ import annotations
@@ -77,17 +77,16 @@ def random_changes(images: Tensor, flip: bool, crop_padding: int, generator: Gen
     return random_crop(images, crop_padding, generator) if crop_padding else images
 
 
-def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Average each image with another image of the batch, and their targets in the same proportion.
+def mixup(
+    images: Tensor, targets: Tensor, others: Tensor, other_targets: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Average each image with another one, and their targets in the same proportion.
 
-    This is mixup (Zhang et al. 2018, arXiv 1710.09412) of images (B, C, H, W) and probabilities (B, K), both float32. A
-    share for each image is drawn from Beta(alpha, alpha), where `alpha` is above 0. Near 0 most images stay almost
-    whole; at 1 every share is equally likely. Shares and partners are drawn on the CPU.
+    This is mixup (Zhang et al. 2018, arXiv 1710.09412) of images (B, C, H, W) and probabilities (B, K), both float32.
+    `shares` (B,), in [0, 1], are those of `images` in the mixtures; the paper draws them from Beta(alpha, alpha).
     """
-    share = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images.device)
-    other = torch.randperm(len(images)).to(images.device)
-    images = torch.lerp(images[other], images, share[:, None, None, None])
-    return images, torch.lerp(targets[other], targets, share[:, None])
+    mixed = torch.lerp(others, images, shares[:, None, None, None])
+    return mixed, torch.lerp(other_targets, targets, shares[:, None])
 
 
 def _matrix(rows: list[list[Any]], like: Tensor) -> Tensor:

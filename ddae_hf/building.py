@@ -14,7 +14,7 @@ from typing import Any
 
 LARGEST = 2**20  # of a number in a config: a width, a side, a number of timesteps or of classes
 # Numbers of layers, each of which takes a while to build.
-OF_LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")
+OF_LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block", "num_hidden_layers")
 MOST_LAYERS = 1000
 
 
@@ -49,9 +49,12 @@ def refusing(sentence: str) -> Iterator[None]:
     """Raise a `ValueError` that says this and the reason in place of any other error of a library."""
     try:
         yield
-    except (ValueError, OSError):
+    except OSError:
         raise
     except Exception as error:  # values of another type can raise anything
+        # Subclasses, such as those for damaged text, and a few words say nothing of what cannot be used.
+        if type(error) is ValueError and len(str(error).split()) > 3:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{sentence}: {reason[:300]}") from error
 

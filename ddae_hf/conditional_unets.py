@@ -25,6 +25,9 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "num_class_embeds": (None,),
     "encoder_hid_dim_type": (None,),
     "dual_cross_attention": (False,),
+    "only_cross_attention": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "time_cond_proj_dim": (None,),  # the strength of guidance, which networks that were distilled with it are told
 }
 
 

@@ -213,8 +213,13 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of the denoiser's layers in forward order: what a backbone calls its stages."""
-        return layer_names(skeleton(self.denoiser))
+        """Names of the denoiser's layers in forward order: what a backbone calls its stages.
+
+        Those that lie inside of others are stages where `out_features` names them.
+        """
+        denoiser = skeleton(self.denoiser)
+        stages = {*layer_names(denoiser), *(self._out_features if isinstance(self._out_features, list) else [])}
+        return [layer for layer in layer_names(denoiser, inner=True) if layer in stages]
 
     @property
     def stage_channels(self) -> list[int]:

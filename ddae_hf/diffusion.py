@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .cut import uncompiled, unwrapped
 from .generators import Generator, normal
-from .hidden_states import run_with_hidden_states
+from .hidden_states import run_with_hidden_states, run_with_hooks
 from .networks import network_of
 from .noise import family_of
 
@@ -71,13 +71,20 @@ class Diffusion:
             noisy: Its input (B, C, H, W), scaled as `Family.noisy` does.
             timestep: Its timestep (B,), in the scheduler's units.
             conditions: What `conditions` returned.
-            guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
+            guidance_scale: Strength w of classifier-free guidance, `null + w * (told - null)`; at 1 there is none.
             null_conditions: What `conditions` returned for the null condition, which guidance needs.
         """
         fed, told = self._fed(noisy, timestep)
         if guidance_scale != 1:
             if not (conditions and null_conditions):
-                raise ValueError(f"guidance_scale is {guidance_scale}: guidance needs labels and a null class.")
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale}: guidance needs labels and a null class, or the conditions of "
+                    "a text and of no text."
+                )
+            for name, value in conditions.items():
+                if value.shape != null_conditions[name].shape:
+                    lengths = f"{tuple(value.shape)} and {tuple(null_conditions[name].shape)}"
+                    raise ValueError(f"The condition's and the null condition's {name} are of the shapes {lengths}.")
             conditions = {name: torch.cat([value, null_conditions[name]]) for name, value in conditions.items()}
             fed = torch.cat([fed, fed])
             told = torch.cat([told, told])
@@ -85,8 +92,8 @@ class Diffusion:
         output = self.network.call(self.answering, fed, told, **keywords).sample.float()
         prediction = output[:, : noisy.shape[1]]
         if guidance_scale != 1:
-            with_label, without = prediction.chunk(2)
-            prediction = without + guidance_scale * (with_label - without)
+            told_so, without = prediction.chunk(2)
+            prediction = without + guidance_scale * (told_so - without)
         if self.family.learns_variance:
             return torch.cat([prediction, output[: len(noisy), noisy.shape[1] :]], dim=1)
         return prediction
@@ -113,15 +120,32 @@ class Diffusion:
         not be synchronised.
         """
         count, batch_size = noise.shape[:2]
-        conditions = self.conditions(condition, batch_size, clean.device)
-        conditions = {name: _repeat(value, count) for name, value in conditions.items()}
-        level = _repeat(torch.as_tensor(sigma, dtype=torch.float32), count)
-        fed, told = self._fed(*self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level))
-        keywords = self.network.keywords(conditions)
+        fed, told, keywords = self._noisy(clean, noise, sigma, condition)
         _, found = run_with_hidden_states(self.denoiser, fed, told, layers, keywords, stop_early=True)
         if count > 1:
             return {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
         return found
+
+    def module_outputs(
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, names: Sequence[str], condition: Any = None
+    ) -> dict[str, Tensor]:
+        """Return raw outputs (draws * B, ...) of any modules by name, and compute nothing after the last of `names`.
+
+        Names are those of `named_modules()`, in the order of computation; for the rest see `hidden_states`.
+        """
+        fed, told, keywords = self._noisy(clean, noise, sigma, condition)
+        return run_with_hooks(self.denoiser, fed, told, names, names[-1], keywords)[1]
+
+    def _noisy(
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, condition: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return what the denoiser is fed of images with several draws of noise, and what it is told."""
+        count, batch_size = noise.shape[:2]
+        conditions = self.conditions(condition, batch_size, clean.device)
+        conditions = {name: _repeat(value, count) for name, value in conditions.items()}
+        level = _repeat(torch.as_tensor(sigma, dtype=torch.float32), count)
+        fed, told = self._fed(*self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level))
+        return fed, told, self.network.keywords(conditions)
 
     def denoise(
         self,

@@ -15,8 +15,8 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding, Timesteps
 from torch import Tensor, nn
 
-from .cut import Cut, recorded, runs_forward_alone
-from .network_class import NetworkClass, Tap, taps_of_block
+from .cut import Cut, runs_forward_alone
+from .network_class import NetworkClass, Tap, cut_blocks, place_of, taps_of_block, view_of_block
 
 
 class PatchTransformer(NetworkClass):
@@ -43,15 +43,18 @@ class PatchTransformer(NetworkClass):
         return [tap for name in names for tap in taps_of_block(name, width, stride, "decoder", inner=False)]
 
     def runs_as_seen(self, denoiser: Any, layers: Sequence[str]) -> bool:
-        """Whether the network has no hooks; queries and keys are read by hooks."""
-        return runs_forward_alone(denoiser) and all(layer.count(".") == 1 for layer in layers)
+        """Whether neither the network nor what is cut has hooks."""
+        cut = [denoiser.get_submodule(name) for name in cut_blocks(layers)]
+        return all(runs_forward_alone(module) for module in (denoiser, *cut))
 
     def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
         """Return the network with fewer blocks; its small output layer runs."""
         names = [f"transformer_blocks.{k}" for k in range(len(denoiser.transformer_blocks))]
-        count = 1 + max(map(names.index, layers)) if stop_early else None
+        last = max(layers, key=[tap.name for tap in self.taps(denoiser)].index) if stop_early else ""
+        count = 1 + place_of(last, names) if stop_early else len(names)
         blocks = zip(names[:count], list(denoiser.transformer_blocks)[:count], strict=True)
-        return Cut(denoiser, {"transformer_blocks": [recorded(block, name, layers, found) for name, block in blocks]})
+        views = [view_of_block(block, name, layers, found, last) for name, block in blocks]
+        return Cut(denoiser, {"transformer_blocks": views})
 
 
 class DiT(PatchTransformer):

@@ -124,7 +124,7 @@ def run_with_hidden_states(
         output = network.call(view, sample, timestep, return_dict=False, **told)[0]
     else:
         last = max(layers, key=layer_names(own, inner=True).index) if stop_early else None
-        output, found = _run_with_hooks(denoiser, sample, timestep, layers, last, told)
+        output, found = run_with_hooks(denoiser, sample, timestep, layers, last, told)
     return None if stop_early else output, {layer: found[layer] for layer in layers}
 
 
@@ -133,10 +133,13 @@ class _Reached(Exception):
 
 
 @torch.compiler.disable(reason="Hidden states are read by hooks where the denoiser has hooks or is not a plain walk.")
-def _run_with_hooks(
+def run_with_hooks(
     denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], last: str | None, told: dict[str, Any]
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Run the denoiser with hooks on its layers, which act only in this thread; the hook on `last` ends the run."""
+    """Run the denoiser with hooks on its layers, or on any of its modules, and return its output and theirs.
+
+    The hooks act only in this thread. The one on `last` ends the run, and the denoiser's output is then None.
+    """
     thread = threading.get_ident()
     found: dict[str, Tensor] = {}
 

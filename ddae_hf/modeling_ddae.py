@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,15 @@ class DDAEModel(DDAEPreTrainedModel):
         """Refuse to return, in training, hidden states of layers whose gradients `restrict_gradients` has left out."""
         known = layer_names(self.denoiser, inner=True)
         deepest = max(self._restricted_to, key=known.index)
+        kept = learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(self._restricted_to))
 
-        def learns(layer: str) -> bool:
-            return any(p.requires_grad for p in self.denoiser.get_submodule(layer).parameters())
+        def learns(layer: str, without: Collection[str] = ()) -> bool:
+            named = self.denoiser.get_submodule(layer).named_parameters()
+            names = ((f"{layer}.{name}".replace(COMPILED, ""), parameter) for name, parameter in named)
+            return any(parameter.requires_grad for name, parameter in names if name not in without)
 
         beyond = [layer for layer in layers if known.index(layer) > known.index(deepest)]
-        if learns(deepest) and (still := [layer for layer in beyond if not learns(layer)]):
+        if learns(deepest) and (still := [layer for layer in beyond if not learns(layer, kept)]):
             raise ValueError(
                 f"Hidden states of {', '.join(still)} are asked for in training, but the parameters after {deepest} "
                 "ask for no gradients, since the model's own output does not depend on them. To train them, call "
@@ -132,7 +135,7 @@ class DDAEModel(DDAEPreTrainedModel):
     @property
     def diffusion(self) -> Diffusion:
         """The denoiser with its scheduler and its null condition."""
-        stored = self.config.null_class if self.condition is None else self.condition.tensors()
+        stored = self.config.null_class if self.condition is None else self.condition()
         return Diffusion(self.denoiser, self.scheduler, stored)
 
     def layer_names(self) -> list[str]:
@@ -198,7 +201,9 @@ class DDAEModel(DDAEPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         known = self.layer_names()
         if output_hidden_states is True:
-            return known[: known.index(self.config.layer) + 1]
+            every = layer_names(self.denoiser, inner=True)
+            before = every[: every.index(str(self.config.layer))]
+            return [*(layer for layer in before if layer in known), str(self.config.layer)]
         if not output_hidden_states:
             return []
         if outside := [i for i in output_hidden_states if isinstance(i, int) and not -len(known) <= i < len(known)]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .building import short
-from .cut import Cut, runs_forward_alone
+from .cut import Cut, Recorder, identity, recorded, runs_forward_alone
 from .families import in_batch
 from .labels import check_label_range
 
@@ -30,8 +30,44 @@ class Tap(NamedTuple):
 
 def taps_of_block(name: str, width: int, stride: int, part: str, *, inner: bool) -> list[Tap]:
     """Return the taps of a transformer block: queries and keys of its self-attention, and the block itself."""
-    inside = [Tap(f"{name}.attn1.{which}", width, stride, part, inner=True) for which in ("to_q", "to_k")]
+    inside = [Tap(each, width, stride, part, inner=True) for each in _projections(name).values()]
     return [*inside, Tap(name, width, stride, part, inner)]
+
+
+def _projections(block: str) -> dict[str, str]:
+    """Return the names of a transformer block's queries and keys, by those that they have in its self-attention."""
+    return {which: f"{block}.attn1.{which}" for which in ("to_q", "to_k")}
+
+
+def view_of_block(block: Any, name: str, layers: Sequence[str], found: dict[str, Tensor], last: str) -> Any:
+    """Return a view of a transformer block that records its taps and, if the `last` is inside of it, ends after it.
+
+    What a block that ends has computed is all in `found`, and its output means nothing.
+    """
+    wanted = {which: each for which, each in _projections(name).items() if each in layers}
+    if not wanted:
+        return recorded(block, name, layers, found)
+    attention = block.attn1
+    if last in wanted.values():
+
+        def project(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            found.update({each: getattr(attention, which)(hidden) for which, each in wanted.items()})
+            return hidden
+
+        return Cut(block, {"attn1": project, "attn2": None, "ff": identity})
+    parts = {which: Recorder(getattr(attention, which), each, found) for which, each in wanted.items()}
+    return recorded(Cut(block, {"attn1": Cut(attention, parts)}), name, layers, found)
+
+
+def cut_blocks(layers: Sequence[str]) -> set[str]:
+    """Return the names of the transformer blocks, and of their self-attentions, that `view_of_block` cuts."""
+    attentions = {layer.rpartition(".")[0] for layer in layers if layer.endswith((".attn1.to_q", ".attn1.to_k"))}
+    return attentions | {attention.removesuffix(".attn1") for attention in attentions}
+
+
+def place_of(layer: str, names: Sequence[str]) -> int:
+    """Return the index of the first name that is a layer's, or that of a part that has it inside."""
+    return [layer == name or layer.startswith(f"{name}.") for name in names].index(True)
 
 
 def height_and_width(sample_size: Any) -> tuple[int, int]:

@@ -96,11 +96,11 @@ def component_classes(path: str, index: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise ValueError(f"{path} is damaged: its model_index.json says that {name} is {short(entry)}.")
         library, classes[name] = entry
-        known = NETWORKS[entry[1]].model.__module__ if entry[1] in NETWORKS else "diffusers"
         if name in TEXTS and classes[name] not in TEXTS[name]:
             allowed = ", ".join(TEXTS[name])
             raise ValueError(f"{path} has a {name} of class {short(classes[name])}: allowed are {allowed}.")
         allowed = "transformers" if name in TEXTS else "diffusers"
+        known = NETWORKS[entry[1]].model.__module__ if entry[1] in NETWORKS else allowed
         if library not in (allowed, known):
             raise ValueError(
                 f"{path} has a model_index.json that takes its {name} from {short(library)}: allowed is {allowed}."
@@ -112,16 +112,37 @@ def check_components(
     where: str, index: Mapping[str, Any], network: NetworkClass, classes: Mapping[str, str], known: set[str]
 ) -> None:
     """Refuse a pipeline with components that play no part here, or whose texts only other pipelines embed."""
+    name = network.model.__name__
+    allowed = network.stock_pipelines
+    if allowed and index["_class_name"] not in allowed:
+        raise ValueError(f"{where} is not supported: allowed with a {name} are {', '.join(allowed)}.")
     if others := sorted(set(classes) - known - {"scheduler", "vae"}):
         raise ValueError(
             f"{where} has components besides its denoiser, scheduler and vae ({', '.join(others)}), which are not "
             "supported: allowed are pipelines such as DDPMPipeline, DDIMPipeline, DiTPipeline and DDAEPipeline, and "
             "the text encoders of StableDiffusionPipeline and the like."
         )
-    allowed = network.stock_pipelines
-    if (known & TEXTS.keys() or allowed) and index["_class_name"] not in allowed:
-        wanted = f"allowed with a {network.model.__name__} are {', '.join(allowed)}" if allowed else "it needs no text"
-        raise ValueError(f"{where} is not supported: {wanted}.")
+    if not allowed and (texts := sorted(known & TEXTS.keys())):
+        raise ValueError(f"{where} is not supported: it has {', '.join(texts)}, but a {name} is told no text.")
+
+
+def check_sampled(network: NetworkClass, path: str | None = None, pipeline: str | None = None) -> None:
+    """Refuse to sample from a network that is told texts: diffusers' own pipelines do.
+
+    Args:
+        network: The class of the network.
+        path: Where it is from.
+        pipeline: The pipeline that is saved there, if one is.
+    """
+    if not network.stock_pipelines:
+        return
+    name = network.model.__name__
+    if pipeline is None:
+        which = " or ".join(network.stock_pipelines)
+        how = f"put it into the pipeline that it is of, and sample with diffusers' {which}"
+    else:
+        how = f"`diffusers.{pipeline}.from_pretrained({path!r})` does"
+    raise ValueError(f"DDAEPipeline does not sample from a {name}, which is told a text: {how}.")
 
 
 def build_denoiser(config: Mapping[str, Any]) -> Any:

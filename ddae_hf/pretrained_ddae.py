@@ -23,7 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of, skeleton
-from .prompts import embed, embeds
+from .prompts import check_told, null_condition
 from .remote_code import AUTO_MAP
 from .weights import (
     COMPILED,
@@ -37,6 +37,7 @@ from .weights import (
     refuse_other_shapes,
     refuse_unexpected,
     replaced_weights,
+    stored_dtype,
     tensor_shapes,
     uncompiled_names,
 )
@@ -113,7 +114,6 @@ class DDAEPreTrainedModel(PreTrainedModel):
         anew = asked and bool(kwargs.get("ignore_mismatched_sizes"))
         checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
         config = kwargs.pop("config", None)
-        _check_told(checkpoint, condition, kwargs.get("prompt"))
         scheduler = kwargs.get("scheduler", checkpoint.scheduler)
         if config is None:
             config, kwargs = DDAEConfig.from_dict(checkpoint.config, return_unused_kwargs=True, **kwargs)
@@ -125,10 +125,13 @@ class DDAEPreTrainedModel(PreTrainedModel):
                     "taken. If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
                     stacklevel=2,
                 )
+        check_told(checkpoint, condition, config.prompt)
         if dtype in (None, "auto") and checkpoint.keeps_dtype:
             dtype = config.dtype
         if state is None:
             state = checkpoint.compiled_state()
+        elif not checkpoint.holds_model:
+            config = cls._described_by(state, config, condition)
         if state is None and not checkpoint.opens_in_transformers:
             config = copy.deepcopy(config)
             state, dtype = cls._read_parts(checkpoint, config, dtype, condition)
@@ -172,6 +175,17 @@ class DDAEPreTrainedModel(PreTrainedModel):
             refuse_other_shapes(checkpoint.path, "classifier", expected, stored)
 
     @classmethod
+    def _described_by(cls, state: dict[str, Any], config: DDAEConfig, condition: Any) -> DDAEConfig:
+        """Return a generator's configuration with the shapes of the null condition among the tensors that came."""
+        if condition is not None:
+            raise ValueError("Both state_dict and condition came, but the state_dict holds what is told: pass one.")
+        kept = f"{cls._inner_prefix}condition."
+        told = {name.removeprefix(kept): value for name, value in plain_state(state).items() if name.startswith(kept)}
+        config = copy.deepcopy(config)
+        config.condition_shapes = {name: list(value.shape[1:]) for name, value in told.items()} or None
+        return config
+
+    @classmethod
     def _read_parts(
         cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any, condition: Any
     ) -> tuple[dict[str, Any], Any]:
@@ -179,7 +193,13 @@ class DDAEPreTrainedModel(PreTrainedModel):
 
         It sets the fingerprints of `config`, and the shapes of a null condition.
         """
-        denoiser = checkpoint.load("denoiser", dtype if isinstance(dtype, torch.dtype) else None)
+        known_dtype = dtype if isinstance(dtype, torch.dtype) else None
+        told: dict[str, torch.Tensor] = {}
+        if not checkpoint.head:  # text encoders are let go before the denoiser is loaded
+            files, _ = checkpoint.check("denoiser")
+            told = null_condition(checkpoint, known_dtype or stored_dtype(files[0]), config.prompt, condition)
+            config.condition_shapes = {name: list(value.shape[1:]) for name, value in told.items()} or None
+        denoiser = checkpoint.load("denoiser", known_dtype)
         for name, rounded in GENERATOR_FINGERPRINTS.items():
             setattr(config, name, fingerprint(denoiser, dtype=rounded))
         parts = {"denoiser": denoiser}
@@ -197,10 +217,7 @@ class DDAEPreTrainedModel(PreTrainedModel):
         head = load_file(checkpoint.head) if checkpoint.head else {}
         state |= head if cls._has_head else {}
         kept = "ddae.condition."
-        told = {name.removeprefix(kept): value for name, value in head.items() if name.startswith(kept)}
-        if not checkpoint.head:
-            told = null_condition(checkpoint, denoiser, config.prompt, condition)
-            config.condition_shapes = {name: list(value.shape[1:]) for name, value in told.items()} or None
+        told |= {name.removeprefix(kept): value for name, value in head.items() if name.startswith(kept)}
         state |= {f"{prefix}condition.{name}": value for name, value in told.items()}
         return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
@@ -298,37 +315,6 @@ def _load_reports(where: str) -> Iterator[list[logging.LogRecord]]:
         for record in reports:
             record.msg = record.msg.replace("from: None\n", f"from: {where}\n")
             reporting.handle(record)
-
-
-def _check_told(checkpoint: Checkpoint, condition: Any, prompt: Any) -> None:
-    """Refuse another prompt or condition for a model that stores what its denoiser is told."""
-    stored = checkpoint.config.get("prompt")
-    if checkpoint.holds_model and (condition is not None or (prompt is not None and prompt != stored)):
-        raise ValueError(
-            f"{checkpoint.path} was saved with what its denoiser is told ("
-            f"{'no prompt' if stored is None else f'the prompt {stored!r}'}): leave prompt and condition out. Its "
-            "forward takes another `condition`; to train for another prompt, open the generative checkpoint with it."
-        )
-
-
-def null_condition(checkpoint: Checkpoint, denoiser: Any, prompt: str | None, condition: Any) -> dict[str, Any]:
-    """Return what a generator's denoiser is to be told of all images, (1, ...) by name; empty where nothing is.
-
-    Args:
-        checkpoint: The generator.
-        denoiser: Its denoiser.
-        prompt: A text; None is the null prompt.
-        condition: Embeddings, in place of a text.
-    """
-    network = network_of(denoiser)
-    if condition is not None and prompt is not None:
-        raise ValueError("Both prompt and condition came: pass one of them.")
-    if not network.stock_pipelines and condition is not None:
-        raise ValueError("condition came, but this denoiser is told no text: leave it out, or pass it to the forward.")
-    if not network.stock_pipelines or (condition is None and prompt is None and not embeds(checkpoint)):
-        return {}
-    told = embed(checkpoint, prompt, denoiser.dtype) if condition is None else condition
-    return network.conditions(denoiser, told, 1, "cpu")
 
 
 def use_attention(denoiser: nn.Module, implementation: str | None) -> None:

@@ -82,11 +82,13 @@ class TextConditioned(NetworkClass):
             ValueError: No condition and no null condition, parts that are missing or have other shapes or types.
         """
         null = {} if null_condition is None else dict(null_condition)
-        given = {SEQUENCE: condition} if isinstance(condition, Tensor) else null if condition is None else condition
+        given = null if condition is None else condition
+        if isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1:
+            given = {SEQUENCE: given}
         if not isinstance(given, Mapping):
             raise ValueError(
-                f"The condition is {short(given)}, but this {type(denoiser).__name__} is told a text: give what "
-                "`embed_prompts` makes of texts."
+                f"The condition is {short(given)}, but this {type(denoiser).__name__} is told a text, and no class "
+                "labels: give what `embed_prompts` makes of texts."
             )
         if not given:
             raise ValueError(
@@ -97,6 +99,9 @@ class TextConditioned(NetworkClass):
         given = {**{name: null[name] for name in sizes if name in null}, **given}
         if wrong := [name for name, value in given.items() if not isinstance(value, Tensor) or value.ndim < 2]:
             raise ValueError(f"The condition's {wrong[0]} is {short(given[wrong[0]])}: it must be a tensor (B, ...).")
+        if wrong := [name for name, value in given.items() if name != MASK and not value.is_floating_point()]:
+            kind = str(given[wrong[0]].dtype).removeprefix("torch.")
+            raise ValueError(f"The condition's {wrong[0]} is of type {kind}: it must be floats.")
         self._check_shapes({name: tuple(value.shape[1:]) for name, value in given.items()}, denoiser.config)
         counts = {name: len(value) for name, value in given.items()}
         if wrong := [name for name, count in counts.items() if count not in (1, batch_size)]:
@@ -109,7 +114,8 @@ class TextConditioned(NetworkClass):
 
 def _fitted(value: Tensor, batch_size: int, device: Any, dtype: torch.dtype) -> Tensor:
     kind = dtype if value.is_floating_point() else value.dtype
-    return value.to(device, kind).expand(batch_size, *value.shape[1:])
+    # As pipelines repeat them: products of a view that is expanded could differ in the last bit.
+    return value.to(device, kind).expand(batch_size, *value.shape[1:]).contiguous()
 
 
 class StoredCondition(nn.Module):
@@ -125,6 +131,6 @@ class StoredCondition(nn.Module):
             kind = torch.int64 if name == MASK else torch.get_default_dtype()
             self.register_buffer(name, torch.ones(1, *shape, dtype=kind))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the buffers by name."""
+    def forward(self) -> dict[str, Tensor]:
+        """Return the buffers by name: calling the module brings them back from where accelerate has sent them."""
         return dict(self.named_buffers())

@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from .cut import Cut, identity, in_float32, is_compiled, recorded, runs_forward_alone, uncompiled
-from .network_class import NetworkClass, Tap, taps_of_block
+from .network_class import NetworkClass, Tap, cut_blocks, place_of, taps_of_block, view_of_block
 from .noise import family_of
 
 BLOCKS = "transformer_blocks"
@@ -69,7 +69,7 @@ class UNet(NetworkClass):
             found.append(Tap("mid_block", middle.resnets[-1].out_channels, 2**last, "middle"))
         for i, block in enumerate(denoiser.up_blocks):
             found += self._block_taps(block, f"up_blocks.{i}", 2 ** (last - i), "decoder")
-            if block.upsamplers is not None:  # the whole block, whose output is of the next level's size
+            if getattr(block, "upsamplers", None):  # the whole block, whose output is of the next level's size
                 width = block.resnets[-1].out_channels
                 found.append(Tap(f"up_blocks.{i}", width, 2 ** (last - i - 1), "decoder", inner=True))
         return found
@@ -86,18 +86,15 @@ class UNet(NetworkClass):
             yield Tap(name, resnet.out_channels, stride, part)
 
     def runs_as_seen(self, denoiser: Any, layers: Sequence[str]) -> bool:
-        """Whether all blocks are plain walks, and neither the network nor what is cut has hooks.
-
-        Queries and keys are read by hooks: an attention's forward does not end with them.
-        """
+        """Whether all blocks are plain walks, and neither the network nor what is cut has hooks."""
         around = {_block_of(layer) for layer in layers} - {None}
         blocks = [*denoiser.down_blocks, *denoiser.up_blocks, *([denoiser.mid_block] if "mid_block" in around else [])]
         if not all(type(uncompiled(block)).__name__ in self.walks for block in blocks):
             return False
         attentions = [denoiser.get_submodule(name) for name in {_attention_of(layer) for layer in layers} - {None}]
-        if any(layer.endswith((".to_q", ".to_k")) for layer in layers) or not all(map(_ends_anywhere, attentions)):
+        if not all(map(_ends_anywhere, attentions)):
             return False
-        seen = [denoiser.get_submodule(name) for name in around]
+        seen = [denoiser.get_submodule(name) for name in around | cut_blocks(layers)]
         return all(runs_forward_alone(module) for module in (denoiser, *seen, *attentions))
 
     def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
@@ -107,8 +104,7 @@ class UNet(NetworkClass):
         names = [*down, *([] if denoiser.mid_block is None else ["mid_block"]), *up]
         last = max(layers, key=[tap.name for tap in self.taps(denoiser)].index) if stop_early else ""
         if stop_early:
-            ends = [name == last or last.startswith(f"{name}.") for name in names]
-            names = names[: ends.index(True) + 1]
+            names = names[: place_of(last, names) + 1]
         views = {name: _block_view(denoiser.get_submodule(name), name, layers, found, last) for name in names}
         replaced: dict[str, Any] = dict.fromkeys(("conv_norm_out", "conv_act", "conv_out"), identity) if last else {}
         replaced["down_blocks"] = [views[name] for name in down if name in views]
@@ -180,9 +176,9 @@ def _part_view(module: Any, name: str, layers: Sequence[str], found: dict[str, T
     if any(layer.startswith(f"{name}.") for layer in layers):
         names = [f"{name}.{BLOCKS}.{k}" for k in range(len(module.transformer_blocks))]
         blocks = zip(names, module.transformer_blocks, strict=True)
-        replaced: dict[str, Any] = {BLOCKS: [recorded(block, each, layers, found) for each, block in blocks]}
+        replaced: dict[str, Any] = {BLOCKS: [view_of_block(block, each, layers, found, last) for each, block in blocks]}
         if last.startswith(f"{name}."):
-            replaced[BLOCKS] = replaced[BLOCKS][: names.index(last) + 1]
+            replaced[BLOCKS] = replaced[BLOCKS][: place_of(last, names) + 1]
             replaced["proj_out"] = identity
         view = Cut(module, replaced)
     return recorded(view, name, layers, found)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -113,16 +117,106 @@ def stable_diffusion_xl(folder: Path) -> Any:
     return pipeline
 
 
-def pixart(folder: Path, kind: str = "PixArtAlphaPipeline", **options: Any) -> Any:
+def pixart(
+    folder: Path, kind: str = "PixArtAlphaPipeline", vae_options: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """Return a small `PixArtAlphaPipeline` or `PixArtSigmaPipeline`, and save it."""
     torch.manual_seed(0)
     tokenizer = t5_tokenizer()
     sizes = {"d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 3}
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes)).eval()
     pipeline = getattr(diffusers, kind)(
-        tokenizer=tokenizer, text_encoder=encoder, vae=make_vae(),
+        tokenizer=tokenizer, text_encoder=encoder, vae=make_vae(**vae_options or {}),
         transformer=diffusers.PixArtTransformer2DModel(**{**PIXART, **options}),
         scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+LAYOUTS: dict[str, Callable[[Path], Any]] = {
+    "sd1": stable_diffusion,
+    "sd2": functools.partial(
+        stable_diffusion, prediction_type="v_prediction", use_linear_projection=True, attention_head_dim=(2, 4)
+    ),
+    "xl": stable_diffusion_xl,
+    "alpha": pixart,
+    # Which diffusers tells from others by the size of its latents, as it does the sizes that it is told.
+    "alpha of 1024 pixels": functools.partial(
+        pixart, sample_size=128, patch_size=16, vae_options={"mid_block_add_attention": False}
+    ),
+    "sigma": functools.partial(pixart, kind="PixArtSigmaPipeline"),
+}
+
+
+class Called(Exception):
+    """A pipeline has called its network."""
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    return pipeline.components.get("unet") or pipeline.components["transformer"]
+
+
+def first_call(pipeline: Any, prompts: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a pipeline calls its network with first: half of the batch is told no text, half the prompts."""
+    calls: list[Any] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+        raise Called
+
+    handle = denoiser_of(pipeline).register_forward_pre_hook(keep, with_kwargs=True)
+    own = {} if hasattr(pipeline, "unet") else {"use_resolution_binning": False, "clean_caption": False}
+    try:
+        pipeline(prompts, guidance_scale=5.0, num_inference_steps=2, **own)
+    except Called:
+        return calls[0]
+    finally:
+        handle.remove()
+    raise AssertionError("The pipeline did not call its network.")
+
+
+def batched(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return nested arguments with a function of every tensor that has a batch."""
+    if isinstance(values, dict):
+        return {name: batched(value, function) for name, value in values.items()}
+    return function(values) if isinstance(values, torch.Tensor) and values.ndim else values
+
+
+def noisy_input(pipeline: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: int) -> tuple[Any, Any]:
+    """Return the network's input that a pipeline's scheduler makes of latents, and the timestep as it has it."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(1000)
+    (found,) = [t for t in scheduler.timesteps if t == timestep][:1]
+    noisy = scheduler.add_noise(latents, noise, found.expand(len(latents)))
+    return scheduler.scale_model_input(noisy, found), found
+
+
+def outputs_of(network: torch.nn.Module, names: list[str], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """Return the outputs of parts of a network by name, as hooks find them in a call of it."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, module: Any, inputs: Any, output: Any) -> None:
+        found[name] = output[0] if isinstance(output, tuple) else output
+
+    parts = [(name, network.get_submodule(name)) for name in names]
+    handles = [part.register_forward_hook(functools.partial(keep, name)) for name, part in parts]
+    network(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts floating-point operations, as torch's `FlopCounterMode` does, but without hooks on modules.
+
+    Under those, hidden states would be read by hooks, and not by a view.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **kwargs or {})
+        if formula := flop_registry.get(function._overloadpacket):
+            self.count += formula(*args, **kwargs or {}, out_val=output)
+        return output

@@ -45,6 +45,7 @@ OPTIONS_OF_ALL = {
 }  # fmt: skip
 SIX = {"max_train_steps": 6, "checkpointing_steps": 3}
 LATEST = {"resume_from_checkpoint": "latest"}
+MIXED = ("labels", "partner_labels", "shares")  # of a batch with mixup
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def test_a_run_goes_on_in_other_batches_of_the_same_steps_and_in_another_precisi
 ):
     seen = []
     change = trainer.FineTuner.change
-    watched = lambda self, images, labels, draws: seen.append(labels) or change(self, images, labels, draws)  # noqa: E731
+    watched = lambda self, inputs, draws: seen.append(inputs) or change(self, inputs, draws)  # noqa: E731
     monkeypatch.setattr(trainer.FineTuner, "change", watched)
     parts = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
     for number, changes in enumerate(({}, parts)):
@@ -254,7 +255,9 @@ def test_a_run_goes_on_in_other_batches_of_the_same_steps_and_in_another_precisi
         torch.save({}, folder / "checkpoint-3" / "scaler.pt")  # as fp16 leaves it
         result = run(checkpoints / "ddpm", digits, folder, **SIX, **LATEST, **changes)
         assert result.images == finetuned[1].images
-    assert torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:])) and len(seen) == 3 + 5
+    assert len(seen) == 3 + 5 and seen[0].keys() == {*MIXED, "pixel_values", "partner_pixel_values"}
+    for name in MIXED:
+        assert torch.equal(*(torch.cat([batch[name] for batch in half]) for half in (seen[:3], seen[3:]))), name
     assert yaml.safe_load((folder / OPTIONS).read_text())["mixed_precision"] == "bf16"
     given = {"mixed_precision": "fp16"}
     tuner = SimpleNamespace(args=SimpleNamespace(fp16=True, max_steps=6), known={"options": given})
@@ -670,8 +673,10 @@ def test_images_and_targets_are_mixed_and_smoothed_alike(tuner):
     """An image of one value tells its class, so the mixed image tells the share of each class."""
     labels = torch.arange(8)
     values = 10.0 ** -labels.float()  # every pair and share gives another value
-    torch.manual_seed(1)
-    changed = tuner.change(values[:, None, None, None].expand(8, 1, 8, 8), labels, tuner.draws(8))
+    images = values[:, None, None, None].expand(8, 1, 8, 8)
+    inputs = {"pixel_values": images, "labels": labels, "shares": torch.linspace(0, 1, 8)}
+    inputs |= {"partner_pixel_values": images.roll(3, 0), "partner_labels": labels.roll(3)}
+    changed = tuner.change(inputs, tuner.draws(8))
     images, targets = changed["pixel_values"], changed["labels"]
     assert targets.shape == (8, 10)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
@@ -680,10 +685,49 @@ def test_images_and_targets_are_mixed_and_smoothed_alike(tuner):
     assert ((hard > 1e-4).sum(1) <= 2).all() and (hard.max(1).values < 0.999).any()
 
 
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_partners_and_shares_of_mixup_are_of_the_papers_distribution(alpha):
+    rows = trainer.LabelledRows(range(20_000))
+    found = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        rows.mix(alpha, seed, epoch)
+        assert sorted(rows.partners) == list(range(20_000)) and (rows.partners == range(20_000)).mean() < 0.001
+        assert rows.shares.mean() == pytest.approx(0.5, abs=0.02)
+        assert rows.shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.04)
+        assert abs(np.corrcoef(rows.shares, rows.partners)[0, 1]) < 0.03
+        found.append((rows.partners, rows.shares))
+    for again, (partners, shares) in enumerate(found[1:]):
+        assert (partners == found[0][0]).mean() == (1 if again == 2 else pytest.approx(0, abs=0.01))
+        assert abs(np.corrcoef(shares, found[0][1])[0, 1]) == pytest.approx(1 if again == 2 else 0, abs=0.03)
+
+
+@pytest.mark.parametrize("views", [None, 2])
+def test_a_mixed_batch_has_each_images_own_partner_and_share_whatever_the_batch(views):
+    class Numbers:
+        labels = np.arange(100) % 7
+
+        def __len__(self):
+            return 100
+
+        def read(self, rows, view, device):
+            return torch.as_tensor(rows + 1000.0 * view).expand(1, 1, 1, -1).permute(3, 0, 1, 2)
+
+    rows = trainer.LabelledRows(Numbers(), np.arange(0, 100, 2), views)
+    rows.mix(0.5, 3, 4)
+    whole, part = rows.__getitems__(list(range(50))), rows.__getitems__([7, 30])
+    for name in ("pixel_values", "labels", "partner_pixel_values", "partner_labels", "shares"):
+        assert torch.equal(whole[name][[7, 30]], part[name])
+    partners = whole["partner_pixel_values"].flatten(1)[:, 0].long()
+    assert partners.tolist() == (2 * rows.partners).tolist()
+    assert torch.equal(whole["partner_labels"], partners % 7)
+    assert "shares" not in trainer.LabelledRows(Numbers()).__getitems__([0])
+
+
 def test_smoothing_alone_is_torchs(tuner, monkeypatch):
     monkeypatch.setattr(tuner.options, "mixup", 0.0)
     labels, logits = torch.tensor([3, 1, 9]), torch.randn(3, 10)
-    targets = tuner.change(torch.zeros(3, 1, 8, 8), labels, tuner.draws(3))["labels"]
+    inputs = {"pixel_values": torch.zeros(3, 1, 8, 8), "labels": labels}
+    targets = tuner.change(inputs, tuner.draws(3))["labels"]
     expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(-(targets * logits.log_softmax(-1)).sum(-1).mean(), expected)
 
@@ -712,7 +756,6 @@ def test_few_labels_are_those_that_a_probe_draws(checkpoints, digits):
         ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1: it must be at least 0"),
         ({"seed": -1}, "seed is -1"),
         ({"learning_rat": 1.0}, "here is no option 'learning_rat': the nearest are learning_rate"),
-        ({"train_batch_size": 1}, "mixup mixes the images of a batch"),
         ({"max_train_steps": 0}, "it must be at least 1"),
         ({"random_crop": 8}, "random_crop is 8: it must be below the sides"),
         ({"layer": "up_blocks.8.resnets.0"}, "There is no layer 'up_blocks.8.resnets.0'"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ddae_hf import DDAEConfig, DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.checkpoints import load_vae, plain_config
-from ddae_hf.experiments import correspondences, make_card
+from ddae_hf.experiments import correspondences, make_card, trainer
 from ddae_hf.experiments.draws import POSTERIOR, RowDraws, indexed_noise
 from ddae_hf.experiments.encoding import describe_splits, encode_views, encoding_team
 from ddae_hf.experiments.evaluation import frechet_distance
@@ -21,7 +21,7 @@ from ddae_hf.experiments.images import ImageInputs, Images, labelled_splits
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.noisy_classification import TEST_VIEW, NoisyOptions, Study
 from ddae_hf.experiments.noisy_networks import NoiseConditionalMLP, WideResNet
-from ddae_hf.experiments.trainer import AVERAGED, FineTuner
+from ddae_hf.experiments.trainer import AVERAGED
 from ddae_hf.latents import encode
 from ddae_hf.weights import fingerprint
 
@@ -198,13 +198,12 @@ def latents(latent_dit, vae, digits, tmp_path_factory):
 def test_fine_tuning_on_latents_saves_a_classifier_of_images(
     latent_dit, vae, digits, latents, tested, tmp_path, monkeypatch
 ):
-    seen, change = [], FineTuner.change
-    monkeypatch.setattr(
-        FineTuner, "change", lambda self, images, *others: seen.append(images) or change(self, images, *others)
-    )
+    seen, chosen = [], trainer.one_view
+    monkeypatch.setattr(trainer, "one_view", lambda *given: seen.append(chosen(*given)) or seen[-1])
     options = ["--latents_dir", str(latents), "--mixup", "0.3", "--max_train_steps", "4"]
     report = tune(latent_dit, digits, tmp_path, *options)
     views = [torch.from_numpy(np.array(LatentFolder(latents).latents("train", view))).float() for view in (0, 1)]
+    assert len(seen) == 2 * 4  # those of partners, too
     of_view = [[any(torch.equal(row, known) for known in view) for row in torch.cat(seen)] for view in views]
     assert all(a or b for a, b in zip(*of_view, strict=True)) and any(of_view[0]) and any(of_view[1])
     whole, (images, labels) = DDAEForImageClassification.from_pretrained(tmp_path), tested

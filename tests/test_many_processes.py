@@ -24,16 +24,22 @@ RUN = """
 import json, sys
 from accelerate.state import PartialState
 from ddae_hf.experiments.sharing import Team
+from ddae_hf.experiments.training import Loop
 from tests import commands
 
 def counted(team, task, parts, details):
     shares[task] = shares.get(task, 0) + len(parts[team.number :: team.count])
     return results(team, task, parts, details)
 
+def trained(loop, *words):
+    shares["trainings"] += 1
+    return run(loop, *words)
+
 results, Team._results = Team._results, counted
+run, Loop.run = Loop.run, trained
 PartialState.destroy_process_group = lambda state: None  # the next command needs it
 for name, options in json.loads(sys.argv[1]):
-    shares = {}
+    shares = {"trainings": 0}
     commands.run(name, *options)
     with open(f"shares-of-{name}-{PartialState().process_index}.json", "w") as file:
         json.dump(shares, file)
@@ -149,15 +155,37 @@ def test_every_process_computes_its_share_and_the_first_alone_prints(folders):
     for name in ("sweep", "probe", "export", "noisy", "encode", "transfer"):
         files = (two.parent / f"shares-of-{name}-{number}.json" for number in (0, 1))
         first, second = (json.loads(file.read_text()) for file in files)
+        trainings = first.pop("trainings"), second.pop("trainings")
+        assert (trainings[0] > 0) == (name in ("noisy", "probe")) and trainings[1] == 0  # nobody trains the same again
         assert first.keys() == second.keys() and first
         assert all(abs(first[task] - second[task]) <= first[task] / 2 for task in first), (name, first, second)
     assert printed.count("The classifier is in") == 2 and printed.count("Features of 40 images") == 1
 
 
-def test_a_run_of_checkpoints_is_not_shared_and_an_error_is_said_once(checkpoints, digits, tmp_path):
-    shared = commands_into(tmp_path, checkpoints, digits)[2:3]
-    (_, options), wrong = shared[0], ["--layers", "nowhere"]
-    done = launch(tmp_path, [("export", [*options, *wrong])])
+def test_a_run_of_checkpoints_has_the_figures_of_one_process(checkpoints, digits, tmp_path):
+    for step in (10, 20):
+        unet = make_unet(seed=step, in_channels=1, out_channels=1)
+        DDAEPipeline.for_denoiser(unet, DDIMScheduler()).save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    options = ["--checkpoints", str(tmp_path / "run"), "--dataset_name", str(digits), *COUNTS, "--batch_size", 7]
+    options += ["--layers", "mid_block", "--sigmas", 0.1, "--num_noise_seeds", 1, "--num_inference_steps", 2]
+    options += ["--extractor", f"ddae:{checkpoints / 'unet'}", "--num_images", 70]  # in two batches
+    folders = [tmp_path / "one", tmp_path / "two"]
+    commands.run("sweep", *options, "--output_dir", folders[0])
+    done = launch(tmp_path, [("sweep", [*options, "--output_dir", str(folders[1])])])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("Pictures and every figure are in") == 1
+    for report in ("training_curve.json", "checkpoint-10/eval_results.json", "checkpoint-20/eval_results.json"):
+        expected, found = (figures(folder / report) for folder in folders)
+        assert expected.keys() == found.keys() and len(expected) > 3
+        for figure, value in expected.items():
+            assert found[figure] == pytest.approx(value, rel=1e-3, abs=1e-4), (report, figure)
+    files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in folders]
+    assert files[0] == files[1]
+    first, second = (json.loads((tmp_path / f"shares-of-sweep-{number}.json").read_text()) for number in (0, 1))
+    assert first["loss"] == 2 * 3 and second["loss"] == 2 * 2  # of five parts of each checkpoint's 30 images
+
+
+def test_an_error_is_said_once(checkpoints, digits, tmp_path):
+    _, options = commands_into(tmp_path, checkpoints, digits)[2]
+    done = launch(tmp_path, [("export", [*options, "--layers", "nowhere"])])
     assert done.returncode != 0 and done.stderr.count("nowhere") == 1
-    done = launch(tmp_path, [("sweep", ["--checkpoints", "runs", "--dataset_name", digits])])
-    assert done.stderr.count("2 processes were launched: they share the sweep of one checkpoint") == 1

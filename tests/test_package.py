@@ -42,14 +42,14 @@ EXPERIMENTS = [
     ["converting", "encoding", "extractors", "feature_export", "pairs"],
     ["results"],
     ["batches", "plots"],
-    ["correspondences", "generation", "pretraining_data", "publishing", "sharding", "trainer"],
+    ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding", "trainer"],
     ["training"],
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
-    ["noisy_classification", "transferring"],
+    ["noisy_classification", "training_curve", "transferring"],
 ]
-DEMO = [["nearness", "pictures", "steps", "uploads"], ["views"], ["page", "space"]]
+DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 
 

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Value
 from diffusers import DDPMScheduler
 
 from ddae_hf import DDAEImageProcessor, DDAEPipeline
-from ddae_hf.experiments import CurveOptions, correspondences, evaluation, probing, sweeping
+from ddae_hf.experiments import CurveOptions, correspondences, evaluation, probing, training_curve
 from ddae_hf.experiments.encoding import encode
 from ddae_hf.experiments.images import DataOptions, ImageInputs, labelled_splits
 from ddae_hf.experiments.models import open_model
@@ -94,14 +94,14 @@ def test_what_a_sweep_measures_on_few_images_is_measured_on_all_classes(
     processor = DDAEImageProcessor.from_pretrained(checkpoint)
     inputs = [ImageInputs(each, processor) for each in (train, test)]
     monkeypatch.setattr(probing, "ALIGNMENT_IMAGES", 15)
-    monkeypatch.setattr(sweeping, "LOSS_IMAGES", 15)
+    monkeypatch.setattr(training_curve, "LOSS_IMAGES", 15)
     prober = probing.Prober(open_model(checkpoint), *inputs, options, ["mid_block"], [0.1], tmp_path)
     rows = []
-    features, batches = prober.features, inputs[1].batches
+    features, parts = prober.features, inputs[1].parts
     monkeypatch.setattr(prober, "features", lambda *a, **k: rows.append(k["rows"]) or features(*a, **k))
-    monkeypatch.setattr(inputs[1], "batches", lambda *a, **k: rows.append(a[1]) or batches(*a, **k))
     prober.add_other_figures([Pair(layer="mid_block", sigma=0.1)], 0.1)
-    sweeping.test_loss(checkpoint, inputs[1], options)
+    monkeypatch.setattr(inputs[1], "parts", lambda *a, **k: rows.extend(part for part, _ in a[0]) or parts(*a, **k))
+    training_curve.test_loss(checkpoint, inputs[1], options)
     few = [some for some in rows if some is not None and len(some) == 15]
     assert [len(set(each.labels[some])) for each, some in zip((train, test), few, strict=True)] == [10, 10]
 

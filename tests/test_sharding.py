@@ -11,12 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.utils import DynamoBackend
 from PIL import Image
 from safetensors.torch import load_file
 
+from ddae_hf.experiments.finetuning import finetune
 from ddae_hf.experiments.pretraining import PretrainingOptions, pretrain
+from ddae_hf.experiments.run_folder import read_options
 from ddae_hf.experiments.sharding import check_sharding, load_moments
+from ddae_hf.experiments.sharing import this_process
 from ddae_hf.experiments.vae_training import VAEOptions
 
 from . import commands
@@ -65,12 +69,12 @@ def options_of(digits, folder, *more):
     return [*options, "--adam_epsilon", 1e-4, *more]  # Adam would follow the sign of gradients that are only rounding
 
 
-def launch(folder, *runs, processes=2):
+def launch(folder, *runs, processes=2, config="two_cpu_processes", launcher=()):
     """Run pretraining on so many processes, with each of these options in turn, and return what ran it."""
     (folder / "run.py").write_text(RUN)
-    config = ROOT / "examples" / "accelerate_configs" / "two_cpu_processes.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(processes), str(folder / "run.py")]
+    config = ROOT / "examples" / "accelerate_configs" / f"{config}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *launcher]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", str(folder / "run.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = json.dumps([[str(option) for option in options] for options in runs])
     return subprocess.run([*command, words], env=environment, cwd=folder, capture_output=True, text=True, timeout=500)
@@ -109,6 +113,8 @@ def runs(digits, tmp_path_factory):
     (root / "printed.txt").write_text(done.stdout + done.stderr)
     done = launch(root, resumed("three", "sharded", "--shard"), processes=3)
     assert done.returncode == 0, done.stderr[-4000:]
+    done = launch(root, run("fsdp", "--train_batch_size", 3), config="fsdp2")
+    assert done.returncode == 0, done.stderr[-4000:]
     commands.run("pretrain", *resumed("one", "sharded"))
     return root
 
@@ -120,6 +126,12 @@ def weights(folder):
         [file] = place.glob("*/diffusion_pytorch_model.safetensors")
         found |= {f"{kind} {name}": value for name, value in load_file(file).items()}
     return found
+
+
+def files_of(folder):
+    """The files of a folder that runs write themselves, by their paths inside of it."""
+    paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return {path.as_posix() for path in paths if not path.name.startswith("counts-")}
 
 
 def distance(one, two):
@@ -140,6 +152,14 @@ def test_a_run_that_is_resumed_is_the_uninterrupted_one_to_the_bit(runs):
     assert distance(runs / "sharded", runs / "resumed") == 0
 
 
+def test_a_run_of_accelerates_fsdp_configuration_is_the_sharded_one_to_the_bit(runs):
+    sharded, found = (runs / name for name in ("sharded", "fsdp"))
+    assert distance(sharded, found) == 0
+    assert files_of(sharded) == files_of(found)
+    ours, theirs = (read_options(folder) for folder in (sharded, found))
+    assert theirs == ours | {"output_dir": str(found), "resume_from_checkpoint": None} and theirs["shard"]
+
+
 def test_a_dit_with_gradient_checkpointing_has_the_weights_of_one_that_was_not_sharded(runs):
     assert distance(runs / "whole-dit", runs / "sharded-dit") < 1e-6
 
@@ -154,11 +174,7 @@ def test_in_bfloat16_the_weights_are_near_those_of_a_run_that_was_not_sharded(ru
 
 
 def test_a_folder_has_the_files_of_a_run_that_was_not_sharded(runs):
-    def files(name):
-        paths = {path.relative_to(runs / name) for path in (runs / name).rglob("*") if path.is_file()}
-        return {path.as_posix() for path in paths if not path.name.startswith("counts-")}
-
-    whole, sharded = files("whole"), files("sharded")
+    whole, sharded = files_of(runs / "whole"), files_of(runs / "sharded")
     assert whole - sharded == {f"checkpoint-{step}/state/optimizer.bin" for step in (2, 4)}
     parts = sharded - whole
     folders = {f"checkpoint-{step}/state/optimizer" for step in (2, 4)}
@@ -173,7 +189,7 @@ def test_samples_are_those_of_a_run_that_was_not_sharded(runs):
     assert one.std() > 10 and np.abs(one.astype(int) - two).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["sharded", "divided", "sharded-dit", "sharded-bf16"])
+@pytest.mark.parametrize("name", ["sharded", "divided", "fsdp", "sharded-dit", "sharded-bf16"])
 def test_each_process_keeps_half(runs, name):
     total = sum(value.numel() for key, value in weights(runs / name).items() if key.startswith("raw "))
     counts = [json.loads((runs / name / f"counts-{process}.json").read_text()) for process in (0, 1)]
@@ -202,7 +218,7 @@ def test_a_part_that_is_damaged_or_of_another_network_is_refused(runs, tmp_path)
         PretrainingOptions(resume_from_checkpoint=str(checkpoint)).checkpoint()
 
 
-def test_what_cannot_be_sharded_is_refused(digits, monkeypatch):
+def test_what_cannot_be_sharded_is_refused(digits):
     with pytest.raises(ValueError, match="shard divides a network among processes, and there is one"):
         pretrain(str(digits), shard=True, max_train_steps=1)
 
@@ -215,7 +231,47 @@ def test_what_cannot_be_sharded_is_refused(digits, monkeypatch):
         check_sharding(launched("fp16", DynamoBackend.NO))
     with pytest.raises(ValueError, match="--dynamo_backend no"):
         check_sharding(launched("no", DynamoBackend.INDUCTOR))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("FSDP_VERSION", None, "has fsdp_version: 1. For `ddae pretrain` it must be 2"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward: false.* it must be true"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: true.* it must be false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing: true.* --gradient_checkpointing"),
+        ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", "FULL_STATE_DICT.* it must be SHARDED_STATE_DICT"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "SIZE_BASED_WRAP.* it must be TRANSFORMER_BASED_WRAP"),
+        ("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D", "fsdp_transformer_cls_to_wrap: ResnetBlock2D.* leave it out"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "has use_parallelism_config: true"),
+    ],
+)
+def test_fsdp_of_another_kind_is_refused_before_any_work(told_fsdp2, variable, value, message):
+    PretrainingOptions()
+    told_fsdp2.delenv(variable, raising=False)
+    if value is not None:
+        told_fsdp2.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        PretrainingOptions()
+
+
+def test_fsdp_is_taken_over_by_pretraining_and_refused_elsewhere(told_fsdp2, digits):
+    with pytest.raises(ValueError, match="there is one: .* leave shard, and accelerate's FSDP, out"):
+        pretrain(str(digits), max_train_steps=1)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"  # what comes after is refused in its turn
+    for refused in (VAEOptions, this_process, lambda: finetune("nowhere", str(digits))):
+        with pytest.raises(ValueError, match="FSDP .*, which only `ddae pretrain` takes"):
+            refused()
+    for command in ("sweep", "generate"):
+        with pytest.raises(SystemExit, match="FSDP .*, which only `ddae pretrain` takes"):
+            commands.run(command, "--model_name_or_path", "nowhere")
+
+
+@pytest.fixture
+def told_fsdp2(monkeypatch):
+    """The environment that `accelerate launch` makes of the configuration in the examples."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for options in (PretrainingOptions, VAEOptions):
-        with pytest.raises(ValueError, match="accelerate was told to use FSDP"):
-            options()
+    config = yaml.safe_load((ROOT / "examples" / "accelerate_configs" / "fsdp2.yaml").read_text())
+    for name, value in config["fsdp_config"].items():
+        monkeypatch.setenv(name.upper(), str(value).lower() if isinstance(value, bool) else str(value))
+    return monkeypatch

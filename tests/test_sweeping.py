@@ -32,6 +32,7 @@ from ddae_hf.experiments import (
     sweep,
     sweep_run,
     sweeping,
+    training_curve,
 )
 from ddae_hf.experiments.features import FeatureCache
 from ddae_hf.experiments.probing import classify
@@ -510,15 +511,15 @@ def test_a_run_is_swept_without_a_folder(run_folder, digits, capsys):
 
 
 def test_the_loss_is_of_images_of_all_classes(run_folder, digits, monkeypatch):
-    monkeypatch.setattr(sweeping, "LOSS_IMAGES", 15)
-    seen, original = [], sweeping.Inputs.batches
+    monkeypatch.setattr(training_curve, "LOSS_IMAGES", 15)
+    seen, original = [], training_curve.Inputs.parts
 
-    def watched(self, batch_size, rows=None, *start, **options):
+    def watched(self, parts, **options):
         if options["title"] == "loss on test images":
-            seen.append(self.labels[rows])
-        return original(self, batch_size, rows, *start, **options)
+            seen.append(np.concatenate([self.labels[rows] for rows, _ in parts]))
+        return original(self, parts, **options)
 
-    monkeypatch.setattr(sweeping.Inputs, "batches", watched)
+    monkeypatch.setattr(training_curve.Inputs, "parts", watched)
     sweep_run(run_folder, Images.open(str(digits)), **FEW)
     assert [len(labels) for labels in seen] == [15, 15] and {len(set(labels)) for labels in seen} == {10}
 

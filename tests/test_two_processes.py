@@ -42,7 +42,11 @@ TRAININGS = {
     "latents": (["--class_conditional"], 2, 4),
     "stream": (["--streaming", "--shuffle_buffer", 20, "--random_flip"], 8, 4),
     "vae": (["--random_flip"], 8, 4),
-    "finetuned": (["--random_flip", "--random_crop", 1, "--ema_decay", 0.9, "--layer_decay", 0.8], 4, 4),
+    "finetuned": (
+        ["--random_flip", "--random_crop", 1, "--mixup", 0.4, "--ema_decay", 0.9, "--layer_decay", 0.8],
+        4,
+        4,
+    ),
 }
 
 # Those that go on after half of the steps on another number of processes, and how many images each then takes.

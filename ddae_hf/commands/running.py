@@ -20,7 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..experiments.sharing import FirstFailed, is_first_process, is_of_another
+from ..experiments.sharing import FirstFailed, is_first_process, is_of_another, refuse_fsdp
 from ..experiments.stopping import Interrupted
 from .parsing import parse
 
@@ -43,6 +43,8 @@ def run_command(command: ModuleType, words: Sequence[str]) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     show_log(is_first_process())
     with sentences(), logging_redirect_tqdm():  # each line of the log by itself, above the progress bars
+        if name != "pretrain":  # which takes FSDP for its own --shard
+            refuse_fsdp()
         command.main(*options)
     if torch.distributed.is_initialized():
         PartialState().destroy_process_group()

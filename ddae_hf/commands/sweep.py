@@ -15,7 +15,8 @@ from ..experiments.images import DataOptions
 from ..experiments.options import option
 from ..experiments.publishing import HubOptions, prepare, publish
 from ..experiments.sharing import is_first_process
-from ..experiments.sweeping import CurveOptions, sweep, sweep_run
+from ..experiments.sweeping import sweep
+from ..experiments.training_curve import CurveOptions, sweep_run
 
 
 @dataclass(kw_only=True)
@@ -46,7 +47,10 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
         prepare(hub, options.output_dir, options.model_name_or_path)
     images = data.open(options.cache_dir)
     if options.model_name_or_path is None:
-        print(sweep_run(str(options.checkpoints), images, options).table())
+        report = sweep_run(str(options.checkpoints), images, options)
+        if report is None:  # another process has it
+            return
+        print(report.table())
     else:
         result = sweep(options.model_name_or_path, images, options)
         if result is None:  # another process has it

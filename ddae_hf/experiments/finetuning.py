@@ -106,7 +106,9 @@ class FinetuningOptions(SplitOptions):
     weight_decay: float = option(0.05, "Weight decay of matrices and kernels.")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.")
     label_smoothing: float = option(0.0, "Share of a label that is spread over all classes.")
-    mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0 mixes nothing.")
+    mixup: float = option(
+        0.0, "alpha of mixup's Beta(alpha, alpha): each image is mixed with another one; 0 mixes nothing."
+    )
     random_flip: bool = option(False, "Mirror half of the images.")
     random_crop: int = option(0, "Shift images by up to this many pixels.", metavar="PADDING")
     ema_decay: float | None = option(None, "Average the weights with this decay; by default they are not averaged.")
@@ -124,8 +126,6 @@ class FinetuningOptions(SplitOptions):
         for name in ("random_flip", "random_crop"):
             if self.latents_dir is not None and getattr(self, name):
                 raise ValueError(f"{name}: images in latents_dir were changed before they were encoded: leave it out.")
-        if self.mixup and self.train_batch_size < 2:
-            raise ValueError("mixup mixes the images of a batch: train_batch_size must be at least 2.")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("mixed_precision fp16 needs a GPU.")
         if self.output_dir is None and (self.resume_from_checkpoint or self.report_to):

@@ -10,7 +10,9 @@ The folder opens as the network of averaged (EMA) weights; the weights that the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +50,7 @@ from .pretraining_data import TrainingData, training_data
 from .report import in_memory
 from .results import PretrainingReport
 from .run_folder import OF_DATA, Progress, check_same_run, read_options, saving, write_options
-from .sharding import check_sharding
+from .sharding import check_fsdp, check_sharding, fsdp_taken_over
 from .training_options import TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
@@ -99,8 +101,9 @@ class PretrainingOptions(TrainingOptions):
     sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler for the grid, not the scheduler's own.")
 
     def check(self) -> None:
-        """Refuse options that do not go together."""
+        """Refuse options that do not go together, and FSDP of another kind than `shard`."""
         super().check()
+        check_fsdp()
         check_tells_no_text(self.denoiser, "denoiser")
         own = {name for network in NETWORKS.values() for name in network.label_options(1)}
         if labels := sorted(own & set(self.denoiser)):
@@ -142,6 +145,8 @@ def pretrain(
 ) -> PretrainingResult:
     """Train a denoiser on images or a folder of latents; under `accelerate launch` every process calls this.
 
+    Where accelerate was told to use its FSDP, of version 2, that is taken for `shard`.
+
     Returns:
         What was measured, with the network; `output_dir` has it too, with checkpoints, samples and the options.
 
@@ -152,11 +157,14 @@ def pretrain(
     """
     options = PretrainingOptions.of(options, changes)
     resume = options.checkpoint(*WEIGHTS)
-    if not options.denoiser and options.init_from is None:
-        if not isinstance(images, LatentFolder):
-            images = Images.open(images, cache_dir=options.cache_dir)
-        options = choose(images, options) if resume is None else chosen_before(options, read_options(resume))
-    with options.accelerated(resume) as accelerator:
+    with contextlib.ExitStack() as stack:
+        if stack.enter_context(fsdp_taken_over()):
+            options = dataclasses.replace(options, shard=True)
+        if not options.denoiser and options.init_from is None:
+            if not isinstance(images, LatentFolder):
+                images = Images.open(images, cache_dir=options.cache_dir)
+            options = choose(images, options) if resume is None else chosen_before(options, read_options(resume))
+        accelerator = stack.enter_context(options.accelerated(resume))
         if options.shard:
             check_sharding(accelerator)
         run = Pretraining(options, accelerator, training_data(images, options), resume)

@@ -389,11 +389,11 @@ def save_classifier(
         classifier.save_pretrained(folder)
     else:
         if isinstance(model, (str, os.PathLike)):
-            pipeline = DDAEPipeline.from_pretrained(model, cache_dir=cache_dir)
+            generator = DDAEPipeline.from_pretrained(model, cache_dir=cache_dir)
         else:
             parts = {} if base.vae is None else {"vae": base.vae}
-            pipeline = DDAEPipeline.for_denoiser(base.denoiser, base.scheduler, classifier.config.null_class, **parts)
-        pipeline.save_pretrained(folder)
+            generator = DDAEPipeline.for_denoiser(base.denoiser, base.scheduler, classifier.config.null_class, **parts)
+        generator.save_pretrained(folder)
         classifier.save_head(folder)
     processor.save_pretrained(folder)
 

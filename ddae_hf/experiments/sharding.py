@@ -7,15 +7,17 @@ again by any number of processes, by those of a run that is not sharded too.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from accelerate.utils import DynamoBackend, parse_flag_from_env
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -25,20 +27,50 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..networks import network_of
 from .run_folder import MOMENTS, PARTS
+from .sharing import USE_FSDP, told_to_shard
 
+# What `accelerate launch` says of FSDP, the only value that means what is done here (None: none), and why. accelerate's
+# version 2 does not look at what else it says.
+FSDP2: dict[str, tuple[str | None, str]] = {
+    "FSDP_VERSION": ("2", "version 1 keeps weights in another way"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "each block's weights are gathered anew for the gradient"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "every device keeps its own part"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "--gradient_checkpointing is the option for it"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("false", "hidden states stay on the device"),
+    "FSDP_STATE_DICT_TYPE": ("SHARDED_STATE_DICT", "each process writes its part of the optimiser's state"),
+    "FSDP_AUTO_WRAP_POLICY": ("TRANSFORMER_BASED_WRAP", "weights are gathered block by block"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": (None, "the blocks are those of the network"),
+    "FSDP_IGNORED_MODULES": (None, "all weights are divided"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "there is one group of processes"),
+}
 KEPT = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter: all but the first have its shape
 
 
-def refuse_fsdp() -> None:
-    """Raise `ValueError` where accelerate was told to shard: on processors it would not, and averages it leaves whole.
+def check_fsdp() -> None:
+    """Raise `ValueError` where accelerate was told to use FSDP in another way than `Shards` divides a network."""
+    if not told_to_shard():
+        return
+    for variable, (wanted, why) in FSDP2.items():
+        found = os.environ.get(variable, "1" if variable == "FSDP_VERSION" else None)  # which accelerate takes
+        if found is not None and found.lower() != (wanted or "").lower():
+            name = variable.removeprefix("ACCELERATE_").lower()
+            mend = "leave it out" if wanted is None else f"it must be {wanted}"
+            raise ValueError(f"accelerate's configuration has {name}: {found}. For `ddae pretrain` {mend}: {why}.")
 
-    Only its environment tells: on processors the `Accelerator` itself knows nothing of it.
+
+@contextlib.contextmanager
+def fsdp_taken_over() -> Iterator[bool]:
+    """Tell whether accelerate was told to use FSDP, which it does not learn inside: that the caller is to shard.
+
+    accelerate's own would leave averaged weights whole, and on processors divide nothing.
     """
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ValueError(
-            "accelerate was told to use FSDP (distributed_type: FSDP), which does not shard averaged weights: launch "
-            "with distributed_type MULTI_GPU (--multi_gpu); `ddae pretrain --shard` then shards the weights."
-        )
+    told = told_to_shard()
+    before = os.environ.pop(USE_FSDP, None)
+    try:
+        yield told
+    finally:
+        if before is not None:
+            os.environ[USE_FSDP] = before
 
 
 def check_sharding(accelerator: Any) -> None:
@@ -47,7 +79,7 @@ def check_sharding(accelerator: Any) -> None:
     if accelerator.num_processes == 1:
         raise ValueError(
             "shard divides a network among processes, and there is one: launch several with `accelerate launch`, or "
-            "leave shard out."
+            "leave shard, and accelerate's FSDP, out."
         )
     if precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision is {precision}, which shard does not go with: give bf16 or no.")

@@ -34,11 +34,29 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 Task = Callable[..., Any]
+USE_FSDP = "ACCELERATE_USE_FSDP"  # the variable by which `accelerate launch` asks for FSDP
 _GO_ON = "go on"  # what the first process says before each round of a task
 _NO_MORE = "no more"
 _DONE, _FAILED = "done", "failed"  # how it lets the others go
 # What gloo, which raises plain errors, says where another process is gone or does not answer.
 _GONE = r"gloo|Connection (closed|reset|refused)|Broken pipe"
+
+
+def told_to_shard() -> bool:
+    """Return whether `accelerate launch` was told to use FSDP: on processors its environment alone says so."""
+    return parse_flag_from_env(USE_FSDP)
+
+
+def refuse_fsdp() -> None:
+    """Raise `ValueError` where accelerate was told to use FSDP, for whatever does not shard by itself.
+
+    Where it was, transformers leaves networks without weights in all processes but the first, for FSDP to fill them.
+    """
+    if told_to_shard():
+        raise ValueError(
+            "accelerate was told to use FSDP (distributed_type: FSDP), which only `ddae pretrain` takes, as its "
+            "--shard; elsewhere every process has whole networks. Launch with distributed_type MULTI_GPU (--multi_gpu)."
+        )
 
 
 def this_process() -> PartialState:
@@ -48,8 +66,10 @@ def this_process() -> PartialState:
     for each other for days: one fits probes while the others have nothing to do.
 
     Raises:
-        ValueError: More processes on this machine than it has GPUs: two of them would share one.
+        ValueError: More processes on this machine than it has GPUs: two of them would share one. Or accelerate was told
+            to use FSDP, and nobody has taken that over: see `sharding.fsdp_taken_over`.
     """
+    refuse_fsdp()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     processor = not (alone or torch.accelerator.is_available()) or parse_flag_from_env("ACCELERATE_USE_CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -2,7 +2,7 @@
 
 One pass over the images for each noise level serves all layers. Layer, noise level and strength of regularisation are
 chosen on a part of the training images; test images are looked at once, with the chosen pair. A grid of one pair is a
-probe. `sweep_run` does so for every checkpoint of a training run, and measures its loss and its samples.
+probe.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -25,32 +24,25 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from ..configuration_ddae import DDAEConfig
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..weights import fingerprint
 from .arrays import StrPath, damaged, kept_or_temporary, read_json, write_json, written_whole
-from .classes import draw_images, draw_labels
+from .classes import draw_labels
 from .devices import HELP, machine
 from .draws import separate_randomness
-from .evaluation import EvaluationOptions, compare_samples
-from .extractors import open_extractor
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
-from .loading import to_device
-from .models import Model, check_taps, chosen_layers, open_for, open_model, open_processor, path_of, ready, report_facts
+from .models import Model, check_taps, chosen_layers, open_for, open_processor, path_of, ready, report_facts
 from .options import PROMPT, option
-from .pairs import Pair, Point
-from .plots import accuracy_over_sigma, confusion_table, curves_of_points, heat_map, save_picture
+from .pairs import Pair
+from .plots import accuracy_over_sigma, confusion_table, heat_map, save_picture
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
-from .results import CurveReport, PretrainingReport, ProbeReport
-from .run_folder import saved_checkpoints, saving, step_of
-from .sharing import this_process
+from .results import ProbeReport
+from .run_folder import saving
 
-LOSS_IMAGES = 5000
 MOST_PIXELS = 2**14  # numbers of an image, whose correlations take 2 GiB
-logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -321,97 +313,3 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
             raise damaged(path, "its checksum is not that of the figures that were written")
         pairs += [Pair(**row) for row in level["rows"]]
     return pairs
-
-
-@dataclass(kw_only=True)
-class CurveOptions(SweepOptions):
-    """Options of `sweep_run`: those of a sweep, and of what else is measured."""
-
-    extractor: str | None = option(
-        None, "Over a training run, also measure samples, by this extractor of `ddae evaluate`."
-    )
-    num_images: int = option(5000, "Samples of each checkpoint.")
-    num_inference_steps: int = option(50, "Sampling steps.")
-    sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler.")
-
-
-def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None, **changes: Any) -> CurveReport:
-    """Sweep every checkpoint of a training run, and measure its loss on test images and its samples.
-
-    The run's folder has a folder `checkpoint-STEP` for every checkpoint; a finished run is one itself. With
-    `output_dir`, each checkpoint's results are in a folder of its name there, `training_curve.json` and
-    `training_curve.png` beside them.
-
-    Raises:
-        ValueError: A folder without checkpoints, options that cannot work, images that cannot be read, or more than one
-            process.
-        OSError: Not enough space on disk.
-    """
-    options = CurveOptions.of(options, changes)
-    if (count := this_process().num_processes) > 1:
-        raise ValueError(
-            f"{count} processes were launched: they share the sweep of one checkpoint, not of a whole run."
-        )
-    images = Images.open(images, cache_dir=options.cache_dir)
-    checkpoints = training_checkpoints(run)
-    for checkpoint in checkpoints.values():
-        DDAEConfig.from_pretrained(checkpoint)  # it is refused now, not after hours
-    train, test = labelled_splits(images, options)
-    processor = open_processor(next(iter(checkpoints.values())), options.cache_dir)
-    learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
-    kept = options.output_dir
-    features = options.features_dir or (kept and f"{kept}/features")
-    quality = extractor = None
-    if options.extractor is not None:
-        quality = EvaluationOptions(
-            extractor=options.extractor, num_images=options.num_images,
-            num_inference_steps=options.num_inference_steps, sampler=options.sampler, seed=options.seed,
-            reference_split=options.train_split, features_dir=features, cache_dir=options.cache_dir,
-        )  # fmt: skip
-        extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir)
-    points = []
-    for step, checkpoint in tqdm(checkpoints.items(), desc="Checkpoints", disable=None):
-        folder = kept and f"{kept}/checkpoint-{step}"
-        own = dataclasses.replace(options, output_dir=folder, features_dir=features)
-        found = sweep_inputs(str(checkpoint), open_for(checkpoint, own), images, learnt, tested, processor, own)
-        assert found is not None  # there is one process
-        accuracy, loss = found.test_accuracies[str(options.noise_seed)], test_loss(checkpoint, tested, options)
-        point = Point(step=step, test_accuracy=accuracy, test_loss=loss, **dataclasses.asdict(found.best))
-        if quality is not None:
-            where = dataclasses.replace(quality, output_dir=folder and f"{folder}/generation")
-            made: Any = compare_samples(str(checkpoint), images, where, extractor)
-            point.frechet_distance = made.results["generated"]["frechet_distance"]
-        points.append(point)
-        logger.info("Step %s:\n%s", step, found.table())
-    dataset = images.facts(train, test)
-    report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
-    if kept is not None:
-        report.write(kept)
-        save_picture(curves_of_points(points), Path(kept, "training_curve.png"), dpi=120)
-    return report
-
-
-def training_checkpoints(run: StrPath) -> dict[int, Path]:
-    """Return a training run's checkpoints by step, the final one included, or raise `ValueError` if it has none."""
-    found = {step_of(path): path for path in saved_checkpoints(run)}
-    results = Path(run, PretrainingReport.file)
-    if results.exists():
-        found.setdefault(read_json(results)["steps"], Path(run))
-    if not found:
-        raise ValueError(f"{run} has no folder `checkpoint-STEP` of a training run: give another.")
-    return dict(sorted(found.items()))
-
-
-@torch.no_grad()
-def test_loss(checkpoint: Path, test: Inputs, options: CurveOptions) -> float:
-    """Return a checkpoint's mean denoising loss on test images, at the same noise for every checkpoint."""
-    model = open_model(checkpoint, dtype="float32", null_class=options.null_class)
-    generator = torch.Generator().manual_seed(options.seed)
-    losses = []
-    some = draw_images(test.labels, LOSS_IMAGES)
-    for images in test.batches(options.batch_size, some, title="loss on test images", device=model.device):
-        clean = model.encode(images)
-        sigma = to_device(model.diffusion.family.draw(len(images), None, generator), model.device)
-        noise = to_device(torch.randn(clean.shape, generator=generator), model.device)
-        losses.append(model.diffusion.loss(clean, sigma=sigma, noise=noise))
-    return torch.cat(losses).cpu().mean().item()

@@ -103,17 +103,39 @@ class LabelledRows(Dataset[Any]):
     ):
         self.inputs, self.views, self.noise, self.device = inputs, views, noise, device
         self.rows = np.arange(len(inputs)) if rows is None else rows
+        self.partners: np.ndarray | None = None
+        self.shares = np.ones(len(self.rows), np.float32)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def mix(self, alpha: float, seed: int, epoch: int) -> None:
+        """Give each input a partner among all of them, and its share in their mixture, from Beta(alpha, alpha).
+
+        They depend on the input's number, the seed and the epoch alone, not on the batch or the process that it comes
+        to. In an epoch each input is the partner of one.
+        """
+        generator = np.random.default_rng([seed, epoch])
+        self.partners = generator.permutation(len(self))
+        self.shares = generator.beta(alpha, alpha, len(self)).astype(np.float32)
+
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return `pixel_values` (B, C, H, W) or (B, views, c, h, w), `labels` (B,) and `noise` (draws, B, C, H, W)."""
+        """Return `pixel_values` (B, C, H, W) or (B, views, c, h, w), `labels` (B,) and `noise` (draws, B, C, H, W).
+
+        After `mix` there are `shares` (B,) too, and `partner_pixel_values` and `partner_labels` as for the inputs.
+        """
         rows = self.rows[indices]
+        batch = self._read(rows)
+        if self.partners is not None:
+            partners = self._read(self.rows[self.partners[indices]])
+            batch |= {f"partner_{name}": values for name, values in partners.items()}
+            batch["shares"] = to_device(torch.from_numpy(self.shares[indices]), self.device)
+        return batch if self.noise is None else batch | {"noise": self.noise(rows, device=self.device).transpose(0, 1)}
+
+    def _read(self, rows: np.ndarray) -> dict[str, Tensor]:
         views = [self.inputs.read(rows, view, device=self.device) for view in range(self.views or 1)]
         batch = {"pixel_values": torch.stack(views, dim=1) if self.views else views[0]}
-        batch["labels"] = to_device(torch.from_numpy(self.inputs.labels[rows]), self.device)
-        return batch if self.noise is None else batch | {"noise": self.noise(rows, device=self.device).transpose(0, 1)}
+        return batch | {"labels": to_device(torch.from_numpy(self.inputs.labels[rows]), self.device)}
 
 
 class Progress(ProgressCallback):
@@ -133,6 +155,13 @@ class Progress(ProgressCallback):
         for group, (rate, weight_decay), factor in zip(groups, self.trainer.given, schedule.lr_lambdas, strict=True):
             group.update(lr=rate * factor(schedule.last_epoch), weight_decay=weight_decay)
         schedule._last_lr = [group["lr"] for group in groups]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the epoch's mixtures, before workers get the data set."""
+        super().on_epoch_begin(args, state, control, **kwargs)
+        trainer = self.trainer
+        if trainer.options.mixup:
+            trainer.rows.mix(trainer.options.mixup, trainer.options.seed, state.global_step // trainer.epoch_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the weights; save and stop if a signal came."""
@@ -155,8 +184,8 @@ class FineTuner(Trainer):
     """Trainer of a classifier, on `LabelledRows`.
 
     What is drawn for an image in training depends on (seed, its place in the step) alone, however the images of a step
-    are shared out, and so does its weight; mixup and dropout depend on (seed, step, process, batch). So a resumed run
-    repeats all of it.
+    are shared out, and so does its weight; what it is mixed with depends on (seed, epoch, its number), and dropout on
+    (seed, step, process, batch). So a resumed run repeats all of it.
     """
 
     model: Any
@@ -196,8 +225,7 @@ class FineTuner(Trainer):
         seed_by(self.options.seed, self.state.global_step, self.args.process_index, self.batch)
         counted, own, weight = self.shares()
         inputs = {name: value[: own or None] for name, value in inputs.items()}
-        draws = self.draws(len(inputs["labels"]))
-        inputs = inputs | self.change(one_view(inputs["pixel_values"], draws), inputs["labels"], draws)
+        inputs = self.change(inputs, self.draws(len(inputs["labels"])))
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         loss = loss * weight
         self.batch += 1
@@ -226,17 +254,23 @@ class FineTuner(Trainer):
         first = (batches * self.args.world_size + self.args.process_index) * self.args.train_batch_size
         return RowDraws(self.options.seed, range(first, first + count), self.args.device)
 
-    def change(self, images: Tensor, labels: Tensor, draws: RowDraws) -> dict[str, Tensor]:
+    def change(self, inputs: dict[str, Tensor], draws: RowDraws) -> dict[str, Tensor]:
         """Return flipped, cropped and mixed images, their noise, and their classes as smoothed probabilities (B, K)."""
         config = self.model.config
+        options = self.options
+        images = one_view(inputs["pixel_values"], draws)
         noise = draws.normal((len(images), config.num_noise_samples, *config.sample_shape)).transpose(0, 1)
-        images = random_changes(images, self.options.random_flip, self.options.random_crop, draws)
-        targets = F.one_hot(labels, len(config.id2label)).float()
-        if self.options.mixup:
-            images, targets = mixup(images, targets, self.options.mixup)
+        images = random_changes(images, options.random_flip, options.random_crop, draws)
+        count = len(config.id2label)
+        targets = F.one_hot(inputs["labels"], count).float()
+        if options.mixup:
+            others = one_view(inputs["partner_pixel_values"], draws)
+            others = random_changes(others, options.random_flip, options.random_crop, draws)
+            other_targets = F.one_hot(inputs["partner_labels"], count).float()
+            images, targets = mixup(images, targets, others, other_targets, inputs["shares"])
         images = images.contiguous(memory_format=fast_layout(images.device))
         # Label smoothing (Szegedy et al. 2016, arXiv 1512.00567).
-        targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), self.options.label_smoothing)
+        targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), options.label_smoothing)
         return {"pixel_values": images, "labels": targets, "noise": noise}
 
     def restore(self, checkpoint: Path) -> None:

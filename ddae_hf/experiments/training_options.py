@@ -21,7 +21,7 @@ from .batches import BatchSizes
 from .devices import PRECISION, has_bfloat16, made_fast, training_precision
 from .options import Options, option
 from .run_folder import OF_DATA, OF_PLACES, STATE, Progress, checkpoint_to_resume, read_options
-from .sharding import Shards, refuse_fsdp
+from .sharding import Shards
 from .sharing import this_process
 from .training import Loop, accelerated
 
@@ -77,8 +77,7 @@ class TrainingOptions(Options):
     logging_dir: str = option("logs", "Folder of the tracker's files, inside output_dir.")
 
     def check(self) -> None:
-        """Refuse what needs a folder if there is none, and accelerate's FSDP."""
-        refuse_fsdp()
+        """Refuse what needs a folder if there is none."""
         if self.output_dir is None and self.resume_from_checkpoint == "latest":
             raise ValueError("resume_from_checkpoint is latest: give an output_dir with it, or a checkpoint's folder.")
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
+from ..latents import SCALES
 from ..pipeline_ddae import DDAEPipeline
 from .batches import Batch, clean_images, image_batches, images_hash
 from .draws import RowDraws, separate_randomness
@@ -37,13 +38,13 @@ from .plots import image_grid, save_picture
 from .report import in_memory
 from .results import VAEReport
 from .run_folder import WEIGHTS, Progress, check_same_run, saving, write_options
+from .sharing import refuse_fsdp
 from .training_options import Schedule, TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
 
-MEASURED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DERIVED = {
-    **dict.fromkeys(MEASURED, "it is measured after the training"),
+    **dict.fromkeys(SCALES, "it is measured after the training"),
     **dict.fromkeys(("down_block_types", "up_block_types"), "there is one block for each of block_out_channels"),
     "sample_size": "resolution gives it",
     "out_channels": "they are as many as in_channels",
@@ -71,8 +72,9 @@ class VAEOptions(TrainingOptions):
     checkpoints_total_limit: int | None = option(2, "Keep only the newest N checkpoints.")
 
     def check(self) -> None:
-        """Refuse an autoencoder that cannot be built."""
+        """Refuse an autoencoder that cannot be built, and accelerate's FSDP."""
         super().check()
+        refuse_fsdp()
         self.center_crop = self.center_crop is not False
         if derived := sorted(set(self.autoencoder) & set(DERIVED)):
             raise ValueError(f"autoencoder has {derived[0]}: leave it out, {DERIVED[derived[0]]}.")
