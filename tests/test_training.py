@@ -633,13 +633,17 @@ def compiled_gradients(monkeypatch, backend, options):
     graphs = []
     with accelerated(mixed_precision="no") as accelerator:
         compiled = accelerator.prepare(network)
-        # At first as many images as pixels. For fewer than 16 torch chooses on processors by the size of the tensor.
-        for count, size in ((16, 16), (16, 8), (20, 24)):
+        # At first as many images as pixels. On processors torch convolves fewer than 16 images in another way, and
+        # sums up more than 4,096 numbers, here those of a weight's gradient, in another way.
+        for count, size in ((16, 16), (16, 8), (20, 12)):
             images = torch.randn(count, 1, size, size)
             found = gradients(compiled, network, images)
             graphs.append(counters["stats"]["unique_graphs"])
-            for own, expected in zip(found, gradients(network, network, images), strict=True):
-                torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+            right = gradients(network, network, images)
+            largest = max(float(gradient.abs().max()) for gradient in right)
+            for own, expected in zip(found, right, strict=True):  # those of an attention's keys' biases are 0, rounded
+                near = 1e-4 * float(expected.abs().max()) + 1e-6 * largest
+                torch.testing.assert_close(own, expected, rtol=0, atol=near)
     assert graphs == [graphs[0]] * 3 and counters["frames"]["total"] == counters["frames"]["ok"]
     return graphs[0]
 
