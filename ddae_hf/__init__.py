@@ -20,6 +20,7 @@ from .hidden_states import collect_hidden_states, layer_names, pool_hidden_state
 from .image_processing_ddae import DDAEImageProcessor
 from .modeling_ddae import DDAEForImageClassification, DDAEModel
 from .noise import add_noise, sigma_to_timestep, timestep_to_sigma
+from .prompts import embed_prompts
 
 if TYPE_CHECKING:
     from .pipeline_ddae import DDAEPipeline
@@ -38,6 +39,7 @@ __all__ = [
     "DDAEPipeline",
     "add_noise",
     "collect_hidden_states",
+    "embed_prompts",
     "layer_names",
     "pool_hidden_states",
     "sigma_to_timestep",

@@ -10,7 +10,7 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from .configuration_ddae import DDAEConfig
-from .modeling_ddae import DDAEModel
+from .modeling_ddae import DDAEModel, one_condition
 from .networks import network_of, tap_of
 from .pretrained_ddae import DDAEPreTrainedModel
 
@@ -52,6 +52,7 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         generator: torch.Generator | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        condition: Any = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple[Any, ...]:
         """Return feature maps; for the arguments see `DDAEModel.forward`.
@@ -64,9 +65,10 @@ class DDAEBackbone(BackboneMixin, DDAEPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wanted = list(self.config.out_features)
+        condition = one_condition(condition, class_labels)
         clean = self.ddae.encode(pixel_values, generator=generator)
         layers = self.stage_names if every else wanted
-        found = self.ddae.read_layers(clean, layers, class_labels, sigma, timestep, noise, generator)
+        found = self.ddae.read_layers(clean, layers, condition, sigma, timestep, noise, generator)
         denoiser = self.ddae.denoiser
         size = self.config.sample_shape[1:]
         feature_maps = tuple(network_of(denoiser).on_grid(found[name], tap_of(denoiser, name), size) for name in wanted)

@@ -14,7 +14,7 @@ from typing import Any
 
 LARGEST = 2**20  # of a number in a config: a width, a side, a number of timesteps or of classes
 # Numbers of layers, each of which takes a while to build.
-OF_LAYERS = ("layers_per_block", "num_layers")
+OF_LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block", "num_hidden_layers")
 MOST_LAYERS = 1000
 
 
@@ -29,10 +29,19 @@ def building(what: str, config: Mapping[str, Any], cls: Any) -> Iterator[None]:
     check_numbers(what, config)
     for name, parameter in inspect.signature(cls).parameters.items():
         number = isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool)
-        if number and not isinstance(config.get(name), (int, float, type(None))):
+        lists = "tuple" in str(parameter.annotation)  # one number for each level may be given, too
+        value = config.get(name)
+        if number and not (_is_numbers(value) if lists else isinstance(value, (int, float, type(None)))):
             raise ValueError(f"{sentence}: {name} is {short(config[name])}, and must be a number.")
     with refusing(sentence):
         yield
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether a value is None, a number, or a list of such values."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_numbers(each) for each in value)
+    return isinstance(value, (int, float, type(None)))
 
 
 @contextmanager
@@ -40,9 +49,12 @@ def refusing(sentence: str) -> Iterator[None]:
     """Raise a `ValueError` that says this and the reason in place of any other error of a library."""
     try:
         yield
-    except (ValueError, OSError):
+    except OSError:
         raise
     except Exception as error:  # values of another type can raise anything
+        # Subclasses, such as those for damaged text, and a few words say nothing of what cannot be used.
+        if type(error) is ValueError and len(str(error).split()) > 3:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{sentence}: {reason[:300]}") from error
 

@@ -5,7 +5,7 @@
   a base, which is the pipeline in the same folder or another checkpoint. Version 0.1.0 wrote no `weights`, and meant a
   head wherever there was a `head.safetensors`.
 - *pipeline*: `model_index.json`, `unet/` or `transformer/`, `scheduler/`, and `vae/` where the denoiser works on
-  latents, as `DDAEPipeline` and diffusers save.
+  latents (and text encoders, see `prompts`), as `DDAEPipeline` and diffusers save.
 - *flat*: `model_index.json`, `config.json`, `scheduler_config.json` and weights side by side, as in
   `google/ddpm-cifar10-32`.
 - *model*: `config.json` (`_class_name`) and weights, as `save_pretrained` of a `UNet2DModel` or a DiT writes them.
@@ -32,7 +32,9 @@ from .labels import checked_names
 from .latents import check_vae_class
 from .networks import (
     NETWORKS,
+    TEXTS,
     build_network,
+    check_components,
     check_denoiser_class,
     component_classes,
     network_of,
@@ -115,7 +117,8 @@ class Checkpoint:
     config: dict[str, Any]  # the entries of a `DDAEConfig` that are known
     variant: str | None = None  # which of several sets of weights, such as "fp16" or "ema"
     folders: dict[str, str] = field(default_factory=dict)  # where each part's weights are, if in a sub-folder
-    has_index: bool = False  # whether there is a `model_index.json`, which diffusers' pipelines open
+    texts: dict[str, str] = field(default_factory=dict)  # classes of text encoders and tokenizers, by sub-folder
+    index: dict[str, Any] | None = None  # its `model_index.json`, which diffusers' pipelines open
     head: str | None = None  # the local path of a classifier's own weights, where the others are in `base`
     base: Checkpoint | None = None
     holds_model = False  # whether it is a model of this package, in transformers' layout and not in diffusers'
@@ -133,7 +136,7 @@ class Checkpoint:
     def opens_in_diffusers(self) -> bool:
         """Whether diffusers can open it by itself: it finds variants only in sub-folders."""
         finds_weights = "denoiser" in self.folders or self.variant is None
-        return self.has_index and finds_weights and not self.hub.get("subfolder")
+        return self.index is not None and finds_weights and not self.hub.get("subfolder")
 
     def chain(self) -> list[Checkpoint]:
         """Return this checkpoint, its base, the base of that, and so on."""
@@ -373,11 +376,8 @@ def _read_pipeline(
     denoiser = own_config or root_config
     denoiser = denoiser and present_config({**plain_config(denoiser), "_class_name": classes[name]})
     check_denoiser_class((denoiser or {"_class_name": classes[name]})["_class_name"], f"{where}: its `{name}`")
-    if others := sorted(set(classes) - {name, "scheduler", "vae"}):
-        raise ValueError(
-            f"{where} has components besides its denoiser, scheduler and vae ({', '.join(others)}), which are not "
-            "supported: allowed are pipelines such as DDPMPipeline, DDIMPipeline, DiTPipeline and DDAEPipeline."
-        )
+    texts = {component: kind for component, kind in classes.items() if component in TEXTS}
+    check_components(where, index, network_of(denoiser or {"_class_name": classes[name]}), classes, {name, *texts})
     scheduler = read_json(path, "scheduler_config.json", inside(hub, "scheduler" if own_config else ""))
     vae = read_json(path, "config.json", inside(hub, "vae")) if "vae" in classes else None
     files = {f"{name}'s config.json": denoiser, "scheduler_config.json": scheduler}
@@ -396,7 +396,7 @@ def _read_pipeline(
     if index.get("null_class") is not None:
         config["null_class"] = index["null_class"]
     folders = {"denoiser": name, "vae": "vae"} if own_config else {"vae": "vae"}
-    return Checkpoint(path=path, hub=hub, config=config, variant=variant, folders=folders, has_index=True)
+    return Checkpoint(path=path, hub=hub, config=config, variant=variant, folders=folders, texts=texts, index=index)
 
 
 def load_vae(path: str | os.PathLike[str], **hub: Any) -> Any:

@@ -30,10 +30,10 @@ TYPES: dict[type, tuple[str, str]] = {
     SupportsIndex: ("noise_seed num_noise_samples null_class num_labels", "a whole number"),
     bool: ("sample_posterior", "true or false"),
     str: (
-        "layer pooling feature_norm generator_fingerprint generator_fingerprint_float16 features_only weights",
+        "layer pooling feature_norm prompt generator_fingerprint generator_fingerprint_float16 features_only weights",
         "text",
     ),
-    Mapping: ("id2label label2id", "a mapping"),
+    Mapping: ("id2label label2id condition_shapes", "a mapping"),
 }
 
 
@@ -59,6 +59,10 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         noise_seed: Seed of the fixed noise used in evaluation, including the draw of `sample_posterior`.
         num_noise_samples: Number of draws of noise that features are averaged over.
         null_class: The label that stands for no class in a class-conditional U-Net; a DiT's is its last label.
+        prompt: The text whose embeddings a denoiser that is told a text is read with; None is the null prompt, or
+            embeddings that were given. They are stored with the weights.
+        condition_shapes: Shapes, without the batch, of the embeddings that are stored with the weights, by name; it is
+            set when the model is opened.
         generator_fingerprint: `weights.fingerprint` of the pretrained denoiser; it is set when one is opened.
         generator_fingerprint_float16: The same after rounding to float16 in place of bfloat16.
         features_only: Why the denoiser cannot generate, where its hidden states are right but its output is not;
@@ -87,6 +91,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     noise_seed: int = 0
     num_noise_samples: int = 1
     null_class: int | None = None
+    prompt: str | None = None
+    condition_shapes: dict[str, Any] | None = None
     generator_fingerprint: str | None = None
     generator_fingerprint_float16: str | None = None
     features_only: str | None = None
@@ -112,8 +118,11 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             self.denoiser.setdefault(name, denoiser.config[name])
         network = network_of(denoiser)
         network.check_config(denoiser.config)
+        network.check_condition_shapes(self.condition_shapes, denoiser.config)
         self._check_memory(denoiser)
         network.check_null_class(self.null_class, denoiser.config)
+        if self.prompt is not None and not network.stock_pipelines:
+            raise ValueError(f"prompt is {short(self.prompt)}, but this denoiser is told no text: leave it out.")
         scheduler = build_scheduler(self.scheduler)
         family = family_of(scheduler)
         family.check_prediction()
@@ -173,6 +182,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_memory(self, denoiser: Any) -> None:
         """Refuse sizes for which what no checkpoint holds, fixed noise and positions, would fill the memory."""
         noise = (self.num_noise_samples + self.sample_posterior) * math.prod(self.sample_shape)
+        noise += sum(math.prod(shape) for shape in (self.condition_shapes or {}).values())
         if max(noise, sum(buffer.numel() for buffer in denoiser.buffers())) > MOST_NOISE:
             raise ValueError(
                 f"The fixed noise or the positions would take more than {MOST_NOISE} numbers, with sample_size "
@@ -203,8 +213,13 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of the denoiser's layers in forward order: what a backbone calls its stages."""
-        return layer_names(skeleton(self.denoiser))
+        """Names of the denoiser's layers in forward order: what a backbone calls its stages.
+
+        Those that lie inside of others are stages where `out_features` names them.
+        """
+        denoiser = skeleton(self.denoiser)
+        stages = {*layer_names(denoiser), *(self._out_features if isinstance(self._out_features, list) else [])}
+        return [layer for layer in layer_names(denoiser, inner=True) if layer in stages]
 
     @property
     def stage_channels(self) -> list[int]:

@@ -8,7 +8,8 @@ works with `torch.compile(fullgraph=True)` and `torch.export`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +25,19 @@ class Cut:
             setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        value = getattr(self._module, name)
+        if getattr(value, "__self__", None) is self._module:  # a method sees what is replaced, too
+            return types.MethodType(value.__func__, self)
+        return value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward on what is seen."""
-        return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        # As the instance has it: the classes that diffusers lets into graphs whole cannot be asked in one.
+        return self._module.forward.__func__(self, *args, **kwargs)
 
 
 class Recorder(Cut):
-    """A module seen whole, whose output is kept under a name."""
+    """A module seen whole, whose output is kept under a name; of an output in a tuple, its first entry."""
 
     def __init__(self, module: nn.Module, name: str, found: dict[str, Tensor]):
         self._module = module
@@ -42,12 +47,22 @@ class Recorder(Cut):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module and keep its output."""
         output = self._module(*args, **kwargs)
-        self._found[self._name] = output
+        self._found[self._name] = first_of(output)
         return output
 
 
-def identity(hidden: Tensor) -> Tensor:
-    """Return the input."""
+def recorded(module: Any, name: str, layers: Sequence[str], found: dict[str, Tensor]) -> Any:
+    """Return a module as it is, or so that its output is kept where its name is among `layers`."""
+    return Recorder(module, name, found) if name in layers else module
+
+
+def first_of(output: Any) -> Any:
+    """Return a module's output, or its first entry where it is a tuple, as that of a block of transformers is."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def identity(hidden: Tensor, *args: Any) -> Tensor:
+    """Return the first input."""
     return hidden
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .cut import uncompiled, unwrapped
 from .generators import Generator, normal
-from .hidden_states import run_with_hidden_states
+from .hidden_states import run_with_hidden_states, run_with_hooks
 from .networks import network_of
 from .noise import family_of
 
@@ -28,28 +28,30 @@ Conditions = dict[str, Tensor]
 
 
 class Diffusion:
-    """A denoiser, its scheduler and its null class; `ValueError` for what is not supported.
+    """A denoiser, its scheduler and its null condition; `ValueError` for what is not supported.
 
     Args:
         denoiser: A diffusers network, which may be compiled or distributed.
         scheduler: The scheduler that it was trained under, or another of the same framework.
-        null_class: The label that stands for no class, for a network that does not imply one.
+        null_condition: What it is told where no condition is given: the label that stands for no class, for a network
+            that does not imply one, or the tensors of a text, by name.
         float32_output: Whether a network in half precision computes its output layers in float32, where that helps.
     """
 
-    def __init__(self, denoiser: Any, scheduler: Any, null_class: int | None = None, float32_output: bool = False):
+    def __init__(self, denoiser: Any, scheduler: Any, null_condition: Any = None, float32_output: bool = False):
         self.own = unwrapped(denoiser)
         self.network = network_of(self.own)
         self.family = family_of(scheduler)
-        self.null_class = self.network.default_null_class(self.own.config) if null_class is None else null_class
+        implied = self.network.default_null_class(self.own.config)
+        self.null_condition = implied if null_condition is None else null_condition
         self.denoiser = denoiser
         # This is what `predict` calls. A distributed network's own forward has to run.
         exact = float32_output and uncompiled(denoiser) is self.own
         self.answering = self.network.with_float32_output(denoiser) if exact else denoiser
 
-    def conditions(self, class_labels: Any, batch_size: int, device: Any) -> Conditions:
+    def conditions(self, condition: Any, batch_size: int, device: Any) -> Conditions:
         """Return what the denoiser is told about its images besides the timestep: see `NetworkClass.conditions`."""
-        return self.network.conditions(self.own, class_labels, batch_size, device, self.null_class)
+        return self.network.conditions(self.own, condition, batch_size, device, self.null_condition)
 
     def _fed(self, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Return an input and a timestep in the types that the denoiser takes."""
@@ -69,21 +71,29 @@ class Diffusion:
             noisy: Its input (B, C, H, W), scaled as `Family.noisy` does.
             timestep: Its timestep (B,), in the scheduler's units.
             conditions: What `conditions` returned.
-            guidance_scale: Strength w of classifier-free guidance, `null + w * (label - null)`; at 1 there is none.
-            null_conditions: What `conditions` returned for the null class, which guidance needs.
+            guidance_scale: Strength w of classifier-free guidance, `null + w * (told - null)`; at 1 there is none.
+            null_conditions: What `conditions` returned for the null condition, which guidance needs.
         """
         fed, told = self._fed(noisy, timestep)
         if guidance_scale != 1:
             if not (conditions and null_conditions):
-                raise ValueError(f"guidance_scale is {guidance_scale}: guidance needs labels and a null class.")
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale}: guidance needs labels and a null class, or the conditions of "
+                    "a text and of no text."
+                )
+            for name, value in conditions.items():
+                if value.shape != null_conditions[name].shape:
+                    lengths = f"{tuple(value.shape)} and {tuple(null_conditions[name].shape)}"
+                    raise ValueError(f"The condition's and the null condition's {name} are of the shapes {lengths}.")
             conditions = {name: torch.cat([value, null_conditions[name]]) for name, value in conditions.items()}
             fed = torch.cat([fed, fed])
             told = torch.cat([told, told])
-        output = self.answering(fed, told, **conditions).sample.float()
+        keywords = self.network.keywords(conditions)
+        output = self.network.call(self.answering, fed, told, **keywords).sample.float()
         prediction = output[:, : noisy.shape[1]]
         if guidance_scale != 1:
-            with_label, without = prediction.chunk(2)
-            prediction = without + guidance_scale * (with_label - without)
+            told_so, without = prediction.chunk(2)
+            prediction = without + guidance_scale * (told_so - without)
         if self.family.learns_variance:
             return torch.cat([prediction, output[: len(noisy), noisy.shape[1] :]], dim=1)
         return prediction
@@ -96,28 +106,46 @@ class Diffusion:
         For the arguments see `predict`. A distributed network synchronises its gradients if the answer is in the loss.
         """
         fed, told = self._fed(noisy, timestep)
-        output, states = run_with_hidden_states(self.denoiser, fed, told, layers, conditions)
+        output, states = run_with_hidden_states(self.denoiser, fed, told, layers, self.network.keywords(conditions))
         return output[:, : noisy.shape[1]].float(), states
 
     def hidden_states(
-        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, layers: Sequence[str], class_labels: Any = None
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, layers: Sequence[str], condition: Any = None
     ) -> dict[str, Tensor]:
         """Return raw hidden states (B, ...) of noisy images by layer name, and compute nothing after the deepest.
 
         They are means over several draws of standard-normal noise for each image, (draws, B, C, H, W). `clean` are
-        images (B, C, H, W) in [-1, 1], or scaled latents; `sigma` is a scalar or (B,), and `class_labels` (B,) are by
-        default the null class. A distributed denoiser that is trained is refused: its gradients would not be
-        synchronised.
+        images (B, C, H, W) in [-1, 1], or scaled latents; `sigma` is a scalar or (B,), and `condition`, such as labels
+        (B,), is by default the null condition. A distributed denoiser that is trained is refused: its gradients would
+        not be synchronised.
         """
         count, batch_size = noise.shape[:2]
-        conditions = self.conditions(class_labels, batch_size, clean.device)
-        conditions = {name: _repeat(value, count) for name, value in conditions.items()}
-        level = _repeat(torch.as_tensor(sigma, dtype=torch.float32), count)
-        fed, told = self._fed(*self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level))
-        _, found = run_with_hidden_states(self.denoiser, fed, told, layers, conditions, stop_early=True)
+        fed, told, keywords = self._noisy(clean, noise, sigma, condition)
+        _, found = run_with_hidden_states(self.denoiser, fed, told, layers, keywords, stop_early=True)
         if count > 1:
             return {name: hidden.unflatten(0, (count, batch_size)).mean(0) for name, hidden in found.items()}
         return found
+
+    def module_outputs(
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, names: Sequence[str], condition: Any = None
+    ) -> dict[str, Tensor]:
+        """Return raw outputs (draws * B, ...) of any modules by name, and compute nothing after the last of `names`.
+
+        Names are those of `named_modules()`, in the order of computation; for the rest see `hidden_states`.
+        """
+        fed, told, keywords = self._noisy(clean, noise, sigma, condition)
+        return run_with_hooks(self.denoiser, fed, told, names, names[-1], keywords)[1]
+
+    def _noisy(
+        self, clean: Tensor, noise: Tensor, sigma: float | Tensor, condition: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return what the denoiser is fed of images with several draws of noise, and what it is told."""
+        count, batch_size = noise.shape[:2]
+        conditions = self.conditions(condition, batch_size, clean.device)
+        conditions = {name: _repeat(value, count) for name, value in conditions.items()}
+        level = _repeat(torch.as_tensor(sigma, dtype=torch.float32), count)
+        fed, told = self._fed(*self.family.noisy(_repeat(clean, count), noise.flatten(0, 1), level))
+        return fed, told, self.network.keywords(conditions)
 
     def denoise(
         self,
@@ -147,7 +175,7 @@ class Diffusion:
         *,
         sigma: Tensor | None = None,
         noise: Tensor | None = None,
-        class_labels: Tensor | None = None,
+        condition: Any = None,
         log_normal: tuple[float, float] | None = None,
         generator: Generator = None,
         weighting: Callable[[Tensor], Tensor] | None = None,
@@ -159,7 +187,7 @@ class Diffusion:
                 variance, play no part.
             sigma: Noise levels (B,); drawn from the family's training distribution if not given.
             noise: Standard-normal noise (B, C, H, W); drawn if not given.
-            class_labels: Labels (B,) of a class-conditional network, or vectors (B, width) of one that takes vectors.
+            condition: What the network is told, such as labels (B,); by default the null condition.
             log_normal: Mean and deviation of log sigma, in place of the family's own training distribution.
             generator: Random generator on the device of `clean`.
             weighting: The weight of an image's loss as a function of the noise levels (B,); by default every weight is
@@ -173,9 +201,9 @@ class Diffusion:
         if noise is None:
             noise = normal(clean.shape, clean.device, generator)
         noisy, timestep = self.family.noisy(clean, noise, sigma)
-        conditions = self.conditions(class_labels, len(clean), clean.device)
+        conditions = self.conditions(condition, len(clean), clean.device)
         fed, told = self._fed(noisy, timestep)
-        output = self.denoiser(fed, told, **conditions).sample
+        output = self.network.call(self.denoiser, fed, told, **self.network.keywords(conditions)).sample
         target = self.family.target(clean, noise, sigma)
         errors = (output[:, : clean.shape[1]].float() - target).square().mean(dim=tuple(range(1, clean.ndim)))
         return errors if weighting is None else weighting(sigma) * errors

@@ -1,4 +1,4 @@
-"""diffusers' `DiTTransformer2DModel`.
+"""diffusers' `DiTTransformer2DModel`, and how transformers of image patches are walked.
 
 A tap is the output of a transformer block. The network has `num_embeds_ada_norm` classes, and the null class after
 them; with `num_embeds_ada_norm=0` it has only the null class, and is unconditional.
@@ -15,17 +15,53 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding, Timesteps
 from torch import Tensor, nn
 
-from .cut import Cut, Recorder
-from .network_class import NetworkClass, Tap
+from .cut import Cut, runs_forward_alone
+from .network_class import NetworkClass, Tap, cut_blocks, place_of, taps_of_block, view_of_block
 
 
-class DiT(NetworkClass):
+class PatchTransformer(NetworkClass):
+    """Transformers of diffusers on the patches of an image: blocks one after the other, all of one width."""
+
+    component = "transformer"
+    parts: tuple[str, ...] = ()
+    indivisible = ("BasicTransformerBlock",)
+
+    def computed_buffers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return its positions, which do not depend on its blocks."""
+        with torch.device("cpu"):
+            return {"pos_embed.pos_embed": self.build({**config, "num_layers": 0}).pos_embed.pos_embed}
+
+    def divisor(self, config: Mapping[str, Any]) -> tuple[int, str]:
+        """Return the side of its patches."""
+        return config["patch_size"], f"with patches of {config['patch_size']}"
+
+    def taps(self, denoiser: Any) -> list[Tap]:
+        """Return its blocks, `transformer_blocks.0`, ..., and what is inside of them."""
+        stride = denoiser.config["patch_size"]
+        names = [f"transformer_blocks.{k}" for k in range(len(denoiser.transformer_blocks))]
+        width = denoiser.inner_dim
+        return [tap for name in names for tap in taps_of_block(name, width, stride, "decoder", inner=False)]
+
+    def runs_as_seen(self, denoiser: Any, layers: Sequence[str]) -> bool:
+        """Whether neither the network nor what is cut has hooks."""
+        cut = [denoiser.get_submodule(name) for name in cut_blocks(layers)]
+        return all(runs_forward_alone(module) for module in (denoiser, *cut))
+
+    def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
+        """Return the network with fewer blocks; its small output layer runs."""
+        names = [f"transformer_blocks.{k}" for k in range(len(denoiser.transformer_blocks))]
+        last = max(layers, key=[tap.name for tap in self.taps(denoiser)].index) if stop_early else ""
+        count = 1 + place_of(last, names) if stop_early else len(names)
+        blocks = zip(names[:count], list(denoiser.transformer_blocks)[:count], strict=True)
+        views = [view_of_block(block, name, layers, found, last) for name, block in blocks]
+        return Cut(denoiser, {"transformer_blocks": views})
+
+
+class DiT(PatchTransformer):
     """diffusers' `DiTTransformer2DModel`."""
 
     model = DiTTransformer2DModel
-    component = "transformer"
     parts = ("transformer_blocks",)
-    indivisible = ("BasicTransformerBlock",)
     borrowed = ("transformer_blocks.0.norm1.emb",)
     # An option that diffusers lacks: frequency i of the n of the timestep embedding is `10000 ** (-i / (n - shift))`.
     # The official DiTs have shift 0, which their conversions note. diffusers builds every DiT with shift 1, and a
@@ -49,17 +85,7 @@ class DiT(NetworkClass):
         """Recognise DiTs that diffusers once kept in a more general class, such as `facebook/DiT-XL-2-256`."""
         if config.get("_class_name") != "Transformer2DModel" or config.get("norm_type") != "ada_norm_zero":
             return super().present_config(config)
-        known = inspect.signature(DiTTransformer2DModel).parameters
-        return {k: v for k, v in config.items() if k in known} | {"_class_name": "DiTTransformer2DModel"}
-
-    def computed_buffers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return its positions, which do not depend on its blocks."""
-        with torch.device("cpu"):
-            return {"pos_embed.pos_embed": self.build({**config, "num_layers": 0}).pos_embed.pos_embed}
-
-    def divisor(self, config: Mapping[str, Any]) -> tuple[int, str]:
-        """Return the side of its patches."""
-        return config["patch_size"], f"with patches of {config['patch_size']}"
+        return of_class(self.model, config)
 
     def num_labels(self, config: Mapping[str, Any]) -> int:
         """Count the null class, which it always has."""
@@ -83,21 +109,8 @@ class DiT(NetworkClass):
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0
 
-    def taps(self, denoiser: Any) -> list[Tap]:
-        """Return its blocks, `transformer_blocks.0`, ..."""
-        stride = denoiser.config["patch_size"]
-        count = len(denoiser.transformer_blocks)
-        return [Tap(f"transformer_blocks.{k}", denoiser.inner_dim, stride, "decoder") for k in range(count)]
 
-    def on_grid(self, hidden: Tensor, tap: Tap, size: Sequence[int]) -> Tensor:
-        """Lay tokens (B, N, C) out on the grid of their patches."""
-        height, width = (side // tap.stride for side in size)
-        return hidden.transpose(1, 2).unflatten(2, (height, width))
-
-    def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
-        """Return the network with fewer blocks; its small output layer runs."""
-        names = [tap.name for tap in self.taps(denoiser)]
-        count = 1 + max(map(names.index, layers)) if stop_early else None
-        blocks = zip(list(denoiser.transformer_blocks)[:count], names[:count], strict=True)
-        recorded = [Recorder(block, name, found) if name in layers else block for block, name in blocks]
-        return Cut(denoiser, {"transformer_blocks": recorded})
+def of_class(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config of a more general class as one of `model`, which has fewer options."""
+    known = inspect.signature(model).parameters
+    return {k: v for k, v in config.items() if k in known} | {"_class_name": model.__name__}

@@ -22,24 +22,27 @@ import torch
 from torch import Tensor, nn
 
 from .building import refusing
-from .cut import is_compiled, uncompiled, unwrapped
+from .cut import first_of, is_compiled, uncompiled, unwrapped
 from .networks import build_denoiser, network_of, tap_of
 
 POOLINGS = ("mean", "max", "mean_2x2")
 
 
-def layer_names(denoiser: Any) -> list[str]:
+def layer_names(denoiser: Any, *, inner: bool = False) -> list[str]:
     """Return the name of every tap, in the order in which the network computes them.
 
-    For `UNet2DModel`: encoder (`down_blocks.0.resnets.0`, ...), `mid_block`, decoder (`up_blocks.0.attentions.0`, ...).
-    For `DiTTransformer2DModel`: `transformer_blocks.0`, ...
+    For U-Nets: encoder (`down_blocks.0.resnets.0`, ...), `mid_block`, decoder (`up_blocks.0.attentions.0`, ...). For
+    transformers: `transformer_blocks.0`, ... With `inner`, also those that are read only where they are named: the
+    transformer blocks of attentions (`up_blocks.1.attentions.0.transformer_blocks.0`); of each transformer block,
+    queries and keys of its self-attention (`transformer_blocks.0.attn1.to_q`, `.to_k`); and whole blocks of a U-Net's
+    decoder that end with an upsampling (`up_blocks.1`), as work on correspondences reads them.
     """
-    return [tap.name for tap in network_of(denoiser).taps(denoiser)]
+    return [tap.name for tap in network_of(denoiser).taps(denoiser) if inner or not tap.inner]
 
 
 def decoder_layer_names(denoiser: Any) -> list[str]:
-    """Return the names of the decoder's taps, the paper's `out_1`, `out_2`, ...; for a DiT, return all taps."""
-    return [tap.name for tap in network_of(denoiser).taps(denoiser) if tap.part == "decoder"]
+    """Return the names of the decoder's taps, the paper's `out_1`, `out_2`, ...; for a transformer, of all taps."""
+    return [tap.name for tap in network_of(denoiser).taps(denoiser) if tap.part == "decoder" and not tap.inner]
 
 
 def default_layer(denoiser: Any) -> str:
@@ -77,15 +80,15 @@ def collect_hidden_states(
     there are hooks.
 
     Args:
-        denoiser: A `UNet2DModel` or `DiTTransformer2DModel`.
+        denoiser: A network of a class that is supported, such as `UNet2DModel` or `DiTTransformer2DModel`.
         sample: The denoiser's input (B, C, H, W), as `add_noise` makes it.
         timestep: What the denoiser is fed, (B,).
-        layers: Some of the names in `layer_names(denoiser)`.
+        layers: Some of the names in `layer_names(denoiser, inner=True)`.
         stop_early: Whether to compute nothing after the deepest of `layers` (except a DiT's small output layer).
-        **kwargs: Further arguments of the denoiser's forward, such as `class_labels`.
+        **kwargs: Further arguments of the denoiser's forward, such as `class_labels` or `encoder_hidden_states`.
 
     Returns:
-        Raw activations, (B, C, H, W) or a DiT's (B, N, C), by layer name, in the order of `layers`.
+        Raw activations, (B, C, H, W) or a transformer's (B, N, C), by layer name, in the order of `layers`.
 
     Raises:
         ValueError: A name that is not a layer's; the message gives the nearest ones.
@@ -98,13 +101,13 @@ def run_with_hidden_states(
     sample: Tensor,
     timestep: Tensor,
     layers: Sequence[str],
-    conditions: dict[str, Any],
+    told: dict[str, Any],
     stop_early: bool = False,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Return the denoiser's output and, of the same pass, its hidden states; see `collect_hidden_states`.
 
     The denoiser may be distributed; its gradients are synchronised if the output is in the loss. With `stop_early` the
-    output is None.
+    output is None. `told` are further arguments of the denoiser's forward.
     """
     own = unwrapped(denoiser)
     network = network_of(own)
@@ -117,10 +120,11 @@ def run_with_hidden_states(
         )
     if not distributed and network.runs_as_seen(denoiser, layers):
         found: dict[str, Tensor] = {}
-        output = network.view(own, layers, found, stop_early)(sample, timestep, return_dict=False, **conditions)[0]
+        view = network.view(own, layers, found, stop_early)
+        output = network.call(view, sample, timestep, return_dict=False, **told)[0]
     else:
-        last = max(layers, key=layer_names(own).index) if stop_early else None
-        output, found = _run_with_hooks(denoiser, sample, timestep, layers, last, conditions)
+        last = max(layers, key=layer_names(own, inner=True).index) if stop_early else None
+        output, found = run_with_hooks(denoiser, sample, timestep, layers, last, told)
     return None if stop_early else output, {layer: found[layer] for layer in layers}
 
 
@@ -129,25 +133,30 @@ class _Reached(Exception):
 
 
 @torch.compiler.disable(reason="Hidden states are read by hooks where the denoiser has hooks or is not a plain walk.")
-def _run_with_hooks(
-    denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], last: str | None, conditions: dict[str, Any]
+def run_with_hooks(
+    denoiser: Any, sample: Tensor, timestep: Tensor, layers: Sequence[str], last: str | None, told: dict[str, Any]
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Run the denoiser with hooks on its layers, which act only in this thread; the hook on `last` ends the run."""
+    """Run the denoiser with hooks on its layers, or on any of its modules, and return its output and theirs.
+
+    The hooks act only in this thread. The one on `last` ends the run, and the denoiser's output is then None.
+    """
     thread = threading.get_ident()
     found: dict[str, Tensor] = {}
 
-    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
-            found[name] = output
+            found[name] = first_of(output)
             if name == last:
                 raise _Reached
 
-    taps = {name: unwrapped(denoiser).get_submodule(name) for name in layers}
+    own = unwrapped(denoiser)
+    network = network_of(own)
+    taps = {name: own.get_submodule(name) for name in layers}
     handles = [module.register_forward_hook(functools.partial(keep, name)) for name, module in taps.items()]
     compiled = any(is_compiled(module) for module in denoiser.modules())
     try:
         with _eager if compiled else contextlib.nullcontext():
-            return denoiser(sample, timestep, return_dict=False, **conditions)[0], found
+            return network.call(denoiser, sample, timestep, return_dict=False, **told)[0], found
     except _Reached:
         return None, found
     finally:
@@ -232,10 +241,11 @@ def learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
         network = network_of(denoiser)
         shape = (1, denoiser.config.in_channels, *network.size(denoiser.config))
         sample = torch.empty(shape, dtype=denoiser.dtype)
-        conditions = network.conditions(denoiser, network.example_label(denoiser), 1, "meta")
+        conditions = network.conditions(denoiser, network.example_condition(denoiser), 1, "meta")
         timestep = network.fed_timestep(denoiser, torch.zeros(1))
         with refusing(f"denoiser: a {type(denoiser).__name__} of this config cannot be run"):
-            _, states = run_with_hidden_states(denoiser, sample, timestep, layers, conditions, stop_early=True)
+            told = network.keywords(conditions)
+            _, states = run_with_hidden_states(denoiser, sample, timestep, layers, told, stop_early=True)
     return frozenset(parameters_behind(states.values(), names, set()))
 
 

@@ -2,12 +2,14 @@
 
 A diffusers `AutoencoderKL` (Rombach et al. 2022, arXiv 2112.10752) maps images `x` (B, C, H, W) in [-1, 1] to a normal
 distribution over `u` (B, c, h, w) with mean `mu` and deviation `s`, and maps `u` back to images. The denoiser is fed
-the *scaled latents* `z = (u - shift_factor) * scaling_factor`, whose variance is near one; noise levels are in their
-unit.
+the *scaled latents* `z = (u - shift_factor) * scaling_factor` or, where the VAE has a mean and a deviation for each
+channel, `z = (u - latents_mean) * scaling_factor / latents_std`, as diffusers' Stable Diffusion XL pipelines have it.
+Their variance is near one; noise levels are in their unit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from .building import building, short
 
 VAES = ("AutoencoderKL",)
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # the options that scale latents
 AT_ONCE = 2**20  # pixels, as of 16 images of 256 x 256: a layer of Stable Diffusion's encoder makes 0.5 GiB of them
 
 
@@ -32,7 +35,9 @@ def build_vae(config: Mapping[str, Any]) -> Any:
     check_vae_class(config.get("_class_name"))
     cls = getattr(diffusers, config["_class_name"])
     with building("vae", config, cls):
-        return cls.from_config(config)
+        vae = cls.from_config(config)
+        _check_scales(vae.config)
+        return vae
 
 
 def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -46,7 +51,18 @@ def encode(vae: Any, pixel_values: Tensor, noise: Tensor | None = None) -> Tenso
     if noise is not None:
         deviations = torch.cat([posterior.std for posterior in posteriors]).float()
         latents = latents + deviations * noise.to(latents.device)
+    if (scales := _of_channels(vae.config, latents)) is not None:
+        mean, std = scales
+        return (latents - mean) * vae.config.scaling_factor / std
     return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def _of_channels(config: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the VAE's mean and deviation of each channel, (1, c, 1, 1), where it has them."""
+    if config.get("latents_mean") is None:
+        return None
+    mean, std = (latents.new_tensor(config[name]).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, std
 
 
 def _pieces(images: Tensor) -> Sequence[Tensor]:
@@ -58,7 +74,11 @@ def _pieces(images: Tensor) -> Sequence[Tensor]:
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Return the images (B, C, H, W), float32, roughly in [-1, 1], that scaled latents (B, c, h, w) stand for."""
-    unscaled = 1 / vae.config.scaling_factor * latents + (vae.config.shift_factor or 0)
+    if (scales := _of_channels(vae.config, latents)) is not None:
+        mean, std = scales
+        unscaled = latents * std / vae.config.scaling_factor + mean
+    else:
+        unscaled = 1 / vae.config.scaling_factor * latents + (vae.config.shift_factor or 0)
     return vae.decode(unscaled.to(vae.dtype)).sample.float()
 
 
@@ -77,5 +97,26 @@ def check_vae(config: Any, denoiser: Any) -> None:
             f"The vae has latents of {config['latent_channels']} channels, but the denoiser takes "
             f"{denoiser['in_channels']}: give the vae that the denoiser was trained with."
         )
-    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        raise ValueError("The vae scales each channel by its own latents_mean and latents_std: that is not supported.")
+    _check_scales(config)
+
+
+def _check_scales(config: Any) -> None:
+    """Raise `ValueError` unless a VAE's channels are scaled in one way, each by a mean and a deviation or none."""
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None and std is None:
+        return
+    if mean is None or std is None or config.get("shift_factor"):
+        raise ValueError(
+            f"The vae has latents_mean {short(mean)}, latents_std {short(std)} and shift_factor "
+            f"{short(config.get('shift_factor'))}: give latents_mean and latents_std together and without a shift, or "
+            "neither."
+        )
+    for name, values in (("latents_mean", mean), ("latents_std", std)):
+        numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+        lowest = 0 if name == "latents_std" else -math.inf
+        if not numbers or len(values) != config["latent_channels"] or not all(lowest < v < math.inf for v in values):
+            kind = "positive numbers" if name == "latents_std" else "numbers"
+            raise ValueError(
+                f"The vae's {name} is {short(values)}: it must be {kind}, one for each of its "
+                f"{config['latent_channels']} channels."
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .latents import build_vae, encode
 from .networks import build_denoiser, network_of
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention, write_head
 from .remote_code import save_code
+from .texts import StoredCondition
 from .weights import COMPILED, plain_state
 
 
@@ -52,6 +53,7 @@ class DDAEModel(DDAEPreTrainedModel):
         network.stop_own_dropping(self.denoiser)
         self._no_split_modules = list(network.indivisible)
         self.vae = None if config.vae is None else build_vae(config.vae)
+        self.condition = None if config.condition_shapes is None else StoredCondition(config.condition_shapes)
         self._keep_in_fp32_modules = set() if self.vae is None else {"vae"}  # float16 overflows in common VAEs
         self._keep_in_fp32_modules_strict = network.float32_modules(self.denoiser)
         self.restrict_gradients()
@@ -104,14 +106,17 @@ class DDAEModel(DDAEPreTrainedModel):
 
     def _check_learning(self, layers: list[str]) -> None:
         """Refuse to return, in training, hidden states of layers whose gradients `restrict_gradients` has left out."""
-        known = self.layer_names()
+        known = layer_names(self.denoiser, inner=True)
         deepest = max(self._restricted_to, key=known.index)
+        kept = learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(self._restricted_to))
 
-        def learns(layer: str) -> bool:
-            return any(p.requires_grad for p in self.denoiser.get_submodule(layer).parameters())
+        def learns(layer: str, without: Collection[str] = ()) -> bool:
+            named = self.denoiser.get_submodule(layer).named_parameters()
+            names = ((f"{layer}.{name}".replace(COMPILED, ""), parameter) for name, parameter in named)
+            return any(parameter.requires_grad for name, parameter in names if name not in without)
 
         beyond = [layer for layer in layers if known.index(layer) > known.index(deepest)]
-        if learns(deepest) and (still := [layer for layer in beyond if not learns(layer)]):
+        if learns(deepest) and (still := [layer for layer in beyond if not learns(layer, kept)]):
             raise ValueError(
                 f"Hidden states of {', '.join(still)} are asked for in training, but the parameters after {deepest} "
                 "ask for no gradients, since the model's own output does not depend on them. To train them, call "
@@ -129,8 +134,9 @@ class DDAEModel(DDAEPreTrainedModel):
 
     @property
     def diffusion(self) -> Diffusion:
-        """The denoiser with its scheduler and its null class."""
-        return Diffusion(self.denoiser, self.scheduler, self.config.null_class)
+        """The denoiser with its scheduler and its null condition."""
+        stored = self.config.null_class if self.condition is None else self.condition()
+        return Diffusion(self.denoiser, self.scheduler, stored)
 
     def layer_names(self) -> list[str]:
         """Return the denoiser's taps in forward order."""
@@ -195,7 +201,9 @@ class DDAEModel(DDAEPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         known = self.layer_names()
         if output_hidden_states is True:
-            return known[: known.index(self.config.layer) + 1]
+            every = layer_names(self.denoiser, inner=True)
+            before = every[: every.index(str(self.config.layer))]
+            return [*(layer for layer in before if layer in known), str(self.config.layer)]
         if not output_hidden_states:
             return []
         if outside := [i for i in output_hidden_states if isinstance(i, int) and not -len(known) <= i < len(known)]:
@@ -212,6 +220,7 @@ class DDAEModel(DDAEPreTrainedModel):
         generator: torch.Generator | None = None,
         output_hidden_states: bool | list[str | int] | None = None,
         return_dict: bool | None = None,
+        condition: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """Add noise to images and read the denoiser's hidden states.
@@ -222,13 +231,16 @@ class DDAEModel(DDAEPreTrainedModel):
                 `config.sigma`. On a device, and in a graph that is compiled or exported, tensors are not checked, and a
                 level outside the range gives NaN.
             timestep: The noise level as the timestep that the denoiser is fed, in place of `sigma`.
-            class_labels: Labels (B,) of a class-conditional denoiser; by default its null class.
+            class_labels: The same as `condition`, where that is labels.
             noise: Standard-normal noise to add, (B, *config.sample_shape) or several draws, (draws, B, ...).
             generator: Generator of fresh noise, including the draw of `config.sample_posterior`. Without `noise` and
                 `generator`, evaluation adds the fixed noise, and training draws anew.
             output_hidden_states: `True` for the hidden states of every layer up to the configured one, or a list of
                 names or indices of the layers wanted.
             return_dict: Whether to return a `BaseModelOutputWithPooling` or a tuple.
+            condition: What the denoiser is told about the images: labels (B,) of a class-conditional one; what
+                `embed_prompts` makes of texts, for one that is told texts. By default its null class, or the
+                embeddings that are stored with the model.
             **kwargs: Ignored: what Trainer passes on to the loss.
 
         Returns:
@@ -237,13 +249,14 @@ class DDAEModel(DDAEPreTrainedModel):
 
         Raises:
             ValueError: Images of another size, a noise level outside the schedule, both `sigma` and `timestep`, an
-                unknown layer, or labels that the denoiser needs or does not take.
+                unknown layer, or a condition that the denoiser needs or does not take.
         """
+        condition = one_condition(condition, class_labels)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         wanted = self._layers_to_return(output_hidden_states)
         clean = self.encode(pixel_values, generator=generator)
         layers = [*wanted, self.config.layer]
-        found = self.read_layers(clean, layers, class_labels, sigma, timestep, noise, generator)
+        found = self.read_layers(clean, layers, condition, sigma, timestep, noise, generator)
         last = found[self.config.layer]
         pooled = pool_hidden_states(last, self.config.pooling)
         states = tuple(found[name] for name in wanted) or None
@@ -254,7 +267,7 @@ class DDAEModel(DDAEPreTrainedModel):
         self,
         clean: Tensor,
         layers: list[str],
-        class_labels: Tensor | None = None,
+        condition: Any = None,
         sigma: float | Tensor | None = None,
         timestep: float | Tensor | None = None,
         noise: Tensor | None = None,
@@ -268,7 +281,14 @@ class DDAEModel(DDAEPreTrainedModel):
             self._check_learning(layers)
         draws = self._noise_draws(clean, noise, generator)
         level = self._level(diffusion := self.diffusion, sigma, timestep)
-        return diffusion.hidden_states(clean, draws, level, list(dict.fromkeys(layers)), class_labels)
+        return diffusion.hidden_states(clean, draws, level, list(dict.fromkeys(layers)), condition)
+
+
+def one_condition(condition: Any, class_labels: Any) -> Any:
+    """Return the condition that was given by either name, or raise `ValueError` where both were."""
+    if condition is not None and class_labels is not None:
+        raise ValueError("Both condition and class_labels came: pass one of them.")
+    return class_labels if condition is None else condition
 
 
 class DDAEForImageClassification(DDAEPreTrainedModel):
@@ -335,7 +355,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             ValueError: The denoiser is not that of the base, rounded to its own type (it was fine-tuned, so
                 `save_pretrained` is needed), or the base is the folder itself.
         """
-        head = {name: value for name, value in plain_state(self).items() if not name.startswith("ddae.")}
+        state = plain_state(self).items()
+        head = {k: v for k, v in state if not k.startswith("ddae.") or k.startswith("ddae.condition.")}
         write_head(Path(save_directory), head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
         self._set_auto_map(include_code)
         if include_code or self._auto_class is not None:  # remote code saves its own code again
@@ -354,13 +375,14 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         generator: torch.Generator | None = None,
         output_hidden_states: bool | list[str | int] | None = None,
         return_dict: bool | None = None,
+        condition: Any = None,
         **kwargs: Any,
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
         """Classify images; for all arguments but `labels` see `DDAEModel.forward`.
 
         `labels` are classes (B,), or probabilities of classes (B, num_labels), for the loss; batches of both kinds may
-        follow each other. The denoiser's condition, `class_labels`, is not what is classified. It can be given too, but
-        is not a named argument, since Trainer would take it for a second target.
+        follow each other. The denoiser's `condition` is not what is classified. As `class_labels` it can be given too,
+        but that is not a named argument, since Trainer would take it for a second target.
 
         Returns:
             `logits` (B, num_labels), the batch's mean cross-entropy `loss` if `labels` came, and `hidden_states` if
@@ -372,7 +394,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             pixel_values,
             sigma=sigma,
             timestep=timestep,
-            class_labels=kwargs.pop("class_labels", None),
+            condition=one_condition(condition, kwargs.pop("class_labels", None)),
             noise=noise,
             generator=generator,
             output_hidden_states=output_hidden_states,

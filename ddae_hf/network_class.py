@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .building import short
-from .cut import Cut, runs_forward_alone
+from .cut import Cut, Recorder, identity, recorded, runs_forward_alone
 from .families import in_batch
 from .labels import check_label_range
 
@@ -25,6 +25,49 @@ class Tap(NamedTuple):
     channels: int  # width of the hidden state
     stride: int  # pixels of the network's input, in height and in width, that one of its positions stands for
     part: str  # "encoder", "middle" or "decoder"; networks without these are decoders as a whole
+    inner: bool = False  # whether it is read only where it is named: it lies inside of another tap, or around some
+
+
+def taps_of_block(name: str, width: int, stride: int, part: str, *, inner: bool) -> list[Tap]:
+    """Return the taps of a transformer block: queries and keys of its self-attention, and the block itself."""
+    inside = [Tap(each, width, stride, part, inner=True) for each in _projections(name).values()]
+    return [*inside, Tap(name, width, stride, part, inner)]
+
+
+def _projections(block: str) -> dict[str, str]:
+    """Return the names of a transformer block's queries and keys, by those that they have in its self-attention."""
+    return {which: f"{block}.attn1.{which}" for which in ("to_q", "to_k")}
+
+
+def view_of_block(block: Any, name: str, layers: Sequence[str], found: dict[str, Tensor], last: str) -> Any:
+    """Return a view of a transformer block that records its taps and, if the `last` is inside of it, ends after it.
+
+    What a block that ends has computed is all in `found`, and its output means nothing.
+    """
+    wanted = {which: each for which, each in _projections(name).items() if each in layers}
+    if not wanted:
+        return recorded(block, name, layers, found)
+    attention = block.attn1
+    if last in wanted.values():
+
+        def project(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            found.update({each: getattr(attention, which)(hidden) for which, each in wanted.items()})
+            return hidden
+
+        return Cut(block, {"attn1": project, "attn2": None, "ff": identity})
+    parts = {which: Recorder(getattr(attention, which), each, found) for which, each in wanted.items()}
+    return recorded(Cut(block, {"attn1": Cut(attention, parts)}), name, layers, found)
+
+
+def cut_blocks(layers: Sequence[str]) -> set[str]:
+    """Return the names of the transformer blocks, and of their self-attentions, that `view_of_block` cuts."""
+    attentions = {layer.rpartition(".")[0] for layer in layers if layer.endswith((".attn1.to_q", ".attn1.to_k"))}
+    return attentions | {attention.removesuffix(".attn1") for attention in attentions}
+
+
+def place_of(layer: str, names: Sequence[str]) -> int:
+    """Return the index of the first name that is a layer's, or that of a part that has it inside."""
+    return [layer == name or layer.startswith(f"{name}.") for name in names].index(True)
 
 
 def height_and_width(sample_size: Any) -> tuple[int, int]:
@@ -43,6 +86,7 @@ class NetworkClass(ABC):
     parts: tuple[str, ...] = ()  # a network of another class that has all of these can be read as one of this class
     indivisible: tuple[str, ...] = ()  # names of classes of its blocks that a device map must not divide
     borrowed: tuple[str, ...] = ()  # names of parts of blocks that its forward calls outside of their block, too
+    stock_pipelines: tuple[str, ...] = ()  # pipelines of diffusers that alone can sample from it, and embed its texts
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a randomly initialised network from its config."""
@@ -108,22 +152,24 @@ class NetworkClass(ABC):
         return self.num_labels(denoiser.config) > 0
 
     def conditions(
-        self, denoiser: Any, class_labels: Any, batch_size: int, device: Any, null_class: int | None = None
+        self, denoiser: Any, condition: Any, batch_size: int, device: Any, null_condition: Any = None
     ) -> dict[str, Tensor]:
-        """Return the keyword arguments that tell the network its classes: `class_labels`, or nothing.
+        """Return what the network is told about its images besides the timestep, as tensors (B, ...) by name.
 
-        They are given as labels (B,), or as one label for all images; a U-Net whose `class_embed_type` is `"identity"`
-        takes vectors (B, width). None means the null class, which is `null_class` where the network does not imply one.
+        Here it is told their classes, by the name of `class_labels`, or nothing; `keywords` makes arguments of it.
+        The `condition` is labels (B,), or one label for all images; a U-Net whose `class_embed_type` is `"identity"`
+        takes vectors (B, width). None means the null class: `null_condition` where the network does not imply one.
 
         Raises:
             ValueError: Labels for an unconditional network; labels that the network does not have, that are not whole
                 numbers, or that are not one for each image; neither labels nor a null class for a conditional network.
         """
+        class_labels = condition
         takes_labels = self.is_conditional(denoiser)
         if class_labels is not None and not takes_labels:
             raise ValueError("class_labels came, but this denoiser is unconditional: leave them out.")
         if class_labels is None:
-            class_labels = self.default_null_class(denoiser.config) if null_class is None else null_class
+            class_labels = self.default_null_class(denoiser.config) if null_condition is None else null_condition
             if class_labels is None and takes_labels:
                 raise ValueError("This denoiser is class-conditional: pass class_labels, or set its null_class.")
             if class_labels is None:
@@ -146,8 +192,36 @@ class NetworkClass(ABC):
             return {"class_labels": in_batch(labels, batch_size, device)}
         return {"class_labels": labels.to(device).expand(batch_size, *labels.shape[1:])}
 
-    def example_label(self, denoiser: Any) -> Tensor | None:
-        """Return a label (1,), or a vector (1, width), that the network accepts; None if it takes none."""
+    def keywords(self, conditions: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the keyword arguments of the network's forward that tell it what `conditions` returned."""
+        return dict(conditions)
+
+    def call(self, denoiser: Any, sample: Tensor, timestep: Tensor, **keywords: Any) -> Any:
+        """Call a network, or a view of it, with its input (B, C, H, W) and its timestep (B,)."""
+        return denoiser(sample, timestep, **keywords)
+
+    def text_parts(self, config: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
+        """Return the shapes, without the batch, of what it is told of a text, in the order of its text encoders.
+
+        None stands for any length; a network that is told no text has nothing.
+        """
+        return {}
+
+    def size_parts(self, config: Mapping[str, Any], height: int, width: int) -> dict[str, list[float]]:
+        """Return what it is told of the size of images of this height and width, in pixels, besides a text."""
+        return {}
+
+    def check_condition_shapes(self, shapes: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless the network can be told stored tensors of these shapes, by name, without a batch.
+
+        Those that are told classes store none: their null condition is a label.
+        """
+        if shapes is not None:
+            name = self.model.__name__
+            raise ValueError(f"condition_shapes is {short(shapes)}, but a {name} is told no text: leave it out.")
+
+    def example_condition(self, denoiser: Any) -> Any:
+        """Return a condition for one image that the network accepts; None if it is told nothing."""
         return torch.zeros(1, dtype=torch.long) if self.is_conditional(denoiser) else None
 
     def stop_own_dropping(self, denoiser: nn.Module) -> None:
@@ -173,11 +247,17 @@ class NetworkClass(ABC):
 
     @abstractmethod
     def taps(self, denoiser: Any) -> list[Tap]:
-        """Return every tap, in the order in which the network computes them."""
+        """Return every tap, inner ones too, in the order in which the network computes them."""
 
     def on_grid(self, hidden: Tensor, tap: Tap, size: Sequence[int]) -> Tensor:
-        """Return a hidden state as (B, C, height, width), of a network whose inputs have this height and width."""
-        return hidden
+        """Return a hidden state as (B, C, height, width), of a network whose inputs have this height and width.
+
+        Tokens (B, N, C) are laid out row by row.
+        """
+        if hidden.ndim == 4:
+            return hidden
+        height, width = (side // tap.stride for side in size)
+        return hidden.transpose(1, 2).unflatten(2, (height, width))
 
     def runs_as_seen(self, denoiser: Any, layers: Sequence[str]) -> bool:
         """Whether a `view` for these layers computes what a call of the network does."""

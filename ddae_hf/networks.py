@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from .building import building, short
+from .conditional_unets import UNet2DConditional
 from .cut import uncompiled
 from .dits import DiT
 from .latents import VAES, build_vae
 from .network_class import NetworkClass, Tap
+from .pixart import PixArt
 from .unets import UNet2D
 
 # The network of Ho et al. 2020 for CIFAR-10, which the paper uses: 35,746,307 parameters.
@@ -35,6 +37,12 @@ PAPER_UNET: dict[str, Any] = {
 }
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 NETWORKS: dict[str, NetworkClass] = {}
+# The components of stock pipelines that embed texts, with the classes of transformers that they may be.
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+TEXTS = {f"{kind}{number}": known for number in ("", "_2")
+         for kind, known in (("tokenizer", _TOKENIZERS), ("text_encoder", _TEXT_ENCODERS))}  # fmt: skip
+IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # components that reading has no use for
 
 
 def register(network: NetworkClass) -> NetworkClass:
@@ -72,7 +80,8 @@ def component_classes(path: str, index: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of the classes of a pipeline's components, from the `model_index.json` in `path`.
 
     diffusers imports the library that an index names beside each class, so only diffusers itself may be named, or the
-    module of a class of networks that has been registered.
+    module of a class of networks that has been registered, and transformers for text encoders and their tokenizers.
+    Components that check or condition on images, in `IGNORED`, are left out.
 
     Raises:
         ValueError: Another library, or entries that are not pairs of a library and a class.
@@ -82,17 +91,58 @@ def component_classes(path: str, index: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{path} is damaged: its model_index.json does not name the class of the pipeline.")
     for name, entry in index.items():
-        if entry == [None, None] or not (isinstance(entry, list) or name in named):
+        if name in IGNORED or entry == [None, None] or not (isinstance(entry, list) or name in named):
             continue
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise ValueError(f"{path} is damaged: its model_index.json says that {name} is {short(entry)}.")
         library, classes[name] = entry
-        known = NETWORKS[entry[1]].model.__module__ if entry[1] in NETWORKS else "diffusers"
-        if library not in ("diffusers", known):
+        if name in TEXTS and classes[name] not in TEXTS[name]:
+            allowed = ", ".join(TEXTS[name])
+            raise ValueError(f"{path} has a {name} of class {short(classes[name])}: allowed are {allowed}.")
+        allowed = "transformers" if name in TEXTS else "diffusers"
+        known = NETWORKS[entry[1]].model.__module__ if entry[1] in NETWORKS else allowed
+        if library not in (allowed, known):
             raise ValueError(
-                f"{path} has a model_index.json that takes its {name} from {short(library)}: allowed is diffusers."
+                f"{path} has a model_index.json that takes its {name} from {short(library)}: allowed is {allowed}."
             )
     return classes
+
+
+def check_components(
+    where: str, index: Mapping[str, Any], network: NetworkClass, classes: Mapping[str, str], known: set[str]
+) -> None:
+    """Refuse a pipeline with components that play no part here, or whose texts only other pipelines embed."""
+    name = network.model.__name__
+    allowed = network.stock_pipelines
+    if allowed and index["_class_name"] not in allowed:
+        raise ValueError(f"{where} is not supported: allowed with a {name} are {', '.join(allowed)}.")
+    if others := sorted(set(classes) - known - {"scheduler", "vae"}):
+        raise ValueError(
+            f"{where} has components besides its denoiser, scheduler and vae ({', '.join(others)}), which are not "
+            "supported: allowed are pipelines such as DDPMPipeline, DDIMPipeline, DiTPipeline and DDAEPipeline, and "
+            "the text encoders of StableDiffusionPipeline and the like."
+        )
+    if not allowed and (texts := sorted(known & TEXTS.keys())):
+        raise ValueError(f"{where} is not supported: it has {', '.join(texts)}, but a {name} is told no text.")
+
+
+def check_sampled(network: NetworkClass, path: str | None = None, pipeline: str | None = None) -> None:
+    """Refuse to sample from a network that is told texts: diffusers' own pipelines do.
+
+    Args:
+        network: The class of the network.
+        path: Where it is from.
+        pipeline: The pipeline that is saved there, if one is.
+    """
+    if not network.stock_pipelines:
+        return
+    name = network.model.__name__
+    if pipeline is None:
+        which = " or ".join(network.stock_pipelines)
+        how = f"put it into the pipeline that it is of, and sample with diffusers' {which}"
+    else:
+        how = f"`diffusers.{pipeline}.from_pretrained({path!r})` does"
+    raise ValueError(f"DDAEPipeline does not sample from a {name}, which is told a text: {how}.")
 
 
 def build_denoiser(config: Mapping[str, Any]) -> Any:
@@ -141,10 +191,12 @@ def tap_of(denoiser: Any, layer: str) -> Tap:
         nearest = difflib.get_close_matches(str(layer), known, n=3, cutoff=0.0)
         raise ValueError(
             f"There is no layer {layer!r} in this denoiser. The nearest are {', '.join(nearest)}; "
-            "`layer_names(denoiser)` lists all."
+            "`layer_names(denoiser, inner=True)` lists all."
         )
     return known[layer]
 
 
 register(UNet2D())
 register(DiT())
+register(UNet2DConditional())
+register(PixArt())

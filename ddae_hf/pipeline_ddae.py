@@ -24,7 +24,7 @@ from .diffusion import Diffusion
 from .families import Family
 from .labels import checked_names, label_ids, labels_by_name
 from .latents import check_vae, check_vae_class, decode
-from .networks import NETWORKS, check_denoiser_class, network_of
+from .networks import NETWORKS, check_denoiser_class, check_sampled, network_of
 from .remote_code import save_pipeline_code
 from .sampling import Heun, Step, check_count, check_number, count_images, initial_noise, scheduler_steps
 from .weights import DIFFUSERS_FILE, LOADING_ARGUMENTS, replaced_weights, uncompiled_names
@@ -36,7 +36,7 @@ class DDAEPipeline(DiffusionPipeline):
     It saves as an ordinary diffusers pipeline. `DDPMPipeline.from_pretrained` also opens one with a U-Net, and samples
     from it if it is unconditional and its framework is DDPM or flow matching; it does not scale EDM's inputs.
     `DiTPipeline` opens one with a DiT and a VAE. `pipeline.vae.enable_slicing()` and `enable_tiling()` bound the memory
-    of decoding.
+    of decoding. Networks that are told a text are refused: diffusers' own pipelines sample from them.
 
     Args:
         unet: The denoiser, for images of its `sample_size`, where it is a U-Net.
@@ -167,6 +167,8 @@ class DDAEPipeline(DiffusionPipeline):
         """
         checkpoint, dtype = take_checkpoint(pretrained_model_name_or_path, kwargs)
         dtypes = _dtypes(dtype)
+        source = checkpoint.chain()[-1]
+        check_sampled(network_of(checkpoint.denoiser), source.path, (source.index or {}).get("_class_name"))
         checkpoint = checkpoint.generator(kwargs)
         if reason := checkpoint.config.get("features_only"):
             raise ValueError(f"{checkpoint.path} has features, but cannot generate: {reason}")
@@ -395,6 +397,7 @@ def _check_parts(
     network = NETWORKS[name]
     if network.component != key:
         raise ValueError(f"`{key}` is a {name}: pass it as `{network.component}`.")
+    check_sampled(network)
     if vae is not None:
         check_vae_class(_class_name(vae))
         check_vae(vae.config, denoiser.config)

@@ -23,6 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of, skeleton
+from .prompts import check_told, null_condition
 from .remote_code import AUTO_MAP
 from .weights import (
     COMPILED,
@@ -36,6 +37,7 @@ from .weights import (
     refuse_other_shapes,
     refuse_unexpected,
     replaced_weights,
+    stored_dtype,
     tensor_shapes,
     uncompiled_names,
 )
@@ -90,13 +92,17 @@ class DDAEPreTrainedModel(PreTrainedModel):
 
         For a generative checkpoint, `layer` and either `sigma` or `timestep` say where to tap it, and `num_labels` (or
         `id2label`) says how many classes the new classifier has. With `vae=None` a denoiser of latents comes without
-        its VAE, and takes latents as its images. `variant` says which of several sets of weights is opened, and
+        its VAE, and takes latents as its images. A denoiser that is told a text is read with a `prompt`, or with a
+        `condition` as `embed_prompts` makes it, for all images; by default with the null prompt, if the checkpoint has
+        text encoders. `variant` says which of several sets of weights is opened, and
         `state_dict` replaces all of them. Everything else is as in transformers, except that every tensor must be
         there: only those of a new classifier may be missing.
 
         Raises:
-            ValueError: No checkpoint, an unsupported denoiser, a tap or variant that it lacks, or missing tensors.
+            ValueError: No checkpoint, an unsupported denoiser, a tap or variant that it lacks, or missing tensors; a
+                prompt or condition for a model that stores another one.
         """
+        condition = kwargs.pop("condition", None)
         if pretrained_model_name_or_path is None:
             made = super().from_pretrained(None, *model_args, **kwargs)
             (made[0] if isinstance(made, tuple) else made).restrict_gradients()
@@ -119,13 +125,16 @@ class DDAEPreTrainedModel(PreTrainedModel):
                     "taken. If it was trained otherwise, pass `scheduler=` with the scheduler's config.",
                     stacklevel=2,
                 )
+        check_told(checkpoint, condition, config.prompt)
         if dtype in (None, "auto") and checkpoint.keeps_dtype:
             dtype = config.dtype
         if state is None:
             state = checkpoint.compiled_state()
+        elif not checkpoint.holds_model:
+            config = cls._described_by(state, config, condition)
         if state is None and not checkpoint.opens_in_transformers:
             config = copy.deepcopy(config)
-            state, dtype = cls._read_parts(checkpoint, config, dtype)
+            state, dtype = cls._read_parts(checkpoint, config, dtype, condition)
         with _load_reports(checkpoint.path) as reports:
             opened: Any = super().from_pretrained(
                 checkpoint.path if state is None else None,
@@ -166,9 +175,31 @@ class DDAEPreTrainedModel(PreTrainedModel):
             refuse_other_shapes(checkpoint.path, "classifier", expected, stored)
 
     @classmethod
-    def _read_parts(cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any) -> tuple[dict[str, Any], Any]:
-        """Return the tensors of a generator, or of a head and its base, and their type; set `config`'s fingerprints."""
-        denoiser = checkpoint.load("denoiser", dtype if isinstance(dtype, torch.dtype) else None)
+    def _described_by(cls, state: dict[str, Any], config: DDAEConfig, condition: Any) -> DDAEConfig:
+        """Return a generator's configuration with the shapes of the null condition among the tensors that came."""
+        if condition is not None:
+            raise ValueError("Both state_dict and condition came, but the state_dict holds what is told: pass one.")
+        kept = f"{cls._inner_prefix}condition."
+        told = {name.removeprefix(kept): value for name, value in plain_state(state).items() if name.startswith(kept)}
+        config = copy.deepcopy(config)
+        config.condition_shapes = {name: list(value.shape[1:]) for name, value in told.items()} or None
+        return config
+
+    @classmethod
+    def _read_parts(
+        cls, checkpoint: Checkpoint, config: DDAEConfig, dtype: Any, condition: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the tensors of a generator, or of a head and its base, and their type.
+
+        It sets the fingerprints of `config`, and the shapes of a null condition.
+        """
+        known_dtype = dtype if isinstance(dtype, torch.dtype) else None
+        told: dict[str, torch.Tensor] = {}
+        if not checkpoint.head:  # text encoders are let go before the denoiser is loaded
+            files, _ = checkpoint.check("denoiser")
+            told = null_condition(checkpoint, known_dtype or stored_dtype(files[0]), config.prompt, condition)
+            config.condition_shapes = {name: list(value.shape[1:]) for name, value in told.items()} or None
+        denoiser = checkpoint.load("denoiser", known_dtype)
         for name, rounded in GENERATOR_FINGERPRINTS.items():
             setattr(config, name, fingerprint(denoiser, dtype=rounded))
         parts = {"denoiser": denoiser}
@@ -183,7 +214,11 @@ class DDAEPreTrainedModel(PreTrainedModel):
             refuse_other_shapes(checkpoint.path, part, known, stored)
         prefix = cls._inner_prefix
         state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
-        state |= load_file(checkpoint.head) if cls._has_head and checkpoint.head else {}
+        head = load_file(checkpoint.head) if checkpoint.head else {}
+        state |= head if cls._has_head else {}
+        kept = "ddae.condition."
+        told |= {name.removeprefix(kept): value for name, value in head.items() if name.startswith(kept)}
+        state |= {f"{prefix}condition.{name}": value for name, value in told.items()}
         return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
     def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:

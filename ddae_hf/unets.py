@@ -1,4 +1,4 @@
-"""diffusers' `UNet2DModel`.
+"""diffusers' `UNet2DModel`, and how U-Nets of blocks with `resnets` and `attentions` are walked.
 
 A tap is the output of a residual block, or of the attention that follows it: the paper's `out_k` is the k-th tap of the
 decoder. The network takes `num_class_embeds` labels. Nothing marks one of them as the null class, the label that stands
@@ -7,29 +7,30 @@ for no class; a network trained here has it last, and its checkpoint says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from .cut import Cut, Recorder, identity, in_float32, is_compiled, runs_forward_alone, uncompiled
-from .network_class import NetworkClass, Tap
+from .cut import Cut, identity, in_float32, is_compiled, recorded, runs_forward_alone, uncompiled
+from .network_class import NetworkClass, Tap, cut_blocks, place_of, taps_of_block, view_of_block
 from .noise import family_of
 
+BLOCKS = "transformer_blocks"
 
-class UNet2D(NetworkClass):
-    """diffusers' `UNet2DModel`."""
 
-    model = UNet2DModel
+class UNet(NetworkClass):
+    """U-Nets of diffusers: an encoder, a middle and a decoder."""
+
     component = "unet"
-    parts = ("down_blocks", "mid_block", "up_blocks")
-    indivisible = ("ResnetBlock2D",)
+    indivisible: tuple[str, ...] = ("ResnetBlock2D",)
     # Blocks whose forward is a plain walk over `resnets` and `attentions`, so that shorter lists stop it early.
     walks = {
-        "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D",
-        "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D",
+        "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "CrossAttnDownBlock2D",
+        "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "CrossAttnUpBlock2D",
+        "UNetMidBlock2D", "UNetMidBlock2DCrossAttn",
     }  # fmt: skip
 
     def divisor(self, config: Mapping[str, Any]) -> tuple[int, str]:
@@ -52,6 +53,143 @@ class UNet2D(NetworkClass):
                 f"{type(scheduler).__name__}: set it to 'positional'."
             )
 
+    def float32_modules(self, denoiser: Any) -> set[str]:
+        """Return the embedding of timesteps, where it has weights."""
+        return {"time_proj"} if list(denoiser.time_proj.parameters()) else set()
+
+    def taps(self, denoiser: Any) -> list[Tap]:
+        """Return the taps of encoder (`down_blocks.0.resnets.0`, ...), middle (`mid_block`) and decoder."""
+        last = len(denoiser.down_blocks) - 1
+        found: list[Tap] = []
+        for i, block in enumerate(denoiser.down_blocks):
+            found += self._block_taps(block, f"down_blocks.{i}", 2**i, "encoder")
+        if (middle := denoiser.mid_block) is not None:
+            for j, attention in enumerate(getattr(middle, "attentions", None) or []):
+                found += _inner_taps(attention, f"mid_block.attentions.{j}", 2**last, "middle")
+            found.append(Tap("mid_block", middle.resnets[-1].out_channels, 2**last, "middle"))
+        for i, block in enumerate(denoiser.up_blocks):
+            found += self._block_taps(block, f"up_blocks.{i}", 2 ** (last - i), "decoder")
+            if getattr(block, "upsamplers", None):  # the whole block, whose output is of the next level's size
+                width = block.resnets[-1].out_channels
+                found.append(Tap(f"up_blocks.{i}", width, 2 ** (last - i - 1), "decoder", inner=True))
+        return found
+
+    def _block_taps(self, block: Any, prefix: str, stride: int, part: str) -> Iterator[Tap]:
+        # Attention j follows residual block j; a skip block's only attention follows its last one.
+        attentions = list(getattr(block, "attentions", None) or [])
+        first = len(block.resnets) - len(attentions)
+        for j, resnet in enumerate(block.resnets):
+            name = f"{prefix}.resnets.{j}"
+            if j >= first:
+                name = f"{prefix}.attentions.{j - first}"
+                yield from _inner_taps(attentions[j - first], name, stride, part)
+            yield Tap(name, resnet.out_channels, stride, part)
+
+    def runs_as_seen(self, denoiser: Any, layers: Sequence[str]) -> bool:
+        """Whether all blocks are plain walks, and neither the network nor what is cut has hooks."""
+        around = {_block_of(layer) for layer in layers} - {None}
+        blocks = [*denoiser.down_blocks, *denoiser.up_blocks, *([denoiser.mid_block] if "mid_block" in around else [])]
+        if not all(type(uncompiled(block)).__name__ in self.walks for block in blocks):
+            return False
+        attentions = [denoiser.get_submodule(name) for name in {_attention_of(layer) for layer in layers} - {None}]
+        if not all(map(_ends_anywhere, attentions)):
+            return False
+        seen = [denoiser.get_submodule(name) for name in around | cut_blocks(layers)]
+        return all(runs_forward_alone(module) for module in (denoiser, *seen, *attentions))
+
+    def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
+        """Return the network with block lists that end at the tap, and output layers that do nothing."""
+        down = [f"down_blocks.{i}" for i in range(len(denoiser.down_blocks))]
+        up = [f"up_blocks.{i}" for i in range(len(denoiser.up_blocks))]
+        names = [*down, *([] if denoiser.mid_block is None else ["mid_block"]), *up]
+        last = max(layers, key=[tap.name for tap in self.taps(denoiser)].index) if stop_early else ""
+        if stop_early:
+            names = names[: place_of(last, names) + 1]
+        views = {name: _block_view(denoiser.get_submodule(name), name, layers, found, last) for name in names}
+        replaced: dict[str, Any] = dict.fromkeys(("conv_norm_out", "conv_act", "conv_out"), identity) if last else {}
+        replaced["down_blocks"] = [views[name] for name in down if name in views]
+        replaced["mid_block"] = views.get("mid_block")
+        replaced["up_blocks"] = [views[name] for name in up if name in views]
+        return Cut(denoiser, replaced)
+
+    def with_float32_output(self, denoiser: Any) -> Any:
+        """Compute its last norm and convolution in float32: most of what sampling in bfloat16 loses is lost there."""
+        if denoiser.dtype == torch.float32:
+            return denoiser
+        layers = {name: getattr(denoiser, name) for name in ("conv_norm_out", "conv_out")}
+        if any(is_compiled(module) or not runs_forward_alone(module) for module in (denoiser, *layers.values())):
+            return denoiser
+        return Cut(denoiser, {name: in_float32(layer) for name, layer in layers.items()})
+
+
+def _inner_taps(attention: Any, name: str, stride: int, part: str) -> Iterator[Tap]:
+    """Yield the taps inside of an attention that consists of transformer blocks, which others do not."""
+    for k in range(len(getattr(attention, BLOCKS, ()))):
+        yield from taps_of_block(f"{name}.{BLOCKS}.{k}", attention.inner_dim, stride, part, inner=True)
+
+
+def _block_of(layer: str) -> str | None:
+    """Return the name of the block that has a layer inside; None for one that is a block itself."""
+    parts = layer.split(".")
+    depth = 1 if parts[0] == "mid_block" else 2
+    return ".".join(parts[:depth]) if len(parts) > depth else None
+
+
+def _attention_of(layer: str) -> str | None:
+    """Return the name of the attention that has a layer inside; None for other layers."""
+    name, within, _ = layer.partition(f".{BLOCKS}.")
+    return name if within else None
+
+
+def _ends_anywhere(attention: Any) -> bool:
+    """Whether an attention may end after any of its blocks: what follows them then adds tensors of one width."""
+    return attention.is_input_continuous and attention.inner_dim == attention.in_channels
+
+
+def _number_in(layer: str, prefix: str) -> int:
+    """Return j of a layer `prefix.kind.j` or `prefix.kind.j.more`."""
+    return int(layer.removeprefix(f"{prefix}.").split(".")[1])
+
+
+def _block_view(block: Any, prefix: str, layers: Sequence[str], found: dict[str, Tensor], last: str) -> Any:
+    """Return a view of a block that records its taps and, if the `last` is among them, ends after it."""
+    view = block
+    if any(layer.startswith(f"{prefix}.") for layer in layers):
+        replaced: dict[str, Any] = {}
+        for kind in ("resnets", "attentions"):
+            if (modules := getattr(block, kind, None)) is not None:
+                parts = enumerate(modules)
+                replaced[kind] = [_part_view(each, f"{prefix}.{kind}.{j}", layers, found, last) for j, each in parts]
+        if last.startswith(f"{prefix}."):
+            stop = _number_in(last, prefix) + 1
+            replaced |= {kind: parts[:stop] for kind, parts in replaced.items()}
+            replaced |= {name: None for name in ("upsamplers", "downsamplers") if hasattr(block, name)}
+            if prefix == "mid_block":  # whose attention j stands before residual block j + 1
+                replaced["resnets"].append(identity)
+        view = Cut(block, replaced)
+    return recorded(view, prefix, layers, found)
+
+
+def _part_view(module: Any, name: str, layers: Sequence[str], found: dict[str, Tensor], last: str) -> Any:
+    """Return a view of a residual block or an attention that records it, or its blocks, and ends after the `last`."""
+    view = module
+    if any(layer.startswith(f"{name}.") for layer in layers):
+        names = [f"{name}.{BLOCKS}.{k}" for k in range(len(module.transformer_blocks))]
+        blocks = zip(names, module.transformer_blocks, strict=True)
+        replaced: dict[str, Any] = {BLOCKS: [view_of_block(block, each, layers, found, last) for each, block in blocks]}
+        if last.startswith(f"{name}."):
+            replaced[BLOCKS] = replaced[BLOCKS][: place_of(last, names) + 1]
+            replaced["proj_out"] = identity
+        view = Cut(module, replaced)
+    return recorded(view, name, layers, found)
+
+
+class UNet2D(UNet):
+    """diffusers' `UNet2DModel`."""
+
+    model = UNet2DModel
+    parts = ("down_blocks", "mid_block", "up_blocks")
+
     def fed_timestep(self, denoiser: Any, timestep: Tensor) -> Tensor:
         """Return the nearest whole timestep for a learned embedding, which has one row for every trained timestep."""
         learned = denoiser.config.get("time_embedding_type") == "learned"
@@ -69,11 +207,11 @@ class UNet2D(NetworkClass):
         """Whether it has an embedding of classes."""
         return denoiser.class_embedding is not None
 
-    def example_label(self, denoiser: Any) -> Tensor | None:
+    def example_condition(self, denoiser: Any) -> Tensor | None:
         """Return a vector where its class embedding is the identity."""
         if denoiser.config.get("class_embed_type") == "identity":
             return torch.zeros(1, self.vector_width(denoiser))
-        return super().example_label(denoiser)
+        return super().example_condition(denoiser)
 
     def accept_vectors(self, denoiser: Any, width: int) -> None:
         """Give it an embedding of classes that is the identity, without weights."""
@@ -90,85 +228,3 @@ class UNet2D(NetworkClass):
     def vector_width(self, denoiser: Any) -> int:
         """Return the width of its time embedding."""
         return denoiser.time_embedding.linear_2.out_features
-
-    def float32_modules(self, denoiser: Any) -> set[str]:
-        """Return the embedding of timesteps, where it has weights."""
-        return {"time_proj"} if list(denoiser.time_proj.parameters()) else set()
-
-    def taps(self, denoiser: Any) -> list[Tap]:
-        """Return the taps of encoder (`down_blocks.0.resnets.0`, ...), middle (`mid_block`) and decoder."""
-        last = len(denoiser.down_blocks) - 1
-        found = []
-        for i, block in enumerate(denoiser.down_blocks):
-            found += self._block_taps(block, f"down_blocks.{i}", 2**i, "encoder")
-        if denoiser.mid_block is not None:
-            found.append(Tap("mid_block", denoiser.mid_block.resnets[-1].out_channels, 2**last, "middle"))
-        for i, block in enumerate(denoiser.up_blocks):
-            found += self._block_taps(block, f"up_blocks.{i}", 2 ** (last - i), "decoder")
-        return found
-
-    def _block_taps(self, block: Any, prefix: str, stride: int, part: str) -> list[Tap]:
-        # Attention j follows residual block j; a skip block's only attention follows its last one.
-        first = len(block.resnets) - len(getattr(block, "attentions", None) or [])
-        names = [f"resnets.{j}" if j < first else f"attentions.{j - first}" for j in range(len(block.resnets))]
-        widths = [resnet.out_channels for resnet in block.resnets]
-        return [Tap(f"{prefix}.{name}", width, stride, part) for name, width in zip(names, widths, strict=True)]
-
-    def runs_as_seen(self, denoiser: Any, layers: Sequence[str]) -> bool:
-        """Whether all blocks are plain walks, and neither the network nor a block that is cut has hooks."""
-        blocks = [*denoiser.down_blocks, *denoiser.up_blocks]
-        if not all(type(uncompiled(block)).__name__ in self.walks for block in blocks):
-            return False
-        seen = [denoiser.get_submodule(name) for name in self._blocks_around(layers)]
-        return all(runs_forward_alone(module) for module in (denoiser, *seen))
-
-    def _blocks_around(self, layers: Iterable[str]) -> set[str]:
-        """Return the names of the blocks that have one of `layers` inside; other layers are blocks themselves."""
-        return {layer.rsplit(".", 2)[0] for layer in layers if layer.count(".") == 3}
-
-    def view(self, denoiser: Any, layers: Sequence[str], found: dict[str, Tensor], stop_early: bool) -> Cut:
-        """Return the network with block lists that end at the tap, and output layers that do nothing."""
-        down = [f"down_blocks.{i}" for i in range(len(denoiser.down_blocks))]
-        up = [f"up_blocks.{i}" for i in range(len(denoiser.up_blocks))]
-        names = [*down, *([] if denoiser.mid_block is None else ["mid_block"]), *up]
-        last = max(layers, key=[tap.name for tap in self.taps(denoiser)].index) if stop_early else ""
-        if stop_early:
-            ends = [name == last or last.startswith(f"{name}.") for name in names]
-            names = names[: ends.index(True) + 1]
-        views = {name: self._block_view(denoiser.get_submodule(name), name, layers, found, last) for name in names}
-        replaced: dict[str, Any] = dict.fromkeys(("conv_norm_out", "conv_act", "conv_out"), identity) if last else {}
-        replaced["down_blocks"] = [views[name] for name in down if name in views]
-        replaced["mid_block"] = views.get("mid_block")
-        replaced["up_blocks"] = [views[name] for name in up if name in views]
-        return Cut(denoiser, replaced)
-
-    def _block_view(self, block: Any, prefix: str, layers: Sequence[str], found: dict[str, Tensor], last: str) -> Any:
-        """Return a view of a block that records its taps and, if the `last` is among them, ends after it."""
-        if prefix in layers:
-            return Recorder(block, prefix, found)
-        if prefix not in self._blocks_around(layers):
-            return block
-        replaced: dict[str, Any] = {}
-        stop = None
-        if last.startswith(f"{prefix}."):
-            stop = int(last.rpartition(".")[2]) + 1
-            replaced["upsamplers" if prefix.startswith("up") else "downsamplers"] = None
-        for kind in ("resnets", "attentions"):
-            modules = getattr(block, kind, None)
-            if modules is not None:
-                names = [f"{prefix}.{kind}.{j}" for j in range(len(modules))]
-                kept = [
-                    Recorder(module, name, found) if name in layers else module
-                    for module, name in zip(modules, names, strict=True)
-                ]
-                replaced[kind] = kept[:stop]
-        return Cut(block, replaced)
-
-    def with_float32_output(self, denoiser: Any) -> Any:
-        """Compute its last norm and convolution in float32: most of what sampling in bfloat16 loses is lost there."""
-        if denoiser.dtype == torch.float32:
-            return denoiser
-        layers = {name: getattr(denoiser, name) for name in ("conv_norm_out", "conv_out")}
-        if any(is_compiled(module) or not runs_forward_alone(module) for module in (denoiser, *layers.values())):
-            return denoiser
-        return Cut(denoiser, {name: in_float32(layer) for name, layer in layers.items()})

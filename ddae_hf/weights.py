@@ -141,14 +141,19 @@ def read_json(path: str, filename: str, hub: dict[str, Any]) -> dict[str, Any] |
         return None
     try:
         with open(found, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
+            content = json.load(file, object_hook=_as_float)
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{found} is damaged, and cannot be read as JSON ({error}): restore it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{found} holds {short(content)}, where a JSON object belongs: restore it.")
     if content.get("quantization_config") is not None:
         raise ValueError(f"{found} describes quantised weights, which are not supported: save it in full precision.")
     return content
+
+
+def _as_float(entry: dict[str, Any]) -> Any:
+    """Return the number that transformers writes as `{"__float__": "-Infinity"}`; any other object as it is."""
+    return float(entry["__float__"]) if entry.keys() == {"__float__"} else entry
 
 
 def refuse_offline(what: str, path: str, hub: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Tiny real networks, checkpoints in every layout, and a small data set of real digits."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -130,6 +131,23 @@ def latent_dit(tmp_path_factory):
     index["id2label"] = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus"}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+@pytest.fixture(scope="session")
+def stock_layout(tmp_path_factory):
+    """What makes a small stock pipeline of a name in `stock.LAYOUTS`, once: the pipeline and its folder."""
+    from . import stock  # not among what every test imports
+
+    root = tmp_path_factory.mktemp("stock")
+
+    @functools.cache
+    def make(name):
+        folder = root / name.replace(" ", "_")
+        pipeline = stock.LAYOUTS[name](folder)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline, folder
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -251,7 +251,7 @@ def test_a_trained_network_reads_labels_and_saves_as_an_unconditional_one(images
     with torch.no_grad():
         none, some = (unet(images, timestep, class_labels=numbers).sample for numbers in fed)
         assert torch.equal(none, plain(images, timestep).sample) and not torch.allclose(some, none)
-    loss = Diffusion(unet, EDMEulerScheduler()).loss(images, class_labels=fed[1])
+    loss = Diffusion(unet, EDMEulerScheduler()).loss(images, condition=fed[1])
     assert loss.shape == (5,) and loss.isfinite().all()
     DDAEPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     for pipeline in (DDPMPipeline, DDAEPipeline):

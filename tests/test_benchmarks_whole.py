@@ -56,3 +56,10 @@ def test_two_recipes_are_compared_after_the_same_minutes(tmp_path, digits):
         assert over["mean"] == pytest.approx(sum(gains) / 2) and over["half_width"] > 0
         assert f"{over['mean']:+.2f} ± {over['half_width']:.2f}" in printed
     assert (tmp_path / "quality_per_minute.png").exists()
+
+
+def test_what_a_denoiser_of_true_size_costs_is_measured():
+    found = json.loads(run("denoisers", "--name", "stable-diffusion-1-5", "--repeats", 1))
+    assert found["parameters"] == 859_520_964  # as its repository's weights have
+    to_layer, whole = found["gflop"].values()
+    assert 0 < to_layer < whole and found["peak_memory_gib"] < 4 and found["images_per_second"] > 0

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -424,18 +424,17 @@ def test_what_is_no_checkpoint_is_refused(open_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("open_checkpoint", OPENERS)
 def test_other_denoisers_are_refused_with_those_supported(open_checkpoint, tmp_path):
-    """Stable Diffusion's layout: its denoiser is conditioned on text."""
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0"}
-    for name, cls in [("unet", "UNet2DConditionModel"), ("scheduler", "PNDMScheduler"), ("vae", "AutoencoderKL")]:
+    """The layout of Stable Diffusion 3."""
+    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.30.0"}
+    scheduler = "FlowMatchEulerDiscreteScheduler"
+    for name, cls in [("transformer", "SD3Transformer2DModel"), ("scheduler", scheduler), ("vae", "AutoencoderKL")]:
         index[name] = ["diffusers", cls]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="'UNet2DConditionModel', which is not supported: allowed are UNet2DModel"):
+    with pytest.raises(ValueError, match="'SD3Transformer2DModel', which is not supported: allowed are UNet2DModel"):
         open_checkpoint(tmp_path)
     bare = tmp_path / "bare"
-    UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-        layers_per_block=1, cross_attention_dim=8,
-    ).save_pretrained(bare)  # fmt: skip
+    bare.mkdir()
+    (bare / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel", "sample_size": 8}))
     with pytest.raises(ValueError, match="allowed are UNet2DModel"):
         open_checkpoint(bare)
 

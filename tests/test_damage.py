@@ -5,6 +5,7 @@ It never hangs, runs nothing that a checkpoint names, and opens no file outside 
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -46,6 +47,7 @@ from .laws import (
     within,
     works_or_says_why,
 )
+from .stock import pixart, stable_diffusion, stable_diffusion_xl
 
 SMALL = {"block_out_channels": (4, 8), "norm_num_groups": 2, "attention_head_dim": 4}
 SHARDS = "diffusion_pytorch_model.safetensors.index.json"
@@ -56,6 +58,12 @@ FILES = """pipeline/model_index.json pipeline/unet/config.json pipeline/schedule
     shards/model.safetensors.index.json latents/model_index.json latents/transformer/config.json latents/vae/config.json
     latents/scheduler/scheduler_config.json whole_latents/config.json edm/scheduler/scheduler_config.json""".split()
 FILES.append(f"edm/unet/{SHARDS}")
+# Those of a pipeline with text encoders, and of a model that stores what it is told.
+TEXT_FILES = """stock/model_index.json stock/unet/config.json stock/vae/config.json stock/text_encoder/config.json
+    stock/tokenizer/tokenizer_config.json stock/tokenizer/tokenizer.json words/tokenizer/vocab.json
+    words/tokenizer/tokenizer_config.json words/text_encoder_2/config.json words/model_index.json
+    sentences/text_encoder/config.json sentences/tokenizer/tokenizer_config.json sentences/tokenizer/tokenizer.json
+    sentences/transformer/config.json sentences/model_index.json whole_texts/config.json""".split()
 CODE = (
     "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass Evil: pass\nDDAEModel = DDAEConfig = Evil\n"
 )
@@ -84,6 +92,13 @@ def checkpoints(tmp_path_factory):
     parts = {"transformer": make_dit(in_channels=4, num_layers=2), "vae": make_vae()}
     DDAEPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts).save_pretrained(root / "latents")
     DDAEForImageClassification.from_pretrained(root / "latents", num_labels=2).save_pretrained(root / "whole_latents")
+    stable_diffusion(root / "stock")
+    stable_diffusion_xl(root / "words")
+    for name in ("tokenizer", "tokenizer_2"):
+        (root / "words" / name / "tokenizer.json").unlink()  # as they were published
+    shutil.copytree(root / "words" / "tokenizer", root / "words" / "tokenizer_2", dirs_exist_ok=True)
+    pixart(root / "sentences")
+    DDAEModel.from_pretrained(root / "stock", prompt="a cat").save_pretrained(root / "whole_texts")
     DDAEPipeline(make_unet(**SMALL), EDMEulerScheduler()).save_pretrained(root / "edm", max_shard_size="20KB")
     for folder in sorted(root.iterdir()):
         for name in ("evil", "pipeline", "modeling_ddae", "configuration_ddae"):
@@ -127,6 +142,8 @@ def watch(checkpoints):
     for layout in sorted({file.split("/")[0] for file in FILES}):
         for kind in (DDAEConfig, DDAEImageProcessor, DDAEForImageClassification, DDAEModel, DDAEPipeline):
             kind.from_pretrained(checkpoints / layout)
+    for layout in sorted({file.split("/")[0] for file in TEXT_FILES}):
+        DDAEModel.from_pretrained(checkpoints / layout)
     sys.addaudithook(WATCH)  # which stays as long as the process, and is off most of the time
     yield
     for verbose in (transformers.logging, diffusers.logging):
@@ -233,6 +250,36 @@ def test_damaged_configurations_are_opened_or_refused_in_a_sentence(checkpoints,
 )
 def test_models_of_damaged_checkpoints_are_opened_or_refused_in_a_sentence(checkpoints, file, damage):
     opens_or_says_why(checkpoints, file, damage, [DDAEModel, DDAEForImageClassification, DDAEPipeline])
+
+
+@law(120)
+@given(st.sampled_from(TEXT_FILES), damages)
+@found(
+    ("stock/tokenizer/tokenizer.json", Whole(b"\xff\xfe{\x00}\x00")),
+    ("stock/tokenizer/tokenizer.json", Whole(b"")),
+    ("words/tokenizer/vocab.json", Whole(DEEP)),
+    ("words/tokenizer/tokenizer_config.json", Replaced(("model_max_length",), 10**9)),
+    ("words/tokenizer/tokenizer_config.json", Added(("model_max_length",), "vocab_file", "/etc/passwd")),
+    (
+        "stock/tokenizer/tokenizer_config.json",
+        Added(("eos_token",), "auto_map", {"AutoTokenizer": ["evil.Evil"]}),
+    ),
+    ("stock/tokenizer/tokenizer_config.json", Replaced(("tokenizer_class",), "evil")),
+    ("stock/text_encoder/config.json", Added(("hidden_size",), "attn_implementation", "kernels/evil")),
+    ("stock/text_encoder/config.json", Added(("hidden_size",), "auto_map", {"AutoModel": "evil.Evil"})),
+    ("stock/text_encoder/config.json", Replaced(("num_hidden_layers",), 10**6)),
+    ("stock/text_encoder/config.json", Replaced(("dtype",), "load")),
+    ("words/text_encoder_2/config.json", Replaced(("projection_dim",), 10**12)),
+    ("words/model_index.json", Replaced(("text_encoder_2", 0), "evil")),
+    ("words/model_index.json", Replaced(("tokenizer", 1), "Evil")),
+    ("words/model_index.json", Replaced(("force_zeros_for_empty_prompt",), [])),
+    ("stock/model_index.json", Replaced(("_class_name",), "OnnxStableDiffusionPipeline")),
+    ("stock/unet/config.json", Replaced(("down_block_types", 0), "")),
+    ("sentences/transformer/config.json", Replaced(("caption_channels",), 7)),
+    ("whole_texts/config.json", Replaced(("condition_shapes", "encoder_hidden_states"), [10**6, 10**6])),
+)
+def test_models_that_are_told_texts_are_opened_or_refused_in_a_sentence(checkpoints, file, damage):
+    opens_or_says_why(checkpoints, file, damage, [DDAEModel, DDAEPipeline])
 
 
 @pytest.mark.parametrize(

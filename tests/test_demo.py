@@ -1,6 +1,7 @@
 """`ddae demo` on a tiny checkpoint: a Space's folder served as it is, in a real browser; the page and its views."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -157,8 +158,9 @@ class Page:
         return [image.get_attribute("src") for image in self.find(f"{selector} figure img")]
 
 
-@pytest.fixture(scope="module")
-def page(server, space, tmp_path_factory):
+@contextlib.contextmanager
+def browser(folder):
+    """A browser without a window, whose files are in a folder; tests are skipped where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not (chromium and shutil.which("chromedriver")):
@@ -166,20 +168,26 @@ def page(server, space, tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    flags += f"disable-component-update disable-sync window-size=1200,1000 user-data-dir={tmp_path_factory.mktemp('b')}"
+    flags += f"disable-component-update disable-sync window-size=1200,1000 user-data-dir={folder}"
     for flag in flags.split():
         options.add_argument(f"--{flag}")
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     driver = webdriver.Chrome(options=options, service=service)
     try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(server, space, tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("b")) as driver:
         process, address = server
         while not answers(address):
             assert process.poll() is None, (space / "log.txt").read_text()
             time.sleep(0.1)
         driver.get(address)
         yield Page(driver)
-    finally:
-        driver.quit()
 
 
 def test_images_are_there_when_the_page_opens(page, space):

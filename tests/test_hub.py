@@ -16,6 +16,7 @@ from ddae_hf.weights import head_metadata
 
 from .conftest import make_unet
 from .hub_server import HubServer, run_client
+from .stock import pixart, stable_diffusion, stable_diffusion_xl
 
 pytestmark = pytest.mark.hub
 GENERATORS = ["pipeline", "model", "flat", "bare"]
@@ -120,6 +121,62 @@ def without_the_package():
     options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2, "output_type": "pt"}
     found["images"] = pipeline(1, **options).images.flatten().tolist()
     return found
+
+
+def publish_texts(folders):
+    """Push stock pipelines, and a classifier on one, over whose base other weights are pushed then."""
+    import shutil
+
+    from huggingface_hub import HfApi
+
+    from ddae_hf import DDAEForImageClassification
+
+    api = HfApi()
+    for name in "sd", "xl", "sigma":
+        api.upload_folder(repo_id=api.create_repo(name).repo_id, folder_path=f"{folders}/{name}")
+    api.create_tag("tester/sd", tag="v1")
+    model = DDAEForImageClassification.from_pretrained("tester/sd", num_labels=3, prompt="a cat", sigma=0.3)
+    model.save_head(f"{folders}/told", base="tester/sd")
+    shutil.copytree(f"{folders}/sd", f"{folders}/beside")
+    model.save_head(f"{folders}/beside")
+    for name in "told", "beside":
+        api.upload_folder(repo_id=api.create_repo(name).repo_id, folder_path=f"{folders}/{name}")
+    api.upload_folder(repo_id="tester/sd", folder_path=f"{folders}/later")
+    return answer_to_ramp(model)
+
+
+def answer_to_ramp(model):
+    """Return what a model answers to an image of 16 x 16 pixels."""
+    import torch
+
+    with torch.no_grad():
+        found = model.eval()(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16))
+    return (found.logits if "logits" in found else found.pooler_output).flatten().tolist()
+
+
+def told(path, classify=False, **options):
+    """Return what a model that is told a text answers."""
+    from ddae_hf import DDAEForImageClassification, DDAEModel
+
+    return answer_to_ramp((DDAEForImageClassification if classify else DDAEModel).from_pretrained(path, **options))
+
+
+def described(path):
+    """Return what the configuration of a pipeline with text encoders and its processor say."""
+    from ddae_hf import DDAEConfig, DDAEImageProcessor
+
+    config = DDAEConfig.from_pretrained(path)
+    return [config.scheduler["_class_name"], DDAEImageProcessor.from_pretrained(path).size["height"]]
+
+
+def sampled(path):
+    """Return why a pipeline does not open."""
+    from ddae_hf import DDAEPipeline
+
+    try:
+        return str(DDAEPipeline.from_pretrained(path))
+    except ValueError as error:
+        return str(error)
 
 
 def look(path, images, classify=False, **hub):
@@ -228,7 +285,9 @@ def ask(hub, questions, **options):
     """Return the values that these expressions have for a client, and what it asked the Hub for."""
     before = len(hub.server.requests)
     call = "{" + ", ".join(f"{name!r}: {question}" for name, question in questions.items()) + "}"
-    code = SMALL_PIECES + program(call, look, stock, backbone, weights, refusals)
+    code = SMALL_PIECES + program(
+        call, look, stock, backbone, weights, refusals, answer_to_ramp, told, described, sampled
+    )
     found = answer(run_client(hub.server, code, OMP_NUM_THREADS="1", **options))
     return found | {"requests": hub.server.requests[before:]}
 
@@ -430,3 +489,85 @@ def test_without_a_network_what_is_not_in_the_cache_is_refused(offline, local):
         assert len(offline[name]) == 5
         for message in offline[name]:
             assert "the Hub is not asked in offline mode" in message
+
+
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+OF_TEXTS = ("text_encoder", "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def stock_hub(tmp_path_factory):
+    """A Hub with stock pipelines, one of which has parts that nobody needs, and with classifiers on it."""
+    root = tmp_path_factory.mktemp("stock_hub")
+    folders = root / "folders"
+    stable_diffusion(folders / "sd")
+    extras = {name: ["stable_diffusion", "StableDiffusionSafetyChecker"] for name in UNUSED}
+    index = folders / "sd" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | extras))
+    for name in UNUSED:
+        (folders / "sd" / name).mkdir()
+        (folders / "sd" / name / "config.json").write_bytes(b"")
+    stable_diffusion_xl(folders / "xl").save_pretrained(folders / "xl", variant="fp16")
+    pixart(folders / "sigma", "PixArtSigmaPipeline")
+    later = stable_diffusion(folders / "later", act_fn="gelu")
+    for part in (later.unet, later.text_encoder):
+        for parameter in part.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    later.save_pretrained(folders / "later")
+    (root / "server").mkdir()
+    with HubServer(root / "server") as server:
+        code = program(f"publish_texts({str(folders)!r})", publish_texts, answer_to_ramp)
+        logits = answer(run_client(server, code, cache=root / "publisher", OMP_NUM_THREADS="1"))
+        yield SimpleNamespace(server=server, root=root, folders=folders, logits=logits)
+
+
+def files_of(requests, repository):
+    """The files of a repository that a client asked for."""
+    start = f"/tester/{repository}/resolve/"
+    return {path.removeprefix(start).split("/", 1)[1] for _, path in requests if path.startswith(start)}
+
+
+def test_a_head_on_a_stock_pipeline_opens_from_the_hub_without_its_text_encoders(stock_hub):
+    """Its base was told by commit, and has other weights now."""
+    client = {"token": False, "cache": stock_hub.root / "of_heads"}
+    found = ask(stock_hub, {"away": "told('tester/told', True)", "beside": "told('tester/beside', True)"}, **client)
+    assert found["away"] == pytest.approx(stock_hub.logits, abs=1e-5)
+    assert found["beside"] == pytest.approx(stock_hub.logits, abs=1e-5)
+    for repository in ("sd", "beside"):
+        asked = files_of(found["requests"], repository)
+        assert "unet/diffusion_pytorch_model.safetensors" in asked
+        assert not [file for file in asked if file.startswith((*UNUSED, *OF_TEXTS))]
+    offline = ask(stock_hub, {"away": "told('tester/told', True)"}, offline=True, **client)
+    assert offline["away"] == found["away"] and not offline["requests"]
+
+
+def test_stock_pipelines_open_from_the_hub_by_the_parts_that_are_needed(stock_hub):
+    folders = stock_hub.folders
+    client = {"token": False, "cache": stock_hub.root / "of_pipelines"}
+    described_only = ask(stock_hub, {"config": "described('tester/sd')", "sampled": "sampled('tester/sd')"}, **client)
+    assert described_only["config"] == ["PNDMScheduler", 16]
+    assert "`diffusers.StableDiffusionPipeline.from_pretrained('tester/sd')` does" in described_only["sampled"]
+    assert not [file for file in files_of(described_only["requests"], "sd") if file.endswith(".safetensors")]
+    questions = {
+        "v1": "told('tester/sd', revision='v1', prompt='a cat')",
+        "main": "told('tester/sd')",
+        "xl": "told('tester/xl', variant='fp16', prompt='the red dog')",
+        "sigma": "told('tester/sigma')",
+    }
+    found = ask(stock_hub, questions, **client)
+    expected = {
+        "v1": told(folders / "sd", prompt="a cat"),
+        "main": told(folders / "later"),
+        "xl": told(folders / "xl", variant="fp16", prompt="the red dog"),
+        "sigma": told(folders / "sigma"),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-5), name
+    asked = {name: files_of(found["requests"], name) for name in ("sd", "xl", "sigma")}
+    assert not [file for file in asked["sd"] if file.startswith(UNUSED)]
+    assert {"text_encoder/model.safetensors", "tokenizer/tokenizer.json"} <= asked["sd"]
+    weights = {file for file in asked["xl"] if file.endswith(".safetensors")}
+    assert weights and all(".fp16." in file for file in weights), weights
+    offline = ask(stock_hub, questions, offline=True, **client)
+    assert {name: offline[name] for name in questions} == {name: found[name] for name in questions}
+    assert not offline["requests"]

@@ -1,11 +1,20 @@
 """Denoisers of latents: encoding, features, sampling, checkpoints."""
 
 import json
+import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, EDMEulerScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    EDMEulerScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 from transformers import AutoModelForImageClassification, pipeline
 
 from ddae_hf import (
@@ -25,6 +34,7 @@ from ddae_hf.latents import decode, encode
 from ddae_hf.noise import add_noise
 
 from .conftest import make_dit, make_unet, make_vae
+from .stock import stable_diffusion_xl
 
 
 @pytest.fixture
@@ -49,6 +59,60 @@ def test_latents_are_the_scaled_mean_or_a_scaled_draw(pixels):
     draw = posterior.mean + (0.5 * posterior.logvar).exp() * noise
     torch.testing.assert_close(encode(vae, pixels, noise), (draw - 0.2) * 0.7)
     torch.testing.assert_close(decode(vae, encode(vae, pixels)), vae.decode(posterior.mean).sample, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [4, 16, 32])
+def test_channels_with_a_mean_and_a_deviation_of_their_own_are_scaled_by_them(channels):
+    """As in the VAEs that are trained together with a denoiser; the decoder gets back what was encoded."""
+    rng = np.random.default_rng(channels)
+    mean, deviation = rng.normal(size=channels).tolist(), rng.uniform(0.5, 3, channels).tolist()
+    vae = make_vae(latent_channels=channels, latents_mean=mean, latents_std=deviation, scaling_factor=0.7)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    posterior = vae.encode(images).latent_dist
+    expected = [(posterior.mean[:, k] - mean[k]) * 0.7 / deviation[k] for k in range(channels)]
+    latents = encode(vae, images)
+    torch.testing.assert_close(latents, torch.stack(expected, 1), rtol=1e-6, atol=1e-6)
+    got = []
+    vae.decoder.register_forward_pre_hook(lambda module, args: got.append(args[0]))
+    decoded = decode(vae, latents)
+    vae.decode(posterior.mean)
+    torch.testing.assert_close(got[0], got[1], rtol=0, atol=1e-6)
+    assert decoded.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_latents_with_a_mean_and_a_deviation_are_those_of_diffusers_own_pipelines(tmp_path):
+    scales = {"latents_mean": [0.1, -0.2, 0.3, 1.0], "latents_std": [0.5, 2.0, 1.5, 0.7], "scaling_factor": 0.7}
+    parts = stable_diffusion_xl(tmp_path / "unscaled").components
+    pipeline = StableDiffusionXLPipeline(**{**parts, "vae": make_vae(**scales)}, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = [
+        pipeline("a cat", height=16, width=16, num_inference_steps=2, output_type=kind,
+                 generator=torch.Generator().manual_seed(0)).images
+        for kind in ("latent", "pt")
+    ]  # fmt: skip
+    assert torch.equal((decode(pipeline.vae, drawn[0]) / 2 + 0.5).clamp(0, 1), drawn[1])
+    editing = StableDiffusionXLImg2ImgPipeline(**pipeline.components, add_watermarker=False)
+    images = torch.rand(1, 3, 16, 16)
+    noise = torch.Generator().manual_seed(0)
+    theirs = editing.prepare_latents(images * 2 - 1, 0, 1, 1, torch.float32, "cpu", noise, add_noise=False)
+    draw = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(encode(pipeline.vae, images * 2 - 1, draw), theirs)
+    pipeline.save_pretrained(tmp_path / "scaled")
+    model = DDAEModel.from_pretrained(tmp_path / "scaled", sample_posterior=True)
+    assert torch.equal(model.encode(images * 2 - 1, draw), theirs)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderTiny", "AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"])
+def test_other_vaes_are_refused_by_name(latent_dit, tmp_path, kind):
+    shutil.copytree(latent_dit, tmp_path / "other")
+    index = json.loads((tmp_path / "other" / "model_index.json").read_text())
+    index["vae"][1] = kind
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
+    for opener in (DDAEModel, DDAEConfig, DDAEPipeline):
+        with pytest.raises(ValueError, match=f"its `vae` is of class '{kind}', which is not supported: allowed"):
+            opener.from_pretrained(tmp_path / "other")
 
 
 @torch.no_grad()
@@ -259,8 +323,18 @@ def test_what_does_not_go_together_is_refused(latent_dit, tmp_path):
         DDAEConfig(denoiser=dit, sample_posterior=True)
     with pytest.raises(ValueError, match="the vae is of class 'VQModel'.*allowed is AutoencoderKL"):
         DDAEConfig(denoiser=dit, vae={**vae, "_class_name": "VQModel"})
-    with pytest.raises(ValueError, match="latents_mean and latents_std: that is not supported"):
-        DDAEConfig(denoiser=dit, vae={**vae, "latents_mean": [0.0] * 4})
+    scales = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+    DDAEConfig(denoiser=dit, vae={**vae, **scales})
+    for wrong, value, says in [
+        ("latents_mean", None, "give latents_mean and latents_std together and without a shift, or neither"),
+        ("latents_std", [2.0, 2.0, 2.0, 0.0], "it must be positive numbers, one for each of its 4 channels"),
+        ("shift_factor", 0.1, "and shift_factor 0.1: give"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            DDAEConfig(denoiser=dit, vae={**vae, **scales, wrong: value})
+    for mean in ([0.5] * 3, 0.5, ["0.5"] * 4, [math.nan] * 4):
+        with pytest.raises(ValueError, match="latents_mean is .*it must be numbers, one for each of its 4 channels"):
+            DDAEConfig(denoiser=dit, vae={**vae, **scales, "latents_mean": mean})
     with pytest.raises(ValueError, match="latents of 4 channels, but the denoiser takes 3"):
         DDAEPipeline(transformer=make_dit(), scheduler=DDIMScheduler(), vae=make_vae())
     with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):

@@ -11,14 +11,25 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     RePaintScheduler,
     SCMScheduler,
     ScoreSdeVeScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -111,6 +122,77 @@ def test_add_noise_is_diffusers_own_at_whole_timesteps(scheduler):
     reference = DDPMScheduler(trained_betas=scheduler.betas.tolist()).add_noise(clean, noise, timesteps)
     torch.testing.assert_close(sample, reference, rtol=1e-5, atol=1e-5)
     assert torch.equal(fed, timesteps.float())
+
+
+# The schedulers that published checkpoints come with, and what each of them samples with.
+TRAINED_WITH = [
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 200},
+    {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+    {"trained_betas": [0.001 * n for n in range(1, 101)], "num_train_timesteps": 100},
+]
+SAMPLED_WITH = [
+    (DDIMScheduler, {"timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": False}),
+    (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}),
+    (EulerDiscreteScheduler, {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1}),
+    (EulerDiscreteScheduler, {"use_exponential_sigmas": True, "interpolation_type": "linear"}),
+    (EulerDiscreteScheduler, {"use_beta_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    (EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    (LMSDiscreteScheduler, {"use_karras_sigmas": True}),
+    (HeunDiscreteScheduler, {"use_karras_sigmas": True}),
+    (KDPM2DiscreteScheduler, {"use_exponential_sigmas": True}),
+    (KDPM2AncestralDiscreteScheduler, {"timestep_spacing": "leading"}),
+    (DEISMultistepScheduler, {"solver_order": 3}),
+    (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+    (DPMSolverMultistepScheduler, {"use_lu_lambdas": True, "lower_order_final": False}),
+    (DPMSolverSinglestepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 1}),
+    (UniPCMultistepScheduler, {"solver_order": 3, "use_beta_sigmas": True}),
+    (LCMScheduler, {"original_inference_steps": 20, "timestep_scaling": 5.0}),
+    (TCDScheduler, {"original_inference_steps": 20}),
+]
+OF_NO_SNR = [DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler]
+OF_NO_SNR += [UniPCMultistepScheduler, LCMScheduler, TCDScheduler]
+
+
+def assert_same_levels(scheduler, trained, images):
+    """A network fed by one of two schedulers is fed what the other says."""
+    timesteps = torch.linspace(0, len(trained.alphas_cumprod) - 1, 333)
+    sigmas = timestep_to_sigma(trained, timesteps)
+    assert torch.equal(timestep_to_sigma(scheduler, timesteps), sigmas)
+    assert torch.equal(sigma_to_timestep(scheduler, sigmas), sigma_to_timestep(trained, sigmas))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
+    for sigma in (sigmas[0], sigmas[200], sigmas[-1]):
+        ours, theirs = (add_noise(each, images, noise, sigma) for each in (scheduler, trained))
+        assert all(map(torch.equal, ours, theirs))
+        ours, theirs = (family_of(each).target(images, noise, sigma) for each in (scheduler, trained))
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("kind", "options"), SAMPLED_WITH)
+@pytest.mark.parametrize("trained_with", TRAINED_WITH)
+def test_levels_are_those_of_training_whatever_a_network_is_sampled_with(images, kind, options, trained_with):
+    trained = DDPMScheduler(**trained_with)
+    scheduler = kind(**options, **trained_with)
+    assert_same_levels(scheduler, trained, images)
+    assert_same_levels(kind.from_config(trained.config, **options), trained, images)
+    scheduler.set_timesteps(7)
+    assert_same_levels(scheduler, trained, images)
+
+
+@pytest.mark.parametrize("kind", OF_NO_SNR)
+def test_schedules_that_end_in_pure_noise_are_the_same_for_all_samplers(images, kind):
+    options = {**TRAINED_WITH[0], "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    trained = DDPMScheduler(**options)
+    scheduler = kind(**options)
+    scheduler.set_timesteps(7)
+    assert_same_levels(scheduler, trained, images)
+    assert timestep_to_sigma(scheduler, 999) == math.inf
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, UniPCMultistepScheduler])
+def test_samplers_that_were_told_other_levels_are_refused_by_that_name(kind):
+    with pytest.raises(ValueError, match=f"{kind.__name__} is not supported with use_flow_sigmas"):
+        timestep_to_sigma(kind(use_flow_sigmas=True, prediction_type="flow_prediction"), 10)
 
 
 @pytest.mark.parametrize("scheduler", FLOW)

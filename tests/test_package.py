@@ -23,10 +23,11 @@ FLAT = [
     ["families", "latents"],
     ["augment", "labels", "noise", "weights"],
     ["network_class", "sampling"],
-    ["dits", "unets"],
+    ["dits", "texts", "unets"],
+    ["conditional_unets", "pixart"],
     ["networks"],
     ["checkpoints", "conversion", "hidden_states"],
-    ["configuration_ddae", "diffusion"],
+    ["configuration_ddae", "diffusion", "prompts"],
     ["image_processing_ddae", "pretrained_ddae"],
     ["modeling_ddae", "pipeline_ddae"],
     ["backbone_ddae"],
@@ -41,14 +42,14 @@ EXPERIMENTS = [
     ["converting", "encoding", "extractors", "feature_export", "pairs"],
     ["results"],
     ["batches", "plots"],
-    ["correspondences", "generation", "pretraining_data", "publishing", "sharding", "trainer"],
+    ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding", "trainer"],
     ["training"],
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
     ["noisy_classification", "training_curve", "transferring"],
 ]
-DEMO = [["nearness", "pictures", "steps", "uploads"], ["views"], ["page", "space"]]
+DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
 
 
@@ -222,6 +223,7 @@ def test_every_public_name_is_there_and_no_other_is():
             "add_noise",
             "sigma_to_timestep",
             "timestep_to_sigma",
+            "embed_prompts",
             "layer_names",
             "collect_hidden_states",
             "pool_hidden_states",
@@ -246,7 +248,8 @@ OF_NETWORKS = """down_blocks up_blocks mid_block transformer_blocks class_embedd
     conv_norm_out inner_dim num_class_embeds class_embed_type num_embeds_ada_norm time_embedding_type patch_size
     down_block_types up_block_types UNet2DModel DiTTransformer2DModel Transformer2DModel""".split()
 # Where networks are described, and where the files of others become networks of one class.
-DESCRIBE_NETWORKS = {f"ddae_hf/{name}.py" for name in ("network_class", "unets", "dits", "networks", "conversion")}
+DESCRIBE_NETWORKS = {f"ddae_hf/{name}.py" for name in
+    ("network_class", "unets", "dits", "texts", "conditional_unets", "pixart", "networks", "conversion")}  # fmt: skip
 FOLDERS = [ROOT / name for name in ("ddae_hf", "examples", "benchmarks")]
 FILES = {path.relative_to(ROOT).as_posix(): path for folder in FOLDERS for path in folder.rglob("*.py")}
 

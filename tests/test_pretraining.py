@@ -417,16 +417,14 @@ MANY_KINDS |= {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBl
 
 @pytest.mark.slow
 def test_blocks_that_are_compiled_one_by_one_train_as_they_are_and_again_for_no_size(tmp_path, monkeypatch):
-    """As `accelerate launch` says it, with more than eight kinds of residual blocks, on images of two sizes."""
+    """With more than eight kinds of residual blocks, on images of two sizes."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16), dtype=np.uint8)
     images = Images.open([Image.fromarray(image) for image in pixels])
     options = {"denoiser": MANY_KINDS, "low_resolution": 8, "low_resolution_share": 0.5, "mixed_precision": "no"}
-    # No number of images or channels is a side of them: torch would take the two for one when it compiles.
     options = PretrainingOptions(**options, total_batch_size=6, max_train_steps=3, sample_steps=0)
     runs = []
     for way in ("no", "eager"):
-        for name, value in {"BACKEND": way, "USE_REGIONAL_COMPILATION": "True", "USE_DYNAMIC": "True"}.items():
-            monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", way)
         torch._dynamo.reset()
         counters.clear()
         with options.accelerated() as accelerator:

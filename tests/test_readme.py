@@ -19,6 +19,7 @@ from ddae_hf.experiments.results import ProbeReport
 
 from . import commands
 from .conftest import make_dit, make_unet, make_vae
+from .stock import stable_diffusion
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
@@ -46,6 +47,7 @@ def here(tmp_path_factory):
     DiTPipeline(dit, make_vae(), DDIMScheduler()).save_pretrained(root / "facebook/DiT-XL-2-256")
     index = root / "facebook/DiT-XL-2-256/model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": {0: "golden retriever", 1: "volcano"}}))
+    stable_diffusion(root / "stable-diffusion-v1-5/stable-diffusion-v1-5")
     features = Features({"img": ImageColumn(), "label": ClassLabel(names=["airplane", "automobile", "bird"])})
     for seed, split in enumerate(("train", "test")):
         pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)

@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor import lowering
 from torch.utils.data import DataLoader, IterableDataset
 
 from ddae_hf import DDAEPipeline
@@ -591,13 +595,70 @@ def test_a_file_in_place_of_the_folder_is_refused_before_any_work(tmp_path, name
     assert f"{tmp_path / 'file'} is a file: give a folder" in capsys.readouterr().err
 
 
+def gradient_lowered():
+    """Return how inductor lowers the gradient of a convolution."""
+    return lowering.lowerings[torch.ops.aten.convolution_backward.default]
+
+
 def test_what_is_compiled_is_compiled_block_by_block(monkeypatch):
     """As a whole it took minutes, and gradients were wrong; TF32 is as before, though accelerate switches it on."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "False")  # as `accelerate launch` sets it
     limit, precision = torch._dynamo.config.recompile_limit, torch.backends.cuda.matmul.fp32_precision
+    lowered = gradient_lowered()
     with accelerated(mixed_precision="no") as accelerator:
         plugin = accelerator.state.dynamo_plugin
-        assert plugin.use_regional_compilation and plugin.dynamic is False
+        assert plugin.use_regional_compilation and plugin.dynamic is True
         assert torch._dynamo.config.recompile_limit > limit
+        assert gradient_lowered() is not lowered and not inductor.layout_optimization
     assert torch._dynamo.config.recompile_limit == limit
+    assert gradient_lowered() is lowered and inductor.layout_optimization
     assert torch.backends.cuda.matmul.fp32_precision == precision
+
+
+def gradients(module, network, images):
+    """Return the gradients of a network's weights, of a loss of what `module`, it or it compiled, makes of images."""
+    network.zero_grad()
+    module(images, torch.full((len(images),), 5.0)).sample.square().mean().backward()
+    return [parameter.grad.clone() for parameter in network.parameters()]
+
+
+def compiled_gradients(monkeypatch, backend, options):
+    """Check that no size is compiled again and that gradients are right; return how many graphs there were."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    torch.manual_seed(0)
+    network = UNet2DModel(**options)
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    with accelerated(mixed_precision="no") as accelerator:
+        compiled = accelerator.prepare(network)
+        # At first as many images as pixels. On processors torch convolves fewer than 16 images in another way, and
+        # sums up more than 4,096 numbers, here those of a weight's gradient, in another way.
+        for count, size in ((16, 16), (16, 8), (20, 12)):
+            images = torch.randn(count, 1, size, size)
+            found = gradients(compiled, network, images)
+            graphs.append(counters["stats"]["unique_graphs"])
+            right = gradients(network, network, images)
+            largest = max(float(gradient.abs().max()) for gradient in right)
+            for own, expected in zip(found, right, strict=True):  # those of an attention's keys' biases are 0, rounded
+                near = 1e-4 * float(expected.abs().max()) + 1e-6 * largest
+                torch.testing.assert_close(own, expected, rtol=0, atol=near)
+    assert graphs == [graphs[0]] * 3 and counters["frames"]["total"] == counters["frames"]["ok"]
+    return graphs[0]
+
+
+BLOCKS = {"sample_size": 16, "in_channels": 1, "out_channels": 1, "norm_num_groups": 4, "block_out_channels": [8]}
+BLOCKS |= {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"], "attention_head_dim": 8}
+
+
+def test_a_kind_of_block_is_compiled_once_for_all_blocks_and_sizes(monkeypatch):
+    """The backend is the one that takes the least time."""
+    few = compiled_gradients(monkeypatch, "eager", {**BLOCKS, "layers_per_block": 1})
+    many = compiled_gradients(monkeypatch, "eager", {**BLOCKS, "layers_per_block": 3})
+    assert few == many
+
+
+@pytest.mark.slow
+def test_what_inductor_compiles_is_right_and_is_compiled_for_no_size_again(monkeypatch):
+    compiled_gradients(monkeypatch, "inductor", {**BLOCKS, "layers_per_block": 1})

@@ -8,6 +8,9 @@ By default the page shows the small network of handwritten digits that comes wit
 MNIST: nothing has to be trained before. With `--space_dir`, what it would show is laid as a folder that is a complete
 Space, in place of opening it. The folder runs as it is, with `python app.py`, and
 `hf upload NAME/SPACE runs/space . --repo-type space` publishes it.
+
+Of a network that is told a text, such as Stable Diffusion's, the page shows features and where the network looks for
+each word of a prompt, on photographs or on images of a data set.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 
 from ..demo.space import lay_space
 from ..demo.views import RUN, Demo, DemoOptions
+from ..demo.words import TextDemo, is_told_text
 from ..experiments.images import DataOptions
 from ..experiments.libraries import not_installed
 from ..experiments.options import option
@@ -36,10 +40,17 @@ KINDS = (DataOptions, Arguments)
 
 def main(data: DataOptions, options: Arguments) -> None:
     """Run the command."""
+    has_images = data.dataset_name is not None or data.train_data_dir is not None
+    told_text = is_told_text(options.model_name_or_path, options.cache_dir)
+    if told_text and options.space_dir is not None:
+        raise ValueError(
+            f"space_dir is {options.space_dir}, but {options.model_name_or_path} is told a text: a Space is laid of "
+            "networks that generate on it. Leave space_dir out to open the page."
+        )
     try:
         if options.space_dir is None:
             from ..demo.page import show  # which a Space that is laid needs not
-        if data.dataset_name is None and data.train_data_dir is None:
+        if not has_images and not told_text:
             data.dataset_name = str(RUN / "digits")
             if not Path(data.dataset_name).exists():
                 from ..experiments.digits import mnist, write_digits  # which a Space that runs needs not
@@ -47,6 +58,10 @@ def main(data: DataOptions, options: Arguments) -> None:
                 write_digits(Path(data.dataset_name), mnist())
     except ModuleNotFoundError as error:
         raise ValueError(not_installed("ddae demo", error.name, "demo")) from error
+    if told_text:
+        images = data.open(options.cache_dir) if has_images else None
+        show(TextDemo(options, images), options.host, options.port)
+        return
     if options.space_dir is None:
         show(Demo(options, data.open(options.cache_dir)), options.host, options.port)
         return

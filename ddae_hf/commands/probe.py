@@ -41,7 +41,7 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     """Run the command."""
     model = options.model_name_or_path
     if is_first_process():
-        prepare(hub, options.output_dir)
+        prepare(hub, options.output_dir, model)
     result = sweep(model, data.open(options.cache_dir), options)
     if result is None:  # another process has it
         return

@@ -44,7 +44,7 @@ def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     if options.checkpoints and hub.push_to_hub:
         raise ValueError("push_to_hub pushes one classifier: sweep one checkpoint, with model_name_or_path.")
     if is_first_process():
-        prepare(hub, options.output_dir)
+        prepare(hub, options.output_dir, options.model_name_or_path)
     images = data.open(options.cache_dir)
     if options.model_name_or_path is None:
         report = sweep_run(str(options.checkpoints), images, options)

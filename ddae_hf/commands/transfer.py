@@ -33,7 +33,7 @@ KINDS = (DataOptions, Arguments, HubOptions)
 def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     """Run the command."""
     if is_first_process():
-        prepare(hub, options.output_dir)
+        prepare(hub, options.output_dir, options.model_name_or_path)
     result = transfer(options.model_name_or_path, data.open(options.cache_dir), options)
     if result is None:  # another process has it
         return

@@ -1,4 +1,7 @@
-"""The page: a Gradio app on which one network generates and classifies images, one section below the other."""
+"""The page: a Gradio app on which one network generates and classifies images, one section below the other.
+
+Of a network that is told a text it shows what it makes of an image and of the words of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from ..networks import network_of
 from ..noise import family_of
+from .maps import Maps
 from .pictures import choices, heat_map, notice, pad
 from .uploads import MAX_BYTES
 from .views import (
@@ -29,6 +33,7 @@ from .views import (
     Reading,
     pair_figures,
 )
+from .words import PROMPT, TextDemo
 
 HERE = Path(__file__).parent
 # How the page answers: without gradio's own progress; to whatever changes, of many changes to the last.
@@ -40,7 +45,7 @@ CHOSEN = 3  # the example that is classified at first
 BESIDE = 8  # the one that it is compared with
 
 
-def show(demo: Demo, host: str | None = None, port: int | None = None) -> None:
+def show(demo: Demo | TextDemo, host: str | None = None, port: int | None = None) -> None:
     """Serve the page until it is interrupted, or raise `OSError` for a port that is not free.
 
     By default only this machine is listened to, on the first free port from 7860 on.
@@ -60,28 +65,51 @@ def show(demo: Demo, host: str | None = None, port: int | None = None) -> None:
     )
 
 
-def build(demo: Demo) -> gr.Blocks:
+def build(demo: Demo | TextDemo) -> gr.Blocks:
     """Return the page."""
+    with gr.Blocks(title="DDAE", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(introduction(demo) if isinstance(demo, Demo) else introduction_of_texts(demo))
+        image = gr.State(demo.pick({"example": CHOSEN % len(demo.examples)}))
+        if isinstance(demo, Demo):
+            with section("generate", "From noise to images"):
+                generate_section(demo, page)
+            with section("classify", "From an image to its class"):
+                picked = classify_section(demo, page, image)
+            with section("sweep", "Which layer, which noise level?"):
+                sweep_section(demo, page, image, picked)
+        else:
+            with section("look", "What the network makes of an image"):
+                picked = look_section(demo, page, image)
+            with section("words", "Where it looks for each word"):
+                words_section(demo, page, image, picked)
+        with section("dense", "What the features say of every point"):
+            dense_section(demo, page, image, picked)
+    return page
+
+
+def introduction(demo: Demo) -> str:
+    """Return what the page begins with."""
     layer, sigma = demo.tap
     parameters = sum(p.numel() for p in demo.pipeline.denoiser.parameters())
     what = "an image" if demo.pipeline.vae is None else "an image's latents"
     title = "One network generates and classifies" if demo.one_network else "One network generates, another classifies"
-    with gr.Blocks(title="DDAE", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(
-            f"# {title}\nA denoiser of {parameters / 1e6:.2g} million parameters, trained to remove noise from images, "
-            f"without labels. Started from noise, it draws. Its hidden states at `{layer}`, with noise of sigma "
-            f"{sigma:g} on {what}, are all that a linear classifier reads."
-        )
-        image = gr.State(demo.pick({"example": CHOSEN % len(demo.examples)}))
-        with section("generate", "From noise to images"):
-            generate_section(demo, page)
-        with section("classify", "From an image to its class"):
-            picked = classify_section(demo, page, image)
-        with section("sweep", "Which layer, which noise level?"):
-            sweep_section(demo, page, image, picked)
-        with section("dense", "What the features say of every point"):
-            dense_section(demo, page, image, picked)
-    return page
+    return (
+        f"# {title}\nA denoiser of {parameters / 1e6:.2g} million parameters, trained to remove noise from images, "
+        f"without labels. Started from noise, it draws. Its hidden states at `{layer}`, with noise of sigma "
+        f"{sigma:g} on {what}, are all that a linear classifier reads."
+    )
+
+
+def introduction_of_texts(demo: TextDemo) -> str:
+    """Return what the page of a network that is told a text begins with."""
+    denoiser = demo.network.denoiser
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    pipelines = " or ".join(network_of(denoiser).stock_pipelines)
+    return (
+        f"# What a network that draws by words sees\nA denoiser of {parameters / 1e6:.2g} million parameters, trained "
+        "to remove noise from images while it is told what they show. Here it draws nothing, which diffusers' "
+        f"{pipelines} does: it is given an image with noise, and its hidden states and attention are looked at."
+    )
 
 
 def section(name: str, title: str) -> gr.Column:
@@ -135,10 +163,10 @@ def generate_section(demo: Demo, page: gr.Blocks) -> None:
     page.load(lambda: demo.first_samples, None, shown, **PRIVATE)
 
 
-def sigma_field(demo: Demo) -> gr.Slider:
+def sigma_field(demo: Maps) -> gr.Slider:
     """Return a field for a noise level, from the lowest that the scheduler has on."""
     _, sigma = demo.tap
-    lowest, highest = family_of(demo.model.ddae.scheduler).sigma_range()
+    lowest, highest = family_of(demo.network.scheduler).sigma_range()
     low = min(math.ceil(1000 * lowest) / 1000, sigma)
     return unchecked(gr.Slider(low, min(highest, max(3.0, sigma)), sigma, step=0.001, label="Noise level sigma"))
 
@@ -191,6 +219,49 @@ def classify_section(demo: Demo, page: gr.Blocks, image: gr.State) -> Any:
     return drawn.input(pick, [drawn, *numbers], [image, *shown], **LIVE)
 
 
+def look_section(demo: TextDemo, page: gr.Blocks, image: gr.State) -> Any:
+    """Lay out an image and its feature maps, and return the event of another image."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=260):
+            paper = pad(demo.examples, CHOSEN % len(demo.examples), demo.sketched, MAX_BYTES, unseen=False)
+            handed = gr.HTML(html_template=paper, js_on_load=script("pad"))
+        with gr.Column(scale=3, min_width=320):
+            maps = gr.HTML(elem_id="maps")
+            layer = gr.Dropdown(demo.network.layer_names(), value=demo.tap[0], label="Layer")
+            level = sigma_field(demo)
+
+    def look(pixels: Tensor | None, *given: Any) -> str:
+        return "" if pixels is None else demo.look(pixels, *given)
+
+    def pick(given: str, *fields: Any) -> tuple[Tensor | None, str]:
+        try:
+            pixels = demo.pick(json.loads(given))
+        except ValueError as error:
+            return None, notice(str(error))
+        return pixels, demo.look(pixels, *fields)
+
+    gr.on([page.load, layer.input, level.input], look, [image, layer, level], maps, **LIVE)
+    return handed.input(pick, [handed, layer, level], [image, maps], **LIVE)
+
+
+def words_section(demo: TextDemo, page: gr.Blocks, image: gr.State, picked: Any) -> None:
+    """Lay out a prompt, and where the network looks for its words."""
+    gr.Markdown(
+        "Every place of the image shares its attention out among the tokens of the text that the network is told. "
+        "Where a place glows, it gives a word more than other places do; below is how much that is. What is left goes "
+        "to the tokens that begin and end the text, and to its padding."
+    )
+    shown = gr.HTML(elem_id="shown-words")
+    prompt = gr.Textbox(PROMPT, label="Prompt, then Enter", submit_btn=True, max_length=1000, elem_id="prompt")
+    level = sigma_field(demo)
+
+    def words(pixels: Tensor | None, *given: Any) -> str:
+        return "" if pixels is None else demo.words(pixels, *given)
+
+    gr.on([prompt.submit, level.input], words, [image, prompt, level], shown, **LIVE)
+    follow(page, picked, words, [image, prompt, level], [shown])
+
+
 def sweep_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> None:
     """Lay out layers and noise levels."""
     report = demo.sweep
@@ -223,7 +294,7 @@ def sweep_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> 
     follow(page, picked, lambda pair, pixels: demo.pair(pair, pixels)[2], [chosen, image], [maps])
 
 
-def dense_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> None:
+def dense_section(demo: Maps, page: gr.Blocks, image: gr.State, picked: Any) -> None:
     """Lay out features at every point of two images."""
     gr.Markdown(
         "Features have a place: click a point of your image, and see which points of another have features like it. "
@@ -237,7 +308,7 @@ def dense_section(demo: Demo, page: gr.Blocks, image: gr.State, picked: Any) -> 
             gr.Markdown("The other image")
             strip = gr.HTML(choices(demo.examples, BESIDE % len(demo.examples)), js_on_load=script("buttons"))
         with gr.Column(scale=1, min_width=280):
-            layers = demo.model.ddae.layer_names()
+            layers = demo.network.layer_names()
             layer = gr.Dropdown(layers, value=demo.dense_layer, label="Layer")
             level = sigma_field(demo)
 

@@ -57,8 +57,11 @@ def choices(images: Sequence[Image.Image], chosen: int) -> str:
     return f'<div class="choices">{"".join(buttons)}</div>'
 
 
-def pad(examples: Sequence[Image.Image], chosen: int, drawing: bool, max_bytes: int) -> str:
-    """Return what an image is given on: paper to draw on if that is wanted, a file, and examples; see `pad.js`."""
+def pad(examples: Sequence[Image.Image], chosen: int, drawing: bool, max_bytes: int, unseen: bool = True) -> str:
+    """Return what an image is given on: paper to draw on if that is wanted, a file, and examples; see `pad.js`.
+
+    `unseen` says that the network was not trained on the examples.
+    """
     paper = (
         '<div class="paper"><canvas width="280" height="280" aria-label="Paper to draw on"></canvas>'
         "<span>Draw here</span></div>"
@@ -68,7 +71,8 @@ def pad(examples: Sequence[Image.Image], chosen: int, drawing: bool, max_bytes: 
         f'<div class="pad" data-max-bytes="{max_bytes}">{paper * drawing}<div class="tools">{clear * drawing}'
         '<label>Open a file<input type="file" accept="image/*" aria-label="Image file"></label></div>'
         '<p class="notice" role="alert" hidden></p>'
-        f"<p>Or click one of these images, which the network was not trained on:</p>{choices(examples, chosen)}</div>"
+        f"<p>Or click one of these images{', which the network was not trained on' * unseen}:</p>"
+        f"{choices(examples, chosen)}</div>"
     )
 
 
@@ -88,9 +92,9 @@ def spots(
     return f'<div class="spots">{"".join(cells)}</div>'
 
 
-def heated(image: Image.Image, likeness: Tensor) -> Image.Image:
-    """Return a picture on which the tenth of places of the highest likeness (H, W) glow, the more the higher."""
-    low, high = likeness.quantile(0.9), likeness.max()
+def heated(image: Image.Image, likeness: Tensor, share: float = 0.1) -> Image.Image:
+    """Return a picture on which the share of places of the highest likeness (H, W) glow, the more the higher."""
+    low, high = likeness.quantile(1 - share), likeness.max()
     shares = ((likeness - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)[..., None].numpy()
     ground = 0.6 * np.asarray(as_rgb(image), float)
     return Image.fromarray((ground + 0.9 * shares * (HEAT - ground)).round().astype(np.uint8))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,15 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from .. import DIGITS_CHECKPOINT
 from ..configuration_ddae import DDAEConfig
-from ..experiments.correspondences import at_pixels, main_directions, match
 from ..experiments.devices import best_device
-from ..experiments.draws import indexed_noise
 from ..experiments.features import FeatureCache, batch_features
 from ..experiments.image_set import ImageSet
 from ..experiments.images import ImageInputs, Images, SplitOptions, labelled_splits, noise_view
@@ -32,13 +28,12 @@ from ..experiments.plots import image_grid
 from ..experiments.results import ProbeReport
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification
-from ..networks import tap_of
 from ..pipeline_ddae import DDAEPipeline
 from ..weights import fingerprint
+from .maps import Maps, whole_number
 from .nearness import Nearness
-from .pictures import feature_maps, figures, heat_map, heated, notice, progress, spots, to_pil
+from .pictures import figures, heat_map, notice, progress, to_pil
 from .steps import own_pipeline, stream, visible
-from .uploads import as_mnist, open_upload
 
 RUN = Path("runs/demo")  # where what the page needs is kept
 FIRST = 16  # images that are drawn before anyone asks
@@ -49,7 +44,6 @@ MAX_NEIGHBOURS = 48
 MAX_SEED = 2**31
 SKETCHED = 64  # pixels, the largest images that are drawn on the page
 STRIP = 8  # steps of which the network's estimate is shown
-CHANNELS = 5  # of a hidden state that are shown
 SECONDS_A_FRAME = 0.1
 FIGURES = {
     "validation_accuracy": "Linear probe, held-out images",
@@ -105,18 +99,6 @@ def check_classifier(path: str, cache_dir: str | None) -> None:
         )
 
 
-def whole_number(name: str, value: Any, low: int, high: int) -> int:
-    """Return the whole number of a field, or raise `ValueError` for anything else, and outside of the range."""
-    if not is_number(value) or not low <= value <= high or value != int(value):
-        raise ValueError(f"{name} is {'empty' if value is None else value}: give a whole number from {low} to {high}.")
-    return int(value)
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a field holds a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 class Reading(NamedTuple):
     """What is said of an image: probabilities by class, and pieces of HTML."""
 
@@ -127,8 +109,8 @@ class Reading(NamedTuple):
     neighbours: str = ""  # the training images that are nearest to it
 
 
-class Demo:
-    """What the page shows: the two views of a denoiser, the images, the sweep. Nothing in it changes between calls.
+class Demo(Maps):
+    """What the page shows: the two views of a denoiser, the images, the sweep.
 
     Attributes:
         checkpoint: Where the generator is.
@@ -150,6 +132,7 @@ class Demo:
         check_classifier(classifier, options.cache_dir)
         self.pipeline = DDAEPipeline.from_pretrained(self.checkpoint, **where).to(best_device())
         self.model = DDAEForImageClassification.from_pretrained(classifier, **where)
+        self.network = self.model.ddae
         self.processor = DDAEImageProcessor.from_pretrained(classifier, **where)
         ready(self.model.eval())
         if self.pipeline.vae is not None:
@@ -184,22 +167,6 @@ class Demo:
         """The names of the generator's classes by label: its own, or those of the images' classes."""
         own = self.pipeline.config["id2label"] or dict(enumerate(self.train.names or []))
         return {int(label): name for label, name in own.items()}
-
-    @property
-    def tap(self) -> tuple[str, float]:
-        """The layer and the noise level of the classifier."""
-        return self.model.config.layer, self.model.config.sigma
-
-    @property
-    def dense_layer(self) -> str:
-        """The layer whose features two images are compared by at first: the encoder's last of a quarter of their size.
-
-        Its features tell parts of what is shown apart; those of larger layers, edges and strokes. A network without an
-        encoder has the classifier's layer.
-        """
-        taps = {name: tap_of(self.model.ddae.denoiser, name) for name in self.model.ddae.layer_names()}
-        encoder = [name for name, tap in taps.items() if name.startswith("down_blocks.") and tap.stride <= 4]
-        return (encoder or [self.tap[0]])[-1]
 
     @property
     def sketched(self) -> bool:
@@ -237,25 +204,6 @@ class Demo:
         """What `generate` ends with before anyone asks for something else."""
         *_, last = self.generate(FIRST, STEPS, 0, OWN_SAMPLER, NO_CLASS, 1)
         return last
-
-    def pick(self, given: Mapping[str, Any]) -> Tensor:
-        """Return the image that was drawn, sent, or clicked on, as the network takes it: (1, C, H, W).
-
-        Raises:
-            ValueError: It is none; the message is for who sent it.
-        """
-        if "example" in given:
-            number = str(given["example"])
-            if not number.isdecimal() or int(number) >= len(self.examples):
-                raise ValueError(f"There is no test image {number}: click on one of those that the page shows.")
-            image = self.examples[int(number)]
-        elif "drawing" in given:
-            image = as_mnist(open_upload(given["drawing"]), self.model.config.image_size[0])
-        elif "file" in given:
-            image = open_upload(given["file"])
-        else:
-            raise ValueError("No image came: draw one, send a file, or click on one of the test images.")
-        return self.processor(image, return_tensors="pt")["pixel_values"]
 
     def generate(
         self, count: int, steps: int, seed: int, sampler: str, label: int, guidance: float
@@ -298,12 +246,6 @@ class Demo:
                 yield progress(step.number, len(step.timesteps), state), shown, figures(way, levels, self.side)
         except ValueError as error:  # options that this checkpoint does not take
             yield notice(str(error)), "", ""
-
-    def check_level(self, sigma: Any) -> None:
-        """Raise `ValueError` unless a field holds a noise level of the classifier's schedule."""
-        if not is_number(sigma):
-            raise ValueError(f"The noise level is {'empty' if sigma is None else sigma}: give a number.")
-        self.model.ddae.diffusion.family.check_sigma(sigma)
 
     @torch.no_grad()
     def read(self, pixels: Tensor, sigma: float, count: int) -> Iterator[Reading]:
@@ -360,55 +302,12 @@ class Demo:
         captions = [f"{name}, at {distance:.1f}" for name, distance in zip(names, distances.tolist(), strict=True)]
         return figures(images, captions, self.side)
 
-    @torch.no_grad()
-    def on_grid(self, images: Tensor, layer: str, sigma: float) -> Tensor:
-        """Return the hidden states (B, C, h, w) of images (B, C, H, W), each with noise of its own."""
-        model = self.model.ddae
-        diffusion = model.diffusion
-        shape = model.config.sample_shape
-        noise = torch.cat([indexed_noise(shape, [0], model.config.noise_seed, view) for view in range(len(images))])
-        clean = model.encode(images.to(model.device))
-        found = model.read_layers(clean, [layer], sigma=sigma, noise=noise.to(model.device))[layer]
-        return diffusion.network.on_grid(found, tap_of(diffusion.denoiser, layer), shape[1:])
-
-    def layer_maps(self, image: Tensor, layer: str, sigma: float) -> str:
-        """Return the feature maps of an image (1, C, H, W) in a layer, at a noise level."""
-        return figures(*feature_maps(self.on_grid(image, layer, sigma)[0], CHANNELS), 104)
-
     def pair(self, number: int, image: Tensor | None) -> tuple[str, str, str]:
         """Return the sweep's table with a pair marked in it, its figures, and an image's feature maps there."""
         assert self.sweep is not None
         pair = self.sweep.pairs[number]
         maps = "" if image is None else self.layer_maps(image, pair.layer, pair.sigma)
         return heat_map(self.sweep.pairs, pair), pair_figures(pair), maps
-
-    def compare(self, image: Tensor, example: int, layer: str, sigma: float, point: tuple[float, float] | None) -> str:
-        """Return an image (1, C, H, W) beside a test image, both by a layer's features, and where a point is found.
-
-        `point` is a place in the image, of its width and height; without one it is where the image is least like its
-        mean.
-        """
-        try:
-            self.check_level(sigma)
-            images = torch.cat([image, self.pick({"example": example})])
-        except ValueError as error:
-            return notice(str(error))
-        size = images.shape[-2:]
-        if point is None:
-            place = int((image[0] - image.mean((0, 2, 3))[:, None, None]).abs().sum(0).argmax())
-            x, y = place % size[1], place // size[1]
-        else:
-            x, y = (min(int(share * side), side - 1) for share, side in zip(point, size[::-1], strict=True))
-        maps = self.on_grid(images, layer, sigma)
-        first, second = at_pixels(maps, size)
-        found = match(first, second, torch.tensor([complex(x, y)]))[0]
-        likeness = torch.einsum("c,chw->hw", first[:, y, x], second)
-        colours = F.interpolate(main_directions(maps), tuple(size), mode="bilinear")
-        shown = [to_pil(image[0]), heated(to_pil(images[1]), likeness), *(to_pil(2 * each - 1) for each in colours)]
-        captions = ["Click a point of your image", "Here the features are most like that point's"]
-        captions += ["Main directions of the features: like colours, like features", "The same directions here"]
-        places = [(x, y), (int(found.real), int(found.imag)), None, None]
-        return spots(shown, captions, places, size)
 
 
 def pair_figures(pair: Pair) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 _ROOMS = {
     "converting": ("ConversionOptions", "convert"),
     "correspondences": ("CorrespondenceOptions", "find_correspondences", "main_directions"),
+    "cross_attention": ("word_maps",),
     "encoding": ("EncodingOptions", "encode"),
     "evaluation": ("EvaluationOptions", "evaluate_generation"),
     "feature_export": ("ExportOptions", "export_features"),
@@ -42,12 +43,13 @@ __all__ = [
     "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions", "PretrainingOptions", "Report",
     "SweepOptions", "TransferOptions", "VAEOptions", "classify_noisy", "convert", "encode", "evaluate_generation",
     "export_features", "find_correspondences", "finetune", "generate", "main_directions", "make_card", "pretrain",
-    "save_card", "sweep", "sweep_run", "train_vae", "transfer",
+    "save_card", "sweep", "sweep_run", "train_vae", "transfer", "word_maps",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .converting import ConversionOptions, convert
     from .correspondences import CorrespondenceOptions, find_correspondences, main_directions
+    from .cross_attention import word_maps
     from .encoding import EncodingOptions, encode
     from .evaluation import EvaluationOptions, evaluate_generation
     from .feature_export import ExportOptions, export_features

@@ -31,13 +31,14 @@ from tqdm.auto import tqdm
 
 from ..backbone_ddae import DDAEBackbone
 from ..configuration_ddae import DDAEConfig
+from ..hidden_states import layer_names
 from .arrays import StrPath
 from .devices import machine, made_fast
 from .draws import indexed_noise, separate_randomness
 from .features import evaluating
 from .images import Images
 from .models import Model, check_taps, open_model, open_processor, report_facts
-from .options import Options, option
+from .options import PROMPT, Options, option
 from .plots import Picture, save_picture
 from .report import in_memory
 from .results import CorrespondenceReport
@@ -60,6 +61,7 @@ class CorrespondenceOptions(Options):
     layers: list[str] | None = option(None, "Layers; by default the encoder's at half size and the checkpoint's.")
     sigma: float | None = option(None, "Noise level; by default the checkpoint's.")
     null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
+    prompt: str | None = option(None, PROMPT)
     seed: int = option(0, "Seed of warps, noise and random weights.")
     cache_dir: str | None = option(None, "Where downloads are kept.")
 
@@ -142,19 +144,22 @@ def open_backbones(model: Model, options: CorrespondenceOptions) -> dict[str, DD
     """Return the network, and the same network with random weights."""
     # Draws of latents would be the same for both images of a pair.
     network = open_model(
-        model, cache_dir=options.cache_dir, sigma=options.sigma, null_class=options.null_class, sample_posterior=False
-    )
+        model, cache_dir=options.cache_dir, sigma=options.sigma, null_class=options.null_class, prompt=options.prompt,
+        sample_posterior=False,
+    )  # fmt: skip
     names = network.layer_names()
     half_size = [name for name in names if name.startswith("down_blocks.1.")][-1:]
     layers = options.layers or [*half_size, network.config.layer]
     check_taps(network, layers, ())
-    config = DDAEConfig.from_dict(network.config.to_dict(), out_features=sorted(set(layers), key=names.index))
+    order = layer_names(network.denoiser, inner=True)
+    config = DDAEConfig.from_dict(network.config.to_dict(), out_features=sorted(set(layers), key=order.index))
     with separate_randomness():
         trained = DDAEBackbone(config)
     trained.ddae = network
     with separate_randomness(options.seed):
         untrained: Any = DDAEBackbone(config)
     untrained.ddae.vae = network.vae
+    untrained.ddae.condition = network.condition
     return {"denoiser": trained, "random weights": made_fast(untrained, network.device).to(network.device)}
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=torch.nn.Module)
 LIBRARIES = ("ddae_hf", "torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub")
-GRAPHS = 64  # that a compiled training may have of one class of blocks, which differ in their channels
+GRAPHS = 64  # that a compiled training may have of one class of blocks, which differ in their channels; torch has 8
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 HELP = (
     "Type that the network computes in; by default its checkpoint's. bfloat16 is two to three times as fast as float32 "
@@ -55,18 +55,41 @@ def keep_freed_memory() -> None:
 
 
 def compiling_by_blocks(accelerator: Any) -> contextlib.AbstractContextManager[Any]:
-    """Let accelerate, where it compiles, compile block by block, and every block: beyond eight torch would stop.
+    """Let accelerate, where it compiles, compile block by block, every block, and each kind once for all sizes.
 
     As a whole, torch 2.13 compiles a U-Net in minutes, and on a processor it has computed wrong gradients: of 154 of
-    184 parameters of the network of `cifar10_minutes`, on images of 16 pixels. Shapes are fixed unless
-    `ACCELERATE_DYNAMO_USE_DYNAMIC` says otherwise.
+    184 parameters of the network of `cifar10_minutes`, on images of 16 pixels. The numbers of images and the sizes of
+    images are always left open, whatever `ACCELERATE_DYNAMO_USE_DYNAMIC` says, which `accelerate launch` sets itself.
     """
     plugin = accelerator.state.dynamo_plugin
     plugin.use_regional_compilation = True
-    plugin.dynamic = bool(plugin.dynamic)
-    if plugin.backend == DynamoBackend.NO:
-        return contextlib.nullcontext()
-    return torch._dynamo.config.patch(recompile_limit=GRAPHS)  # type: ignore[no-untyped-call]
+    plugin.dynamic = True
+    return contextlib.nullcontext() if plugin.backend == DynamoBackend.NO else _sizes_left_open()
+
+
+@contextlib.contextmanager
+def _sizes_left_open() -> Iterator[None]:
+    """Let what is compiled inside serve every size of images, and up to `GRAPHS` kinds of a class of blocks.
+
+    In torch 2.13 two parts of inductor hold the size of the image fixed where a convolution is trained, also where
+    shapes are dynamic: the layout that it chooses on processors, and its own lowering of a convolution's gradient,
+    which asks for strides before it calls the operator. Both are left out, and afterwards they are as before. By
+    default torch also takes two sizes that are equal in the first batch, such as 16 images of 16 pixels, for one.
+    """
+    from torch._inductor import config, lowering  # takes a second
+
+    gradient = torch.ops.aten.convolution_backward.default
+    lowered = lowering.lowerings[gradient]
+    lowering.lowerings[gradient] = lowering.fallback_handler(gradient, add_to_fallback_set=False)
+    try:
+        with (
+            torch._dynamo.config.patch(recompile_limit=GRAPHS),  # type: ignore[no-untyped-call]
+            config.patch(layout_optimization=False),  # type: ignore[no-untyped-call]
+            torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        ):
+            yield
+    finally:
+        lowering.lowerings[gradient] = lowered
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from ..hidden_states import pool_hidden_states
 from ..image_processing_ddae import as_rgb
 from ..weights import fingerprint
 from .devices import best_device, made_fast
-from .features import evaluating, extract_features
+from .features import evaluating, extract_features, told_text
 from .libraries import pip_line
 from .models import open_model, open_processor
 
@@ -87,7 +87,7 @@ def _ddae(path: str, layer: str | None, sigma: float | None, cache_dir: str | No
         return found[config.layer]
 
     identity = _identity(processor, model.denoiser, model.vae)
-    return identity | {name: getattr(config, name) for name in names}, compute
+    return identity | {name: getattr(config, name) for name in names} | told_text(model), compute
 
 
 def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) -> tuple[dict[str, Any], Compute]:

@@ -21,7 +21,7 @@ from .devices import HELP
 from .features import FeatureCache, features_of_parts
 from .images import ImageInputs, Images, parts_of
 from .models import Model, check_taps, chosen_layers, open_for, open_processor, path_of
-from .options import Options, option
+from .options import PROMPT, Options, option
 from .sharing import Team
 
 ROW_GROUP = 10_000
@@ -46,6 +46,7 @@ class ExportOptions(Options):
     )
     num_noise_samples: int = option(1, "Draws of noise that features are averaged over.")
     null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
+    prompt: str | None = option(None, PROMPT)
     noise_seed: int = option(0, "Seed of the noise.")
     batch_size: int = option(250, "Images that the network is given at a time.")
     dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)

@@ -109,12 +109,20 @@ def features_of_parts(
         yield batch_features(model, batch, numbers, layers, sigma, noise_seed=noise_seed, view=view)
 
 
+def told_text(model: DDAEModel) -> dict[str, Any]:
+    """Return what tells apart the texts that a denoiser is told, as JSON; nothing of a denoiser that is told none."""
+    if model.condition is None:
+        return {}
+    return {"prompt": model.config.prompt, "condition": fingerprint(model.condition, dtype=None)}
+
+
 class FeatureCache:
     """Features on disk: computed once, memory-mapped when read, continued where an interrupted run stopped.
 
     Every set of features has a folder of its own, named by a hash of all that they depend on, which `identity.json` in
-    it spells out: the denoiser's weights, its scheduler, the images, the noise level, the noise seed and the view. It
-    has one array (N, C), float32, for each layer: see `arrays`. Several processes may share a folder.
+    it spells out: the denoiser's weights, its scheduler, a text that it is told, the images, the noise level, the noise
+    seed and the view. It has one array (N, C), float32, for each layer: see `arrays`. Several processes may share a
+    folder.
 
     The model is on the device to use. It may change: whenever features are asked for, its weights are hashed.
     """
@@ -133,6 +141,7 @@ class FeatureCache:
             "dtype": str(model.denoiser.dtype),
             "noise_seed": self.noise_seed,
             "generator": GENERATOR,
+            **told_text(model),
         }
 
     def features(

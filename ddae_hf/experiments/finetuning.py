@@ -46,8 +46,8 @@ from .draws import indexed_noise, separate_randomness
 from .features import FeatureCache
 from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
 from .latent_folder import LatentFolder, LatentInputs
-from .models import Model, base_model, base_of, check_null_class
-from .options import option
+from .models import Model, base_model, base_of, check_null_condition, untrained_classifier
+from .options import PROMPT, option
 from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
@@ -94,6 +94,7 @@ class FinetuningOptions(SplitOptions):
         None, "How hidden states become features, as in `ddae probe`; by default the checkpoint's pooling."
     )
     null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
+    prompt: str | None = option(None, PROMPT)
     from_scratch: bool = option(False, "Start from random weights, to compare.")
     train_batch_size: int = option(128, "Images of a forward pass on each device.")
     gradient_accumulation_steps: int = option(1, "Batches of every device in a step.")
@@ -296,24 +297,20 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
 
     With `few_labels` its head is new: one that a checkpoint brings may have been fitted on more labels than these.
     """
-    names_of_config = ("layer", "sigma", "pooling", "null_class", "noise_seed", "cache_dir")
+    names_of_config = ("layer", "sigma", "pooling", "null_class", "prompt", "noise_seed", "cache_dir")
     given = {name: getattr(options, name) for name in names_of_config}
     config = {name: value for name, value in given.items() if value is not None}
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     config |= {} if options.latents_dir is None else {"vae": None, "sample_posterior": False}
     torch.manual_seed(options.seed)
     if options.from_scratch:
-        whole = DDAEConfig.from_pretrained(path, **config)
-        whole.generator_fingerprint = None
-        classifier = DDAEForImageClassification(whole)
-        if whole.vae is not None:  # there are no latents to learn on without it
-            classifier.ddae.vae.load_state_dict(load_vae(path, cache_dir=options.cache_dir).state_dict())
+        classifier = untrained_classifier(path, **config)
     else:
         config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
         classifier = DDAEForImageClassification.from_pretrained(path, **config)
         if options.few_labels is not None:
             classifier.classifier.reset_parameters()
-    check_null_class(classifier.ddae)
+    check_null_condition(classifier.ddae)
     return classifier
 
 

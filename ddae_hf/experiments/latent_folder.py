@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..checkpoints import plain_config
 from ..generators import Generator, uniform
-from ..latents import downsampling
+from ..latents import SCALES, downsampling
 from ..latents import encode as scaled_latents
 from ..weights import fingerprint
 from . import arrays
@@ -236,9 +236,10 @@ class LatentFolder:
         """Raise `ValueError` unless the latents are those of this VAE, scaled as it says."""
         if fingerprint(vae, dtype=torch.float32) != self.index["vae_fingerprint"]:
             raise ValueError(f"The latents in {self.folder} were made by another VAE than this one.")
-        for name in ("scaling_factor", "shift_factor"):
+        own = plain_config(vae)
+        for name in SCALES:
             made = self.index["vae"].get(name)
-            has = vae.config.get(name)
+            has = own.get(name)
             if made != has:
                 raise ValueError(f"The latents in {self.folder} were made with a {name} of {made}: this VAE has {has}.")
 

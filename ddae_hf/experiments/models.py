@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from ..building import short
+from ..checkpoints import Checkpoint, load_vae, read_checkpoint
+from ..configuration_ddae import DDAEConfig
 from ..hidden_states import decoder_layer_names
 from ..image_processing_ddae import DDAEImageProcessor
-from ..modeling_ddae import DDAEModel
+from ..modeling_ddae import DDAEForImageClassification, DDAEModel
+from ..networks import network_of
 from ..noise import family_of
 from .arrays import StrPath
 from .devices import best_device, made_fast
@@ -31,7 +35,8 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
         **config: What its configuration is to say; None leaves it as it is. `vae=False` opens it without its VAE.
 
     Raises:
-        ValueError: Not a model, an open one that is not as asked for, or a class-conditional one without a null class.
+        ValueError: Not a model, an open one that is not as asked for, a prompt for a denoiser that is told no text, a
+            class-conditional denoiser without a null class, or one that is told a text without text encoders.
         OSError: No such checkpoint.
     """
     given = {name: value for name, value in config.items() if value is not None}
@@ -43,13 +48,14 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
             found = ready(DDAEModel.from_pretrained(model, **given, **kind, cache_dir=cache_dir).eval())
     else:
         found = base_of(model)
+        _check_prompt(found, given.get("prompt"))
         there = {**vars(found.config), "dtype": found.dtype}
         if different := [name for name, value in (given | kind).items() if there[name] != value]:
             raise ValueError(
                 f"The model is open already, with another {different[0]} than is asked for: open it with that, or give "
                 "its path."
             )
-    check_null_class(found)
+    check_null_condition(found)
     return found
 
 
@@ -57,8 +63,26 @@ def open_for(model: Model, options: Any, **config: Any) -> DDAEModel:
     """Return the model that an experiment of features reads, as its options say: see `open_model`."""
     return open_model(
         model, dtype=options.dtype, cache_dir=options.cache_dir,
-        null_class=options.null_class, num_noise_samples=options.num_noise_samples, pooling=options.pooling, **config,
+        null_class=options.null_class, prompt=options.prompt, num_noise_samples=options.num_noise_samples,
+        pooling=options.pooling, **config,
     )  # fmt: skip
+
+
+def untrained_classifier(path: str, *, cache_dir: str | None = None, **config: Any) -> DDAEForImageClassification:
+    """Return a classifier on a checkpoint's network with random weights, but with its VAE and told the same text."""
+    whole = DDAEConfig.from_pretrained(path, cache_dir=cache_dir, **config)
+    whole.generator_fingerprint = None
+    told = None
+    if network_of(whole.denoiser).stock_pipelines:
+        with separate_randomness():
+            trained = DDAEModel.from_pretrained(path, cache_dir=cache_dir, dtype=torch.float32, **config)
+        told = trained.condition
+        whole.condition_shapes = trained.config.condition_shapes
+    classifier = DDAEForImageClassification(whole)
+    classifier.ddae.condition = told
+    if whole.vae is not None:  # there are no latents to learn on without it
+        classifier.ddae.vae.load_state_dict(load_vae(path, cache_dir=cache_dir).state_dict())
+    return classifier
 
 
 def open_processor(model: Model, cache_dir: str | None = None) -> DDAEImageProcessor:
@@ -85,6 +109,14 @@ def path_of(model: Any) -> str | None:
     return os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
 
 
+def stock_pipeline_of(model: Any, cache_dir: str | None = None) -> Checkpoint | None:
+    """Return the pipeline of a denoiser that is told a text, where a path leads to one, if by way of heads on it."""
+    if path_of(model) is None:
+        return None
+    found = read_checkpoint(model, cache_dir=cache_dir).chain()[-1]
+    return found if found.index is not None and network_of(found.denoiser).stock_pipelines else None
+
+
 def base_model(checkpoint: Any) -> dict[str, Any]:
     """Return the Hub repository that a run began with, as `base_model`; empty for a folder, an object or None."""
     return {"base_model": checkpoint} if isinstance(checkpoint, str) and not os.path.exists(checkpoint) else {}
@@ -106,12 +138,24 @@ def ready(model: Any) -> Any:
     return made_fast(model, best_device()).to(best_device())
 
 
-def check_null_class(model: DDAEModel) -> None:
-    """Raise `ValueError` if a network is class-conditional and nothing says which of its labels stands for no class."""
+def check_null_condition(model: DDAEModel) -> None:
+    """Raise `ValueError` if nothing says what a network is told of images: no null class, or no embedded text."""
     try:
         model.diffusion.conditions(None, 1, "cpu")
     except ValueError as error:
+        if network_of(model.denoiser).stock_pipelines:
+            pipelines = ", ".join(network_of(model.denoiser).stock_pipelines)
+            raise ValueError(
+                "The network is told a text, and came without text encoders: give the folder or Hub id of the whole "
+                f"pipeline ({pipelines}), or a DDAEModel that was opened with a `condition`."
+            ) from error
         raise ValueError("The network is class-conditional, without a null class: give null_class.") from error
+
+
+def _check_prompt(model: DDAEModel, prompt: str | None) -> None:
+    """Refuse a prompt for an open network that is told no text."""
+    if prompt is not None and not network_of(model.denoiser).stock_pipelines:
+        raise ValueError(f"prompt is {short(prompt)}, but this denoiser is told no text: leave it out.")
 
 
 def chosen_layers(model: DDAEModel, wanted: Iterable[str]) -> list[str]:

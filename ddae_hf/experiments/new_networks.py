@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import logging
 import math
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 
 from ..checkpoints import build_scheduler, plain_config, read_checkpoint
 from ..configuration_ddae import DDAEConfig
-from ..networks import build_denoiser, network_of
+from ..networks import NETWORKS, build_denoiser, network_of
 from ..noise import family_of
 from .devices import best_device
 from .draws import separate_randomness
@@ -135,6 +136,17 @@ def unet(side: int, channels: int, device: str) -> Table:
     )
 
 
+def check_tells_no_text(denoiser: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` for the config of a denoiser that is told a text, which cannot be trained here."""
+    network = NETWORKS.get(str(denoiser.get("_class_name")))
+    if network is not None and network.stock_pipelines:
+        allowed = ", ".join(name for name, known in NETWORKS.items() if not known.stock_pipelines)
+        raise ValueError(
+            f"{where} is a {network.model.__name__}, which is told a text, and training on texts is not supported: "
+            f"allowed are {allowed}."
+        )
+
+
 def new_networks(options: Any, data: TrainingData) -> tuple[Any, Any]:
     """Return the denoiser, randomly initialised, and the scheduler that options describe, or raise `ValueError`."""
     inputs: dict[str, Any] = {"sample_size": options.resolution or 32}
@@ -158,6 +170,7 @@ def networks_to_train(options: Any, data: TrainingData, resume: Path | None) -> 
             network, scheduler = new_networks(options, data)
         return network, copy.deepcopy(network), scheduler
     source = read_checkpoint(start, cache_dir=options.cache_dir)
+    check_tells_no_text(source.denoiser, f"The denoiser of {start}")
     data.check_vae_of(source)
     average = source.load("denoiser", torch.float32)
     scheduler = build_scheduler(source.scheduler or SCHEDULER)

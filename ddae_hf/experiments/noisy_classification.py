@@ -44,12 +44,12 @@ from .arrays import StrPath, differences, fill, kept_or_temporary, read_json, wr
 from .batches import Batches, whole
 from .devices import machine
 from .draws import GENERATOR, POSTERIOR, RowDraws, indexed_noise, seed_by, separate_randomness
-from .features import FeatureCache, batch_features, features_of_parts
+from .features import FeatureCache, batch_features, features_of_parts, told_text
 from .images import ImageInputs, Images, Inputs, Part, SplitOptions, labelled_splits, noise_view, parts_of
 from .loading import to_device
 from .models import Model, check_taps, open_model, open_processor, report_facts
 from .noisy_networks import NoiseConditionalMLP, WideResNet
-from .options import option
+from .options import PROMPT, option
 from .plots import curves, save_picture
 from .report import in_memory
 from .results import NoisyReport
@@ -75,6 +75,7 @@ class NoisyOptions(SplitOptions):
     features_dir: str | None = option(None, "Folder of test images' features, by default one in output_dir.")
     layers: list[str] | None = option(None, "Layers whose features are put side by side; by default the model's one.")
     null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
+    prompt: str | None = option(None, PROMPT)
     sigma_min: float = option(0.02, "Lowest noise level to learn at.")
     sigma_max: float = option(10.0, "Highest noise level to learn at.")
     sigmas: list[float] | None = option(None, "Noise levels to test at; by default 8 from lowest to highest.")
@@ -150,7 +151,8 @@ def classify_noisy(
     images = Images.open(images, cache_dir=options.cache_dir)
     started = time.monotonic()
     with separate_randomness(), kept_or_temporary(options.output_dir) as folder, contextlib.ExitStack() as stack:
-        network = open_model(model, cache_dir=options.cache_dir, null_class=options.null_class, num_noise_samples=1)
+        told: dict[str, Any] = {"null_class": options.null_class, "prompt": options.prompt}
+        network = open_model(model, cache_dir=options.cache_dir, num_noise_samples=1, **told)
         options = dataclasses.replace(options, layers=options.layers or [network.config.layer])
         check_taps(network, options.layers or [], (options.sigma_min, options.sigma_max))
         if options.random_crop >= min(sides := network.config.image_size):
@@ -195,7 +197,7 @@ def check_folders(folder: Path, model: DDAEModel, train: Inputs, options: NoisyO
         shared |= {"vae": fingerprint(model.vae, dtype=None), "sample_posterior": model.config.sample_posterior}
     source = {"scheduler": model.config.scheduler, "pooling": model.config.pooling}
     source |= {"weights": fingerprint(model.denoiser, model.vae, dtype=None), "dtype": str(model.denoiser.dtype)}
-    source["generator"] = GENERATOR
+    source |= {"generator": GENERATOR, **told_text(model)}
     folders = {"features": (["layers", "null_class", "noise_seed"], source | shared)}
     if options.wide_resnet:
         folders[WIDE_RESNET] = (["wide_resnet", "wide_resnet_batch_size"], shared)

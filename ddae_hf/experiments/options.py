@@ -49,6 +49,9 @@ NAMES = {
     Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32): "seed noise_seed",  # as for NumPy's
 }
 RANGES = {name: allowed for allowed, names in NAMES.items() for name in names.split()}
+PROMPT = (
+    "For a denoiser that is told a text: the prompt for all images; by default the checkpoint's, or the null prompt."
+)
 FOLDERS = ("output_dir", "features_dir", "latents_dir", "space_dir")
 # What to give in place of options of earlier versions, for commands that have the new option.
 RENAMED = {

@@ -35,7 +35,15 @@ from .draws import RowDraws
 from .images import Images
 from .latent_folder import LatentFolder, one_view
 from .models import base_model
-from .new_networks import check_networks, choose, chosen_before, networks_to_train, new_networks, trained_on
+from .new_networks import (
+    check_networks,
+    check_tells_no_text,
+    choose,
+    chosen_before,
+    networks_to_train,
+    new_networks,
+    trained_on,
+)
 from .options import Table, option
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
@@ -96,6 +104,7 @@ class PretrainingOptions(TrainingOptions):
         """Refuse options that do not go together, and FSDP of another kind than `shard`."""
         super().check()
         check_fsdp()
+        check_tells_no_text(self.denoiser, "denoiser")
         own = {name for network in NETWORKS.values() for name in network.label_options(1)}
         if labels := sorted(own & set(self.denoiser)):
             raise ValueError(f"denoiser has {labels[0]}: leave it out; class_conditional takes it from the data.")
@@ -227,7 +236,7 @@ class Pretraining:
         if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
             clean = reduced(clean, options.low_resolution)
         log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
-        return self.diffusion.loss(clean, class_labels=labels, log_normal=log_sigma, generator=draws).mean()
+        return self.diffusion.loss(clean, condition=labels, log_normal=log_sigma, generator=draws).mean()
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""

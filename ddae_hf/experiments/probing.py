@@ -29,7 +29,9 @@ from ..configuration_ddae import DDAEConfig
 from ..hidden_states import hidden_size
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
+from ..networks import network_of
 from ..pipeline_ddae import DDAEPipeline
+from ..weights import location
 from .arrays import StrPath
 from .batches import Batch, Batches
 from .classes import draw_images, draw_labels
@@ -40,7 +42,7 @@ from .images import ImageInputs, ImageSet, Inputs, Part, noise_view, parts_of
 from .loading import to_device
 from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_regression, knn_predict, uniformity
 from .metrics import F1
-from .models import Model
+from .models import Model, stock_pipeline_of
 from .pairs import Pair, Probe
 from .sharing import Team
 from .training import Loop, accelerated
@@ -269,11 +271,12 @@ class Prober:
 
     @cached_property
     def random_model(self) -> DDAEModel:
-        """The same network with random weights, but with its own VAE."""
+        """The same network with random weights, but with its own VAE and told the same text."""
         config: Any = self.model.config
         with separate_randomness(self.options.seed):
             untrained = DDAEModel(config).eval().to(dtype=self.model.dtype)
         untrained.vae = self.model.vae
+        untrained.condition = self.model.condition
         return made_fast(untrained, self.model.device).to(self.model.device)
 
     def baselines(self) -> dict[str, Probe]:
@@ -373,18 +376,24 @@ def save_classifier(
     """Write a classifier that `make_classifier` made of a model, as one folder.
 
     It holds the generator as a pipeline, and beside it the classifier's head. A denoiser that was fine-tuned no longer
-    generates: then it holds the whole classifier.
+    generates: then it holds the whole classifier. Of a denoiser that is told a text, whose pipeline is not this
+    package's, it holds the head alone, with the embedded text, if the model is in the layout of such a pipeline, whose
+    weights then stay where they are; otherwise the whole classifier.
     """
     base = classifier.ddae
-    if classifier.config.features_only is not None or not still_generates(base.denoiser, vars(classifier.config)):
+    generates = classifier.config.features_only is None and still_generates(base.denoiser, vars(classifier.config))
+    if generates and (stock := stock_pipeline_of(model, cache_dir)) is not None:
+        here = location(stock.path, **stock.hub) == location(folder)
+        classifier.save_head(folder, None if here else stock.path, variant=stock.variant, **stock.hub)
+    elif not generates or network_of(base.denoiser).stock_pipelines:
         classifier.save_pretrained(folder)
     else:
         if isinstance(model, (str, os.PathLike)):
-            pipeline = DDAEPipeline.from_pretrained(model, cache_dir=cache_dir)
+            generator = DDAEPipeline.from_pretrained(model, cache_dir=cache_dir)
         else:
             parts = {} if base.vae is None else {"vae": base.vae}
-            pipeline = DDAEPipeline.for_denoiser(base.denoiser, base.scheduler, classifier.config.null_class, **parts)
-        pipeline.save_pretrained(folder)
+            generator = DDAEPipeline.for_denoiser(base.denoiser, base.scheduler, classifier.config.null_class, **parts)
+        generator.save_pretrained(folder)
         classifier.save_head(folder)
     processor.save_pretrained(folder)
 

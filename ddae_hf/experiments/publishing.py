@@ -7,6 +7,7 @@ is not in it. Its words are in `model_card_template.md`, which asks a `_Card` fo
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -24,7 +25,9 @@ from ..checkpoints import build_scheduler, read_checkpoint
 from ..configuration_ddae import DDAEConfig
 from ..networks import network_of, skeleton
 from ..noise import family_of
+from ..prompts import embeds
 from .arrays import StrPath
+from .models import Model, stock_pipeline_of
 from .options import Options, option
 from .report import Figure, Report, markdown
 from .results import PretrainingReport, ProbeReport
@@ -61,14 +64,21 @@ class HubOptions(Options):
             raise ValueError(f"{name} is given without push_to_hub: give both or neither.")
 
 
-def prepare(hub: HubOptions, output_dir: StrPath) -> str | None:
+def prepare(hub: HubOptions, output_dir: StrPath, model: Model | None = None) -> str | None:
     """Create the repository that is pushed to, before any long work, and return its full id, OWNER/NAME.
 
     `hub.hub_model_id` is that id afterwards. Without `push_to_hub` this does nothing. A `ValueError` says that there is
-    no token, no such owner or no connection, or that the repository is public and is to be private.
+    no token, no such owner or no connection, that the repository is public and is to be private, or that others could
+    not open what is pushed: a head on the `model`, a pipeline in a folder of this machine.
     """
     if not hub.push_to_hub:
         return None
+    here = isinstance(model, (str, os.PathLike)) and Path(model).is_dir()
+    if here and (pipeline := stock_pipeline_of(model)) is not None and Path(pipeline.path).is_dir():
+        raise ValueError(
+            f"push_to_hub: the classifier would stand on {pipeline.path}, which only this machine has: give the Hub id "
+            "of that pipeline as model_name_or_path."
+        )
     if constants.HF_HUB_OFFLINE:
         raise ValueError("push_to_hub needs the Hub, and HF_HUB_OFFLINE is set: unset one of them.")
     if get_token() is None:
@@ -286,8 +296,25 @@ class _Card:
             "tap_is_measured": best is not None,
             "conditional": count > 0 and own_null != 0,
             "labels_needed": count > 0 and config.null_class is None and own_null is None,
+            **self.text(),
             "sampler": sampler,
             "steps": 18 if sampler else self.training and self.training.options.get("num_inference_steps"),
+        }
+
+    def text(self) -> dict[str, Any]:
+        """Return what is to be said of a text that the denoiser is told, and of the pipeline that generates with it."""
+        network, first = network_of(self.config.denoiser), self.checkpoint.chain()[-1]
+        told = bool(network.stock_pipelines)
+        pipelines = network.stock_pipelines
+        path = None
+        if told and first.index is not None:  # it is such a pipeline, or a head on one
+            pipelines = (first.index["_class_name"],)
+            path = self.path if first is self.checkpoint else first.path
+        return {
+            "told_text": told,
+            "text_needed": told and self.config.condition_shapes is None and not embeds(first),
+            "stock_pipelines": pipelines,
+            "stock_path": path,
         }
 
     def render(self) -> ModelCard:

@@ -34,7 +34,7 @@ from .draws import separate_randomness
 from .features import FeatureCache
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
 from .models import Model, check_taps, chosen_layers, open_for, open_processor, path_of, ready, report_facts
-from .options import option
+from .options import PROMPT, option
 from .pairs import Pair
 from .plots import accuracy_over_sigma, confusion_table, heat_map, save_picture
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
@@ -83,6 +83,7 @@ class SweepOptions(SplitOptions):
     )
     num_noise_samples: int | None = option(None, "Draws of noise that every view's features are averaged over.")
     null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
+    prompt: str | None = option(None, PROMPT)
     batch_size: int = option(250, "Images that the network is given at a time.")
     dtype: Literal["float32", "bfloat16"] | None = option(None, HELP)
     noise_seed: int = option(0, "First noise seed.")
@@ -244,7 +245,8 @@ def sweep_inputs(
         if path_of(source) is not None:
             model.cpu()  # the whole classifier takes its place
         config |= {"layer": found.best.layer, "sigma": found.best.sigma, "noise_seed": options.noise_seed}
-        config |= {name: getattr(model.config, name) for name in ("num_noise_samples", "null_class", "pooling")}
+        shared = ("num_noise_samples", "null_class", "prompt", "pooling")
+        config |= {name: getattr(model.config, name) for name in shared}
         classifier, accuracy = _classifier(source, prober, processor, fitted, config)
     settled = dataclasses.replace(
         options, random_flip=options.flips, random_crop=options.crop_padding, pooling=model.config.pooling,

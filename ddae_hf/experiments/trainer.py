@@ -26,7 +26,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..augment import mixup, random_changes
-from ..hidden_states import parameters_behind
+from ..hidden_states import layer_names, parameters_behind
 from ..modeling_ddae import DDAEForImageClassification
 from .arrays import read_json, write_json
 from .batches import whole
@@ -64,7 +64,11 @@ def parameter_groups(
     """
     blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
     names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
-    states = model.eval().ddae(blank, output_hidden_states=True).hidden_states
+    layer = str(model.config.layer)
+    order = layer_names(model.ddae.denoiser, inner=True)
+    before = set(order[: order.index(layer)])
+    taps = [*(name for name in model.ddae.layer_names() if name in before), layer]
+    states = model.eval().ddae(blank, output_hidden_states=taps).hidden_states
     blocks = {layer.split(".")[0] for layer in model.ddae.layer_names()}
     depths: dict[str, int] = {}
     seen: set[Any] = set()  # what earlier layers have seen

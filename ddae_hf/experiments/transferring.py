@@ -30,7 +30,7 @@ from .sweeping import SweepOptions, SweepResult, check_sweep, sweep_inputs
 
 # Options of the fine-tuning that the transfer itself sets: what follows from it, and what both share.
 SETTLED = {"output_dir", "layer", "sigma", "latents_dir", "resume_from_checkpoint"}
-SHARED = {"train_split", "test_split", "max_train_samples", "max_test_samples", "null_class"}
+SHARED = {"train_split", "test_split", "max_train_samples", "max_test_samples", "null_class", "prompt"}
 FIRST = [0]  # the view that the pair is chosen on: the images as they are
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..augment import random_flip
 from ..image_processing_ddae import DDAEImageProcessor
+from ..latents import SCALES
 from ..pipeline_ddae import DDAEPipeline
 from .batches import Batch, clean_images, image_batches, images_hash
 from .draws import RowDraws, separate_randomness
@@ -42,9 +43,8 @@ from .training_options import Schedule, TrainingOptions, check_resumed
 
 logger = logging.getLogger(__name__)
 
-MEASURED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DERIVED = {
-    **dict.fromkeys(MEASURED, "it is measured after the training"),
+    **dict.fromkeys(SCALES, "it is measured after the training"),
     **dict.fromkeys(("down_block_types", "up_block_types"), "there is one block for each of block_out_channels"),
     "sample_size": "resolution gives it",
     "out_channels": "they are as many as in_channels",
