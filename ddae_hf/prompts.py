@@ -116,10 +116,9 @@ def _open_encoders(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
         if not isinstance(index[zeros], bool):
             raise ValueError(f"{checkpoint.path} says that {zeros} is {short(index[zeros])}: it must be true or false.")
         given[zeros] = index[zeros]
-    for name, kind in checkpoint.texts.items():
-        open_part = _open_encoder if name.startswith("text_encoder") else _open_tokenizer
-        with refusing(f"{checkpoint.path}: its {name} cannot be opened as a {kind}"):
-            given[name] = open_part(checkpoint, name, kind, dtype)
+    for name in checkpoint.texts:
+        encodes = name.startswith("text_encoder")
+        given[name] = _open_encoder(checkpoint, name, dtype) if encodes else open_tokenizer(checkpoint, name)
     for name in checkpoint.texts:
         positions = getattr(getattr(given[name], "config", None), "max_position_embeddings", None)
         tokens = getattr(given.get(name.replace("text_encoder", "tokenizer")), "model_max_length", None)
@@ -131,8 +130,12 @@ def _open_encoders(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     return stock(**given)
 
 
-def _open_tokenizer(checkpoint: Checkpoint, name: str, kind: str, dtype: torch.dtype | None) -> Any:
-    """Return a tokenizer, whose words must be there: transformers makes one without words where they are missing."""
+def open_tokenizer(checkpoint: Checkpoint, name: str) -> Any:
+    """Return a checkpoint's tokenizer by the name of its component, or raise `ValueError`.
+
+    Its words must be there: transformers makes a tokenizer without words where they are missing.
+    """
+    kind = checkpoint.texts[name]
     where = inside(checkpoint.hub, name)
     sets = next(sets for beginning, sets in WORDS.items() if kind.startswith(beginning))
     there = (files for files in sets if all(find_file(checkpoint.path, file, **where) for file in files))
@@ -149,11 +152,13 @@ def _open_tokenizer(checkpoint: Checkpoint, name: str, kind: str, dtype: torch.d
     for file in ("tokenizer_config.json", *files):
         if file.endswith(".json"):
             read_json(checkpoint.path, file, where)  # which refuses what is damaged
-    return getattr(transformers, kind).from_pretrained(checkpoint.path, **where)
+    with refusing(f"{checkpoint.path}: its {name} cannot be opened as a {kind}"):
+        return getattr(transformers, kind).from_pretrained(checkpoint.path, **where)
 
 
-def _open_encoder(checkpoint: Checkpoint, name: str, kind: str, dtype: torch.dtype | None) -> Any:
+def _open_encoder(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> Any:
     """Return a text encoder with all of its weights."""
+    kind = checkpoint.texts[name]
     where = inside(checkpoint.hub, name)
     described = read_json(checkpoint.path, "config.json", where)
     if described is None:
@@ -162,12 +167,13 @@ def _open_encoder(checkpoint: Checkpoint, name: str, kind: str, dtype: torch.dty
     check_numbers(f"{checkpoint.path}: its {name}", described)
     _, variant = weight_files(checkpoint.path, WHOLE_FILE, where, checkpoint.variant, None)
     cls = getattr(transformers, kind)
-    config = cls.config_class.from_pretrained(checkpoint.path, **where)
-    config._attn_implementation = None  # a config may name code on the Hub
-    encoder, info = cls.from_pretrained(
-        checkpoint.path, config=config, dtype=dtype or "auto", variant=variant, use_safetensors=True,
-        output_loading_info=True, **where,
-    )  # fmt: skip
+    with refusing(f"{checkpoint.path}: its {name} cannot be opened as a {kind}"):
+        config = cls.config_class.from_pretrained(checkpoint.path, **where)
+        config._attn_implementation = None  # a config may name code on the Hub
+        encoder, info = cls.from_pretrained(
+            checkpoint.path, config=config, dtype=dtype or "auto", variant=variant, use_safetensors=True,
+            output_loading_info=True, **where,
+        )  # fmt: skip
     every = set(encoder.state_dict())
     refuse_missing(checkpoint.path, name, every, every - set(info["missing_keys"]))
     return encoder

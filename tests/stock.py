@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +220,19 @@ class CountedOperations(TorchDispatchMode):
         if formula := flop_registry.get(function._overloadpacket):
             self.count += formula(*args, **kwargs or {}, out_val=output)
         return output
+
+
+def operations_before(network: Any, names: Iterable[str], *inputs: Any, **told: Any) -> tuple[dict[str, int], int]:
+    """Return how many operations a call of a network has done when each of its modules ends, and of all, counted."""
+    done: dict[str, int] = {}
+    with CountedOperations() as counted:
+        handles = [
+            network.get_submodule(name).register_forward_hook(
+                lambda *_, name=name: done.__setitem__(name, counted.count)
+            )
+            for name in names
+        ]
+        network(*inputs, **told)
+    for handle in handles:
+        handle.remove()
+    return done, counted.count

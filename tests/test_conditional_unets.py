@@ -10,7 +10,7 @@ from ddae_hf.checkpoints import plain_config
 from ddae_hf.hidden_states import decoder_layer_names, default_layer, hidden_size
 from ddae_hf.networks import network_of
 
-from .stock import UNET, XL, CountedOperations, outputs_of
+from .stock import UNET, XL, CountedOperations, operations_before, outputs_of
 
 NETWORKS = {
     "sd1": UNET,
@@ -72,18 +72,8 @@ def test_nothing_after_the_deepest_tap_is_computed(network):
     """Operations, counted: as many as diffusers' own forward has done when it has computed the tap."""
     inputs, told = call_of(network)
     names = layer_names(network, inner=True)
-    done = {}
-    with CountedOperations() as counted:
-        handles = [
-            network.get_submodule(name).register_forward_hook(
-                lambda *_, name=name: done.__setitem__(name, counted.count)
-            )
-            for name in names
-        ]
-        network(*inputs, **told)
-    for handle in handles:
-        handle.remove()
-    assert 0 < done[names[0]] and list(done.values()) == sorted(done.values()) and done[names[-1]] < counted.count
+    done, every = operations_before(network, names, *inputs, **told)
+    assert 0 < done[names[0]] and list(done.values()) == sorted(done.values()) and done[names[-1]] < every
     for name in names:
         # A tensor of keys needs none of queries.
         wanted = [name.replace("to_k", "to_q"), name] if name.endswith("to_k") else [name]

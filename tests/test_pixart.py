@@ -11,7 +11,7 @@ from ddae_hf.diffusion import Diffusion
 from ddae_hf.hidden_states import default_layer
 from ddae_hf.networks import NETWORKS, network_of, present_config
 
-from .stock import PIXART, CountedOperations, outputs_of
+from .stock import PIXART, CountedOperations, operations_before, outputs_of
 from .test_conditional_unets import Reader, call_of, changed
 
 BLOCK = "transformer_blocks.1"
@@ -52,17 +52,7 @@ def test_taps_are_in_forward_order_and_on_the_grid(network):
 def test_only_the_small_output_layer_is_computed_after_the_deepest_tap(network):
     (sample, timestep), told = call_of(network)
     names = layer_names(network, inner=True)
-    done = {}
-    with CountedOperations() as counted:
-        handles = [
-            network.get_submodule(name).register_forward_hook(
-                lambda *_, name=name: done.__setitem__(name, counted.count)
-            )
-            for name in (*names, "proj_out")
-        ]
-        network(sample, timestep=timestep, **told)
-    for handle in handles:
-        handle.remove()
+    done, _ = operations_before(network, (*names, "proj_out"), sample, timestep=timestep, **told)
     output_layer = done["proj_out"] - done[names[-1]]
     assert 0 < output_layer < 0.1 * done[names[-1]]
     for name in names:

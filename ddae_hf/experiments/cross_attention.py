@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 
 from ..building import refusing
@@ -28,9 +27,8 @@ from ..checkpoints import Checkpoint, read_checkpoint
 from ..modeling_ddae import DDAEModel
 from ..network_class import Tap
 from ..networks import network_of
-from ..prompts import embed
+from ..prompts import embed, open_tokenizer
 from ..texts import MASK, SEQUENCE
-from ..weights import inside
 from .arrays import StrPath
 from .features import evaluating
 from .models import Model, base_of, open_model, open_processor
@@ -155,9 +153,8 @@ def _token_spans(checkpoint: Checkpoint, text: str, length: int | None) -> list[
     cut = {} if length is None else {"truncation": True, "max_length": length}
     encoded = []
     for name in names:
-        kind = checkpoint.texts[name]
-        with refusing(f"{checkpoint.path}: its {name} cannot be opened as a {kind}"):
-            tokenizer = getattr(transformers, kind).from_pretrained(checkpoint.path, **inside(checkpoint.hub, name))
+        tokenizer = open_tokenizer(checkpoint, name)
+        with refusing(f"{checkpoint.path}: its {name} cannot divide {text!r}"):
             encoded.append(tokenizer(text, return_offsets_mapping=True, **cut))
     if any(each["input_ids"] != encoded[0]["input_ids"] for each in encoded):
         raise ValueError(f"{checkpoint.path} has tokenizers that divide {text!r} differently, which is not supported.")
