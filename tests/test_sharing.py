@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,3 +158,54 @@ def test_a_process_knows_its_gpu_before_anything_goes_there(ask, monkeypatch):
         pipeline = DDAEPipeline.for_denoiser(make_unet(), DDIMScheduler())
         generation.open_pipeline(pipeline, generation.GenerationOptions(output_dir="nowhere"))
     assert known[0] == "process"
+
+
+APART = """
+import os, signal, sys, types
+from ddae_hf.commands.running import run_command
+from ddae_hf.experiments import sharing
+
+sharing._MEET_SECONDS = 3.0
+
+def main():
+    sharing.this_process()
+    if os.environ["RANK"] == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+command = types.SimpleNamespace(__name__="ddae_hf.commands.sweep", KINDS=(), main=main)
+run_command(command, [])
+"""
+
+
+def run_apart(ranks, killed):
+    """Run a program on processes of a launch of two, without a launcher; return how each of `ranks` ended, and said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    known = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    known |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", APART, str(killed)], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+            env={**os.environ, **known, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in ranks
+    ]  # fmt: skip
+    return [(process, process.communicate(timeout=120)[1]) for process in started]
+
+
+@pytest.mark.processes
+def test_a_process_that_the_other_never_meets_says_so():
+    """It was killed before, and nothing says that it does not start slowly; once they have met, they wait for days."""
+    ((process, said),) = run_apart([1], killed=0)
+    assert process.returncode == 1 and "another process of this launch is gone" in said and "Traceback" not in said
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("killed", [0, 1])
+def test_no_process_ends_as_if_all_were_well_where_the_other_is_killed(killed):
+    """Its own share is done, and the other one still writes."""
+    ended = run_apart([0, 1], killed)
+    assert ended[killed][0].returncode == -signal.SIGKILL
+    left, said = ended[1 - killed]
+    assert left.returncode == 1 and "another process of this launch is gone" in said

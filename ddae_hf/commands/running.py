@@ -46,6 +46,8 @@ def run_command(command: ModuleType, words: Sequence[str]) -> None:
         if name != "pretrain":  # which takes FSDP for its own --shard
             refuse_fsdp()
         command.main(*options)
+        if torch.distributed.is_initialized():  # none ends as if all were well before the first has written everything
+            PartialState().wait_for_everyone()
     if torch.distributed.is_initialized():
         PartialState().destroy_process_group()
 

@@ -35,6 +35,8 @@ from torch import Tensor
 
 Task = Callable[..., Any]
 USE_FSDP = "ACCELERATE_USE_FSDP"  # the variable by which `accelerate launch` asks for FSDP
+_MEET_SECONDS = 300.0  # that a process waits at its start for the others of its launch, which may be starting still
+_FOR_DAYS = timedelta(days=7)  # that it then waits for what another one does
 _GO_ON = "go on"  # what the first process says before each round of a task
 _NO_MORE = "no more"
 _DONE, _FAILED = "done", "failed"  # how it lets the others go
@@ -62,10 +64,11 @@ def refuse_fsdp() -> None:
 def this_process() -> PartialState:
     """Return accelerate's state of this process among all, as an `Accelerator` sets it up.
 
-    Without GPUs accelerate would let launched processes run apart, unless told to use the processor. Processes may wait
-    for each other for days: one fits probes while the others have nothing to do.
+    Without GPUs accelerate would let launched processes run apart, unless told to use the processor. Processes meet
+    within five minutes, and may then wait for each other for days: one fits probes while the others have nothing to do.
 
     Raises:
+        torch.distributed.DistError: Another process of the launch did not come.
         ValueError: More processes on this machine than it has GPUs: two of them would share one. Or accelerate was told
             to use FSDP, and nobody has taken that over: see `sharding.fsdp_taken_over`.
     """
@@ -75,7 +78,12 @@ def this_process() -> PartialState:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not processor and torch.cuda.is_available() and here > (gpus := torch.cuda.device_count()):
         raise ValueError(f"{here} processes were launched on a machine with {gpus} GPU(s): launch one for each GPU.")
-    return PartialState(cpu=processor, timeout=timedelta(days=7))
+    meeting: dict[str, Any] = {}
+    if not (alone or PartialState._shared_state or dist.is_initialized()):
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=_MEET_SECONDS)))
+        store.set_timeout(_FOR_DAYS)
+        meeting = {"store": store, "rank": rank, "world_size": world_size}
+    return PartialState(cpu=processor, timeout=_FOR_DAYS, **meeting)
 
 
 def is_first_process() -> bool:

@@ -150,11 +150,12 @@ def _child(call: Callable[[], None], folder: Path, fault: Fault, number: int, en
 def _watched_call(call: Callable[[], None], folder: Path, fault: Fault, number: int) -> None:
     import datasets
 
-    from ddae_hf.experiments import arrays
+    from ddae_hf.experiments import arrays, sharing
 
     os.chdir(folder)
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # which it rests at a stream's end
     arrays._NOTE_SECONDS = 0.0  # tiny arrays are full before the first note is due
+    sharing._MEET_SECONDS = 20.0  # one that is killed before they have met is missed by the other within a minute
     if fault.bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.bytes, resource.RLIM_INFINITY))
