@@ -120,6 +120,7 @@ def test_two_processes_on_one_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(sharing, "PartialState", lambda **options: options)
+    monkeypatch.setattr(sharing, "_meet", dict)  # the other one is not there
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")

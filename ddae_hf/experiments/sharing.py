@@ -78,12 +78,15 @@ def this_process() -> PartialState:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not processor and torch.cuda.is_available() and here > (gpus := torch.cuda.device_count()):
         raise ValueError(f"{here} processes were launched on a machine with {gpus} GPU(s): launch one for each GPU.")
-    meeting: dict[str, Any] = {}
-    if not (alone or PartialState._shared_state or dist.is_initialized()):
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=_MEET_SECONDS)))
-        store.set_timeout(_FOR_DAYS)
-        meeting = {"store": store, "rank": rank, "world_size": world_size}
-    return PartialState(cpu=processor, timeout=_FOR_DAYS, **meeting)
+    met = {} if alone or dist.is_initialized() else _meet()
+    return PartialState(cpu=processor, timeout=_FOR_DAYS, **met)
+
+
+def _meet() -> dict[str, Any]:
+    """Wait for the other processes of the launch; return what torch's process group is then told of them."""
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=_MEET_SECONDS)))
+    store.set_timeout(_FOR_DAYS)
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
 def is_first_process() -> bool:
