@@ -169,6 +169,7 @@ for checkpointing in (False, True):
     found[f"checkpointing {checkpointing}"] = trainer.model.state_dict()
 if rank == 0:
     torch.save(found, f"{folder}/found.pt")
+torch.distributed.barrier()  # neither tears gloo's connections down while the other one is still at work
 torch.distributed.destroy_process_group()
 """
 
