@@ -34,7 +34,7 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "run_folder"],
+    ["classes", "digits", "noisy_networks", "objectives", "run_folder"],
     ["options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],

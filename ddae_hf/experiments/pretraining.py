@@ -43,10 +43,12 @@ from .new_networks import (
     check_tells_no_text,
     choose,
     chosen_before,
+    levels_drawn,
     networks_to_train,
     new_networks,
     trained_on,
 )
+from .objectives import Weighting, weighting
 from .options import Table, option
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
@@ -84,6 +86,14 @@ class PretrainingOptions(TrainingOptions):
         "Mean and standard deviation of log sigma, drawn from a normal distribution: for flow matching 0 1 are "
         "logit-normal times. By default each framework has its own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
     )
+    sigma_min: float | None = option(None, "Lowest noise level to learn at; by default all that the framework draws.")
+    sigma_max: float | None = option(None, "Highest noise level to learn at, likewise.")
+    loss_weighting: Weighting | None = option(
+        None,
+        "What the denoised image's error weighs at noise levels: min_snr, 1 / sigma^2 but at most min_snr_gamma, or "
+        "velocity, as much as flow matching's velocity. By default each framework has its own loss.",
+    )
+    min_snr_gamma: float = option(5.0, "Largest weight of min_snr.")
     auxiliary: list[Table] = option(
         [],
         "What to train for besides denoising: terms, each as YAML such as '{term: dispersive, layer: mid_block}'.",
@@ -223,6 +233,9 @@ class Pretraining:
             beside=self.terms if self.terms.trained else None,
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
+        family = self.diffusion.family
+        self.levels = levels_drawn(options, family)
+        self.weighting = weighting(family, options.loss_weighting, options.min_snr_gamma)
         self.averaged = Diffusion(self.average, self.scheduler)
 
     def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
@@ -231,6 +244,7 @@ class Pretraining:
         latents = {"center_crop": False, **read_json(resume / LATENTS)} if (resume / LATENTS).is_file() else None
         used = {"label_dropout": options.class_conditional, "low_resolution_share": options.low_resolution}
         used |= {"center_crop": data.latents is None, "shuffle_buffer": data.count is None}
+        used |= {"min_snr_gamma": options.loss_weighting == "min_snr"}
         may_change = options.may_change.union(name for name in used if not used[name])
         if data.count is None:  # a stream has no hash, and its order depends on more
             may_change -= OF_DATA | {"dataloader_num_workers"}
@@ -256,10 +270,9 @@ class Pretraining:
         clean, labels = training_inputs(options, batch, self.diffusion.own, draws)
         if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
             clean = reduced(clean, options.low_resolution)
-        log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
         names = self.terms.active(loop.progress.steps / loop.total_steps)
         found = self.diffusion.denoising(
-            clean, self.terms.layers(names), condition=labels, log_normal=log_sigma, generator=draws
+            clean, self.terms.layers(names), condition=labels, generator=draws, weighting=self.weighting, **self.levels
         )
         loss = found.losses.mean()
         if not names:
