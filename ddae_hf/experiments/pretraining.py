@@ -30,6 +30,7 @@ from ..labels import drop_labels
 from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
+from .averages import PowerAverages
 from .batches import Batch, clean_images
 from .draws import RowDraws
 from .images import Images
@@ -66,7 +67,7 @@ class PretrainingOptions(TrainingOptions):
     # Besides these, the network and its scheduler are compared as they were built, and the data by number and hash.
     may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
         """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 weight_decay
-        adam_epsilon ema_decay shard sample_steps grid_images num_inference_steps sampler""".split()
+        adam_epsilon ema_decay average_steps shard sample_steps grid_images num_inference_steps sampler""".split()
     )
 
     denoiser: Table = option({}, "Options of the network and its `_class_name`, as YAML.")
@@ -95,6 +96,14 @@ class PretrainingOptions(TrainingOptions):
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     adam_epsilon: float = option(1e-8, "What is added to AdamW's divisor.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights after its ramp.")
+    average_lengths: list[float] = option(
+        [],
+        "Also keep power-function averages of these lengths (EDM2's sigma_rel), of which `ddae ema` makes one of any "
+        "length afterwards: 0.05 0.1 is recommended. Each takes the memory of the weights.",
+    )
+    average_steps: int | None = option(
+        None, "Keep a snapshot of average_lengths every N steps; by default 32 over the training."
+    )
     sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
     grid_images: int = option(64, "Images in the grid.")
     num_inference_steps: int = option(50, "Sampling steps of the grid.")
@@ -108,6 +117,7 @@ class PretrainingOptions(TrainingOptions):
         own = {name for network in NETWORKS.values() for name in network.label_options(1)}
         if labels := sorted(own & set(self.denoiser)):
             raise ValueError(f"denoiser has {labels[0]}: leave it out; class_conditional takes it from the data.")
+        self._check_averages()
         if self.init_from and (self.denoiser or self.scheduler):
             raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
         if self.augment and (self.random_flip or self.class_conditional):
@@ -119,6 +129,17 @@ class PretrainingOptions(TrainingOptions):
             )
         if self.log_sigma is not None and len(self.log_sigma) != 2:
             raise ValueError(f"log_sigma is {self.log_sigma}: give two numbers, a mean and a standard deviation.")
+
+    def _check_averages(self) -> None:
+        """Refuse averages that come twice, that have no folder, or whose weights no process has as a whole."""
+        lengths = self.average_lengths
+        given = f"average_lengths is {' '.join(f'{length:g}' for length in lengths)}"
+        if len(set(lengths)) < len(lengths):
+            raise ValueError(f"{given}: give every length once.")
+        if lengths and self.output_dir is None:
+            raise ValueError(f"{given}: snapshots of them are kept in output_dir, so give one.")
+        if lengths and self.shard:
+            raise ValueError(f"{given}: one process keeps them whole, and shard divides the network. Leave one out.")
 
 
 @dataclass(kw_only=True)
@@ -202,8 +223,16 @@ class Pretraining:
         self.loop = options.loop(
             accelerator, network, loader, known, resume, adam,
             options.shard, save=self.write, average=self.average, ema_decay=options.ema_decay,
+            averages=self._averages(),
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
+
+    def _averages(self) -> PowerAverages | None:
+        """Return the averages whose length is chosen afterwards, which the first process keeps, if any."""
+        options = self.options
+        if not (options.average_lengths and self.main):
+            return None
+        return PowerAverages(options.average_lengths, Path(options.output_dir or "."), options.average_steps)
 
     def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""

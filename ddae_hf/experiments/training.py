@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .arrays import StrPath, write_json
+from .averages import AVERAGES, PowerAverages
 from .batches import Batch, Batches
 from .devices import compiling_by_blocks, laid_out_as, machine, products_as_before
 from .draws import RowDraws, seed_by, separate_randomness
@@ -93,6 +94,7 @@ class Loop:
     max_grad_norm: float = 0.0  # the largest norm of the gradient; 0 leaves it as it is
     average: Any = None  # a copy of the module, to hold averaged weights
     ema_decay: float = 0.0  # of the averages, after its ramp
+    averages: PowerAverages | None = None  # further ones, of the first process, whose length is chosen afterwards
     output_dir: StrPath | None = None  # without one there are no checkpoints, and signals act as always
     checkpointing_steps: int | None = None  # steps between two checkpoints
     checkpoints_total_limit: int | None = None  # how many of the newest are kept; by default all
@@ -121,6 +123,8 @@ class Loop:
                 for own, averaged in zip(self.module.parameters(), self.average.parameters(), strict=True):
                     averaged.data = laid_out_as(averaged.data, own)
             self.ema = EMAModel(own_parts(self.average.parameters()), decay=self.ema_decay, foreach=True)
+        if self.averages is not None:
+            self.averages.begin(self.raw(), self.total_steps)
         if not self.keep_weights:
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
             accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -151,6 +155,8 @@ class Loop:
                 self.accelerator.load_state(str(folder))
             if self.shards is not None or in_parts:
                 load_moments(folder, self.raw(), self.optimizer)
+            if self.averages is not None:
+                self.averages.read(folder / AVERAGES)
             progress = Progress.read(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{checkpoint} cannot be resumed: {error}. Resume an earlier checkpoint.") from error
@@ -197,6 +203,8 @@ class Loop:
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(initial=self.progress.steps, total=self.total_steps, desc=self.desc, disable=hidden)
         with self._alone(), contextlib.nullcontext() if self.folder is None else Stopping() as stopping, bar:
+            if self.averages is not None:
+                self.averages.forget_after(self.progress.steps)
             for step in self.steps(loss):
                 bar.update()
                 looks = step % LOOKS == 0 or step == self.total_steps
@@ -206,8 +214,11 @@ class Loop:
                 due = self.checkpointing_steps and step % self.checkpointing_steps == 0
                 saved = self.folder is not None and (number is not None or due)
                 drawn = sample_steps and step % sample_steps == 0
-                if looks or saved or drawn:
-                    self.look(bar, wait=bool(saved or drawn or step == self.total_steps))
+                kept = self.averages is not None and self.averages.is_due(step)
+                if looks or saved or drawn or kept:
+                    self.look(bar, wait=bool(saved or drawn or kept or step == self.total_steps))
+                if kept:
+                    self.snapshot()
                 if saved:
                     self.checkpoint()
                 if number is not None:
@@ -247,6 +258,8 @@ class Loop:
             progress.steps += 1
             if self.ema is not None:
                 self.ema.step(own_parts(self.module.parameters()))
+            if self.averages is not None:
+                self.averages.update(progress.steps)
             yield progress.steps
             if progress.steps == self.total_steps:
                 return
@@ -336,6 +349,12 @@ class Loop:
             self.ema.copy_to(own_parts(self.average.parameters()))
         return self.average
 
+    def snapshot(self) -> None:
+        """Write a snapshot of the further averages, complete or not at all (`OSError`)."""
+        assert self.folder is not None and self.averages is not None
+        with saving(self.folder):
+            self.averages.snapshot(self.progress.steps)
+
     def checkpoint(self) -> None:
         """Write `checkpoint-STEP`, complete or not at all (`OSError`), and drop the oldest others beyond the limit."""
         folder, accelerator = self.folder, self.accelerator
@@ -352,6 +371,8 @@ class Loop:
             accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
             if accelerator.is_main_process:
                 write_json(partial / PROGRESS, dataclasses.asdict(self.progress))
+                if self.averages is not None:
+                    self.averages.write(partial / "state" / AVERAGES)
             if accelerator.is_main_process or self.shards is not None:
                 self.averaged()
                 if self.save is not None:
