@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..weights import plain_state
-from .run_folder import discard, note_files
+from .arrays import StrPath
+from .run_folder import discard, note_files, saving
 
 AVERAGES = "averages"  # the folder of snapshots in that of a run, and that of the running ones in a checkpoint's state
 SNAPSHOTS = 32  # of a whole training, by default
@@ -40,6 +41,17 @@ def exponent_of(length: float) -> float:
 def length_of(exponent: float) -> float:
     """Return the length of a profile, its standard deviation over the number of steps, from its exponent."""
     return math.sqrt((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3)))
+
+
+def check_lengths(lengths: Sequence[float], run: StrPath | None, shard: bool) -> None:
+    """Raise `ValueError` for averages that come twice, have no folder, or whose weights no process has as a whole."""
+    given = f"average_lengths is {' '.join(f'{length:g}' for length in lengths)}"
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(f"{given}: give every length once.")
+    if lengths and run is None:
+        raise ValueError(f"{given}: snapshots of them are kept in output_dir, so give one.")
+    if lengths and shard:
+        raise ValueError(f"{given}: one process keeps them whole, and shard divides the network. Leave one out.")
 
 
 def new_share(step: int, exponent: float) -> float:
@@ -143,14 +155,15 @@ class PowerAverages:
     is the difference of large multiples of snapshots, which multiplies what rounding to 16 bits would lose.
 
     Args:
-        lengths: Their lengths.
-        run: The run's folder.
+        lengths: Their lengths; without any, nothing is kept or written.
+        run: The run's folder; they need one.
         every: Steps between two snapshots; by default a 32nd of the training. The last step has one in any case.
     """
 
-    def __init__(self, lengths: Sequence[float], run: Path, every: int | None = None):
+    def __init__(self, lengths: Sequence[float] = (), run: StrPath | None = None, every: int | None = None):
         self.lengths = list(lengths)
-        self.folder = run / AVERAGES
+        self.run = Path(run or ".")
+        self.folder = self.run / AVERAGES
         self.every = every
         self.averages: list[list[Tensor]] = []
 
@@ -171,22 +184,24 @@ class PowerAverages:
 
     def is_due(self, step: int) -> bool:
         """Whether a step has a snapshot."""
-        return step % (self.every or 1) == 0 or step == self.total_steps
+        return bool(self.lengths) and (step % (self.every or 1) == 0 or step == self.total_steps)
 
     def snapshot(self, step: int) -> None:
-        """Write the averages of a step into a folder, complete or not at all."""
+        """Write the averages of a step into a folder, complete or not at all (`OSError`)."""
         final = self.folder / _folder_of(step)
         partial = final.with_name(f"partial-{final.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.write(partial)
-        note_files(partial)
-        if final.exists():
-            discard(final)
-        partial.rename(final)
+        with saving(self.run):
+            shutil.rmtree(partial, ignore_errors=True)
+            self.write(partial)
+            note_files(partial)
+            if final.exists():
+                discard(final)
+            partial.rename(final)
 
     def write(self, folder: Path) -> None:
         """Write the averages as they are into a folder, a file each."""
-        folder.mkdir(parents=True, exist_ok=True)
+        if self.lengths:
+            folder.mkdir(parents=True, exist_ok=True)
         for length, average in zip(self.lengths, self.averages, strict=True):
             values = (value.cpu().contiguous() for value in average)
             save_file(dict(zip(self.names, values, strict=True)), folder / file_of(length))
@@ -209,7 +224,9 @@ class PowerAverages:
 
     def forget_after(self, step: int) -> None:
         """Remove the snapshots of later steps, which a run that goes on from this one writes anew."""
+        if not self.lengths:
+            return
         for rubbish in self.folder.glob("partial-step-*"):
             shutil.rmtree(rubbish)
-        for later in {each.folder for each in snapshots_in(self.folder.parent) if each.profile.step > step}:
+        for later in {each.folder for each in snapshots_in(self.run) if each.profile.step > step}:
             discard(later)

@@ -21,16 +21,19 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor
 
 from ..augment import NUM_LABELS, augment, embed_labels, random_flip, reduced
-from ..diffusion import Diffusion
+from ..diffusion import Denoised, Diffusion
 from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
 from ..networks import NETWORKS, network_of
 from ..pipeline_ddae import DDAEPipeline
+from . import terms  # noqa: F401 (imported to be known)
 from .arrays import read_json, write_json, written_whole
-from .averages import PowerAverages
+from .auxiliary import DENOISING, Seen, Setting, Terms, less_noisy, term_options
+from .averages import PowerAverages, check_lengths
 from .batches import Batch, clean_images
 from .draws import RowDraws
 from .images import Images
@@ -82,6 +85,10 @@ class PretrainingOptions(TrainingOptions):
         "Mean and standard deviation of log sigma, drawn from a normal distribution: for flow matching 0 1 are "
         "logit-normal times. By default each framework has its own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
     )
+    auxiliary: list[Table] = option(
+        [],
+        "What to train for besides denoising: terms, each as YAML such as '{term: dispersive, layer: mid_block}'.",
+    )
     low_resolution: int | None = option(None, "Begin on images reduced to this side by averaging pixels, to save time.")
     low_resolution_share: float = option(0.9, "Share of the steps that use low_resolution.")
     shuffle_buffer: int = option(10000, "Images of a stream among which the next one is drawn.")
@@ -117,7 +124,7 @@ class PretrainingOptions(TrainingOptions):
         own = {name for network in NETWORKS.values() for name in network.label_options(1)}
         if labels := sorted(own & set(self.denoiser)):
             raise ValueError(f"denoiser has {labels[0]}: leave it out; class_conditional takes it from the data.")
-        self._check_averages()
+        check_lengths(self.average_lengths, self.output_dir, self.shard)
         if self.init_from and (self.denoiser or self.scheduler):
             raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
         if self.augment and (self.random_flip or self.class_conditional):
@@ -127,19 +134,12 @@ class PretrainingOptions(TrainingOptions):
             raise ValueError(
                 f"label_dropout is {self.label_dropout:g}: the network must see both its classes and the null class."
             )
+        for each in self.auxiliary:
+            term_options(each)
+        if self.auxiliary and self.shard:
+            raise ValueError("auxiliary does not go with shard: hidden states of a divided network are not read.")
         if self.log_sigma is not None and len(self.log_sigma) != 2:
             raise ValueError(f"log_sigma is {self.log_sigma}: give two numbers, a mean and a standard deviation.")
-
-    def _check_averages(self) -> None:
-        """Refuse averages that come twice, that have no folder, or whose weights no process has as a whole."""
-        lengths = self.average_lengths
-        given = f"average_lengths is {' '.join(f'{length:g}' for length in lengths)}"
-        if len(set(lengths)) < len(lengths):
-            raise ValueError(f"{given}: give every length once.")
-        if lengths and self.output_dir is None:
-            raise ValueError(f"{given}: snapshots of them are kept in output_dir, so give one.")
-        if lengths and self.shard:
-            raise ValueError(f"{given}: one process keeps them whole, and shard divides the network. Leave one out.")
 
 
 @dataclass(kw_only=True)
@@ -188,6 +188,8 @@ def pretrain(
         accelerator = stack.enter_context(options.accelerated(resume))
         if options.shard:
             check_sharding(accelerator)
+        if options.auxiliary and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ValueError("auxiliary does not go with compiling: launch with --dynamo_backend no.")
         run = Pretraining(options, accelerator, training_data(images, options), resume)
         if result := run.loop.finished(PretrainingResult):
             result.pipeline = run.trained()
@@ -205,7 +207,12 @@ class Pretraining:
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
         network, self.average, self.scheduler = networks_to_train(options, data, resume)
+        on_latents = data.latents is not None
+        self.terms = Terms(
+            options.auxiliary, Setting(network, on_latents, accelerator.device, options.seed, options.cache_dir)
+        )
         if resume is not None:
+            self.terms.restore(resume)
             self._check_same_run(check_resumed(self.given, known, resume), network, resume)
         check_networks(options, network, self.scheduler, data)
         kind = network_of(network)
@@ -223,16 +230,11 @@ class Pretraining:
         self.loop = options.loop(
             accelerator, network, loader, known, resume, adam,
             options.shard, save=self.write, average=self.average, ema_decay=options.ema_decay,
-            averages=self._averages(),
+            beside=self.terms if self.terms.trained else None,
+            averages=PowerAverages(options.average_lengths if self.main else (), options.output_dir, options.average_steps),
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
-
-    def _averages(self) -> PowerAverages | None:
-        """Return the averages whose length is chosen afterwards, which the first process keeps, if any."""
-        options = self.options
-        if not (options.average_lengths and self.main):
-            return None
-        return PowerAverages(options.average_lengths, Path(options.output_dir or "."), options.average_steps)
+        self.averaged = Diffusion(self.average, self.scheduler)
 
     def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
@@ -245,7 +247,8 @@ class Pretraining:
             may_change -= OF_DATA | {"dataloader_num_workers"}
         now = {**self.given, "latents": data.described, "streaming": data.count is None}
         trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
-        if data.count is None and options.dataloader_num_workers > 1:  # they take turns by the batches of a device
+        turns = data.count is None and options.dataloader_num_workers > 1  # they take turns by the batches of a device
+        if turns or self.terms.compares_images:
             may_change -= {"train_batch_size"}
             now["train_batch_size"] = options.sizes.per_device
             processes = len(list((resume / "state").glob("random_states_*")))
@@ -257,15 +260,34 @@ class Pretraining:
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
 
-    def loss(self, batch: Batch, draws: RowDraws) -> Tensor:
-        """Return the loss of a batch."""
+    def loss(self, batch: Batch, draws: RowDraws) -> Tensor | dict[str, Tensor]:
+        """Return the loss of a batch; with auxiliary terms its parts, by name."""
         options, loop = self.options, self.loop
         batch["pixel_values"] = one_view(batch["pixel_values"], draws)
         clean, labels = training_inputs(options, batch, self.diffusion.own, draws)
         if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
             clean = reduced(clean, options.low_resolution)
         log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
-        return self.diffusion.loss(clean, condition=labels, log_normal=log_sigma, generator=draws).mean()
+        names = self.terms.active(loop.progress.steps / loop.total_steps)
+        found = self.diffusion.denoising(
+            clean, self.terms.layers(names), condition=labels, log_normal=log_sigma, generator=draws
+        )
+        loss = found.losses.mean()
+        if not names:
+            return {DENOISING: loss} if options.auxiliary else loss
+        averaged = self.averaged_states(clean, found, labels, names, draws)
+        seen = Seen(clean, found.noise, found.sigma, found.hidden_states, averaged, draws)
+        return {DENOISING: loss} | (loop.beside or self.terms)(seen, names)
+
+    def averaged_states(
+        self, clean: Tensor, found: Denoised, labels: Tensor | None, names: list[str], draws: RowDraws
+    ) -> dict[str, Tensor]:
+        """Return what terms read of the averaged network, for a batch as the network in training found it."""
+        if not (layers := self.terms.averaged_layers(names)):
+            return {}
+        sigma = less_noisy(found.sigma, self.averaged.family, self.terms.lowered, draws)
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.averaged.hidden_states(clean, found.noise[None], sigma, layers, labels)
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""
@@ -290,6 +312,8 @@ class Pretraining:
         """
         if self.data.described is not None and (folder / "state").is_dir() and self.main:
             write_json(folder / LATENTS, self.data.described)
+        if self.main:
+            self.terms.save(folder)
         vae = None if self.data.vae is None else self.data.vae.config
         processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
         for place, network in ((folder, self.loop.averaged()), (folder / "raw", self.loop.raw())):

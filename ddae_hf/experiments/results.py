@@ -35,6 +35,7 @@ class PretrainingReport(Report):
 
     steps: int | None = None
     loss_last_100_batches: float | None = None
+    parts_last_100_batches: dict[str, float] = many()  # where the loss is a sum, of each term times its weight
     images: int | None = None
     images_this_run: int | None = None
     parameters: int | None = None
