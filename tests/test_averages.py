@@ -389,8 +389,11 @@ def test_lengths_that_cannot_be_swept_are_refused_at_once(trained, digits, tmp_p
     with pytest.raises(ValueError, match="lengths sweeps averages in place of checkpoints"):
         sweep_command.Arguments(checkpoints=trained, lengths=[0.1])
     options = ["--dataset_name", digits, "--output_dir", tmp_path / "sweep"]
+    of_run = ("--model_name_or_path", trained)
     with pytest.raises(SystemExit, match="length is 0.002: the 12 stored averages"):
-        commands.run("sweep", *options, "--model_name_or_path", trained, "--lengths", 0.1, 0.002)
+        commands.run("sweep", *options, *of_run, "--lengths", 0.1, 0.002)
+    with pytest.raises(SystemExit, match="extractor ddae:nowhere cannot be used"):
+        commands.run("sweep", *options, *of_run, "--lengths", 0.1, "--extractor", "ddae:nowhere")
     with pytest.raises(SystemExit, match="push_to_hub pushes one classifier"):
-        commands.run("sweep", *options, "--model_name_or_path", trained, "--lengths", 0.1, "--push_to_hub")
+        commands.run("sweep", *options, *of_run, "--lengths", 0.1, "--push_to_hub")
     assert not (tmp_path / "sweep").exists()

@@ -227,11 +227,12 @@ class Pretraining:
         loader = data.batches(network.config, options, accelerator.device)
         adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
         adam["weight_decay"] = options.weight_decay
+        lengths = options.average_lengths if self.main else ()
         self.loop = options.loop(
             accelerator, network, loader, known, resume, adam,
             options.shard, save=self.write, average=self.average, ema_decay=options.ema_decay,
             beside=self.terms if self.terms.trained else None,
-            averages=PowerAverages(options.average_lengths if self.main else (), options.output_dir, options.average_steps),
+            averages=PowerAverages(lengths, options.output_dir, options.average_steps),
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
         self.averaged = Diffusion(self.average, self.scheduler)

@@ -24,14 +24,14 @@ from ..modeling_ddae import DDAEModel
 from .arrays import StrPath, kept_or_temporary, read_json
 from .classes import draw_images
 from .evaluation import EvaluationOptions, compare_samples
-from .extractors import open_extractor
+from .extractors import Extractor, open_extractor
 from .images import Images, Inputs, Part, labelled_splits, parts_of
 from .loading import to_device
 from .models import open_for, open_model, open_processor
 from .options import option
 from .pairs import Point
 from .plots import curves_of_points, save_picture
-from .rebuilding import check_output, made, planned
+from .rebuilding import Plan, check_output, made, planned
 from .results import CurveReport, PretrainingReport
 from .run_folder import saved_checkpoints, step_of
 from .sharing import Team, is_first_process, this_process
@@ -86,16 +86,19 @@ def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None,
     if (options.extractor is not None or options.lengths) and options.output_dir is None and count > 1:
         raise ValueError(f"output_dir is None: {count} processes share {shares} through a folder.")
     images = Images.open(images, cache_dir=options.cache_dir)
+    plans = [planned(run, length) for length in sorted(set(options.lengths))]
+    stages = [] if plans else checkpoints_of(run)
+    parts = labelled_splits(images, options)
+    quality = None if options.extractor is None else sample_options(options)
+    extractor = None
+    if quality is not None and is_first_process():
+        extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir)
     with kept_or_temporary(options.output_dir) as folder:
-        if options.lengths:
-            stages = averages_of(run, options.lengths, folder)
-        else:
-            stages = [Stage(f"checkpoint-{step}", path, step) for step, path in training_checkpoints(run).items()]
-            for stage in stages:
-                DDAEConfig.from_pretrained(stage.path)  # it is refused now, not after hours
-        points, dataset = sweep_stages(stages, images, options)
+        stages = stages or averages_of(run, plans, folder)
+        points = sweep_stages(stages, images, parts, options, quality, extractor)
     if not is_first_process():
         return None
+    dataset = images.facts(*parts)
     report = CurveReport(options={**images.opened_with, **options.to_dict()}, dataset=dataset, points=points)
     if options.output_dir is not None:
         report.write(options.output_dir)
@@ -103,9 +106,16 @@ def sweep_run(run: StrPath, images: Images, options: CurveOptions | None = None,
     return report
 
 
-def averages_of(run: StrPath, lengths: Sequence[float], folder: Path) -> list[Stage]:
+def checkpoints_of(run: StrPath) -> list[Stage]:
+    """Return a training run's checkpoints, or raise `ValueError` where it has none, or one that cannot be opened."""
+    stages = [Stage(f"checkpoint-{step}", path, step) for step, path in training_checkpoints(run).items()]
+    for stage in stages:
+        DDAEConfig.from_pretrained(stage.path)  # it is refused now, not after hours
+    return stages
+
+
+def averages_of(run: StrPath, plans: Sequence[Plan], folder: Path) -> list[Stage]:
     """Make averages of a training run's weights as checkpoints in a folder; the first process does so for all."""
-    plans = [planned(run, length) for length in sorted(set(lengths))]  # refused before the first one is written
     stages = []
     for plan in plans:
         name = f"length-{plan.wanted.length!r}"
@@ -119,20 +129,17 @@ def averages_of(run: StrPath, lengths: Sequence[float], folder: Path) -> list[St
 
 
 def sweep_stages(
-    stages: Sequence[Stage], images: Images, options: CurveOptions
-) -> tuple[list[Point], dict[str, Any]]:  # fmt: skip
-    """Return what was measured of every stage, in the first process, and facts of the images that were used."""
-    train, test = labelled_splits(images, options)
+    stages: Sequence[Stage], images: Images, parts: Sequence[Any], options: CurveOptions,
+    quality: EvaluationOptions | None, extractor: Extractor | None,
+) -> list[Point]:  # fmt: skip
+    """Return what was measured of every stage, in the first process; `parts` are the images of the two splits."""
     processor = open_processor(stages[0].path, options.cache_dir)
-    learnt, tested = (changed_inputs(each, processor, options) for each in (train, test))
+    learnt, tested = (changed_inputs(each, processor, options) for each in parts)
     kept = options.output_dir
-    features = options.features_dir or (kept and f"{kept}/features")
-    quality = extractor = None
-    if options.extractor is not None:
-        quality = sample_options(options, features)
-        extractor = open_extractor(quality.extractor, cache_dir=options.cache_dir) if is_first_process() else None
+    features = features_folder(options)
     points = []
-    for stage in tqdm(stages, desc="Checkpoints", disable=None if is_first_process() else True):
+    title = "Checkpoints" if stages[0].length is None else "Lengths"
+    for stage in tqdm(stages, desc=title, disable=None if is_first_process() else True):
         folder = kept and f"{kept}/{stage.name}"
         own = dataclasses.replace(options, output_dir=folder, features_dir=features)
         model = open_for(stage.path, own)
@@ -152,15 +159,20 @@ def sweep_stages(
             point.frechet_distance = samples.results["generated"]["frechet_distance"]
         points.append(point)
         logger.info("%s:\n%s", stage.name, found.table())
-    return points, images.facts(train, test)
+    return points
 
 
-def sample_options(options: CurveOptions, features_dir: str | None) -> EvaluationOptions:
-    """Return how samples of every checkpoint or average are drawn and compared, with features of images in a folder."""
+def features_folder(options: CurveOptions) -> str | None:
+    """Return the folder of features that all checkpoints or averages share, if any is kept."""
+    return options.features_dir or (options.output_dir and f"{options.output_dir}/features")
+
+
+def sample_options(options: CurveOptions) -> EvaluationOptions:
+    """Return how samples of every checkpoint or average are drawn and compared."""
     return EvaluationOptions(
         extractor=str(options.extractor), num_images=options.num_images,
         num_inference_steps=options.num_inference_steps, sampler=options.sampler, seed=options.seed,
-        reference_split=options.train_split, features_dir=features_dir, cache_dir=options.cache_dir,
+        reference_split=options.train_split, features_dir=features_folder(options), cache_dir=options.cache_dir,
     )  # fmt: skip
 
 
