@@ -33,6 +33,7 @@ from ..pipeline_ddae import DDAEPipeline
 from . import terms  # noqa: F401 (imported to be known)
 from .arrays import read_json, write_json, written_whole
 from .auxiliary import DENOISING, Seen, Setting, Terms, less_noisy, term_options
+from .averages import PowerAverages, check_lengths
 from .batches import Batch, clean_images
 from .draws import RowDraws
 from .images import Images
@@ -71,7 +72,7 @@ class PretrainingOptions(TrainingOptions):
     # Besides these, the network and its scheduler are compared as they were built, and the data by number and hash.
     may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
         """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 weight_decay
-        adam_epsilon ema_decay shard sample_steps grid_images num_inference_steps sampler""".split()
+        adam_epsilon ema_decay average_steps shard sample_steps grid_images num_inference_steps sampler""".split()
     )
 
     denoiser: Table = option({}, "Options of the network and its `_class_name`, as YAML.")
@@ -112,6 +113,14 @@ class PretrainingOptions(TrainingOptions):
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     adam_epsilon: float = option(1e-8, "What is added to AdamW's divisor.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights after its ramp.")
+    average_lengths: list[float] = option(
+        [],
+        "Also keep power-function averages of these lengths (EDM2's sigma_rel), of which `ddae ema` makes one of any "
+        "length afterwards: 0.05 0.1 is recommended. Each takes the memory of the weights.",
+    )
+    average_steps: int | None = option(
+        None, "Keep a snapshot of average_lengths every N steps; by default 32 over the training."
+    )
     sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
     grid_images: int = option(64, "Images in the grid.")
     num_inference_steps: int = option(50, "Sampling steps of the grid.")
@@ -125,6 +134,7 @@ class PretrainingOptions(TrainingOptions):
         own = {name for network in NETWORKS.values() for name in network.label_options(1)}
         if labels := sorted(own & set(self.denoiser)):
             raise ValueError(f"denoiser has {labels[0]}: leave it out; class_conditional takes it from the data.")
+        check_lengths(self.average_lengths, self.output_dir, self.shard)
         if self.init_from and (self.denoiser or self.scheduler):
             raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
         if self.augment and (self.random_flip or self.class_conditional):
@@ -227,10 +237,12 @@ class Pretraining:
         loader = data.batches(network.config, options, accelerator.device)
         adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
         adam["weight_decay"] = options.weight_decay
+        lengths = options.average_lengths if self.main else ()
         self.loop = options.loop(
             accelerator, network, loader, known, resume, adam,
             options.shard, save=self.write, average=self.average, ema_decay=options.ema_decay,
             beside=self.terms if self.terms.trained else None,
+            averages=PowerAverages(lengths, options.output_dir, options.average_steps),
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
         family = self.diffusion.family
