@@ -39,15 +39,15 @@ EXPERIMENTS = [
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
     ["latent_folder"],
-    ["converting", "encoding", "extractors", "feature_export", "pairs"],
-    ["results"],
+    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "pairs", "told_classes"],
+    ["class_errors", "results"],
     ["auxiliary", "batches", "plots"],
     ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding"],
     ["terms", "trainer", "training"],
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "vae_training"],
     ["finetuning", "sweeping"],
-    ["noisy_classification", "training_curve", "transferring"],
+    ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .denoising_report import DenoisingClassifierReport as DenoisingClassifierReport
 from .pairs import Pair, Point, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
