@@ -403,6 +403,11 @@ NETWORKS = {
         {"id2label": {**dict(enumerate(NAMES)), 11: "0, zero"}},
         r"'0' names the labels \[0, 11\], which cannot be told apart",
     ),
+    "a name of the null class": (
+        lambda: conditional_unet(num_class_embeds=12),
+        {"id2label": {**dict(enumerate(NAMES)), 9: "nine", 10: "9"}},
+        "9 of the data set is no class of the checkpoint",
+    ),
     "more classes, without names": (
         lambda: conditional_unet(num_class_embeds=13),
         {},

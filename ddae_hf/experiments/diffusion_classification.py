@@ -229,11 +229,10 @@ def open_classifier(
     known = [name for _, name in sorted((found.config.id2label or {}).items())]
     if known != list(names):
         raise ValueError(f"The classes of {path} are {short(known)}, and those of the data set {short(list(names))}.")
-    sizes = [(each.config.num_channels, *each.config.image_size) for each in (found, network)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{path} takes images of {sizes[0]} (channels, height, width), and the denoiser of {sizes[1]}."
-        )
+    taken = (found.config.num_channels, *found.config.image_size)
+    wanted = (network.config.num_channels, *network.config.image_size)
+    if taken != wanted:
+        raise ValueError(f"{path} takes images of {taken} (channels, height, width), and the denoiser of {wanted}.")
     return ready(found)
 
 
@@ -244,7 +243,11 @@ class Study:
         self, model: DDAEModel, told: ToldClasses, inputs: ImageInputs, options: DenoisingClassifierOptions,
         classifier: DDAEForImageClassification | None,
     ):  # fmt: skip
-        self.model, self.told, self.inputs, self.options, self.classifier = model, told, inputs, options, classifier
+        self.model = model
+        self.told = told
+        self.inputs = inputs
+        self.options = options
+        self.classifier = classifier
         draws = options.stage_draws
         self.stages = planned(draws, options.stage_classes, len(inputs.names))
         self.levels = spaced_levels(model.diffusion.family, draws[-1], options.sigmas)
@@ -256,7 +259,7 @@ class Study:
         self.team = Team({"errors": self.computed})
 
     def changed(self, images: Tensor, numbers: Sequence[int], image_sigma: float) -> Tensor:
-        """Return images (B, C, H, W) with noise of a level, the same for all levels, drawn by their numbers."""
+        """Return images (B, C, H, W) with noise of a level, drawn by their numbers alone, whatever the level."""
         if not image_sigma:
             return images
         drawn = partial(indexed_noise, seed=self.options.noise_seed, view=noise_view(True, 0), purpose=CORRUPTION)
@@ -279,7 +282,8 @@ class Study:
                     config.sample_shape, numbers, self.options.noise_seed, noise_view(True, 0), POSTERIOR, batch.device
                 )
             with evaluating(self.model):
-                yield {"errors": self.errors.under_classes(self.model.encode(batch, own), numbers)}
+                found = self.errors.under_classes(self.model.encode(batch, own), numbers)
+            yield {"errors": found}
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -176,6 +176,8 @@ def _checked(labels: Sequence[int], names: Sequence[str], known: Sequence[int]) 
 def _matched(names: Sequence[str], known: Sequence[int], named: dict[str, list[int]]) -> list[int]:
     """Return the label of each class by its name or, where the checkpoint names none, by its number."""
     own = "Give class_labels: the denoiser's label of each class of the data set, in the data set's order"
+    of_classes = {name: [label for label in labels if label in known] for name, labels in named.items()}
+    named = {name: labels for name, labels in of_classes.items() if labels}
     if not named:
         if len(known) != len(names):
             raise ValueError(
