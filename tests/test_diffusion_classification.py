@@ -29,7 +29,7 @@ from ddae_hf import (
     embed_prompts,
 )
 from ddae_hf.checkpoints import plain_config
-from ddae_hf.experiments import DenoisingClassifierOptions, Images, Report, classify_by_denoising, sweep
+from ddae_hf.experiments import DenoisingClassifierOptions, Images, Report, classify_by_denoising, make_card, sweep
 from ddae_hf.experiments.arrays import rows_done
 from ddae_hf.experiments.class_errors import ClassErrors, calls_of, planned, spaced_levels
 from ddae_hf.experiments.denoising_report import DenoisingClassifierReport, accuracy_interval
@@ -512,6 +512,11 @@ def test_the_report_is_written_read_and_shown(result):
             right = [np.nanargmin(errors[image, place]) == labels[image] for image in range(7)]
             assert accuracies[place] == pytest.approx(np.mean(right))
     assert "clean images | noise 0.5 on the images |" in read.table() and "4 after 3 draws, 1 after 9" in read.table()
+
+
+def test_a_card_of_the_checkpoint_shows_the_report(checkpoints, result):
+    card = make_card(checkpoints / "ddpm", results=[result.folder])
+    assert "Classifying by denoising errors" in card.text and result.table().splitlines()[-1] in card.text
 
 
 def test_it_prints_nothing_and_leaves_the_global_generators_alone(checkpoints, digits, capsys):

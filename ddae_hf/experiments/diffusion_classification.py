@@ -170,7 +170,7 @@ def classify_by_denoising(
             levels=study.levels.tolist(), draws=[end for stage in study.stages for end in stage.ends],
             calls=calls_of(study.stages), gflop_a_call=study.gflop_a_call(),
             accuracies=[accuracies_of(each, study.inputs.labels) for each in errors], beside=study.beside(),
-            seconds=round(time.monotonic() - started, 1), errors=errors, labels=study.inputs.labels,
+            seconds_this_run=round(time.monotonic() - started, 1), errors=errors, labels=study.inputs.labels,
             **report_facts(model, images, options, study.inputs.images), **machine(study.model.device.type),
         )  # fmt: skip
         if kept is None:
