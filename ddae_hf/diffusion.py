@@ -116,10 +116,11 @@ class Diffusion:
         """
         fed, told = self._fed(noisy, timestep)
         keywords = self.network.keywords(conditions)
-        if not layers:
-            output, states = self.network.call(self.denoiser, fed, told, **keywords).sample, {}
-        else:
+        states: dict[str, Tensor] = {}
+        if layers:
             output, states = run_with_hidden_states(self.denoiser, fed, told, layers, keywords)
+        else:
+            output = self.network.call(self.denoiser, fed, told, **keywords).sample
         return output[:, : noisy.shape[1]].float(), states
 
     def hidden_states(
@@ -195,6 +196,7 @@ class Diffusion:
         noise: Tensor | None = None,
         condition: Any = None,
         log_normal: tuple[float, float] | None = None,
+        shares: tuple[float, float] | None = None,
         generator: Generator = None,
         weighting: Callable[[Tensor], Tensor] | None = None,
     ) -> Denoised:
@@ -209,6 +211,7 @@ class Diffusion:
             noise: Standard-normal noise (B, C, H, W); drawn if not given.
             condition: What the network is told, such as labels (B,); by default the null condition.
             log_normal: Mean and deviation of log sigma, in place of the family's own training distribution.
+            shares: Which part of the distribution is drawn, by default all: see `Family.draw`.
             generator: Random generator on the device of `clean`.
             weighting: The weight of an image's loss as a function of the noise levels (B,); by default every weight is
                 1.
@@ -217,7 +220,7 @@ class Diffusion:
             Squared errors averaged over pixels, noise levels, noise and hidden states.
         """
         if sigma is None:
-            sigma = self.family.draw(len(clean), clean.device, generator, log_normal)
+            sigma = self.family.draw(len(clean), clean.device, generator, log_normal, shares)
         if noise is None:
             noise = normal(clean.shape, clean.device, generator)
         noisy, timestep = self.family.noisy(clean, noise, sigma)

@@ -34,18 +34,19 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "run_folder"],
-    ["options"],
+    ["classes", "digits", "noisy_networks", "objectives", "run_folder"],
+    ["averages", "options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
     ["latent_folder"],
     ["converting", "denoising_report", "encoding", "extractors", "feature_export", "pairs", "told_classes"],
-    ["class_errors", "results"],
+    ["class_errors", "run_results"],
+    ["results"],
     ["auxiliary", "batches", "plots"],
     ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding"],
     ["terms", "trainer", "training"],
     ["evaluation", "new_networks", "training_options"],
-    ["pretraining", "probing", "vae_training"],
+    ["pretraining", "probing", "rebuilding", "vae_training"],
     ["finetuning", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]

@@ -28,6 +28,7 @@ COMMANDS = {
     "encode": "encode images as latents, once",
     "export": "write features to parquet or npy files",
     "correspondence": "find the points of an image again in a warped copy of it",
+    "ema": "make the average of a trained network's weights over another length",
     "convert": "convert a published checkpoint of another code base",
     "demo": "show a checkpoint on a local web page, or write a Space of it",
     "configs": "list the configurations that --config takes by name",

@@ -32,6 +32,7 @@ _ROOMS = {
     "noisy_classification": ("NoisyOptions", "classify_noisy"),
     "pretraining": ("PretrainingOptions", "pretrain"),
     "publishing": ("make_card", "save_card"),
+    "rebuilding": ("RebuildingOptions", "rebuild_average"),
     "results": ("Report",),
     "sweeping": ("SweepOptions", "sweep"),
     "training_curve": ("CurveOptions", "sweep_run"),
@@ -42,10 +43,10 @@ _MODULES = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "DenoisingClassifierOptions", "EncodingOptions",
     "EvaluationOptions", "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions",
-    "PretrainingOptions", "Report", "SweepOptions", "TransferOptions", "VAEOptions", "classify_by_denoising",
-    "classify_noisy", "convert", "encode", "evaluate_generation", "export_features", "find_correspondences", "finetune",
-    "generate", "main_directions", "make_card", "pretrain", "save_card", "sweep", "sweep_run", "train_vae", "transfer",
-    "word_maps",
+    "PretrainingOptions", "RebuildingOptions", "Report", "SweepOptions", "TransferOptions", "VAEOptions",
+    "classify_by_denoising", "classify_noisy", "convert", "encode", "evaluate_generation", "export_features",
+    "find_correspondences", "finetune", "generate", "main_directions", "make_card", "pretrain", "rebuild_average",
+    "save_card", "sweep", "sweep_run", "train_vae", "transfer", "word_maps",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers and editors, which read no table
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .noisy_classification import NoisyOptions, classify_noisy
     from .pretraining import PretrainingOptions, pretrain
     from .publishing import make_card, save_card
+    from .rebuilding import RebuildingOptions, rebuild_average
     from .results import Report
     from .sweeping import SweepOptions, sweep
     from .training_curve import CurveOptions, sweep_run

@@ -8,7 +8,7 @@ Options of pretraining list them, each a kind of term, the layer that it reads, 
 A term gets hidden states of the pass that the denoising loss is computed of. It may also ask for those of the averaged
 network, for the same images and noise, at the same level or a lower one: all terms share one such pass, which ends at
 the deepest layer asked for. What a term has of weights is trained with the network, kept for resuming, and left out of
-what is saved. Terms that exist are in `terms.py` and `alignment.py`.
+what is saved. Terms that exist are in `terms.py`.
 """
 
 from __future__ import annotations

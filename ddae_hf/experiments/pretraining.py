@@ -33,6 +33,7 @@ from ..pipeline_ddae import DDAEPipeline
 from . import terms  # noqa: F401 (imported to be known)
 from .arrays import read_json, write_json, written_whole
 from .auxiliary import DENOISING, Seen, Setting, Terms, less_noisy, term_options
+from .averages import PowerAverages, check_lengths
 from .batches import Batch, clean_images
 from .draws import RowDraws
 from .images import Images
@@ -43,10 +44,12 @@ from .new_networks import (
     check_tells_no_text,
     choose,
     chosen_before,
+    levels_drawn,
     networks_to_train,
     new_networks,
     trained_on,
 )
+from .objectives import Weighting, weighting
 from .options import Table, option
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
@@ -69,7 +72,7 @@ class PretrainingOptions(TrainingOptions):
     # Besides these, the network and its scheduler are compared as they were built, and the data by number and hash.
     may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
         """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 weight_decay
-        adam_epsilon ema_decay shard sample_steps grid_images num_inference_steps sampler""".split()
+        adam_epsilon ema_decay average_steps shard sample_steps grid_images num_inference_steps sampler""".split()
     )
 
     denoiser: Table = option({}, "Options of the network and its `_class_name`, as YAML.")
@@ -84,6 +87,14 @@ class PretrainingOptions(TrainingOptions):
         "Mean and standard deviation of log sigma, drawn from a normal distribution: for flow matching 0 1 are "
         "logit-normal times. By default each framework has its own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
     )
+    sigma_min: float | None = option(None, "Lowest noise level to learn at; by default all that the framework draws.")
+    sigma_max: float | None = option(None, "Highest noise level to learn at, likewise.")
+    loss_weighting: Weighting | None = option(
+        None,
+        "What the denoised image's error weighs at noise levels: min_snr, 1 / sigma^2 but at most min_snr_gamma, or "
+        "velocity, as much as flow matching's velocity. By default each framework has its own loss.",
+    )
+    min_snr_gamma: float = option(5.0, "Largest weight of min_snr.")
     auxiliary: list[Table] = option(
         [],
         "What to train for besides denoising: terms, each as YAML such as '{term: dispersive, layer: mid_block}'.",
@@ -102,6 +113,14 @@ class PretrainingOptions(TrainingOptions):
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     adam_epsilon: float = option(1e-8, "What is added to AdamW's divisor.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights after its ramp.")
+    average_lengths: list[float] = option(
+        [],
+        "Also keep power-function averages of these lengths (EDM2's sigma_rel), of which `ddae ema` makes one of any "
+        "length afterwards: 0.05 0.1 is recommended. Each takes the memory of the weights.",
+    )
+    average_steps: int | None = option(
+        None, "Keep a snapshot of average_lengths every N steps; by default 32 over the training."
+    )
     sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
     grid_images: int = option(64, "Images in the grid.")
     num_inference_steps: int = option(50, "Sampling steps of the grid.")
@@ -115,6 +134,7 @@ class PretrainingOptions(TrainingOptions):
         own = {name for network in NETWORKS.values() for name in network.label_options(1)}
         if labels := sorted(own & set(self.denoiser)):
             raise ValueError(f"denoiser has {labels[0]}: leave it out; class_conditional takes it from the data.")
+        check_lengths(self.average_lengths, self.output_dir, self.shard)
         if self.init_from and (self.denoiser or self.scheduler):
             raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
         if self.augment and (self.random_flip or self.class_conditional):
@@ -217,12 +237,17 @@ class Pretraining:
         loader = data.batches(network.config, options, accelerator.device)
         adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
         adam["weight_decay"] = options.weight_decay
+        lengths = options.average_lengths if self.main else ()
         self.loop = options.loop(
             accelerator, network, loader, known, resume, adam,
             options.shard, save=self.write, average=self.average, ema_decay=options.ema_decay,
             beside=self.terms if self.terms.trained else None,
+            averages=PowerAverages(lengths, options.output_dir, options.average_steps),
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
+        family = self.diffusion.family
+        self.levels = levels_drawn(options, family)
+        self.weighting = weighting(family, options.loss_weighting, options.min_snr_gamma)
         self.averaged = Diffusion(self.average, self.scheduler)
 
     def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
@@ -231,6 +256,7 @@ class Pretraining:
         latents = {"center_crop": False, **read_json(resume / LATENTS)} if (resume / LATENTS).is_file() else None
         used = {"label_dropout": options.class_conditional, "low_resolution_share": options.low_resolution}
         used |= {"center_crop": data.latents is None, "shuffle_buffer": data.count is None}
+        used |= {"min_snr_gamma": options.loss_weighting == "min_snr"}
         may_change = options.may_change.union(name for name in used if not used[name])
         if data.count is None:  # a stream has no hash, and its order depends on more
             may_change -= OF_DATA | {"dataloader_num_workers"}
@@ -256,10 +282,9 @@ class Pretraining:
         clean, labels = training_inputs(options, batch, self.diffusion.own, draws)
         if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
             clean = reduced(clean, options.low_resolution)
-        log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
         names = self.terms.active(loop.progress.steps / loop.total_steps)
         found = self.diffusion.denoising(
-            clean, self.terms.layers(names), condition=labels, log_normal=log_sigma, generator=draws
+            clean, self.terms.layers(names), condition=labels, generator=draws, weighting=self.weighting, **self.levels
         )
         loss = found.losses.mean()
         if not names:

@@ -45,7 +45,7 @@ PARTS = "optimizer"  # the folder that a sharded run has in its place
 STATE = (f"state/{MOMENTS}", "state/random_states_0.pkl", PROGRESS.as_posix())
 IN_PARTS = {STATE[0]: f"state/{PARTS}/*.safetensors"}  # what stands for a file in a sharded run
 # Words of safetensors and torch, whose errors in writing are not `OSError`.
-OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
+OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container|iostream error"
 
 
 def check_folder(folder: StrPath, option: str = "output_dir") -> None:

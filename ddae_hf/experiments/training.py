@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .arrays import StrPath, write_json
+from .averages import AVERAGES, PowerAverages
 from .batches import Batch, Batches
 from .devices import compiling_by_blocks, laid_out_as, machine, products_as_before
 from .draws import RowDraws, seed_by, separate_randomness
@@ -94,6 +95,7 @@ class Loop:
     max_grad_norm: float = 0.0  # the largest norm of the gradient; 0 leaves it as it is
     average: Any = None  # a copy of the module, to hold averaged weights
     ema_decay: float = 0.0  # of the averages, after its ramp
+    averages: PowerAverages = field(default_factory=PowerAverages)  # further ones, in the first process alone
     output_dir: StrPath | None = None  # without one there are no checkpoints, and signals act as always
     checkpointing_steps: int | None = None  # steps between two checkpoints
     checkpoints_total_limit: int | None = None  # how many of the newest are kept; by default all
@@ -127,6 +129,7 @@ class Loop:
             averages = own_parts(self.average.parameters())
             self.ema = EMAModel(averages, decay=self.ema_decay, foreach=True)
             self.ema.shadow_params = [values.detach() for values in averages]  # `average` itself, at every step
+        self.averages.begin(self.raw(), self.total_steps)
         if not self.keep_weights:
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
             accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -159,6 +162,7 @@ class Loop:
                 self.accelerator.load_state(str(folder))
             if self.shards is not None or in_parts:
                 load_moments(folder, self.raw(), self.optimizer)
+            self.averages.read(folder / AVERAGES)
             progress = Progress.read(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{checkpoint} cannot be resumed: {error}. Resume an earlier checkpoint.") from error
@@ -211,6 +215,7 @@ class Loop:
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(initial=self.progress.steps, total=self.total_steps, desc=self.desc, disable=hidden)
         with self._alone(), contextlib.nullcontext() if self.folder is None else Stopping() as stopping, bar:
+            self.averages.forget_after(self.progress.steps)
             for step in self.steps(loss):
                 bar.update()
                 looks = step % LOOKS == 0 or step == self.total_steps
@@ -220,8 +225,11 @@ class Loop:
                 due = self.checkpointing_steps and step % self.checkpointing_steps == 0
                 saved = self.folder is not None and (number is not None or due)
                 drawn = sample_steps and step % sample_steps == 0
-                if looks or saved or drawn:
-                    self.look(bar, wait=bool(saved or drawn or step == self.total_steps))
+                kept = self.averages.is_due(step)
+                if looks or saved or drawn or kept:
+                    self.look(bar, wait=bool(saved or drawn or kept or step == self.total_steps))
+                if kept:
+                    self.averages.snapshot(step)
                 if saved:
                     self.checkpoint()
                 if number is not None:
@@ -262,6 +270,7 @@ class Loop:
             progress.steps += 1
             if self.ema is not None:
                 self.ema.step(own_parts(self.module.parameters()))
+            self.averages.update(progress.steps)
             yield progress.steps
             if progress.steps == self.total_steps:
                 return
@@ -381,6 +390,7 @@ class Loop:
             accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
             if accelerator.is_main_process:
                 write_json(partial / PROGRESS, dataclasses.asdict(self.progress))
+                self.averages.write(partial / "state" / AVERAGES)
             if self.save is not None and (accelerator.is_main_process or self.shards is not None):
                 self.save(partial)
             if accelerator.is_main_process:
