@@ -39,8 +39,8 @@ EXPERIMENTS = [
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
     ["latent_folder"],
-    ["converting", "encoding", "extractors", "feature_export", "pairs"],
-    ["run_results"],
+    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "pairs", "told_classes"],
+    ["class_errors", "run_results"],
     ["results"],
     ["auxiliary", "batches", "plots"],
     ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding"],
@@ -48,7 +48,7 @@ EXPERIMENTS = [
     ["evaluation", "new_networks", "training_options"],
     ["pretraining", "probing", "rebuilding", "vae_training"],
     ["finetuning", "sweeping"],
-    ["noisy_classification", "training_curve", "transferring"],
+    ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}

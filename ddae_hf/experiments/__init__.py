@@ -22,6 +22,7 @@ _ROOMS = {
     "converting": ("ConversionOptions", "convert"),
     "correspondences": ("CorrespondenceOptions", "find_correspondences", "main_directions"),
     "cross_attention": ("word_maps",),
+    "diffusion_classification": ("DenoisingClassifierOptions", "classify_by_denoising"),
     "encoding": ("EncodingOptions", "encode"),
     "evaluation": ("EvaluationOptions", "evaluate_generation"),
     "feature_export": ("ExportOptions", "export_features"),
@@ -40,18 +41,19 @@ _ROOMS = {
 }
 _MODULES = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
-    "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "EncodingOptions", "EvaluationOptions",
-    "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions", "PretrainingOptions",
-    "RebuildingOptions", "Report", "SweepOptions", "TransferOptions", "VAEOptions", "classify_noisy", "convert",
-    "encode", "evaluate_generation", "export_features", "find_correspondences", "finetune", "generate",
-    "main_directions", "make_card", "pretrain", "rebuild_average", "save_card", "sweep", "sweep_run", "train_vae",
-    "transfer", "word_maps",
+    "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "DenoisingClassifierOptions", "EncodingOptions",
+    "EvaluationOptions", "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions",
+    "PretrainingOptions", "RebuildingOptions", "Report", "SweepOptions", "TransferOptions", "VAEOptions",
+    "classify_by_denoising", "classify_noisy", "convert", "encode", "evaluate_generation", "export_features",
+    "find_correspondences", "finetune", "generate", "main_directions", "make_card", "pretrain", "rebuild_average",
+    "save_card", "sweep", "sweep_run", "train_vae", "transfer", "word_maps",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .converting import ConversionOptions, convert
     from .correspondences import CorrespondenceOptions, find_correspondences, main_directions
     from .cross_attention import word_maps
+    from .diffusion_classification import DenoisingClassifierOptions, classify_by_denoising
     from .encoding import EncodingOptions, encode
     from .evaluation import EvaluationOptions, evaluate_generation
     from .feature_export import ExportOptions, export_features

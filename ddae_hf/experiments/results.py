@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from .denoising_report import DenoisingClassifierReport
 from .pairs import Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
 from .run_results import AverageReport, CurveReport
 
 __all__ = [
-    "AverageReport", "CorrespondenceReport", "CurveReport", "FineTuningReport", "GenerationReport", "NoisyReport",
-    "PretrainingReport", "ProbeReport", "Report", "VAEReport",
+    "AverageReport", "CorrespondenceReport", "CurveReport", "DenoisingClassifierReport", "FineTuningReport",
+    "GenerationReport", "NoisyReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
 ]  # fmt: skip
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
