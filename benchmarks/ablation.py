@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,9 @@ from scipy.stats import t as student
 from ddae_hf.commands.parsing import find_config, read_config
 from ddae_hf.experiments import Images, evaluate_generation, finetune, pretrain, sweep
 from ddae_hf.experiments.arrays import read_json, write_json, write_text
+from ddae_hf.experiments.new_networks import DENOISER
+from ddae_hf.hidden_states import default_layer, layer_names
+from ddae_hf.networks import build_denoiser
 
 from . import measure
 
@@ -34,14 +36,23 @@ HEADINGS = ["method", "test accuracy (%)", "10 labels a class (%)", "20 nearest 
             "Frechet distance", "time a step, plain = 1"]  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Recipe:
-    """A network on a data set, and where its methods act."""
+    """A network on a data set, and where its methods act.
 
-    config: dict[str, Any]  # options of `pretrain`
-    early: str  # the layer that auxiliary terms act on
-    late: str  # a later one, of the averaged network
-    bottleneck: str  # the one whose state conditions what follows
+    Attributes:
+        config: Options of `pretrain`.
+        kind: The name of the network's class.
+        early: The layer that auxiliary terms act on, a quarter into the network.
+        late: The layer of the averaged network that is looked at: the one that probes read by default.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+        denoiser = build_denoiser({**DENOISER, **config["denoiser"]})
+        layers = layer_names(denoiser)
+        self.kind = type(denoiser).__name__
+        self.early = layers[len(layers) // 4]
+        self.late = default_layer(denoiser)
 
 
 def cifar(denoiser: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -59,20 +70,16 @@ UNET = {
     "norm_num_groups": 8,
     "attention_head_dim": None,
 }
-DIT = {"_class_name": "DiTTransformer2DModel", "in_channels": 3, "patch_size": 4, "num_layers": 6}
-DIT |= {"num_attention_heads": 4, "attention_head_dim": 48}
-UNET_LAYERS = ("down_blocks.1.attentions.0", "up_blocks.0.attentions.0", "mid_block")
+SMALLER = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 48}  # than the DiT-S/4 of `dit_s4`
 
 
 def recipes() -> dict[tuple[str, str], Recipe]:
     """Return the recipes by data set and network."""
-    digits = {name: read_config(find_config(name)) for name in ("digits", "digits_ddpm_dit")}
-    return {
-        ("digits", "unet"): Recipe({**digits["digits"], "max_train_steps": 1200}, *UNET_LAYERS),
-        ("digits", "dit"): Recipe(digits["digits_ddpm_dit"], *(f"transformer_blocks.{k}" for k in (1, 2, 2))),
-        ("cifar10", "unet"): Recipe(cifar(UNET), "down_blocks.2.attentions.0", *UNET_LAYERS[1:]),
-        ("cifar10", "dit"): Recipe(cifar(DIT), *(f"transformer_blocks.{k}" for k in (1, 3, 3))),
-    }
+    digits = {"unet": read_config(find_config("digits")), "dit": read_config(find_config("digits_ddpm_dit"))}
+    digits["unet"] |= {"max_train_steps": digits["dit"]["max_train_steps"]}
+    small = {"unet": cifar(UNET), "dit": cifar({**read_config(find_config("cifar10_flow_dit"))["denoiser"], **SMALLER})}
+    known = {"digits": digits, "cifar10": small}
+    return {(data, name): Recipe(config) for data, found in known.items() for name, config in found.items()}
 
 
 def term(kind: str, **options: Any) -> Callable[[Recipe, Path], dict[str, Any]]:
@@ -92,10 +99,8 @@ def aligned(**options: Any) -> Callable[[Recipe, Path], dict[str, Any]]:
 
 
 def self_conditioned(recipe: Recipe, teacher: Path) -> dict[str, Any]:
-    """Return the options of a network whose bottleneck conditions what follows."""
-    stock = recipe.config["denoiser"]
-    name = f"SelfConditioned{stock.get('_class_name', 'UNet2DModel')}"
-    return {"denoiser": {**stock, "_class_name": name, "self_condition_layer": recipe.bottleneck}}
+    """Return the options of a network of which a middle state conditions what follows."""
+    return {"denoiser": {**recipe.config["denoiser"], "_class_name": f"SelfConditioned{recipe.kind}"}}
 
 
 def predicting_images(recipe: Recipe, teacher: Path) -> dict[str, Any]:

@@ -46,7 +46,8 @@ EXPERIMENTS = [
     ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding"],
     ["terms", "trainer", "training"],
     ["evaluation", "new_networks", "training_options"],
-    ["pretraining", "probing", "rebuilding", "vae_training"],
+    ["pretraining_options", "probing", "rebuilding", "vae_training"],
+    ["pretraining"],
     ["finetuning", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]
