@@ -26,7 +26,7 @@ from ddae_hf.commands.parsing import find_config, read_config
 from ddae_hf.experiments import Images, evaluate_generation, finetune, pretrain, sweep
 from ddae_hf.experiments.arrays import read_json, write_json, write_text
 from ddae_hf.experiments.new_networks import DENOISER
-from ddae_hf.hidden_states import default_layer, layer_names
+from ddae_hf.hidden_states import layer_names
 from ddae_hf.networks import build_denoiser
 
 from . import measure
@@ -43,7 +43,7 @@ class Recipe:
         config: Options of `pretrain`.
         kind: The name of the network's class.
         early: The layer that auxiliary terms act on, a quarter into the network.
-        late: The layer of the averaged network that is looked at: the one that probes read by default.
+        late: The layer of the averaged network that they look at, two thirds into it.
     """
 
     def __init__(self, config: dict[str, Any]):
@@ -52,7 +52,7 @@ class Recipe:
         layers = layer_names(denoiser)
         self.kind = type(denoiser).__name__
         self.early = layers[len(layers) // 4]
-        self.late = default_layer(denoiser)
+        self.late = layers[2 * len(layers) // 3]
 
 
 def cifar(denoiser: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -70,7 +70,7 @@ UNET = {
     "norm_num_groups": 8,
     "attention_head_dim": None,
 }
-SMALLER = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 48}  # than the DiT-S/4 of `dit_s4`
+SMALLER = {"patch_size": 4, "num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 48}  # a DiT
 
 
 def recipes() -> dict[tuple[str, str], Recipe]:
