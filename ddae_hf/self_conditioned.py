@@ -24,13 +24,14 @@ code of the authors was not read. So this was chosen here, and may differ from t
   as the rounded-down n / 2 - 1, where the authors' earlier paper (arXiv 2303.09769) finds the best features.
 - A DiT's output layer, which is no block, is told `c` as before; a U-Net's is told nothing.
 
-The stock classes' own `forward` runs on a view (`ddae_hf.cut`), and what one pass computes is kept in that pass. This
-module imports of the package only modules that import none, so that diffusers can load it from a checkpoint.
+The stock classes' own `forward` runs on a view, and what one pass computes is kept in that pass. This module imports
+nothing of the package: of a component with code of its own, diffusers takes one file from a repository.
 """
 
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,9 +41,6 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
-
-from .building import short
-from .cut import Cut
 
 MIDDLE = "middle"  # the default of `self_condition_layer`: the layer in the middle of the network, whatever its name
 
@@ -111,7 +109,7 @@ def chosen_layer(layer: Any, allowed: list[str], middle: int) -> str | None:
     few = allowed if len(allowed) < 8 else [*allowed[:2], "...", allowed[-1]]
     known = f"Allowed are {', '.join([*few, MIDDLE])}, and None" if allowed else "Here is none, which leaves None"
     raise ValueError(
-        f"self_condition_layer is {short(layer)}: it must be a layer of this network that has blocks after it. "
+        f"self_condition_layer is {reprlib.repr(layer)}: it must be a layer of this network that has blocks after it. "
         f"{known}, which turns self-conditioning off."
     )
 
@@ -127,11 +125,23 @@ def with_options_of(stock: Any) -> Callable[[Any], Any]:
     return name_them
 
 
-class LaterUpBlock(Cut):
+class Seen:
+    """A module, or a view of one, seen with some attributes replaced: what a stock `forward` may be run on."""
+
+    def __init__(self, module: Any, **replaced: Any):
+        self._module = module
+        for name, value in replaced.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class LaterUpBlock(Seen):
     """A block of a U-Net's decoder, seen whole, with more added to the embedding that it is told."""
 
     def __init__(self, block: Any, addition: Addition):
-        self._module = block
+        super().__init__(block)
         self._addition = addition
 
     def __call__(self, hidden_states: Tensor, skips: tuple[Tensor, ...], temb: Tensor, *more: Any) -> Any:
@@ -184,7 +194,7 @@ class SelfConditionedUNet2DModel(UNet2DModel):
         return UNet2DModel.forward(seen, sample, timestep, class_labels, return_dict)
 
 
-def _decoder_telling(network: Any, sample: Tensor, timestep: Tensor | float | int) -> Cut:
+def _decoder_telling(network: Any, sample: Tensor, timestep: Tensor | float | int) -> Seen:
     """Return a U-Net as one pass sees it: blocks after the layer add to their embedding.
 
     The network may be a view itself. This is no method, since in a compiled graph a view's would be the network's.
@@ -194,7 +204,7 @@ def _decoder_telling(network: Any, sample: Tensor, timestep: Tensor | float | in
     layer = network.config.self_condition_layer
     first = 0 if layer == "mid_block" else int(layer.rpartition(".")[2]) + 1
     later = [LaterUpBlock(block, addition) for block in network.up_blocks[first:]]
-    return Cut(network, {"up_blocks": [*network.up_blocks[:first], *later]})
+    return Seen(network, up_blocks=[*network.up_blocks[:first], *later])
 
 
 class Told(NamedTuple):
@@ -220,7 +230,7 @@ class LaterEmbeddings(CombinedTimestepLabelEmbeddings):
         return condition + timestep.added.to(condition.device)
 
 
-class LaterTransformerBlock(Cut):
+class LaterTransformerBlock(Seen):
     """A block of a DiT, seen whole, with more in the timestep that it is told.
 
     With a `checkpoint`, which takes the block and its arguments, hidden states inside are computed again for gradients.
@@ -228,7 +238,7 @@ class LaterTransformerBlock(Cut):
     """
 
     def __init__(self, block: Any, addition: Addition, checkpoint: Any):
-        self._module = block
+        super().__init__(block)
         self._addition = addition
         self._checkpoint = checkpoint
 
@@ -296,7 +306,7 @@ class SelfConditionedDiTTransformer2DModel(DiTTransformer2DModel):
         )
 
 
-def _blocks_telling(network: Any, timestep: Any) -> Cut:
+def _blocks_telling(network: Any, timestep: Any) -> Seen:
     """Return a DiT as one pass sees it: blocks after the layer add to their condition. It may be a view itself."""
     blocks = list(network.transformer_blocks)
     first = int(network.config.self_condition_layer.rpartition(".")[2]) + 1
@@ -308,5 +318,4 @@ def _blocks_telling(network: Any, timestep: Any) -> Cut:
     def run(block: Any, *arguments: Any) -> Any:
         return block(*arguments) if isinstance(block, LaterTransformerBlock) else recompute(block, *arguments)
 
-    seen = {"transformer_blocks": [*blocks[:first], *later], "_gradient_checkpointing_func": run}
-    return Cut(network, seen)
+    return Seen(network, transformer_blocks=[*blocks[:first], *later], _gradient_checkpointing_func=run)

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ddae_hf"
 # A module imports only modules of earlier lines.
 FLAT = [
-    ["building", "cut", "generators", "pickles", "remote_code"],
-    ["families", "latents", "self_conditioned"],
+    ["building", "cut", "generators", "pickles", "remote_code", "self_conditioned"],
+    ["families", "latents"],
     ["augment", "labels", "noise", "weights"],
     ["network_class", "sampling"],
     ["dits", "texts", "unets"],

@@ -42,6 +42,7 @@ from ddae_hf.networks import PAPER_UNET, build_denoiser, network_of
 from ddae_hf.self_conditioned import SelfConditionedDiTTransformer2DModel, SelfConditionedUNet2DModel
 
 from .conftest import TINY, make_vae
+from .hub_server import HubServer, run_client
 from .stock import CountedOperations
 from .test_sharding import distance, launch, options_of
 
@@ -524,6 +525,52 @@ def test_copies_with_their_code_need_no_package(folders, tmp_path):
         np.testing.assert_allclose(found["images"].permute(0, 2, 3, 1), images_of(pipeline), rtol=0, atol=1e-6)
         torch.testing.assert_close(found["features"], models[kind](torch.zeros(2, 3, 8, 8)).pooler_output)
         assert component(tmp_path / kind / "again") == component(root / "plain")
+
+
+PUBLISH = """
+from ddae_hf import DDAEPipeline
+for kind in ("unet", "dit"):
+    DDAEPipeline.from_pretrained(f"{root}/{kind}").save_pretrained(
+        f"{root}/code-{kind}", push_to_hub=True, repo_id=f"tester/{kind}", include_code=True
+    )
+"""
+FROM_THE_HUB = """
+import torch
+from safetensors.torch import save_file
+found = {}
+for kind in ("unet", "dit"):
+    pipeline = Pipeline.from_pretrained(f"tester/{kind}", **options)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(2, generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="pt")
+    found[kind] = drawn.images.contiguous()
+save_file(found, file)
+"""
+WITH_IT = "from ddae_hf import DDAEPipeline as Pipeline\noptions = {}\n"
+WITHOUT_IT = """
+import sys
+sys.modules["ddae_hf"] = None
+from diffusers import DiffusionPipeline as Pipeline
+options = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+"""
+
+
+@pytest.mark.hub
+def test_it_opens_from_the_hub_with_the_package_and_without(folders, tmp_path):
+    for kind, (_, pipeline) in folders.items():
+        pipeline.save_pretrained(tmp_path / kind)
+    (tmp_path / "server").mkdir()
+    with HubServer(tmp_path / "server") as server:
+        programs = {"publisher": f"root = {str(tmp_path)!r}\n{PUBLISH}"}
+        for name, start in (("with", WITH_IT), ("without", WITHOUT_IT)):
+            programs[name] = f"file = {str(tmp_path / name)!r}\n{start}{FROM_THE_HUB}"
+        for name, program in programs.items():
+            done = run_client(server, program, cache=tmp_path / f"cache-{name}", OMP_NUM_THREADS="1")
+            assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("with", "without"):
+        found = load_file(tmp_path / name)
+        for kind, (_, pipeline) in folders.items():
+            drawn = found[kind].permute(0, 2, 3, 1)
+            np.testing.assert_allclose(drawn, images_of(pipeline), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("library", ["os", "ddae_hf", "ddae_hf.checkpoints", "torch"])
