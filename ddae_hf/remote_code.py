@@ -35,8 +35,8 @@ def save_pipeline_code(folder: str | os.PathLike[str], components: Mapping[str, 
     """Write `pipeline.py`, which diffusers opens as `custom_pipeline="pipeline"`, and the modules that it needs.
 
     diffusers takes from a folder only the modules that `pipeline.py` itself imports, so it names them all. A component
-    with a class of this package has its module in its own folder, too: `components` are those modules, by component, or
-    nothing for a class of diffusers.
+    with a class of this package has its module in its own folder, too, which is all the code that diffusers takes from
+    there: `components` are those modules, by component, or nothing for a class of diffusers.
     """
     for component, own_module in components.items():
         if own_module:

@@ -3,6 +3,7 @@
 Wherever the maps matter they are drawn, since they are zero at first.
 """
 
+import ast
 import copy
 import functools
 import inspect
@@ -404,6 +405,15 @@ def test_a_pipeline_opens_and_says_which_package_opens_it(saved, tmp_path):
     assert "The package `ddae_hf` opens it" in card and f"which is a `ddae_hf` `{name}`" in card
 
 
+def test_the_code_of_a_component_is_one_file_that_imports_nothing_of_the_package(saved):
+    """Since diffusers takes no other file of it from a repository."""
+    root, _ = saved
+    [file] = (root / "code").glob("*/*.py")
+    assert file.name == "self_conditioned.py"
+    imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert imports and not any(node.level or "ddae_hf" in node.module for node in imports)
+
+
 def test_a_denoiser_of_latents_opens_with_its_vae(tmp_path):
     torch.manual_seed(0)
     network = SelfConditionedDiTTransformer2DModel(**DIT | {"in_channels": 4}).eval()
@@ -554,6 +564,7 @@ options = {"custom_pipeline": "pipeline", "trust_remote_code": True}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.hub
 def test_it_opens_from_the_hub_with_the_package_and_without(folders, tmp_path):
     for kind, (_, pipeline) in folders.items():
