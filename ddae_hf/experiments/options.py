@@ -40,7 +40,9 @@ NAMES = {
     Range("at least 0", lambda x: x >= 0): """lr_warmup_steps weight_decay max_grad_norm kl_weight mixup
         sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale sigma sigmas
         extractor_sigma""",
-    Range("positive", lambda x: x > 0): "learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2",
+    Range("between 1 and 1024", lambda x: 1 <= x <= 1024): "lora_rank",
+    Range("positive", lambda x: x > 0): """learning_rate wide_resnet_learning_rate adam_epsilon lora_alpha
+        sigma_min sigma_max l2""",
     Range("between 0 and 1", lambda x: 0 <= x <= 1): "augment label_dropout low_resolution_share",
     Range("above 0 and below 1", lambda x: 0 < x < 1): "validation_fraction",
     Range("above 0 and at most 1", lambda x: 0 < x <= 1): "layer_decay",
