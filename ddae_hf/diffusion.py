@@ -13,7 +13,7 @@ the timestep of the level `sigma`, and should answer `c * x + d * n`. The loss o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ from .networks import network_of
 from .noise import family_of
 
 Conditions = dict[str, Tensor]
+
+
+class Denoised(NamedTuple):
+    """Images in training, as a denoiser saw them, and how it did."""
+
+    losses: Tensor  # (B,), float32
+    sigma: Tensor  # (B,), their noise levels
+    noise: Tensor  # standard-normal, (B, C, H, W)
+    hidden_states: dict[str, Tensor]  # raw, (B, ...), by layer name
 
 
 class Diffusion:
@@ -106,7 +115,12 @@ class Diffusion:
         For the arguments see `predict`. A distributed network synchronises its gradients if the answer is in the loss.
         """
         fed, told = self._fed(noisy, timestep)
-        output, states = run_with_hidden_states(self.denoiser, fed, told, layers, self.network.keywords(conditions))
+        keywords = self.network.keywords(conditions)
+        states: dict[str, Tensor] = {}
+        if layers:
+            output, states = run_with_hidden_states(self.denoiser, fed, told, layers, keywords)
+        else:
+            output = self.network.call(self.denoiser, fed, told, **keywords).sample
         return output[:, : noisy.shape[1]].float(), states
 
     def hidden_states(
@@ -169,44 +183,52 @@ class Diffusion:
         answer = self.predict(fed, timestep.expand(len(sample)), conditions)
         return self.family.denoised(fed, answer[:, : sample.shape[1]], self.family.sigma(timestep))
 
-    def loss(
+    def loss(self, clean: Tensor, **options: Any) -> Tensor:
+        """Return the denoising loss of each image, float32 (B,); the options are those of `denoising`."""
+        return self.denoising(clean, **options).losses
+
+    def denoising(
         self,
         clean: Tensor,
+        layers: Sequence[str] = (),
         *,
         sigma: Tensor | None = None,
         noise: Tensor | None = None,
         condition: Any = None,
         log_normal: tuple[float, float] | None = None,
+        shares: tuple[float, float] | None = None,
         generator: Generator = None,
         weighting: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Return the denoising loss of each image.
+    ) -> Denoised:
+        """Return the denoising loss of each image, with hidden states of the same pass.
 
         Args:
             clean: Images (B, C, H, W) in [-1, 1], or scaled latents. Further output channels, which are a learned
                 variance, play no part.
+            layers: Names of the layers whose hidden states are returned too. Gradients reach them, and a distributed
+                network synchronises those if the losses are part of what is minimised.
             sigma: Noise levels (B,); drawn from the family's training distribution if not given.
             noise: Standard-normal noise (B, C, H, W); drawn if not given.
             condition: What the network is told, such as labels (B,); by default the null condition.
             log_normal: Mean and deviation of log sigma, in place of the family's own training distribution.
+            shares: Which part of the distribution is drawn, by default all: see `Family.draw`.
             generator: Random generator on the device of `clean`.
             weighting: The weight of an image's loss as a function of the noise levels (B,); by default every weight is
                 1.
 
         Returns:
-            Squared errors averaged over pixels, float32 (B,).
+            Squared errors averaged over pixels, noise levels, noise and hidden states.
         """
         if sigma is None:
-            sigma = self.family.draw(len(clean), clean.device, generator, log_normal)
+            sigma = self.family.draw(len(clean), clean.device, generator, log_normal, shares)
         if noise is None:
             noise = normal(clean.shape, clean.device, generator)
         noisy, timestep = self.family.noisy(clean, noise, sigma)
         conditions = self.conditions(condition, len(clean), clean.device)
-        fed, told = self._fed(noisy, timestep)
-        output = self.network.call(self.denoiser, fed, told, **self.network.keywords(conditions)).sample
+        answer, states = self.predict_with_hidden_states(noisy, timestep, layers, conditions)
         target = self.family.target(clean, noise, sigma)
-        errors = (output[:, : clean.shape[1]].float() - target).square().mean(dim=tuple(range(1, clean.ndim)))
-        return errors if weighting is None else weighting(sigma) * errors
+        errors = (answer - target).square().mean(dim=tuple(range(1, clean.ndim)))
+        return Denoised(errors if weighting is None else weighting(sigma) * errors, sigma, noise, states)
 
 
 def _repeat(values: Tensor, count: int) -> Tensor:

@@ -243,22 +243,33 @@ class Family(ABC):
         c, d = self.target_shares(level)
         return (d * noisy.float() - b * output.float()) / (a * d - b * c)
 
+    def image_error(self, sigma: Tensor) -> Tensor:
+        """Return how many times the answer's squared error is the denoised image's, of the shape of `sigma`."""
+        a, b = self.input_shares(sigma)
+        c, d = self.target_shares(sigma)
+        return (b / (a * d - b * c)).square()
+
     def draw(
         self,
         batch_size: int,
         device: Any = None,
         generator: Generator = None,
         log_normal: tuple[float, float] | None = None,
+        shares: tuple[float, float] | None = None,
     ) -> Tensor:
         """Draw the noise levels (batch_size,) of a training step, with a generator on `device`.
 
         `log_normal` holds the mean and the standard deviation of log sigma, in place of the family's own distribution,
         which is uniform timesteps for VP, (-1.2, 1.2) for EDM, and uniform times for flow matching. For flow matching,
         (0, 1) gives the logit-normal times of Esser et al. 2024 (arXiv 2403.03206), because the logit of time is log
-        sigma. For VP, levels beyond an end of the schedule become that end. It raises `ValueError` if `log_normal` is
-        not a distribution.
+        sigma. For VP, levels beyond an end of the schedule become that end. With `shares` the distribution is cut:
+        only levels between these two shares of it are drawn. It raises `ValueError` if `log_normal` is not a
+        distribution.
         """
         share = uniform((batch_size,), device, generator).clamp(min=2.0**-25)  # torch's may be 0
+        if shares is not None:
+            first, last = shares
+            share = (first + (last - first) * share).clamp(max=last - 2.0**-24)
         return self.usual(share) if log_normal is None else self.log_normal(share, *log_normal)
 
     def log_normal(self, share: Tensor, mean: float, deviation: float) -> Tensor:

@@ -63,3 +63,23 @@ def test_what_a_denoiser_of_true_size_costs_is_measured():
     assert found["parameters"] == 859_520_964  # as its repository's weights have
     to_layer, whole = found["gflop"].values()
     assert 0 < to_layer < whole and found["peak_memory_gib"] < 4 and found["images_per_second"] > 0
+
+
+def test_ways_of_training_are_compared_on_the_same_images(tmp_path, digits):
+    """The teacher is the plain network of seed 0; figures are those of the reports; what is done is not done again."""
+    options = ["--data", "digits", "--dataset_name", digits, "--networks", "unet", "--sigmas", 0.1, "--num_images", 20]
+    options += ["--max_train_steps", 2, "--judge_steps", 2, "--output_dir", tmp_path, "--seeds", 0, 1]
+    printed = run("ablation", *options, "--methods", "min-SNR", "dispersive")
+    found = json.loads((tmp_path / "digits" / "results.json").read_text())["unet"]
+    assert list(found) == ["plain", "min-SNR", "dispersive"] and all(len(runs) == 2 for runs in found.values())
+    folder = tmp_path / "digits" / "unet" / "dispersive" / "1"
+    report = json.loads((folder / "probe" / "eval_results.json").read_text())
+    assert found["dispersive"][1]["probe"] == pytest.approx(100 * report["test_accuracies"]["0"])
+    assert found["min-SNR"][1]["loss"] < found["plain"][1]["loss"]  # for velocities all weights are below 1
+    parts = json.loads((folder / "trained" / "train_results.json").read_text())["parts_last_100_batches"]
+    assert list(parts) == ["denoising", "dispersive"] and found["dispersive"][1]["loss"] == parts["denoising"]
+    means = [sum(each["probe"] for each in runs) / 2 for runs in found.values()]
+    assert all(f"{mean:.2f} ±" in printed for mean in means)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("figures.json")}
+    assert len(before) == 6 and printed.endswith(run("ablation", *options, "--methods", "min-SNR", "dispersive"))
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("figures.json")}

@@ -74,7 +74,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 def test_what_takes_long_is_shared():
-    alone = {"quickstart", "correspondence", "convert", "demo", "configs"}
+    alone = {"quickstart", "correspondence", "ema", "convert", "demo", "configs"}
     assert set(program.SHARED) == program.COMMANDS.keys() - alone
 
 

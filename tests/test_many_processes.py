@@ -44,6 +44,7 @@ for name, options in json.loads(sys.argv[1]):
     with open(f"shares-of-{name}-{PartialState().process_index}.json", "w") as file:
         json.dump(shares, file)
 """
+SHARED = {"sweep", "probe", "export", "noisy", "encode", "transfer", "diffusion-classifier"}
 COUNTS = ["--max_train_samples", 60, "--max_test_samples", 30]
 
 
@@ -51,6 +52,8 @@ COUNTS = ["--max_train_samples", 60, "--max_test_samples", 30]
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     DDAEPipeline.for_denoiser(make_unet(in_channels=1, out_channels=1), DDIMScheduler()).save_pretrained(root / "unet")
+    told = make_unet(in_channels=1, out_channels=1, num_class_embeds=11)
+    DDAEPipeline.for_denoiser(told, DDIMScheduler(), 10).save_pretrained(root / "told")
     dit = make_dit(in_channels=4, num_layers=2, num_embeds_ada_norm=0)
     for parameter in dit.parameters():  # diffusers' own start ends in zeros
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -71,6 +74,8 @@ def commands_into(folder, checkpoints, digits):
     online = [*unet, *COUNTS, "--protocol", "batch_norm", "--num_train_epochs", 2, "--train_batch_size", 16]
     online += ["--layers", "decoder", "--sigmas", 0.1, "--batch_size", 7]
     encode = ["--vae", str(checkpoints / "vae"), *data, "--max_samples", 40, "--mirror", "--sample_posterior"]
+    told = ["--model_name_or_path", str(checkpoints / "told"), *data, "--max_samples", 30, "--stage_draws", 2, 6]
+    told += ["--stage_classes", 4, 1, "--image_sigmas", 0, 0.5, "--batch_size", 70]
     export = [*unet, "--max_samples", 40, "--sigma", 0.3, "--batch_size", 7, "--format", "npy"]
     found = [
         ("sweep", [*small, "--random_flip", "--knn", "--baselines", "--few_labels", 2, "--num_noise_seeds", 2]),
@@ -79,6 +84,7 @@ def commands_into(folder, checkpoints, digits):
         ("noisy", [*noisy, "--random_crop", 1, "--random_flip"]),
         ("encode", [*encode, "--batch_size", 7, "--resolution", 16]),
         ("transfer", latent),
+        ("diffusion-classifier", told),
     ]
     return [(name, [*options, "--output_dir", str(folder / name)]) for name, options in found]
 
@@ -126,7 +132,7 @@ def figures(path):
     return dict(numbers(json.loads(path.read_text()), ()))
 
 
-@pytest.mark.parametrize("name", ["sweep", "probe", "noisy", "transfer"])
+@pytest.mark.parametrize("name", ["sweep", "probe", "noisy", "transfer", "diffusion-classifier"])
 def test_figures_are_those_of_one_process(folders, name):
     one, two, _ = folders
     reports = sorted((one / name).rglob("eval_results.json"))
@@ -141,7 +147,7 @@ def test_figures_are_those_of_one_process(folders, name):
 def test_features_and_latents_are_those_of_one_process(folders):
     one, two, _ = folders
     files = sorted(path.relative_to(one) for path in one.rglob("*.npy"))
-    assert {path.parts[0] for path in files} == {"sweep", "probe", "export", "noisy", "encode", "transfer"}
+    assert {path.parts[0] for path in files} == SHARED
     assert set(files) <= {path.relative_to(two) for path in two.rglob("*.npy")}
     for path in files:
         expected, found = np.load(one / path), np.load(two / path)
@@ -152,7 +158,7 @@ def test_features_and_latents_are_those_of_one_process(folders):
 
 def test_every_process_computes_its_share_and_the_first_alone_prints(folders):
     _, two, printed = folders
-    for name in ("sweep", "probe", "export", "noisy", "encode", "transfer"):
+    for name in SHARED:
         files = (two.parent / f"shares-of-{name}-{number}.json" for number in (0, 1))
         first, second = (json.loads(file.read_text()) for file in files)
         trainings = first.pop("trainings"), second.pop("trainings")

@@ -36,20 +36,22 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "run_folder"],
-    ["options"],
+    ["classes", "digits", "noisy_networks", "objectives", "run_folder"],
+    ["averages", "options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
     ["latent_folder"],
-    ["converting", "encoding", "extractors", "feature_export", "low_rank", "pairs"],
+    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "low_rank", "pairs", "told_classes"],
+    ["class_errors", "run_results"],
     ["results"],
-    ["batches", "plots"],
-    ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding", "trainer"],
-    ["training"],
+    ["auxiliary", "batches", "plots"],
+    ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding"],
+    ["terms", "trainer", "training"],
     ["evaluation", "new_networks", "training_options"],
-    ["pretraining", "probing", "vae_training"],
+    ["pretraining_options", "probing", "rebuilding", "vae_training"],
+    ["pretraining"],
     ["finetuning", "sweeping"],
-    ["noisy_classification", "training_curve", "transferring"],
+    ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}

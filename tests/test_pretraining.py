@@ -110,19 +110,19 @@ def test_a_fresh_run_does_not_mix_with_an_earlier_one(trained, digits):
 
 @pytest.mark.parametrize("denoiser", [TINY, TINY_DIT])
 def test_training_begins_on_images_of_low_resolution_and_resumes_exactly(digits, tmp_path, monkeypatch, denoiser):
-    whole, seen, loss_of, inputs_of = [], [], Diffusion.loss, pretraining.training_inputs
+    whole, seen, denoised, inputs_of = [], [], Diffusion.denoising, pretraining.training_inputs
 
     def inputs(*given):
         found = inputs_of(*given)
         whole.append(found[0])
         return found
 
-    def loss(diffusion, clean, **levels):
+    def denoising(diffusion, clean, *layers, **levels):
         seen.append(clean)
-        return loss_of(diffusion, clean, **levels)
+        return denoised(diffusion, clean, *layers, **levels)
 
     monkeypatch.setattr(pretraining, "training_inputs", inputs)
-    monkeypatch.setattr(Diffusion, "loss", loss)
+    monkeypatch.setattr(Diffusion, "denoising", denoising)
     options = ["--denoiser", json.dumps(denoiser), "--max_train_steps", "5", "--checkpointing_steps", "2"]
     options += ["--low_resolution", "4", "--low_resolution_share", "0.6"]
     train(digits, tmp_path / "whole", *options)

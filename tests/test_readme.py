@@ -43,6 +43,8 @@ def here(tmp_path_factory):
     cifar = DDPMPipeline(make_unet(sample_size=16, **thin), DDIMScheduler())
     cifar.save_pretrained(root / CIFAR)
     cifar.save_pretrained(root / "owner/name", variant="ema")
+    told = DDAEPipeline.for_denoiser(make_unet(sample_size=16, num_class_embeds=4), DDIMScheduler(), 3)
+    told.save_pretrained(root / "runs/conditional")
     dit = make_dit(num_layers=14, in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
     DiTPipeline(dit, make_vae(), DDIMScheduler()).save_pretrained(root / "facebook/DiT-XL-2-256")
     index = root / "facebook/DiT-XL-2-256/model_index.json"

@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
+from ddae_hf.experiments.denoising_report import SavedClassifier
 from ddae_hf.experiments.devices import machine
 from ddae_hf.experiments.models import base_model
 from ddae_hf.experiments.pairs import Pair, Point, Probe
@@ -16,6 +17,7 @@ from ddae_hf.experiments.report import in_memory, markdown, percent, spread
 from ddae_hf.experiments.results import (
     CorrespondenceReport,
     CurveReport,
+    DenoisingClassifierReport,
     FineTuningReport,
     GenerationReport,
     NoisyReport,
@@ -87,6 +89,21 @@ REPORTS = [
         num_images=2,
         num_points=1234,
         results={"denoiser": {"pck@1": 0.5, "mean_error": 1.25}, "pixels": {"pck@1": 0.25, "mean_error": 4.5}},
+    ),
+    DenoisingClassifierReport(
+        options={"image_sigmas": [0.0, 0.5], "stage_draws": [2, 3], "stage_classes": [2, 1], "error": "l1"}
+        | {"noise_seed": 0},
+        num_images=40,
+        classes=["cat", "dog", "rat"],
+        told=["a cat", "a dog", "a rat"],
+        levels=[0.25, 0.5, 1.0],
+        draws=[2, 3],
+        calls=[6, 8],
+        gflop_a_call=1.5,
+        accuracies=[[0.5, 0.75], [0.25, 0.5]],
+        beside={
+            "probe": SavedClassifier(layer="mid", sigma=0.1, same_denoiser=True, gflop=0.5, accuracies=[0.625, 0.125])
+        },
     ),
 ]
 KINDS = [type(report) for report in REPORTS]

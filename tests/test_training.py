@@ -356,15 +356,16 @@ from tests import commands
 from tests.watch import watched
 
 def failing(*args, **options):
-    losses.append(loss_of(*args, **options))
+    found = denoised(*args, **options)
+    passes.append(found)
     one = PartialState().process_index == 1
-    if one and len(losses) == 7:
+    if one and len(passes) == 7:
         signal.raise_signal(signal.SIGTERM)
-    return losses[-1] * float("nan") if one and len(losses) == 6 else losses[-1]
+    return found._replace(losses=found.losses * float("nan")) if one and len(passes) == 6 else found
 
-losses = []
+passes = []
 pretraining.training_inputs = watched(pretraining.training_inputs)
-loss_of, Diffusion.loss = Diffusion.loss, failing
+denoised, Diffusion.denoising = Diffusion.denoising, failing
 PartialState.destroy_process_group = lambda state: None  # the next run needs it
 for options in json.loads(sys.argv[1]):
     try:

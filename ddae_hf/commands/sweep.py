@@ -4,7 +4,8 @@ r"""Find a denoiser's best layer and noise level: probe every pair of them, and 
         --layers decoder --sigmas 0.02 0.05 0.1 0.2 --output_dir runs/cifar10_sweep
 
 Features are kept in `--features_dir`: another run, another kind of probe or an interrupted run starts from what is
-there. With `--checkpoints RUN`, every checkpoint of a training run is swept.
+there. With `--checkpoints RUN`, every checkpoint of a training run is swept. With `--lengths`, averages of the weights
+of the run that `--model_name_or_path` names are, one of each length.
 """
 
 from __future__ import annotations
@@ -32,8 +33,15 @@ class Arguments(CurveOptions):
         super().check()
         if (self.model_name_or_path is None) == (self.checkpoints is None):
             raise ValueError("Give one of model_name_or_path and checkpoints.")
-        if self.extractor is not None and self.checkpoints is None:
-            raise ValueError("extractor measures samples over a training run: give checkpoints with it.")
+        if self.lengths and self.checkpoints is not None:
+            raise ValueError("lengths sweeps averages in place of checkpoints: give the run as model_name_or_path.")
+        if self.extractor is not None and self.run is None:
+            raise ValueError("extractor measures samples over a training run: give checkpoints or lengths with it.")
+
+    @property
+    def run(self) -> str | None:
+        """The folder of the training run whose checkpoints or averages are swept, if any are."""
+        return self.model_name_or_path if self.lengths else self.checkpoints
 
 
 KINDS = (DataOptions, Arguments, HubOptions)
@@ -41,17 +49,17 @@ KINDS = (DataOptions, Arguments, HubOptions)
 
 def main(data: DataOptions, options: Arguments, hub: HubOptions) -> None:
     """Run the command."""
-    if options.checkpoints and hub.push_to_hub:
+    if options.run and hub.push_to_hub:
         raise ValueError("push_to_hub pushes one classifier: sweep one checkpoint, with model_name_or_path.")
     if is_first_process():
         prepare(hub, options.output_dir, options.model_name_or_path)
     images = data.open(options.cache_dir)
-    if options.model_name_or_path is None:
-        report = sweep_run(str(options.checkpoints), images, options)
+    if options.run is not None:
+        report = sweep_run(options.run, images, options)
         if report is None:  # another process has it
             return
         print(report.table())
-    else:
+    elif options.model_name_or_path is not None:
         result = sweep(options.model_name_or_path, images, options)
         if result is None:  # another process has it
             return

@@ -22,6 +22,7 @@ _ROOMS = {
     "converting": ("ConversionOptions", "convert"),
     "correspondences": ("CorrespondenceOptions", "find_correspondences", "main_directions"),
     "cross_attention": ("word_maps",),
+    "diffusion_classification": ("DenoisingClassifierOptions", "classify_by_denoising"),
     "encoding": ("EncodingOptions", "encode"),
     "evaluation": ("EvaluationOptions", "evaluate_generation"),
     "feature_export": ("ExportOptions", "export_features"),
@@ -31,6 +32,7 @@ _ROOMS = {
     "noisy_classification": ("NoisyOptions", "classify_noisy"),
     "pretraining": ("PretrainingOptions", "pretrain"),
     "publishing": ("make_card", "save_card"),
+    "rebuilding": ("RebuildingOptions", "rebuild_average"),
     "results": ("Report",),
     "sweeping": ("SweepOptions", "sweep"),
     "training_curve": ("CurveOptions", "sweep_run"),
@@ -39,10 +41,11 @@ _ROOMS = {
 }
 _MODULES = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
-    "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "EncodingOptions", "EvaluationOptions",
-    "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions", "PretrainingOptions", "Report",
-    "SweepOptions", "TransferOptions", "VAEOptions", "classify_noisy", "convert", "encode", "evaluate_generation",
-    "export_features", "find_correspondences", "finetune", "generate", "main_directions", "make_card", "pretrain",
+    "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "DenoisingClassifierOptions", "EncodingOptions",
+    "EvaluationOptions", "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions",
+    "PretrainingOptions", "RebuildingOptions", "Report", "SweepOptions", "TransferOptions", "VAEOptions",
+    "classify_by_denoising", "classify_noisy", "convert", "encode", "evaluate_generation", "export_features",
+    "find_correspondences", "finetune", "generate", "main_directions", "make_card", "pretrain", "rebuild_average",
     "save_card", "sweep", "sweep_run", "train_vae", "transfer", "word_maps",
 ]  # fmt: skip
 
@@ -50,6 +53,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .converting import ConversionOptions, convert
     from .correspondences import CorrespondenceOptions, find_correspondences, main_directions
     from .cross_attention import word_maps
+    from .diffusion_classification import DenoisingClassifierOptions, classify_by_denoising
     from .encoding import EncodingOptions, encode
     from .evaluation import EvaluationOptions, evaluate_generation
     from .feature_export import ExportOptions, export_features
@@ -59,6 +63,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .noisy_classification import NoisyOptions, classify_noisy
     from .pretraining import PretrainingOptions, pretrain
     from .publishing import make_card, save_card
+    from .rebuilding import RebuildingOptions, rebuild_average
     from .results import Report
     from .sweeping import SweepOptions, sweep
     from .training_curve import CurveOptions, sweep_run

@@ -32,6 +32,7 @@ CHANGES = 1  # of the image itself: mirroring and cropping
 POSTERIOR = 2  # of a VAE, which gives a distribution of latents
 TRAINING = 3  # of whatever a network is trained with
 SAMPLING = 4  # of the noise that sampling starts from
+CORRUPTION = 5  # of noise on images before anything sees them
 
 _WORD = 2**64
 _STEP = 0x9E3779B97F4A7C15  # of the counter

@@ -25,13 +25,16 @@ from .sharing import this_process
 Model = StrPath | DDAEModel
 
 
-def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None = None, **config: Any) -> DDAEModel:
+def open_model(
+    model: Model, *, dtype: str | None = None, cache_dir: str | None = None, null_needed: bool = True, **config: Any
+) -> DDAEModel:
     """Return a model: an object as it came, or one opened from a path, in evaluation mode on the best device.
 
     Args:
         model: The model, or where it is; `DDAEForImageClassification` gives its base model.
         dtype: Name of the type that it computes in, by default its checkpoint's.
         cache_dir: Where downloads are kept.
+        null_needed: Whether something must say what the network is told of images of which nothing is said.
         **config: What its configuration is to say; None leaves it as it is. `vae=False` opens it without its VAE.
 
     Raises:
@@ -55,7 +58,8 @@ def open_model(model: Model, *, dtype: str | None = None, cache_dir: str | None 
                 f"The model is open already, with another {different[0]} than is asked for: open it with that, or give "
                 "its path."
             )
-    check_null_condition(found)
+    if null_needed:
+        check_null_condition(found)
     return found
 
 

@@ -22,12 +22,14 @@ import torch
 
 from ..checkpoints import build_scheduler, plain_config, read_checkpoint
 from ..configuration_ddae import DDAEConfig
+from ..families import Family
 from ..networks import NETWORKS, build_denoiser, network_of
 from ..noise import family_of
 from .devices import best_device
 from .draws import separate_randomness
 from .images import Images
 from .latent_folder import LatentFolder
+from .objectives import shares_between
 from .options import Table
 from .pretraining_data import TrainingData
 from .sharing import this_process
@@ -227,7 +229,19 @@ def check_networks(options: Any, denoiser: Any, scheduler: Any, data: TrainingDa
             if side == config.sample_size:
                 raise
             raise ValueError(f"low_resolution {side} cannot work. {error}") from error
-    family_of(scheduler).draw(1, log_normal=options.log_sigma)
+    family_of(scheduler).draw(1, **levels_drawn(options, family_of(scheduler)))
     copy.deepcopy(scheduler).set_timesteps(options.num_inference_steps)
     if options.resolution not in (None, config.sample_size):
         raise ValueError(f"resolution is {options.resolution}, but the network's sample_size is {config.sample_size}.")
+
+
+def levels_drawn(options: Any, family: Family) -> dict[str, Any]:
+    """Return which noise levels these options have a family draw, as arguments of `Family.draw`, or raise `ValueError`.
+
+    `log_sigma` is refused where it is no distribution, and a cut where it leaves next to nothing of one.
+    """
+    log_normal = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
+    return {
+        "log_normal": log_normal,
+        "shares": shares_between(family, options.sigma_min, options.sigma_max, log_normal),
+    }

@@ -55,9 +55,15 @@ class Probe:
 
 @dataclass(kw_only=True)
 class Point(Pair):
-    """A checkpoint of a training run: its best pair, and what else was measured."""
+    """A checkpoint of a training run, or an average of its weights: its best pair, and what else was measured.
+
+    Attributes:
+        step: The step that it is of.
+        length: The average's length, as `averages` has it; None for a checkpoint.
+    """
 
     step: int
+    length: float | None = None
     test_accuracy: float
     test_loss: float | None = None
     frechet_distance: float | None = None

@@ -106,8 +106,9 @@ def curves(
 
 
 def curves_of_points(points: Sequence[Point]) -> Figure:
-    """Return a picture of accuracy, loss and sample quality over training steps, the best of each marked."""
-    steps = [point.step for point in points]
+    """Return a picture of accuracy, loss and sample quality over training steps or lengths, the best of each marked."""
+    lengths = points[0].length is not None
+    places = [point.length if lengths else point.step for point in points]
     panels: dict[str, list[Any]] = {"test accuracy (%)": [100 * point.test_accuracy for point in points]}
     panels["loss on test images"] = [point.test_loss for point in points]
     if points[0].frechet_distance is not None:
@@ -115,14 +116,18 @@ def curves_of_points(points: Sequence[Point]) -> Figure:
     figure = Picture(figsize=(6, 0.8 + 2 * len(panels)), layout="constrained")
     for (title, y), axis in zip(panels.items(), figure.subplots(len(panels), sharex=True), strict=True):
         best = y.index((max if title == "test accuracy (%)" else min)(y))
-        axis.plot(steps, y, "o-")
-        label = f"best: {y[best]:.4g} at {steps[best]}"
-        axis.plot(steps[best], y[best], "*", markersize=15, color="crimson", label=label)
+        axis.plot(places, y, "o-")
+        label = f"best: {y[best]:.4g} at {places[best]}"
+        axis.plot(places[best], y[best], "*", markersize=15, color="crimson", label=label)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.legend()
-    axis.set_xlabel("training step")
-    figure.suptitle("Best probe, loss and samples while training")
+    if lengths:
+        axis.set_xscale("log")
+        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.minorticks_off()
+    axis.set_xlabel("length of the average of weights (sigma_rel)" if lengths else "training step")
+    figure.suptitle(f"Best probe, loss and samples {'over lengths of averages' if lengths else 'while training'}")
     return figure
 
 

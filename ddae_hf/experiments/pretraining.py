@@ -16,20 +16,23 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor
 
 from ..augment import NUM_LABELS, augment, embed_labels, random_flip, reduced
-from ..diffusion import Diffusion
+from ..diffusion import Denoised, Diffusion
 from ..image_processing_ddae import DDAEImageProcessor
 from ..labels import drop_labels
-from ..networks import NETWORKS, network_of
+from ..networks import network_of
 from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
+from .auxiliary import DENOISING, Seen, Setting, Terms, less_noisy
+from .averages import PowerAverages
 from .batches import Batch, clean_images
 from .draws import RowDraws
 from .images import Images
@@ -37,88 +40,27 @@ from .latent_folder import LatentFolder, one_view
 from .models import base_model
 from .new_networks import (
     check_networks,
-    check_tells_no_text,
     choose,
     chosen_before,
+    levels_drawn,
     networks_to_train,
     new_networks,
     trained_on,
 )
-from .options import Table, option
+from .objectives import weighting
 from .plots import image_grid
 from .pretraining_data import TrainingData, training_data
+from .pretraining_options import PretrainingOptions
 from .report import in_memory
 from .results import PretrainingReport
 from .run_folder import OF_DATA, Progress, check_same_run, read_options, saving, write_options
-from .sharding import check_fsdp, check_sharding, fsdp_taken_over
-from .training_options import TrainingOptions, check_resumed
+from .sharding import check_sharding, fsdp_taken_over
+from .training_options import check_resumed
 
 logger = logging.getLogger(__name__)
 
 LATENTS = Path("state") / "latents.json"
 WEIGHTS = ("model_index.json", "raw/model_index.json", "*/diffusion_pytorch_model*", "raw/*/diffusion_pytorch_model*")
-
-
-@dataclass(kw_only=True)
-class PretrainingOptions(TrainingOptions):
-    """Options of `pretrain`."""
-
-    # Besides these, the network and its scheduler are compared as they were built, and the data by number and hash.
-    may_change: ClassVar[frozenset[str]] = TrainingOptions.may_change.union(
-        """denoiser scheduler vae resolution gradient_checkpointing adam_beta1 adam_beta2 weight_decay
-        adam_epsilon ema_decay shard sample_steps grid_images num_inference_steps sampler""".split()
-    )
-
-    denoiser: Table = option({}, "Options of the network and its `_class_name`, as YAML.")
-    scheduler: Table = option({}, "Options of the scheduler and its `_class_name`, as YAML.")
-    init_from: str | None = option(None, "Checkpoint (any layout) whose network and scheduler to start from.")
-    vae: str | None = option(None, "Folder or Hub id of the latents' VAE, if it has moved since they were made.")
-    augment: float = option(0.0, "Probability of EDM's augmentations, such as 0.12.")
-    class_conditional: bool = option(False, "Tell the network each image's class.")
-    label_dropout: float = option(0.1, "Share of images for which it is told the null class instead.")
-    log_sigma: list[float] | None = option(
-        None,
-        "Mean and standard deviation of log sigma, drawn from a normal distribution: for flow matching 0 1 are "
-        "logit-normal times. By default each framework has its own: uniform timesteps, EDM's -1.2 1.2, uniform times.",
-    )
-    low_resolution: int | None = option(None, "Begin on images reduced to this side by averaging pixels, to save time.")
-    low_resolution_share: float = option(0.9, "Share of the steps that use low_resolution.")
-    shuffle_buffer: int = option(10000, "Images of a stream among which the next one is drawn.")
-    gradient_checkpointing: bool = option(False, "Compute hidden states twice, to save memory.")
-    shard: bool = option(
-        False,
-        "Keep a part of the weights, of the optimiser and of the averages on each device, for networks that are too "
-        "large for one.",
-    )
-    adam_beta1: float = option(0.9, "Decay of AdamW's mean of the gradient.")
-    adam_beta2: float = option(0.999, "Decay of AdamW's mean of the gradient's square.")
-    weight_decay: float = option(0.0, "Weight decay of AdamW.")
-    adam_epsilon: float = option(1e-8, "What is added to AdamW's divisor.")
-    ema_decay: float = option(0.9999, "Decay of the averaged weights after its ramp.")
-    sample_steps: int = option(5000, "Draw a grid of samples every N steps; 0 draws none.")
-    grid_images: int = option(64, "Images in the grid.")
-    num_inference_steps: int = option(50, "Sampling steps of the grid.")
-    sampler: Literal["heun"] | None = option(None, "EDM's second-order sampler for the grid, not the scheduler's own.")
-
-    def check(self) -> None:
-        """Refuse options that do not go together, and FSDP of another kind than `shard`."""
-        super().check()
-        check_fsdp()
-        check_tells_no_text(self.denoiser, "denoiser")
-        own = {name for network in NETWORKS.values() for name in network.label_options(1)}
-        if labels := sorted(own & set(self.denoiser)):
-            raise ValueError(f"denoiser has {labels[0]}: leave it out; class_conditional takes it from the data.")
-        if self.init_from and (self.denoiser or self.scheduler):
-            raise ValueError("init_from brings its own network and scheduler: leave out denoiser and scheduler.")
-        if self.augment and (self.random_flip or self.class_conditional):
-            other = "random_flip" if self.random_flip else "class_conditional"
-            raise ValueError(f"augment mirrors images itself, and takes the place of a class: leave out {other}.")
-        if self.class_conditional and self.label_dropout in (0, 1):
-            raise ValueError(
-                f"label_dropout is {self.label_dropout:g}: the network must see both its classes and the null class."
-            )
-        if self.log_sigma is not None and len(self.log_sigma) != 2:
-            raise ValueError(f"log_sigma is {self.log_sigma}: give two numbers, a mean and a standard deviation.")
 
 
 @dataclass(kw_only=True)
@@ -167,6 +109,8 @@ def pretrain(
         accelerator = stack.enter_context(options.accelerated(resume))
         if options.shard:
             check_sharding(accelerator)
+        if options.auxiliary and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ValueError("auxiliary does not go with compiling: launch with --dynamo_backend no.")
         run = Pretraining(options, accelerator, training_data(images, options), resume)
         if result := run.loop.finished(PretrainingResult):
             result.pipeline = run.trained()
@@ -184,7 +128,12 @@ class Pretraining:
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
         network, self.average, self.scheduler = networks_to_train(options, data, resume)
+        on_latents = data.latents is not None
+        self.terms = Terms(
+            options.auxiliary, Setting(network, on_latents, accelerator.device, options.seed, options.cache_dir)
+        )
         if resume is not None:
+            self.terms.restore(resume)
             self._check_same_run(check_resumed(self.given, known, resume), network, resume)
         check_networks(options, network, self.scheduler, data)
         kind = network_of(network)
@@ -199,11 +148,18 @@ class Pretraining:
         loader = data.batches(network.config, options, accelerator.device)
         adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
         adam["weight_decay"] = options.weight_decay
+        lengths = options.average_lengths if self.main else ()
         self.loop = options.loop(
             accelerator, network, loader, known, resume, adam,
             options.shard, save=self.write, average=self.average, ema_decay=options.ema_decay,
+            beside=self.terms if self.terms.trained else None,
+            averages=PowerAverages(lengths, options.output_dir, options.average_steps),
         )  # fmt: skip
         self.diffusion = Diffusion(self.loop.module, self.scheduler)
+        family = self.diffusion.family
+        self.levels = levels_drawn(options, family)
+        self.weighting = weighting(family, options.loss_weighting, options.min_snr_gamma)
+        self.averaged = Diffusion(self.average, self.scheduler)
 
     def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
@@ -211,12 +167,14 @@ class Pretraining:
         latents = {"center_crop": False, **read_json(resume / LATENTS)} if (resume / LATENTS).is_file() else None
         used = {"label_dropout": options.class_conditional, "low_resolution_share": options.low_resolution}
         used |= {"center_crop": data.latents is None, "shuffle_buffer": data.count is None}
+        used |= {"min_snr_gamma": options.loss_weighting == "min_snr"}
         may_change = options.may_change.union(name for name in used if not used[name])
         if data.count is None:  # a stream has no hash, and its order depends on more
             may_change -= OF_DATA | {"dataloader_num_workers"}
         now = {**self.given, "latents": data.described, "streaming": data.count is None}
         trained |= {"latents": latents, "streaming": bool(trained.get("streaming"))}
-        if data.count is None and options.dataloader_num_workers > 1:  # they take turns by the batches of a device
+        turns = data.count is None and options.dataloader_num_workers > 1  # they take turns by the batches of a device
+        if turns or self.terms.compares_images:
             may_change -= {"train_batch_size"}
             now["train_batch_size"] = options.sizes.per_device
             processes = len(list((resume / "state").glob("random_states_*")))
@@ -228,15 +186,33 @@ class Pretraining:
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
         check_same_run(now, trained, may_change, resume)
 
-    def loss(self, batch: Batch, draws: RowDraws) -> Tensor:
-        """Return the loss of a batch."""
+    def loss(self, batch: Batch, draws: RowDraws) -> Tensor | dict[str, Tensor]:
+        """Return the loss of a batch; with auxiliary terms its parts, by name."""
         options, loop = self.options, self.loop
         batch["pixel_values"] = one_view(batch["pixel_values"], draws)
         clean, labels = training_inputs(options, batch, self.diffusion.own, draws)
         if options.low_resolution and loop.progress.steps < options.low_resolution_share * loop.total_steps:
             clean = reduced(clean, options.low_resolution)
-        log_sigma = None if options.log_sigma is None else (options.log_sigma[0], options.log_sigma[1])
-        return self.diffusion.loss(clean, condition=labels, log_normal=log_sigma, generator=draws).mean()
+        names = self.terms.active(loop.progress.steps / loop.total_steps)
+        found = self.diffusion.denoising(
+            clean, self.terms.layers(names), condition=labels, generator=draws, weighting=self.weighting, **self.levels
+        )
+        loss = found.losses.mean()
+        if not names:
+            return {DENOISING: loss} if options.auxiliary else loss
+        averaged = self.averaged_states(clean, found, labels, names, draws)
+        seen = Seen(clean, found.noise, found.sigma, found.hidden_states, averaged, draws)
+        return {DENOISING: loss} | (loop.beside or self.terms)(seen, names)
+
+    def averaged_states(
+        self, clean: Tensor, found: Denoised, labels: Tensor | None, names: list[str], draws: RowDraws
+    ) -> dict[str, Tensor]:
+        """Return what terms read of the averaged network, for a batch as the network in training found it."""
+        if not (layers := self.terms.averaged_layers(names)):
+            return {}
+        sigma = less_noisy(found.sigma, self.averaged.family, self.terms.lowered, draws)
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.averaged.hidden_states(clean, found.noise[None], sigma, layers, labels)
 
     def pipeline(self, denoiser: Any) -> DDAEPipeline:
         """Return a pipeline of a network, which knows its null class, its classes and the VAE of its latents."""
@@ -261,6 +237,8 @@ class Pretraining:
         """
         if self.data.described is not None and (folder / "state").is_dir() and self.main:
             write_json(folder / LATENTS, self.data.described)
+        if self.main:
+            self.terms.save(folder)
         vae = None if self.data.vae is None else self.data.vae.config
         processor = DDAEImageProcessor.for_denoiser(self.average.config, vae, do_center_crop=self.data.center_crop)
         for place, network in ((folder, self.loop.averaged()), (folder / "raw", self.loop.raw())):

@@ -12,9 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from .pairs import Pair, Point, Probe
+from .denoising_report import DenoisingClassifierReport
+from .pairs import Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
+from .run_results import AverageReport, CurveReport
+
+__all__ = [
+    "AverageReport", "CorrespondenceReport", "CurveReport", "DenoisingClassifierReport", "FineTuningReport",
+    "GenerationReport", "NoisyReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
+]  # fmt: skip
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
 
@@ -29,6 +36,7 @@ class PretrainingReport(Report):
 
     steps: int | None = None
     loss_last_100_batches: float | None = None
+    parts_last_100_batches: dict[str, float] = many()  # where the loss is a sum, of each term times its weight
     images: int | None = None
     images_this_run: int | None = None
     parameters: int | None = None
@@ -181,28 +189,6 @@ class ProbeReport(Report, Probe):
             text += f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma "
             text += f"{pair.sigma:g}, with an accuracy of {percent(share)} %."
         return text
-
-
-@dataclass(kw_only=True)
-class CurveReport(Report):
-    """Probes, loss and samples over the checkpoints of a training run."""
-
-    kind = "training_curve"
-    file = "training_curve.json"
-    telling = ("points",)
-    pictures = {"training_curve.png": "Accuracy, loss and samples over a training run"}
-
-    points: list[Point]
-
-    def section(self) -> Section:
-        """Return every checkpoint's figures."""
-        rows = []
-        for point in self.points:
-            figures = [percent(point.test_accuracy), number(point.test_loss), number(point.frechet_distance)]
-            rows.append([f"{point.step:,}", point.words, *figures])
-        head = ["step", "tap", "test accuracy", "loss on test images", "Frechet distance"]
-        protocol = "The table has the test accuracy, in %, of the best pair's probe at every checkpoint."
-        return Section("While training", protocol, head, rows)
 
 
 @dataclass(kw_only=True)

@@ -45,7 +45,7 @@ PARTS = "optimizer"  # the folder that a sharded run has in its place
 STATE = (f"state/{MOMENTS}", "state/random_states_0.pkl", PROGRESS.as_posix())
 IN_PARTS = {STATE[0]: f"state/{PARTS}/*.safetensors"}  # what stands for a file in a sharded run
 # Words of safetensors and torch, whose errors in writing are not `OSError`.
-OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container"
+OF_DISKS = "No space left|StorageFull|file write failed|os error|PytorchStreamWriter|inline_container|iostream error"
 
 
 def check_folder(folder: StrPath, option: str = "output_dir") -> None:
@@ -218,6 +218,7 @@ class Progress:
     seconds: float = 0.0
     num_images: int | None = None  # of the data set; None for a stream
     losses: list[float] = dataclasses.field(default_factory=list)  # of the last batches, means over all processes
+    parts: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # of each term of a sum, likewise
     steps: int = 0  # of the optimiser
     batch_images: int | None = None  # images of a batch of all processes
     images_hash: str | None = None  # of the images or latents, unless they are a stream
@@ -252,7 +253,9 @@ class Progress:
         """Whether every value is of its type, and no count is negative."""
         counts = (self.epoch, self.batch, self.batches, self.images, self.steps)
         optional = (self.num_images, self.batch_images)
-        numbers = [self.seconds, *self.losses] if isinstance(self.losses, list) else [None]
+        numbers = [self.seconds]
+        for losses in (self.losses, *(self.parts.values() if isinstance(self.parts, dict) else [None])):
+            numbers += losses if isinstance(losses, list) else [None]
         return (
             all(type(count) is int and count >= 0 for count in counts)
             and all(count is None or (type(count) is int and count >= 0) for count in optional)
@@ -281,6 +284,10 @@ class Progress:
     def loss(self) -> float | None:
         """Return the mean of the last losses; a checkpoint of version 0.1.0 has kept none."""
         return fmean(self.losses) if self.losses else None
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of the last values of each part of the loss, by name."""
+        return {name: fmean(values) for name, values in self.parts.items() if values}
 
 
 def discard(folder: Path) -> None:

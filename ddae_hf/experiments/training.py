@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .arrays import StrPath, write_json
+from .averages import AVERAGES, PowerAverages
 from .batches import Batch, Batches
 from .devices import compiling_by_blocks, laid_out_as, machine, products_as_before
 from .draws import RowDraws, seed_by, separate_randomness
@@ -39,7 +40,8 @@ from .sharing import this_process
 from .stopping import Look, Stopping, check_weights, interrupted, largest, not_finite
 
 logger = logging.getLogger(__name__)
-Loss = Callable[[Any, RowDraws], Tensor]
+# What is minimised; where it is a sum, its parts by name, which are added in their order.
+Loss = Callable[[Any, RowDraws], Tensor | dict[str, Tensor]]
 # What accelerate knows of a process that was launched by itself.
 ALONE = {"distributed_type": DistributedType.NO, "num_processes": 1, "process_index": 0, "local_process_index": 0}
 
@@ -93,10 +95,12 @@ class Loop:
     max_grad_norm: float = 0.0  # the largest norm of the gradient; 0 leaves it as it is
     average: Any = None  # a copy of the module, to hold averaged weights
     ema_decay: float = 0.0  # of the averages, after its ramp
+    averages: PowerAverages = field(default_factory=PowerAverages)  # further ones, in the first process alone
     output_dir: StrPath | None = None  # without one there are no checkpoints, and signals act as always
     checkpointing_steps: int | None = None  # steps between two checkpoints
     checkpoints_total_limit: int | None = None  # how many of the newest are kept; by default all
     save: Callable[[Path], object] | None = None  # writes weights, such as those of `average`, into checkpoints
+    beside: nn.Module | None = None  # what is trained beside the module, if it has weights; the loss calls `beside`
     shards: Shards | None = None  # where each process keeps a part of the module and of `average`; all call `save` then
     keep_weights: bool = False  # whether accelerate writes the module's weights into checkpoints, and `restore` reads
     desc: str = "Training"  # what the progress bar says
@@ -110,6 +114,8 @@ class Loop:
         self.batch_images = (size or 1) * accelerator.num_processes
         if self.shards is None:
             self.module, self.optimizer, self.loader = accelerator.prepare(self.module, self.optimizer, loader)
+            if self.beside is not None:
+                self.beside = accelerator.prepare(self.beside)
         else:
             self.module = accelerator.prepare_model(self.module, evaluation_mode=True)  # nothing beside its precision
             self.optimizer = AcceleratedOptimizer(self.optimizer, device_placement=False)
@@ -120,14 +126,19 @@ class Loop:
                 self.average.to(accelerator.device)
                 for own, averaged in zip(self.module.parameters(), self.average.parameters(), strict=True):
                     averaged.data = laid_out_as(averaged.data, own)
-            self.ema = EMAModel(own_parts(self.average.parameters()), decay=self.ema_decay, foreach=True)
+            averages = own_parts(self.average.parameters())
+            self.ema = EMAModel(averages, decay=self.ema_decay, foreach=True)
+            self.ema.shadow_params = [values.detach() for values in averages]  # `average` itself, at every step
+        self.averages.begin(self.raw(), self.total_steps)
         if not self.keep_weights:
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
             accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         self.losses: deque[Tensor] = deque(maxlen=NUM_LOSSES)
+        self.parts: dict[str, deque[Tensor]] = {}  # the last of each part of the loss, by name
         self.last_checkpoint: Path | None = None  # that was written, or resumed
         self.waits = accelerator.device.type != "cuda"  # whether every look waits for what it sees
-        self.looks: deque[tuple[int, float, Look]] = deque()  # those not waited for, with their step and learning rate
+        # Those not waited for, with their step, learning rate and the number of values of each part of the loss.
+        self.looks: deque[tuple[int, float, dict[str, int], Look]] = deque()
         self._begin(Progress(batch_images=self.batch_images))
 
     def _begin(self, progress: Progress) -> None:
@@ -151,6 +162,7 @@ class Loop:
                 self.accelerator.load_state(str(folder))
             if self.shards is not None or in_parts:
                 load_moments(folder, self.raw(), self.optimizer)
+            self.averages.read(folder / AVERAGES)
             progress = Progress.read(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{checkpoint} cannot be resumed: {error}. Resume an earlier checkpoint.") from error
@@ -174,13 +186,19 @@ class Loop:
         if self.ema is not None:
             self.ema.optimization_step = progress.steps
         self.losses.extend(torch.tensor(progress.losses, device=self.accelerator.device))
+        for name, values in progress.parts.items():
+            self.parts[name] = deque(torch.tensor(values, device=self.accelerator.device), maxlen=NUM_LOSSES)
         self.last_checkpoint = checkpoint
         self._begin(progress)
         logger.info(f"Resuming from {checkpoint}.")
 
+    @property
+    def _trained(self) -> list[nn.Module]:
+        return [self.module] if self.beside is None else [self.module, self.beside]
+
     def _weights(self) -> list[Tensor]:
         """Return the weights that are looked at: those that this process keeps, of which small ones may be none."""
-        own = own_parts(self.module.state_dict().values())
+        own = own_parts(each for module in self._trained for each in module.state_dict().values())
         return [values for values in (*own, *([] if self.ema is None else self.ema.shadow_params)) if values.numel()]
 
     def run(self, loss: Loss, sample: Callable[[int], None] | None = None, sample_steps: int = 0) -> None:
@@ -197,6 +215,7 @@ class Loop:
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(initial=self.progress.steps, total=self.total_steps, desc=self.desc, disable=hidden)
         with self._alone(), contextlib.nullcontext() if self.folder is None else Stopping() as stopping, bar:
+            self.averages.forget_after(self.progress.steps)
             for step in self.steps(loss):
                 bar.update()
                 looks = step % LOOKS == 0 or step == self.total_steps
@@ -206,8 +225,11 @@ class Loop:
                 due = self.checkpointing_steps and step % self.checkpointing_steps == 0
                 saved = self.folder is not None and (number is not None or due)
                 drawn = sample_steps and step % sample_steps == 0
-                if looks or saved or drawn:
-                    self.look(bar, wait=bool(saved or drawn or step == self.total_steps))
+                kept = self.averages.is_due(step)
+                if looks or saved or drawn or kept:
+                    self.look(bar, wait=bool(saved or drawn or kept or step == self.total_steps))
+                if kept:
+                    self.averages.snapshot(step)
                 if saved:
                     self.checkpoint()
                 if number is not None:
@@ -230,11 +252,12 @@ class Loop:
         accelerator, progress = self.accelerator, self.progress
         for batch in self.batches():
             seed_by(self.seed, progress.batches, accelerator.process_index)
-            with accelerator.accumulate(self.module):
-                found = loss(batch, self.draws(len(next(iter(batch.values())))))
+            with accelerator.accumulate(*self._trained):
+                found = self._total(loss(batch, self.draws(len(next(iter(batch.values()))))))
                 accelerator.backward(found)
                 if accelerator.sync_gradients and self.max_grad_norm:
-                    accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+                    weights = [each for module in self._trained for each in module.parameters()]
+                    accelerator.clip_grad_norm_(weights, self.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.losses.append(found.detach())
@@ -247,9 +270,19 @@ class Loop:
             progress.steps += 1
             if self.ema is not None:
                 self.ema.step(own_parts(self.module.parameters()))
+            self.averages.update(progress.steps)
             yield progress.steps
             if progress.steps == self.total_steps:
                 return
+
+    def _total(self, found: Tensor | dict[str, Tensor]) -> Tensor:
+        """Return what is minimised, and keep its parts."""
+        if isinstance(found, Tensor):
+            return found
+        for name, part in found.items():
+            self.parts.setdefault(name, deque(maxlen=NUM_LOSSES)).append(part.detach())
+        first, *others = found.values()
+        return sum(others, start=first)
 
     def draws(self, count: int) -> RowDraws:
         """Return draws for the next batch of this process, of so many rows: batches of all processes are alike."""
@@ -283,18 +316,28 @@ class Loop:
         Without `wait` a GPU goes on meanwhile, and what this look sees is shown at the next one.
         """
         rate = self.optimizer.param_groups[0]["lr"]
-        self.looks.append((self.progress.steps, rate, Look(self.accelerator, self.losses, self._weights())))
+        parts = {name: len(values) for name, values in self.parts.items()}
+        losses = [*self.losses, *(each for values in self.parts.values() for each in values)]
+        self.looks.append((self.progress.steps, rate, parts, Look(self.accelerator, losses, self._weights())))
         while len(self.looks) > (0 if wait or self.waits else 1):
             self._show(*self.looks.popleft(), bar)
 
-    def _show(self, step: int, rate: float, seen: Look, bar: tqdm[Any]) -> None:
-        """Show the mean of the losses of a look, and raise `NotFinite` unless they and the weights were finite."""
-        self.progress.losses, finite = seen.read()
+    def _show(self, step: int, rate: float, parts: dict[str, int], seen: Look, bar: tqdm[Any]) -> None:
+        """Show the mean of the losses of a look, and raise `NotFinite` unless they and the weights were finite.
+
+        `parts` says how many of each part of the loss there are behind the losses.
+        """
+        losses, finite = seen.read()
+        start = len(losses) - sum(parts.values())
+        self.progress.losses = losses[:start]
+        for name, count in parts.items():
+            self.progress.parts[name] = losses[start : start + count]
+            start += count
         loss = self.progress.loss()
         if not finite:
             raise not_finite(step, loss, rate, self.last_checkpoint, option=self.option)
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
-        self.accelerator.log({"loss": loss, "lr": rate}, step=step)
+        self.accelerator.log({"loss": loss, "lr": rate} | self.progress.means(), step=step)
 
     def finished(self, kind: Any) -> Any:
         """Return the resumed run's report, of this kind, if nothing is left to do; the report is written last."""
@@ -315,6 +358,7 @@ class Loop:
         return {
             "steps": progress.steps,
             "loss_last_100_batches": progress.loss(),
+            "parts_last_100_batches": progress.means(),
             "images": progress.images,
             "images_this_run": images,
             "seconds": round(progress.seconds, 1),
@@ -328,12 +372,7 @@ class Loop:
         self.progress.seconds = self.resumed.seconds + time.monotonic() - self.started
 
     def averaged(self) -> Any:
-        """Return `average` with the averaged weights of this step; where it is sharded, all processes have to call it.
-
-        It then computes what it is asked for in all of them at once.
-        """
-        if self.ema is not None:
-            self.ema.copy_to(own_parts(self.average.parameters()))
+        """Return `average`, which has the averaged weights of this step; where it is sharded, each process its part."""
         return self.average
 
     def checkpoint(self) -> None:
@@ -352,10 +391,9 @@ class Loop:
             accelerator.wait_for_everyone()  # every process has written its random state: the folder can be renamed
             if accelerator.is_main_process:
                 write_json(partial / PROGRESS, dataclasses.asdict(self.progress))
-            if accelerator.is_main_process or self.shards is not None:
-                self.averaged()
-                if self.save is not None:
-                    self.save(partial)
+                self.averages.write(partial / "state" / AVERAGES)
+            if self.save is not None and (accelerator.is_main_process or self.shards is not None):
+                self.save(partial)
             if accelerator.is_main_process:
                 note_files(partial)
                 if final.exists():

@@ -158,7 +158,9 @@ class TrainingOptions(Options):
         if shard:
             more["shards"] = Shards(accelerator, module, more["average"])
         rate = self.learning_rate * (self.sizes.total if self.scale_lr else 1)
-        optimizer = torch.optim.AdamW(module.parameters(), rate, fused=True, **adam)
+        beside = more.get("beside")
+        weights = [*module.parameters(), *([] if beside is None else beside.parameters())]
+        optimizer = torch.optim.AdamW(weights, rate, fused=True, **adam)
         steps = self.max_train_steps or self.num_train_epochs * max(1, (data.num_images or 0) // self.sizes.total)
         if self.lr_warmup_steps >= steps:
             logger.warning(f"lr_warmup_steps is {self.lr_warmup_steps} of {steps} steps: the rate rises to the end.")
