@@ -133,8 +133,8 @@ class Pretraining:
             options.auxiliary, Setting(network, on_latents, accelerator.device, options.seed, options.cache_dir)
         )
         if resume is not None:
-            self.terms.restore(resume)
             self._check_same_run(check_resumed(self.given, known, resume), network, resume)
+            self.terms.restore(resume)
         check_networks(options, network, self.scheduler, data)
         kind = network_of(network)
         kind.stop_own_dropping(network)
