@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..hidden_states import pool_hidden_states
 from ..networks import tap_of
 from .auxiliary import Seen, Setting, Term, TermOptions, register
 from .options import option
@@ -137,9 +138,8 @@ def on_one_grid(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Return maps (B, C, H, W), the larger one averaged over the positions of the smaller one; (B, N, C) stay."""
     if one.ndim == 3 or one.shape[2:] == other.shape[2:]:
         return one, other
-    if one.shape[2] > other.shape[2]:
-        return F.adaptive_avg_pool2d(one, other.shape[2:]), other
-    return one, F.adaptive_avg_pool2d(other, one.shape[2:])
+    grid = (min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3]))
+    return F.adaptive_avg_pool2d(one, grid), F.adaptive_avg_pool2d(other, grid)
 
 
 # Self-distillation: each image is to be told from others by what the averaged network makes of it.
@@ -169,8 +169,8 @@ class SelfDistillation(Term):
     without a gradient through `k`. Xiang et al. 2025 (DDAE++, arXiv 2505.10999) distil contrastively against the
     averaged network; no code of theirs is public, and what is particular here is this package's choice:
 
-    - Projector, predictor and the temperature 0.2 follow MoCo v3 (arXiv 2104.02057), without its batch normalisation, so
-      that an image's `q` does not depend on others, and without its factor of twice the temperature.
+    - Projector, predictor and the temperature 0.2 follow MoCo v3 (arXiv 2104.02057), without its batch normalisation,
+      so that an image's `q` does not depend on others, and without its factor of twice the temperature.
     - The averaged network sees the same noise at a lower level, as the teacher of SD-DiT does (arXiv 2403.17004), and
       as `self_alignment` asks for too: both then share a pass.
     - Images are those of the denoising loss: no augmentation is added that the network would learn to generate.
@@ -209,6 +209,6 @@ class SelfDistillation(Term):
 
 
 def pooled(hidden: Tensor) -> Tensor:
-    """Return the mean (B, C), float32, of a hidden state's positions, with mean 0 and variance 1 over channels."""
-    means = hidden.float().flatten(2).mean(2) if hidden.ndim == 4 else hidden.float().mean(1)
+    """Return the mean of a hidden state's positions, (B, C) float32, with mean 0 and variance 1 over channels."""
+    means = pool_hidden_states(hidden)
     return F.layer_norm(means, means.shape[1:])
