@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers import (
     DDPMScheduler,
@@ -19,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ddae_hf import DDAEPipeline
 from ddae_hf.experiments import Images, encode
-from ddae_hf.experiments.auxiliary import WEIGHTS, Seen, Setting, Terms, less_noisy
+from ddae_hf.experiments.auxiliary import TERMS, WEIGHTS, Seen, Setting, Terms, less_noisy
 from ddae_hf.experiments.draws import RowDraws
 from ddae_hf.experiments.latent_folder import LatentFolder
 from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain
@@ -461,6 +464,15 @@ def test_terms_are_trained_with_on_latents(images, tmp_path):
     result = pretrain(LatentFolder(tmp_path / "latents"), **given)
     assert list(result.parts_last_100_batches) == ["denoising", "dispersive", "self_alignment", "self_distillation"]
     assert DDAEPipeline.from_pretrained(tmp_path / "out").vae is not None
+
+
+def test_the_guide_shows_options_that_are_there():
+    text = (Path(__file__).parent.parent / "docs" / "guides" / "auxiliary.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    for block in blocks:
+        PretrainingOptions(**block)
+    shown = {term["term"] for block in blocks for term in block.get("auxiliary", [])}
+    assert shown == set(TERMS)
 
 
 # What cannot work
