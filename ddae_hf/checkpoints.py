@@ -2,8 +2,8 @@
 
 - *whole*: `config.json` (`model_type: ddae`, `weights: whole`) and `model.safetensors`, as our models save themselves.
 - *head*: the same with `weights: head` and `head.safetensors`, a classifier alone. Its denoiser takes its weights from
-  a base, which is the pipeline in the same folder or another checkpoint. Version 0.1.0 wrote no `weights`, and meant a
-  head wherever there was a `head.safetensors`.
+  a base, which is the pipeline in the same folder or another checkpoint. With `weights: adapters` the denoiser's are
+  beside it (see `adapters`). Version 0.1.0 wrote no `weights`, and meant a head where there was a `head.safetensors`.
 - *pipeline*: `model_index.json`, `unet/` or `transformer/`, `scheduler/`, and `vae/` where the denoiser works on
   latents (and text encoders, see `prompts`), as `DDAEPipeline` and diffusers save.
 - *flat*: `model_index.json`, `config.json`, `scheduler_config.json` and weights side by side, as in
@@ -69,7 +69,7 @@ from .weights import (
     where_files_are,
 )
 
-WEIGHTS = ("whole", "head")  # what `DDAEConfig.weights` may say
+WEIGHTS = ("whole", "head", "adapters")  # what `DDAEConfig.weights` may say
 # The fingerprints of a generator that `DDAEConfig` has, and the type that each rounds to.
 GENERATOR_FINGERPRINTS = {"generator_fingerprint": torch.bfloat16, "generator_fingerprint_float16": torch.float16}
 
@@ -244,7 +244,7 @@ class HeadCheckpoint(Checkpoint):
     @property
     def keeps_dtype(self) -> bool:  # type: ignore[override]
         """Whether its config says its type, which version 0.1.0 did not write."""
-        return self.config.get("weights") == "head"
+        return self.config.get("weights") is not None
 
     def generator(self, given: Collection[str]) -> Checkpoint:
         """Return its base, which opens as it would without a classifier beside it.
@@ -333,7 +333,7 @@ def _read_model(
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"{path} says `weights: {weights!r}`: allowed are {', '.join(WEIGHTS)}.")
     head = None if weights == "whole" else find_file(path, HEAD_FILE, **hub)
-    if weights == "head" and head is None:
+    if weights in ("head", "adapters") and head is None:
         refuse_offline(HEAD_FILE, path, hub)
         raise ValueError(f"{path} says that it is a classifier without its denoiser, but its {HEAD_FILE} is missing.")
     if head is None:

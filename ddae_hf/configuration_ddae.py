@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .adapters import check_lora
 from .building import LARGEST, refusing, short
 from .checkpoints import WEIGHTS, build_scheduler, plain_config, read_checkpoint
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
@@ -33,7 +34,7 @@ TYPES: dict[type, tuple[str, str]] = {
         "layer pooling feature_norm prompt generator_fingerprint generator_fingerprint_float16 features_only weights",
         "text",
     ),
-    Mapping: ("id2label label2id condition_shapes", "a mapping"),
+    Mapping: ("id2label label2id condition_shapes lora", "a mapping"),
 }
 
 
@@ -67,9 +68,11 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         generator_fingerprint_float16: The same after rounding to float16 in place of bfloat16.
         features_only: Why the denoiser cannot generate, where its hidden states are right but its output is not;
             converters set it.
-        weights: Which weights belong to this configuration's file: `"whole"` (`model.safetensors`) or `"head"`
-            (`head.safetensors`, on a base); saving sets it. `None`, as in the files of version 0.1.0, means a head if
-            there is one.
+        lora: The adapters of the denoiser, `{"rank": 8, "alpha": 8.0, "modules": ["mid_block.attentions.0.to_q"]}`;
+            `add_lora` sets it, and `merge_lora` clears it. By default there are none.
+        weights: Which weights belong to this configuration's file: `"whole"` (`model.safetensors`), `"head"`
+            (`head.safetensors`, on a base) or `"adapters"` (the same, and `adapters/`); saving sets it. `None`, as in
+            the files of version 0.1.0, means a head if there is one.
         out_features: Layers whose feature maps a `DDAEBackbone` returns, in forward order; by default `layer`.
         out_indices: The same as indices into `stage_names`, in place of names.
         **kwargs: transformers' own options, such as `num_labels`, `id2label` and `label2id`.
@@ -96,6 +99,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     generator_fingerprint: str | None = None
     generator_fingerprint_float16: str | None = None
     features_only: str | None = None
+    lora: dict[str, Any] | None = None
     weights: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -119,6 +123,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         network = network_of(denoiser)
         network.check_config(denoiser.config)
         network.check_condition_shapes(self.condition_shapes, denoiser.config)
+        check_lora(self.lora, denoiser, needed=self.weights == "adapters")
         self._check_memory(denoiser)
         network.check_null_class(self.null_class, denoiser.config)
         if self.prompt is not None and not network.stock_pipelines:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
+from .adapters import build_adapted, still_learns
 from .checkpoints import build_scheduler
 from .configuration_ddae import DDAEConfig
 from .diffusion import Diffusion
@@ -20,7 +21,7 @@ from .generators import normal
 from .hidden_states import layer_names, learning_parameters, pool_hidden_states
 from .labels import checked_names, cross_entropy
 from .latents import build_vae, encode
-from .networks import build_denoiser, network_of
+from .networks import network_of
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention, write_head
 from .remote_code import save_code
 from .texts import StoredCondition
@@ -48,7 +49,7 @@ class DDAEModel(DDAEPreTrainedModel):
 
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
-        self.denoiser = build_denoiser(config.denoiser)
+        self.denoiser = build_adapted(config.denoiser, config.lora)
         network = network_of(self.denoiser)
         network.stop_own_dropping(self.denoiser)
         self._no_split_modules = list(network.indivisible)
@@ -91,7 +92,7 @@ class DDAEModel(DDAEPreTrainedModel):
         self.denoiser.requires_grad_(False).eval()
 
     def restrict_gradients(self, layers: Iterable[str] = ()) -> None:
-        """Ask for no gradients of what the hidden states of `layers` do not depend on.
+        """Ask for no gradients of what the hidden states of `layers` do not depend on, nor of what has adapters.
 
         Without `layers` these are only the VAE and what the denoiser's class keeps fixed. Loading makes new parameters,
         so `from_pretrained` calls this again.
@@ -101,7 +102,7 @@ class DDAEModel(DDAEPreTrainedModel):
         self._restricted_to = list(layers)
         learning = learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(layers))
         for name, parameter in self.denoiser.named_parameters():
-            if name.replace(COMPILED, "") not in learning:
+            if not still_learns(name.replace(COMPILED, ""), learning, self.config.lora):
                 parameter.requires_grad_(False)
 
     def _check_learning(self, layers: list[str]) -> None:
@@ -341,7 +342,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
 
         `from_pretrained` of the folder takes the denoiser from its base, pinned to the base's commit, and refuses a
         base whose weights have changed since. A model in half precision opens in half precision again. Whole weights
-        that the folder holds stay there, but are no longer opened.
+        that the folder holds stay there, but are no longer opened. Adapters (`add_lora`) are written beside the head,
+        in `adapters/`, which peft opens too.
 
         Args:
             save_directory: The folder. Without `base` it holds the generative checkpoint already, as `DDAEPipeline` or
@@ -357,11 +359,12 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         """
         state = plain_state(self).items()
         head = {k: v for k, v in state if not k.startswith("ddae.") or k.startswith("ddae.condition.")}
-        write_head(Path(save_directory), head, self.ddae.denoiser, self.ddae.vae, base, variant, **hub)
+        lora = self.config.lora
+        write_head(Path(save_directory), head, self.ddae.denoiser, self.ddae.vae, base, variant, lora, **hub)
         self._set_auto_map(include_code)
         if include_code or self._auto_class is not None:  # remote code saves its own code again
             save_code(save_directory, "modeling_ddae")
-        self.config.weights = "head"
+        self.config.weights = "head" if lora is None else "adapters"
         self.config.architectures, self.config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(save_directory)
 

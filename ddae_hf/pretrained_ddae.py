@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.hub import extract_commit_hash
 
+from .adapters import Adapted, adapted_state, adapter_shapes, write_adapters
 from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of, skeleton
@@ -29,6 +30,7 @@ from .weights import (
     COMPILED,
     HEAD_FILE,
     WHOLE_FILE,
+    base_state,
     find_file,
     fingerprint,
     location,
@@ -43,7 +45,7 @@ from .weights import (
 )
 
 
-class DDAEPreTrainedModel(PreTrainedModel):
+class DDAEPreTrainedModel(Adapted, PreTrainedModel):
     """Opens every layout of checkpoint, and leaves a denoiser's initialisation to diffusers."""
 
     config_class = DDAEConfig
@@ -170,9 +172,11 @@ class DDAEPreTrainedModel(PreTrainedModel):
         count = int(config.num_labels or 0)
         own = {"classifier.weight": (count, size), "classifier.bias": (count,)}
         own |= {"feature_norm.running_mean": (size,), "feature_norm.running_var": (size,)}
-        if cls._has_head:
-            expected = {name: shape for name, shape in own.items() if name in stored}
-            refuse_other_shapes(checkpoint.path, "classifier", expected, stored)
+        added = adapter_shapes(config.denoiser, config.lora, "denoiser.") if checkpoint.head is None else {}
+        for what, shapes in {"classifier": own if cls._has_head else {}, "adapters": added}.items():
+            whole = shapes | {f"ddae.{name}": shape for name, shape in shapes.items()}
+            expected = {name: shape for name, shape in whole.items() if name in stored}
+            refuse_other_shapes(checkpoint.path, what, expected, stored)
 
     @classmethod
     def _described_by(cls, state: dict[str, Any], config: DDAEConfig, condition: Any) -> DDAEConfig:
@@ -213,7 +217,10 @@ class DDAEPreTrainedModel(PreTrainedModel):
             known = {name: shape for name, shape in expected.items() if name in stored}  # others are refused later
             refuse_other_shapes(checkpoint.path, part, known, stored)
         prefix = cls._inner_prefix
-        state = {f"{prefix}{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
+        states = {part: network.state_dict() for part, network in parts.items()}
+        stored_too = checkpoint.config.get("weights") == "adapters"
+        states["denoiser"] = adapted_state(states["denoiser"], config, checkpoint.path, checkpoint.hub, stored_too)
+        state = {f"{prefix}{part}.{k}": v for part, tensors in states.items() for k, v in tensors.items()}
         head = load_file(checkpoint.head) if checkpoint.head else {}
         state |= head if cls._has_head else {}
         kept = "ddae.condition."
@@ -332,9 +339,10 @@ def write_head(
     vae: nn.Module | None,
     base: str | os.PathLike[str] | None,
     variant: str | None,
+    lora: dict[str, Any] | None = None,
     **hub: Any,
 ) -> None:
-    """Write a classifier's own tensors, and what identifies their base: see `save_head` for the arguments."""
+    """Write a classifier's own tensors, adapters too, and what identifies their base: see `save_head`."""
     if base is None and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{folder} holds no pipeline: save the generative checkpoint there first (`DDAEPipeline.save_pretrained`), "
@@ -364,6 +372,8 @@ def write_head(
     folder.mkdir(parents=True, exist_ok=True)
     own_tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(own_tensors, folder / HEAD_FILE, {k: v for k, v in known.items() if v})
+    if lora is not None:
+        write_adapters(folder, denoiser, lora, None if base is None else name)
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -389,8 +399,8 @@ def _originals(checkpoint: Checkpoint, denoiser: nn.Module, vae: nn.Module | Non
 
 
 def _is_same(own: nn.Module, base: nn.Module | None) -> bool:
-    """Return whether a network has the base's weights, rounded to its own types."""
-    weights = plain_state(own)
+    """Return whether a network, its adapters aside, has the base's weights, rounded to its own types."""
+    weights = base_state(own)
     originals = {} if base is None else plain_state(base)
     return weights.keys() == originals.keys() and all(
         torch.equal(value, originals[name].to(value)) for name, value in weights.items()

@@ -31,12 +31,20 @@ HEAD_FILE = "head.safetensors"
 WHOLE_FILE = "model.safetensors"
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a network's tensors
+BELOW = ".base_layer."  # what peft puts into the names of the tensors of a layer that has adapters
+ADAPTER = ".lora_"  # and what the names of the adapters' own tensors have
 
 
 def plain_state(state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a network's tensors, or a state dict, under the names that they have where nothing is compiled."""
     tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
     return {name.replace(COMPILED, ""): value for name, value in tensors.items()}
+
+
+def base_state(state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a network's tensors, or a state dict, as they were before the network got adapters."""
+    tensors = plain_state(state).items()
+    return {name.replace(BELOW, "."): value for name, value in tensors if ADAPTER not in name}
 
 
 @contextmanager
@@ -265,11 +273,11 @@ def tensor_shapes(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
 
 
 def names_of_part(part: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names that the tensors of a part have in its network, and in the files of a whole model."""
+    """Yield the names of a part's tensors, its adapters left out, in its network and in the files of a whole model."""
     for key in tensor_names(files):
         prefix, _, name = key.replace(COMPILED, "").partition(f"{part}.")
-        if prefix in ("", "ddae.") and name:
-            yield name, key
+        if prefix in ("", "ddae.") and name and ADAPTER not in name:
+            yield name.replace(BELOW, "."), key
 
 
 def stored_dtype(file: str) -> torch.dtype:

@@ -81,5 +81,5 @@ def test_ways_of_training_are_compared_on_the_same_images(tmp_path, digits):
     means = [sum(each["probe"] for each in runs) / 2 for runs in found.values()]
     assert all(f"{mean:.2f} ±" in printed for mean in means)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("figures.json")}
-    assert len(before) == 6 and run("ablation", *options, "--methods", "min-SNR", "dispersive") == printed
+    assert len(before) == 6 and printed.endswith(run("ablation", *options, "--methods", "min-SNR", "dispersive"))
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("figures.json")}

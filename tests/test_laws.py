@@ -292,7 +292,7 @@ def bare(kind):
             return
 
     needed = [f for f in dataclasses.fields(Bare) if f.default is dataclasses.MISSING is f.default_factory]
-    return Bare, {field.name: "x" for field in needed}
+    return Bare, {field.name: 0.1 if field.type == "float" else "x" for field in needed}
 
 
 BARE = {kind.__name__: bare(kind) for kind in EVERY}

@@ -32,7 +32,7 @@ GROUPS = {
     "training": """total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps
         learning_rate scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio layer_decay adam_beta1 adam_beta2
         adam_epsilon weight_decay max_grad_norm label_smoothing ema_decay average_lengths average_steps auxiliary
-        seed""",
+        seed lora_rank lora_alpha lora_targets merge_lora""",
     "generation": """num_images class_label guidance_scale num_inference_steps sampling_scheduler sampler grid_images
         sample_steps""",
     "speed and memory": """batch_size encode_batch_size dtype mixed_precision allow_tf32 torch_compile

@@ -44,8 +44,9 @@ from .devices import PRECISION, best_device, compiling_by_blocks, machine, made_
 from .devices import training_precision as precision_of
 from .draws import indexed_noise, separate_randomness
 from .features import FeatureCache
-from .images import DataOptions, ImageInputs, Images, Inputs, SplitOptions, labelled_splits, noise_view
+from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
 from .latent_folder import LatentFolder, LatentInputs
+from .low_rank import OPEN_MODEL, LoRAOptions, check_low_rank, settled, with_adapters, write_classifier
 from .models import Model, base_model, base_of, check_null_condition, untrained_classifier
 from .options import PROMPT, option
 from .probing import classify
@@ -74,12 +75,12 @@ NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_st
 
 
 @dataclass(kw_only=True)
-class FinetuningOptions(SplitOptions):
+class FinetuningOptions(LoRAOptions):
     """Options of `finetune`."""
 
     # Options that a resumed run may change; they hold from then on.
     MAY_CHANGE: ClassVar[frozenset[str]] = IN_TRAINING | set(
-        "num_train_epochs max_train_steps noise_seed test_split max_test_samples torch_compile".split()
+        "num_train_epochs max_train_steps noise_seed test_split max_test_samples torch_compile merge_lora".split()
     )
 
     output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
@@ -123,6 +124,7 @@ class FinetuningOptions(SplitOptions):
 
     def check(self) -> None:
         """Refuse options that do not go together."""
+        check_low_rank(self)
         for name in ("random_flip", "random_crop"):
             if self.latents_dir is not None and getattr(self, name):
                 raise ValueError(f"{name}: images in latents_dir were changed before they were encoded: leave it out.")
@@ -144,7 +146,7 @@ class FinetuningResult(FineTuningReport):
 
     def save(self, folder: StrPath) -> None:
         """Write a folder that `DDAEForImageClassification.from_pretrained` opens, with `eval_results.json`."""
-        self.classifier.save_pretrained(folder)
+        write_classifier(self.classifier, folder, self.options)
         self.processor.save_pretrained(folder)
         self.write(Path(folder))
 
@@ -177,7 +179,7 @@ def finetune(
             path = given["model_name_or_path"] = os.fspath(model)
         else:  # it is written to disk, and opened like all others
             base_of(model)
-            given["model_name_or_path"] = f"weights {fingerprint(model, dtype=None)}"
+            given["model_name_or_path"] = OPEN_MODEL + fingerprint(model, dtype=None)
             path = str(stack.enter_context(kept_or_temporary(None)))
             saved = copy.copy(uncompiled(model))
             saved.config = copy.deepcopy(model.config)  # saving writes into it
@@ -219,7 +221,7 @@ def _finetune(
         seconds_this_run=round(seconds, 1),
         seconds=round(seconds + found["train_seconds"] - found["train_seconds_this_run"], 1),
         dataset=images.facts(train.images, test.images) | {"num_images": len(rows)},
-        classifier=classifier.eval(),
+        classifier=settled(classifier, options),
         processor=processor,
         **found,
         **base_model(path if path == given["model_name_or_path"] else None),
@@ -311,7 +313,7 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
         if options.few_labels is not None:
             classifier.classifier.reset_parameters()
     check_null_condition(classifier.ddae)
-    return classifier
+    return with_adapters(classifier, path, options)
 
 
 def beginning(classifier: DDAEForImageClassification, rows: LabelledRows) -> dict[str, Any]:
@@ -398,6 +400,7 @@ def train_further(trainer: FineTuner, given: dict[str, Any], resume: Path | None
     return {
         "steps": trainer.state.global_step,
         "images": total["images"],
+        "num_trained_parameters": sum(parameter.numel() for parameter in trainer.learning.values()),
         "train_seconds": round(total["seconds"], 1),
         "train_seconds_this_run": round(total["seconds"] - trainer.before["seconds"], 1),
         "images_per_second": round(total["images"] / total["seconds"], 1),  # of the whole training

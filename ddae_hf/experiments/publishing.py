@@ -40,6 +40,7 @@ TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
 PUBLISHED = (
     "README.md", ".eval_results/*.yaml", "model_index.json", "config.json", "preprocessor_config.json",
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "head.safetensors",
+    "adapters/adapter_config.json", "adapters/adapter_model.safetensors",
     "scheduler/scheduler_config.json", "training_options.yaml", "train_results.json", "eval_results.json",
     "heat_map.png", "accuracy_over_sigma.png", "confusion.png", "test_predictions.npy", "test_labels.npy",
     "samples/step-*.png", "images/*-step-*.png",

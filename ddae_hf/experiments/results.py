@@ -196,6 +196,7 @@ class FineTuningReport(Report):
     """A denoiser and a linear classifier that were trained as one network, on `num_train_labels` labelled images.
 
     Attributes:
+        num_trained_parameters: Numbers that were trained: of the network or its adapters, and of the classifier.
         train_seconds: Seconds of training alone, in all runs together.
         test_accuracy: With the model's fixed noise, like loss, macro F1, precision and recall.
         test_own_noise_accuracy: The same with each image's own noise.
@@ -211,6 +212,7 @@ class FineTuningReport(Report):
     num_test_images: int
     steps: int
     images: int | None = None
+    num_trained_parameters: int | None = None
     train_seconds: float | None = None
     train_seconds_this_run: float | None = None
     test_loss: float | None = None
@@ -228,10 +230,13 @@ class FineTuningReport(Report):
     def section(self) -> Section:
         """Return the test figures."""
         start = "random" if self.options.get("from_scratch") else "pretrained"
+        trained = f"The whole network was trained from {start} weights"
+        if rank := self.options.get("lora_rank"):
+            trained = f"A classifier and LoRA adapters of rank {rank} on the frozen network were trained"
         protocol = (
-            f"Figures are in %, on {self.num_test_images:,} test images. The whole network was trained from {start} "
-            f"weights on {self.num_train_labels:,} labelled images in {self.steps:,} steps (seed "
-            f"{self.options['seed']}); it is read at `{self.layer}`, sigma {self.sigma:.3g}."
+            f"Figures are in %, on {self.num_test_images:,} test images. {trained} on {self.num_train_labels:,} "
+            f"labelled images in {self.steps:,} steps (seed {self.options['seed']}); the network is read at "
+            f"`{self.layer}`, sigma {self.sigma:.3g}."
         )
         if self.options.get("latents_dir"):
             protocol += " It learnt from latents that were encoded beforehand, and was also tested on latents."

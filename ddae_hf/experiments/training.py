@@ -328,10 +328,11 @@ class Loop:
         `parts` says how many of each part of the loss there are behind the losses.
         """
         losses, finite = seen.read()
-        for name, count in reversed(parts.items()):
-            self.progress.parts[name] = losses[-count:]
-            del losses[-count:]
-        self.progress.losses = losses
+        start = len(losses) - sum(parts.values())
+        self.progress.losses = losses[:start]
+        for name, count in parts.items():
+            self.progress.parts[name] = losses[start : start + count]
+            start += count
         loss = self.progress.loss()
         if not finite:
             raise not_finite(step, loss, rate, self.last_checkpoint, option=self.option)
