@@ -1,5 +1,6 @@
 """What a denoiser is trained for besides denoising: formulas in float64, what gradients reach, and whole runs."""
 
+import copy
 import json
 import math
 import re
@@ -89,7 +90,7 @@ def made(given, network, states, averaged=None):
         torch.zeros(count, 3, 8, 8), torch.zeros(count, 3, 8, 8), torch.ones(count), states, averaged or {}, None
     )
     name = given["term"]
-    return terms.terms[name], terms(seen, [name])[name].item()
+    return terms.terms[name], terms(seen, [name])[name]
 
 
 def weights_of(module):
@@ -114,7 +115,7 @@ def test_dispersion_is_the_log_of_a_mean_over_all_pairs(shape):
     _, found = made({"term": "dispersive", "layer": layer, "temperature": 0.4, "weight": 3.0}, network, {layer: state})
     flat = state.double().numpy().reshape(len(state), -1)
     pairs = [[np.exp(-np.square(a - b).sum() / (flat.shape[1] * 0.4)) for b in flat] for a in flat]
-    assert found == pytest.approx(3.0 * np.log(np.mean(pairs)), rel=1e-4)
+    assert found.item() == pytest.approx(3.0 * np.log(np.mean(pairs)), rel=1e-4)
 
 
 def averaged_over(maps, side):
@@ -153,7 +154,7 @@ def test_self_alignment_is_the_mean_distance_of_projected_maps(name, distance):
     else:
         lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
         expected = (1 - (one * other).sum(-1) / lengths).mean()
-    assert found == pytest.approx(2.0 * expected, rel=1e-4)
+    assert found.item() == pytest.approx(2.0 * expected, rel=1e-4)
 
 
 def test_a_projection_is_as_wide_inside_as_both_layers_together():
@@ -186,7 +187,23 @@ def test_self_distillation_is_the_cross_entropy_of_finding_an_image_again(name):
         cosines = [own @ other / np.linalg.norm(own) / np.linalg.norm(other) for other in known]
         likely = np.exp(np.array(cosines) / 0.3)
         losses.append(-np.log(likely[i] / likely.sum()))
-    assert found == pytest.approx(np.mean(losses), rel=1e-4)
+    assert found.item() == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_self_distillation_has_no_gradient_through_the_averaged_network_s_side():
+    """The projector, which both sides have, learns of the network in training alone."""
+    state, averaged = drawn(5, 16, 32), drawn(5, 16, 32).flip(0)
+    given = {"term": "self_distillation", "layer": "transformer_blocks.1", "hidden_size": 24, "output_size": 6}
+    term, found = made(given, make_dit(), {given["layer"]: state}, {given["layer"]: averaged})
+    found.backward()
+    exact = copy.deepcopy(term).double()
+    exact.zero_grad()
+    one, other = (torch.nn.functional.layer_norm(each.double().mean(1), (32,)) for each in (state, averaged))
+    asked = torch.nn.functional.normalize(exact.predictor(exact.projector(one)))
+    known = torch.nn.functional.normalize(exact.projector(other)).detach()
+    (0.1 * torch.nn.functional.cross_entropy(asked @ known.T / 0.2, torch.arange(5))).backward()
+    for weight, expected in zip(term.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad.double(), expected.grad, rtol=1e-3, atol=1e-7)
 
 
 # Gradients
