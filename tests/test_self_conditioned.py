@@ -237,6 +237,7 @@ def test_checkpointing_that_would_lose_gradients_fails():
         answer(network).square().mean().backward()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_it_compiles_to_one_graph_and_exports_as_do_its_blocks(kind):
@@ -521,6 +522,7 @@ for code, folder in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_copies_with_their_code_need_no_package(folders, tmp_path):
     models, arguments = {}, []
