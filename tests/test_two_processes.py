@@ -39,6 +39,7 @@ TRAININGS = {
     "flips": (["--random_flip"], 8, 4),
     "classes": (["--class_conditional", "--label_dropout", 0.3], 4, 4),
     "edm": (["--augment", 0.5, "--scheduler", json.dumps({"_class_name": "EDMEulerScheduler"})], 8, 2),
+    "aligned": (["--random_flip"], 8, 4),
     "latents": (["--class_conditional"], 2, 4),
     "stream": (["--streaming", "--shuffle_buffer", 20, "--random_flip"], 8, 4),
     "vae": (["--random_flip"], 8, 4),
@@ -50,7 +51,7 @@ TRAININGS = {
 }
 
 # Those that go on after half of the steps on another number of processes, and how many images each then takes.
-RESUMED = [("flips", 2), ("stream", 4), ("vae", 2), ("finetuned", 2)]
+RESUMED = [("flips", 2), ("aligned", 2), ("stream", 4), ("vae", 2), ("finetuned", 2)]
 STREAMED = 50
 STREAMS = {"one": 1, "five": 5}  # files of a stream
 WORKERS = (0, 1, 2, 3)
@@ -98,6 +99,9 @@ def job(name, root, folder, batch, processes):
         return ["pretrain", *options, "--latents_dir", root / "latents", "--denoiser", json.dumps(DIT), *own]
     if name == "stream":
         data = data[:2]
+    if name == "aligned":
+        term = {"term": "representation_alignment", "layer": "mid_block", "hidden_size": 32}
+        own = [*own, "--auxiliary", json.dumps({**term, "encoder": str(root / "unet")})]
     return ["pretrain", *options, *data, "--denoiser", json.dumps(UNET), *own]
 
 
