@@ -134,9 +134,9 @@ class Checkpoint:
 
     @property
     def opens_in_diffusers(self) -> bool:
-        """Whether diffusers can open it by itself: it finds variants only in sub-folders."""
-        finds_weights = "denoiser" in self.folders or self.variant is None
-        return self.index is not None and finds_weights and not self.hub.get("subfolder")
+        """Whether diffusers can open it by itself: variants only in sub-folders, and no class of this package."""
+        missed = ("denoiser" not in self.folders and self.variant is not None) or network_of(self.denoiser).own_module
+        return not (missed or self.index is None or self.hub.get("subfolder"))
 
     def chain(self) -> list[Checkpoint]:
         """Return this checkpoint, its base, the base of that, and so on."""

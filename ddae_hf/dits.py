@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .cut import Cut, runs_forward_alone
 from .network_class import NetworkClass, Tap, cut_blocks, place_of, taps_of_block, view_of_block
+from .self_conditioned import SelfConditionedDiTTransformer2DModel
 
 
 class PatchTransformer(NetworkClass):
@@ -108,6 +109,17 @@ class DiT(PatchTransformer):
         for module in denoiser.modules():
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0
+
+
+class SelfConditionedDiT(DiT):
+    """`DiTTransformer2DModel` with self-conditioning."""
+
+    model = SelfConditionedDiTTransformer2DModel
+    own_module = "self_conditioned"
+
+    def computed_buffers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return its positions; the network without blocks that has them can have no layer that conditions others."""
+        return super().computed_buffers({**config, "self_condition_layer": None})
 
 
 def of_class(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,18 @@ class NetworkClass(ABC):
     parts: tuple[str, ...] = ()  # a network of another class that has all of these can be read as one of this class
     indivisible: tuple[str, ...] = ()  # names of classes of its blocks that a device map must not divide
     borrowed: tuple[str, ...] = ()  # names of parts of blocks that its forward calls outside of their block, too
+    own_module: str = ""  # the module of this package that defines the class, where diffusers does not
     stock_pipelines: tuple[str, ...] = ()  # pipelines of diffusers that alone can sample from it, and embed its texts
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """What a `model_index.json` may name as the library of the class, besides diffusers.
+
+        For a class of this package, whose module may have been loaded from a checkpoint under another name, that is the
+        module, first as it is installed, and then as code in the component's folder.
+        """
+        own = self.own_module
+        return (f"ddae_hf.{own}", own) if own else (self.model.__module__,)
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a randomly initialised network from its config."""

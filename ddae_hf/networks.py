@@ -14,11 +14,11 @@ import torch
 from .building import building, short
 from .conditional_unets import UNet2DConditional
 from .cut import uncompiled
-from .dits import DiT
+from .dits import DiT, SelfConditionedDiT
 from .latents import VAES, build_vae
 from .network_class import NetworkClass, Tap
 from .pixart import PixArt
-from .unets import UNet2D
+from .unets import SelfConditionedUNet2D, UNet2D
 
 # The network of Ho et al. 2020 for CIFAR-10, which the paper uses: 35,746,307 parameters.
 PAPER_UNET: dict[str, Any] = {
@@ -79,8 +79,8 @@ def network_of(denoiser: Any) -> NetworkClass:
 def component_classes(path: str, index: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of the classes of a pipeline's components, from the `model_index.json` in `path`.
 
-    diffusers imports the library that an index names beside each class, so only diffusers itself may be named, or the
-    module of a class of networks that has been registered, and transformers for text encoders and their tokenizers.
+    diffusers loads from the library that an index names beside each class, so only diffusers itself may be named, or
+    the module of a class of networks that is known, and transformers for text encoders and their tokenizers.
     Components that check or condition on images, in `IGNORED`, are left out.
 
     Raises:
@@ -100,8 +100,8 @@ def component_classes(path: str, index: Mapping[str, Any]) -> dict[str, str]:
             allowed = ", ".join(TEXTS[name])
             raise ValueError(f"{path} has a {name} of class {short(classes[name])}: allowed are {allowed}.")
         allowed = "transformers" if name in TEXTS else "diffusers"
-        known = NETWORKS[entry[1]].model.__module__ if entry[1] in NETWORKS else allowed
-        if library not in (allowed, known):
+        known = NETWORKS[entry[1]].libraries if entry[1] in NETWORKS else ()
+        if library not in (allowed, *known):
             raise ValueError(
                 f"{path} has a model_index.json that takes its {name} from {short(library)}: allowed is {allowed}."
             )
@@ -198,5 +198,7 @@ def tap_of(denoiser: Any, layer: str) -> Tap:
 
 register(UNet2D())
 register(DiT())
+register(SelfConditionedUNet2D())
+register(SelfConditionedDiT())
 register(UNet2DConditional())
 register(PixArt())

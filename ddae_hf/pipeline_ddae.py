@@ -36,7 +36,8 @@ class DDAEPipeline(DiffusionPipeline):
     It saves as an ordinary diffusers pipeline. `DDPMPipeline.from_pretrained` also opens one with a U-Net, and samples
     from it if it is unconditional and its framework is DDPM or flow matching; it does not scale EDM's inputs.
     `DiTPipeline` opens one with a DiT and a VAE. `pipeline.vae.enable_slicing()` and `enable_tiling()` bound the memory
-    of decoding. Networks that are told a text are refused: diffusers' own pipelines sample from them.
+    of decoding. Networks that are told a text are refused: diffusers' own pipelines sample from them. One of a class of
+    this package needs the package, or its code: see `save_pretrained`.
 
     Args:
         unet: The denoiser, for images of its `sample_size`, where it is a U-Net.
@@ -131,8 +132,12 @@ class DDAEPipeline(DiffusionPipeline):
             raise ValueError("safe_serialization is False, but only safetensors weights are written: leave it out.")
         _check_parts(self.config["null_class"], **self.components)
         self.register_modules(**self.components)  # diffusers misses one that is set where there was none
+        network = network_of(self.denoiser)
+        if network.own_module:
+            library = network.libraries[1 if include_code else 0]
+            self.register_to_config(**{network.component: (library, network.model.__name__)})
         if include_code:
-            save_pipeline_code(save_directory)
+            save_pipeline_code(save_directory, {network.component: network.own_module})
         with ExitStack() as stack:
             for name, part in self.components.items():
                 if isinstance(part, torch.nn.Module):
@@ -196,13 +201,14 @@ class DDAEPipeline(DiffusionPipeline):
         if denoiser is None:
             denoiser = checkpoint.load("denoiser")
             tuned = checkpoint.holds_model and not still_generates(denoiser, checkpoint.config)
-            denoiser = denoiser.to(dtypes.get(name, dtypes["default"]))
+            # The network's own `to` would log a warning about an empty list.
+            denoiser = torch.nn.Module.to(denoiser, dtypes.get(name, dtypes["default"]))
         vae = given["vae"] if "vae" in given else checkpoint.load("vae", dtypes.get("vae", dtypes["default"]))
         pipeline = cls(
             scheduler=given["scheduler"] if "scheduler" in given else checkpoint.scheduler_or_default(vae is not None),
             null_class=given.get("null_class", checkpoint.config.get("null_class")),
             vae=vae,
-            id2label=given.get("id2label"),
+            id2label=given.get("id2label", (checkpoint.index or {}).get("id2label")),
             **{name: denoiser},
         )
         pipeline._fine_tuned_from = checkpoint.path if tuned else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -30,11 +31,16 @@ def save_code(folder: str | os.PathLike[str], module: str) -> list[str]:
     return [source.stem for source in files]
 
 
-def save_pipeline_code(folder: str | os.PathLike[str]) -> None:
+def save_pipeline_code(folder: str | os.PathLike[str], components: Mapping[str, str]) -> None:
     """Write `pipeline.py`, which diffusers opens as `custom_pipeline="pipeline"`, and the modules that it needs.
 
-    diffusers takes from a folder only the modules that `pipeline.py` itself imports, so it names them all.
+    diffusers takes from a folder only the modules that `pipeline.py` itself imports, so it names them all. A component
+    with a class of this package has its module in its own folder, too, which is all the code that diffusers takes from
+    there: `components` are those modules, by component, or nothing for a class of diffusers.
     """
+    for component, own_module in components.items():
+        if own_module:
+            save_code(Path(folder, component), own_module)
     modules = [name for name in save_code(folder, "pipeline_ddae") if name != "pipeline_ddae"]
     lines = [f"from .{name} import __doc__ as _{name}" for name in modules]
     text = "\n".join(["# Every module is named here: diffusers copies no others.", *lines])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .cut import Cut, identity, in_float32, is_compiled, recorded, runs_forward_alone, uncompiled
 from .network_class import NetworkClass, Tap, cut_blocks, place_of, taps_of_block, view_of_block
 from .noise import family_of
+from .self_conditioned import SelfConditionedUNet2DModel
 
 BLOCKS = "transformer_blocks"
 
@@ -228,3 +229,10 @@ class UNet2D(UNet):
     def vector_width(self, denoiser: Any) -> int:
         """Return the width of its time embedding."""
         return denoiser.time_embedding.linear_2.out_features
+
+
+class SelfConditionedUNet2D(UNet2D):
+    """`UNet2DModel` with self-conditioning."""
+
+    model = SelfConditionedUNet2DModel
+    own_module = "self_conditioned"

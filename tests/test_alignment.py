@@ -425,7 +425,7 @@ def test_the_network_may_lie_elsewhere_when_a_run_goes_on_but_be_no_other(images
     ViTImageProcessorPil(size=SIZE, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path / "prepared")
     with pytest.raises(ValueError, match="auxiliary: representation_alignment had another network in .*checkpoint-2"):
         go_on(images, whole, tmp_path / "b", auxiliary=[{**vision, "encoder": str(tmp_path / "prepared")}, denoiser])
-    with pytest.raises(ValueError, match="had another network|trained with other options: auxiliary was"):
+    with pytest.raises(ValueError, match="trained with other options: auxiliary was"):
         go_on(images, whole, tmp_path / "c", auxiliary=[vision, {**denoiser, "encoder_sigma": 0.7}])
     with pytest.raises(ValueError, match="trained with other options: auxiliary was"):
         go_on(images, whole, tmp_path / "d", auxiliary=[{**vision, "weight": 0.25}, denoiser])

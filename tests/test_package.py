@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ddae_hf"
 # A module imports only modules of earlier lines.
 FLAT = [
-    ["building", "cut", "generators", "pickles", "remote_code"],
+    ["building", "cut", "generators", "pickles", "remote_code", "self_conditioned"],
     ["families", "latents"],
     ["augment", "labels", "noise", "weights"],
     ["network_class", "sampling"],
@@ -253,7 +253,8 @@ OF_NETWORKS = """down_blocks up_blocks mid_block transformer_blocks class_embedd
     down_block_types up_block_types UNet2DModel DiTTransformer2DModel Transformer2DModel""".split()
 # Where networks are described, and where the files of others become networks of one class.
 DESCRIBE_NETWORKS = {f"ddae_hf/{name}.py" for name in
-    ("network_class", "unets", "dits", "texts", "conditional_unets", "pixart", "networks", "conversion")}  # fmt: skip
+    ("network_class", "unets", "dits", "self_conditioned", "texts", "conditional_unets", "pixart", "networks",
+     "conversion")}  # fmt: skip
 OF_VISION_MODELS = {"ddae_hf/experiments/teachers.py": {"patch_size"}}  # words that are asked of no denoiser there
 FOLDERS = [ROOT / name for name in ("ddae_hf", "examples", "benchmarks")]
 FILES = {path.relative_to(ROOT).as_posix(): path for folder in FOLDERS for path in folder.rglob("*.py")}

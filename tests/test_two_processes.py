@@ -31,6 +31,9 @@ UNET |= {"norm_num_groups": 8}
 UNET |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
 DIT = {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
 VAE = {"in_channels": 1, "latent_channels": 2, "block_out_channels": [8, 16], "norm_num_groups": 4}
+ALIGNMENT = {"term": "self_alignment", "layer": "down_blocks.0.resnets.0", "averaged_layer": "up_blocks.1.resnets.0"}
+ALIGNMENT |= {"until": 0.7}
+COMPARED = [ALIGNMENT, *({"term": name, "layer": "mid_block"} for name in ("dispersive", "self_distillation"))]
 STEPS = 50
 SECONDS = 120  # of a launch that fails, half of which it may take to begin
 IMAGES = 100  # twelve steps of eight an epoch, and four images are left over
@@ -39,8 +42,10 @@ TRAININGS = {
     "flips": (["--random_flip"], 8, 4),
     "classes": (["--class_conditional", "--label_dropout", 0.3], 4, 4),
     "edm": (["--augment", 0.5, "--scheduler", json.dumps({"_class_name": "EDMEulerScheduler"})], 8, 2),
-    "aligned": (["--random_flip"], 8, 4),
     "latents": (["--class_conditional"], 2, 4),
+    "aligned": (["--auxiliary", json.dumps(ALIGNMENT)], 8, 4),
+    "taught": (["--random_flip"], 8, 4),
+    "compared": (["--auxiliary", *map(json.dumps, COMPARED)], 4, 4),  # the images of a pass, which must be as many
     "stream": (["--streaming", "--shuffle_buffer", 20, "--random_flip"], 8, 4),
     "vae": (["--random_flip"], 8, 4),
     "finetuned": (
@@ -51,7 +56,7 @@ TRAININGS = {
 }
 
 # Those that go on after half of the steps on another number of processes, and how many images each then takes.
-RESUMED = [("flips", 2), ("aligned", 2), ("stream", 4), ("vae", 2), ("finetuned", 2)]
+RESUMED = [("flips", 2), ("aligned", 2), ("taught", 2), ("compared", 4), ("stream", 4), ("vae", 2), ("finetuned", 2)]
 STREAMED = 50
 STREAMS = {"one": 1, "five": 5}  # files of a stream
 WORKERS = (0, 1, 2, 3)
@@ -99,7 +104,7 @@ def job(name, root, folder, batch, processes):
         return ["pretrain", *options, "--latents_dir", root / "latents", "--denoiser", json.dumps(DIT), *own]
     if name == "stream":
         data = data[:2]
-    if name == "aligned":
+    if name == "taught":
         term = {"term": "representation_alignment", "layer": "mid_block", "hidden_size": 32}
         own = [*own, "--auxiliary", json.dumps({**term, "encoder": str(root / "unet")})]
     return ["pretrain", *options, *data, "--denoiser", json.dumps(UNET), *own]

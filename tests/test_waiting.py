@@ -204,6 +204,16 @@ UNET = {**TINY, "in_channels": 1, "out_channels": 1, "dropout": 0.1}
 DIT = {"_class_name": "DiTTransformer2DModel", "sample_size": 8, "in_channels": 1, "num_layers": 2}
 DIT |= {"num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 2}
 EDM, FLOW = {"_class_name": "EDMEulerScheduler"}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+
+
+def terms_at(layer, averaged_layer):
+    """Every auxiliary term, at a layer."""
+    names = ("dispersive", "self_alignment", "self_distillation")
+    terms = [{"term": name, "layer": layer} for name in names]
+    terms[1] |= {"averaged_layer": averaged_layer}
+    return terms
+
+
 TRAININGS = {
     "U-Net, DDPM": {"denoiser": UNET, "random_flip": True},
     "U-Net, DDPM, log-normal": {"denoiser": UNET, "log_sigma": [0.0, 1.2], "low_resolution": 4},
@@ -211,6 +221,12 @@ TRAININGS = {
     "U-Net, EDM, augmentation": {"denoiser": UNET, "scheduler": EDM, "augment": 0.12},
     "DiT, flow": {"denoiser": DIT, "scheduler": FLOW},
     "DiT, DDPM, classes, two passes": {"denoiser": DIT, "class_conditional": True, "gradient_accumulation_steps": 2},
+    "U-Net, DDPM, terms": {"denoiser": UNET, "auxiliary": terms_at("down_blocks.0.resnets.0", "mid_block")},
+    "DiT, flow, terms": {
+        "denoiser": DIT,
+        "scheduler": FLOW,
+        "auxiliary": terms_at("transformer_blocks.0", "transformer_blocks.1"),
+    },
 }
 IN_TRAINING: dict[tuple[str, str], str] = {
     (SENT, "ddae_hf.experiments.loading:to_device"): "the batch itself, from pinned memory",

@@ -13,6 +13,7 @@ from ..networks import network_of, tap_of
 from .auxiliary import Seen, Setting, Term, TermOptions, register
 from .options import option
 from .teachers import open_teacher
+from .terms import on_one_grid
 
 SMALL = 1e-6  # what iREPA adds to the deviation that it divides by
 
@@ -98,11 +99,3 @@ class RepresentationAlignment(Term):
                 deviation, mean = torch.std_mean(wanted, dim=(2, 3), correction=0, keepdim=True)
                 wanted = (wanted - mean) / (deviation + SMALL)
             return -F.cosine_similarity(projected.float(), wanted, dim=1).mean()
-
-
-def on_one_grid(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Return maps (B, C, H, W), the larger one averaged over the positions of the smaller one."""
-    if one.shape[2:] == other.shape[2:]:
-        return one, other
-    grid = (min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3]))
-    return F.adaptive_avg_pool2d(one, grid), F.adaptive_avg_pool2d(other, grid)

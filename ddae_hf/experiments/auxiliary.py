@@ -157,9 +157,9 @@ class Terms(nn.Module):
             name = f"{kind.kind}_{same + 1}" if same else kind.kind
             self.terms[name] = term
             self.add_module(name, term)
-        reading = {term.kind: term.lowered for term in self if term.averaged_layer is not None}
+        reading = {name: term.lowered for name, term in self.terms.items() if term.averaged_layer is not None}
         if len(set(reading.values())) > 1:
-            found = ", ".join(f"{kind}: {lowered:g}" for kind, lowered in reading.items())
+            found = ", ".join(f"{name}: {lowered:g}" for name, lowered in reading.items())
             raise ValueError(
                 f"auxiliary: the averaged network is asked for passes at different noise levels ({found}), and makes "
                 "one a step: give these terms the same levels, or leave all but one out."

@@ -131,8 +131,8 @@ class Pretraining:
         setting = Setting(network, data.latents, accelerator.device, options.seed, options.cache_dir)
         self.terms = Terms(options.auxiliary, setting)
         if resume is not None:
-            self.terms.restore(resume)
             self._check_same_run(check_resumed(self.given, known, resume), network, resume)
+            self.terms.restore(resume)
         check_networks(options, network, self.scheduler, data)
         kind = network_of(network)
         kind.stop_own_dropping(network)
@@ -157,7 +157,7 @@ class Pretraining:
         family = self.diffusion.family
         self.levels = levels_drawn(options, family)
         self.weighting = weighting(family, options.loss_weighting, options.min_snr_gamma)
-        self.averaged = Diffusion(self.average, self.scheduler)
+        self.averaged = Diffusion(told_as_in_training(self.average, options), self.scheduler)
 
     def _check_same_run(self, trained: dict[str, Any], network: Any, resume: Path) -> None:
         """Raise `ValueError` if the options describe another network, scheduler, objective or data than the run's."""
@@ -318,6 +318,18 @@ class Pretraining:
                 f"{result.images_per_second} images/s, loss {result.loss_last_100_batches:.4f}; saved {folder}."
             )
         return result
+
+
+def told_as_in_training(average: Any, options: PretrainingOptions) -> Any:
+    """Return the averaged network, or one of the same weights that takes the vectors of augmentation.
+
+    What samples are drawn from, and what is saved, takes none.
+    """
+    if not options.augment:
+        return average
+    told = copy.deepcopy(average, {id(weight): weight for weight in average.parameters()})  # which are not copied
+    network_of(told).accept_vectors(told, NUM_LABELS)
+    return told
 
 
 def training_inputs(

@@ -292,6 +292,7 @@ class _Card:
         sampler = next(iter(family.samplers), None) if family else None
         return {
             "family": family,
+            "own_network": bool(network.own_module),
             "layer": config.layer if own or best is None else best.layer,
             "sigma": config.sigma if own or best is None else best.sigma,
             "tap_is_measured": best is not None,
