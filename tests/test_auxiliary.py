@@ -84,7 +84,7 @@ def test_equal_levels_draw_nothing():
 
 def made(given, network, states, averaged=None):
     """A term alone, and what it is of hidden states."""
-    terms = Terms([given], Setting(network, False, torch.device("cpu"), 0))
+    terms = Terms([given], Setting(network, None, torch.device("cpu"), 0))
     count = len(next(iter(states.values())))
     seen = Seen(
         torch.zeros(count, 3, 8, 8), torch.zeros(count, 3, 8, 8), torch.ones(count), states, averaged or {}, None

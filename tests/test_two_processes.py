@@ -44,6 +44,7 @@ TRAININGS = {
     "edm": (["--augment", 0.5, "--scheduler", json.dumps({"_class_name": "EDMEulerScheduler"})], 8, 2),
     "latents": (["--class_conditional"], 2, 4),
     "aligned": (["--auxiliary", json.dumps(ALIGNMENT)], 8, 4),
+    "taught": (["--random_flip"], 8, 4),
     "compared": (["--auxiliary", *map(json.dumps, COMPARED)], 4, 4),  # the images of a pass, which must be as many
     "stream": (["--streaming", "--shuffle_buffer", 20, "--random_flip"], 8, 4),
     "vae": (["--random_flip"], 8, 4),
@@ -55,7 +56,7 @@ TRAININGS = {
 }
 
 # Those that go on after half of the steps on another number of processes, and how many images each then takes.
-RESUMED = [("flips", 2), ("aligned", 2), ("compared", 4), ("stream", 4), ("vae", 2), ("finetuned", 2)]
+RESUMED = [("flips", 2), ("aligned", 2), ("taught", 2), ("compared", 4), ("stream", 4), ("vae", 2), ("finetuned", 2)]
 STREAMED = 50
 STREAMS = {"one": 1, "five": 5}  # files of a stream
 WORKERS = (0, 1, 2, 3)
@@ -103,6 +104,9 @@ def job(name, root, folder, batch, processes):
         return ["pretrain", *options, "--latents_dir", root / "latents", "--denoiser", json.dumps(DIT), *own]
     if name == "stream":
         data = data[:2]
+    if name == "taught":
+        term = {"term": "representation_alignment", "layer": "mid_block", "hidden_size": 32}
+        own = [*own, "--auxiliary", json.dumps({**term, "encoder": str(root / "unet")})]
     return ["pretrain", *options, *data, "--denoiser", json.dumps(UNET), *own]
 
 

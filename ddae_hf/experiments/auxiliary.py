@@ -8,7 +8,7 @@ Options of pretraining list them, each a kind of term, the layer that it reads, 
 A term gets hidden states of the pass that the denoising loss is computed of. It may also ask for those of the averaged
 network, for the same images and noise, at the same level or a lower one: all terms share one such pass, which ends at
 the deepest layer asked for. What a term has of weights is trained with the network, kept for resuming, and left out of
-what is saved. Terms that exist are in `terms.py`.
+what is saved. Terms that exist are in `terms.py` and `alignment.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..families import Family
 from ..hidden_states import check_layers
 from .draws import RowDraws, separate_randomness
+from .latent_folder import LatentFolder
 from .options import Options, option, unknown
 
 WEIGHTS = Path("state") / "auxiliary.safetensors"  # of terms, in a checkpoint to resume
@@ -48,7 +49,7 @@ class Setting:
     """What terms are made for: the network in training, what it is trained on, and where."""
 
     denoiser: Any
-    on_latents: bool  # not on images
+    latents: LatentFolder | None  # what it is trained on; None for images
     device: torch.device
     seed: int
     cache_dir: str | None = None
@@ -72,6 +73,7 @@ class Term(nn.Module):
     kind: ClassVar[str]  # its name in options
     options_class: ClassVar[type[TermOptions]] = TermOptions
     compares_images: ClassVar[bool] = False  # whether its value depends on which images are in a pass together
+    places: ClassVar[frozenset[str]] = frozenset()  # options that say where a network is, which `identity` recognises
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__()
@@ -86,6 +88,11 @@ class Term(nn.Module):
     def lowered(self) -> float:
         """How much less time, at most, the averaged network's images have gone towards noise: see `less_noisy`."""
         return 0.0
+
+    @property
+    def identity(self) -> str | None:
+        """A hash of whatever else the value of a term with weights depends on, which a resumed run must have."""
+        return None
 
     @abstractmethod
     def forward(self, seen: Seen) -> Tensor:
@@ -115,6 +122,15 @@ def term_options(given: Mapping[str, Any]) -> tuple[type[Term], Any]:
         return term, term.options_class.of(None, own)
     except ValueError as error:
         raise ValueError(f"auxiliary: {kind}: {error}") from error
+
+
+def lasting(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the options of terms that a resumed run must have as before: all but those of where networks are."""
+    found = []
+    for each in given:
+        places = TERMS.get(str(each.get("term")), Term).places
+        found.append({name: value for name, value in each.items() if name not in places})
+    return found
 
 
 class Terms(nn.Module):
@@ -193,15 +209,31 @@ class Terms(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the weights into a checkpoint that can be resumed, where there are any."""
         if self.trained and (folder / "state").is_dir():
-            save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+            weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
+            save_file(weights, folder / WEIGHTS, self._identities())
+
+    def _identities(self) -> dict[str, str]:
+        """Return the hashes of what the terms depend on besides their weights, by name."""
+        return {name: term.identity for name, term in self.terms.items() if term.identity is not None}
 
     def restore(self, checkpoint: Path) -> None:
-        """Read the weights of a checkpoint, or raise `ValueError` where they are not there, or damaged."""
+        """Read the weights of a checkpoint.
+
+        Raises:
+            ValueError: They are not there, or damaged, or were trained beside another network than a term has now.
+        """
         if not self.trained:
             return
         if not (checkpoint / WEIGHTS).is_file():
             raise ValueError(f"{checkpoint} has no {WEIGHTS}, the weights of auxiliary terms: resume another one.")
         try:
+            with safe_open(checkpoint / WEIGHTS, "pt") as file:
+                known = file.metadata() or {}
+            if other := [name for name, identity in self._identities().items() if known.get(name) != identity]:
+                raise ValueError(
+                    f"auxiliary: {other[0]} had another network in {checkpoint}, of other weights, or read in another "
+                    "way: give the one that the run began with."
+                )
             self.load_state_dict(load_file(checkpoint / WEIGHTS))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{checkpoint / WEIGHTS} is damaged ({error}): resume another checkpoint.") from error

@@ -90,20 +90,35 @@ def _ddae(path: str, layer: str | None, sigma: float | None, cache_dir: str | No
     return identity | {name: getattr(config, name) for name in names} | told_text(model), compute
 
 
-def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) -> tuple[dict[str, Any], Compute]:
-    """Return the pooled output of a vision model, or the mean of its last hidden state where it has none."""
+def open_vision_model(path: str, cache_dir: str | None = None) -> tuple[Any, Any]:
+    """Return a vision model of transformers, float32 and on the processor, and its image processor.
+
+    Of a model of images and texts, such as CLIP, it is the part that sees. A pooler without weights is left out.
+
+    Raises:
+        ValueError: A model of something else, or weights that are missing.
+        OSError: No such model.
+    """
     model, info = AutoModel.from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, cache_dir=cache_dir
     )
-    if model.main_input_name != "pixel_values":
-        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: give a model of images alone.")
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ValueError(f"its weights {missing[:3]} are missing.")
+    seeing = getattr(model, "vision_model", None)
+    if model.main_input_name != "pixel_values" and seeing is not None:
+        model = seeing
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: give a model of images alone.")
     if info["missing_keys"]:
         model.pooler = None  # it would have random weights
+    return model, AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir)
+
+
+def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) -> tuple[dict[str, Any], Compute]:
+    """Return the pooled output of a vision model, or the mean of its last hidden state where it has none."""
+    model, processor = open_vision_model(path, cache_dir)
     made_fast(model, best_device()).to(best_device())
-    processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir)
 
     @evaluating(model)
     def run(images: list[Image.Image]) -> Any:

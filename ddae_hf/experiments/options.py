@@ -39,7 +39,7 @@ NAMES = {
         max_reference_samples num_heads num_classes average_steps step stage_draws stage_classes output_size""",
     Range("at least 0", lambda x: x >= 0): """lr_warmup_steps weight_decay max_grad_norm kl_weight mixup
         weight sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale sigma sigmas
-        extractor_sigma image_sigmas class_labels""",
+        extractor_sigma encoder_sigma image_sigmas class_labels""",
     Range("between 1 and 1024", lambda x: 1 <= x <= 1024): "lora_rank",
     Range("positive", lambda x: x > 0): """learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2
         min_snr_gamma temperature lora_alpha""",

@@ -31,7 +31,7 @@ from ..labels import drop_labels
 from ..networks import network_of
 from ..pipeline_ddae import DDAEPipeline
 from .arrays import read_json, write_json, written_whole
-from .auxiliary import DENOISING, Seen, Setting, Terms, less_noisy
+from .auxiliary import DENOISING, Seen, Setting, Terms, lasting, less_noisy
 from .averages import PowerAverages
 from .batches import Batch, clean_images
 from .draws import RowDraws
@@ -128,10 +128,8 @@ class Pretraining:
         self.given["center_crop"] = None if data.latents else data.center_crop
         known = Progress(num_images=data.count, images_hash=data.hash)
         network, self.average, self.scheduler = networks_to_train(options, data, resume)
-        on_latents = data.latents is not None
-        self.terms = Terms(
-            options.auxiliary, Setting(network, on_latents, accelerator.device, options.seed, options.cache_dir)
-        )
+        setting = Setting(network, data.latents, accelerator.device, options.seed, options.cache_dir)
+        self.terms = Terms(options.auxiliary, setting)
         if resume is not None:
             self._check_same_run(check_resumed(self.given, known, resume), network, resume)
             self.terms.restore(resume)
@@ -184,6 +182,8 @@ class Pretraining:
             trained |= trained_on(network, self.scheduler)
         for name in ("dataset_name", "train_data_dir"):  # these may lie elsewhere now
             now[name], trained[name] = (Path(known.get(name) or "").name for known in (now, trained))
+        for known in (now, trained):
+            known["auxiliary"] = lasting(known.get("auxiliary") or [])
         check_same_run(now, trained, may_change, resume)
 
     def loss(self, batch: Batch, draws: RowDraws) -> Tensor | dict[str, Tensor]:

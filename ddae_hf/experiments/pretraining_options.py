@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..networks import NETWORKS
-from . import terms  # noqa: F401 (imported to be known)
+from . import alignment, terms  # noqa: F401 (imported to be known)
 from .auxiliary import term_options
 from .averages import check_lengths
 from .new_networks import check_tells_no_text
