@@ -114,7 +114,7 @@ METHODS: dict[str, Callable[[Recipe, Path], dict[str, Any]]] = {
     "dispersive": term("dispersive"),
     "self-alignment": lambda recipe, teacher: term("self_alignment", averaged_layer=recipe.late)(recipe, teacher),
     "self-distillation": term("self_distillation"),
-    "alignment": aligned(),
+    "alignment": aligned(hidden_size=256),
     "alignment of maps": aligned(projection="convolution", normalise=True, weight=1.0),
     "self-conditioning": self_conditioned,
     "images, velocity loss": predicting_images,
