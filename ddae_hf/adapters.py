@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .building import short
+from .building import LARGEST, short
 from .cut import is_compiled
 from .hidden_states import learning_parameters
 from .networks import build_denoiser, skeleton
@@ -76,8 +75,8 @@ def check_lora(lora: Any, denoiser: nn.Module, needed: bool = False) -> None:
     alpha = lora["alpha"]
     if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
         raise ValueError(f"lora: rank is {short(rank)}: it must be a whole number, 1 to {HIGHEST_RANK}.")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-        raise ValueError(f"lora: alpha is {short(alpha)}: it must be a positive number.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= LARGEST:
+        raise ValueError(f"lora: alpha is {short(alpha)}: it must be a positive number, at most {LARGEST}.")
     names = lora["modules"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"lora: modules is {short(names)}: it must be a list of one or more names.")

@@ -363,6 +363,7 @@ def test_a_whole_model_whose_adapters_have_other_shapes_is_refused(bases, tmp_pa
         ({"rank": 4.0}, "rank is 4.0"),
         ({"alpha": float("nan")}, "alpha is nan: it must be a positive number"),
         ({"alpha": True}, "alpha is True"),
+        ({"alpha": 10**400}, "alpha is a number of more than 30 digits"),
         ({"modules": []}, "modules is .*: it must be a list of one or more names"),
         ({"modules": "conv_in"}, "modules is 'conv_in'"),
         ({"modules": ["conv_in", "conv_in"]}, "modules has a name twice"),

@@ -56,7 +56,8 @@ FILES = """pipeline/model_index.json pipeline/unet/config.json pipeline/schedule
     pipeline/preprocessor_config.json head/config.json head/model_index.json flat/model_index.json flat/config.json
     flat/scheduler_config.json model/config.json whole/config.json shards/config.json
     shards/model.safetensors.index.json latents/model_index.json latents/transformer/config.json latents/vae/config.json
-    latents/scheduler/scheduler_config.json whole_latents/config.json edm/scheduler/scheduler_config.json""".split()
+    latents/scheduler/scheduler_config.json whole_latents/config.json edm/scheduler/scheduler_config.json
+    adapted/config.json adapted/adapters/adapter_config.json whole_adapted/config.json""".split()
 FILES.append(f"edm/unet/{SHARDS}")
 # Those of a pipeline with text encoders, and of a model that stores what it is told.
 TEXT_FILES = """stock/model_index.json stock/unet/config.json stock/vae/config.json stock/text_encoder/config.json
@@ -76,13 +77,16 @@ def checkpoints(tmp_path_factory):
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     unet = make_unet(num_class_embeds=3, **SMALL)
     pipeline = DDAEPipeline(unet, scheduler, null_class=2, id2label={0: "cat", 1: "dog"})
-    for name in ("pipeline", "head"):
+    for name in ("pipeline", "head", "adapted"):
         pipeline.save_pretrained(root / name)
     DDAEImageProcessor.for_denoiser(unet.config).save_pretrained(root / "pipeline")
     classifier = DDAEForImageClassification.from_pretrained(root / "pipeline", num_labels=3, feature_norm="batch_norm")
     classifier.save_head(root / "head")
     classifier.save_pretrained(root / "whole")
     classifier.save_pretrained(root / "shards", max_shard_size="20KB")
+    classifier.add_lora(2)
+    classifier.save_head(root / "adapted")
+    classifier.save_pretrained(root / "whole_adapted")
     for name in ("model", "flat"):
         unet.save_pretrained(root / name)
     scheduler.save_pretrained(root / "flat")

@@ -53,10 +53,13 @@ TRAININGS = {
         4,
         4,
     ),
+    "adapted": (["--lora_rank", 2, "--lora_targets", "attention", "convolutions", "--ema_decay", 0.9], 8, 4),
 }
+FINETUNED = ("finetuned", "adapted")
 
 # Those that go on after half of the steps on another number of processes, and how many images each then takes.
 RESUMED = [("flips", 2), ("aligned", 2), ("taught", 2), ("compared", 4), ("stream", 4), ("vae", 2), ("finetuned", 2)]
+RESUMED += [("adapted", 2)]
 STREAMED = 50
 STREAMS = {"one": 1, "five": 5}  # files of a stream
 WORKERS = (0, 1, 2, 3)
@@ -91,7 +94,7 @@ def job(name, root, folder, batch, processes):
     options = ["--output_dir", folder, "--seed", 1, "--max_train_steps", STEPS, "--checkpointing_steps", STEPS // 2]
     options += ["--mixed_precision", "no", "--train_batch_size", batch]
     data = ["--dataset_name", root / "digits", "--max_train_samples", IMAGES]
-    if name == "finetuned":
+    if name in FINETUNED:
         options += ["--gradient_accumulation_steps", 8 // batch // processes, "--max_test_samples", 30]
         # Steps of eight of 100 images end an epoch with four.
         return ["finetune", *options, *data, "--model_name_or_path", root / "unet", "--sigma", 0.3, *own]
@@ -187,7 +190,7 @@ def test_two_processes_have_the_weights_of_one(root, name):
     assert_alike(root / "one" / name, root / "two" / name)
 
 
-@pytest.mark.parametrize("name", [name for name in TRAININGS if name != "finetuned"])
+@pytest.mark.parametrize("name", [name for name in TRAININGS if name not in FINETUNED])
 def test_two_processes_have_the_losses_of_one(root, name):
     expected, found = (np.array(losses_of(root / which / name)) for which in ("one", "two"))
     passes = 8 // TRAININGS[name][1]
@@ -208,10 +211,11 @@ def test_one_process_goes_on_for_two_and_two_for_one_with_smaller_batches(root, 
         assert (root / folder / name / f"checkpoint-{STEPS}").is_dir()
 
 
-def test_a_fine_tuned_classifier_has_the_figures_of_one_process(root):
-    expected = json.loads((root / "one" / "finetuned" / "eval_results.json").read_text())
+@pytest.mark.parametrize("training", FINETUNED)
+def test_a_fine_tuned_classifier_has_the_figures_of_one_process(root, training):
+    expected = json.loads((root / "one" / training / "eval_results.json").read_text())
     for folder in ("two", "one-went-on", "two-went-on"):
-        found = json.loads((root / folder / "finetuned" / "eval_results.json").read_text())
+        found = json.loads((root / folder / training / "eval_results.json").read_text())
         assert found["images"] == expected["images"] == STEPS * 8 - 3 * 4
         for name, value in expected.items():
             if name.startswith("test_"):
