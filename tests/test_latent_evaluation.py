@@ -222,6 +222,16 @@ def test_fine_tuning_on_latents_saves_a_classifier_of_images(
     assert f"has a test accuracy of {100 * report['saved_classifier_test_accuracy']:.2f} %" in card
 
 
+def test_adapters_that_learn_from_latents_classify_images(latent_dit, vae, digits, latents, tested, tmp_path):
+    report = tune(latent_dit, digits, tmp_path, "--latents_dir", str(latents), "--lora_rank", "2")
+    whole, (images, labels) = DDAEForImageClassification.from_pretrained(tmp_path), tested
+    assert whole.config.weights == "adapters"
+    assert fingerprint(whole.ddae.vae, dtype=None) == fingerprint(vae, dtype=None)
+    with torch.no_grad():
+        found = share_right(whole(images).logits, labels)
+    assert report["saved_classifier_test_accuracy"] == pytest.approx(found)
+
+
 def test_latents_of_others_are_refused(latent_dit, other, digits, latents, tmp_path, capsys):
     options = ["--latents_dir", str(latents)]
     with pytest.raises(SystemExit, match="were made by another VAE than this one"):
