@@ -51,12 +51,25 @@ TO_SIZE, CUT_TO_SIZE = (
     CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=SIZE),
 )
 SQUARE = ConvNextImageProcessorPil(size={"shortest_edge": 16})
+
+
+class Written:
+    """An image processor as its file, of a class that cannot be made without torchvision."""
+
+    def to_dict(self):
+        return {**TO_SIZE.to_dict(), "image_processor_type": "DINOv3ViTImageProcessorFast"}
+
+    def save_pretrained(self, path):
+        (path / "preprocessor_config.json").write_text(json.dumps(self.to_dict()))
+
+
 REGISTERS = {**TOKENS, "num_register_tokens": 3}
 # Vision models by name: their class and options, the image processor, and how many tokens come before the patches.
 VISION = {
     "ViT": ("ViTModel", TOKENS, TO_SIZE, 1),
     "DINOv2": ("Dinov2Model", TOKENS, CUT_TO_SIZE, 1),
     "registers": ("Dinov2WithRegistersModel", REGISTERS, TO_SIZE, 4),
+    "DINOv3": ("DINOv3ViTModel", REGISTERS, Written(), 4),
     "CLIP's vision": ("CLIPVisionModel", TOKENS, CUT_TO_SIZE, 1),
     "CLIP": ("CLIPModel", {"text_config": TEXT, "vision_config": TOKENS}, CUT_TO_SIZE, 1),
     "SigLIP": ("SiglipVisionModel", TOKENS, TO_SIZE, 0),
@@ -250,15 +263,17 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("projection", ["mlp", "convolution"])
+@pytest.mark.parametrize(
+    "projection, normalised", [("mlp", {}), ("mlp", {"mean_share": 1.0}), ("convolution", {}),
+                               ("convolution", {"mean_share": 0.6})],
+)  # fmt: skip
 @pytest.mark.parametrize("pair", PAIRS)
-def test_the_term_is_minus_the_mean_cosine_of_projected_maps(folder, pair, projection, normalise):
+def test_the_term_is_minus_the_mean_cosine_of_projected_maps(folder, pair, projection, normalised):
     layer, shape, encoder_layer = PAIRS[pair]
     network = make_dit(**DIT, num_embeds_ada_norm=1) if pair == "DiT" else make_unet(**UNET)
     given = {"term": "representation_alignment", "layer": layer, "encoder": folder("denoiser"), "weight": 3.0}
     given |= {"encoder_layer": encoder_layer, "encoder_sigma": 0.2, "projection": projection, "hidden_size": 12}
-    terms = Terms([{**given, "normalise": normalise}], setting(network))
+    terms = Terms([{**given, "normalise": bool(normalised), **normalised}], setting(network))
     term = terms.terms["representation_alignment"]
     clean, state = pictures(), drawn(3, *shape)
     seen = Seen(clean, clean, torch.ones(3), {layer: state}, {}, None)
@@ -269,9 +284,9 @@ def test_the_term_is_minus_the_mean_cosine_of_projected_maps(folder, pair, proje
         own = own.reshape(3, 4, 4, 16).transpose(0, 3, 1, 2)
     own, wanted = averaged(own, 4), averaged(wanted, 4)
     own = (mlp if projection == "mlp" else convolved)(layers_of(term.projection), own)
-    if normalise:
+    if normalised:
         mean, deviation = (each((2, 3), keepdims=True) for each in (wanted.mean, wanted.std))
-        wanted = (wanted - mean) / (deviation + 1e-6)
+        wanted = (wanted - normalised["mean_share"] * mean) / (deviation + 1e-6)
     cosines = (own * wanted).sum(1) / np.linalg.norm(own, axis=1) / np.linalg.norm(wanted, axis=1)
     assert found == pytest.approx(-3.0 * cosines.mean(), rel=1e-4, abs=1e-6)
 
@@ -558,6 +573,8 @@ def test_options_that_do_not_go_together_are_refused(folder):
         (folder("denoiser"), {"encoder_sigma": 1e9}, "outside the schedule"),
         (folder("ViT"), {"projection": "linear"}, "projection is 'linear': allowed are mlp, convolution"),
         (folder("denoiser"), {"encoder_sigma": -1.0}, "encoder_sigma is -1.0: it must be at least 0"),
+        (folder("denoiser"), {"mean_share": 0.6}, "mean_share is 0.6, and nothing is subtracted without normalise"),
+        (folder("denoiser"), {"normalise": True, "mean_share": 1.2}, "mean_share is 1.2: it must be between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=f"auxiliary: representation_alignment: .*{message}"):
             Terms([aligned(encoder, **more)], setting())
@@ -570,6 +587,16 @@ def test_a_map_of_one_position_cannot_be_normalised(tmp_path, folder):
     Terms([aligned(str(tmp_path))], setting())
     with pytest.raises(ValueError, match="normalise needs maps of several positions"):
         Terms([aligned(str(tmp_path), normalise=True)], setting())
+
+
+def test_processors_that_do_not_say_enough_are_refused():
+    for known, message in (
+        ({"size": {"longest_edge": 16}}, "its image processor says no size of images"),
+        ({"size": SIZE, "image_mean": [0.5] * 3}, "its image processor says no image_mean and image_std"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Preparation.of(known)
+    assert Preparation.of({"size": SIZE, "do_normalize": False}).std == (1.0, 1.0, 1.0)
 
 
 def test_tokens_of_other_numbers_are_refused():

@@ -35,6 +35,12 @@ class AlignmentOptions(TermOptions):
     normalise: bool = option(
         False, "Subtract the mean of each channel of an image's map from the network, and divide by its deviation."
     )
+    mean_share: float = option(1.0, "Share of this mean that normalise subtracts; iREPA's code begins with 0.6.")
+
+    def check(self) -> None:
+        """Raise `ValueError` for a share of means that nothing subtracts."""
+        if self.mean_share != 1.0 and not self.normalise:
+            raise ValueError(f"mean_share is {self.mean_share:g}, and nothing is subtracted without normalise: true.")
 
 
 @register
@@ -48,8 +54,10 @@ class RepresentationAlignment(Term):
     - `mlp` is REPA's projection: three linear layers with SiLU between them. The paper's weight is 0.5, its layer the
       eighth, its network DINOv2.
     - `convolution` with `normalise` and the weight 1 is iREPA (Singh et al. 2025, arXiv 2512.10794): a convolution of
-      3x3, and of each channel of `y` the mean over the image's positions is subtracted, and it is divided by the
-      standard deviation over these. What is left is where something is, which is what the paper finds to help.
+      3x3, and each channel of `y` becomes `(y - mean_share mean(y)) / (std(y) + 1e-6)`, with mean and standard
+      deviation over the image's positions. What is left is where something is, which is what the paper finds to help.
+      Its code subtracts a share `gamma` of the mean, by default 0.6; the whole of it leaves nothing that all positions
+      have in common.
 
     The larger one of the two maps is first averaged over the positions of the smaller one: an enlarged map would ask
     for details that the other one does not have, and so projections cost least.
@@ -97,5 +105,5 @@ class RepresentationAlignment(Term):
         with torch.autocast(seen.sigma.device.type, enabled=False):
             if self.options.normalise:
                 deviation, mean = torch.std_mean(wanted, dim=(2, 3), correction=0, keepdim=True)
-                wanted = (wanted - mean) / (deviation + SMALL)
+                wanted = (wanted - self.options.mean_share * mean) / (deviation + SMALL)
             return -F.cosine_similarity(projected.float(), wanted, dim=1).mean()

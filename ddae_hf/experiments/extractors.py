@@ -90,8 +90,8 @@ def _ddae(path: str, layer: str | None, sigma: float | None, cache_dir: str | No
     return identity | {name: getattr(config, name) for name in names} | told_text(model), compute
 
 
-def open_vision_model(path: str, cache_dir: str | None = None) -> tuple[Any, Any]:
-    """Return a vision model of transformers, float32 and on the processor, and its image processor.
+def open_vision_model(path: str, cache_dir: str | None = None) -> Any:
+    """Return a vision model of transformers, float32 and in the processor's memory.
 
     Of a model of images and texts, such as CLIP, it is the part that sees. A pooler without weights is left out.
 
@@ -112,12 +112,13 @@ def open_vision_model(path: str, cache_dir: str | None = None) -> tuple[Any, Any
         raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: give a model of images alone.")
     if info["missing_keys"]:
         model.pooler = None  # it would have random weights
-    return model, AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir)
+    return model
 
 
 def _transformers(path: str, layer: None, sigma: None, cache_dir: str | None) -> tuple[dict[str, Any], Compute]:
     """Return the pooled output of a vision model, or the mean of its last hidden state where it has none."""
-    model, processor = open_vision_model(path, cache_dir)
+    model = open_vision_model(path, cache_dir)
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir)
     made_fast(model, best_device()).to(best_device())
 
     @evaluating(model)

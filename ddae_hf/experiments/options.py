@@ -43,7 +43,7 @@ NAMES = {
     Range("between 1 and 1024", lambda x: 1 <= x <= 1024): "lora_rank",
     Range("positive", lambda x: x > 0): """learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2
         min_snr_gamma temperature lora_alpha""",
-    Range("between 0 and 1", lambda x: 0 <= x <= 1): "augment label_dropout low_resolution_share lowered",
+    Range("between 0 and 1", lambda x: 0 <= x <= 1): "augment label_dropout low_resolution_share lowered mean_share",
     Range("between 0.001 and 0.28", lambda x: 0.001 <= x <= 0.28): "length lengths average_lengths",
     Range("above 0 and below 1", lambda x: 0 < x < 1): "validation_fraction",
     Range("above 0 and at most 1", lambda x: 0 < x <= 1): "layer_decay until",

@@ -1,7 +1,8 @@
 """Teachers: frozen networks that say what is where in an image, for a denoiser in training to be aligned with.
 
 - A vision model of transformers, with the mean, the deviation and the size of its own image processor: one that gives
-  tokens of patches, such as ViT, DINOv2 or the part of CLIP that sees, or feature maps, such as ResNet or ConvNeXt.
+  tokens of patches, such as ViT, DINOv2, DINOv3 or the part of CLIP that sees, or feature maps, such as ResNet or
+  ConvNeXt.
 - A checkpoint of a denoiser, in any layout, at one layer and noise level. Its noise is the fixed one of `DDAEModel`, so
   that what it says depends on the image alone, as a vision model's answer does, and nothing is drawn in training.
 
@@ -20,6 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Imported by its module: without torchvision, which it does not need, some versions hide the name in the package.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..configuration_ddae import DDAEConfig
 from ..networks import network_of, tap_of
@@ -95,9 +99,8 @@ class VisionTeacher(Teacher):
                 "it sees images, and the denoiser is trained on latents: give a checkpoint of a denoiser of these "
                 "latents."
             )
-        model, processor = open_vision_model(path, setting.cache_dir)
-        self.network = frozen(model, setting.device)
-        self.preparation = Preparation.of(processor.to_dict())
+        self.network = frozen(open_vision_model(path, setting.cache_dir), setting.device)
+        self.preparation = Preparation.of(image_preparation(path, setting.cache_dir))
         self.identity = hash_of({**asdict(self.preparation), "weights": fingerprint(self.network, dtype=None)})
 
     def maps(self, clean: Tensor) -> Tensor:
@@ -110,6 +113,17 @@ class VisionTeacher(Teacher):
         sides = patch_sides(config)
         grid = (pixels.shape[2] // sides[0], pixels.shape[3] // sides[1])
         return on_patches(found, grid, getattr(config, "num_register_tokens", 0))
+
+
+def image_preparation(path: str, cache_dir: str | None) -> Mapping[str, Any]:
+    """Return what a vision model's image processor says of itself, or raise `OSError` where there is none.
+
+    Some processors, such as DINOv3's, cannot be made without torchvision. Their file says all that is needed.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(path, backend="pil", cache_dir=cache_dir).to_dict()
+    except ImportError:
+        return read_json(path, "preprocessor_config.json", {"cache_dir": cache_dir}) or {}
 
 
 def patch_sides(config: Any) -> Sequence[int]:
@@ -186,13 +200,19 @@ class Preparation:
 
     @classmethod
     def of(cls, known: Mapping[str, Any]) -> Preparation:
-        """Return what an image processor's configuration says, or raise `ValueError` where it says no size."""
+        """Return what an image processor's configuration says.
+
+        Raises:
+            ValueError: It says no size, or neither mean and deviation nor that there are none.
+        """
         size = (known.get("crop_size") if known.get("do_center_crop") else None) or known.get("size") or {}
         height = size.get("height") or size.get("shortest_edge")
         width = size.get("width") or size.get("shortest_edge")
         if not height or not width:
             raise ValueError(f"its image processor says no size of images (it says {dict(size)}).")
         normalised = known.get("do_normalize", True)
+        if normalised and not (known.get("image_mean") and known.get("image_std")):
+            raise ValueError("its image processor says no image_mean and image_std.")
         return cls(
             size=(int(height), int(width)),
             mode="bilinear" if known.get("resample") == BILINEAR else "bicubic",
@@ -205,7 +225,9 @@ class Preparation:
         """Return images (B, C, H, W) in [-1, 1] as the network takes them, (B, 3, *size)."""
         values = resized(with_channels(clean, len(self.mean)), self.size, self.mode)
         values = (values + 1) * (self.factor * 255 / 2)
-        mean, std = (torch.tensor(each, device=clean.device)[:, None, None] for each in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(each)[:, None, None].to(clean.device, non_blocking=True) for each in (self.mean, self.std)
+        )
         return (values - mean) / std
 
 
