@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ from ddae_hf.experiments import Images, encode
 from ddae_hf.experiments.auxiliary import TERMS, WEIGHTS, Seen, Setting, Terms, less_noisy
 from ddae_hf.experiments.draws import RowDraws
 from ddae_hf.experiments.latent_folder import LatentFolder
-from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain
+from ddae_hf.experiments.pretraining import Pretraining, PretrainingOptions, pretrain, training_inputs
 from ddae_hf.experiments.pretraining_data import training_data
 from ddae_hf.experiments.results import PretrainingReport
 from ddae_hf.experiments.run_folder import note_files
+from ddae_hf.generators import normal
 from ddae_hf.hidden_states import learning_parameters
 from ddae_hf.noise import family_of
 
@@ -55,17 +57,19 @@ OF_DIT[1] = {**OF_DIT[1], "averaged_layer": "transformer_blocks.1"}
 SCHEDULERS = {"DDPM": DDPMScheduler, "EDM": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 
 
+@pytest.mark.parametrize("learned", [0.0, 0.5])
 @pytest.mark.parametrize("lowered", [0.2, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_levels_are_lowered_in_the_time_of_flow_matching(name, lowered):
+def test_levels_are_lowered_in_the_time_of_flow_matching(name, lowered, learned):
     family = family_of(SCHEDULERS[name]())
+    lowest = max(family.sigma_range()[0], learned)
     sigma = torch.tensor([0.02, 0.05, 0.24, 0.25, 0.26, 1.0, 7.0, 80.0, *family.training_range("sigma")]).repeat(50)
-    found = less_noisy(sigma, family, lowered, RowDraws(3, range(len(sigma)), "cpu"))
+    found = less_noisy(sigma, lowest, lowered, RowDraws(3, range(len(sigma)), "cpu"))
     shares = RowDraws(3, range(len(sigma)), "cpu").uniform(tuple(sigma.shape)).double().numpy()
     before = sigma.double().numpy()
     with np.errstate(divide="ignore"):
         time = np.maximum(1 / (1 + 1 / before) - lowered * shares, 0)
-        expected = np.minimum(np.maximum(time / (1 - time), family.sigma_range()[0]), before)
+        expected = np.minimum(np.maximum(time / (1 - time), lowest), before)
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-4, atol=1e-7)
     assert (found <= sigma).all() and (found < sigma).any()
     clean = torch.zeros(len(sigma), 1, 2, 2)
@@ -76,7 +80,7 @@ def test_levels_are_lowered_in_the_time_of_flow_matching(name, lowered):
 def test_equal_levels_draw_nothing():
     sigma = torch.tensor([0.5, 2.0])
     draws = RowDraws(0, range(2), "cpu")
-    assert less_noisy(sigma, family_of(EDMEulerScheduler()), 0.0, draws) is sigma and draws.drawn == 0
+    assert less_noisy(sigma, 0.002, 0.0, draws) is sigma and draws.drawn == 0
 
 
 # Formulas
@@ -247,6 +251,93 @@ def test_gradients_reach_what_is_before_the_layer_and_nothing_else(images, netwo
     assert all(weight.grad.abs().max() > 0 for weight in run.terms.parameters())
     assert all(weight.grad is None for weight in run.average.parameters())
     assert not any(weight.requires_grad for weight in run.average.parameters())
+
+
+# The passes of a step
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often each convolution and linear layer was computed."""
+    counts = Counter()
+    for kind in (torch.nn.Conv2d, torch.nn.Linear):
+
+        def counted(module, hidden, forward=kind.forward):
+            counts[module] += 1
+            return forward(module, hidden)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    return counts
+
+
+def test_a_step_is_one_pass_of_each_u_net_and_the_averaged_one_ends_early(images, computed):
+    """All terms share the pass, which ends at the deepest layer that one of them reads."""
+    run, _ = first_losses(images, auxiliary=ALL)
+    own, averaged = run.loop.module, run.average
+    first, second = averaged.up_blocks[1].resnets
+    assert [computed[own.conv_in], computed[own.conv_out]] == [1, 1]
+    assert [computed[averaged.conv_in], computed[first.conv2]] == [1, 1]
+    assert [computed[second.conv1], computed[averaged.conv_out]] == [0, 0]
+
+
+def test_a_step_is_one_pass_of_each_dit_and_the_averaged_one_ends_early(images, computed):
+    run, _ = first_losses(images, denoiser=DIT, auxiliary=OF_DIT)
+    own, averaged = run.loop.module, run.average
+    _, second, third = averaged.transformer_blocks
+    assert [computed[own.pos_embed.proj], computed[own.proj_out_2]] == [1, 1]
+    assert [computed[averaged.pos_embed.proj], computed[second.attn1.to_q]] == [1, 1]
+    assert computed[third.attn1.to_q] == 0
+
+
+@pytest.mark.parametrize("auxiliary", [[DISPERSIVE], [DISPERSIVE, {**ALIGNMENT, "until": 0.25}]])
+def test_the_averaged_network_is_left_alone_where_no_term_asks_for_it(images, computed, auxiliary):
+    run, _ = first_losses(images, steps=1, auxiliary=auxiliary)
+    assert computed[run.loop.module.conv_in] == 1 and computed[run.average.conv_in] == 0
+
+
+READ = {
+    "DDPM": {},
+    "DDPM, no low levels": {"sigma_min": 0.5, "sigma_max": 1.0},
+    "DDPM, the same levels": {"auxiliary": [{**ALIGNMENT, "lowered": 0.0}]},
+    "EDM": {"scheduler": EDM, "log_sigma": [0.0, 2.0]},
+    "flow": {"scheduler": FLOW},
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_averaged_network_sees_the_same_images_noise_and_classes_at_lower_levels(images, name, monkeypatch):
+    """It is not in training: nothing in it is dropped. What denoising draws comes first, as without terms."""
+    given = {"auxiliary": [ALIGNMENT], "denoiser": {**UNET, "dropout": 0.3}, **READ[name]}
+    options = PretrainingOptions(**small(class_conditional=True, label_dropout=0.5, random_flip=True, **given))
+    handed, forward = [], Terms.forward
+    monkeypatch.setattr(Terms, "forward", lambda terms, seen, names: handed.append(seen) or forward(terms, seen, names))
+    with options.accelerated() as accelerator:
+        run = Pretraining(options, accelerator, training_data(images, options), None)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in run.average.parameters():  # else both networks would be the same
+                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+        batch = next(run.loop.batches())
+        draws = run.loop.draws(8)
+        clean, labels = training_inputs(options, dict(batch), run.diffusion.own, draws)
+        family = run.diffusion.family
+        sigma = family.draw(8, clean.device, draws, **run.levels)
+        noise = normal(clean.shape, clean.device, draws)
+        lowered = options.auxiliary[0].get("lowered", 0.2)
+        shares = draws.uniform((8,)).double() if lowered else torch.zeros(8)
+        run.loss(batch, run.loop.draws(8))
+    seen = handed[0]
+    assert torch.equal(seen.clean, clean) and torch.equal(seen.noise, noise) and torch.equal(seen.sigma, sigma)
+    assert len(set(labels.tolist())) > 1
+    time = (sigma.double() / (1 + sigma.double()) - lowered * shares).clamp(min=0)
+    lowest = max(family.sigma_range()[0], options.sigma_min or 0)
+    lower = torch.minimum((time / (1 - time)).clamp(min=lowest), sigma.double()).float()
+    read = []
+    run.average.get_submodule(LATE).register_forward_hook(lambda module, inputs, output: read.append(output))
+    noisy, timestep = family.noisy(clean, noise, lower)
+    run.average.eval()(noisy, timestep, class_labels=labels)
+    torch.testing.assert_close(seen.averaged[LATE], read[0], rtol=1e-3, atol=1e-4)
+    assert not seen.averaged[LATE].requires_grad and seen.states[EARLY].requires_grad
 
 
 # Whole runs
@@ -437,6 +528,12 @@ COMBINED = {
     "U-Net, DDPM, low resolution": {"low_resolution": 4, "low_resolution_share": 0.5, "random_flip": True},
     "U-Net, DDPM, weighted, averages": {
         "loss_weighting": "min_snr", "sigma_min": 0.1, "sigma_max": 10.0, "max_grad_norm": 1.0,
+    },
+    "self-conditioned U-Net, EDM": {
+        "denoiser": {**UNET, "_class_name": "SelfConditionedUNet2DModel"}, "scheduler": EDM,
+    },
+    "self-conditioned DiT, flow": {
+        "denoiser": {**DIT, "_class_name": "SelfConditionedDiTTransformer2DModel"}, "scheduler": FLOW,
     },
     "DiT, flow, classes": {"denoiser": DIT, "scheduler": FLOW, "class_conditional": True, "log_sigma": [0.0, 1.0]},
     "DiT, DDPM, bfloat16, pieces": {"denoiser": DIT, "mixed_precision": "bf16", "train_batch_size": 4},

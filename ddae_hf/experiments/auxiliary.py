@@ -25,7 +25,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..families import Family
 from ..hidden_states import check_layers
 from .draws import RowDraws, separate_randomness
 from .latent_folder import LatentFolder
@@ -250,14 +249,14 @@ def check_layers_of(denoiser: Any, names: Iterable[str | None]) -> None:
         check_layers(denoiser, layers)
 
 
-def less_noisy(sigma: Tensor, family: Family, lowered: float, draws: RowDraws) -> Tensor:
+def less_noisy(sigma: Tensor, lowest: float, lowered: float, draws: RowDraws) -> Tensor:
     """Return noise levels (B,) that are lower by a random share of `lowered`, uniform and drawn for each image.
 
     The unit is the time `s = sigma / (1 + sigma)` of flow matching, in which all frameworks go from the image, 0, to
-    pure noise, 1. Levels end at the family's lowest, or stay where they are below it. With 0 nothing is drawn.
+    pure noise, 1. Levels end at `lowest`, or stay where they are below it. With `lowered` 0 nothing is drawn.
     """
     if not lowered:
         return sigma
     time = 1 / (1 + 1 / sigma)
     time = (time - lowered * draws.uniform(tuple(sigma.shape))).clamp(min=0)
-    return torch.minimum(sigma, (time / (1 - time)).clamp(min=family.sigma_range()[0]))
+    return torch.minimum(sigma, (time / (1 - time)).clamp(min=lowest))

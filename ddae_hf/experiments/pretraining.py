@@ -207,10 +207,14 @@ class Pretraining:
     def averaged_states(
         self, clean: Tensor, found: Denoised, labels: Tensor | None, names: list[str], draws: RowDraws
     ) -> dict[str, Tensor]:
-        """Return what terms read of the averaged network, for a batch as the network in training found it."""
+        """Return what terms read of the averaged network, for a batch as the network in training found it.
+
+        It is not asked at levels below `sigma_min`, which nothing has learned.
+        """
         if not (layers := self.terms.averaged_layers(names)):
             return {}
-        sigma = less_noisy(found.sigma, self.averaged.family, self.terms.lowered, draws)
+        lowest = max(self.averaged.family.sigma_range()[0], self.options.sigma_min or 0.0)
+        sigma = less_noisy(found.sigma, lowest, self.terms.lowered, draws)
         with torch.no_grad(), self.accelerator.autocast():
             return self.averaged.hidden_states(clean, found.noise[None], sigma, layers, labels)
 
