@@ -167,10 +167,12 @@ class SelfDistillation(Term):
         -log(exp(cos(q_i, k_i) / temperature) / sum_j exp(cos(q_i, k_j) / temperature))
 
     without a gradient through `k`. Xiang et al. 2025 (DDAE++, arXiv 2505.10999) distil contrastively against the
-    averaged network; no code of theirs is public, and what is particular here is this package's choice:
+    averaged network, in self-conditioned networks. Their formula could not be had, and the README of their repository
+    (FutureXiang/ddae_plus_plus) lists this part as still to come. What is particular here is this package's choice:
 
     - Projector, predictor and the temperature 0.2 follow MoCo v3 (arXiv 2104.02057), without its batch normalisation,
-      so that an image's `q` does not depend on others, and without its factor of twice the temperature.
+      so that an image's `q` does not depend on others, and without its factor of twice the temperature. MoCo v3
+      averages the projector of `k` too; here there is one projector, the one in training.
     - The averaged network sees the same noise at a lower level, as the teacher of SD-DiT does (arXiv 2403.17004), and
       as `self_alignment` asks for too: both then share a pass.
     - Images are those of the denoising loss: no augmentation is added that the network would learn to generate.
