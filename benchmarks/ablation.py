@@ -6,7 +6,7 @@ Every method is trained from the same first weights on the same images, and meas
 the best layer and noise level (chosen on held-out training images), one with ten labels a class, nearest neighbours of
 held-out images, the Frechet distance of samples between features of a classifier that was trained from scratch, and the
 time of a step, in units of the plain recipe's. With several seeds, figures are means with intervals of 95 % (Student's
-t). What is done is not done again. Writes `results.json` and `table.md`.
+t). What is done is not done again, and a training that was interrupted goes on. Writes `results.json` and `table.md`.
 
 Methods that align with another network take the plain one of the same data's U-Net, of seed 0, for it: they show what a
 second training gains from a first one, not what a large encoder would give.
@@ -25,7 +25,9 @@ from scipy.stats import t as student
 from ddae_hf.commands.parsing import find_config, read_config
 from ddae_hf.experiments import Images, evaluate_generation, finetune, pretrain, sweep
 from ddae_hf.experiments.arrays import read_json, write_json, write_text
+from ddae_hf.experiments.evaluation import EvaluationOptions
 from ddae_hf.experiments.new_networks import DENOISER
+from ddae_hf.experiments.sweeping import SweepOptions
 from ddae_hf.hidden_states import layer_names
 from ddae_hf.networks import build_denoiser
 
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace, images: Images, network: str, method: str, see
     options = {**recipe.config, **METHODS[method](recipe, teacher), "seed": seed, "sample_steps": 0}
     if args.max_train_steps:
         options |= {"max_train_steps": args.max_train_steps, "lr_warmup_steps": max(1, args.max_train_steps // 10)}
-    options |= {"output_dir": str(folder / "trained"), "checkpointing_steps": 10**6}
+    options |= {"output_dir": str(folder / "trained"), "resume_from_checkpoint": "latest"}
     print(f"{args.data}, {network}, {method}, seed {seed}", flush=True)
     trained = pretrain(images, **options)
     probe = sweep(
@@ -208,13 +210,26 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_images", type=int, default=1000, help="Samples.")
     add("--max_selection_samples", type=int, default=10000, help="Training images that probes are chosen with.")
     add("--output_dir", type=Path, default=Path("runs/ablation"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds are {args.seeds}: they must be different, and not negative.")
+    if args.judge_steps < 1 or (args.max_train_steps is not None and args.max_train_steps < 1):
+        parser.error(f"--judge_steps {args.judge_steps}, --max_train_steps {args.max_train_steps}: give at least 1.")
+    try:  # what follows a training is refused before it
+        SweepOptions(sigmas=args.sigmas, max_selection_samples=args.max_selection_samples)
+        EvaluationOptions(extractor="inception", num_images=args.num_images)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:
     """Run the benchmark."""
     args = parse_arguments()
-    images = Images.open(args.dataset_name)
+    try:
+        images = Images.open(args.dataset_name)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
     run(args, images, "unet", "plain", 0)  # the teacher
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for network in args.networks:

@@ -29,6 +29,9 @@ import torch
 from ddae_hf.experiments import Images, finetune, sweep
 from ddae_hf.experiments.arrays import write_json
 from ddae_hf.experiments.devices import machine
+from ddae_hf.experiments.finetuning import FinetuningOptions
+from ddae_hf.experiments.models import open_model
+from ddae_hf.experiments.sweeping import SweepOptions
 
 # The options of each way of fine-tuning; the probe has none of them.
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -117,6 +120,18 @@ def parsed(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise `ValueError` or `OSError` for what a way would refuse, before the first one."""
+    Images.open(args.dataset_name)
+    open_model(args.model_name_or_path, sigma=args.sigma)
+    rates = {"learning_rate": args.learning_rate, "lora_learning_rate": args.lora_learning_rate}
+    counts = {"max_train_steps": args.max_train_steps, "train_batch_size": args.train_batch_size}
+    for name, value in (rates | counts).items():
+        FinetuningOptions.of(None, {name.removeprefix("lora_"): value})
+    for seed in args.seeds:
+        SweepOptions(few_labels=args.few_labels, seed=seed)
+
+
 def main() -> None:
     """Run the benchmark."""
     words = sys.argv[1:]
@@ -126,6 +141,10 @@ def main() -> None:
         way, few_labels, seed = args.one
         print(json.dumps(measure_way(way, int(few_labels), int(seed), args)))
         return
+    try:
+        check(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
     results: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for count in args.few_labels:
         results[count] = {way: [measured_apart(way, count, seed, words) for seed in args.seeds] for way in WAYS}

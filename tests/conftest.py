@@ -27,6 +27,7 @@ from diffusers import (
     UNet2DModel,
 )
 from PIL import Image
+from safetensors.torch import load_file
 
 TINY = {
     "sample_size": 8,
@@ -35,6 +36,17 @@ TINY = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
+
+
+def files_of(folder):
+    """All weights below a folder, by file and name."""
+    paths = sorted(folder.rglob("*.safetensors"))
+    return {(str(path.relative_to(folder)), name): value for path in paths for name, value in load_file(path).items()}
+
+
+def assert_equal(one, two):
+    assert one.keys() == two.keys() and one
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
 def make_unet(seed=0, **options):

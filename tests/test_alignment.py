@@ -10,7 +10,6 @@ import transformers
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -24,7 +23,7 @@ from ddae_hf.experiments.pretraining_data import training_data
 from ddae_hf.experiments.teachers import Preparation, on_patches, open_teacher, resized
 from ddae_hf.hidden_states import learning_parameters
 
-from .conftest import make_dit, make_unet, make_vae
+from .conftest import assert_equal, files_of, make_dit, make_unet, make_vae
 
 UNET = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [16, 32], "layers_per_block": 1}
 UNET |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
@@ -370,17 +369,6 @@ def test_in_bfloat16_the_term_is_close(images, folder, encoder):
 
 
 # Whole runs
-
-
-def files_of(folder):
-    """All weights below a folder, by file and name."""
-    paths = sorted(folder.rglob("*.safetensors"))
-    return {(str(path.relative_to(folder)), name): value for path in paths for name, value in load_file(path).items()}
-
-
-def assert_equal(one, two):
-    assert one.keys() == two.keys() and one
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from ddae_hf.generators import normal
 from ddae_hf.hidden_states import learning_parameters
 from ddae_hf.noise import family_of
 
-from .conftest import make_dit, make_unet, make_vae
+from .conftest import assert_equal, files_of, make_dit, make_unet, make_vae
 
 UNET = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [16, 32], "layers_per_block": 1}
 UNET |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
@@ -341,17 +341,6 @@ def test_the_averaged_network_sees_the_same_images_noise_and_classes_at_lower_le
 
 
 # Whole runs
-
-
-def files_of(folder):
-    """All weights below a folder, by file and name."""
-    paths = sorted(folder.rglob("*.safetensors"))
-    return {(str(path.relative_to(folder)), name): value for path in paths for name, value in load_file(path).items()}
-
-
-def assert_equal(one, two):
-    assert one.keys() == two.keys() and one
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
 @pytest.fixture(scope="module")
