@@ -36,7 +36,7 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "objectives", "run_folder"],
+    ["classes", "digits", "noisy_networks", "objectives", "run_folder", "taps"],
     ["averages", "options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
