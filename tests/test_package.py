@@ -28,7 +28,7 @@ FLAT = [
     ["networks"],
     ["hidden_states"],
     ["adapters"],
-    ["checkpoints", "conversion"],
+    ["checkpoints", "classification_heads", "conversion"],
     ["configuration_ddae", "diffusion", "prompts"],
     ["image_processing_ddae", "pretrained_ddae"],
     ["modeling_ddae", "pipeline_ddae"],

@@ -24,16 +24,14 @@ def read_tap(tap: str | Sequence[Any]) -> tuple[str, float]:
         ValueError: Neither a word nor a pair, or a level that is no number.
     """
     wanted = "give words layer@sigma, such as mid_block@0.14, or pairs of a layer and a number"
-    layer: Any
-    sigma: Any
-    if isinstance(tap, str):
-        layer, _, sigma = tap.rpartition("@")
-        with_number = _is_number(sigma)
-    elif isinstance(tap, Sequence) and len(tap) == 2:
-        layer, sigma = tap
-        with_number = isinstance(sigma, SupportsFloat) and not isinstance(sigma, bool)
-    else:
+    if not isinstance(tap, str) and not (isinstance(tap, Sequence) and len(tap) == 2):
         raise ValueError(f"A tap is {tap!r}: {wanted}.")
+    layer = tap.rpartition("@")[0] if isinstance(tap, str) else tap[0]
+    sigma = tap.rpartition("@")[2] if isinstance(tap, str) else tap[1]
+    if isinstance(tap, str):
+        with_number = _is_number(sigma)
+    else:
+        with_number = isinstance(sigma, SupportsFloat) and not isinstance(sigma, bool)
     if not (isinstance(layer, str) and layer and with_number):
         raise ValueError(f"A tap is {tap!r}: {wanted}.")
     if math.isnan(float(sigma)):
