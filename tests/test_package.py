@@ -50,6 +50,7 @@ EXPERIMENTS = [
     ["alignment", "evaluation", "new_networks", "training_options"],
     ["pretraining_options", "probing", "rebuilding", "vae_training"],
     ["pretraining"],
+    ["finetuning_options"],
     ["finetuning", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]
