@@ -3,6 +3,9 @@
 The head `"linear"` is none of them: a linear layer on the pooled features of all taps, joined. `"attention"` and
 `"fusion"` make features of their own, on which that linear layer then stands. They are made for a frozen denoiser
 (`freeze_denoiser()`), whose maps they are to combine. Hidden states are (B, C, H, W), or a transformer's (B, N, C).
+
+Attention is diffusers', as in the denoisers: its parts are called one by one, so that weights that lie elsewhere
+(`device_map`) are fetched, and graphs are exported with a free batch dimension.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,20 +79,12 @@ def same_head(described: Mapping[str, Any], config: Any) -> bool:
     return all(described.get(name, default) == getattr(config, name) for name, default in DEFAULT_HEAD.items())
 
 
-def initialise(module: nn.Module) -> None:
-    """Draw the parameters that a module has itself, as torch does when it is made."""
-    reset: Any = getattr(module, "reset_parameters", None)
-    if isinstance(module, nn.MultiheadAttention):
-        reset = module._reset_parameters  # which also sets the bias of its projection, after that was drawn
-    if reset is not None:
-        reset()
-
-
 def draw_anew(head: nn.Module) -> None:
-    """Draw all parameters of a head, those inside of its parts first."""
-    for part in head.children():
-        draw_anew(part)
-    initialise(head)
+    """Draw all parameters of a head, as when it was made."""
+    for part in head.modules():
+        reset: Any = getattr(part, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
 
 class AttentionPooling(nn.Module):
@@ -107,7 +104,9 @@ class AttentionPooling(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(count) for count in channels)
         self.projections = nn.ModuleList(nn.Linear(count, width) for count in channels)
         self.query = nn.Parameter(torch.empty(width))
-        self.attention = nn.MultiheadAttention(width, ATTENTION_HEADS, batch_first=True)
+        self.attention = Attention(
+            width, cross_attention_dim=width, heads=ATTENTION_HEADS, dim_head=width // ATTENTION_HEADS, bias=True
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -121,9 +120,8 @@ class AttentionPooling(nn.Module):
             for state, norm, project in zip(states, self.norms, self.projections, strict=True)
         ]
         positions = torch.cat(tokens, dim=1)
-        query = self.query.expand(len(positions), 1, -1)
-        pooled, _ = self.attention(query, positions, positions, need_weights=False)
-        return pooled[:, 0]
+        query = self.query.expand(positions.shape[0], 1, -1)
+        return self.attention(query, encoder_hidden_states=positions)[:, 0]
 
 
 class Fusion(nn.Module):
@@ -132,11 +130,12 @@ class Fusion(nn.Module):
     Each map is pooled to a grid of 16 x 16, or keeps its own if that is smaller, is normalised as a whole (LayerNorm
     over channels and positions, with a gain and an offset for each) and projected to the width of the head. The
     positions of all maps of one noise level and a trained class token go through two transformer blocks with eight
-    heads each. A layer's projection and the blocks are the same for all levels; the class tokens of the levels, in the
-    order of their first taps, are joined. Nothing else says where a position is.
+    heads each (norms before each part, four times the width inside, GELU). A layer's projection and the blocks are the
+    same for all levels; the class tokens of the levels, in the order of their first taps, are joined. Nothing else says
+    where a position is.
 
-    Ours are the smaller default width, a class token that begins with small numbers in place of zeros, biases of
-    queries, keys and values, and that levels may read different layers.
+    Ours are the smaller default width, a class token that begins with small numbers in place of zeros, and that levels
+    may read different layers.
     """
 
     def __init__(self, config: Any):
@@ -157,9 +156,7 @@ class Fusion(nn.Module):
         self.projections = nn.ModuleList(nn.Conv2d(tap.channels, width, kernel_size=1) for tap in taps)
         self.class_token = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, ATTENTION_HEADS, 4 * width, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
-            )
+            BasicTransformerBlock(width, ATTENTION_HEADS, width // ATTENTION_HEADS, activation_fn="gelu")
             for _ in range(NUM_BLOCKS)
         )
         self.reset_parameters()
@@ -181,7 +178,7 @@ class Fusion(nn.Module):
         for level in self.levels:
             read = zip(self.pairs, states, strict=True)
             maps = [self._tokens(layer, state) for (layer, sigma), state in read if sigma == level]
-            tokens = torch.cat([self.class_token.expand(len(maps[0]), 1, -1), *maps], dim=1)
+            tokens = torch.cat([self.class_token.expand(maps[0].shape[0], 1, -1), *maps], dim=1)
             for block in self.blocks:
                 tokens = block(tokens)
             found.append(tokens[:, 0])

@@ -302,6 +302,8 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         warn_of_shared_names(config.id2label, self.num_labels)
         self.ddae = DDAEModel(config)
         self.head = build_head(config)
+        if self.head is not None and config._attn_implementation == "eager":
+            use_attention(self.head, "eager")
         size = head_size(config, self.head)
         self.feature_norm = nn.BatchNorm1d(size, affine=False) if config.feature_norm == "batch_norm" else nn.Identity()
         self.classifier = nn.Linear(size, self.num_labels)

@@ -22,7 +22,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .adapters import Adapted, adapted_state, adapter_shapes, write_adapters
 from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
-from .classification_heads import head_shapes, initialise, same_head
+from .classification_heads import head_shapes, same_head
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of, skeleton
 from .prompts import check_told, null_condition
@@ -75,10 +75,10 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
             init.zeros_(module.get_buffer("running_mean"))
             init.ones_(module.get_buffer("running_var"))
             init.zeros_(module.get_buffer("num_batches_tracked"))
-        elif isinstance(module, nn.MultiheadAttention) or callable(getattr(module, "reset_parameters", None)):
+        elif callable(reset := getattr(module, "reset_parameters", None)):
             own = list(module.parameters(recurse=False))
             if own and not any(getattr(p, "_is_hf_initialized", False) for p in own):
-                initialise(module)
+                reset()
 
     def freeze_denoiser(self) -> None:
         """Train only what stands on the denoiser: see `DDAEModel.freeze_denoiser`."""
@@ -294,7 +294,9 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
         """Compute attention with torch's fused function (`"sdpa"`) or in plain steps (`"eager"`)."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         inner: Any = self.base_model
-        use_attention(inner.denoiser, self.config._attn_implementation)
+        for part in (inner.denoiser, getattr(self, "head", None)):
+            if part is not None:
+                use_attention(part, self.config._attn_implementation)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         function = args[0] if args else kwargs.get("gradient_checkpointing_func")
