@@ -95,7 +95,10 @@ def checkpoints(tmp_path_factory):
     (root / "flat" / "model_index.json").write_text(json.dumps(index))
     parts = {"transformer": make_dit(in_channels=4, num_layers=2), "vae": make_vae()}
     DDAEPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts).save_pretrained(root / "latents")
-    DDAEForImageClassification.from_pretrained(root / "latents", num_labels=2).save_pretrained(root / "whole_latents")
+    several = {"taps": [("transformer_blocks.0", 0.1), ("transformer_blocks.1", 0.5)], "head": "fusion"}
+    several["head_width"] = 8
+    whole_latents = DDAEForImageClassification.from_pretrained(root / "latents", num_labels=2, **several)
+    whole_latents.save_pretrained(root / "whole_latents")
     stable_diffusion(root / "stock")
     stable_diffusion_xl(root / "words")
     for name in ("tokenizer", "tokenizer_2"):

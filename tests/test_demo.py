@@ -539,6 +539,10 @@ def test_options_that_cannot_work_are_refused(run, tmp_path, capsys):
         assert message in str(refusal.value) + capsys.readouterr().err
 
     refuse("has no classifier: `ddae probe --model_name_or_path", f"--classifier={run / 'checkpoint'}")
+    taps = [("mid_block", 0.1), ("mid_block", 0.4)]
+    several = DDAEForImageClassification.from_pretrained(run / "checkpoint", num_labels=10, taps=taps)
+    several.save_pretrained(tmp_path / "several")
+    refuse("has a classifier of 2 taps, but the page reads one layer", f"--classifier={tmp_path / 'several'}")
     images = tmp_path / "images"
     write_digits(images, {name: (some[0], some[1] % 2) for name, some in digits().items()})
     rename_classes(images, "even", "odd")

@@ -923,6 +923,17 @@ def test_the_command_is_a_caller(checkpoints, digits, tmp_path, capsys):
         commands.run("finetune", "--config", config, *options)
 
 
+def test_the_command_takes_taps_as_words_and_its_card_names_them(checkpoints, digits, tmp_path):
+    options = ["--model_name_or_path", checkpoints / "ddpm", "--dataset_name", digits, "--output_dir", tmp_path]
+    options += ["--max_train_samples", 40, "--max_test_samples", 20, "--max_train_steps", 1]
+    commands.run("finetune", *options, "--freeze_denoiser", "--head", "attention", "--taps", *TAPS)
+    assert DDAEForImageClassification.from_pretrained(tmp_path).config.head == "attention"
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    places = ("`mid_block`", 0.1), ("`up_blocks.0.attentions.0`", 0.4), ("`mid_block`", 0.4)
+    assert ", ".join(f"the layer {layer} at the noise level sigma {sigma}" for layer, sigma in places) in card
+    assert "with the head attention" in card
+
+
 def test_an_earlier_run_on_a_part_of_the_labels_is_refused_by_name(finetuned, checkpoints, digits, tmp_path):
     folder, _ = finetuned
     shutil.copytree(folder, tmp_path / "run")

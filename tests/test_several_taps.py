@@ -279,6 +279,18 @@ def test_a_probe_of_joined_features_becomes_a_classifier(generator, images, sour
 
 
 @torch.no_grad()
+def test_a_probe_of_a_network_whose_classifier_has_another_head_is_linear(images, tmp_path):
+    model = make_model(head="attention")
+    model.save_pretrained(tmp_path)
+    weight, bias = torch.randn(2, 64), torch.randn(2)
+    for source in (str(tmp_path), model.ddae):
+        made = make_classifier(source, ["cat", "dog"], weight, bias, layer="mid_block", sigma=0.2)
+        assert (made.config.head, made.config.head_width, made.config.taps) == ("linear", None, None)
+        features = model.ddae.read_layers(images, ["mid_block"], sigma=0.2)["mid_block"].mean((2, 3))
+        torch.testing.assert_close(made(images).logits, features @ weight.T + bias)
+
+
+@torch.no_grad()
 def test_denoisers_that_are_told_a_text_are_read_at_several_taps(stock_layout):
     _, folder = stock_layout("sd1")
     taps = [("mid_block", 0.2), ("up_blocks.1.attentions.0.transformer_blocks.0", 0.5), ("mid_block", 0.5)]

@@ -90,12 +90,17 @@ class DemoOptions(SplitOptions):
 
 
 def check_classifier(path: str, cache_dir: str | None) -> None:
-    """Raise `ValueError` if a folder or a repository of the Hub has no classifier."""
+    """Raise `ValueError` if a folder or a repository of the Hub has no classifier, or one of several taps."""
     config = DDAEConfig.from_pretrained(path, cache_dir=cache_dir)
     if DDAEForImageClassification.__name__ not in (config.architectures or ()):
         raise ValueError(
             f"{path} has no classifier: `ddae probe --model_name_or_path {path}` with --output_dir makes one; name it "
             "with --classifier."
+        )
+    if config.taps is not None:
+        raise ValueError(
+            f"{path} has a classifier of {len(config.taps)} taps, but the page reads one layer, at a level that is "
+            "moved: name another with --classifier."
         )
 
 

@@ -349,11 +349,11 @@ def make_classifier(
     The network is a checkpoint of any layout, opened in `dtype`, by default its own, or an open model, whose weights
     are copied. The classifier, `weight` (K, C) and `bias` (K,), is for features as they are, and tells K classes apart
     by their `names`; weights that are not finite raise `ValueError`. `config` is what the configuration says,
-    such as `layer`, `sigma` and `noise_seed`.
+    such as `layer`, `sigma` and `noise_seed`; with `taps`, C is the number of their features, joined.
     """
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise ValueError("The classifier's weights are not finite: it is not saved. Regularise it more.")
-    config |= {"feature_norm": "none", "id2label": dict(enumerate(names))}
+    config |= {"feature_norm": "none", "head": "linear", "id2label": dict(enumerate(names))}
     config["label2id"] = {name: i for i, name in enumerate(names)}
     base: Any
     if isinstance(model, (str, os.PathLike)):
