@@ -159,6 +159,7 @@ def run(args: argparse.Namespace, images: Images, network: str, method: str, see
     samples = evaluate_generation(
         folder / "trained", images, extractor=judge_of(args, images, teacher), num_images=args.num_images,
         num_inference_steps=50, batch_size=100, output_dir=str(folder / "samples"),
+        features_dir=str(args.output_dir / args.data / "judged"),
     )  # fmt: skip
     found = {
         "layer": probe.best.layer,
