@@ -27,6 +27,8 @@ from ddae_hf.experiments import Images, evaluate_generation, finetune, pretrain,
 from ddae_hf.experiments.arrays import read_json, write_json, write_text
 from ddae_hf.experiments.evaluation import EvaluationOptions
 from ddae_hf.experiments.new_networks import DENOISER
+from ddae_hf.experiments.results import PretrainingReport
+from ddae_hf.experiments.run_folder import TRAINED
 from ddae_hf.experiments.sweeping import SweepOptions
 from ddae_hf.hidden_states import layer_names
 from ddae_hf.networks import build_denoiser
@@ -151,7 +153,9 @@ def run(args: argparse.Namespace, images: Images, network: str, method: str, see
         options |= {"max_train_steps": args.max_train_steps, "lr_warmup_steps": max(1, args.max_train_steps // 10)}
     options |= {"output_dir": str(folder / "trained"), "resume_from_checkpoint": "latest"}
     print(f"{args.data}, {network}, {method}, seed {seed}", flush=True)
-    trained = pretrain(images, **options)
+    if not (folder / "trained" / TRAINED).is_file():
+        pretrain(images, **options)
+    trained = PretrainingReport.read(folder / "trained")
     probe = sweep(
         folder / "trained", images, layers=["all"], sigmas=args.sigmas, few_labels=[10], num_draws=10, knn=True,
         num_noise_seeds=1, max_selection_samples=args.max_selection_samples, output_dir=str(folder / "probe"),

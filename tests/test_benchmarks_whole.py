@@ -83,3 +83,6 @@ def test_ways_of_training_are_compared_on_the_same_images(tmp_path, digits):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("figures.json")}
     assert len(before) == 6 and printed.endswith(run("ablation", *options, "--methods", "min-SNR", "dispersive"))
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("figures.json")}
+    (folder / "figures.json").unlink()  # as an interruption after the training leaves it
+    assert printed.endswith(run("ablation", *options, "--methods", "min-SNR", "dispersive").splitlines()[-1])
+    assert json.loads((tmp_path / "digits" / "results.json").read_text())["unet"] == found
