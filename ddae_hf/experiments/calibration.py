@@ -90,21 +90,21 @@ def reliability(logits: Tensor, labels: np.ndarray) -> Reliability:
 
 def negative_log_likelihood(logits: Tensor, labels: np.ndarray) -> float:
     """Return the mean over images of minus the logarithm of their class's probability, in nats."""
-    return F.cross_entropy(logits.double(), torch.from_numpy(labels)).item()
+    return F.cross_entropy(logits.double(), torch.tensor(labels)).item()
 
 
 def fitted_temperature(logits: Tensor, labels: np.ndarray) -> float | None:
-    """Return the temperature T of the smallest negative log likelihood, or None if every finite T has a better one.
+    """Return the temperature T of the smallest negative log likelihood, or None where there is none.
 
-    It is convex in 1 / T, and its derivative, which `scipy.optimize.brentq` finds the zero of, is the mean over images
-    of the expected logit minus that of their class. None is what images lead to that are all classified correctly,
-    as the best temperature would be 0; and those whose class has no more than the mean logit, on average, as it would
-    be infinite.
+    The likelihood's negative logarithm is convex in 1 / T. Its derivative, whose zero `scipy.optimize.brentq` finds, is
+    the mean over images of the expected logit minus that of their class. There is no zero where all images are
+    classified correctly, as the best temperature would be 0, nor where their classes' logits are on average no larger
+    than others, as it would be infinite.
     """
     from scipy.optimize import brentq
 
     logits = logits.double()
-    own = logits.gather(1, torch.from_numpy(labels)[:, None]).squeeze(1)
+    own = logits.gather(1, torch.tensor(labels)[:, None]).squeeze(1)
     sharpest, flattest = (logits.amax(1) - own).mean(), (logits.mean(1) - own).mean()  # derivatives where T is 0, inf
     if not (sharpest > 0 > flattest):
         return None
@@ -120,7 +120,12 @@ def fitted_temperature(logits: Tensor, labels: np.ndarray) -> float | None:
 
 
 def calibration_of(logits: Tensor, labels: np.ndarray, temperature: float | None) -> Calibration:
-    """Return the figures of test images' logits, as they are and divided by a temperature that is known already."""
+    """Return the figures of test images' logits, as they are and divided by a temperature that is known already.
+
+    Logits that are not finite raise `ValueError`.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("Some logits of test images are not finite: the network overflows. Run it in float32.")
     found = Calibration(
         calibration_error=reliability(logits, labels).error,
         negative_log_likelihood=negative_log_likelihood(logits, labels),

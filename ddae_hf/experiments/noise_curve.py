@@ -1,9 +1,9 @@
 """The shape of accuracy over noise levels, by paired tests on the images that it was measured on.
 
 While a network generalises, the accuracy of its features has a peak at an inner noise level; as it begins to memorise
-its training images, the curve gradually becomes one that falls from the smallest level on (Li et al. 2025, arXiv
-2502.05743). Curves that are measured on few images have peaks by chance, so that every two levels are compared by an
-exact test of McNemar (1947, doi:10.1007/BF02295996), with the correction of Holm (1979) for their number.
+its training images, the curve gradually becomes one that falls with the noise level all the way (Li et al. 2025, arXiv
+2502.05743). Curves that are measured on few images have peaks by chance. So every two levels are compared by McNemar's
+exact test (1947, doi:10.1007/BF02295996), with the correction of Holm (1979) for their number.
 """
 
 from __future__ import annotations
