@@ -130,8 +130,10 @@ def pairs_of(right, layer="it"):
 
 def test_a_curve_is_made_of_a_layers_pairs_whatever_their_order():
     right = answers([0.80, 0.90, 0.70])
-    others = pairs_of(right[::-1], "another")
+    others = pairs_of(right[[0, 2, 1]], "another")
     expected = curve_from("it", SIGMAS[:3], right)
+    expected.shapes = {"another": "neither", "it": "inner peak"}
+    assert "all 2 layers are 1 neither, 1 inner peak." in expected.words(1000)
     assert curve_of([*others, *pairs_of(right)[::-1]], "it", 1000) == expected
     assert curve_of(pairs_of(right[:2]), "it", 1000) is None
     old = pairs_of(right)

@@ -30,6 +30,7 @@ class Calibration:
             logits had not seen; None if that was impossible.
         calibration_error_at_temperature: With the logits divided by it.
         negative_log_likelihood_at_temperature: Likewise.
+        num_bins: Number of bins of confidence that calibration errors were measured in.
     """
 
     calibration_error: float
@@ -37,12 +38,13 @@ class Calibration:
     temperature: float | None = None
     calibration_error_at_temperature: float | None = None
     negative_log_likelihood_at_temperature: float | None = None
+    num_bins: int = BINS
 
     def words(self, num_held_out: int, held_out_accuracy: float | None) -> str:
         """Return the figures in sentences, with what the temperature was fitted on and what it is applied to."""
         text = (
             f"With the first noise seed, the probe's expected calibration error on the test images is "
-            f"{percent(self.calibration_error)} % ({BINS} bins of confidence), and its mean negative log likelihood "
+            f"{percent(self.calibration_error)} % ({self.num_bins} bins of confidence), and its mean negative log likelihood "
             f"{self.negative_log_likelihood:.4f} nats"
         )
         if self.temperature is None:

@@ -8,6 +8,7 @@ exact test (1947, doi:10.1007/BF02295996), with the correction of Holm (1979) fo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,14 +16,15 @@ from itertools import combinations
 import numpy as np
 
 from .pairs import Pair
-from .report import accuracy_interval
+from .report import accuracy_interval, many
 
 LIKELY = 0.05  # a difference is significant if its corrected p value is below
 FEWEST_LEVELS = 3
 PAPER = "arXiv 2502.05743"
 MEANING = {
     "inner peak": f"has an inner peak, as curves of networks that generalise have ({PAPER})",
-    "falling": f"falls, as curves of networks that memorise their training images do ({PAPER})",
+    "falling": f"falls, and nothing rises significantly: so do curves of networks that memorise ({PAPER}), and those "
+    "with a peak that is too small to be seen on so few images, or below the smallest level",
     "rising": "rises as far as it was measured: a peak may lie beyond",
     "flat": "is flat: no two levels differ significantly",
     "neither": "has neither one inner peak nor one direction",
@@ -63,6 +65,7 @@ class NoiseCurve:
         peak: The level of the highest accuracy, the smallest of equals.
         differences: From the smallest level to the peak, from there to the largest one, or, if the peak is at an end,
             between the ends alone.
+        shapes: The shape of every layer's curve, each by tests of its own.
     """
 
     layer: str
@@ -72,14 +75,17 @@ class NoiseCurve:
     shape: str
     peak: float
     differences: list[Difference]
+    shapes: dict[str, str] = many()
 
     def words(self, num_images: int) -> str:
         """Return the shape in sentences, and what it was found by."""
         differences = " and ".join(each.words for each in self.differences)
+        counts = ", ".join(f"{count} {shape}" for shape, count in Counter(self.shapes.values()).most_common())
         return (
             f"Over the {len(self.sigmas)} noise levels, the accuracy of `{self.layer}` on the {num_images:,} held-out "
             f"images {MEANING[self.shape]}. It changes by {differences}, in exact McNemar tests of all pairs of levels "
-            "with Holm's correction. The layer was chosen on the same images, which this does not correct for."
+            "with Holm's correction. The layer was chosen on the same images, which this does not correct for"
+            f"{f'; the shapes of all {len(self.shapes)} layers are {counts}' if len(self.shapes) > 1 else ''}."
         )
 
 
@@ -102,12 +108,17 @@ def curve_of(pairs: Sequence[Pair], layer: str, num_images: int) -> NoiseCurve |
     It is None where there are fewer than three levels, or where an earlier version did not keep what became of each
     image.
     """
-    own = sorted((pair for pair in pairs if pair.layer == layer), key=lambda pair: pair.sigma)
-    kept = [pair.correct for pair in own if pair.correct is not None]
-    if len(own) < FEWEST_LEVELS or len(kept) < len(own):
-        return None
-    correct = np.stack([unpacked(text, num_images) for text in kept])
-    return curve_from(layer, [pair.sigma for pair in own], correct)
+    curves = {}
+    for name in dict.fromkeys(pair.layer for pair in pairs):
+        own = sorted((pair for pair in pairs if pair.layer == name), key=lambda pair: pair.sigma)
+        kept = [pair.correct for pair in own if pair.correct is not None]
+        if len(own) < FEWEST_LEVELS or len(kept) < len(own):
+            return None
+        correct = np.stack([unpacked(text, num_images) for text in kept])
+        curves[name] = curve_from(name, [pair.sigma for pair in own], correct)
+    found = curves[layer]
+    found.shapes = {name: curve.shape for name, curve in curves.items()}
+    return found
 
 
 def curve_from(layer: str, sigmas: Sequence[float], correct: np.ndarray) -> NoiseCurve:

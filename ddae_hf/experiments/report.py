@@ -201,7 +201,7 @@ def _in_file(kind: Any) -> list[str]:
 def _built(hint: Any, value: Any) -> Any:
     """Return what a file's value stands for: dataclasses, also in lists and dictionaries, or where None may be."""
     parts = typing.get_args(hint)
-    if type(None) in parts:
+    if type(None) in parts:  # which a file leaves out
         return _built(parts[0], value)
     if dataclasses.is_dataclass(hint):
         hints, kind = typing.get_type_hints(hint), typing.cast(Any, hint)

@@ -99,7 +99,6 @@ class ProbeReport(Report, Probe):
     telling = ("pairs", "results")
     pictures = {
         "heat_map.png": "Accuracy on held-out training images, of every layer at every noise level",
-        "accuracy_over_sigma.png": "Accuracy on held-out training images over noise levels, with 95 % intervals",
         "confusion.png": "Confusion table of the test images",
         "reliability.png": "How often the probe is right on test images, over how sure it is",
     }
