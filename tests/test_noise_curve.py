@@ -133,7 +133,7 @@ def test_a_curve_is_made_of_a_layers_pairs_whatever_their_order():
     others = pairs_of(right[[0, 2, 1]], "another")
     expected = curve_from("it", SIGMAS[:3], right)
     expected.shapes = {"another": "neither", "it": "inner peak"}
-    assert "all 2 layers are 1 neither, 1 inner peak." in expected.words(1000)
+    assert ". Shapes of all 2 layers: 1 neither, 1 inner peak." in expected.words(1000)
     assert curve_of([*others, *pairs_of(right)[::-1]], "it", 1000) == expected
     assert curve_of(pairs_of(right[:2]), "it", 1000) is None
     old = pairs_of(right)

@@ -115,12 +115,8 @@ def numbers_in(text):
 
 def prose(card):
     """What a reader sees of a card, but code, papers and their numbers."""
-    text = re.sub(
-        r"```.*?```|\(Xiang et al., ICCV 2023,|arXiv 2303.09769|arXiv 2502.05743|\]\([^)]*\)",
-        "",
-        card.text,
-        flags=re.DOTALL,
-    )
+    papers = r"\(Xiang et al., ICCV 2023,|arXiv 2303.09769|arXiv 2502.05743"
+    text = re.sub(rf"```.*?```|{papers}|\]\([^)]*\)", "", card.text, flags=re.DOTALL)
     return re.sub(r"`(?!ddae_hf)[\w.]*[a-z][\w.]*`", "", text)
 
 

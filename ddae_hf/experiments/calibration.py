@@ -44,8 +44,8 @@ class Calibration:
         """Return the figures in sentences, with what the temperature was fitted on and what it is applied to."""
         text = (
             f"With the first noise seed, the probe's expected calibration error on the test images is "
-            f"{percent(self.calibration_error)} % ({self.num_bins} bins of confidence), and its mean negative log likelihood "
-            f"{self.negative_log_likelihood:.4f} nats"
+            f"{percent(self.calibration_error)} % ({self.num_bins} bins of confidence), and its mean negative log "
+            f"likelihood {self.negative_log_likelihood:.4f} nats"
         )
         if self.temperature is None:
             perfect = ": the probe classifies all held-out images correctly" if held_out_accuracy == 1 else ""

@@ -85,7 +85,7 @@ class NoiseCurve:
             f"Over the {len(self.sigmas)} noise levels, the accuracy of `{self.layer}` on the {num_images:,} held-out "
             f"images {MEANING[self.shape]}. It changes by {differences}, in exact McNemar tests of all pairs of levels "
             "with Holm's correction. The layer was chosen on the same images, which this does not correct for"
-            f"{f'; the shapes of all {len(self.shapes)} layers are {counts}' if len(self.shapes) > 1 else ''}."
+            f"{f'. Shapes of all {len(self.shapes)} layers: {counts}' if len(self.shapes) > 1 else ''}."
         )
 
 

@@ -120,7 +120,7 @@ def reliability_diagram(logits: Tensor, labels: np.ndarray, temperature: float |
     upper.set(title="Linear probe on test images", ylabel="accuracy (%)", xlim=(0, 102), ylim=(0, 102))
     lower.set(xlabel="confidence (%)", ylabel="images", yscale="log")
     upper.grid(alpha=0.3)
-    upper.legend()
+    figure.legend(loc="outside lower center")
     return figure
 
 
