@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .report import many
+from .calibration import Calibration
+from .report import in_memory, many
 
 
 @dataclass(kw_only=True)
@@ -18,6 +19,9 @@ class Pair:
         by_l2: Accuracy by strength.
         knn_20: Accuracy by the nearest 20 images; `knn_200` likewise.
         alignment: See `logistic_regression.alignment`; `uniformity` likewise.
+        temperature: Of the smallest negative log likelihood of the held-out images: see `fitted_temperature`.
+        correct: Which held-out images were classified correctly: see `noise_curve.packed`. It is kept with the figures
+            of a level, not in reports.
     """
 
     layer: str
@@ -29,6 +33,8 @@ class Pair:
     knn_200: float | None = None
     alignment: float | None = None
     uniformity: float | None = None
+    temperature: float | None = None
+    correct: str | None = in_memory()
 
     @property
     def words(self) -> str:
@@ -45,12 +51,14 @@ class Probe:
         test_accuracies: By noise seed, fitted on all training images.
         test_f1: Macro F1, with the first noise seed.
         few_label_test_accuracies: By labels a class, one accuracy a draw of them.
+        calibration: How far the probe of the first noise seed can be trusted.
     """
 
     best: Pair
     test_accuracies: dict[str, float]
     test_f1: float | None = None
     few_label_test_accuracies: dict[str, list[float]] = many()
+    calibration: Calibration | None = None
 
 
 @dataclass(kw_only=True)

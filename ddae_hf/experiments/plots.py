@@ -12,10 +12,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
+from torch import Tensor
 
 from ..image_processing_ddae import as_rgb
 from .arrays import written_whole
+from .calibration import BINS, reliability
 from .pairs import Pair, Point
+from .report import accuracy_interval
 
 
 class Picture(Figure):
@@ -59,14 +62,21 @@ def heat_map(pairs: Sequence[Pair], best: Pair) -> Figure:
     return figure
 
 
-def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair) -> Figure:
-    """Return a picture of validation accuracy over noise levels, of the best layer of each and of the best pair's."""
+def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair, num_images: int) -> Figure:
+    """Return a picture of validation accuracy over noise levels, of the best layer of each and of the best pair's.
+
+    The best pair's layer has its 95 % intervals, for an accuracy that was measured on `num_images` images.
+    """
     accuracy = _accuracies(pairs)
     sigmas = sorted({sigma for _, sigma in accuracy})
     highest = [max(accuracy[key] for key in accuracy if key[1] == sigma) for sigma in sigmas]
-    lines = {"best layer of each level": highest, best.layer: [accuracy[best.layer, sigma] for sigma in sigmas]}
-    y = "accuracy on held-out images (%)"
-    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=y)
+    own = np.array([accuracy[best.layer, sigma] for sigma in sigmas])
+    ends = 100 * np.array([accuracy_interval(value / 100, num_images) for value in own]).T
+    name = f"{best.layer}, with 95 % intervals"
+    return curves(
+        sigmas, {"best layer of each level": highest, name: own}, errors={name: np.abs(ends - own)},
+        title="Linear probe", xlabel="noise level sigma", ylabel="accuracy on held-out images (%)",
+    )  # fmt: skip
 
 
 def _accuracies(pairs: Sequence[Pair]) -> dict[tuple[str, float], float]:
@@ -88,11 +98,40 @@ def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[s
     return figure
 
 
+def reliability_diagram(logits: Tensor, labels: np.ndarray, temperature: float | None = None) -> Figure:
+    """Return a picture of accuracy over confidence in bins, with 95 % intervals, above the images of each bin.
+
+    It shows logits (N, K) as they are and, if a temperature is given, divided by it; labels are (N,).
+    """
+    shown = {"as it is": reliability(logits, labels)}
+    if temperature is not None:
+        shown[f"at temperature {temperature:.3g}"] = reliability(logits / temperature, labels)
+    figure = Picture(figsize=(5, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 100], [0, 100], color="grey", linewidth=1)
+    edges = np.linspace(0, 100, BINS + 1)
+    for (name, bins), marker, line in zip(shown.items(), "os", ("-", "--"), strict=False):
+        some = bins.count > 0
+        confidence, accuracy, count = 100 * bins.confidence[some], 100 * bins.accuracy[some], bins.count[some]
+        ends = 100 * np.array([accuracy_interval(*each) for each in zip(bins.accuracy[some], count, strict=True)]).T
+        label = f"{name}: calibration error {100 * bins.error:.2f} %"
+        upper.errorbar(confidence, accuracy, np.abs(ends - accuracy), fmt=marker, capsize=3, label=label)
+        lower.stairs(bins.count, edges, linestyle=line, linewidth=1.5)
+    upper.set(title="Linear probe on test images", ylabel="accuracy (%)", xlim=(0, 102), ylim=(0, 102))
+    lower.set(xlabel="confidence (%)", ylabel="images", yscale="log")
+    upper.grid(alpha=0.3)
+    figure.legend(loc="outside lower center")
+    return figure
+
+
 def curves(
-    x: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, xlabel: str, ylabel: str,
-    errors: Mapping[str, Sequence[float]] | None = None,
+    x: Sequence[float], lines: Mapping[str, Any], *, title: str, xlabel: str, ylabel: str,
+    errors: Mapping[str, Any] | None = None,
 ) -> Figure:  # fmt: skip
-    """Return a picture of lines, with the errors of some of them, over noise levels, with a tick at each."""
+    """Return a picture of lines (N,), with the errors (N,) or (2, N) of some, over noise levels, with a tick at each.
+
+    Errors (2, N) are how far down and how far up they reach.
+    """
     figure = Picture(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .denoising_report import DenoisingClassifierReport
+from .noise_curve import NoiseCurve
 from .pairs import Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
@@ -90,6 +91,7 @@ class ProbeReport(Report, Probe):
         fingerprint: `weights.fingerprint` of the denoiser that was probed.
         images: Their numbers: `fitted` and `held_out` for the choice, `train` (all training images) and `test`.
         pairs: Every layer at every level.
+        noise_curve: Accuracy of the best layer over the noise levels, where there are at least three.
         baselines: The same for `raw pixels` and for the `untrained network`.
     """
 
@@ -98,12 +100,14 @@ class ProbeReport(Report, Probe):
     pictures = {
         "heat_map.png": "Accuracy on held-out training images, of every layer at every noise level",
         "confusion.png": "Confusion table of the test images",
+        "reliability.png": "How often the probe is right on test images, over how sure it is",
     }
 
     checkpoint: str | None = None
     fingerprint: str | None = None
     images: dict[str, int]
     pairs: list[Pair]
+    noise_curve: NoiseCurve | None = None
     baselines: dict[str, Probe] = many()
     saved_classifier_test_accuracy: float | None = None
 
@@ -188,6 +192,10 @@ class ProbeReport(Report, Probe):
             share, count, pair = max(known, key=lambda found: found[0])
             text += f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma "
             text += f"{pair.sigma:g}, with an accuracy of {percent(share)} %."
+        if self.noise_curve is not None:
+            text += f" {self.noise_curve.words(images['held_out'])}"
+        if self.calibration is not None:
+            text += f" {self.calibration.words(images['held_out'], self.best.validation_accuracy)}"
         return text
 
 
