@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .denoising_report import DenoisingClassifierReport
+from .outlier_report import OutlierReport
 from .pairs import Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
@@ -20,7 +21,7 @@ from .run_results import AverageReport, CurveReport
 
 __all__ = [
     "AverageReport", "CorrespondenceReport", "CurveReport", "DenoisingClassifierReport", "FineTuningReport",
-    "GenerationReport", "NoisyReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
+    "GenerationReport", "NoisyReport", "OutlierReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
 ]  # fmt: skip
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
