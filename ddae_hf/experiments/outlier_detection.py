@@ -328,7 +328,7 @@ class Study:
             raise ValueError("Some features are not finite: the network overflows. Run it in float32.")
         found: dict[str, np.ndarray] = {}
         if "nearest" in options.scores:
-            nearest = f"training image {options.neighbour}"
+            nearest = f"nearest training image {options.neighbour}"
             near = nearest_distance(unit_length(features), unit_length(train), options.neighbour)
             found[f"{nearest}, features of length 1"] = near
             near = nearest_distance(standardised(features, train), standardised(train, train), options.neighbour)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .outlier_scores import RESAMPLES, Separation
-from .report import Report, Section, many, percent
+from .report import Report, Section, percent
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ class OutlierReport(Report):
     num_train_images: int | None = None
     num_images: int
     outside: dict[str, dict[str, Any]]
-    separations: dict[str, dict[str, Separation]] = many()
+    separations: dict[str, dict[str, Separation]]
 
     def section(self) -> Section:
         """Return every score's figures of every other data set."""

@@ -92,11 +92,13 @@ def separation(inside: np.ndarray, outside: np.ndarray, seed: int) -> Separation
     for name, scores in {"inside": inside, "outside": outside}.items():
         if not len(scores) or not np.isfinite(scores).all():
             raise ValueError(f"{len(scores)} scores of images {name} came: give at least one, all of them finite.")
-    known = np.sort(inside)
-    others = np.sort(outside)
+    first = inside.argsort(kind="stable")
+    second = outside.argsort(kind="stable")
+    known = inside[first]
+    others = outside[second]
     _, fpr = rates(known, others, np.ones((1, len(known)), np.int64), np.ones((1, len(others)), np.int64))
     drawn = [
-        rates(known, others, of_known, of_others)
+        rates(known, others, of_known[:, first], of_others[:, second])
         for of_known, of_others in zip(
             _resampled(len(known), [seed, 0], len(others)), _resampled(len(others), [seed, 1], len(known)), strict=True
         )

@@ -108,8 +108,8 @@ def curves(
 def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], *, title: str) -> Figure:
     """Return a picture of how numbers are spread: by a panel's title, the numbers (N,) of each set by its name.
 
-    Each curve has an area of 1 over an axis in units of the first set: 0 is its median, and 1 as far above as its 95th
-    percentile. Beyond 10 units the axis is logarithmic, so that sets far away fit in.
+    The axes are in units of the first set: 0 is its median, and 1 its 95th percentile. They are linear near 0 and
+    logarithmic far from it, so that sets far away fit in. Each curve has an area of 1 there.
     """
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
@@ -132,6 +132,7 @@ def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], *, title: str) ->
         axes.set_axis_off()
     figure.suptitle(title)
     handles, labels = places[0].get_legend_handles_labels()
+    figure.supxlabel(f"units of {labels[0]}: 0 is their median, 1 their 95th percentile", fontsize=10)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
     return figure
 
