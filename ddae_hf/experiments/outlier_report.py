@@ -70,4 +70,4 @@ class OutlierReport(Report):
 
 def _cell(value: float, interval: list[float]) -> str:
     low, high = interval
-    return f"{percent(value)} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{percent(value)} ({percent(low)} to {percent(high)})"

@@ -138,9 +138,9 @@ def _resampled(count: int, seed: list[int], beside: int) -> Iterator[np.ndarray]
 
     R is the same for two sets that are the other's `beside`.
     """
-    random = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     at_once = max(1, _AT_ONCE // max(count, beside))
     for first in range(0, RESAMPLES, at_once):
         rows = min(at_once, RESAMPLES - first)
-        drawn = random.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+        drawn = generator.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)

@@ -130,9 +130,8 @@ def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], *, title: str) ->
         axes.set_title(name, fontsize=10)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
-    figure.suptitle(title)
     handles, labels = places[0].get_legend_handles_labels()
-    figure.supxlabel(f"units of {labels[0]}: 0 is their median, 1 their 95th percentile", fontsize=10)
+    figure.suptitle(f"{title}\n0 is the median of {labels[0]}, 1 its 95th percentile", fontsize=12)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
     return figure
 
