@@ -120,7 +120,7 @@ def test_errors_are_those_of_a_formula_in_float64(checkpoints, digits, name):
     found = run(checkpoints, name, digits, scores=["error"]).scores
     pipeline = DDAEPipeline.from_pretrained(checkpoints / name)
     network = pipeline.denoiser.double().eval()
-    images = {"": drawn(digits, "test", 7)["image"][:], "noise": others(checkpoints, 7)}
+    images = {"known": drawn(digits, "test", 7)["image"][:], "noise": others(checkpoints, 7)}
     for which, each in images.items():
         clean = pixels(checkpoints / name, each).double()[5:6]
         means = [
@@ -245,7 +245,7 @@ def test_a_denoiser_of_latents_scores_latents(digits, checkpoints, tmp_path):
         ddpm_error(model.denoiser.double(), DDPMScheduler(), clean, noise_of(draw, (4, 8, 8)), 0.3).square().mean()
         for draw in range(2)
     ]
-    assert found.scores["denoising error, sigma 0.3"][""][5] == pytest.approx(np.mean(each), rel=2e-4)
+    assert found.scores["denoising error, sigma 0.3"]["known"][5] == pytest.approx(np.mean(each), rel=2e-4)
     assert len(found.separations) == 7
 
 
@@ -303,6 +303,7 @@ def test_sets_that_cannot_be_told_apart_are_refused(checkpoints, digits, tmp_pat
         ({}, "outside is empty or no mapping"),
         ([checkpoints / "others"], "outside is empty or no mapping"),
         ({"": grey}, "a data set of the name ''"),
+        ({"known": grey}, "neither empty nor 'known'"),
         ({3: grey}, "a data set of the name 3"),
         ({"same": digits}, "The known test images and the images of 'same' are the same"),
         ({"a": grey, "b": grey}, "The images of 'a' and the images of 'b' are the same"),

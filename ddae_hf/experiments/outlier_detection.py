@@ -56,6 +56,7 @@ from .report import in_memory
 from .run_folder import saving
 from .sharing import Team
 
+KNOWN = "known"  # in place of a data set's name: the test images of the known one
 KINDS = ("error", "nearest", "mahalanobis")
 TRAIN_VIEW = noise_view(False, 0)
 TEST_VIEW = noise_view(True, 0)
@@ -110,17 +111,14 @@ class OutlierResult(OutlierReport):
     """What `detect_outliers` found: the figures and, in memory, the scores.
 
     Attributes:
-        scores: By score, those of the known images (N,), under the empty name, and of each other data set, float64.
+        scores: By score, those of the known images (N,), as `known`, and of each other data set, float64.
     """
 
     scores: dict[str, dict[str, np.ndarray]] = in_memory()
 
     def histograms(self) -> Figure:
         """Return a picture of how the scores of each set are spread."""
-        panels = {
-            score: {name or "known": values for name, values in found.items()} for score, found in self.scores.items()
-        }
-        return histograms(panels, title=f"Scores of {self.num_images:,} known images and of others")
+        return histograms(self.scores, title=f"Scores of {self.num_images:,} known images and of others")
 
     def save(self, folder: StrPath) -> None:
         """Write `eval_results.json` and `scores.png`."""
@@ -156,9 +154,9 @@ def detect_outliers(
             return None
         stack.enter_context(study.team)
         scores = study.scores(folder)
-        known = {score: found[""] for score, found in scores.items()}
+        known = {score: found[KNOWN] for score, found in scores.items()}
         result = OutlierResult(
-            num_images=len(study.tested[""]),
+            num_images=len(study.tested[KNOWN]),
             outside={name: {"num_images": len(study.tested[name]), **study.sources[name]} for name in study.sources},
             separations={
                 score: {name: separation(known[score], found[name], options.seed) for name in study.sources}
@@ -190,9 +188,11 @@ def open_study(model: Model, images: Images, outside: Mapping[str, Any], options
     """Return what scores the images, or raise `ValueError` where model, images and options do not go together."""
     if not isinstance(outside, Mapping) or not outside:
         raise ValueError("outside is empty or no mapping: give at least one other data set, by its name.")
-    if wrong := [name for name in outside if not isinstance(name, str) or not name]:
-        raise ValueError(f"outside has a data set of the name {wrong[0]!r}: a name must be text, and not empty.")
-    chosen = {"": images[options.test_split]}
+    if wrong := [name for name in outside if not isinstance(name, str) or name in ("", KNOWN)]:
+        raise ValueError(
+            f"outside has a data set of the name {wrong[0]!r}: a name must be text, neither empty nor {KNOWN!r}."
+        )
+    chosen = {KNOWN: images[options.test_split]}
     sources: dict[str, dict[str, Any]] = {}
     for name, source in outside.items():
         others = Images.open(source, cache_dir=options.cache_dir)
@@ -229,7 +229,9 @@ def outside_split(name: str, images: Images, options: OutlierOptions) -> str:
 def check_apart(train: ImageSet | None, chosen: Mapping[str, ImageSet]) -> None:
     """Raise `ValueError` where two of the sets are a stream or the same images."""
     named = {} if train is None else {"the training images": train}
-    named |= {f"the images of {name!r}" if name else "the known test images": each for name, each in chosen.items()}
+    named |= {
+        "the known test images" if name == KNOWN else f"the images of {name!r}": each for name, each in chosen.items()
+    }
     known: dict[str, str] = {}
     for name, each in named.items():
         if each.streaming:
@@ -244,7 +246,7 @@ class Study:
 
     Attributes:
         train: Training images, which features are compared with; none where no score is made of features.
-        tested: The known images, under the empty name, and the other data sets' by name.
+        tested: The known images, as `known`, and the other data sets' by name.
         sources: What is said of the other data sets, by name.
     """
 
@@ -264,7 +266,7 @@ class Study:
     @property
     def used(self) -> list[ImageSet]:
         """The splits of the known data set that were used."""
-        return [each.images for each in (self.train, self.tested[""]) if each is not None]
+        return [each.images for each in (self.train, self.tested[KNOWN]) if each is not None]
 
     @property
     def num_features(self) -> int:
@@ -353,7 +355,7 @@ class Study:
     def computed_features(self, parts: Sequence[Part], name: str | None, view: int) -> Iterator[dict[str, Tensor]]:
         """Yield the features of parts of the training images or, by name, of a set."""
         inputs = self.train if name is None else self.tested[name]
-        title = f"Features, {'training images' if name is None else name or 'known images'}"
+        title = f"Features, {'training images' if name is None else name}"
         return features_of_parts(
             self.model, inputs, parts, [self.layer], self.sigma,
             noise_seed=self.options.noise_seed, view=view, title=title,
@@ -388,7 +390,7 @@ class Study:
         """Yield the errors (B, draws, levels) of the images of parts of a set."""
         config = self.model.config
         seed = self.options.noise_seed
-        inputs = self.tested[name].parts(parts, title=f"Errors, {name or 'known images'}", device=self.model.device)
+        inputs = self.tested[name].parts(parts, title=f"Errors, {name}", device=self.model.device)
         # The images have no name here, as their thread then ends at an error: see `Inputs.parts`.
         for (_, numbers), batch in zip(parts, inputs, strict=True):
             own = None

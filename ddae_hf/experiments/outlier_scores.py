@@ -65,7 +65,10 @@ def nearest_distance(features: np.ndarray, train: np.ndarray, neighbour: int) ->
 
 
 def mahalanobis(features: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Return the squared Mahalanobis distance (N,) of features (N, C) to training images' (M, C)."""
+    """Return the squared Mahalanobis distance (N,) of features (N, C) to training images' (M, C).
+
+    Directions in which these do not vary at all play no part: the covariance's pseudo-inverse is taken.
+    """
     return EmpiricalCovariance(store_precision=True).fit(train).mahalanobis(features)
 
 
