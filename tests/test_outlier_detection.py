@@ -283,7 +283,7 @@ REFUSED = {
     ),
     "no such split": ({"test_split": "nowhere"}, "no split 'nowhere'"),
     "no such split of the others": ({"outside_split": "nowhere"}, "no split 'nowhere'"),
-    "one split twice": ({"test_split": "train"}, "The training images and the known test images are the same"),
+    "one split twice": ({"test_split": "train"}, "are the same, the training images and the known test images"),
     "no draws": ({"num_draws": 0}, "num_draws is 0: it must be at least 1"),
 }
 
@@ -305,8 +305,8 @@ def test_sets_that_cannot_be_told_apart_are_refused(checkpoints, digits, tmp_pat
         ({"": grey}, "a data set of the name ''"),
         ({"known": grey}, "neither empty nor 'known'"),
         ({3: grey}, "a data set of the name 3"),
-        ({"same": digits}, "The known test images and the images of 'same' are the same"),
-        ({"a": grey, "b": grey}, "The images of 'a' and the images of 'b' are the same"),
+        ({"Same": digits}, "are the same, the known test images and the images of 'Same'"),
+        ({"a": grey, "b": grey}, "are the same, the images of 'a' and the images of 'b'"),
         ({"split": {"one": grey, "two": grey[:2]}}, "has the splits one, two, and no 'test': say with outside_split"),
         ({"nothing": tmp_path / "nothing"}, "nothing"),
     ):

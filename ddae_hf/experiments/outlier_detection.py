@@ -237,7 +237,7 @@ def check_apart(train: ImageSet | None, chosen: Mapping[str, ImageSet]) -> None:
         if each.streaming:
             raise ValueError("A stream has no images by their number: leave out streaming.")
         if each.hash in known:
-            raise ValueError(f"{known[each.hash].capitalize()} and {name} are the same: give others.")
+            raise ValueError(f"Two of the sets are the same, {known[each.hash]} and {name}: give others.")
         known[each.hash] = name
 
 
