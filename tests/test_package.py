@@ -36,13 +36,13 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "objectives", "online_probes", "run_folder"],
+    ["classes", "digits", "noisy_networks", "objectives", "online_probes", "outlier_scores", "run_folder"],
     ["averages", "options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["calibration", "images"],
     ["latent_folder"],
     ["converting", "denoising_report", "encoding", "extractors", "feature_export", "low_rank", "pairs", "told_classes"],
-    ["class_errors", "noise_curve", "run_results"],
+    ["class_errors", "noise_curve", "outlier_report", "run_results"],
     ["results"],
     ["auxiliary", "batches", "plots"],
     ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding", "teachers"],
@@ -52,6 +52,7 @@ EXPERIMENTS = [
     ["pretraining"],
     ["finetuning", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
+    ["outlier_detection"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}

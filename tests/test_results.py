@@ -13,6 +13,7 @@ from ddae_hf.experiments.denoising_report import SavedClassifier
 from ddae_hf.experiments.devices import machine
 from ddae_hf.experiments.models import base_model
 from ddae_hf.experiments.noise_curve import Difference, NoiseCurve
+from ddae_hf.experiments.outlier_scores import Separation
 from ddae_hf.experiments.pairs import Pair, Point, Probe
 from ddae_hf.experiments.publishing import read_reports
 from ddae_hf.experiments.report import in_memory, markdown, percent, spread
@@ -23,6 +24,7 @@ from ddae_hf.experiments.results import (
     FineTuningReport,
     GenerationReport,
     NoisyReport,
+    OutlierReport,
     PretrainingReport,
     ProbeReport,
     Report,
@@ -118,6 +120,18 @@ REPORTS = [
         accuracies=[[0.5, 0.75], [0.25, 0.5]],
         beside={
             "probe": SavedClassifier(layer="mid", sigma=0.1, same_denoiser=True, gflop=0.5, accuracies=[0.625, 0.125])
+        },
+    ),
+    OutlierReport(
+        options={"scores": ["error", "nearest"], "num_draws": 2, "noise_seed": 0, "seed": 1},
+        layer="mid_block",
+        sigma=0.25,
+        num_features=32,
+        num_train_images=50,
+        num_images=30,
+        outside={"noise": {"num_images": 20, "split": "test"}},
+        separations={
+            "distance": {"noise": Separation(auroc=0.75, auroc_interval=[0.5, 1], fpr95=0.5, fpr95_interval=[0.25, 1])}
         },
     ),
 ]

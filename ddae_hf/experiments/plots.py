@@ -144,6 +144,37 @@ def curves(
     return figure
 
 
+def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], *, title: str) -> Figure:
+    """Return a picture of how numbers are spread: by a panel's title, the numbers (N,) of each set by its name.
+
+    The axes are in units of the first set: 0 is its median, and 1 its 95th percentile. They are linear near 0 and
+    logarithmic far from it, so that sets far away fit in. Each curve has an area of 1 there.
+    """
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = Picture(figsize=(4.2 * columns, 0.8 + 2.6 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (name, sets) in zip(places, panels.items(), strict=False):
+        first = next(iter(sets.values()))
+        middle, end = np.percentile(first, [50, 95])
+        scale = (end - middle) or 1.0
+        scaled = {which: np.arcsinh((values - middle) / scale / 2) for which, values in sets.items()}
+        edges = np.histogram_bin_edges(np.concatenate(list(scaled.values())), bins=60)
+        for which, values in scaled.items():
+            axes.hist(values, edges, density=True, histtype="step", linewidth=1.4, label=which)
+        low, high = np.sinh(edges[[0, -1]]) * 2
+        ticks = [tick for tick in (-1000, -100, -10, -3, -1, 0, 1, 3, 10, 100, 1000, 10000) if low <= tick <= high]
+        axes.set_xticks(np.arcsinh(np.array(ticks) / 2), [f"{tick:,}" for tick in ticks])
+        axes.set_yticks([])
+        axes.set_title(name, fontsize=10)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.suptitle(f"{title}\n0 is the median of {labels[0]}, 1 its 95th percentile", fontsize=12)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    return figure
+
+
 def curves_of_points(points: Sequence[Point]) -> Figure:
     """Return a picture of accuracy, loss and sample quality over training steps or lengths, the best of each marked."""
     lengths = points[0].length is not None

@@ -14,6 +14,7 @@ import numpy as np
 
 from .denoising_report import DenoisingClassifierReport
 from .noise_curve import NoiseCurve
+from .outlier_report import OutlierReport
 from .pairs import Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
@@ -21,7 +22,7 @@ from .run_results import AverageReport, CurveReport
 
 __all__ = [
     "AverageReport", "CorrespondenceReport", "CurveReport", "DenoisingClassifierReport", "FineTuningReport",
-    "GenerationReport", "NoisyReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
+    "GenerationReport", "NoisyReport", "OutlierReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
 ]  # fmt: skip
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
