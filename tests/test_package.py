@@ -31,6 +31,7 @@ FLAT = [
     ["checkpoints", "conversion"],
     ["configuration_ddae", "diffusion", "prompts"],
     ["image_processing_ddae", "pretrained_ddae"],
+    ["saved_heads"],
     ["modeling_ddae", "pipeline_ddae"],
     ["backbone_ddae"],
 ]
