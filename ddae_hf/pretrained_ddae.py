@@ -165,7 +165,7 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
         files = checkpoint.weight_files()[0] if checkpoint.head is None else [checkpoint.head]
         stored = tensor_shapes(files)
         added = adapter_shapes(config.denoiser, config.lora, "denoiser.") if checkpoint.head is None else {}
-        for what, shapes in {"classifier": cls._head_shapes(config), "adapters": added}.items():
+        for what, shapes in {"head": cls._head_shapes(config), "adapters": added}.items():
             whole = shapes | {f"ddae.{name}": shape for name, shape in shapes.items()}
             expected = {name: shape for name, shape in whole.items() if name in stored}
             refuse_other_shapes(checkpoint.path, what, expected, stored)

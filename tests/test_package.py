@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ddae_hf"
 # A module imports only modules of earlier lines.
 FLAT = [
-    ["building", "cut", "generators", "pickles", "remote_code", "self_conditioned"],
+    ["building", "cut", "generators", "image_values", "pickles", "remote_code", "self_conditioned"],
     ["families", "latents"],
     ["augment", "labels", "noise", "weights"],
-    ["network_class", "sampling"],
+    ["class_maps", "network_class", "sampling"],
     ["dits", "texts", "unets"],
     ["conditional_unets", "pixart"],
     ["networks"],
@@ -34,6 +34,7 @@ FLAT = [
     ["saved_heads"],
     ["modeling_ddae", "pipeline_ddae"],
     ["backbone_ddae"],
+    ["segmentation_ddae"],
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
@@ -221,6 +222,7 @@ def test_every_public_name_is_there_and_no_other_is():
             "DDAEConfig",
             "DDAEModel",
             "DDAEForImageClassification",
+            "DDAEForSemanticSegmentation",
             "DDAEImageProcessor",
             "DDAEPipeline",
         ]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
 
-from ..image_processing_ddae import as_rgb
+from ..image_values import as_rgb
 from .arrays import written_whole
 from .pairs import Pair, Point
 
