@@ -199,13 +199,21 @@ class DDAEImageProcessor(PilBackend):
         if len(masks) != len(found):
             raise ValueError(f"There are {len(found)} images and {len(masks)} segmentation_maps: give one for each.")
         turned = (upright(mask) if isinstance(mask, Image.Image) else mask for mask in masks)
-        read = [read_mask(mask, image.shape[1:])[None] for mask, image in zip(turned, found, strict=True)]
-        plain: dict[str, Any] = {"do_rescale": False, "do_normalize": False, "data_format": None}
-        plain |= {"resample": PILImageResampling.NEAREST, "return_tensors": None}
-        labels = self._preprocess(read, **kwargs | plain)["pixel_values"]
+        read = [read_mask(mask, image.shape[1:]) for mask, image in zip(turned, found, strict=True)]
         batch = self._preprocess(found, **kwargs | {"return_tensors": None})
-        batch["labels"] = [plane[0].astype(np.int64) for plane in labels]
+        batch["labels"] = self.fit_masks(read, **kwargs)
         return BatchFeature(batch.data, tensor_type=kwargs["return_tensors"])
+
+    def fit_masks(self, masks: list[np.ndarray], **kwargs: Any) -> list[np.ndarray]:
+        """Return masks (H, W) of whole images, int32 as `read_mask` gives them, resized and cut like these, int64.
+
+        Options in `kwargs` take precedence over the processor's own.
+        """
+        options = {name: getattr(self, name) for name in ("size", "do_resize", "do_center_crop")} | kwargs
+        options |= {"do_rescale": False, "do_normalize": False, "data_format": None, "return_tensors": None}
+        options |= {"resample": PILImageResampling.NEAREST}
+        planes = self._preprocess([mask[None] for mask in masks], **options)["pixel_values"]
+        return [plane[0].astype(np.int64) for plane in planes]
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
         """Return one image as (num_channels, H, W): uint8 or float32 with values from 0 to 255.

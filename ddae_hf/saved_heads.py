@@ -21,6 +21,7 @@ from .weights import HEAD_FILE, base_state, find_file, fingerprint, location, pl
 class SavesHead(DDAEPreTrainedModel):
     """A model with weights of its own on a `DDAEModel`, its `ddae`."""
 
+    ddae: Any
     _has_head = True
 
     def save_head(

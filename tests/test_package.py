@@ -43,7 +43,8 @@ EXPERIMENTS = [
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
     ["latent_folder"],
-    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "low_rank", "pairs", "told_classes"],
+    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "low_rank", "pairs", "told_classes"]
+    + ["masks", "segmentation_report"],
     ["class_errors", "run_results"],
     ["results"],
     ["auxiliary", "batches", "plots"],
@@ -52,7 +53,7 @@ EXPERIMENTS = [
     ["alignment", "evaluation", "new_networks", "training_options"],
     ["pretraining_options", "probing", "rebuilding", "vae_training"],
     ["pretraining"],
-    ["finetuning", "sweeping"],
+    ["finetuning", "segmenting", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
