@@ -1,12 +1,13 @@
-r"""Heads that give every pixel a class, on digits pasted onto photographs: what a denoiser's feature maps add to pixels.
+r"""Heads that give every pixel a class, on digits pasted onto photographs: what feature maps add to pixels.
 
     python -m benchmarks.segmentation --output_dir runs/segmentation
 
-scikit-learn's digits are pasted, at a random place and size, onto crops of scikit-learn's two photographs; classes are
-the background and the ten digits, and masks are the strokes of the digits. Test digits are others than training digits,
-and crops for tests come from the right halves of the photographs. A small denoiser is first trained on the training
-images without their masks; then the same linear head is trained on its frozen feature maps, on those of the same network
-with random weights, on clean pixels alone and in patches, and with the network (fine-tuned, and from random weights).
+scikit-learn's digits are pasted, at a random place and size and in a random colour, onto crops of scikit-learn's two
+photographs. Classes are the background and the ten digits, and masks are the strokes. Test digits are others than
+training digits, and crops for tests come from the right halves of the photographs, others from the left. A small
+denoiser is first trained on the training images without their masks. Then the same linear head is trained on its frozen
+feature maps, on those of the same network with random weights, on clean pixels alone and in patches, and together with
+the network, from the denoiser's weights and from random ones.
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ from ddae_hf.experiments.digits import digits
 from ddae_hf.experiments.report import markdown, percent
 
 SIDE = 32  # pixels of an image
+CROPS = (32, 128)  # pixels of a crop's side, from and below
 SIZES = (14, 28)  # pixels of a digit's side, from and to
 STROKE = 96  # the least value of a pixel of a digit that the mask counts as the digit
 NAMES = ["background", *map(str, range(10))]
 NETWORK = {
-    "_class_name": "UNet2DModel", "block_out_channels": [32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8,
+    "_class_name": "UNet2DModel", "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8,
     "down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3, "add_attention": False,
 }  # fmt: skip
+
+
+PHOTOS: list[np.ndarray] = []  # once they are read
 
 
 def pasted(count: int, split: str, seed: int) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -45,7 +50,7 @@ def pasted(count: int, split: str, seed: int) -> tuple[list[Image.Image], list[I
     for _ in range(count):
         photo = load_photos()[rng.integers(2)]
         half = photo.shape[1] // 2
-        side = int(rng.integers(SIDE, 4 * SIDE))
+        side = int(rng.integers(*CROPS))
         top = int(rng.integers(photo.shape[0] - side + 1))
         left = int(rng.integers(half - side + 1)) + (half if split == "test" else 0)
         crop = Image.fromarray(photo[top : top + side, left : left + side]).resize((SIDE, SIDE))
@@ -70,9 +75,6 @@ def load_photos() -> list[np.ndarray]:
     return PHOTOS
 
 
-PHOTOS: list[np.ndarray] = []
-
-
 def write_data(folder: Path, counts: dict[str, int], seed: int) -> None:
     """Write images and masks of every split as PNG files of the same names, unless they are there."""
     for split, count in counts.items():
@@ -92,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     images = Images.open(data)
     if not (denoiser / "model_index.json").is_file():
         pretrain(
-            images, denoiser=NETWORK, resolution=SIDE, max_train_steps=args.pretrain_steps, total_batch_size=64,
+            images, denoiser=NETWORK, resolution=SIDE, max_train_steps=args.pretrain_steps, total_batch_size=32,
             learning_rate=5e-4, lr_warmup_steps=20, ema_decay=0.995, seed=args.seed, sample_steps=0,
             output_dir=str(denoiser),
         )  # fmt: skip
@@ -127,8 +129,8 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder of data, denoiser and figures.")
     parser.add_argument("--train_images", type=int, default=1000)
     parser.add_argument("--test_images", type=int, default=500)
-    parser.add_argument("--pretrain_steps", type=int, default=800, help="Steps of 64 images without masks.")
-    parser.add_argument("--max_train_steps", type=int, default=400, help="Steps of 32 images with masks.")
+    parser.add_argument("--pretrain_steps", type=int, default=800, help="Steps of 32 images without masks.")
+    parser.add_argument("--max_train_steps", type=int, default=300, help="Steps of 32 images with masks.")
     parser.add_argument("--layers", nargs="+", default=["decoder"], help="Layers whose maps are joined.")
     parser.add_argument("--sigma", type=float, default=0.05, help="Noise level of the images.")
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="Of heads alone.")

@@ -241,10 +241,11 @@ def read_image_folder(folder: str, streaming: bool = False) -> dict[str, Dataset
     for name, split in splits.items():
         rows = {column: [values[path] for path in split.images] for column, values in known.items()}
         files = {"image": split.images} | ({"mask": masks[name]} if masks else {})
-        paths = {kind: [os.path.join(os.path.abspath(folder), path) for path in given] for kind, given in files.items()}
+        root = os.path.abspath(folder)
+        paths = {column: [os.path.join(root, path) for path in given] for column, given in files.items()}
         dataset = Dataset.from_dict({**paths, **rows})
-        for kind in files:
-            dataset = dataset.cast_column(kind, Image())
+        for column in files:
+            dataset = dataset.cast_column(column, Image())
         if name in classes:
             dataset = dataset.add_column("label", kind.str2int(classes[name]), feature=kind)
         datasets[name] = stream(dataset) if streaming else dataset

@@ -70,7 +70,7 @@ class SegmentationReport(Report):
         own = self.scores[DENOISER]
         figures = [
             Figure("mean_iou", "Mean IoU of all test pixels", own.mean_iou, where),
-            Figure("accuracy", "Share of pixels of the right class", own.pixel_accuracy, where),
+            Figure("pixel_accuracy", "Share of pixels of the right class", own.pixel_accuracy, where),
         ]
         head = ["features", "mean IoU", "pixels right", *(f"IoU of {name}" for name in shown)]
         return Section("Masks", self._protocol(), head, rows, figures)
