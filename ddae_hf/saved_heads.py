@@ -81,7 +81,7 @@ def write_head(
             "or name another one as `base`."
         )
     name = "." if base is None else os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
-    # Without `base`, what the folder holds of an earlier classifier plays no part.
+    # Without `base`, what the folder holds of an earlier head plays no part.
     checkpoint = read_pipeline(folder, variant) if base is None else read_checkpoint(base, variant, **hub)
     if base is not None and location(folder) in (location(link.path, **link.hub) for link in checkpoint.chain()):
         raise ValueError(
@@ -109,17 +109,17 @@ def write_head(
 
 
 def _originals(checkpoint: Checkpoint, denoiser: nn.Module, vae: nn.Module | None) -> tuple[Any, Any]:
-    """Return the denoiser and the VAE of a base, or refuse a base that this classifier was not trained on."""
+    """Return the denoiser and the VAE of a base, or refuse a base that this model does not stand on."""
     original, original_vae = checkpoint.load("denoiser"), checkpoint.load("vae")
     if vae is None and original_vae is not None:
         raise ValueError(
-            f"This classifier was opened without the VAE of {checkpoint.path} and takes latents: put its weights into "
+            f"This model was opened without the VAE of {checkpoint.path} and takes latents: put its weights into "
             "one that was opened with the VAE, or write it whole with `save_pretrained`."
         )
     for part, own, its in (("denoiser", denoiser, original), ("VAE", vae, original_vae)):
         if own is not None and not _is_same(own, its):
             raise ValueError(
-                f"The {part} of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came "
+                f"The {part} of this model is not that of {checkpoint.path}, whether it was fine-tuned or came "
                 "from elsewhere: `save_pretrained` writes it whole. (If it is one of the base's variants, pass its "
                 "name as `variant`.)"
             )
