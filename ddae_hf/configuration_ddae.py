@@ -24,11 +24,16 @@ from .weights import HUB_ARGUMENTS
 
 SIGMA_OF_LATENTS = 0.42
 MOST_NOISE = 2**30  # numbers of the fixed noise, and of what else a network has in memory that no checkpoint holds
-NEVER_NONE = ("sample_posterior", "pooling", "feature_norm", "noise_seed", "num_noise_samples")
+NEVER_NONE = (
+    "sample_posterior", "pooling", "feature_norm", "noise_seed", "num_noise_samples", "semantic_loss_ignore_index",
+)  # fmt: skip
 # The options of each type, and the type in words.
 TYPES: dict[type, tuple[str, str]] = {
     SupportsFloat: ("sigma timestep", "a number"),
-    SupportsIndex: ("noise_seed num_noise_samples null_class num_labels", "a whole number"),
+    SupportsIndex: (
+        "noise_seed num_noise_samples null_class num_labels semantic_loss_ignore_index",
+        "a whole number",
+    ),
     bool: ("sample_posterior", "true or false"),
     str: (
         "layer pooling feature_norm prompt generator_fingerprint generator_fingerprint_float16 features_only weights",
@@ -39,7 +44,7 @@ TYPES: dict[type, tuple[str, str]] = {
 
 
 class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of `DDAEModel`, `DDAEForImageClassification` and `DDAEBackbone`.
+    """Configuration of `DDAEModel`, and of all that reads its hidden states.
 
     Args:
         denoiser: The denoiser's diffusers config with its `_class_name`; by default the paper's U-Net of 35.7 M
@@ -57,6 +62,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions, or `"mean_2x2"`, over
             each quarter of them: see `pool_hidden_states`.
         feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters.
+        semantic_loss_ignore_index: The class of pixels that the loss of a `DDAEForSemanticSegmentation` leaves out.
         noise_seed: Seed of the fixed noise used in evaluation, including the draw of `sample_posterior`.
         num_noise_samples: Number of draws of noise that features are averaged over.
         null_class: The label that stands for no class in a class-conditional U-Net; a DiT's is its last label.
@@ -73,7 +79,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         weights: Which weights belong to this configuration's file: `"whole"` (`model.safetensors`), `"head"`
             (`head.safetensors`, on a base) or `"adapters"` (the same, and `adapters/`); saving sets it. `None`, as in
             the files of version 0.1.0, means a head if there is one.
-        out_features: Layers whose feature maps a `DDAEBackbone` returns, in forward order; by default `layer`.
+        out_features: Layers whose feature maps a `DDAEBackbone` returns, and a `DDAEForSemanticSegmentation` joins, in
+            forward order; by default `layer`.
         out_indices: The same as indices into `stage_names`, in place of names.
         **kwargs: transformers' own options, such as `num_labels`, `id2label` and `label2id`.
 
@@ -91,6 +98,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     sigma: float | int | None = None
     pooling: str = "mean"
     feature_norm: str = "none"
+    semantic_loss_ignore_index: int = 255
     noise_seed: int = 0
     num_noise_samples: int = 1
     null_class: int | None = None

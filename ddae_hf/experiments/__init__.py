@@ -35,6 +35,7 @@ _ROOMS = {
     "publishing": ("make_card", "save_card"),
     "rebuilding": ("RebuildingOptions", "rebuild_average"),
     "results": ("Report",),
+    "segmenting": ("SegmentationOptions", "segment"),
     "sweeping": ("SweepOptions", "sweep"),
     "training_curve": ("CurveOptions", "sweep_run"),
     "transferring": ("TransferOptions", "transfer"),
@@ -44,10 +45,10 @@ _MODULES = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "DenoisingClassifierOptions", "EncodingOptions",
     "EvaluationOptions", "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions",
-    "OutlierOptions", "PretrainingOptions", "RebuildingOptions", "Report", "SweepOptions", "TransferOptions",
-    "VAEOptions", "classify_by_denoising", "classify_noisy", "convert", "detect_outliers", "encode",
+    "OutlierOptions", "PretrainingOptions", "RebuildingOptions", "Report", "SegmentationOptions", "SweepOptions",
+    "TransferOptions", "VAEOptions", "classify_by_denoising", "classify_noisy", "convert", "detect_outliers", "encode",
     "evaluate_generation", "export_features", "find_correspondences", "finetune", "generate", "main_directions",
-    "make_card", "pretrain", "rebuild_average", "save_card", "sweep", "sweep_run", "train_vae", "transfer",
+    "make_card", "pretrain", "rebuild_average", "save_card", "segment", "sweep", "sweep_run", "train_vae", "transfer",
     "word_maps",
 ]  # fmt: skip
 
@@ -68,6 +69,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .publishing import make_card, save_card
     from .rebuilding import RebuildingOptions, rebuild_average
     from .results import Report
+    from .segmenting import SegmentationOptions, segment
     from .sweeping import SweepOptions, sweep
     from .training_curve import CurveOptions, sweep_run
     from .transferring import TransferOptions, transfer

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
 from torch import Tensor
 
-from ..image_processing_ddae import as_rgb
+from ..image_values import as_rgb
 from .arrays import written_whole
 from .calibration import BINS, reliability
 from .pairs import Pair, Point
@@ -198,6 +199,32 @@ def curves_of_points(points: Sequence[Point]) -> Figure:
         axis.minorticks_off()
     axis.set_xlabel("length of the average of weights (sigma_rel)" if lengths else "training step")
     figure.suptitle(f"Best probe, loss and samples {'over lengths of averages' if lengths else 'while training'}")
+    return figure
+
+
+def mask_rows(
+    images: Sequence[PILImage.Image], masks: Sequence[Sequence[np.ndarray]], titles: Sequence[str], names: Sequence[str]
+) -> Figure:
+    """Return a picture with a row for each image: the image, and beside it its maps of classes (H, W).
+
+    `titles` are those of the columns of maps. Classes have a colour each, as the legend says where there are at most 20
+    `names`; numbers beyond them are of no class, and black.
+    """
+    columns = 1 + len(titles)
+    figure = Picture(figsize=(1.6 * columns + 1.4, 1.6 * len(images) + 0.3), layout="constrained")
+    panels = figure.subplots(len(images), columns, squeeze=False)
+    colours = np.array([colormaps["tab20"](number % 20)[:3] for number in range(len(names))] + [(0.0, 0.0, 0.0)])
+    for row, image, maps in zip(panels, images, masks, strict=True):
+        row[0].imshow(np.asarray(as_rgb(image)))
+        for axes, found in zip(row[1:], maps, strict=True):
+            axes.imshow(colours[np.minimum(found, len(names))], interpolation="nearest")
+        for axes in row:
+            axes.set_axis_off()
+    for axes, title in zip(panels[0], ("image", *titles), strict=True):
+        axes.set_title(title, fontsize=9)
+    if len(names) <= 20:
+        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours[:-1]]
+        figure.legend(handles, names, loc="outside right upper", fontsize=8)
     return figure
 
 

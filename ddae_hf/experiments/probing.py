@@ -31,6 +31,7 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..networks import network_of
 from ..pipeline_ddae import DDAEPipeline
+from ..saved_heads import SavesHead
 from ..weights import location
 from .arrays import StrPath
 from .batches import Batch, Batches
@@ -361,10 +362,10 @@ def make_classifier(
 
 
 def save_classifier(
-    folder: StrPath, classifier: DDAEForImageClassification, model: Model,
+    folder: StrPath, classifier: SavesHead, model: Model,
     processor: DDAEImageProcessor, cache_dir: str | None = None,
 ) -> None:  # fmt: skip
-    """Write a classifier that `make_classifier` made of a model, as one folder.
+    """Write a classifier that stands on a model, such as `make_classifier` makes, as one folder.
 
     It holds the generator as a pipeline, and beside it the classifier's head. A denoiser that was fine-tuned no longer
     generates: then it holds the whole classifier. Of a denoiser that is told a text, whose pipeline is not this

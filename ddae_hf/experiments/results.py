@@ -19,10 +19,12 @@ from .pairs import Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
 from .run_results import AverageReport, CurveReport
+from .segmentation_report import SegmentationReport
 
 __all__ = [
     "AverageReport", "CorrespondenceReport", "CurveReport", "DenoisingClassifierReport", "FineTuningReport",
-    "GenerationReport", "NoisyReport", "OutlierReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
+    "GenerationReport", "NoisyReport", "OutlierReport", "PretrainingReport", "ProbeReport", "Report",
+    "SegmentationReport", "VAEReport",
 ]  # fmt: skip
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
