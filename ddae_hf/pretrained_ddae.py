@@ -20,6 +20,7 @@ from transformers import initialization as init
 
 from .adapters import Adapted, adapted_state, adapter_shapes
 from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, take_checkpoint
+from .classification_heads import same_head
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of, skeleton
 from .prompts import check_told, null_condition
@@ -52,7 +53,7 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
     _has_head = False  # whether it has weights of its own, which `head.safetensors` keeps
     # Weights of another model's head, or of a checkpoint whose VAE is left out.
     _keys_to_ignore_on_load_unexpected = [
-        r"^classifier\.", r"^feature_norm\.", r"^segmenter\.", r"^map_norm\.", r"^(ddae\.)?vae\.",
+        r"^(classifier|feature_norm|head|segmenter|map_norm)\.", r"^(ddae\.)?vae\.",
     ]  # fmt: skip
     _supports_sdpa = True
     _no_split_modules = [block for network in NETWORKS.values() for block in network.indivisible]
@@ -148,6 +149,8 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
             )
             model, info = opened
             model._check_loaded(checkpoint, info, anew)
+            if anew and cls._has_head and not same_head(checkpoint.config, model.config):
+                model.reset_head()
             if asked:  # nothing but the classifier that was asked for is missing
                 reports.clear()
         model.restrict_gradients()  # loading has made new parameters
@@ -164,8 +167,17 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
                     checkpoint.check(part)
         files = checkpoint.weight_files()[0] if checkpoint.head is None else [checkpoint.head]
         stored = tensor_shapes(files)
+        own = cls._head_shapes(config)
+        of_head = {name for name in stored if name.startswith("head.")}
+        classifies = "classifier.weight" in own and "classifier.weight" in stored
+        if classifies and of_head != {name for name in own if name.startswith("head.")}:
+            raise ValueError(
+                f"{checkpoint.path} holds a classifier with another head than the configuration describes, "
+                f"{config.head!r} on {len(config.pairs)} taps. For a new one pass `num_labels` and "
+                "`ignore_mismatched_sizes=True`."
+            )
         added = adapter_shapes(config.denoiser, config.lora, "denoiser.") if checkpoint.head is None else {}
-        for what, shapes in {"head": cls._head_shapes(config), "adapters": added}.items():
+        for what, shapes in {"head": own, "adapters": added}.items():
             whole = shapes | {f"ddae.{name}": shape for name, shape in shapes.items()}
             expected = {name: shape for name, shape in whole.items() if name in stored}
             refuse_other_shapes(checkpoint.path, what, expected, stored)
@@ -237,7 +249,8 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
         # `ignore_mismatched_sizes` has let sizes that differ pass.
         spared = own if headless or anew else own & mismatched
         refuse_missing(checkpoint.path, type(self).__name__, every, every - (missing - spared))
-        refuse_unexpected(checkpoint.path, type(self).__name__, info["unexpected_keys"])
+        replaced = {name for name in info["unexpected_keys"] if anew and name.startswith("head.")}
+        refuse_unexpected(checkpoint.path, type(self).__name__, set(info["unexpected_keys"]) - replaced)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load tensors under compiled or plain names into a model that is compiled, in whole or in part, or not."""
@@ -285,7 +298,9 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
         """Compute attention with torch's fused function (`"sdpa"`) or in plain steps (`"eager"`)."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         inner: Any = self.base_model
-        use_attention(inner.denoiser, self.config._attn_implementation)
+        for part in (inner.denoiser, getattr(self, "head", None)):
+            if part is not None:
+                use_attention(part, self.config._attn_implementation)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         function = args[0] if args else kwargs.get("gradient_checkpointing_func")

@@ -53,6 +53,10 @@ class DDAEForSemanticSegmentation(ReadsMaps, SavesHead):
         shapes = {"segmenter.weight": (count, width, 1, 1), "segmenter.bias": (count,)}
         return shapes | {"map_norm.running_mean": (width,), "map_norm.running_var": (width,)}
 
+    def reset_head(self) -> None:
+        """Draw the head anew, as for another task; the statistics of a batch norm stay."""
+        self.segmenter.reset_parameters()
+
     def forward(
         self,
         pixel_values: Tensor,

@@ -804,6 +804,107 @@ def test_what_batch_statistics_cannot_do_is_refused(checkpoints, digits, tmp_pat
         run(tmp_path / "start", digits, tmp_path / "out")
 
 
+# Several taps, and heads
+
+
+TAPS = ["mid_block@0.1", "up_blocks.0.attentions.0@0.4", "mid_block@0.4"]
+PLAIN = {"layer_decay": 1.0, "ema_decay": None, "max_train_steps": 2}
+
+
+@pytest.mark.parametrize("head", ["linear", "attention", "fusion"])
+def test_several_taps_are_trained_and_open_again(checkpoints, digits, tmp_path, head):
+    options = {"head": head, "head_width": None if head == "linear" else 32}
+    result = run(checkpoints / "ddpm", digits, tmp_path, taps=TAPS, max_train_steps=2, **options)
+    model = DDAEForImageClassification.from_pretrained(tmp_path)
+    assert model.config.taps == [["mid_block", 0.1], ["up_blocks.0.attentions.0", 0.4], ["mid_block", 0.4]]
+    assert (model.config.head, model.config.head_width) == (head, options["head_width"])
+    assert (result.layer, result.sigma, result.taps) == ("up_blocks.0.attentions.0", 0.4, TAPS)
+    assert result.head == (None if head == "linear" else head)
+    assert accuracies(tmp_path, digits, 70) == pytest.approx([result.test_accuracy, result.test_own_noise_accuracy])
+    for words in ("`mid_block`, sigma 0.1; `up_blocks.0.attentions.0`, sigma 0.4; `mid_block`, sigma 0.4",):
+        assert words in result.table()
+    assert ("with the head" in result.table()) == (head != "linear")
+    assert finetuning.FinetuningResult.read(tmp_path).taps == TAPS
+    assert yaml.safe_load((tmp_path / OPTIONS).read_text())["taps"] == TAPS
+
+
+@pytest.mark.parametrize("head", ["linear", "attention", "fusion"])
+def test_a_head_alone_is_trained_on_the_network_as_it_is(checkpoints, digits, tmp_path, head):
+    options = {**PLAIN, "taps": [("mid_block", 0.1), ("up_blocks.0.attentions.0", 0.4)], "freeze_denoiser": True}
+    result = run(checkpoints / "ddpm", digits, tmp_path, head=head, lr_warmup_ratio=0.0, **options)
+    before = DDAEModel.from_pretrained(checkpoints / "ddpm").state_dict()
+    after = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, after[f"ddae.{name}"]) for name, value in before.items())
+    own = {name: value for name, value in after.items() if not name.startswith("ddae.")}
+    assert result.num_trained_parameters == sum(value.numel() for value in own.values())
+    start = make_model("ddpm", checkpoints, taps=options["taps"], head=head)
+    assert own.keys() == {name for name in start.state_dict() if not name.startswith("ddae.")}
+    assert "A classifier on the frozen network, with its pretrained weights, was trained" in result.table()
+    assert DDAEPipeline.from_pretrained(tmp_path)._fine_tuned_from is None
+
+
+def test_a_frozen_run_of_several_taps_resumes_exactly(checkpoints, digits, tmp_path):
+    options = {**SIX, "layer_decay": 1.0, "freeze_denoiser": True, "taps": TAPS, "head": "fusion", "head_width": 32}
+    whole = run(checkpoints / "ddpm", digits, tmp_path / "whole", **options)
+    folder = tmp_path / "half"
+    folder.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", folder / "checkpoint-3")
+    shutil.copy(tmp_path / "whole" / OPTIONS, folder / OPTIONS)
+    same = {**options, "taps": [("mid_block", 0.10), ("up_blocks.0.attentions.0", 0.4), "mid_block@4e-1"]}
+    again = run(checkpoints / "ddpm", digits, folder, **same, **LATEST)
+    assert_same(tmp_path / "whole", folder)
+    assert again.test_loss == whole.test_loss
+    for change in ({"taps": TAPS[:2]}, {"head": "attention"}, {"head_width": 64}, {"freeze_denoiser": False}):
+        with pytest.raises(ValueError, match=f"was trained with other options: {next(iter(change))} was"):
+            run(checkpoints / "ddpm", digits, folder, **{**options, **change}, **LATEST)
+
+
+def test_a_saved_head_is_trained_on_and_another_one_begins_anew(checkpoints, digits, tmp_path):
+    """Where the last layer of both has the same shape too; and the batch norm of a linear head is left behind."""
+    names = [str(number) for number in range(10)]
+    stored = make_model("ddpm", checkpoints, taps=[("mid_block", 0.1), ("mid_block", 0.4)], feature_norm="batch_norm")
+    stored.save_pretrained(tmp_path / "linear")
+    made = finetuning.FinetuningOptions(head="attention", head_width=128)
+    built = finetuning.build_classifier(str(tmp_path / "linear"), made, names)
+    assert built.config.taps == [["mid_block", 0.1], ["mid_block", 0.4]] and built.config.feature_norm == "none"
+    assert not torch.equal(built.classifier.weight, stored.classifier.weight)
+    built.save_pretrained(tmp_path / "attention")
+    further = finetuning.build_classifier(str(tmp_path / "attention"), finetuning.FinetuningOptions(), names)
+    assert all(torch.equal(value, built.state_dict()[name]) for name, value in further.state_dict().items())
+    few = finetuning.build_classifier(str(tmp_path / "attention"), finetuning.FinetuningOptions(few_labels=2), names)
+    changed = {name for name, value in few.state_dict().items() if not torch.equal(value, built.state_dict()[name])}
+    assert {"classifier.weight", "head.query", "head.attention.to_q.weight"} <= changed
+    assert not any(name.startswith("ddae.") for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"taps": []}, "taps is empty"),
+        ({"taps": "mid_block@0.1"}, "must be a list"),
+        ({"taps": ["mid_block"]}, "give words"),
+        ({"taps": ["mid_block@0.1", "mid_block@0.1"]}, "more than once"),
+        ({"taps": ["mid_blok@0.1"]}, "There is no layer 'mid_blok'"),
+        ({"taps": ["mid_block@0.1", "mid_block@1000"]}, "outside the schedule"),
+        ({"taps": TAPS, "layer": "mid_block"}, "which are of a single tap"),
+        ({"taps": TAPS, "sigma": 0.1}, "which are of a single tap"),
+        ({"head": "mlp"}, "allowed are linear, attention, fusion"),
+        ({"head": "fusion", "pooling": "max"}, "pooling is of the head linear"),
+        ({"head": "linear", "head_width": 64}, "head_width is of the heads"),
+        ({"head": "fusion", "head_width": 12}, "a multiple of 8"),
+        ({"head_width": 64}, "the head 'linear' has no width"),
+        ({"freeze_denoiser": True, "lora_rank": 2, "layer_decay": 1.0}, "leave one out"),
+        ({"freeze_denoiser": True}, "layer_decay is of the network's layers"),
+    ],
+)
+def test_taps_and_heads_that_cannot_work_are_refused_before_any_training(
+    checkpoints, digits, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(finetuning, "train_further", None)
+    with pytest.raises(ValueError, match=message):
+        run(checkpoints / "ddpm", digits, tmp_path / "out", **options)
+
+
 def test_every_number_has_a_range():
     hints = finetuning.FinetuningOptions.__annotations__
     numbers = {name for name, hint in hints.items() if "int" in str(hint) or "float" in str(hint)}

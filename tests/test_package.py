@@ -28,7 +28,7 @@ FLAT = [
     ["networks"],
     ["hidden_states"],
     ["adapters"],
-    ["checkpoints", "conversion"],
+    ["checkpoints", "classification_heads", "conversion"],
     ["configuration_ddae", "diffusion", "prompts"],
     ["image_processing_ddae", "pretrained_ddae"],
     ["saved_heads"],
@@ -38,7 +38,7 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "objectives", "online_probes", "outlier_scores", "run_folder"],
+    ["classes", "digits", "noisy_networks", "objectives", "online_probes", "outlier_scores", "run_folder", "taps"],
     ["averages", "options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["calibration", "images"],
@@ -53,6 +53,7 @@ EXPERIMENTS = [
     ["alignment", "evaluation", "new_networks", "training_options"],
     ["pretraining_options", "probing", "rebuilding", "vae_training"],
     ["pretraining"],
+    ["finetuning_options"],
     ["finetuning", "segmenting", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
     ["outlier_detection"],
