@@ -188,11 +188,13 @@ def _in_file(kind: Any) -> list[str]:
 
 
 def _built(hint: Any, value: Any) -> Any:
-    """Return what a file's value stands for: dataclasses, also inside of lists and dictionaries."""
+    """Return what a file's value stands for: dataclasses, also in lists and dictionaries, or where None may be."""
+    parts = typing.get_args(hint)
+    if type(None) in parts:
+        return _built(parts[0], value)
     if dataclasses.is_dataclass(hint):
         hints, kind = typing.get_type_hints(hint), typing.cast(Any, hint)
         return kind(**{name: _built(hints[name], value[name]) for name in _in_file(hint) if name in value})
-    parts = typing.get_args(hint)
     if typing.get_origin(hint) is list:
         return [_built(parts[0], item) for item in value]
     if typing.get_origin(hint) is dict:

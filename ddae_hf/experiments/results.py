@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .denoising_report import DenoisingClassifierReport
-from .pairs import Pair, Probe
+from .pairs import FusedProbe, Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
 from .run_results import AverageReport, CurveReport
@@ -90,6 +90,7 @@ class ProbeReport(Report, Probe):
         fingerprint: `weights.fingerprint` of the denoiser that was probed.
         images: Their numbers: `fitted` and `held_out` for the choice, `train` (all training images) and `test`.
         pairs: Every layer at every level.
+        fused: Several taps joined, if they were asked for.
         baselines: The same for `raw pixels` and for the `untrained network`.
     """
 
@@ -104,6 +105,7 @@ class ProbeReport(Report, Probe):
     fingerprint: str | None = None
     images: dict[str, int]
     pairs: list[Pair]
+    fused: FusedProbe | None = None
     baselines: dict[str, Probe] = many()
     saved_classifier_test_accuracy: float | None = None
 
@@ -130,24 +132,28 @@ class ProbeReport(Report, Probe):
 
     def section(self) -> Section:
         """Return the best pair's test figures, beside the baselines'."""
-        rows = [row for name, probe in {"DDAE": self, **self.baselines}.items() for row in self._rows(name, probe)]
+        probes = {"DDAE": self, **(self.fused.joined if self.fused else {}), **self.baselines}
+        rows = [row for name, probe in probes.items() for row in self._rows(name, probe)]
         head = ["features", "tap", "labels", "test accuracy", "macro F1", *["gain of DDAE"] * bool(self.baselines)]
         seed, value = next(iter(self.test_accuracies.items()))
         where = {"layer": self.best.layer, "sigma": self.best.sigma, "noise_seed": int(seed)}
         figures = [Figure("accuracy", "Test accuracy of a linear probe", value, where)]
         if self.test_f1 is not None:
             figures.append(Figure("f1", "Macro F1 of a linear probe", self.test_f1, where))
+        if self.fused is not None:
+            head, rows = self.fused.with_steps(head, rows)
+            figures += self.fused.figures(seed)
         return Section("Linear probe", self._protocol(), head, rows, figures, self.saved_classifier_test_accuracy)
 
     def _rows(self, name: str, probe: Probe) -> list[list[str]]:
         ours, theirs = [*self.test_accuracies.values()], [*probe.test_accuracies.values()]
-        row = [name, probe.best.words, f"all {self.images['train']:,}", spread(theirs), percent(probe.test_f1)]
+        row = [name, probe.words, f"all {self.images['train']:,}", spread(theirs), percent(probe.test_f1)]
         found = [(row, ours, theirs)]
         for count, theirs in probe.few_label_test_accuracies.items():
-            row = [name, probe.best.words, f"{count} a class", spread(theirs), ""]
+            row = [name, probe.words, f"{count} a class", spread(theirs), ""]
             found.append((row, self.few_label_test_accuracies.get(count, []), theirs))
         for row, ours, theirs in found if self.baselines else ():
-            paired = probe is not self and len(ours) == len(theirs)
+            paired = name in self.baselines and len(ours) == len(theirs)
             row.append(spread(np.subtract(ours, theirs).tolist()) if paired else "")
         return [row for row, _, _ in found]
 
@@ -166,6 +172,8 @@ class ProbeReport(Report, Probe):
             chosen = f"; their regularisation was chosen on {images['held_out']:,} of them that were held out (seed "
             chosen = f"{chosen}{options['seed']})" if probe == "logistic regression" else ""
             text += f"They were fitted on {images['train']:,} training images{chosen}."
+        if self.fused is not None:
+            text += f" {self.fused.said}"
         if options.get("latents_dir"):
             text += " The network read latents of the images that were encoded beforehand."
         if options.get("num_views", 1) > 1:
