@@ -77,8 +77,9 @@ def commands_into(folder, checkpoints, digits):
     told = ["--model_name_or_path", str(checkpoints / "told"), *data, "--max_samples", 30, "--stage_draws", 2, 6]
     told += ["--stage_classes", 4, 1, "--image_sigmas", 0, 0.5, "--batch_size", 70]
     export = [*unet, "--max_samples", 40, "--sigma", 0.3, "--batch_size", 7, "--format", "npy"]
+    small += ["--random_flip", "--knn", "--baselines", "--few_labels", 2, "--num_noise_seeds", 2, "--fuse", 2]
     found = [
-        ("sweep", [*small, "--random_flip", "--knn", "--baselines", "--few_labels", 2, "--num_noise_seeds", 2]),
+        ("sweep", small),
         ("probe", online),
         ("export", export),
         ("noisy", [*noisy, "--random_crop", 1, "--random_flip"]),

@@ -50,7 +50,8 @@ EXPERIMENTS = [
     ["alignment", "evaluation", "new_networks", "training_options"],
     ["pretraining_options", "probing", "rebuilding", "vae_training"],
     ["pretraining"],
-    ["finetuning", "sweeping"],
+    ["finetuning", "fusing"],
+    ["sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]

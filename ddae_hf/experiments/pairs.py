@@ -102,10 +102,10 @@ class FusedProbe(Probe):
         low, high = self.gain_interval
         return (
             "Taps were then added one by one, each time the one with which a probe of all joined features classifies "
-            "the held-out images best, without another pass of the network. What a tap adds there flatters, as it was "
-            f"chosen for that. The first {len(self.taps)} of {len(self.steps)} taps do best; on the test images they "
-            f"gain {100 * self.gain:+.2f} points over the best pair alone (95 % interval {100 * low:+.2f} to "
-            f"{100 * high:+.2f}, paired by images, first noise seed)."
+            "the held-out images best, without another pass of the network. The table has this accuracy and what each "
+            f"tap adds to it, which flatters, as it was chosen for that. The first {len(self.taps)} of "
+            f"{len(self.steps)} taps do best; on the test images they gain {100 * self.gain:+.2f} points over the best "
+            f"pair alone (95 % interval {100 * low:+.2f} to {100 * high:+.2f}, paired by images, first noise seed)."
         )
 
     def with_steps(self, head: Sequence[str], rows: Sequence[list[str]]) -> tuple[list[str], list[list[str]]]:
