@@ -15,6 +15,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .adapters import check_lora
 from .building import LARGEST, refusing, short
 from .checkpoints import WEIGHTS, build_scheduler, plain_config, read_checkpoint
+from .classification_heads import DEFAULT_HEAD, HEADS, checked_width
 from .hidden_states import POOLINGS, check_layers, default_layer, hidden_size, layer_names
 from .labels import checked_names
 from .latents import check_vae, check_vae_class, downsampling
@@ -24,14 +25,16 @@ from .weights import HUB_ARGUMENTS
 
 SIGMA_OF_LATENTS = 0.42
 MOST_NOISE = 2**30  # numbers of the fixed noise, and of what else a network has in memory that no checkpoint holds
-NEVER_NONE = ("sample_posterior", "pooling", "feature_norm", "noise_seed", "num_noise_samples")
+MOST_TAPS = 100  # each of which may be a pass of the network
+NEVER_NONE = ("sample_posterior", "pooling", "feature_norm", "noise_seed", "num_noise_samples", "head")
 # The options of each type, and the type in words.
 TYPES: dict[type, tuple[str, str]] = {
     SupportsFloat: ("sigma timestep", "a number"),
-    SupportsIndex: ("noise_seed num_noise_samples null_class num_labels", "a whole number"),
+    SupportsIndex: ("noise_seed num_noise_samples null_class num_labels head_width", "a whole number"),
     bool: ("sample_posterior", "true or false"),
     str: (
-        "layer pooling feature_norm prompt generator_fingerprint generator_fingerprint_float16 features_only weights",
+        "layer pooling feature_norm head prompt generator_fingerprint generator_fingerprint_float16 features_only "
+        "weights",
         "text",
     ),
     Mapping: ("id2label label2id condition_shapes lora", "a mapping"),
@@ -54,9 +57,18 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             latents (DiT-XL/2 on CIFAR-10).
         timestep: The noise level as the (0-based) timestep that the denoiser is fed, in place of `sigma`; it is stored
             as `sigma`.
+        taps: Several taps in place of `layer` and `sigma`, as pairs `[layer, sigma]` in the order in which their
+            features are joined. `layer` and `sigma` are then those of the deepest layer, at its first level in this
+            list: what reads one tap alone reads that. A single pair says the same as `layer` and `sigma`, and is stored
+            as these.
         pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions, or `"mean_2x2"`, over
             each quarter of them: see `pool_hidden_states`.
-        feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters.
+        feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters, for
+            the head `"linear"` alone.
+        head: What classifies: `"linear"`, on pooled features; `"attention"` or `"fusion"`, on unpooled hidden states.
+            See `ddae_hf.classification_heads`.
+        head_width: Width of the heads `"attention"` and `"fusion"`, a multiple of 8 up to 4096, by default 256. The
+            paper of the fusion head has 1024, for maps of up to 1024 channels; small networks' maps have 64 to 512.
         noise_seed: Seed of the fixed noise used in evaluation, including the draw of `sample_posterior`.
         num_noise_samples: Number of draws of noise that features are averaged over.
         null_class: The label that stands for no class in a class-conditional U-Net; a DiT's is its last label.
@@ -89,8 +101,11 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     sample_posterior: bool = False
     layer: str | None = None
     sigma: float | int | None = None
+    taps: list[Any] | tuple[Any, ...] | None = None
     pooling: str = "mean"
     feature_norm: str = "none"
+    head: str = "linear"
+    head_width: int | None = None
     noise_seed: int = 0
     num_noise_samples: int = 1
     null_class: int | None = None
@@ -132,6 +147,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         family = family_of(scheduler)
         family.check_prediction()
         network.check_timesteps(denoiser.config, scheduler)
+        self._settle_taps(timestep, denoiser, family)
         if timestep is not None and self.sigma is not None:
             raise ValueError(f"Both sigma ({self.sigma}) and timestep ({timestep}) came: pass one of them.")
         if timestep is not None:
@@ -160,12 +176,40 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"num_labels is {short(num_labels)}: it must be between 0 and {LARGEST}.")
         checked_names(self.id2label, LARGEST)
 
+    def _settle_taps(self, timestep: Any, denoiser: Any, family: Any) -> None:
+        """Store several taps as plain lists, and set `layer` and `sigma` by them; a single one becomes these alone."""
+        if self.taps is None:
+            return
+        taps = _checked_pairs(self.taps)
+        check_layers(denoiser, [layer for layer, _ in taps])
+        for _, sigma in taps:
+            family.check_sigma(sigma)
+        if timestep is not None:
+            raise ValueError(f"Both taps and timestep ({timestep}) came: taps say their own levels, so leave it out.")
+        order = layer_names(denoiser, inner=True)
+        deepest = max(taps, key=lambda tap: order.index(tap[0]))  # the first of those that are equally deep
+        for name, told in zip(("layer", "sigma"), deepest, strict=True):
+            if getattr(self, name) not in (None, told):
+                raise ValueError(
+                    f"Both taps and {name} ({short(getattr(self, name))}) came, but of the deepest tap it is "
+                    f"{short(told)}: give taps alone."
+                )
+            setattr(self, name, told)
+        self.taps = taps if len(taps) > 1 else None
+
     def _check_choices(self) -> None:
         check_denoiser_class(self.denoiser.get("_class_name"))
         choices = {"pooling": POOLINGS, "feature_norm": ("none", "batch_norm"), "weights": (None, *WEIGHTS)}
+        choices["head"] = HEADS
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: allowed are {', '.join(map(str, allowed))}.")
+        if self.head != "linear" and self.feature_norm != "none":
+            raise ValueError(
+                f"feature_norm is {self.feature_norm!r}, which is of pooled features, but the head {self.head!r} reads "
+                "hidden states, and normalises them itself: leave feature_norm out, or say 'none'."
+            )
+        self.head_width = checked_width(self.head_width, self.head)
         if self.num_noise_samples < 1:
             raise ValueError(f"num_noise_samples is {self.num_noise_samples}: it must be at least 1.")
         if not 0 <= self.noise_seed < 2**64:  # as torch's generators take it
@@ -212,9 +256,24 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         return (self.vae or self.denoiser)["in_channels"]
 
     @property
+    def pairs(self) -> list[tuple[str, float]]:
+        """The layer and the noise level of every tap, in the order in which features are joined, one or several."""
+        given: Any = self.taps or [(self.layer, self.sigma)]
+        return [(layer, sigma) for layer, sigma in given]
+
+    @property
+    def levels(self) -> dict[float, list[str]]:
+        """The layers that are read at each noise level, in the order of the first taps of the levels."""
+        found: dict[float, list[str]] = {}
+        for layer, sigma in self.pairs:
+            found.setdefault(sigma, []).append(layer)
+        return found
+
+    @property
     def hidden_size(self) -> int:
-        """Width of the features: the number of channels at `layer`, times four with the pooling `"mean_2x2"`."""
-        return hidden_size(skeleton(self.denoiser), str(self.layer), self.pooling)
+        """Width of the features: the channels of all taps, times four with the pooling `"mean_2x2"`."""
+        denoiser = skeleton(self.denoiser)
+        return sum(hidden_size(denoiser, layer, self.pooling) for layer, _ in self.pairs)
 
     @property
     def stage_names(self) -> list[str]:
@@ -231,6 +290,11 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Number of channels of each of `stage_names`."""
         return [hidden_size(skeleton(self.denoiser), layer) for layer in self.stage_names]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the file holds; taps and head are in it where there are several, and another than the linear."""
+        found = super().to_dict()
+        return {name: value for name, value in found.items() if DEFAULT_HEAD.get(name, ...) != value}
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from a dictionary; keyword arguments replace its entries, and are checked with them."""
@@ -243,9 +307,13 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             if config_dict.get("vae") is not None and overrides.get("timestep") is None:
                 config_dict.setdefault("sigma", SIGMA_OF_LATENTS)
         # What is given replaces the entry that says the same in another form.
-        for given, other in (("timestep", "sigma"), ("out_features", "out_indices"), ("out_indices", "out_features")):
+        others = [("timestep", "sigma"), ("out_features", "out_indices"), ("out_indices", "out_features")]
+        others += [("taps", "layer"), ("taps", "sigma"), ("layer", "taps"), ("sigma", "taps"), ("timestep", "taps")]
+        for given, other in others:
             if overrides.get(given) is not None and overrides.get(other) is None:
                 config_dict.pop(other, None)
+        if overrides.get("head") == "linear" and "head_width" not in overrides:
+            config_dict.pop("head_width", None)
         with refusing("The configuration cannot be used"):
             return super().from_dict({**config_dict, **overrides}, **kwargs)
 
@@ -264,3 +332,19 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **kwargs)
         used = (*HUB_ARGUMENTS, "trust_remote_code")  # the last one is for the Auto classes
         return checkpoint.config, {name: value for name, value in kwargs.items() if name not in used}
+
+
+def _checked_pairs(taps: Any) -> list[list[Any]]:
+    """Return taps as plain lists of a layer's name and a number, or raise `ValueError` for all else."""
+    if not isinstance(taps, (list, tuple)) or not 0 < len(taps) <= MOST_TAPS:
+        raise ValueError(f"taps is {short(taps)}: it must be a list of 1 to {MOST_TAPS} pairs [layer, sigma].")
+    found: list[list[Any]] = []
+    for tap in taps:
+        pair = isinstance(tap, (list, tuple)) and len(tap) == 2 and isinstance(tap[0], str)
+        if not pair or not isinstance(tap[1], SupportsFloat) or isinstance(tap[1], bool):
+            raise ValueError(f"taps has {short(tap)}: it must be a pair [layer, sigma], of a text and a number.")
+        with refusing(f"taps has {short(tap)}, whose level is no number"):
+            found.append([str(tap[0]), float(tap[1])])
+        if found[-1] in found[:-1]:
+            raise ValueError(f"taps has {short(tap)} more than once: leave one of them out.")
+    return found

@@ -192,6 +192,20 @@ class Family(ABC):
         """Refuse a `timestep`, or several, at which a sampler would not evaluate a network (to five digits)."""
         self.check_level("timestep", timestep, self.timestep_range())
 
+    def level_of(self, sigma: Any, timestep: Any, default: Any, allowed: tuple[float, float]) -> Any:
+        """Return the noise level that is asked for by either of its names, or by none, checked where it can be.
+
+        `allowed` is the range of `sigma`, as numbers.
+        """
+        if sigma is not None and timestep is not None:
+            raise ValueError("Both sigma and timestep came: pass one of them.")
+        if timestep is not None:
+            self.check_timestep(timestep)
+            return self.sigma(timestep)
+        sigma = default if sigma is None else sigma
+        self.check_level("sigma", sigma, allowed)
+        return sigma
+
     def sigma(self, timestep: float | Tensor) -> Tensor:
         """Convert what the denoiser is fed into a noise level: see `timestep_to_sigma`."""
         self.check_level("timestep", timestep)

@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .building import refusing
 from .cut import first_of, is_compiled, uncompiled, unwrapped
 from .networks import build_denoiser, network_of, tap_of
+from .weights import COMPILED
 
 POOLINGS = ("mean", "max", "mean_2x2")
 
@@ -247,6 +248,30 @@ def learning_parameters(config: str, layers: tuple[str, ...]) -> frozenset[str]:
             told = network.keywords(conditions)
             _, states = run_with_hidden_states(denoiser, sample, timestep, layers, told, stop_early=True)
     return frozenset(parameters_behind(states.values(), names, set()))
+
+
+def check_learning(denoiser: Any, config: str, restricted_to: Sequence[str], layers: Sequence[str]) -> None:
+    """Refuse to train with hidden states of `layers` whose gradients are left out after those of `restricted_to`.
+
+    `config` is the denoiser's config as JSON. Where nothing before `restricted_to` learns either, as in a frozen
+    denoiser, everything may be read.
+    """
+    known = layer_names(denoiser, inner=True)
+    deepest = max(restricted_to, key=known.index)
+    kept = learning_parameters(config, tuple(restricted_to))
+
+    def learns(layer: str, without: Collection[str] = ()) -> bool:
+        named = denoiser.get_submodule(layer).named_parameters()
+        names = ((f"{layer}.{name}".replace(COMPILED, ""), parameter) for name, parameter in named)
+        return any(parameter.requires_grad for name, parameter in names if name not in without)
+
+    beyond = [layer for layer in layers if known.index(layer) > known.index(deepest)]
+    if learns(deepest) and (still := [layer for layer in beyond if not learns(layer, kept)]):
+        raise ValueError(
+            f"Hidden states of {', '.join(still)} are asked for in training, but the parameters after {deepest} "
+            "ask for no gradients, since the model's own output does not depend on them. To train them, call "
+            "`requires_grad_(True)` on the denoiser; to look at them, use evaluation mode or `torch.no_grad()`."
+        )
 
 
 def parameters_behind(states: Iterable[Tensor], names: Mapping[nn.Parameter, str], seen: set[Any]) -> set[str]:

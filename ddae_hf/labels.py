@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,17 @@ def checked_names(id2label: Mapping[Any, str] | None, count: int) -> dict[int, s
             raise ValueError(f"id2label names the class {label} {name!r}: names must be text.")
         names[label] = name
     return names
+
+
+def warn_of_shared_names(names: Mapping[Any, str] | None, count: int) -> None:
+    """Warn of two classes with one name, as ImageNet's two cranes; refuse names of classes that do not exist."""
+    given = list((checked_names(names, count) or {}).values())
+    if shared := sorted({name for name in given if given.count(name) > 1}):
+        warnings.warn(
+            f"Several classes are named {shared[0]!r}: they cannot be told apart by name, and `label2id` knows "
+            "only one of them. Give them different names in `id2label`.",
+            stacklevel=3,
+        )
 
 
 def labels_by_name(names: Mapping[Any, str]) -> dict[str, list[int]]:

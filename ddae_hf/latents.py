@@ -100,6 +100,17 @@ def check_vae(config: Any, denoiser: Any) -> None:
     _check_scales(config)
 
 
+def check_images(images: Tensor, expected: tuple[int, int, int]) -> None:
+    """Raise `ValueError` for images that are not floats (B, C, H, W) with the channels, height and width expected."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        raise ValueError(
+            f"pixel_values has shape {tuple(images.shape)}: this model takes (batch, {expected[0]}, {expected[1]}, "
+            f"{expected[2]}). `DDAEImageProcessor.from_pretrained` of its checkpoint prepares them."
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"pixel_values is of type {images.dtype}: it must be floats in [-1, 1].")
+
+
 def _check_scales(config: Any) -> None:
     """Raise `ValueError` unless a VAE's channels are scaled in one way, each by a mean and a deviation or none."""
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .adapters import build_adapted, still_learns
 from .checkpoints import build_scheduler
+from .classification_heads import build_head, draw_anew, head_size
 from .configuration_ddae import DDAEConfig
 from .diffusion import Diffusion
 from .generators import normal
-from .hidden_states import layer_names, learning_parameters, pool_hidden_states
-from .labels import checked_names, cross_entropy
-from .latents import build_vae, encode
+from .hidden_states import check_learning, layer_names, learning_parameters, pool_hidden_states
+from .labels import cross_entropy, warn_of_shared_names
+from .latents import build_vae, check_images, encode
 from .networks import network_of
 from .pretrained_ddae import DDAEPreTrainedModel, use_attention, write_head
 from .remote_code import save_code
@@ -29,7 +29,7 @@ from .weights import COMPILED, plain_state
 
 
 class DDAEModel(DDAEPreTrainedModel):
-    """A denoiser whose hidden states at one layer and one noise level are features.
+    """A denoiser whose hidden states are features, at one layer and one noise level, or at several: `config.taps`.
 
     Where the denoiser works on latents and `config.vae` describes their VAE, images are encoded first; the VAE is never
     trained, and its decoder plays no part. `model.vae.enable_slicing()` and `enable_tiling()` bound its memory.
@@ -100,29 +100,13 @@ class DDAEModel(DDAEPreTrainedModel):
         if self.vae is not None:
             self.vae.requires_grad_(False).eval()
         self._restricted_to = list(layers)
-        learning = learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(layers))
+        learning = learning_parameters(self._described(), tuple(self._restricted_to))
         for name, parameter in self.denoiser.named_parameters():
             if not still_learns(name.replace(COMPILED, ""), learning, self.config.lora):
                 parameter.requires_grad_(False)
 
-    def _check_learning(self, layers: list[str]) -> None:
-        """Refuse to return, in training, hidden states of layers whose gradients `restrict_gradients` has left out."""
-        known = layer_names(self.denoiser, inner=True)
-        deepest = max(self._restricted_to, key=known.index)
-        kept = learning_parameters(json.dumps(self.config.denoiser, sort_keys=True), tuple(self._restricted_to))
-
-        def learns(layer: str, without: Collection[str] = ()) -> bool:
-            named = self.denoiser.get_submodule(layer).named_parameters()
-            names = ((f"{layer}.{name}".replace(COMPILED, ""), parameter) for name, parameter in named)
-            return any(parameter.requires_grad for name, parameter in names if name not in without)
-
-        beyond = [layer for layer in layers if known.index(layer) > known.index(deepest)]
-        if learns(deepest) and (still := [layer for layer in beyond if not learns(layer, kept)]):
-            raise ValueError(
-                f"Hidden states of {', '.join(still)} are asked for in training, but the parameters after {deepest} "
-                "ask for no gradients, since the model's own output does not depend on them. To train them, call "
-                "`requires_grad_(True)` on the denoiser; to look at them, use evaluation mode or `torch.no_grad()`."
-            )
+    def _described(self) -> str:
+        return json.dumps(self.config.denoiser, sort_keys=True)
 
     def train(self, mode: bool = True) -> DDAEModel:
         """Set the mode; the VAE, and a frozen denoiser, stay in evaluation mode, without dropout."""
@@ -142,27 +126,6 @@ class DDAEModel(DDAEPreTrainedModel):
     def layer_names(self) -> list[str]:
         """Return the denoiser's taps in forward order."""
         return layer_names(self.denoiser)
-
-    def _check_images(self, pixel_values: Tensor) -> None:
-        expected = (self.config.num_channels, *self.config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: this model takes (batch, {expected[0]}, "
-                f"{expected[1]}, {expected[2]}). `DDAEImageProcessor.from_pretrained` of its checkpoint prepares them."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values is of type {pixel_values.dtype}: it must be floats in [-1, 1].")
-
-    def _level(self, diffusion: Diffusion, sigma: float | Tensor | None, timestep: float | Tensor | None) -> Any:
-        """Return the noise level that the arguments ask for, checked where it can be."""
-        if sigma is not None and timestep is not None:
-            raise ValueError("Both sigma and timestep came: pass one of them.")
-        if timestep is not None:
-            diffusion.family.check_timestep(timestep)
-            return diffusion.family.sigma(timestep)
-        sigma = self.config.sigma if sigma is None else sigma
-        diffusion.family.check_level("sigma", sigma, self._sigma_range)
-        return sigma
 
     def _draw(self, shape: tuple[int, ...], device: Any, generator: Any, fixed: Tensor) -> Tensor:
         """Return noise (draws, B, C, H, W): from the generator, fresh in training, or fixed (draws, C, H, W)."""
@@ -187,7 +150,7 @@ class DDAEModel(DDAEPreTrainedModel):
         the draw of `config.sample_posterior`. Without it and without a generator, evaluation takes one fixed draw, and
         training draws anew. It raises `ValueError` for images of another size or type.
         """
-        self._check_images(pixel_values)
+        check_images(pixel_values, (self.config.num_channels, *self.config.image_size))
         if self.vae is None:
             return pixel_values.float()
         if self.config.sample_posterior and noise is None:
@@ -198,8 +161,6 @@ class DDAEModel(DDAEPreTrainedModel):
             return encode(self.vae, pixel_values, noise if self.config.sample_posterior else None)
 
     def _layers_to_return(self, output_hidden_states: bool | list[str | int] | None) -> list[str]:
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         known = self.layer_names()
         if output_hidden_states is True:
             every = layer_names(self.denoiser, inner=True)
@@ -230,14 +191,14 @@ class DDAEModel(DDAEPreTrainedModel):
             pixel_values: Images (B, C, H, W) in [-1, 1].
             sigma: Noise level, of images or scaled latents, scalar or (B,), within the scheduler's range; by default
                 `config.sigma`. On a device, and in a graph that is compiled or exported, tensors are not checked, and a
-                level outside the range gives NaN.
+                level outside the range gives NaN. With several taps, which have their own, it is refused.
             timestep: The noise level as the timestep that the denoiser is fed, in place of `sigma`.
             class_labels: The same as `condition`, where that is labels.
             noise: Standard-normal noise to add, (B, *config.sample_shape) or several draws, (draws, B, ...).
             generator: Generator of fresh noise, including the draw of `config.sample_posterior`. Without `noise` and
                 `generator`, evaluation adds the fixed noise, and training draws anew.
             output_hidden_states: `True` for the hidden states of every layer up to the configured one, or a list of
-                names or indices of the layers wanted.
+                names or indices of the layers wanted. With several taps only `True`, for the hidden states of these.
             return_dict: Whether to return a `BaseModelOutputWithPooling` or a tuple.
             condition: What the denoiser is told about the images: labels (B,) of a class-conditional one; what
                 `embed_prompts` makes of texts, for one that is told texts. By default its null class, or the
@@ -246,7 +207,9 @@ class DDAEModel(DDAEPreTrainedModel):
 
         Returns:
             `last_hidden_state` at `config.layer`, `pooler_output` (B, C), and `hidden_states` if asked for. With
-            several draws of noise, these are means over the draws.
+            several draws of noise, these are means over the draws. With several taps, `pooler_output` (B, sum of C) has
+            the pooled features of all in their order. They are read in one pass of the network for each level, all
+            with the same noise.
 
         Raises:
             ValueError: Images of another size, a noise level outside the schedule, both `sigma` and `timestep`, an
@@ -254,13 +217,26 @@ class DDAEModel(DDAEPreTrainedModel):
         """
         condition = one_condition(condition, class_labels)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        wanted = self._layers_to_return(output_hidden_states)
-        clean = self.encode(pixel_values, generator=generator)
-        layers = [*wanted, self.config.layer]
-        found = self.read_layers(clean, layers, condition, sigma, timestep, noise, generator)
-        last = found[self.config.layer]
-        pooled = pool_hidden_states(last, self.config.pooling)
-        states = tuple(found[name] for name in wanted) or None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states: tuple[Tensor, ...] | None
+        if self.config.taps is None:
+            wanted = self._layers_to_return(output_hidden_states)
+            clean = self.encode(pixel_values, generator=generator)
+            found = self.read_layers(clean, [*wanted, self.config.layer], condition, sigma, timestep, noise, generator)
+            last = found[self.config.layer]
+            pooled = pool_hidden_states(last, self.config.pooling)
+            states = tuple(found[name] for name in wanted) or None
+        else:
+            if sigma is not None or timestep is not None:
+                raise ValueError("sigma or timestep came, but this model has several taps, with levels of their own.")
+            if not isinstance(output_hidden_states, (bool, type(None))):
+                raise ValueError("output_hidden_states names layers, but this model has several taps: give True.")
+            clean = self.encode(pixel_values, generator=generator)
+            several = self.read_taps(clean, condition, noise, generator)
+            last = several[self.config.pairs.index((self.config.layer, self.config.sigma))]
+            pooled = torch.cat([pool_hidden_states(state, self.config.pooling) for state in several], dim=1)
+            states = tuple(several) if output_hidden_states else None
         output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=states)
         return output if return_dict else output.to_tuple()
 
@@ -279,10 +255,25 @@ class DDAEModel(DDAEPreTrainedModel):
         `clean` (B, *config.sample_shape) is what `encode` returns; for the rest see `forward`.
         """
         if self._restricted_to and self.training and torch.is_grad_enabled():
-            self._check_learning(layers)
+            check_learning(self.denoiser, self._described(), self._restricted_to, layers)
         draws = self._noise_draws(clean, noise, generator)
-        level = self._level(diffusion := self.diffusion, sigma, timestep)
+        diffusion = self.diffusion
+        level = diffusion.family.level_of(sigma, timestep, self.config.sigma, self._sigma_range)
         return diffusion.hidden_states(clean, draws, level, list(dict.fromkeys(layers)), condition)
+
+    def read_taps(
+        self, clean: Tensor, condition: Any = None, noise: Tensor | None = None, generator: Any = None
+    ) -> list[Tensor]:
+        """Return the hidden states of all taps in their order, by one pass of the network for each noise level.
+
+        All levels get the same noise. For the arguments see `read_layers`.
+        """
+        draws = self._noise_draws(clean, noise, generator)
+        found = {
+            sigma: self.read_layers(clean, layers, condition, sigma, noise=draws)
+            for sigma, layers in self.config.levels.items()
+        }
+        return [found[sigma][layer] for layer, sigma in self.config.pairs]
 
 
 def one_condition(condition: Any, class_labels: Any) -> Any:
@@ -293,41 +284,39 @@ def one_condition(condition: Any, class_labels: Any) -> Any:
 
 
 class DDAEForImageClassification(DDAEPreTrainedModel):
-    """A linear classifier on a denoiser's pooled hidden state.
+    """A classifier on a denoiser's hidden states: linear on pooled features, or one of `ddae_hf.classification_heads`.
 
-    After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the network up to the tap does too.
-    What lies after the tap asks for no gradients, so that DistributedDataParallel trains the classifier as it is.
+    After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the network up to its deepest tap
+    does too. What lies after it asks for no gradients, so that DistributedDataParallel trains the classifier as it is.
     """
 
     # The loss is the batch's mean: Trainer's count of labels, which it would divide by, counts a soft label K times.
     accepts_loss_kwargs = False
     _auto_name = "AutoModelForImageClassification"
     _has_head = True
+    _keys_to_ignore_on_load_unexpected = [r"^feature_norm\.", r"^(ddae\.)?vae\."]
 
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
-        self._check_names()
+        warn_of_shared_names(config.id2label, self.num_labels)
         self.ddae = DDAEModel(config)
-        size = config.hidden_size
+        self.head = build_head(config)
+        size = head_size(config, self.head)
         self.feature_norm = nn.BatchNorm1d(size, affine=False) if config.feature_norm == "batch_norm" else nn.Identity()
         self.classifier = nn.Linear(size, self.num_labels)
         self.restrict_gradients()
         self.post_init()
 
-    def _check_names(self) -> None:
-        """Refuse names of classes that do not exist; warn of two classes with one name, as ImageNet's two cranes."""
-        names = list((checked_names(self.config.id2label, self.num_labels) or {}).values())
-        if shared := sorted({name for name in names if names.count(name) > 1}):
-            warnings.warn(
-                f"Several classes are named {shared[0]!r}: they cannot be told apart by name, and `label2id` knows "
-                "only one of them. Give them different names in `id2label`.",
-                stacklevel=3,
-            )
-
     def restrict_gradients(self) -> None:
         """Ask for gradients only of what the logits depend on: see `DDAEModel.restrict_gradients`."""
-        self.ddae.restrict_gradients([str(self.config.layer)])
+        self.ddae.restrict_gradients(dict.fromkeys(layer for layer, _ in self.config.pairs))
+
+    def reset_head(self) -> None:
+        """Draw the classifier anew, as for another task; the statistics of a batch norm stay."""
+        if self.head is not None:
+            draw_anew(self.head)
+        self.classifier.reset_parameters()
 
     def save_head(
         self,
@@ -393,6 +382,9 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             transformers'.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        several = self.config.taps is not None
         outputs = self.ddae(
             pixel_values,
             sigma=sigma,
@@ -400,15 +392,19 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
             condition=one_condition(condition, kwargs.pop("class_labels", None)),
             noise=noise,
             generator=generator,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=(output_hidden_states or True) if several else output_hidden_states,
             return_dict=True,
         )
-        features = self.feature_norm(outputs.pooler_output.to(self.classifier.weight.dtype))
-        logits = self.classifier(features)
+        if self.head is None:
+            features = outputs.pooler_output
+        else:
+            features = self.head(outputs.hidden_states if several else [outputs.last_hidden_state])
+        logits = self.classifier(self.feature_norm(features.to(self.classifier.weight.dtype)))
         loss = None
         if labels is not None and self.config.problem_type in (None, "single_label_classification"):
             loss = cross_entropy(logits, labels)
         elif labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        hidden_states = outputs.hidden_states if output_hidden_states else None
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
         return output if return_dict else output.to_tuple()

@@ -22,6 +22,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .adapters import Adapted, adapted_state, adapter_shapes, write_adapters
 from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
+from .classification_heads import head_shapes, initialise, same_head
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of, skeleton
 from .prompts import check_told, null_condition
@@ -57,7 +58,7 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
     _inner_prefix = "ddae."  # where the denoiser's weights are among the model's
     _has_head = False  # whether it has weights of its own, which `head.safetensors` keeps
     # Weights of a classifier's checkpoint, or of a checkpoint whose VAE is left out.
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^feature_norm\.", r"^(ddae\.)?vae\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(classifier|feature_norm|head)\.", r"^(ddae\.)?vae\."]
     _supports_sdpa = True
     _no_split_modules = [block for network in NETWORKS.values() for block in network.indivisible]
 
@@ -74,10 +75,10 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
             init.zeros_(module.get_buffer("running_mean"))
             init.ones_(module.get_buffer("running_var"))
             init.zeros_(module.get_buffer("num_batches_tracked"))
-        elif callable(reset := getattr(module, "reset_parameters", None)):
+        elif isinstance(module, nn.MultiheadAttention) or callable(getattr(module, "reset_parameters", None)):
             own = list(module.parameters(recurse=False))
             if own and not any(getattr(p, "_is_hf_initialized", False) for p in own):
-                reset()
+                initialise(module)
 
     def freeze_denoiser(self) -> None:
         """Train only what stands on the denoiser: see `DDAEModel.freeze_denoiser`."""
@@ -152,6 +153,8 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
             )
             model, info = opened
             model._check_loaded(checkpoint, info, anew)
+            if anew and cls._has_head and not same_head(checkpoint.config, model.config):
+                model.reset_head()
             if asked:  # nothing but the classifier that was asked for is missing
                 reports.clear()
         model.restrict_gradients()  # loading has made new parameters
@@ -168,12 +171,16 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
                     checkpoint.check(part)
         files = checkpoint.weight_files()[0] if checkpoint.head is None else [checkpoint.head]
         stored = tensor_shapes(files)
-        size = config.hidden_size
-        count = int(config.num_labels or 0)
-        own = {"classifier.weight": (count, size), "classifier.bias": (count,)}
-        own |= {"feature_norm.running_mean": (size,), "feature_norm.running_var": (size,)}
+        own = head_shapes(config) if cls._has_head else {}
+        of_head = {name for name in stored if name.startswith("head.")}
+        if cls._has_head and "classifier.weight" in stored and of_head != {n for n in own if n.startswith("head.")}:
+            raise ValueError(
+                f"{checkpoint.path} holds a classifier with another head than the configuration describes, "
+                f"{config.head!r} on {len(config.pairs)} taps. For a new one pass `num_labels` and "
+                "`ignore_mismatched_sizes=True`."
+            )
         added = adapter_shapes(config.denoiser, config.lora, "denoiser.") if checkpoint.head is None else {}
-        for what, shapes in {"classifier": own if cls._has_head else {}, "adapters": added}.items():
+        for what, shapes in {"classifier": own, "adapters": added}.items():
             whole = shapes | {f"ddae.{name}": shape for name, shape in shapes.items()}
             expected = {name: shape for name, shape in whole.items() if name in stored}
             refuse_other_shapes(checkpoint.path, what, expected, stored)
@@ -239,7 +246,8 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
         # `ignore_mismatched_sizes` has let sizes that differ pass.
         spared = own if headless or anew else own & mismatched
         refuse_missing(checkpoint.path, type(self).__name__, every, every - (missing - spared))
-        refuse_unexpected(checkpoint.path, type(self).__name__, info["unexpected_keys"])
+        replaced = {name for name in info["unexpected_keys"] if anew and name.startswith("head.")}
+        refuse_unexpected(checkpoint.path, type(self).__name__, set(info["unexpected_keys"]) - replaced)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load tensors under compiled or plain names into a model that is compiled, in whole or in part, or not."""

@@ -28,7 +28,7 @@ FLAT = [
     ["networks"],
     ["hidden_states"],
     ["adapters"],
-    ["checkpoints", "conversion"],
+    ["checkpoints", "classification_heads", "conversion"],
     ["configuration_ddae", "diffusion", "prompts"],
     ["image_processing_ddae", "pretrained_ddae"],
     ["modeling_ddae", "pipeline_ddae"],
@@ -36,7 +36,7 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "objectives", "run_folder"],
+    ["classes", "digits", "noisy_networks", "objectives", "run_folder", "taps"],
     ["averages", "options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["images"],
@@ -50,8 +50,8 @@ EXPERIMENTS = [
     ["alignment", "evaluation", "new_networks", "training_options"],
     ["pretraining_options", "probing", "rebuilding", "vae_training"],
     ["pretraining"],
-    ["finetuning", "fusing"],
-    ["sweeping"],
+    ["finetuning_options", "fusing"],
+    ["finetuning", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]

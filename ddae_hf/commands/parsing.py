@@ -25,15 +25,15 @@ GROUPS = {
         streaming shuffle_buffer images_dir reference_split baseline_split max_reference_samples cache_dir""",
     "images": """resolution center_crop random_flip random_crop mirror augment low_resolution low_resolution_share
         num_views view mixup""",
-    "model": """model_name_or_path checkpoints lengths init_from denoiser scheduler vae autoencoder class_conditional
-        label_dropout layer layers pooling null_class class_labels prompt prompt_template from_scratch classifier
-        fuse""",
+    "model": """model_name_or_path checkpoints lengths init_from denoiser scheduler vae autoencoder
+        class_conditional label_dropout layer layers taps fuse pooling head head_width null_class class_labels prompt
+        prompt_template from_scratch classifier""",
     "noise": """sigma sigmas sigma_min sigma_max log_sigma image_sigmas loss_weighting min_snr_gamma num_noise_samples
         num_noise_seeds noise_seed sample_posterior""",
     "training": """total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps
         learning_rate scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio layer_decay adam_beta1 adam_beta2
         adam_epsilon weight_decay max_grad_norm label_smoothing ema_decay average_lengths average_steps auxiliary
-        seed lora_rank lora_alpha lora_targets merge_lora""",
+        seed freeze_denoiser lora_rank lora_alpha lora_targets merge_lora""",
     "generation": """num_images class_label guidance_scale num_inference_steps sampling_scheduler sampler grid_images
         sample_steps""",
     "speed and memory": """batch_size encode_batch_size dtype mixed_precision allow_tf32 torch_compile

@@ -1,12 +1,12 @@
-"""Fine-tuning: a denoiser and a linear classifier on it are trained further as one network.
+"""Fine-tuning: a denoiser and a classifier on it are trained further as one network, or the classifier alone.
 
     from ddae_hf.experiments import Images, finetune
     result = finetune("runs/cifar10_ddpm_unet", Images.open("uoft-cs/cifar10"), few_labels=500, layer_decay=0.75)
     print(result.table())
     result.classifier.push_to_hub("me/classifier")
 
-Images get noise of the tap's level, fresh in every step. No weights are selected: the last ones, or their averages, are
-tested once, with the model's fixed noise, which is what a user of the classifier gets, and with each image's own noise.
+Images get noise of the taps' levels, fresh in every step. No weights are selected: the last ones, or their averages,
+are tested once, with the model's fixed noise, which is what a user of the classifier gets, and with each image's own.
 The VAE of a denoiser of latents is never trained, and never gets random weights. With `latents_dir` it does not run at
 all, and every step draws one of the stored views of each latent.
 """
@@ -24,15 +24,15 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_model
 from transformers import TrainerState, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 
 from ..checkpoints import load_vae, plain_config
+from ..classification_heads import DEFAULT_HEAD
 from ..configuration_ddae import DDAEConfig
 from ..cut import uncompiled
 from ..image_processing_ddae import DDAEImageProcessor
@@ -40,15 +40,15 @@ from ..modeling_ddae import DDAEForImageClassification
 from ..weights import fingerprint
 from .arrays import StrPath, kept_or_temporary
 from .classes import draw_labels
-from .devices import PRECISION, best_device, compiling_by_blocks, machine, made_fast, products_as_before
+from .devices import best_device, compiling_by_blocks, machine, made_fast, products_as_before
 from .devices import training_precision as precision_of
 from .draws import indexed_noise, separate_randomness
 from .features import FeatureCache
+from .finetuning_options import FinetuningOptions
 from .images import DataOptions, ImageInputs, Images, Inputs, labelled_splits, noise_view
 from .latent_folder import LatentFolder, LatentInputs
-from .low_rank import OPEN_MODEL, LoRAOptions, check_low_rank, settled, with_adapters, write_classifier
+from .low_rank import OPEN_MODEL, settled, with_adapters, write_classifier
 from .models import Model, base_model, base_of, check_null_condition, untrained_classifier
-from .options import PROMPT, option
 from .probing import classify
 from .report import in_memory
 from .results import FineTuningReport
@@ -66,75 +66,13 @@ from .run_folder import (
 )
 from .sharing import this_process
 from .stopping import interrupted
-from .trainer import AVERAGED, BY_HASH, IN_TRAINING, PROGRESS, WEIGHTS, FineTuner, LabelledRows
+from .taps import read_taps, tap_word
+from .trainer import AVERAGED, BY_HASH, PROGRESS, WEIGHTS, FineTuner, LabelledRows
 
 logger = logging.getLogger(__name__)
 
 SIZES = {"train_batch_size", "gradient_accumulation_steps"}
 NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", PROGRESS)
-
-
-@dataclass(kw_only=True)
-class FinetuningOptions(LoRAOptions):
-    """Options of `finetune`."""
-
-    # Options that a resumed run may change; they hold from then on.
-    MAY_CHANGE: ClassVar[frozenset[str]] = IN_TRAINING | set(
-        "num_train_epochs max_train_steps noise_seed test_split max_test_samples torch_compile merge_lora".split()
-    )
-
-    output_dir: str | None = option(None, "Folder of the classifier, its figures and checkpoints.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest` for the newest whole one.")
-    few_labels: int | None = option(
-        None, "Train on this many images of each class, from a new classification head; by default on all."
-    )
-    latents_dir: str | None = option(None, "Folder of the images' latents, to train on in place of their pixels.")
-    layer: str | None = option(None, "Where the classifier reads the network; by default the checkpoint's layer.")
-    sigma: float | None = option(None, "Noise level of the images; by default the checkpoint's.")
-    pooling: Literal["mean", "max", "mean_2x2"] | None = option(
-        None, "How hidden states become features, as in `ddae probe`; by default the checkpoint's pooling."
-    )
-    null_class: int | None = option(None, "For a class-conditional denoiser: the label that stands for no class.")
-    prompt: str | None = option(None, PROMPT)
-    from_scratch: bool = option(False, "Start from random weights, to compare.")
-    train_batch_size: int = option(128, "Images of a forward pass on each device.")
-    gradient_accumulation_steps: int = option(1, "Batches of every device in a step.")
-    num_train_epochs: int = option(10, "Passes over the training images.")
-    max_train_steps: int | None = option(None, "Number of steps, in place of num_train_epochs.")
-    learning_rate: float = option(5e-4, "Learning rate of the classifier; see layer_decay.")
-    layer_decay: float = option(1.0, "Factor of the learning rate from one layer to the one before.")
-    lr_warmup_ratio: float = option(0.05, "Share of the steps in which the learning rate rises.")
-    weight_decay: float = option(0.05, "Weight decay of matrices and kernels.")
-    max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.")
-    label_smoothing: float = option(0.0, "Share of a label that is spread over all classes.")
-    mixup: float = option(
-        0.0, "alpha of mixup's Beta(alpha, alpha): each image is mixed with another one; 0 mixes nothing."
-    )
-    random_flip: bool = option(False, "Mirror half of the images.")
-    random_crop: int = option(0, "Shift images by up to this many pixels.", metavar="PADDING")
-    ema_decay: float | None = option(None, "Average the weights with this decay; by default they are not averaged.")
-    seed: int = option(0, "Seed of everything that is random in training.")
-    noise_seed: int | None = option(None, "Seed of the noise in evaluation; by default the checkpoint's.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, PRECISION)
-    torch_compile: bool = option(False, "Compile the network first, which takes minutes.")
-    dataloader_num_workers: int = option(0, "Processes that read images; with 0 they are decoded once, if they fit.")
-    checkpointing_steps: int = option(500, "Save a checkpoint, ready to resume, every N steps.")
-    report_to: str | None = option(None, "Tracker: tensorboard, wandb, ...")
-    logging_dir: str = option("logs", "Folder of tensorboard's files, inside output_dir.")
-
-    def check(self) -> None:
-        """Refuse options that do not go together."""
-        check_low_rank(self)
-        for name in ("random_flip", "random_crop"):
-            if self.latents_dir is not None and getattr(self, name):
-                raise ValueError(f"{name}: images in latents_dir were changed before they were encoded: leave it out.")
-        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError("mixed_precision fp16 needs a GPU.")
-        if self.output_dir is None and (self.resume_from_checkpoint or self.report_to):
-            raise ValueError("output_dir is not given: without it there is nothing to resume and no place for logs.")
-        trackers = ["all", "none", *get_available_reporting_integrations()]
-        if self.report_to not in (None, *trackers):
-            raise ValueError(f"report_to is {self.report_to}, which cannot be used: allowed are {', '.join(trackers)}.")
 
 
 @dataclass(kw_only=True)
@@ -214,8 +152,7 @@ def _finetune(
     seconds = time.monotonic() - started
     result = FinetuningResult(
         options=given,
-        layer=classifier.config.layer,
-        sigma=classifier.config.sigma,
+        **reading_of(classifier.config),
         num_train_labels=len(rows),
         num_test_images=len(test),
         seconds_this_run=round(seconds, 1),
@@ -299,8 +236,10 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
 
     With `few_labels` its head is new: one that a checkpoint brings may have been fitted on more labels than these.
     """
-    names_of_config = ("layer", "sigma", "pooling", "null_class", "prompt", "noise_seed", "cache_dir")
+    names_of_config = "layer sigma pooling head head_width null_class prompt noise_seed cache_dir".split()
     given = {name: getattr(options, name) for name in names_of_config}
+    given["taps"] = options.taps and read_taps(options.taps)
+    given["feature_norm"] = None if options.head in (None, "linear") else "none"  # that of a linear head is left behind
     config = {name: value for name, value in given.items() if value is not None}
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     config |= {} if options.latents_dir is None else {"vae": None, "sample_posterior": False}
@@ -311,9 +250,19 @@ def build_classifier(path: str, options: FinetuningOptions, names: list[str]) ->
         config |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
         classifier = DDAEForImageClassification.from_pretrained(path, **config)
         if options.few_labels is not None:
-            classifier.classifier.reset_parameters()
+            classifier.reset_head()
     check_null_condition(classifier.ddae)
-    return with_adapters(classifier, path, options)
+    classifier = with_adapters(classifier, path, options)
+    if options.freeze_denoiser:
+        classifier.freeze_denoiser()
+    return classifier
+
+
+def reading_of(config: DDAEConfig) -> dict[str, Any]:
+    """Return what a report says of the taps and the head of a classifier."""
+    taps = [tap_word(layer, sigma) for layer, sigma in config.pairs] if config.taps else None
+    head = None if config.head == "linear" else config.head
+    return {"layer": config.layer, "sigma": config.sigma, "taps": taps, "head": head}
 
 
 def beginning(classifier: DDAEForImageClassification, rows: LabelledRows) -> dict[str, Any]:
@@ -321,6 +270,7 @@ def beginning(classifier: DDAEForImageClassification, rows: LabelledRows) -> dic
     inputs = rows.inputs
     config = classifier.config
     start = FeatureCache("", classifier.ddae).identity | {"layer": config.layer, "sigma": config.sigma}
+    start |= {name: value for name in DEFAULT_HEAD if (value := getattr(config, name)) != DEFAULT_HEAD[name]}
     data = repr([inputs.images.hash, rows.rows.tolist(), inputs.labels[rows.rows].tolist()])
     texts = {"data": data, "start": json.dumps([start, inputs.identity], sort_keys=True)}
     return {"num_images": len(rows)} | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}

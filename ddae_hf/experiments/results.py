@@ -17,6 +17,7 @@ from .pairs import FusedProbe, Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
 from .run_results import AverageReport, CurveReport
+from .taps import read_taps
 
 __all__ = [
     "AverageReport", "CorrespondenceReport", "CurveReport", "DenoisingClassifierReport", "FineTuningReport",
@@ -201,9 +202,12 @@ class ProbeReport(Report, Probe):
 
 @dataclass(kw_only=True)
 class FineTuningReport(Report):
-    """A denoiser and a linear classifier that were trained as one network, on `num_train_labels` labelled images.
+    """A denoiser and a classifier that were trained as one network, on `num_train_labels` labelled images.
 
     Attributes:
+        layer: Where the network is read; of several taps, the deepest layer. `sigma` likewise.
+        taps: All taps where there are several, as words `layer@sigma`.
+        head: What classifies in place of a linear layer on pooled features: `attention` or `fusion`.
         num_trained_parameters: Numbers that were trained: of the network or its adapters, and of the classifier.
         train_seconds: Seconds of training alone, in all runs together.
         test_accuracy: With the model's fixed noise, like loss, macro F1, precision and recall.
@@ -216,6 +220,8 @@ class FineTuningReport(Report):
 
     layer: str
     sigma: float
+    taps: list[str] | None = None
+    head: str | None = None
     num_train_labels: int
     num_test_images: int
     steps: int
@@ -241,10 +247,15 @@ class FineTuningReport(Report):
         trained = f"The whole network was trained from {start} weights"
         if rank := self.options.get("lora_rank"):
             trained = f"A classifier and LoRA adapters of rank {rank} on the frozen network were trained"
+        if self.options.get("freeze_denoiser"):
+            trained = f"A classifier on the frozen network, with its {start} weights, was trained"
+        if self.head is not None:
+            trained += f", with the head {self.head},"
+        taps = [(self.layer, self.sigma)] if not self.taps else read_taps(self.taps)
+        places = "; ".join(f"`{layer}`, sigma {sigma:.3g}" for layer, sigma in taps)
         protocol = (
             f"Figures are in %, on {self.num_test_images:,} test images. {trained} on {self.num_train_labels:,} "
-            f"labelled images in {self.steps:,} steps (seed {self.options['seed']}); the network is read at "
-            f"`{self.layer}`, sigma {self.sigma:.3g}."
+            f"labelled images in {self.steps:,} steps (seed {self.options['seed']}); the network is read at {places}."
         )
         if self.options.get("latents_dir"):
             protocol += " It learnt from latents that were encoded beforehand, and was also tested on latents."

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -59,16 +59,19 @@ def parameter_groups(
     The learning rate falls by `layer_decay` with every layer that lies between a parameter and the logits (Clark et al.
     2020, arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254). A parameter in a block belongs to the first layer,
     in the order of `layer_names`, whose hidden state has a gradient for it; what stands outside the blocks (first
-    convolution, embeddings) comes before all layers, and the classifier after them. Biases, gains and other
-    vectors are not decayed.
+    convolution, embeddings) comes before all layers, and the classifier with its whole head after them. With several
+    taps layers are counted up to the deepest, along the longest way to the logits. Biases, gains and other vectors are
+    not decayed.
     """
-    blank = torch.zeros(1, model.config.num_channels, *model.config.image_size, device=model.device)
+    config = model.config
+    blank = torch.zeros(1, config.num_channels, *config.image_size, device=model.device)
     names = {p: name for name, p in model.ddae.denoiser.named_parameters(prefix="ddae.denoiser")}
-    layer = str(model.config.layer)
+    own = {layer for layer, _ in config.pairs}
     order = layer_names(model.ddae.denoiser, inner=True)
-    before = set(order[: order.index(layer)])
-    taps = [*(name for name in model.ddae.layer_names() if name in before), layer]
-    states = model.eval().ddae(blank, output_hidden_states=taps).hidden_states
+    before = {*model.ddae.layer_names()} & {*order[: order.index(str(config.layer))]}
+    taps = [name for name in order if name in before | own]
+    inner = model.eval().ddae
+    states = inner.read_layers(inner.encode(blank), taps).values()
     blocks = {layer.split(".")[0] for layer in model.ddae.layer_names()}
     depths: dict[str, int] = {}
     seen: set[Any] = set()  # what earlier layers have seen
@@ -76,11 +79,12 @@ def parameter_groups(
         for name in parameters_behind([state], names, seen):
             depths[name] = number if name.split(".")[2] in blocks else 0
     top = len(states) + 1
-    depths |= {name: top for name, _ in model.classifier.named_parameters(prefix="classifier")}
+    depths |= {name: top for name, _ in model.named_parameters() if not name.startswith("ddae.")}
+    gains = {p for part in model.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # what the logits depend on
-            kind = depths[name], parameter.ndim > 1
+            kind = depths[name], parameter.ndim > 1 and parameter not in gains
             rate = learning_rate * layer_decay ** (top - kind[0])
             group = groups.setdefault(kind, {"params": [], "lr": rate, "weight_decay": weight_decay * kind[1]})
             group["params"].append(parameter)
