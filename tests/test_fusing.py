@@ -13,7 +13,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEPipeline
-from ddae_hf.experiments import Images, SweepOptions, features, fusing, logistic_regression, pieces, sweep, sweeping
+from ddae_hf.experiments import (
+    Images,
+    SweepOptions,
+    features,
+    fusing,
+    logistic_regression,
+    make_card,
+    pieces,
+    sweep,
+    sweeping,
+)
 from ddae_hf.experiments.fusing import add_taps, paired_gain
 from ddae_hf.experiments.logistic_regression import fit_logistic_regression
 from ddae_hf.experiments.pairs import FusedProbe, Pair
@@ -121,6 +131,28 @@ def test_the_saved_classifier_reads_all_taps(swept, checkpoint, digits):
     accuracy = (predicted == images.labels).mean()
     assert accuracy == result.saved_classifier_test_accuracy
     assert accuracy == pytest.approx(result.fused.test_accuracies["0"], abs=0.1)  # other noise
+
+
+def test_a_classifier_with_another_head_and_several_taps_is_swept_like_its_denoiser(swept, checkpoint, digits):
+    folder, result = swept
+    options = {"head": "attention", "head_width": 8, "taps": [["mid_block", 0.3], [LAYERS[0], 0.1]], "num_labels": 10}
+    model = DDAEForImageClassification.from_pretrained(checkpoint, **options)
+    found = sweep(model, Images.open(str(digits)), **FEW, fuse=3, features_dir=str(folder / "features"))
+    assert found.fused.steps == result.fused.steps and found.fused.test_accuracies == result.fused.test_accuracies
+    assert found.classifier.config.taps == result.classifier.config.taps and found.classifier.head is None
+    assert found.saved_classifier_test_accuracy == result.saved_classifier_test_accuracy
+    alone = sweep(model, Images.open(str(digits)), **FEW, features_dir=str(folder / "features"))
+    assert alone.classifier.config.taps is None and alone.classifier.config.layer == result.best.layer
+    assert alone.test_accuracies == result.test_accuracies
+
+
+def test_the_card_of_the_classifier_names_its_taps(swept):
+    folder, result = swept
+    card = make_card(folder / "classifier", results=[folder])
+    figures = card.data.eval_results
+    assert figures[0].metric_args == {"taps": result.classifier.config.taps, "noise_seed": 0}
+    assert figures[0].metric_value == result.saved_classifier_test_accuracy
+    assert f"DDAE, {len(result.fused.taps)} taps joined" in card.content and "with tap 3" in card.content
 
 
 def test_without_it_a_sweep_is_what_it_was_and_the_best_pair_is_the_same_with_it(swept, checkpoint, digits, tmp_path):
