@@ -153,6 +153,8 @@ def test_the_card_of_the_classifier_names_its_taps(swept):
     assert figures[0].metric_args == {"taps": result.classifier.config.taps, "noise_seed": 0}
     assert figures[0].metric_value == result.saved_classifier_test_accuracy
     assert f"DDAE, {len(result.fused.taps)} taps joined" in card.content and "with tap 3" in card.content
+    first = result.fused.taps[0]
+    assert f"reads {len(result.fused.taps)} taps joined, `{first.layer}` at the noise level sigma" in card.content
 
 
 def test_without_it_a_sweep_is_what_it_was_and_the_best_pair_is_the_same_with_it(swept, checkpoint, digits, tmp_path):
