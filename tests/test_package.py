@@ -36,13 +36,14 @@ FLAT = [
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "objectives", "run_folder", "taps"],
+    ["classes", "digits", "noisy_networks", "objectives", "online_probes", "outlier_scores", "run_folder", "taps"],
     ["averages", "options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
-    ["images"],
+    ["calibration", "images"],
     ["latent_folder"],
-    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "low_rank", "pairs", "told_classes"],
-    ["class_errors", "run_results"],
+    ["converting", "correspondence_report", "denoising_report", "encoding", "extractors", "feature_export", "low_rank"]
+    + ["pairs", "told_classes"],
+    ["class_errors", "noise_curve", "outlier_report", "run_results"],
     ["results"],
     ["auxiliary", "batches", "plots"],
     ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding", "teachers"],
@@ -53,6 +54,7 @@ EXPERIMENTS = [
     ["finetuning_options", "fusing"],
     ["finetuning", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
+    ["outlier_detection"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}

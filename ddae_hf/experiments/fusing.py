@@ -109,7 +109,7 @@ def tested_taps(prober: Prober, steps: list[Pair], alone: Fitted) -> tuple[Fused
     joined = JoinedProber.of(prober, steps[: steps.index(best)], [best.layer])
     probe, fitted = joined.tested([best], prober.options.num_noise_seeds)
     truth = prober.labels["test"]
-    gain, interval = paired_gain(fitted[2] == truth, alone[2] == truth)
+    gain, interval = paired_gain(fitted.predicted == truth, alone.predicted == truth)
     return FusedProbe(**vars(probe), steps=steps, gain=gain, gain_interval=interval), fitted
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,16 +60,30 @@ class LinearProbes:
     @products_as_before("ieee")
     def predict(self, views: Views, indices: np.ndarray | None = None) -> np.ndarray:
         """Return predicted classes (L, N) of the images at `indices`, from logits averaged over views (N, C) each."""
+        count = len(views[0]) if indices is None else len(indices)
+        predicted = torch.empty(len(self.weight), count, dtype=torch.int64, device=self.weight.device)
+        for part, logits in self._logits(views, indices):
+            predicted[:, part] = logits.argmax(2)
+        return predicted.cpu().numpy()
+
+    @products_as_before("ieee")
+    def logits(self, views: Views, strength: int = 0, indices: np.ndarray | None = None) -> Tensor:
+        """Return the logits (N, K) that `predict` averages over views and compares, with one of the L strengths.
+
+        They are float64, on the CPU.
+        """
+        parts = [logits[strength].cpu() for _, logits in self._logits(views, indices)]
+        return torch.cat(parts)
+
+    def _logits(self, views: Views, indices: np.ndarray | None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield places among the images at `indices`, by default all, and their logits (L, n, K)."""
         rows = np.arange(len(views[0])) if indices is None else indices
         device = self.weight.device
-        predicted = torch.empty(len(self.weight), len(rows), dtype=torch.int64, device=device)
         size = _chunk_size(len(views), self.weight.shape[2], self.bias.numel(), device)
         for part, x in Pieces([views], rows, size, device, keep=False):
             # The mean of logits is the logit of mean features.
             mean = x.mean(0, dtype=torch.float64)
-            logits = torch.einsum("nc,lkc->lnk", mean, self.weight) + self.bias[:, None]
-            predicted[:, part] = logits.argmax(2)
-        return predicted.cpu().numpy()
+            yield part, torch.einsum("nc,lkc->lnk", mean, self.weight) + self.bias[:, None]
 
 
 @products_as_before("ieee")  # with TF32, gradients are too far off to find the optimum

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .arrays import damaged, read_json, write_json
-from .report import Figure, many, percent
+from .calibration import Calibration
+from .report import Figure, in_memory, many, percent
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,9 @@ class Pair:
         by_l2: Accuracy by strength.
         knn_20: Accuracy by the nearest 20 images; `knn_200` likewise.
         alignment: See `logistic_regression.alignment`; `uniformity` likewise.
+        temperature: Of the smallest negative log likelihood of the held-out images: see `fitted_temperature`.
+        correct: Which held-out images were classified correctly: see `noise_curve.packed`. It is kept with the figures
+            of a level, not in reports.
     """
 
     layer: str
@@ -36,6 +40,8 @@ class Pair:
     knn_200: float | None = None
     alignment: float | None = None
     uniformity: float | None = None
+    temperature: float | None = None
+    correct: str | None = in_memory()
 
     @property
     def words(self) -> str:
@@ -52,12 +58,14 @@ class Probe:
         test_accuracies: By noise seed, fitted on all training images.
         test_f1: Macro F1, with the first noise seed.
         few_label_test_accuracies: By labels a class, one accuracy a draw of them.
+        calibration: How far the probe of the first noise seed can be trusted.
     """
 
     best: Pair
     test_accuracies: dict[str, float]
     test_f1: float | None = None
     few_label_test_accuracies: dict[str, list[float]] = many()
+    calibration: Calibration | None = None
 
     @property
     def words(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from .arrays import StrPath, write_json
+
+NORMAL = 1.959964  # deviations on either side of the mean between which 95 % of a normal distribution lie
 
 
 class Figure(NamedTuple):
@@ -178,6 +181,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{percent(float(np.mean(values)))} ± {percent(float(np.std(values, ddof=1)))}"
 
 
+def accuracy_interval(accuracy: float, count: int) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of an accuracy on `count` images (Wilson 1927, doi:10.2307/2276774)."""
+    spread = NORMAL**2 / count
+    centre = (accuracy + spread / 2) / (1 + spread)
+    reach = math.sqrt(spread * (accuracy * (1 - accuracy) + spread / 4)) / (1 + spread)
+    return centre - reach, centre + reach
+
+
 def number(value: float | None) -> str:
     """Return a count with its thousands apart, another number with four digits, and an empty text for None."""
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -190,7 +201,7 @@ def _in_file(kind: Any) -> list[str]:
 def _built(hint: Any, value: Any) -> Any:
     """Return what a file's value stands for: dataclasses, also in lists and dictionaries, or where None may be."""
     parts = typing.get_args(hint)
-    if type(None) in parts:
+    if type(None) in parts:  # which a file leaves out
         return _built(parts[0], value)
     if dataclasses.is_dataclass(hint):
         hints, kind = typing.get_type_hints(hint), typing.cast(Any, hint)

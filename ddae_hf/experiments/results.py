@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from .correspondence_report import CorrespondenceReport
 from .denoising_report import DenoisingClassifierReport
+from .noise_curve import NoiseCurve
+from .outlier_report import OutlierReport
 from .pairs import FusedProbe, Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
@@ -21,7 +24,7 @@ from .taps import read_taps
 
 __all__ = [
     "AverageReport", "CorrespondenceReport", "CurveReport", "DenoisingClassifierReport", "FineTuningReport",
-    "GenerationReport", "NoisyReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
+    "GenerationReport", "NoisyReport", "OutlierReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
 ]  # fmt: skip
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
@@ -91,6 +94,7 @@ class ProbeReport(Report, Probe):
         fingerprint: `weights.fingerprint` of the denoiser that was probed.
         images: Their numbers: `fitted` and `held_out` for the choice, `train` (all training images) and `test`.
         pairs: Every layer at every level.
+        noise_curve: Accuracy of the best layer over the noise levels, where there are at least three.
         fused: Several taps joined, if they were asked for.
         baselines: The same for `raw pixels` and for the `untrained network`.
     """
@@ -100,12 +104,14 @@ class ProbeReport(Report, Probe):
     pictures = {
         "heat_map.png": "Accuracy on held-out training images, of every layer at every noise level",
         "confusion.png": "Confusion table of the test images",
+        "reliability.png": "How often the probe is right on test images, over how sure it is",
     }
 
     checkpoint: str | None = None
     fingerprint: str | None = None
     images: dict[str, int]
     pairs: list[Pair]
+    noise_curve: NoiseCurve | None = None
     fused: FusedProbe | None = None
     baselines: dict[str, Probe] = many()
     saved_classifier_test_accuracy: float | None = None
@@ -197,6 +203,10 @@ class ProbeReport(Report, Probe):
             share, count, pair = max(known, key=lambda found: found[0])
             text += f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma "
             text += f"{pair.sigma:g}, with an accuracy of {percent(share)} %."
+        if self.noise_curve is not None:
+            text += f" {self.noise_curve.words(images['held_out'])}"
+        if self.calibration is not None:
+            text += f" {self.calibration.words(images['held_out'], self.best.validation_accuracy)}"
         return text
 
 
@@ -298,43 +308,6 @@ class NoisyReport(Report):
         ]
         protocol = f"The table has the accuracy, in %, on {self.num_test_images:,} test images, with noise of level "
         return Section("Noisy images", f"{protocol}sigma on {self.noise_on}.", ["sigma", *self.test_accuracies], rows)
-
-
-@dataclass(kw_only=True)
-class CorrespondenceReport(Report):
-    """Points of images that were looked up in warped copies of these.
-
-    Attributes:
-        layers: The layers whose maps were compared, in forward order, at noise level `sigma`.
-        num_images: Number of images; `num_points` likewise, of all images together.
-        results: Figures of every method of looking up points: `pck@N`, the share that was found within N pixels of the
-            true place, and `mean_error`, in pixels.
-    """
-
-    kind = "correspondence"
-    telling = ("num_points",)
-    pictures = {"correspondence.png": "Points of images looked up in warped copies, and how far off they are found"}
-
-    layers: list[str]
-    sigma: float
-    num_images: int
-    num_points: int
-    results: dict[str, dict[str, float]]
-
-    def section(self) -> Section:
-        """Return every method's figures."""
-        protocol = (
-            f"The table has the share, in %, of {self.num_points:,} points of {self.num_images:,} images that were "
-            "found in warped copies of the images, within so many pixels of their true places. The denoiser is read at "
-            f"{', '.join(f'`{layer}`' for layer in self.layers)}, sigma {self.sigma:.3g}."
-        )
-        radii = [name for name in next(iter(self.results.values())) if name.startswith("pck@")]
-        head = ["looked up by", *(name.replace("pck@", "within ") for name in radii), "mean error (pixels)"]
-        rows = [
-            [way, *(percent(found[name]) for name in radii), f"{found['mean_error']:.2f}"]
-            for way, found in self.results.items()
-        ]
-        return Section("Points found again", protocol, head, rows)
 
 
 @dataclass(kw_only=True)

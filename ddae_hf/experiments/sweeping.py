@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
@@ -34,9 +35,10 @@ from .features import FeatureCache
 from .fusing import add_taps, check_fusing, tested_taps
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
 from .models import Model, check_taps, chosen_layers, open_for, open_processor, path_of, ready, report_facts
+from .noise_curve import curve_of
 from .options import PROMPT, option
 from .pairs import FusedProbe, Pair, Probe, kept_pairs
-from .plots import accuracy_over_sigma, confusion_table, heat_map, save_picture
+from .plots import accuracy_over_sigma, confusion_table, heat_map, reliability_diagram, save_picture
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
 from .results import ProbeReport
@@ -137,6 +139,7 @@ class SweepResult(ProbeReport):
         classifier: Made of `source`, a path or a model; `processor` prepares its images.
         labels: The test images' classes (N,).
         predicted: The classes that its probe of the first noise seed gave them (N,).
+        logits: What these were taken from (N, K).
     """
 
     classifier: DDAEForImageClassification = in_memory()
@@ -144,6 +147,7 @@ class SweepResult(ProbeReport):
     source: Model = in_memory()
     labels: Any = in_memory()
     predicted: np.ndarray = in_memory()
+    logits: Tensor = in_memory()
 
     def heat_map(self) -> Figure:
         """Return a picture of the accuracy on held-out images over layers and noise levels."""
@@ -160,10 +164,13 @@ class SweepResult(ProbeReport):
         with saving(folder):
             path = self.write(folder).parent
             save_picture(self.heat_map(), path / "heat_map.png", dpi=120)
-            save_picture(accuracy_over_sigma(self.pairs, self.best), path / "accuracy_over_sigma.png", dpi=120)
+            curve = accuracy_over_sigma(self.pairs, self.best, self.images["held_out"])
+            save_picture(curve, path / "accuracy_over_sigma.png", dpi=120)
             names = list((self.classifier.config.id2label or {}).values())
             table = confusion_table(self.labels, self.predicted, names)
             save_picture(table, path / "confusion.png", dpi=100, bbox_inches="tight")
+            diagram = reliability_diagram(self.logits, self.labels, (self.fused or self).best.temperature)
+            save_picture(diagram, path / "reliability.png", dpi=100)
             for name, classes in (("test_predictions", self.predicted), ("test_labels", self.labels)):
                 with written_whole(path / f"{name}.npy") as partial, partial.open("wb") as file:
                     np.save(file, classes)
@@ -265,9 +272,11 @@ def sweep_inputs(
         **vars(found), **machine(device), checkpoint=path_of(source), fingerprint=fingerprint(model.denoiser),
         **report_facts(source, images, settled, train.images, test.images),
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
-        pairs=pairs, fused=fused, baselines=baselines, saved_classifier_test_accuracy=accuracy,
+        pairs=pairs, noise_curve=curve_of(pairs, found.best.layer, len(prober.held_out)), fused=fused,
+        baselines=baselines, saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-        classifier=classifier, processor=processor, source=source, labels=test.labels, predicted=fitted[2],
+        classifier=classifier, processor=processor, source=source, labels=test.labels,
+        predicted=fitted.predicted, logits=fitted.logits,
     )  # fmt: skip
     if kept is not None:
         folder = kept / options.classifier_dir
