@@ -80,8 +80,9 @@ def commands_into(folder, checkpoints, digits):
     outliers = [*unet, *COUNTS, "--outside", str(checkpoints / "others"), "--error_sigmas", 0.2, 1, "--num_draws", 2]
     outliers += ["--scores", "error", "nearest", "--neighbour", 4, "--layer", "mid_block", "--batch_size", 7]
     export = [*unet, "--max_samples", 40, "--sigma", 0.3, "--batch_size", 7, "--format", "npy"]
+    small += ["--random_flip", "--knn", "--baselines", "--few_labels", 2, "--num_noise_seeds", 2, "--fuse", 2]
     found = [
-        ("sweep", [*small, "--random_flip", "--knn", "--baselines", "--few_labels", 2, "--num_noise_seeds", 2]),
+        ("sweep", small),
         ("probe", online),
         ("export", export),
         ("noisy", [*noisy, "--random_crop", 1, "--random_flip"]),

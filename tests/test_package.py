@@ -43,8 +43,8 @@ EXPERIMENTS = [
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["calibration", "images"],
     ["latent_folder"],
-    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "low_rank", "pairs", "told_classes"]
-    + ["masks"],
+    ["converting", "correspondence_report", "denoising_report", "encoding", "extractors", "feature_export", "low_rank"]
+    + ["masks", "pairs", "told_classes"],
     ["class_errors", "noise_curve", "outlier_report", "run_results", "segmentation_report"],
     ["results"],
     ["auxiliary", "batches", "plots"],
@@ -53,7 +53,7 @@ EXPERIMENTS = [
     ["alignment", "evaluation", "new_networks", "training_options"],
     ["pretraining_options", "probing", "rebuilding", "vae_training"],
     ["pretraining"],
-    ["finetuning_options"],
+    ["finetuning_options", "fusing"],
     ["finetuning", "segmenting", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
     ["outlier_detection"],

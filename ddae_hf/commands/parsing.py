@@ -27,8 +27,8 @@ GROUPS = {
     "images": """resolution center_crop random_flip random_crop mirror augment low_resolution low_resolution_share
         num_views view mixup""",
     "model": """model_name_or_path checkpoints lengths init_from denoiser scheduler vae autoencoder class_conditional
-        label_dropout layer layers taps pooling head head_width feature_norm freeze_denoiser null_class class_labels
-        prompt prompt_template from_scratch classifier""",
+        label_dropout layer layers taps fuse pooling head head_width feature_norm null_class class_labels prompt
+        prompt_template from_scratch classifier""",
     "noise": """sigma sigmas error_sigmas sigma_min sigma_max log_sigma image_sigmas loss_weighting min_snr_gamma
         num_noise_samples num_noise_seeds noise_seed sample_posterior""",
     "training": """total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps

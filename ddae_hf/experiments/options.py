@@ -42,6 +42,7 @@ NAMES = {
         weight sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale sigma sigmas
         extractor_sigma encoder_sigma image_sigmas class_labels""",
     Range("between 1 and 1024", lambda x: 1 <= x <= 1024): "lora_rank",
+    Range("between 1 and 100", lambda x: 1 <= x <= 100): "fuse",  # a classifier may have as many taps
     Range("a multiple of 8, 8 to 4096", lambda x: x % 8 == 0 and 8 <= x <= 4096): "head_width",
     Range("positive", lambda x: x > 0): """learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2
         min_snr_gamma temperature lora_alpha error_sigmas""",

@@ -345,7 +345,7 @@ def make_classifier(
     """
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise ValueError("The classifier's weights are not finite: it is not saved. Regularise it more.")
-    config |= {"feature_norm": "none", "id2label": dict(enumerate(names))}
+    config |= {"feature_norm": "none", "head": "linear", "id2label": dict(enumerate(names))}
     config["label2id"] = {name: i for i, name in enumerate(names)}
     base: Any
     if isinstance(model, (str, os.PathLike)):

@@ -246,7 +246,8 @@ class _Card:
         known, generated, section = self.dataset(report), report.kind == "generation", report.section()
         figures = list(section.figures)
         if self.is_classifier and section.saved is not None:
-            own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
+            tap = ("layer", "sigma") if self.config.taps is None else ("taps",)
+            own = {name: getattr(self.config, name) for name in (*tap, "noise_seed")}
             figures.insert(0, Figure("accuracy", "Test accuracy, with the model's fixed noise", section.saved, own))
         task = OTHER_TASKS.get(report.kind, "image-classification")
         # Figures that agree in task, type, configuration and split are taken for those of one data set.
