@@ -69,7 +69,7 @@ class Report:
     kinds: ClassVar[list[type[Report]]] = []  # of all experiments; a later one may be a special case of an earlier
     kind: ClassVar[str]
     file: ClassVar[str] = "eval_results.json"
-    telling: ClassVar[Sequence[str]]  # the file holds one of these keys, unlike other reports in a file of this name
+    telling: ClassVar[Sequence[str]]  # keys that its file alone holds, of those of its name: now, then in old versions
     pictures: ClassVar[Mapping[str, str]] = {}  # files beside it that a card shows, and what they show
 
     options: dict[str, Any] = many()
@@ -107,7 +107,8 @@ class Report:
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
         kinds = [kind for kind in kinds if kind.file == path.name] or kinds
-        found = next((kind for kind in kinds if any(key in content for key in kind.telling)), None)
+        told = [(kind.telling[:1], kind) for kind in kinds] + [(kind.telling[1:], kind) for kind in kinds]
+        found = next((kind for keys, kind in told if any(key in content for key in keys)), None)
         if found is None:
             raise ValueError(
                 f"{path} holds {', '.join(content) or 'nothing'}: allowed are the results of "
