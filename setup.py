@@ -15,6 +15,7 @@ EXPERIMENTS = [
     "psutil>=5.9",
     "pyyaml>=6.0.2",
     "scikit-learn>=1.6",
+    "scipy>=1.14",
     "torchmetrics>=1.6",
     "tqdm>=4.66.3",
 ]

@@ -5,8 +5,9 @@
 Every method is trained from the same first weights on the same images, and measured in the same way: a linear probe of
 the best layer and noise level (chosen on held-out training images), one with ten labels a class, nearest neighbours of
 held-out images, the Frechet distance of samples between features of a classifier that was trained from scratch, and the
-time of a step, in units of the plain recipe's. With several seeds, figures are means with intervals of 95 % (Student's
-t). What is done is not done again, and a training that was interrupted goes on. Writes `results.json` and `table.md`.
+time of a step, taken once, in units of the plain recipe's. With several seeds, the other figures are means with
+intervals of 95 % (Student's t). What is done is not done again, and a training that was interrupted goes on. Writes
+`results.json` and `table.md`.
 
 Methods that align with another network take the plain one of the same data's U-Net, of seed 0, for it: they show what a
 second training gains from a first one, not what a large encoder would give.
@@ -15,6 +16,8 @@ second training gains from a first one, not what a large encoder would give.
 from __future__ import annotations
 
 import argparse
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,18 @@ from scipy.stats import t as student
 from ddae_hf.commands.parsing import find_config, read_config
 from ddae_hf.experiments import Images, evaluate_generation, finetune, pretrain, sweep
 from ddae_hf.experiments.arrays import read_json, write_json, write_text
+from ddae_hf.experiments.devices import best_device
 from ddae_hf.experiments.evaluation import EvaluationOptions
 from ddae_hf.experiments.new_networks import DENOISER
+from ddae_hf.experiments.results import PretrainingReport
+from ddae_hf.experiments.run_folder import TRAINED
 from ddae_hf.experiments.sweeping import SweepOptions
 from ddae_hf.hidden_states import layer_names
 from ddae_hf.networks import build_denoiser
 
 from . import measure
 
+FEW_STEPS = 5
 MEASURED = ("probe", "ten_labels", "neighbours", "distance", "step")
 HEADINGS = ["method", "test accuracy (%)", "10 labels a class (%)", "20 nearest neighbours (%)",
             "Frechet distance", "time a step, plain = 1"]  # fmt: skip
@@ -139,6 +146,23 @@ def judge_of(args: argparse.Namespace, images: Images, plain: Path) -> str:
     return f"ddae:{folder}"
 
 
+def step_seconds(args: argparse.Namespace, images: Images, options: dict[str, Any], path: Path) -> float:
+    """Return the seconds of a step that a file holds, measured once: what so many steps add to a training of a few.
+
+    On a processor they are those that it has computed, so that other load counts little.
+    """
+    if not path.is_file():
+        clock = time.perf_counter if best_device() == "cuda" else time.process_time
+        taken = []
+        for steps in (FEW_STEPS, FEW_STEPS + args.timed_steps):
+            with tempfile.TemporaryDirectory() as folder:
+                started = clock()
+                pretrain(images, **{**options, "max_train_steps": steps, "lr_warmup_steps": 1}, output_dir=folder)
+                taken.append(clock() - started)
+        write_json(path, {"seconds": (taken[1] - taken[0]) / args.timed_steps})
+    return read_json(path)["seconds"]
+
+
 def run(args: argparse.Namespace, images: Images, network: str, method: str, seed: int) -> dict[str, Any]:
     """Train, probe and sample one network, as far as that is not done, and return its figures."""
     folder = args.output_dir / args.data / network / method.replace(" ", "_").replace(",", "") / str(seed)
@@ -149,9 +173,10 @@ def run(args: argparse.Namespace, images: Images, network: str, method: str, see
     options = {**recipe.config, **METHODS[method](recipe, teacher), "seed": seed, "sample_steps": 0}
     if args.max_train_steps:
         options |= {"max_train_steps": args.max_train_steps, "lr_warmup_steps": max(1, args.max_train_steps // 10)}
-    options |= {"output_dir": str(folder / "trained"), "resume_from_checkpoint": "latest"}
     print(f"{args.data}, {network}, {method}, seed {seed}", flush=True)
-    trained = pretrain(images, **options)
+    if not (folder / "trained" / TRAINED).is_file():
+        pretrain(images, **options, output_dir=str(folder / "trained"), resume_from_checkpoint="latest")
+    trained = PretrainingReport.read(folder / "trained")
     probe = sweep(
         folder / "trained", images, layers=["all"], sigmas=args.sigmas, few_labels=[10], num_draws=10, knn=True,
         num_noise_seeds=1, max_selection_samples=args.max_selection_samples, output_dir=str(folder / "probe"),
@@ -159,6 +184,7 @@ def run(args: argparse.Namespace, images: Images, network: str, method: str, see
     samples = evaluate_generation(
         folder / "trained", images, extractor=judge_of(args, images, teacher), num_images=args.num_images,
         num_inference_steps=50, batch_size=100, output_dir=str(folder / "samples"),
+        features_dir=str(args.output_dir / args.data / "judged"),
     )  # fmt: skip
     found = {
         "layer": probe.best.layer,
@@ -167,7 +193,7 @@ def run(args: argparse.Namespace, images: Images, network: str, method: str, see
         "ten_labels": 100 * float(np.mean(probe.few_label_test_accuracies["10"])),
         "neighbours": 100 * probe.best.knn_20,
         "distance": samples.results["generated"]["frechet_distance"],
-        "step": trained.seconds / trained.steps,
+        "step": step_seconds(args, images, options, folder.parent / "step.json"),
         "loss": trained.parts_last_100_batches.get("denoising", trained.loss_last_100_batches),
     }
     write_json(folder / "figures.json", found)
@@ -184,11 +210,11 @@ def cell(values: list[float]) -> str:
 
 def table(figures: dict[str, list[dict[str, Any]]]) -> str:
     """Return the figures of one network on one data set as Markdown."""
-    plain = np.mean([each["step"] for each in figures["plain"]])
+    plain = figures["plain"][0]["step"]
     rows = []
     for method, runs in figures.items():
         values = {name: [each[name] for each in runs] for name in MEASURED}
-        values["step"] = [each / plain for each in values["step"]]
+        values["step"] = [runs[0]["step"] / plain]
         rows.append([method, *(cell(values[name]) for name in MEASURED)])
     return measure.table(HEADINGS, rows)
 
@@ -206,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0])
     add("--sigmas", nargs="+", type=float, default=[0.05, 0.14, 0.3], help="Noise levels that are probed.")
     add("--max_train_steps", type=int, help="Steps of a training, in place of the recipe's.")
+    add("--timed_steps", type=int, default=30, help="Steps that a step is timed by.")
     add("--judge_steps", type=int, default=400, help="Steps of the classifier that samples are compared by.")
     add("--num_images", type=int, default=1000, help="Samples.")
     add("--max_selection_samples", type=int, default=10000, help="Training images that probes are chosen with.")
@@ -213,8 +240,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds are {args.seeds}: they must be different, and not negative.")
-    if args.judge_steps < 1 or (args.max_train_steps is not None and args.max_train_steps < 1):
-        parser.error(f"--judge_steps {args.judge_steps}, --max_train_steps {args.max_train_steps}: give at least 1.")
+    for name in ("max_train_steps", "timed_steps", "judge_steps"):
+        if (steps := getattr(args, name)) is not None and steps < 1:
+            parser.error(f"--{name} is {steps}: give at least 1.")
     try:  # what follows a training is refused before it
         SweepOptions(sigmas=args.sigmas, max_selection_samples=args.max_selection_samples)
         EvaluationOptions(extractor="inception", num_images=args.num_images)

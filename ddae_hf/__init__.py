@@ -9,10 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 
 # In older versions, transformers' top level has only a stand-in for it where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .backbone_ddae import DDAEBackbone
 from .configuration_ddae import DDAEConfig
@@ -21,6 +28,7 @@ from .image_processing_ddae import DDAEImageProcessor
 from .modeling_ddae import DDAEForImageClassification, DDAEModel
 from .noise import add_noise, sigma_to_timestep, timestep_to_sigma
 from .prompts import embed_prompts
+from .segmentation_ddae import DDAEForSemanticSegmentation
 
 if TYPE_CHECKING:
     from .pipeline_ddae import DDAEPipeline
@@ -34,6 +42,7 @@ __all__ = [
     "DDAEBackbone",
     "DDAEConfig",
     "DDAEForImageClassification",
+    "DDAEForSemanticSegmentation",
     "DDAEImageProcessor",
     "DDAEModel",
     "DDAEPipeline",
@@ -49,6 +58,9 @@ __all__ = [
 AutoConfig.register("ddae", DDAEConfig, exist_ok=True)
 AutoModel.register(DDAEConfig, DDAEModel, exist_ok=True)
 AutoModelForImageClassification.register(DDAEConfig, DDAEForImageClassification, exist_ok=True)
+AutoModelForSemanticSegmentation.register(DDAEConfig, DDAEForSemanticSegmentation, exist_ok=True)
+# The pipeline "image-segmentation" looks here which models it supports, and not among those that are registered.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault("ddae", DDAEForSemanticSegmentation.__name__)
 AutoBackbone.register(DDAEConfig, DDAEBackbone, exist_ok=True)
 AutoImageProcessor.register(DDAEConfig, image_processor_classes={"pil": DDAEImageProcessor}, exist_ok=True)
 

@@ -26,11 +26,17 @@ from .weights import HUB_ARGUMENTS
 SIGMA_OF_LATENTS = 0.42
 MOST_NOISE = 2**30  # numbers of the fixed noise, and of what else a network has in memory that no checkpoint holds
 MOST_TAPS = 100  # each of which may be a pass of the network
-NEVER_NONE = ("sample_posterior", "pooling", "feature_norm", "noise_seed", "num_noise_samples", "head")
+NEVER_NONE = (
+    "sample_posterior", "pooling", "feature_norm", "noise_seed", "num_noise_samples", "semantic_loss_ignore_index",
+    "head",
+)  # fmt: skip
 # The options of each type, and the type in words.
 TYPES: dict[type, tuple[str, str]] = {
     SupportsFloat: ("sigma timestep", "a number"),
-    SupportsIndex: ("noise_seed num_noise_samples null_class num_labels head_width", "a whole number"),
+    SupportsIndex: (
+        "noise_seed num_noise_samples null_class num_labels semantic_loss_ignore_index head_width",
+        "a whole number",
+    ),
     bool: ("sample_posterior", "true or false"),
     str: (
         "layer pooling feature_norm head prompt generator_fingerprint generator_fingerprint_float16 features_only "
@@ -42,7 +48,7 @@ TYPES: dict[type, tuple[str, str]] = {
 
 
 class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of `DDAEModel`, `DDAEForImageClassification` and `DDAEBackbone`.
+    """Configuration of `DDAEModel`, and of all that reads its hidden states.
 
     Args:
         denoiser: The denoiser's diffusers config with its `_class_name`; by default the paper's U-Net of 35.7 M
@@ -63,8 +69,9 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             as these.
         pooling: How a hidden state becomes a feature vector: `"mean"` or `"max"` over positions, or `"mean_2x2"`, over
             each quarter of them: see `pool_hidden_states`.
-        feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters, for
-            the head `"linear"` alone.
+        feature_norm: What stands between features and classifier: `"none"`, or `"batch_norm"` without parameters; of a
+            classifier, for the head `"linear"` alone.
+        semantic_loss_ignore_index: The class of pixels that the loss of a `DDAEForSemanticSegmentation` leaves out.
         head: What classifies: `"linear"`, on pooled features; `"attention"` or `"fusion"`, on unpooled hidden states.
             See `ddae_hf.classification_heads`.
         head_width: Width of the heads `"attention"` and `"fusion"`, a multiple of 8 up to 4096, by default 256. The
@@ -85,7 +92,8 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         weights: Which weights belong to this configuration's file: `"whole"` (`model.safetensors`), `"head"`
             (`head.safetensors`, on a base) or `"adapters"` (the same, and `adapters/`); saving sets it. `None`, as in
             the files of version 0.1.0, means a head if there is one.
-        out_features: Layers whose feature maps a `DDAEBackbone` returns, in forward order; by default `layer`.
+        out_features: Layers whose feature maps a `DDAEBackbone` returns, and a `DDAEForSemanticSegmentation` joins, in
+            forward order; by default `layer`.
         out_indices: The same as indices into `stage_names`, in place of names.
         **kwargs: transformers' own options, such as `num_labels`, `id2label` and `label2id`.
 
@@ -104,6 +112,7 @@ class DDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     taps: list[Any] | tuple[Any, ...] | None = None
     pooling: str = "mean"
     feature_norm: str = "none"
+    semantic_loss_ignore_index: int = 255
     head: str = "linear"
     head_width: int | None = None
     noise_seed: int = 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
@@ -17,6 +16,16 @@ from transformers.processing_utils import ImagesKwargs
 
 from .building import refusing
 from .checkpoints import read_checkpoint
+from .class_maps import maps_of_classes, read_mask, single_masks
+from .image_values import (
+    channels_first,
+    checked_values,
+    convert_channels,
+    from_pil,
+    read_pixels,
+    single_images,
+    upright,
+)
 from .latents import downsampling
 from .network_class import height_and_width
 from .weights import HUB_ARGUMENTS, read_json
@@ -122,9 +131,44 @@ class DDAEImageProcessor(PilBackend):
         finally:
             type(self)._auto_class = None
 
-    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Return the `pixel_values` of images; an option that is None keeps the processor's value."""
-        return super().preprocess(images, *args, **_given(kwargs))
+    def preprocess(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
+        """Return the `pixel_values` of images; an option that is None keeps the processor's value.
+
+        `segmentation_maps` are masks, one for each image and of its size: PIL images or arrays (H, W), with the number
+        of a class for each pixel. They are resized and cut like the images, without mixing classes, and returned as
+        `labels` (B, height, width), int64.
+        """
+        return super().preprocess(images, segmentation_maps, **_given(kwargs))
+
+    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any = None) -> list[torch.Tensor]:
+        """Return the class of every pixel (H, W), int64, of each image.
+
+        Args:
+            outputs: What `DDAEForSemanticSegmentation` returned, with its `logits`.
+            target_sizes: Heights and widths of the maps, one pair for each image, as its own size before it was
+                prepared; by default the logits' size.
+
+        Raises:
+            ValueError: Another number of sizes, or a size of which the processor cuts out the centre, so that the
+                logits are not of the whole image.
+        """
+        if target_sizes is None:
+            return maps_of_classes(outputs.logits)
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        if len(sizes) != len(outputs.logits):
+            raise ValueError(
+                f"There are {len(outputs.logits)} images and {len(sizes)} target_sizes: give one for each."
+            )
+        rows, columns = self.size["height"], self.size["width"]
+        for height, width in sizes:
+            whole = height * columns == width * rows if self.do_resize else (height, width) == (rows, columns)
+            if self.do_center_crop and not whole:
+                raise ValueError(
+                    f"Of an image of {height}x{width} pixels only the centre is left, in the proportions of {rows}x"
+                    f"{columns}, since the image processor has do_center_crop: open it with do_center_crop=False, so "
+                    "that the model sees the whole image."
+                )
+        return maps_of_classes(outputs.logits, sizes)
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         options = super()._standardize_kwargs(**kwargs)
@@ -142,10 +186,34 @@ class DDAEImageProcessor(PilBackend):
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[np.ndarray]:
         images = self.fetch_images(images)
-        found = list(_single_images(images, kwargs["num_channels"], kwargs["input_data_format"]))
+        found = list(single_images(images, kwargs["num_channels"], kwargs["input_data_format"]))
         if not found:
             raise ValueError("No image came: pass at least one.")
         return [self.process_image(image, **kwargs) for image in found]
+
+    def _preprocess_image_like_inputs(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
+        found = self._prepare_image_like_inputs(images, **kwargs)
+        if segmentation_maps is None:
+            return self._preprocess(found, **kwargs)
+        masks = list(single_masks(self.fetch_images(segmentation_maps)))
+        if len(masks) != len(found):
+            raise ValueError(f"There are {len(found)} images and {len(masks)} segmentation_maps: give one for each.")
+        turned = (upright(mask) if isinstance(mask, Image.Image) else mask for mask in masks)
+        read = [read_mask(mask, image.shape[1:]) for mask, image in zip(turned, found, strict=True)]
+        batch = self._preprocess(found, **kwargs | {"return_tensors": None})
+        batch["labels"] = self.fit_masks(read, **kwargs)
+        return BatchFeature(batch.data, tensor_type=kwargs["return_tensors"])
+
+    def fit_masks(self, masks: list[np.ndarray], **kwargs: Any) -> list[np.ndarray]:
+        """Return masks (H, W) of whole images, int32 as `read_mask` gives them, resized and cut like these, int64.
+
+        Options in `kwargs` take precedence over the processor's own.
+        """
+        options = {name: getattr(self, name) for name in ("size", "do_resize", "do_center_crop")} | kwargs
+        options |= {"do_rescale": False, "do_normalize": False, "data_format": None, "return_tensors": None}
+        options |= {"resample": PILImageResampling.NEAREST}
+        planes = self._preprocess([mask[None] for mask in masks], **options)["pixel_values"]
+        return [plane[0].astype(np.int64) for plane in planes]
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
         """Return one image as (num_channels, H, W): uint8 or float32 with values from 0 to 255.
@@ -164,11 +232,11 @@ class DDAEImageProcessor(PilBackend):
             )
         if of_pil:
             return read_pixels(image, channels)
-        image = _checked_values(_channels_first(image, input_data_format, channels), 255 if rescale else 1)
+        image = checked_values(channels_first(image, input_data_format, channels), 255 if rescale else 1)
         if image.dtype == np.uint8 and image.shape[0] <= 4:
             pixels = np.ascontiguousarray(np.moveaxis(image, 0, -1))
-            return _from_pil(Image.fromarray(pixels[..., 0] if image.shape[0] == 1 else pixels), channels)
-        return _convert_channels(image, channels)
+            return from_pil(Image.fromarray(pixels[..., 0] if image.shape[0] == 1 else pixels), channels)
+        return convert_channels(image, channels)
 
     def resize(
         self, image: np.ndarray, size: SizeDict, resample: Any = None, crop: bool = False, **kwargs: Any
@@ -217,39 +285,6 @@ class DDAEImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=options["return_tensors"])
 
 
-def read_pixels(image: Image.Image, channels: int) -> np.ndarray:
-    """Return any PIL image upright, as (channels, H, W) with values from 0 to 255: uint8, or float32 for more bits.
-
-    Modes `I` and `I;16`, in which Pillow opens 16-bit files, count to 65,535, and mode `F` from 0 to 1. Other values
-    are refused, and so are images that cannot be turned into that many channels.
-    """
-    image.load()  # this turns TIFF files upright
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF may raise anything, or nothing, depending on the file's format
-        orientation = 1
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
-    if not (image.mode.startswith("I") or image.mode == "F"):
-        return _from_pil(image, channels)
-    plane = np.asarray(image)[None]
-    if image.mode == "I":
-        if plane.size and not 0 <= plane.min() <= plane.max() <= 65535:
-            raise ValueError(
-                f"An image of PIL's mode I with values from {plane.min()} to {plane.max()} came: allowed are 0 to "
-                "65535, as in the 16-bit files that Pillow opens in it."
-            )
-        plane = plane.astype(np.uint16)
-    return _convert_channels(_checked_values(plane, 255), channels)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return any PIL image upright and in mode RGB, rounded to 8 bits where it has more: see `read_pixels`."""
-    pixels = read_pixels(image, 3)
-    pixels = pixels if pixels.dtype == np.uint8 else np.rint(pixels).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
-
-
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -294,91 +329,3 @@ def _check_options(options: dict[str, Any]) -> None:
             )
     if not np.all(options["image_std"]):
         raise ValueError(f"image_std is {options['image_std']}: it must not be 0.")
-
-
-def _single_images(images: Any, channels: int, layout: Any) -> Iterator[Any]:
-    """Yield the images of nested lists and batches, (N, C, H, W) or (N, H, W, C); refuse what may be a grey batch."""
-    if isinstance(images, (list, tuple)):
-        for entry in images:
-            yield from _single_images(entry, channels, layout)
-        return
-    shape = images.size if isinstance(images, Image.Image) else tuple(images.shape)
-    if len(shape) not in (2, 3, 4):
-        raise ValueError(f"An array of shape {shape} came: images have 2 or 3 dimensions, batches 4.")
-    if len(shape) == 3 and not layout and shape[0] in {2, 3, 4} - {channels} and shape[2] not in (1, 2, 3, 4):
-        raise ValueError(
-            f"An array of shape {shape} came, which may be {shape[0]} grey images or one of {shape[0]} channels: pass "
-            f"a batch as {(shape[0], 1, *shape[1:])}, and an image with input_data_format='channels_first'."
-        )
-    yield from images if len(shape) == 4 else [images]
-
-
-def _channels_first(image: np.ndarray, layout: Any, channels: int) -> np.ndarray:
-    """Return (H, W), (C, H, W) or (H, W, C) as (C, H, W); refuse what may be either where no layout is given."""
-    if image.ndim == 2:
-        return image[None]
-    if layout is None:
-        first, last = (image.shape[axis] in {1, 2, 3, 4, channels} for axis in (0, 2))
-        if first and last:
-            raise ValueError(
-                f"An array of shape {image.shape} came, whose channels may be its first or its last dimension: say "
-                "which, with input_data_format='channels_first' or 'channels_last'."
-            )
-        if not (first or last):
-            raise ValueError(
-                f"An array of shape {image.shape} came: neither its first nor its last dimension can be channels, of "
-                f"which there are 1 to 4 or num_channels, {channels}. Pass a batch of grey images as "
-                f"{(image.shape[0], 1, *image.shape[1:])}."
-            )
-        layout = ChannelDimension.FIRST if first else ChannelDimension.LAST
-    return image if layout == ChannelDimension.FIRST else np.moveaxis(image, -1, 0)
-
-
-def _from_pil(image: Image.Image, channels: int) -> np.ndarray:
-    """Return a PIL image as uint8 (channels, H, W)."""
-    mode = {1: "L", 3: "RGB"}.get(channels)
-    if mode is None and len(image.getbands()) != channels:
-        raise ValueError(f"An image of mode {image.mode} came: it cannot be turned into {channels} channels.")
-    if mode is not None and image.mode != mode:
-        image = image.convert(mode)
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-
-
-def _checked_values(image: np.ndarray, top: int) -> np.ndarray:
-    """Return an array's values as uint8, or as float32 from 0 to 255; floats come out from 0 to `top`.
-
-    The array's type alone says how they are read, so that an image's content never changes this.
-    """
-    if image.size == 0:
-        raise ValueError(f"An image without pixels came, of {image.shape[1]}x{image.shape[2]}.")
-    kind, low, high = image.dtype.kind, image.min(), image.max()
-    if image.dtype == np.uint8:
-        return image
-    if kind == "b":
-        return image.astype(np.uint8) * 255
-    if kind == "u" and image.dtype.itemsize == 2:
-        return image.astype(np.float32) / 257
-    if kind in "iu" and low >= 0 and high <= 255:
-        return image.astype(np.uint8)
-    if kind == "f" and low >= -1e-4 and high <= 1 + 1e-4:
-        return image.astype(np.float32) * top
-    raise ValueError(
-        f"An image of type {image.dtype} with values from {low} to {high} came: allowed are integers from 0 to 255, "
-        "uint16 for images of 16 bits, and floats from 0 to 1. Images in [-1, 1] are `pixel_values` already, or need "
-        "`x / 2 + 0.5`."
-    )
-
-
-def _convert_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """Return float (C, H, W) with another number of channels, by Pillow's rules."""
-    if image.shape[0] == channels:
-        return image
-    colours = image[:-1] if image.shape[0] in (2, 4) else image
-    if colours.shape[0] == channels:
-        return colours
-    if colours.shape[0] == 1 and channels == 3:
-        return np.repeat(colours, 3, axis=0)
-    if colours.shape[0] == 3 and channels == 1:
-        return np.tensordot(np.array([[0.299, 0.587, 0.114]], image.dtype), colours, axes=1)
-    raise ValueError(f"An image of {image.shape[0]} channels came: it cannot be turned into {channels} channels.")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .adapters import build_adapted, still_learns
 from .checkpoints import build_scheduler
-from .classification_heads import build_head, draw_anew, head_size
+from .classification_heads import build_head, draw_anew, head_shapes, head_size
 from .configuration_ddae import DDAEConfig
 from .diffusion import Diffusion
 from .generators import normal
@@ -22,10 +20,10 @@ from .hidden_states import check_learning, layer_names, learning_parameters, poo
 from .labels import cross_entropy, warn_of_shared_names
 from .latents import build_vae, check_images, encode
 from .networks import network_of
-from .pretrained_ddae import DDAEPreTrainedModel, use_attention, write_head
-from .remote_code import save_code
+from .pretrained_ddae import DDAEPreTrainedModel, use_attention
+from .saved_heads import SavesHead
 from .texts import StoredCondition
-from .weights import COMPILED, plain_state
+from .weights import COMPILED
 
 
 class DDAEModel(DDAEPreTrainedModel):
@@ -283,7 +281,7 @@ def one_condition(condition: Any, class_labels: Any) -> Any:
     return class_labels if condition is None else condition
 
 
-class DDAEForImageClassification(DDAEPreTrainedModel):
+class DDAEForImageClassification(SavesHead):
     """A classifier on a denoiser's hidden states: linear on pooled features, or one of `ddae_hf.classification_heads`.
 
     After `freeze_denoiser()` only the classifier learns (a linear probe); otherwise the network up to its deepest tap
@@ -293,8 +291,7 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
     # The loss is the batch's mean: Trainer's count of labels, which it would divide by, counts a soft label K times.
     accepts_loss_kwargs = False
     _auto_name = "AutoModelForImageClassification"
-    _has_head = True
-    _keys_to_ignore_on_load_unexpected = [r"^feature_norm\.", r"^(ddae\.)?vae\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(feature_norm|segmenter|map_norm)\.", r"^(ddae\.)?vae\."]
 
     def __init__(self, config: DDAEConfig):
         super().__init__(config)
@@ -310,6 +307,10 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         self.restrict_gradients()
         self.post_init()
 
+    @classmethod
+    def _head_shapes(cls, config: DDAEConfig) -> dict[str, tuple[int, ...]]:
+        return head_shapes(config)
+
     def restrict_gradients(self) -> None:
         """Ask for gradients only of what the logits depend on: see `DDAEModel.restrict_gradients`."""
         self.ddae.restrict_gradients(dict.fromkeys(layer for layer, _ in self.config.pairs))
@@ -319,45 +320,6 @@ class DDAEForImageClassification(DDAEPreTrainedModel):
         if self.head is not None:
             draw_anew(self.head)
         self.classifier.reset_parameters()
-
-    def save_head(
-        self,
-        save_directory: str | os.PathLike[str],
-        base: str | os.PathLike[str] | None = None,
-        *,
-        variant: str | None = None,
-        include_code: bool = False,
-        **hub: Any,
-    ) -> None:
-        """Write the classifier without its denoiser: `config.json` and a `head.safetensors` of some kilobytes.
-
-        `from_pretrained` of the folder takes the denoiser from its base, pinned to the base's commit, and refuses a
-        base whose weights have changed since. A model in half precision opens in half precision again. Whole weights
-        that the folder holds stay there, but are no longer opened. Adapters (`add_lora`) are written beside the head,
-        in `adapters/`, which peft opens too.
-
-        Args:
-            save_directory: The folder. Without `base` it holds the generative checkpoint already, as `DDAEPipeline` or
-                diffusers saved it, and then serves both jobs with one copy of the weights.
-            base: The generative checkpoint, a Hub repository id or a folder, if it is not in `save_directory`.
-            variant: Which of the base's weights this classifier was opened with, where the base has several.
-            include_code: See `save_pretrained`.
-            **hub: `revision`, `subfolder`, `token` and so on, which say where the base's files are.
-
-        Raises:
-            ValueError: The denoiser is not that of the base, rounded to its own type (it was fine-tuned, so
-                `save_pretrained` is needed), or the base is the folder itself.
-        """
-        state = plain_state(self).items()
-        head = {k: v for k, v in state if not k.startswith("ddae.") or k.startswith("ddae.condition.")}
-        lora = self.config.lora
-        write_head(Path(save_directory), head, self.ddae.denoiser, self.ddae.vae, base, variant, lora, **hub)
-        self._set_auto_map(include_code)
-        if include_code or self._auto_class is not None:  # remote code saves its own code again
-            save_code(save_directory, "modeling_ddae")
-        self.config.weights = "head" if lora is None else "adapters"
-        self.config.architectures, self.config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
-        self.config.save_pretrained(save_directory)
 
     def forward(
         self,

@@ -9,32 +9,26 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.hub import extract_commit_hash
 
-from .adapters import Adapted, adapted_state, adapter_shapes, write_adapters
-from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, read_checkpoint, read_pipeline, take_checkpoint
-from .classification_heads import head_shapes, same_head
+from .adapters import Adapted, adapted_state, adapter_shapes
+from .checkpoints import GENERATOR_FINGERPRINTS, Checkpoint, take_checkpoint
+from .classification_heads import same_head
 from .configuration_ddae import DDAEConfig
 from .networks import NETWORKS, network_of, skeleton
 from .prompts import check_told, null_condition
-from .remote_code import AUTO_MAP
+from .remote_code import auto_map
 from .weights import (
     COMPILED,
-    HEAD_FILE,
     WHOLE_FILE,
-    base_state,
-    find_file,
     fingerprint,
-    location,
     plain_state,
     refuse_missing,
     refuse_other_shapes,
@@ -57,8 +51,10 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
     _auto_name: str  # the Auto class that opens it
     _inner_prefix = "ddae."  # where the denoiser's weights are among the model's
     _has_head = False  # whether it has weights of its own, which `head.safetensors` keeps
-    # Weights of a classifier's checkpoint, or of a checkpoint whose VAE is left out.
-    _keys_to_ignore_on_load_unexpected = [r"^(classifier|feature_norm|head)\.", r"^(ddae\.)?vae\."]
+    # Weights of another model's head, or of a checkpoint whose VAE is left out.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(classifier|feature_norm|head|segmenter|map_norm)\.", r"^(ddae\.)?vae\.",
+    ]  # fmt: skip
     _supports_sdpa = True
     _no_split_modules = [block for network in NETWORKS.values() for block in network.indivisible]
 
@@ -71,7 +67,7 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
             config = module.config.denoiser
             for key, values in network_of(config).computed_buffers(config).items():
                 init.copy_(module.denoiser.get_buffer(key), values)
-        elif isinstance(module, nn.BatchNorm1d):
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             init.zeros_(module.get_buffer("running_mean"))
             init.ones_(module.get_buffer("running_var"))
             init.zeros_(module.get_buffer("num_batches_tracked"))
@@ -171,19 +167,25 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
                     checkpoint.check(part)
         files = checkpoint.weight_files()[0] if checkpoint.head is None else [checkpoint.head]
         stored = tensor_shapes(files)
-        own = head_shapes(config) if cls._has_head else {}
+        own = cls._head_shapes(config)
         of_head = {name for name in stored if name.startswith("head.")}
-        if cls._has_head and "classifier.weight" in stored and of_head != {n for n in own if n.startswith("head.")}:
+        classifies = "classifier.weight" in own and "classifier.weight" in stored
+        if classifies and of_head != {name for name in own if name.startswith("head.")}:
             raise ValueError(
                 f"{checkpoint.path} holds a classifier with another head than the configuration describes, "
                 f"{config.head!r} on {len(config.pairs)} taps. For a new one pass `num_labels` and "
                 "`ignore_mismatched_sizes=True`."
             )
         added = adapter_shapes(config.denoiser, config.lora, "denoiser.") if checkpoint.head is None else {}
-        for what, shapes in {"classifier": own, "adapters": added}.items():
+        for what, shapes in {"head": own, "adapters": added}.items():
             whole = shapes | {f"ddae.{name}": shape for name, shape in shapes.items()}
             expected = {name: shape for name, shape in whole.items() if name in stored}
             refuse_other_shapes(checkpoint.path, what, expected, stored)
+
+    @classmethod
+    def _head_shapes(cls, config: DDAEConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what stands on the denoiser, by the names of the tensors."""
+        return {}
 
     @classmethod
     def _described_by(cls, state: dict[str, Any], config: DDAEConfig, condition: Any) -> DDAEConfig:
@@ -236,13 +238,14 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
         return state, denoiser.dtype if dtype in (None, "auto") else dtype
 
     def _check_loaded(self, checkpoint: Checkpoint, info: dict[str, Any], anew: bool) -> None:
-        """Refuse missing tensors, except of a classifier that the checkpoint lacks or that was asked for `anew`."""
+        """Refuse missing tensors, except of a head that the checkpoint lacks or that was asked for `anew`."""
         mismatched = {name for name, *_ in info["mismatched_keys"]}
         missing = set(info["missing_keys"]) | mismatched
         every = set(self.state_dict())
         own = {name for name in every if not name.startswith("ddae.")} if self._has_head else set()
         saved_as = checkpoint.config.get("architectures") or []
-        headless = "DDAEForImageClassification" not in saved_as and own <= missing
+        kinds = {kind.__name__ for kind in type(self).__mro__}
+        headless = kinds.isdisjoint(saved_as) and own <= missing
         # `ignore_mismatched_sizes` has let sizes that differ pass.
         spared = own if headless or anew else own & mismatched
         refuse_missing(checkpoint.path, type(self).__name__, every, every - (missing - spared))
@@ -286,7 +289,8 @@ class DDAEPreTrainedModel(Adapted, PreTrainedModel):
         """Let `config.auto_map` name code that is in the folder or in a repository, and no other."""
         known = vars(self.config).pop("auto_map", None) or {}
         if self._auto_class is None:  # otherwise it came as remote code itself, which is written again
-            known = AUTO_MAP if include_code else {name: code for name, code in known.items() if "--" in code}
+            own = auto_map(self._auto_name)
+            known = own if include_code else {name: code for name, code in known.items() if "--" in code}
         if known:
             self.config.auto_map = dict(known)
 
@@ -342,76 +346,5 @@ def use_attention(denoiser: nn.Module, implementation: str | None) -> None:
             module.set_processor(processor)
 
 
-def write_head(
-    folder: Path,
-    tensors: dict[str, torch.Tensor],
-    denoiser: nn.Module,
-    vae: nn.Module | None,
-    base: str | os.PathLike[str] | None,
-    variant: str | None,
-    lora: dict[str, Any] | None = None,
-    **hub: Any,
-) -> None:
-    """Write a classifier's own tensors, adapters too, and what identifies their base: see `save_head`."""
-    if base is None and not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"{folder} holds no pipeline: save the generative checkpoint there first (`DDAEPipeline.save_pretrained`), "
-            "or name another one as `base`."
-        )
-    name = "." if base is None else os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
-    # Without `base`, what the folder holds of an earlier classifier plays no part.
-    checkpoint = read_pipeline(folder, variant) if base is None else read_checkpoint(base, variant, **hub)
-    if base is not None and location(folder) in (location(link.path, **link.hub) for link in checkpoint.chain()):
-        raise ValueError(
-            f"The base {checkpoint.path} is {folder}, or depends on it: the head would replace what it needs. "
-            "Write it to another folder or, if this one holds a pipeline too, leave out `base`."
-        )
-    original, original_vae = _originals(checkpoint, denoiser, vae)
-    found = None
-    if base is not None and not os.path.isdir(base):
-        found = find_file(base, "model_index.json", **hub) or find_file(base, "config.json", **hub)
-    known = {
-        "format": "pt",
-        "base": name,
-        "fingerprint": fingerprint(original, dtype=None),
-        "vae_fingerprint": original_vae and fingerprint(original_vae, dtype=None),
-        "variant": variant,
-        "revision": extract_commit_hash(found, None),
-        "subfolder": base and hub.get("subfolder"),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    own_tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(own_tensors, folder / HEAD_FILE, {k: v for k, v in known.items() if v})
-    if lora is not None:
-        write_adapters(folder, denoiser, lora, None if base is None else name)
-
-
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in plain_state(network).items()}
-
-
-def _originals(checkpoint: Checkpoint, denoiser: nn.Module, vae: nn.Module | None) -> tuple[Any, Any]:
-    """Return the denoiser and the VAE of a base, or refuse a base that this classifier was not trained on."""
-    original, original_vae = checkpoint.load("denoiser"), checkpoint.load("vae")
-    if vae is None and original_vae is not None:
-        raise ValueError(
-            f"This classifier was opened without the VAE of {checkpoint.path} and takes latents: put its weights into "
-            "one that was opened with the VAE, or write it whole with `save_pretrained`."
-        )
-    for part, own, its in (("denoiser", denoiser, original), ("VAE", vae, original_vae)):
-        if own is not None and not _is_same(own, its):
-            raise ValueError(
-                f"The {part} of this classifier is not that of {checkpoint.path}, whether it was fine-tuned or came "
-                "from elsewhere: `save_pretrained` writes it whole. (If it is one of the base's variants, pass its "
-                "name as `variant`.)"
-            )
-    return original, original_vae
-
-
-def _is_same(own: nn.Module, base: nn.Module | None) -> bool:
-    """Return whether a network, its adapters aside, has the base's weights, rounded to its own types."""
-    weights = base_state(own)
-    originals = {} if base is None else plain_state(base)
-    return weights.keys() == originals.keys() and all(
-        torch.equal(value, originals[name].to(value)) for name, value in weights.items()
-    )

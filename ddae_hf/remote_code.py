@@ -12,13 +12,27 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-# The class, in a module in the checkpoint's folder, that each of transformers' Auto classes opens; a backbone adds
-# itself.
+# The class, in a module in the checkpoint's folder, that each of transformers' Auto classes opens.
 AUTO_MAP = {
     "AutoConfig": "configuration_ddae.DDAEConfig",
     "AutoModel": "modeling_ddae.DDAEModel",
     "AutoModelForImageClassification": "modeling_ddae.DDAEForImageClassification",
 }
+# Those of modules that travel only with their own checkpoints.
+OWN = {
+    "AutoBackbone": "backbone_ddae.DDAEBackbone",
+    "AutoModelForSemanticSegmentation": "segmentation_ddae.DDAEForSemanticSegmentation",
+}
+
+
+def auto_map(auto_name: str) -> dict[str, str]:
+    """Return what the Auto classes open of a checkpoint that was saved by the class that one of them opens."""
+    return AUTO_MAP | {name: code for name, code in OWN.items() if name == auto_name}
+
+
+def module_of(auto_name: str) -> str:
+    """Return the module of the class that an Auto class opens."""
+    return auto_map(auto_name)[auto_name].partition(".")[0]
 
 
 def save_code(folder: str | os.PathLike[str], module: str) -> list[str]:

@@ -68,7 +68,8 @@ def test_what_a_denoiser_of_true_size_costs_is_measured():
 def test_ways_of_training_are_compared_on_the_same_images(tmp_path, digits):
     """The teacher is the plain network of seed 0; figures are those of the reports; what is done is not done again."""
     options = ["--data", "digits", "--dataset_name", digits, "--networks", "unet", "--sigmas", 0.1, "--num_images", 20]
-    options += ["--max_train_steps", 2, "--judge_steps", 2, "--output_dir", tmp_path, "--seeds", 0, 1]
+    options += ["--max_train_steps", 2, "--judge_steps", 2, "--timed_steps", 1, "--seeds", 0, 1]
+    options += ["--output_dir", tmp_path]
     printed = run("ablation", *options, "--methods", "min-SNR", "dispersive")
     found = json.loads((tmp_path / "digits" / "results.json").read_text())["unet"]
     assert list(found) == ["plain", "min-SNR", "dispersive"] and all(len(runs) == 2 for runs in found.values())
@@ -83,3 +84,6 @@ def test_ways_of_training_are_compared_on_the_same_images(tmp_path, digits):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("figures.json")}
     assert len(before) == 6 and printed.endswith(run("ablation", *options, "--methods", "min-SNR", "dispersive"))
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("figures.json")}
+    (folder / "figures.json").unlink()  # as an interruption after the training leaves it
+    assert printed.endswith(run("ablation", *options, "--methods", "min-SNR", "dispersive").splitlines()[-1])
+    assert json.loads((tmp_path / "digits" / "results.json").read_text())["unet"] == found

@@ -32,8 +32,9 @@ from ddae_hf.checkpoints import plain_config
 from ddae_hf.experiments import DenoisingClassifierOptions, Images, Report, classify_by_denoising, make_card, sweep
 from ddae_hf.experiments.arrays import rows_done
 from ddae_hf.experiments.class_errors import ClassErrors, calls_of, planned, spaced_levels
-from ddae_hf.experiments.denoising_report import DenoisingClassifierReport, accuracy_interval
+from ddae_hf.experiments.denoising_report import DenoisingClassifierReport
 from ddae_hf.experiments.draws import CORRUPTION, indexed_noise
+from ddae_hf.experiments.report import accuracy_interval
 from ddae_hf.noise import family_of
 
 from . import commands, stock

@@ -88,10 +88,10 @@ def test_a_result_that_differs_is_seen(tmp_path, change):
 
 
 def test_growth_is_that_of_the_second_half_and_beyond_the_bound_it_is_too_much():
-    steady = [Sample(10.0 * n, 500 + 200 * (n < 10) * n / 10, 9, 7) for n in range(40)]
+    steady = [Sample(10.0 * n, 500 + 200 * (n < 10) * n / 10 + 0.07 * n, 9, 7) for n in range(40)]
     assert [growth.too_much for growth in growths(steady)] == [False] * 3
-    leaks = [Sample(10.0 * n, 500 + 2.0 * n, 9 + n // 10, 7) for n in range(40)]
+    leaks = [Sample(10.0 * n, 500 + 0.13 * n, 9 + n // 10, 7) for n in range(40)]
     assert [growth.too_much for growth in growths(leaks)] == [True, True, False]
-    assert growths(leaks)[0].growth == pytest.approx(38.0)
+    assert growths(leaks)[0].growth == pytest.approx(0.13 * 19)
     with pytest.raises(ValueError, match="1 rounds came in the second half, and 4 are needed"):
         growths(steady[:2])

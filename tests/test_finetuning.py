@@ -930,7 +930,7 @@ def test_the_command_takes_taps_as_words_and_its_card_names_them(checkpoints, di
     assert DDAEForImageClassification.from_pretrained(tmp_path).config.head == "attention"
     card = " ".join((tmp_path / "README.md").read_text().split())
     places = ("`mid_block`", 0.1), ("`up_blocks.0.attentions.0`", 0.4), ("`mid_block`", 0.4)
-    assert ", ".join(f"the layer {layer} at the noise level sigma {sigma}" for layer, sigma in places) in card
+    assert ", ".join(f"{layer} at the noise level sigma {sigma}" for layer, sigma in places) in card
     assert "with the head attention" in card
 
 

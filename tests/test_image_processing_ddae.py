@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ImagesKwargs
 
 from ddae_hf import DDAEImageProcessor
-from ddae_hf.image_processing_ddae import as_rgb, read_pixels
+from ddae_hf.image_values import as_rgb, read_pixels
 
 from .conftest import make_unet
 
@@ -465,3 +466,66 @@ def test_an_image_whose_exif_is_broken_is_taken_as_it_lies(name, content):
     broken.info[name] = content
     processor = DDAEImageProcessor(size={"height": 8, "width": 8})
     assert np.array_equal(processor(broken)["pixel_values"], processor(plain)["pixel_values"])
+
+
+def checkers(height, width):
+    """A mask whose classes lie in quarters: 0 and 1 above, 2 and 7 below."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[: height // 2, width // 2 :] = 1
+    mask[height // 2 :, : width // 2] = 2
+    mask[height // 2 :, width // 2 :] = 7
+    return mask
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_masks_are_resized_and_cut_as_their_images_are_without_mixing_classes(crop):
+    processor = DDAEImageProcessor(size={"height": 8, "width": 8}, do_center_crop=crop)
+    mask = checkers(16, 32)
+    images = [Image.fromarray(mask).convert("RGB")] * 2
+    palette = Image.fromarray(mask).convert("P")
+    palette.putpalette(list(range(255, -1, -1)) * 3)
+    batch = processor(images, [Image.fromarray(mask), palette], return_tensors="pt")
+    assert batch["labels"].dtype == torch.int64 and batch["pixel_values"].shape == (2, 3, 8, 8)
+    shown = torch.from_numpy(checkers(8, 8)).long()
+    assert torch.equal(batch["labels"][0], shown) and torch.equal(batch["labels"][1], shown)
+    seen = ((batch["pixel_values"][0, 0] / 2 + 0.5) * 255).round().long()
+    assert torch.equal(seen[:2, :2], shown[:2, :2]) and torch.equal(seen[6:, 6:], shown[6:, 6:])  # away from the edges
+    uncut = processor(images[0], torch.from_numpy(mask), do_resize=False, return_tensors="np")
+    assert uncut["labels"][0].shape == ((8, 8) if crop else (16, 32))
+    alone = processor(images, segmentation_maps=np.stack([mask, mask]))
+    assert [each.shape for each in alone["labels"]] == [(8, 8)] * 2
+    assert "labels" not in processor(images)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.new("RGB", (8, 8)), "mode RGB came: it must have one number a pixel"),
+        (Image.new("F", (8, 8)), "mode F"),
+        (np.zeros((8, 8)), r"type float64 and shape \(8, 8\)"),
+        (np.zeros(8, int), r"shape \(8,\)"),
+        (np.full((8, 8), -1), "classes -1 to -1"),
+        (np.zeros((8, 9), int), "8x9 pixels came with an image of 8x8"),
+        ([np.zeros((8, 8), int)] * 2, "1 images and 2 segmentation_maps"),
+        ([], "1 images and 0 segmentation_maps"),
+    ],
+)
+def test_masks_that_are_none_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        DDAEImageProcessor()(Image.new("RGB", (8, 8)), segmentation_maps=mask)
+
+
+def test_maps_of_classes_have_the_sizes_that_are_asked_for():
+    outputs = SimpleNamespace(logits=torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    squashes = DDAEImageProcessor(size={"height": 8, "width": 8}, do_center_crop=False)
+    small = squashes.post_process_semantic_segmentation(outputs)
+    assert torch.equal(torch.stack(small), outputs.logits.argmax(1))
+    first, second = squashes.post_process_semantic_segmentation(outputs, torch.tensor([[8, 8], [6, 12]]))
+    resized = torch.nn.functional.interpolate(outputs.logits[1:], (6, 12), mode="bilinear", align_corners=False)
+    assert first.shape == (8, 8) and torch.equal(second, resized[0].argmax(0))
+    cuts = DDAEImageProcessor(size={"height": 8, "width": 8})
+    assert cuts.post_process_semantic_segmentation(outputs, [(16, 16), (8, 8)])[0].shape == (16, 16)
+    with pytest.raises(ValueError, match="Of an image of 6x12 pixels only the centre is left"):
+        cuts.post_process_semantic_segmentation(outputs, [(8, 8), (6, 12)])
+    with pytest.raises(ValueError, match="There are 2 images and 1 target_sizes"):
+        squashes.post_process_semantic_segmentation(outputs, [(8, 8)])

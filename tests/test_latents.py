@@ -203,7 +203,7 @@ def test_a_head_refuses_a_base_with_another_vae(latent_dit, tmp_path):
     pipe.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="have changed since"):
         DDAEForImageClassification.from_pretrained(tmp_path / "head")
-    with pytest.raises(ValueError, match="The VAE of this classifier is not that of"):
+    with pytest.raises(ValueError, match="The VAE of this model is not that of"):
         model.save_head(tmp_path / "other", base=tmp_path / "base")
 
 

@@ -15,7 +15,7 @@ from ddae_hf import DDAEPipeline
 from ddae_hf.experiments.latent_folder import LatentFolder
 
 from . import commands
-from .conftest import make_dit, make_unet, make_vae
+from .conftest import make_dit, make_unet, make_vae, put
 
 pytestmark = pytest.mark.processes
 
@@ -44,7 +44,7 @@ for name, options in json.loads(sys.argv[1]):
     with open(f"shares-of-{name}-{PartialState().process_index}.json", "w") as file:
         json.dump(shares, file)
 """
-SHARED = {"sweep", "probe", "export", "noisy", "encode", "transfer", "diffusion-classifier"}
+SHARED = {"sweep", "probe", "export", "noisy", "encode", "transfer", "diffusion-classifier", "outliers"}
 COUNTS = ["--max_train_samples", 60, "--max_test_samples", 30]
 
 
@@ -59,6 +59,7 @@ def checkpoints(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     DDAEPipeline.for_denoiser(dit, DDIMScheduler(), vae=make_vae()).save_pretrained(root / "dit")
     make_vae().save_pretrained(root / "vae")
+    put(root / "others", *(f"{number}.png" for number in range(20)))
     return root
 
 
@@ -76,15 +77,19 @@ def commands_into(folder, checkpoints, digits):
     encode = ["--vae", str(checkpoints / "vae"), *data, "--max_samples", 40, "--mirror", "--sample_posterior"]
     told = ["--model_name_or_path", str(checkpoints / "told"), *data, "--max_samples", 30, "--stage_draws", 2, 6]
     told += ["--stage_classes", 4, 1, "--image_sigmas", 0, 0.5, "--batch_size", 70]
+    outliers = [*unet, *COUNTS, "--outside", str(checkpoints / "others"), "--error_sigmas", 0.2, 1, "--num_draws", 2]
+    outliers += ["--scores", "error", "nearest", "--neighbour", 4, "--layer", "mid_block", "--batch_size", 7]
     export = [*unet, "--max_samples", 40, "--sigma", 0.3, "--batch_size", 7, "--format", "npy"]
+    small += ["--random_flip", "--knn", "--baselines", "--few_labels", 2, "--num_noise_seeds", 2, "--fuse", 2]
     found = [
-        ("sweep", [*small, "--random_flip", "--knn", "--baselines", "--few_labels", 2, "--num_noise_seeds", 2]),
+        ("sweep", small),
         ("probe", online),
         ("export", export),
         ("noisy", [*noisy, "--random_crop", 1, "--random_flip"]),
         ("encode", [*encode, "--batch_size", 7, "--resolution", 16]),
         ("transfer", latent),
         ("diffusion-classifier", told),
+        ("outliers", outliers),
     ]
     return [(name, [*options, "--output_dir", str(folder / name)]) for name, options in found]
 
@@ -132,7 +137,7 @@ def figures(path):
     return dict(numbers(json.loads(path.read_text()), ()))
 
 
-@pytest.mark.parametrize("name", ["sweep", "probe", "noisy", "transfer", "diffusion-classifier"])
+@pytest.mark.parametrize("name", ["sweep", "probe", "noisy", "transfer", "diffusion-classifier", "outliers"])
 def test_figures_are_those_of_one_process(folders, name):
     one, two, _ = folders
     reports = sorted((one / name).rglob("eval_results.json"))

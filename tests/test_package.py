@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ddae_hf"
 # A module imports only modules of earlier lines.
 FLAT = [
-    ["building", "cut", "generators", "pickles", "remote_code", "self_conditioned"],
+    ["building", "cut", "generators", "image_values", "pickles", "remote_code", "self_conditioned"],
     ["families", "latents"],
     ["augment", "labels", "noise", "weights"],
-    ["network_class", "sampling"],
+    ["class_maps", "network_class", "sampling"],
     ["dits", "texts", "unets"],
     ["conditional_unets", "pixart"],
     ["networks"],
@@ -31,18 +31,21 @@ FLAT = [
     ["checkpoints", "classification_heads", "conversion"],
     ["configuration_ddae", "diffusion", "prompts"],
     ["image_processing_ddae", "pretrained_ddae"],
+    ["saved_heads"],
     ["modeling_ddae", "pipeline_ddae"],
     ["backbone_ddae"],
+    ["segmentation_ddae"],
 ]
 EXPERIMENTS = [
     ["arrays", "data_files", "devices", "draws", "libraries", "loading", "metrics", "pieces", "sharing", "stopping"],
-    ["classes", "digits", "noisy_networks", "objectives", "run_folder", "taps"],
+    ["classes", "digits", "noisy_networks", "objectives", "online_probes", "outlier_scores", "run_folder", "taps"],
     ["averages", "options"],
     ["features", "image_set", "logistic_regression", "models", "report"],
-    ["images"],
+    ["calibration", "images"],
     ["latent_folder"],
-    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "low_rank", "pairs", "told_classes"],
-    ["class_errors", "run_results"],
+    ["converting", "correspondence_report", "denoising_report", "encoding", "extractors", "feature_export", "low_rank"]
+    + ["masks", "pairs", "told_classes"],
+    ["class_errors", "noise_curve", "outlier_report", "run_results", "segmentation_report"],
     ["results"],
     ["auxiliary", "batches", "plots"],
     ["correspondences", "cross_attention", "generation", "pretraining_data", "publishing", "sharding", "teachers"],
@@ -50,9 +53,10 @@ EXPERIMENTS = [
     ["alignment", "evaluation", "new_networks", "training_options"],
     ["pretraining_options", "probing", "rebuilding", "vae_training"],
     ["pretraining"],
-    ["finetuning_options"],
-    ["finetuning", "sweeping"],
+    ["finetuning_options", "fusing"],
+    ["finetuning", "segmenting", "sweeping"],
     ["diffusion_classification", "noisy_classification", "training_curve", "transferring"],
+    ["outlier_detection"],
 ]
 DEMO = [["nearness", "pictures", "steps", "uploads"], ["maps"], ["views"], ["words"], ["page", "space"]]
 FORBIDDEN = {"examples", "benchmarks", "tests"}
@@ -221,6 +225,7 @@ def test_every_public_name_is_there_and_no_other_is():
             "DDAEConfig",
             "DDAEModel",
             "DDAEForImageClassification",
+            "DDAEForSemanticSegmentation",
             "DDAEImageProcessor",
             "DDAEPipeline",
         ]

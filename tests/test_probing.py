@@ -10,7 +10,8 @@ from sklearn.preprocessing import StandardScaler
 from ddae_hf import DDAEForImageClassification, DDAEImageProcessor, DDAEModel, DDAEPipeline
 from ddae_hf.experiments import Images, logistic_regression
 from ddae_hf.experiments.logistic_regression import fit_logistic_regression
-from ddae_hf.experiments.probing import OnlineProbes, classify, make_classifier, save_classifier
+from ddae_hf.experiments.online_probes import OnlineProbes
+from ddae_hf.experiments.probing import classify, make_classifier, save_classifier
 
 from .conftest import make_unet
 from .quiet import quiet

@@ -114,8 +114,9 @@ def numbers_in(text):
 
 
 def prose(card):
-    """What a reader sees of a card, but code, the paper and its number."""
-    text = re.sub(r"```.*?```|\(Xiang et al., ICCV 2023,|arXiv 2303.09769|\]\([^)]*\)", "", card.text, flags=re.DOTALL)
+    """What a reader sees of a card, but code, papers and their numbers."""
+    papers = r"\(Xiang et al., ICCV 2023,|arXiv 2303.09769|arXiv 2502.05743"
+    text = re.sub(rf"```.*?```|{papers}|\]\([^)]*\)", "", card.text, flags=re.DOTALL)
     return re.sub(r"`(?!ddae_hf)[\w.]*[a-z][\w.]*`", "", text)
 
 
@@ -178,7 +179,7 @@ def test_the_card_of_other_runs_takes_the_place_of_the_first(runs, tmp_path):
     text, entries = (folder / "README.md").read_text(), sorted(f.stem for f in (folder / ".eval_results").iterdir())
     assert entries == ["fine_tuning", "linear_probe"]
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert len(pictures) == 6 and all((folder / picture).is_file() for picture in pictures)
+    assert len(pictures) == 8 and all((folder / picture).is_file() for picture in pictures)
     assert str(runs) not in text and "/" + "tmp" not in text
     assert "frechet_distance" in ModelCard(text).data.metrics
     save_card(folder)

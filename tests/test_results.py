@@ -8,9 +8,12 @@ import statistics
 import numpy as np
 import pytest
 
+from ddae_hf.experiments.calibration import Calibration
 from ddae_hf.experiments.denoising_report import SavedClassifier
 from ddae_hf.experiments.devices import machine
 from ddae_hf.experiments.models import base_model
+from ddae_hf.experiments.noise_curve import Difference, NoiseCurve
+from ddae_hf.experiments.outlier_scores import Separation
 from ddae_hf.experiments.pairs import Pair, Point, Probe
 from ddae_hf.experiments.publishing import read_reports
 from ddae_hf.experiments.report import in_memory, markdown, percent, spread
@@ -21,6 +24,7 @@ from ddae_hf.experiments.results import (
     FineTuningReport,
     GenerationReport,
     NoisyReport,
+    OutlierReport,
     PretrainingReport,
     ProbeReport,
     Report,
@@ -29,6 +33,11 @@ from ddae_hf.experiments.results import (
 
 FIRST = Pair(layer="mid_block", sigma=0.25, validation_accuracy=0.5, l2=1e-3, by_l2={"0.001": 0.5}, knn_20=0.25)
 PAIRS = [FIRST, Pair(layer="up|down", sigma=0.5, validation_accuracy=0.25, alignment=0.1, uniformity=-2.0)]
+CURVE = NoiseCurve(
+    layer="mid_block", sigmas=[0.1, 0.25, 1.0], accuracies=[0.4, 0.5, 0.1], shape="inner peak", peak=0.25,
+    intervals=[[0.2, 0.6], [0.3, 0.7], [0.0, 0.3]],
+    differences=[Difference(sigmas=[0.1, 0.25], gain=0.1, p=0.03), Difference(sigmas=[0.25, 1.0], gain=-0.4, p=1e-6)],
+)  # fmt: skip
 PIXELS = Probe(
     best=Pair(layer="pixels", sigma=0.0),
     test_accuracies={"3": 0.25, "4": 0.5},
@@ -48,6 +57,14 @@ REPORTS = [
         test_f1=0.625,
         few_label_test_accuracies={"5": [0.2, 0.3]},
         baselines={"raw pixels": PIXELS},
+        calibration=Calibration(
+            calibration_error=0.05,
+            negative_log_likelihood=0.25,
+            temperature=1.5,
+            calibration_error_at_temperature=0.02,
+            negative_log_likelihood_at_temperature=0.125,
+        ),
+        noise_curve=CURVE,
         saved_classifier_test_accuracy=0.875,
         seconds={"levels": 1.0, "in_all": 2.0},
         dataset={"name": "some", "num_images": 50},
@@ -105,6 +122,18 @@ REPORTS = [
             "probe": SavedClassifier(layer="mid", sigma=0.1, same_denoiser=True, gflop=0.5, accuracies=[0.625, 0.125])
         },
     ),
+    OutlierReport(
+        options={"scores": ["error", "nearest"], "num_draws": 2, "noise_seed": 0, "seed": 1},
+        layer="mid_block",
+        sigma=0.25,
+        num_features=32,
+        num_train_images=50,
+        num_images=30,
+        outside={"noise": {"num_images": 20, "split": "test"}},
+        separations={
+            "distance": {"noise": Separation(auroc=0.75, auroc_interval=[0.5, 1], fpr95=0.5, fpr95_interval=[0.25, 1])}
+        },
+    ),
 ]
 KINDS = [type(report) for report in REPORTS]
 
@@ -158,6 +187,24 @@ def test_a_probe_tells_what_was_chosen_how():
     assert "(batch norm)" in online.table() and "regularisation" not in online.table()
     figures = {figure.metric: (figure.value, figure.conditions["noise_seed"]) for figure in report.section().figures}
     assert figures == {"accuracy": (0.5, 3), "f1": (0.625, 3)}
+
+
+def test_a_probe_tells_how_calibrated_it_is_and_the_shape_over_noise_levels(tmp_path):
+    report = REPORTS[2]
+    table = report.table()
+    assert "the accuracy of `mid_block` on the 10 held-out images has an inner peak" in table
+    assert "+10.00 points from sigma 0.1 to 0.25 (p = 0.03)" in table
+    assert " and -40.00 points from sigma 0.25 to 1 (p < 0.0001), in exact McNemar tests" in table
+    assert "expected calibration error on the test images is 5.00 %" in table and "temperature of 1.500" in table
+    read = ProbeReport.read(report.write(tmp_path))
+    assert read.noise_curve == CURVE and read.calibration == report.calibration
+    first = dataclasses.replace(FIRST, correct="ff80", temperature=2.0)  # bits are for the sweep itself
+    path = dataclasses.replace(report, best=first, pairs=[first]).write(tmp_path)
+    assert "correct" not in path.read_text() and ProbeReport.read(path).best.temperature == 2.0
+    old = dataclasses.replace(report, calibration=None, noise_curve=None)
+    content = json.loads(old.write(tmp_path).read_text())
+    assert not {"calibration", "noise_curve"} & content.keys()
+    assert ProbeReport.read(tmp_path) == old and "calibration" not in old.table() and "Holm" not in old.table()
 
 
 def test_a_new_figure_of_generation_shows_by_itself():

@@ -205,6 +205,28 @@ def test_a_level_that_is_done_is_not_probed_again_unless_its_options_change(swep
     assert probed == [3.0, 2.0, 3.0]
 
 
+def test_the_shape_over_noise_levels_is_kept_with_the_levels(checkpoint, digits, tmp_path):
+    """What became of each image is in their files and not in the report; of earlier versions' files it is unknown."""
+    several = ["--sigmas", "5", "0.1", "2", "--layers", "mid_block"]
+    report = run(checkpoint, digits, tmp_path, *several)
+    curve = report["noise_curve"]
+    by_level = {pair["sigma"]: pair["validation_accuracy"] for pair in report["pairs"]}
+    assert curve["sigmas"] == [0.1, 2, 5] and curve["accuracies"] == [by_level[sigma] for sigma in curve["sigmas"]]
+    assert curve["layer"] == "mid_block" and curve["shape"] == "falling"  # what noise hides is told apart less
+    assert "correct" not in report["pairs"][0] and report["best"]["temperature"] == report["calibration"]["temperature"]
+    again = run(checkpoint, digits, tmp_path, *several)
+    assert again["noise_curve"] == curve and again["calibration"] == report["calibration"]
+    for path in (tmp_path / "levels").iterdir():
+        level = json.loads(path.read_text())
+        for row in level["rows"]:
+            assert len(row.pop("correct")) == 2 * 8 and row.pop("temperature") > 0  # bits of 60 images
+        path.write_text(json.dumps(level | {"sha256": sweeping._hash_of(level["rows"])}))
+    old = run(checkpoint, digits, tmp_path, *several)
+    assert "noise_curve" not in old and "temperature" not in old["calibration"]
+    assert old["calibration"]["calibration_error"] == report["calibration"]["calibration_error"]
+    assert old["test_accuracies"] == report["test_accuracies"] and Image.open(tmp_path / "reliability.png").size
+
+
 @pytest.mark.parametrize(
     "name", ["levels/sigma-2.0.json", "features/*/rows.json", "features/*/up_blocks.1.resnets.1.npy"]
 )
@@ -347,7 +369,7 @@ def test_a_notebook_sweeps_a_path_or_an_object_and_leaves_nothing(checkpoint, di
         assert torch.equal(logits[0], result.classifier(pixels).logits)
         assert ProbeReport.read(folder).best == result.best
         assert len(np.load(folder / "test_predictions.npy")) == 60
-        for name in ("heat_map.png", "accuracy_over_sigma.png", "confusion.png"):
+        for name in ("heat_map.png", "accuracy_over_sigma.png", "confusion.png", "reliability.png"):
             assert min(Image.open(folder / name).size) > 200
         assert DDAEPipeline.from_pretrained(folder)(1, num_inference_steps=1, output_type="np").images.shape == (
             1,

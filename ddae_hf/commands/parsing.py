@@ -20,16 +20,17 @@ from ..experiments.run_folder import OPTIONS, with_present_names
 CONFIGS = Path(__file__).parent / "configs"
 # The groups that `--help` shows. An option that is in none of them is the experiment's own.
 GROUPS = {
-    "data": """dataset_name dataset_config_name train_data_dir image_column label_column skip_bad_images split
-        train_split test_split max_samples max_train_samples max_test_samples few_labels held_out latents_dir
-        streaming shuffle_buffer images_dir reference_split baseline_split max_reference_samples cache_dir""",
+    "data": """dataset_name dataset_config_name train_data_dir image_column label_column mask_column class_names
+        skip_bad_images split train_split test_split outside outside_split max_samples max_train_samples
+        max_test_samples few_labels held_out latents_dir streaming shuffle_buffer images_dir reference_split
+        baseline_split max_reference_samples cache_dir""",
     "images": """resolution center_crop random_flip random_crop mirror augment low_resolution low_resolution_share
         num_views view mixup""",
-    "model": """model_name_or_path checkpoints lengths init_from denoiser scheduler vae autoencoder
-        class_conditional label_dropout layer layers taps pooling head head_width null_class class_labels prompt
+    "model": """model_name_or_path checkpoints lengths init_from denoiser scheduler vae autoencoder class_conditional
+        label_dropout layer layers taps fuse pooling head head_width feature_norm null_class class_labels prompt
         prompt_template from_scratch classifier""",
-    "noise": """sigma sigmas sigma_min sigma_max log_sigma image_sigmas loss_weighting min_snr_gamma num_noise_samples
-        num_noise_seeds noise_seed sample_posterior""",
+    "noise": """sigma sigmas error_sigmas sigma_min sigma_max log_sigma image_sigmas loss_weighting min_snr_gamma
+        num_noise_samples num_noise_seeds noise_seed sample_posterior""",
     "training": """total_batch_size train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps
         learning_rate scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio layer_decay adam_beta1 adam_beta2
         adam_epsilon weight_decay max_grad_norm label_smoothing ema_decay average_lengths average_steps auxiliary

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..experiments.correspondences import main_directions
 from ..experiments.pairs import Pair
-from ..image_processing_ddae import as_rgb
+from ..image_values import as_rgb
 
 # Sequential colours from low to high, readable under black text below the middle and under white above it.
 LOW = np.array([236, 243, 250])

@@ -30,10 +30,12 @@ _ROOMS = {
     "generation": ("GenerationOptions", "generate"),
     "images": ("Images",),
     "noisy_classification": ("NoisyOptions", "classify_noisy"),
+    "outlier_detection": ("OutlierOptions", "detect_outliers"),
     "pretraining": ("PretrainingOptions", "pretrain"),
     "publishing": ("make_card", "save_card"),
     "rebuilding": ("RebuildingOptions", "rebuild_average"),
     "results": ("Report",),
+    "segmenting": ("SegmentationOptions", "segment"),
     "sweeping": ("SweepOptions", "sweep"),
     "training_curve": ("CurveOptions", "sweep_run"),
     "transferring": ("TransferOptions", "transfer"),
@@ -43,10 +45,11 @@ _MODULES = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "ConversionOptions", "CorrespondenceOptions", "CurveOptions", "DenoisingClassifierOptions", "EncodingOptions",
     "EvaluationOptions", "ExportOptions", "FinetuningOptions", "GenerationOptions", "Images", "NoisyOptions",
-    "PretrainingOptions", "RebuildingOptions", "Report", "SweepOptions", "TransferOptions", "VAEOptions",
-    "classify_by_denoising", "classify_noisy", "convert", "encode", "evaluate_generation", "export_features",
-    "find_correspondences", "finetune", "generate", "main_directions", "make_card", "pretrain", "rebuild_average",
-    "save_card", "sweep", "sweep_run", "train_vae", "transfer", "word_maps",
+    "OutlierOptions", "PretrainingOptions", "RebuildingOptions", "Report", "SegmentationOptions", "SweepOptions",
+    "TransferOptions", "VAEOptions", "classify_by_denoising", "classify_noisy", "convert", "detect_outliers", "encode",
+    "evaluate_generation", "export_features", "find_correspondences", "finetune", "generate", "main_directions",
+    "make_card", "pretrain", "rebuild_average", "save_card", "segment", "sweep", "sweep_run", "train_vae", "transfer",
+    "word_maps",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers and editors, which read no table
@@ -61,10 +64,12 @@ if TYPE_CHECKING:  # for type checkers and editors, which read no table
     from .generation import GenerationOptions, generate
     from .images import Images
     from .noisy_classification import NoisyOptions, classify_noisy
+    from .outlier_detection import OutlierOptions, detect_outliers
     from .pretraining import PretrainingOptions, pretrain
     from .publishing import make_card, save_card
     from .rebuilding import RebuildingOptions, rebuild_average
     from .results import Report
+    from .segmenting import SegmentationOptions, segment
     from .sweeping import SweepOptions, sweep
     from .training_curve import CurveOptions, sweep_run
     from .transferring import TransferOptions, transfer

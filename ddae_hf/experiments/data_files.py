@@ -1,7 +1,9 @@
 """What the files of a data set mean, in a folder of images or of tables (parquet, arrow, csv, json).
 
 Images: splits are the folders `train`, `test` and `validation` right inside; without any of them, all images form the
-split `train`. In a split, the first folder on the way to an image is its class. No other name means anything.
+split `train`. In a split, the first folder on the way to an image is its class; but where these are `images` and
+`masks` alone, each image has the mask of the same name, such as `images/a/0.jpg` and `masks/a/0.png`. No other name
+means anything.
 
 Tables: a file, or a folder on the way to it, is named after its split: `test.parquet`, `test/0.parquet`, or
 `test-00000-of-00001.parquet`, as `push_to_hub` writes them into a folder `data`, where splits may have any name.
@@ -218,6 +220,7 @@ def list_folder(root: str | os.PathLike[str], tables: Iterable[str] = ()) -> Lis
 def read_image_folder(folder: str, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
     """Return the splits of a folder of images: `image`, columns of metadata, and `label` where folders name classes.
 
+    Where the folders are `images` and `masks`, there is `mask` in place of `label`.
     A warning says what is left out. A folder without images, or one that can be read in two ways, is refused.
     """
     if not os.path.isdir(folder):
@@ -228,16 +231,21 @@ def read_image_folder(folder: str, streaming: bool = False) -> dict[str, Dataset
     if found.skipped:
         warnings.warn(f"{folder}: {found.what_was_skipped()}.", stacklevel=2)
     splits = find_splits(folder, found.files)
+    masks = take_masks(folder, splits)
     known = join_metadata(folder, found.metadata, splits)
-    classes = {} if "label" in known else find_classes(folder, found.folders, splits)
-    if "label" in known and any(any(split.folders) for split in splits.values()):
+    classes = {} if "label" in known or masks else find_classes(folder, found.folders, splits)
+    if "label" in known and not masks and any(any(split.folders) for split in splits.values()):
         warnings.warn(f"{folder}: its metadata gives the labels, not the names of its folders.", stacklevel=2)
     kind = ClassLabel(names=sorted({label for labels in classes.values() for label in labels}))
     datasets = {}
     for name, split in splits.items():
         rows = {column: [values[path] for path in split.images] for column, values in known.items()}
-        paths = [os.path.join(os.path.abspath(folder), path) for path in split.images]
-        dataset = Dataset.from_dict({"image": paths, **rows}).cast_column("image", Image())
+        files = {"image": split.images} | ({"mask": masks[name]} if masks else {})
+        root = os.path.abspath(folder)
+        paths = {column: [os.path.join(root, path) for path in given] for column, given in files.items()}
+        dataset = Dataset.from_dict({**paths, **rows})
+        for column in files:
+            dataset = dataset.cast_column(column, Image())
         if name in classes:
             dataset = dataset.add_column("label", kind.str2int(classes[name]), feature=kind)
         datasets[name] = stream(dataset) if streaming else dataset
@@ -258,6 +266,35 @@ def find_splits(folder: str, images: list[str]) -> dict[str, Split]:
         all_classes = "If all are classes, put them into one folder train/."
         raise ValueError(f"The data set {folder} can be read in two ways: {what}. {hint}. {all_classes}")
     return {name[:-1]: Split(name, [path for path in images if path.startswith(name)]) for name in splits}
+
+
+def take_masks(folder: str, splits: dict[str, Split]) -> dict[str, list[str]]:
+    """Return the mask of each image, by split, and take the masks out of the images of splits that have both.
+
+    There are none unless a split consists of folders `images` and `masks`; then each split does, or it is refused, and
+    so are images without a mask, masks without an image, and two files of one name.
+    """
+    kinds = {name: set(split.folders) for name, split in splits.items()}
+    if {"images", "masks"} not in kinds.values():
+        return {}
+    if odd := [name for name, found in kinds.items() if found != {"images", "masks"}]:
+        what = f"the split {odd[0]!r} has {some(sorted(kinds[odd[0]]))} in place of them"
+        raise ValueError(f"The data set {folder} has folders images/ and masks/, but {what}: give every split both.")
+    masks = {}
+    for name, split in splits.items():
+        files: dict[str, dict[str, str]] = {"images": {}, "masks": {}}
+        for path, kind in zip(split.images, split.folders, strict=True):
+            stem = os.path.splitext(path.removeprefix(f"{split.prefix}{kind}/"))[0]
+            if other := files[kind].get(stem):
+                raise ValueError(f"{folder}: {other} and {path} have one name: leave one of them out.")
+            files[kind][stem] = path
+        for here, there in (("images", "masks"), ("masks", "images")):
+            if alone := [path for stem, path in files[here].items() if stem not in files[there]]:
+                what = f"{len(alone)} {here} of the split {name!r} have no file of their name in {there}/"
+                raise ValueError(f"{folder}: {what}: {some(alone)}.")
+        split.images = list(files["images"].values())
+        masks[name] = [files["masks"][stem] for stem in files["images"]]
+    return masks
 
 
 def find_classes(folder: str, folders: list[str], splits: dict[str, Split]) -> dict[str, list[str]]:

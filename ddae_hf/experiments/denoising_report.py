@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from .report import Figure, Report, Section, many, percent
-
-NORMAL = 1.959964  # deviations on either side of the mean between which 95 % of a normal distribution lie
-
-
-def accuracy_interval(accuracy: float, count: int) -> tuple[float, float]:
-    """Return the ends of the 95 % interval of an accuracy on `count` images (Wilson 1927, doi:10.2307/2276774)."""
-    spread = NORMAL**2 / count
-    centre = (accuracy + spread / 2) / (1 + spread)
-    reach = math.sqrt(spread * (accuracy * (1 - accuracy) + spread / 4)) / (1 + spread)
-    return centre - reach, centre + reach
+from .report import Figure, Report, Section, accuracy_interval, many, percent
 
 
 @dataclass(kw_only=True)

@@ -40,7 +40,7 @@ from ..weights import fingerprint
 from .arrays import StrPath, described_folder, fill, kept_or_temporary
 from .class_errors import ClassErrors, calls_of, planned, spaced_levels
 from .classes import warn_of_missing
-from .denoising_report import DenoisingClassifierReport, SavedClassifier, accuracy_interval
+from .denoising_report import DenoisingClassifierReport, SavedClassifier
 from .devices import HELP, machine
 from .draws import CORRUPTION, GENERATOR, POSTERIOR, indexed_noise, separate_randomness
 from .features import evaluating
@@ -48,7 +48,7 @@ from .images import ImageInputs, Images, Part, noise_view, parts_of
 from .models import Model, open_model, open_processor, path_of, ready, report_facts
 from .options import Options, option
 from .plots import curves, save_picture
-from .report import in_memory
+from .report import accuracy_interval, in_memory
 from .run_folder import saving
 from .sharing import Team
 from .told_classes import PROMPT_TEMPLATE, ToldClasses, tell_classes

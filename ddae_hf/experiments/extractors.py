@@ -26,7 +26,7 @@ from transformers import AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..hidden_states import pool_hidden_states
-from ..image_processing_ddae import as_rgb
+from ..image_values import as_rgb
 from ..weights import fingerprint
 from .devices import best_device, made_fast
 from .features import evaluating, extract_features, told_text

@@ -27,6 +27,10 @@ from .pieces import free_memory
 
 Rows = Sequence[int] | np.ndarray  # places of images
 SHARE = 4  # one part in so many of the free memory may be filled
+# Columns whose images are masks, where there are others beside them.
+MASK_COLUMNS = frozenset(
+    "mask masks annotation annotations segmentation segmentation_mask semantic_mask label labels".split()
+)
 HINT = " Replace it, or leave such images out with skip_bad_images."
 
 
@@ -126,15 +130,26 @@ class ImageSet:
             raise ValueError(f"A stream has no {what}: leave out streaming.")
         return self
 
+    def beside(self, column: str) -> ImageSet:
+        """Return the images of another column, in the same rows."""
+        some = ImageSet(self.dataset, self.split, column)
+        some._rows = self._rows
+        return some
+
     def pil(self, rows: Rows) -> list[PILImage.Image]:
         """Return the images at these rows, or raise `ValueError` with the path or the row of one that is damaged."""
         chosen = [int(row) for row in rows]
         files = self._not_a_stream("images by their number")._files[chosen][self.image_column]
-        numbers = chosen if self._rows is None else self._rows[chosen]
-        return [
-            decode(file, self._feature, f"Image {number} (from 0) of the split {self.split!r}")
-            for number, file in zip(numbers, files, strict=True)
-        ]
+        return [decode(file, self._feature, self._name(row)) for row, file in zip(chosen, files, strict=True)]
+
+    def _name(self, row: int) -> str:
+        """Return what an image is called that is not a file of its own."""
+        return f"Image {row if self._rows is None else self._rows[row]} (from 0) of the split {self.split!r}"
+
+    def name(self, row: int) -> str:
+        """Return what an image is called: its path, or its place in the split."""
+        path = self._files[row][self.image_column]["path"]
+        return path if path and os.path.isfile(path) else self._name(row)
 
     def labelled(self) -> ImageSet:
         """Return these images, or raise `ValueError` if one has no class, or if a stream does not name its classes."""
@@ -302,9 +317,11 @@ def columns_of(dataset: Dataset | IterableDataset) -> Features:
 
 
 def image_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
-    """Return the column of images, or raise `ValueError` with the columns there are."""
+    """Return the column of images, or raise `ValueError` with the columns there are; masks are no such column."""
     features = columns_of(dataset)
     found = [column for column, feature in features.items() if isinstance(feature, Image)]
+    if name is None and len(found) > 1:
+        found = [column for column in found if column not in MASK_COLUMNS]
     if name is None and len(found) != 1:
         raise ValueError(f"Name the column of images, image_column; columns are {list(features)}.")
     if name is not None and name not in found:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .devices import products_as_before
-from .pieces import Pieces
+from .pieces import Array, Pieces
 
-# A layer's features: an array (N, C) for every view, in memory or mapped from disk.
-Views = Sequence[np.ndarray]
+# A layer's features: an array (N, C) for every view, in memory or mapped from disk; of several taps, `Joined` ones.
+Views = Sequence[Array]
 _Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 _Pair = tuple[Tensor, Tensor, Tensor]  # of L-BFGS: a step, how the gradient changed, and one over their product
 
@@ -38,6 +38,8 @@ _CHUNK_BYTES = 64 * 2**20  # of features and of what is computed of them at once
 _GPU_CHUNKS = 8  # times as many on a GPU, which many small pieces would keep waiting
 _HISTORY = 10  # steps that L-BFGS remembers
 _MEMORY_BYTES = 2**30  # of memory for these steps
+_CORRELATION_BYTES = 2**31  # of memory for correlations, and for what they are decomposed into
+_CORRELATION_COPIES = 6  # of float64, which are there at the same time
 _TRIALS = 20  # of step lengths, each half the one before
 _TOLERANCE = 1e-7  # where to stop: the estimated distance of a problem's loss from its optimum
 
@@ -58,16 +60,30 @@ class LinearProbes:
     @products_as_before("ieee")
     def predict(self, views: Views, indices: np.ndarray | None = None) -> np.ndarray:
         """Return predicted classes (L, N) of the images at `indices`, from logits averaged over views (N, C) each."""
+        count = len(views[0]) if indices is None else len(indices)
+        predicted = torch.empty(len(self.weight), count, dtype=torch.int64, device=self.weight.device)
+        for part, logits in self._logits(views, indices):
+            predicted[:, part] = logits.argmax(2)
+        return predicted.cpu().numpy()
+
+    @products_as_before("ieee")
+    def logits(self, views: Views, strength: int = 0, indices: np.ndarray | None = None) -> Tensor:
+        """Return the logits (N, K) that `predict` averages over views and compares, with one of the L strengths.
+
+        They are float64, on the CPU.
+        """
+        parts = [logits[strength].cpu() for _, logits in self._logits(views, indices)]
+        return torch.cat(parts)
+
+    def _logits(self, views: Views, indices: np.ndarray | None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield places among the images at `indices`, by default all, and their logits (L, n, K)."""
         rows = np.arange(len(views[0])) if indices is None else indices
         device = self.weight.device
-        predicted = torch.empty(len(self.weight), len(rows), dtype=torch.int64, device=device)
         size = _chunk_size(len(views), self.weight.shape[2], self.bias.numel(), device)
         for part, x in Pieces([views], rows, size, device, keep=False):
             # The mean of logits is the logit of mean features.
             mean = x.mean(0, dtype=torch.float64)
-            logits = torch.einsum("nc,lkc->lnk", mean, self.weight) + self.bias[:, None]
-            predicted[:, part] = logits.argmax(2)
-        return predicted.cpu().numpy()
+            yield part, torch.einsum("nc,lkc->lnk", mean, self.weight) + self.bias[:, None]
 
 
 @products_as_before("ieee")  # with TF32, gradients are too far off to find the optimum
@@ -98,7 +114,7 @@ def fit_logistic_regression(
     fitted: dict[str, LinearProbes] = {}
     for width in {views[0].shape[1] for views in features.values()}:
         names = [name for name, views in features.items() if views[0].shape[1] == width]
-        together = max(1, _MEMORY_BYTES // (4 * len(l2) * classes * (width + 1) * (2 * _HISTORY + 8)))
+        together = _most_together(width, len(l2) * classes)
         for first in range(0, len(names), together):
             group = names[first : first + together]
             views = [features[name] for name in group]
@@ -121,6 +137,13 @@ def _check_problem(
         raise ValueError(f"l2 is {list(l2)}: every strength must be positive, or there may be no optimum.")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"Labels are {labels.min()} to {labels.max()}: allowed are 0 to {classes - 1}.")
+
+
+def _most_together(width: int, outputs: int) -> int:
+    """Return how many layers of a width are solved together, so that what every one of them needs fits into memory."""
+    steps = 4 * outputs * (width + 1) * (2 * _HISTORY + 8)
+    correlations = 8 * width**2 * _CORRELATION_COPIES
+    return max(1, min(_MEMORY_BYTES // steps, _CORRELATION_BYTES // correlations))
 
 
 def _chunk_size(probes: int, width: int, outputs: int, device: torch.device) -> int:

@@ -36,14 +36,16 @@ NAMES = {
         max_train_steps wide_resnet_steps checkpointing_steps checkpoints_total_limit held_out resolution low_resolution
         shuffle_buffer grid_images num_inference_steps num_views num_draws num_noise_seeds num_noise_samples num_images
         hidden_size num_hidden_layers few_labels max_samples max_train_samples max_test_samples max_selection_samples
-        max_reference_samples num_heads num_classes average_steps step stage_draws stage_classes output_size""",
+        max_reference_samples num_heads num_classes average_steps step stage_draws stage_classes output_size
+        neighbour""",
     Range("at least 0", lambda x: x >= 0): """lr_warmup_steps weight_decay max_grad_norm kl_weight mixup
         weight sample_steps random_crop wide_resnet dataloader_num_workers null_class view guidance_scale sigma sigmas
         extractor_sigma encoder_sigma image_sigmas class_labels""",
     Range("between 1 and 1024", lambda x: 1 <= x <= 1024): "lora_rank",
+    Range("between 1 and 100", lambda x: 1 <= x <= 100): "fuse",  # a classifier may have as many taps
     Range("a multiple of 8, 8 to 4096", lambda x: x % 8 == 0 and 8 <= x <= 4096): "head_width",
     Range("positive", lambda x: x > 0): """learning_rate wide_resnet_learning_rate adam_epsilon sigma_min sigma_max l2
-        min_snr_gamma temperature lora_alpha""",
+        min_snr_gamma temperature lora_alpha error_sigmas""",
     Range("between 0 and 1", lambda x: 0 <= x <= 1): "augment label_dropout low_resolution_share lowered mean_share",
     Range("between 0.001 and 0.28", lambda x: 0.001 <= x <= 0.28): "length lengths average_lengths",
     Range("above 0 and below 1", lambda x: 0 < x < 1): "validation_fraction",

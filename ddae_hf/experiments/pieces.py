@@ -21,6 +21,32 @@ CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.curr
 Piece = tuple[slice, Tensor]  # which of the rows, and what they hold
 
 
+class Joined:
+    """Arrays (N, C1), (N, C2), ... side by side, as an array (N, C1 + C2 + ...) of which only rows are ever made.
+
+    So arrays that are mapped from disk stay there: `joined[rows]` reads these rows alone.
+
+    Raises:
+        ValueError: Arrays of different numbers of rows, or none.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        counts = sorted({len(array) for array in arrays})
+        if len(counts) != 1:
+            raise ValueError(f"Arrays of {counts} rows came: give one or more, all of as many rows.")
+        self.arrays = arrays
+        self.shape = (counts[0], sum(array.shape[1] for array in arrays))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        return np.concatenate([array[rows] for array in self.arrays], axis=1)
+
+
+Array = np.ndarray | Joined
+
+
 class Pieces:
     """Rows of arrays on a device, P arrays side by side: pieces (P, n, C), float32, n at most `size`.
 
@@ -28,7 +54,7 @@ class Pieces:
     of arrays, then all of the next group. `change` changes what passes give.
 
     Args:
-        groups: Groups of P arrays (N, C) each, in memory or mapped from disk.
+        groups: Groups of P arrays (N, C) each, in memory or mapped from disk, perhaps `Joined`.
         rows: Which rows are read, in this order.
         size: Rows of a piece.
         device: Where the pieces are.
@@ -37,7 +63,7 @@ class Pieces:
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[np.ndarray]], rows: np.ndarray, size: int, device: torch.device, *,
+        self, groups: Sequence[Sequence[Array]], rows: np.ndarray, size: int, device: torch.device, *,
         keep: bool = True,
     ):  # fmt: skip
         self.groups, self.rows, self.size, self.device = groups, rows, size, device

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
+from torch import Tensor
 
-from ..image_processing_ddae import as_rgb
+from ..image_values import as_rgb
 from .arrays import written_whole
+from .calibration import BINS, reliability
 from .pairs import Pair, Point
+from .report import accuracy_interval
 
 
 class Picture(Figure):
@@ -59,14 +63,21 @@ def heat_map(pairs: Sequence[Pair], best: Pair) -> Figure:
     return figure
 
 
-def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair) -> Figure:
-    """Return a picture of validation accuracy over noise levels, of the best layer of each and of the best pair's."""
+def accuracy_over_sigma(pairs: Sequence[Pair], best: Pair, num_images: int) -> Figure:
+    """Return a picture of validation accuracy over noise levels, of the best layer of each and of the best pair's.
+
+    The best pair's layer has its 95 % intervals, for an accuracy that was measured on `num_images` images.
+    """
     accuracy = _accuracies(pairs)
     sigmas = sorted({sigma for _, sigma in accuracy})
     highest = [max(accuracy[key] for key in accuracy if key[1] == sigma) for sigma in sigmas]
-    lines = {"best layer of each level": highest, best.layer: [accuracy[best.layer, sigma] for sigma in sigmas]}
-    y = "accuracy on held-out images (%)"
-    return curves(sigmas, lines, title="Linear probe", xlabel="noise level sigma", ylabel=y)
+    own = np.array([accuracy[best.layer, sigma] for sigma in sigmas])
+    ends = 100 * np.array([accuracy_interval(value / 100, num_images) for value in own]).T
+    name = f"{best.layer}, with 95 % intervals"
+    return curves(
+        sigmas, {"best layer of each level": highest, name: own}, errors={name: np.abs(ends - own)},
+        title="Linear probe", xlabel="noise level sigma", ylabel="accuracy on held-out images (%)",
+    )  # fmt: skip
 
 
 def _accuracies(pairs: Sequence[Pair]) -> dict[tuple[str, float], float]:
@@ -88,11 +99,40 @@ def confusion_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[s
     return figure
 
 
+def reliability_diagram(logits: Tensor, labels: np.ndarray, temperature: float | None = None) -> Figure:
+    """Return a picture of accuracy over confidence in bins, with 95 % intervals, above the images of each bin.
+
+    It shows logits (N, K) as they are and, if a temperature is given, divided by it; labels are (N,).
+    """
+    shown = {"as it is": reliability(logits, labels)}
+    if temperature is not None:
+        shown[f"at temperature {temperature:.3g}"] = reliability(logits / temperature, labels)
+    figure = Picture(figsize=(5, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 100], [0, 100], color="grey", linewidth=1)
+    edges = np.linspace(0, 100, BINS + 1)
+    for (name, bins), marker, line in zip(shown.items(), "os", ("-", "--"), strict=False):
+        some = bins.count > 0
+        confidence, accuracy, count = 100 * bins.confidence[some], 100 * bins.accuracy[some], bins.count[some]
+        ends = 100 * np.array([accuracy_interval(*each) for each in zip(bins.accuracy[some], count, strict=True)]).T
+        label = f"{name}: calibration error {100 * bins.error:.2f} %"
+        upper.errorbar(confidence, accuracy, np.abs(ends - accuracy), fmt=marker, capsize=3, label=label)
+        lower.stairs(bins.count, edges, linestyle=line, linewidth=1.5)
+    upper.set(title="Linear probe on test images", ylabel="accuracy (%)", xlim=(0, 102), ylim=(0, 102))
+    lower.set(xlabel="confidence (%)", ylabel="images", yscale="log")
+    upper.grid(alpha=0.3)
+    figure.legend(loc="outside lower center")
+    return figure
+
+
 def curves(
-    x: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, xlabel: str, ylabel: str,
-    errors: Mapping[str, Sequence[float]] | None = None,
+    x: Sequence[float], lines: Mapping[str, Any], *, title: str, xlabel: str, ylabel: str,
+    errors: Mapping[str, Any] | None = None,
 ) -> Figure:  # fmt: skip
-    """Return a picture of lines, with the errors of some of them, over noise levels, with a tick at each."""
+    """Return a picture of lines (N,), with the errors (N,) or (2, N) of some, over noise levels, with a tick at each.
+
+    Errors (2, N) are how far down and how far up they reach.
+    """
     figure = Picture(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (label, y), style in zip(lines.items(), ("o-", "s--", "^-.", "D:") * len(lines), strict=False):
@@ -102,6 +142,37 @@ def curves(
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
+    return figure
+
+
+def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], *, title: str) -> Figure:
+    """Return a picture of how numbers are spread: by a panel's title, the numbers (N,) of each set by its name.
+
+    The axes are in units of the first set: 0 is its median, and 1 its 95th percentile. They are linear near 0 and
+    logarithmic far from it, so that sets far away fit in. Each curve has an area of 1 there.
+    """
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = Picture(figsize=(4.2 * columns, 0.8 + 2.6 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (name, sets) in zip(places, panels.items(), strict=False):
+        first = next(iter(sets.values()))
+        middle, end = np.percentile(first, [50, 95])
+        scale = (end - middle) or 1.0
+        scaled = {which: np.arcsinh((values - middle) / scale / 2) for which, values in sets.items()}
+        edges = np.histogram_bin_edges(np.concatenate(list(scaled.values())), bins=60)
+        for which, values in scaled.items():
+            axes.hist(values, edges, density=True, histtype="step", linewidth=1.4, label=which)
+        low, high = np.sinh(edges[[0, -1]]) * 2
+        ticks = [tick for tick in (-1000, -100, -10, -3, -1, 0, 1, 3, 10, 100, 1000, 10000) if low <= tick <= high]
+        axes.set_xticks(np.arcsinh(np.array(ticks) / 2), [f"{tick:,}" for tick in ticks])
+        axes.set_yticks([])
+        axes.set_title(name, fontsize=10)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.suptitle(f"{title}\n0 is the median of {labels[0]}, 1 its 95th percentile", fontsize=12)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
     return figure
 
 
@@ -128,6 +199,32 @@ def curves_of_points(points: Sequence[Point]) -> Figure:
         axis.minorticks_off()
     axis.set_xlabel("length of the average of weights (sigma_rel)" if lengths else "training step")
     figure.suptitle(f"Best probe, loss and samples {'over lengths of averages' if lengths else 'while training'}")
+    return figure
+
+
+def mask_rows(
+    images: Sequence[PILImage.Image], masks: Sequence[Sequence[np.ndarray]], titles: Sequence[str], names: Sequence[str]
+) -> Figure:
+    """Return a picture with a row for each image: the image, and beside it its maps of classes (H, W).
+
+    `titles` are those of the columns of maps. Classes have a colour each, as the legend says where there are at most 20
+    `names`; numbers beyond them are of no class, and black.
+    """
+    columns = 1 + len(titles)
+    figure = Picture(figsize=(1.6 * columns + 1.4, 1.6 * len(images) + 0.3), layout="constrained")
+    panels = figure.subplots(len(images), columns, squeeze=False)
+    colours = np.array([colormaps["tab20"](number % 20)[:3] for number in range(len(names))] + [(0.0, 0.0, 0.0)])
+    for row, image, maps in zip(panels, images, masks, strict=True):
+        row[0].imshow(np.asarray(as_rgb(image)))
+        for axes, found in zip(row[1:], maps, strict=True):
+            axes.imshow(colours[np.minimum(found, len(names))], interpolation="nearest")
+        for axes in row:
+            axes.set_axis_off()
+    for axes, title in zip(panels[0], ("image", *titles), strict=True):
+        axes.set_title(title, fontsize=9)
+    if len(names) <= 20:
+        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours[:-1]]
+        figure.legend(handles, names, loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -14,12 +14,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -31,9 +31,11 @@ from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..networks import network_of
 from ..pipeline_ddae import DDAEPipeline
+from ..saved_heads import SavesHead
 from ..weights import location
 from .arrays import StrPath
 from .batches import Batch, Batches
+from .calibration import calibration_of, fitted_temperature
 from .classes import draw_images, draw_labels
 from .devices import made_fast
 from .draws import RowDraws, separate_randomness
@@ -43,6 +45,8 @@ from .loading import to_device
 from .logistic_regression import LinearProbes, Views, alignment, fit_logistic_regression, knn_predict, uniformity
 from .metrics import F1
 from .models import Model, stock_pipeline_of
+from .noise_curve import packed
+from .online_probes import OnlineProbes
 from .pairs import Pair, Probe
 from .sharing import Team
 from .training import Loop, accelerated
@@ -50,38 +54,18 @@ from .training import Loop, accelerated
 PIXELS = "pixels"  # the name in place of a layer's where no network is read
 NEIGHBOURS = (20, 200)
 ALIGNMENT_IMAGES = 2000
-# A linear classifier, weights (K, C) and biases (K,) for features as they are, and the test images' classes (N,).
-Fitted = tuple[Tensor, Tensor, np.ndarray]
 
 
-class OnlineProbes(nn.Module):
-    """Linear classifiers on layers of given widths, trained together while a network computes their features.
+class Fitted(NamedTuple):
+    """A linear classifier, weights (K, C) and biases (K,) for features as they are, and what it says of test images.
 
-    With `batch_norm` features pass a batch norm without parameters first, as in He et al. 2022 (arXiv 2111.06377) and
-    l-DAE (arXiv 2401.14404).
+    `predicted` (N,) are their classes, `logits` (N, K) what these were taken from, on the CPU.
     """
 
-    def __init__(self, widths: dict[str, int], num_classes: int, batch_norm: bool = False):
-        super().__init__()
-        self.layers = list(widths)
-        norms = (nn.BatchNorm1d(width, affine=False) if batch_norm else nn.Identity() for width in widths.values())
-        self.norms = nn.ModuleList(norms)
-        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for width in widths.values())
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return logits (B, K) of features (B, C), by layer name."""
-        parts = zip(self.layers, self.norms, self.heads, strict=True)
-        return {layer: head(norm(features[layer])) for layer, norm, head in parts}
-
-    def linear(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Return a layer's classifier in evaluation, weights (K, C) and biases (K,), its batch norm folded in."""
-        head: Any = self.heads[self.layers.index(layer)]
-        norm: Any = self.norms[self.layers.index(layer)]
-        weight, bias = head.weight.detach(), head.bias.detach()
-        if isinstance(norm, nn.Identity):
-            return weight, bias
-        weight = weight * (norm.running_var + norm.eps).rsqrt()
-        return weight, bias - weight @ norm.running_mean
+    weight: Tensor
+    bias: Tensor
+    predicted: np.ndarray
+    logits: Tensor
 
 
 @dataclass(eq=False)
@@ -189,7 +173,8 @@ class Prober:
         options, truth = self.options, self.labels["train"][self.held_out]
         if options.online:
             probes = train_online(self, self.layers, sigma, self.fitted, options.noise_seed)
-            predicted = predict_online(self, probes, "train", sigma, self.held_out, options.noise_seed)
+            found = logits_online(self, probes, "train", sigma, self.held_out, options.noise_seed)
+            predicted = {layer: logits.argmax(1).numpy()[None] for layer, logits in found.items()}
         else:
             features, labels = self.selection_features(sigma), self.labels["train"][self.chosen_on]
             solved = self.solve(features, labels, options.l2, self.positions(self.fitted))
@@ -199,7 +184,11 @@ class Prober:
         for layer in self.layers:
             scores = [float((classes == truth).mean()) for classes in predicted[layer]]
             best = int(np.argmax(scores))
-            pair = Pair(layer=layer, sigma=sigma, validation_accuracy=scores[best])
+            logits = found[layer] if options.online else solved[layer].logits(features[layer], best, at)
+            pair = Pair(
+                layer=layer, sigma=sigma, validation_accuracy=scores[best],
+                temperature=fitted_temperature(logits, truth), correct=packed(predicted[layer][best] == truth),
+            )  # fmt: skip
             if not options.online:
                 pair.l2, pair.by_l2 = options.l2[best], dict(zip(map(str, options.l2), scores, strict=True))
             pairs.append(pair)
@@ -234,13 +223,13 @@ class Prober:
         layer, sigma = best.layer, best.sigma
         if self.options.online:
             online = train_online(self, [layer], sigma, np.arange(len(self.train)), noise_seed)
-            predicted = predict_online(self, online, "test", sigma, np.arange(len(self.test)), noise_seed)[layer]
-            return *online.linear(layer), predicted[0]
+            logits = logits_online(self, online, "test", sigma, np.arange(len(self.test)), noise_seed)[layer]
+            return Fitted(*online.linear(layer), logits.argmax(1).numpy(), logits)
         train = self.features("train", [layer], sigma, noise_seed)
         strength: Any = best.l2
         probes = self.solve(train, self.labels["train"], [strength])[layer]
-        predicted = probes.predict(self.features("test", [layer], sigma, noise_seed)[layer])
-        return probes.weight[0], probes.bias[0], predicted[0]
+        test = self.features("test", [layer], sigma, noise_seed)[layer]
+        return Fitted(probes.weight[0], probes.bias[0], probes.predict(test)[0], probes.logits(test))
 
     def few_labels(self, best: Pair) -> dict[str, list[float]]:
         """Return the pair's test accuracies with few labels a class, by their number, one for every draw of them."""
@@ -264,10 +253,13 @@ class Prober:
         truth, first = self.labels["test"], self.options.noise_seed
         best = max(pairs, key=lambda pair: pair.validation_accuracy or 0.0)  # the first of equals
         fitted = {seed: self.fit(best, seed) for seed in range(first, first + num_noise_seeds)}
-        accuracies = {str(seed): float((predicted == truth).mean()) for seed, (_, _, predicted) in fitted.items()}
-        f1 = F1().compute(predictions=fitted[first][2], references=truth)["f1"]
-        few = self.few_labels(best)
-        return Probe(best=best, test_accuracies=accuracies, test_f1=f1, few_label_test_accuracies=few), fitted[first]
+        accuracies = {str(seed): float((each.predicted == truth).mean()) for seed, each in fitted.items()}
+        f1 = F1().compute(predictions=fitted[first].predicted, references=truth)["f1"]
+        found = Probe(
+            best=best, test_accuracies=accuracies, test_f1=f1, few_label_test_accuracies=self.few_labels(best),
+            calibration=calibration_of(fitted[first].logits, truth, best.temperature),
+        )  # fmt: skip
+        return found, fitted[first]
 
     @cached_property
     def random_model(self) -> DDAEModel:
@@ -327,17 +319,17 @@ def train_online(prober: Prober, layers: list[str], sigma: float, rows: np.ndarr
 
 
 @torch.no_grad()
-def predict_online(
+def logits_online(
     prober: Prober, probes: OnlineProbes, split: str, sigma: float, rows: np.ndarray, noise_seed: int
-) -> dict[str, np.ndarray]:
-    """Return the classes (1, N) that probes give a split's images at `rows`, by layer name."""
+) -> dict[str, Tensor]:
+    """Return the logits (N, K) that probes give a split's images at `rows`, by layer name, on the CPU."""
     found: dict[str, list[Tensor]] = {layer: [] for layer in probes.layers}
     parts = [(part, part) for part, _ in parts_of(rows, prober.options.batch_size)]
     view = noise_view(split == "test", 0)
     for features in prober.each(parts, split, probes.layers, sigma, noise_seed, view=view, image_view=0):
         for layer, logits in probes({n: each.to(prober.model.device) for n, each in features.items()}).items():
-            found[layer].append(logits.argmax(1))
-    return {layer: torch.cat(parts).cpu().numpy()[None] for layer, parts in found.items()}
+            found[layer].append(logits.cpu())
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 def make_classifier(
@@ -370,10 +362,10 @@ def make_classifier(
 
 
 def save_classifier(
-    folder: StrPath, classifier: DDAEForImageClassification, model: Model,
+    folder: StrPath, classifier: SavesHead, model: Model,
     processor: DDAEImageProcessor, cache_dir: str | None = None,
 ) -> None:  # fmt: skip
-    """Write a classifier that `make_classifier` made of a model, as one folder.
+    """Write a classifier that stands on a model, such as `make_classifier` makes, as one folder.
 
     It holds the generator as a pipeline, and beside it the classifier's head. A denoiser that was fine-tuned no longer
     generates: then it holds the whole classifier. Of a denoiser that is told a text, whose pipeline is not this

@@ -34,6 +34,7 @@ from .results import PretrainingReport, ProbeReport
 from .run_folder import OF_DATA, OF_PLACES
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+OTHER_TASKS = {"generation": "unconditional-image-generation", "segmentation": "image-segmentation"}  # of reports
 TAGS = ["ddae_hf", "ddae", "diffusion", "self-supervised-learning"]
 # The files that experiments write for others, as patterns of `Path.glob`. All else in a folder is not pushed: what only
 # this machine needs, and what users keep beside it.
@@ -42,7 +43,8 @@ PUBLISHED = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "head.safetensors",
     "adapters/adapter_config.json", "adapters/adapter_model.safetensors",
     "scheduler/scheduler_config.json", "training_options.yaml", "train_results.json", "eval_results.json",
-    "heat_map.png", "accuracy_over_sigma.png", "confusion.png", "test_predictions.npy", "test_labels.npy",
+    "heat_map.png", "accuracy_over_sigma.png", "confusion.png", "reliability.png", "masks.png", "test_predictions.npy",
+    "test_labels.npy",
     "samples/step-*.png", "images/*-step-*.png",
     *(f"{part}/config.json" for part in ("unet", "transformer", "vae")),
     *(f"{part}/diffusion_pytorch_model*.safetensors*" for part in ("unet", "transformer", "vae")),
@@ -197,7 +199,9 @@ class _Card:
             validate_repo_id(repository)
         self.folder, self.path = folder, repo_id or folder.as_posix()
         self.checkpoint = read_checkpoint(folder)
-        self.is_classifier = "DDAEForImageClassification" in (self.checkpoint.config.get("architectures") or ())
+        saved_as = self.checkpoint.config.get("architectures") or ()
+        self.is_classifier = "DDAEForImageClassification" in saved_as
+        self.is_segmenter = "DDAEForSemanticSegmentation" in saved_as
         self.config = DDAEConfig.from_dict(self.checkpoint.config)
         self.training, self.reports = read_reports(folders.values())
         self.all_reports = [*([self.training] if self.training else []), *self.reports]
@@ -242,9 +246,10 @@ class _Card:
         known, generated, section = self.dataset(report), report.kind == "generation", report.section()
         figures = list(section.figures)
         if self.is_classifier and section.saved is not None:
-            own = {name: getattr(self.config, name) for name in ("layer", "sigma", "noise_seed")}
+            tap = ("layer", "sigma") if self.config.taps is None else ("taps",)
+            own = {name: getattr(self.config, name) for name in (*tap, "noise_seed")}
             figures.insert(0, Figure("accuracy", "Test accuracy, with the model's fixed noise", section.saved, own))
-        task = "unconditional-image-generation" if generated else "image-classification"
+        task = OTHER_TASKS.get(report.kind, "image-classification")
         # Figures that agree in task, type, configuration and split are taken for those of one data set.
         config = known.get("config") or (None if "id" in known else known.get("name"))
         return [
@@ -272,6 +277,7 @@ class _Card:
         figures = [figure for report in self.reports for figure in self.figures(report)]
         of_transformers = self.checkpoint.holds_model
         task = "image-classification" if self.is_classifier else "image-feature-extraction"
+        task = "image-segmentation" if self.is_segmenter else task
         ids = {known["id"] for report in self.all_reports if "id" in (known := self.dataset(report))}
         return ModelCardData(
             library_name="transformers" if of_transformers else "diffusers", tags=TAGS, license=self.license,

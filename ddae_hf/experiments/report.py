@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from .arrays import StrPath, write_json
+
+NORMAL = 1.959964  # deviations on either side of the mean between which 95 % of a normal distribution lie
 
 
 class Figure(NamedTuple):
@@ -66,7 +69,7 @@ class Report:
     kinds: ClassVar[list[type[Report]]] = []  # of all experiments; a later one may be a special case of an earlier
     kind: ClassVar[str]
     file: ClassVar[str] = "eval_results.json"
-    telling: ClassVar[Sequence[str]]  # the file holds one of these keys, unlike other reports in a file of this name
+    telling: ClassVar[Sequence[str]]  # keys that its file alone holds, of those of its name: now, then in old versions
     pictures: ClassVar[Mapping[str, str]] = {}  # files beside it that a card shows, and what they show
 
     options: dict[str, Any] = many()
@@ -104,7 +107,8 @@ class Report:
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}: it must hold names and values.")
         kinds = [kind for kind in kinds if kind.file == path.name] or kinds
-        found = next((kind for kind in kinds if any(key in content for key in kind.telling)), None)
+        told = [(kind.telling[:1], kind) for kind in kinds] + [(kind.telling[1:], kind) for kind in kinds]
+        found = next((kind for keys, kind in told if any(key in content for key in keys)), None)
         if found is None:
             raise ValueError(
                 f"{path} holds {', '.join(content) or 'nothing'}: allowed are the results of "
@@ -178,6 +182,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{percent(float(np.mean(values)))} ± {percent(float(np.std(values, ddof=1)))}"
 
 
+def accuracy_interval(accuracy: float, count: int) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of an accuracy on `count` images (Wilson 1927, doi:10.2307/2276774)."""
+    spread = NORMAL**2 / count
+    centre = (accuracy + spread / 2) / (1 + spread)
+    reach = math.sqrt(spread * (accuracy * (1 - accuracy) + spread / 4)) / (1 + spread)
+    return centre - reach, centre + reach
+
+
 def number(value: float | None) -> str:
     """Return a count with its thousands apart, another number with four digits, and an empty text for None."""
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -188,11 +200,13 @@ def _in_file(kind: Any) -> list[str]:
 
 
 def _built(hint: Any, value: Any) -> Any:
-    """Return what a file's value stands for: dataclasses, also inside of lists and dictionaries."""
+    """Return what a file's value stands for: dataclasses, also in lists and dictionaries, or where None may be."""
+    parts = typing.get_args(hint)
+    if type(None) in parts:  # which a file leaves out
+        return _built(parts[0], value)
     if dataclasses.is_dataclass(hint):
         hints, kind = typing.get_type_hints(hint), typing.cast(Any, hint)
         return kind(**{name: _built(hints[name], value[name]) for name in _in_file(hint) if name in value})
-    parts = typing.get_args(hint)
     if typing.get_origin(hint) is list:
         return [_built(parts[0], item) for item in value]
     if typing.get_origin(hint) is dict:

@@ -12,16 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from .correspondence_report import CorrespondenceReport
 from .denoising_report import DenoisingClassifierReport
-from .pairs import Pair, Probe
+from .noise_curve import NoiseCurve
+from .outlier_report import OutlierReport
+from .pairs import FusedProbe, Pair, Probe
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
 from .run_results import AverageReport, CurveReport
+from .segmentation_report import SegmentationReport
 from .taps import read_taps
 
 __all__ = [
     "AverageReport", "CorrespondenceReport", "CurveReport", "DenoisingClassifierReport", "FineTuningReport",
-    "GenerationReport", "NoisyReport", "PretrainingReport", "ProbeReport", "Report", "VAEReport",
+    "GenerationReport", "NoisyReport", "OutlierReport", "PretrainingReport", "ProbeReport", "Report",
+    "SegmentationReport", "VAEReport",
 ]  # fmt: skip
 
 METRICS = {"accuracy": "accuracy", "f1": "macro F1", "precision": "precision", "recall": "recall"}  # by their titles
@@ -91,6 +96,8 @@ class ProbeReport(Report, Probe):
         fingerprint: `weights.fingerprint` of the denoiser that was probed.
         images: Their numbers: `fitted` and `held_out` for the choice, `train` (all training images) and `test`.
         pairs: Every layer at every level.
+        noise_curve: Accuracy of the best layer over the noise levels, where there are at least three.
+        fused: Several taps joined, if they were asked for.
         baselines: The same for `raw pixels` and for the `untrained network`.
     """
 
@@ -99,12 +106,15 @@ class ProbeReport(Report, Probe):
     pictures = {
         "heat_map.png": "Accuracy on held-out training images, of every layer at every noise level",
         "confusion.png": "Confusion table of the test images",
+        "reliability.png": "How often the probe is right on test images, over how sure it is",
     }
 
     checkpoint: str | None = None
     fingerprint: str | None = None
     images: dict[str, int]
     pairs: list[Pair]
+    noise_curve: NoiseCurve | None = None
+    fused: FusedProbe | None = None
     baselines: dict[str, Probe] = many()
     saved_classifier_test_accuracy: float | None = None
 
@@ -131,24 +141,28 @@ class ProbeReport(Report, Probe):
 
     def section(self) -> Section:
         """Return the best pair's test figures, beside the baselines'."""
-        rows = [row for name, probe in {"DDAE": self, **self.baselines}.items() for row in self._rows(name, probe)]
+        probes = {"DDAE": self, **(self.fused.joined if self.fused else {}), **self.baselines}
+        rows = [row for name, probe in probes.items() for row in self._rows(name, probe)]
         head = ["features", "tap", "labels", "test accuracy", "macro F1", *["gain of DDAE"] * bool(self.baselines)]
         seed, value = next(iter(self.test_accuracies.items()))
         where = {"layer": self.best.layer, "sigma": self.best.sigma, "noise_seed": int(seed)}
         figures = [Figure("accuracy", "Test accuracy of a linear probe", value, where)]
         if self.test_f1 is not None:
             figures.append(Figure("f1", "Macro F1 of a linear probe", self.test_f1, where))
+        if self.fused is not None:
+            head, rows = self.fused.with_steps(head, rows)
+            figures += self.fused.figures(seed)
         return Section("Linear probe", self._protocol(), head, rows, figures, self.saved_classifier_test_accuracy)
 
     def _rows(self, name: str, probe: Probe) -> list[list[str]]:
         ours, theirs = [*self.test_accuracies.values()], [*probe.test_accuracies.values()]
-        row = [name, probe.best.words, f"all {self.images['train']:,}", spread(theirs), percent(probe.test_f1)]
+        row = [name, probe.words, f"all {self.images['train']:,}", spread(theirs), percent(probe.test_f1)]
         found = [(row, ours, theirs)]
         for count, theirs in probe.few_label_test_accuracies.items():
-            row = [name, probe.best.words, f"{count} a class", spread(theirs), ""]
+            row = [name, probe.words, f"{count} a class", spread(theirs), ""]
             found.append((row, self.few_label_test_accuracies.get(count, []), theirs))
         for row, ours, theirs in found if self.baselines else ():
-            paired = probe is not self and len(ours) == len(theirs)
+            paired = name in self.baselines and len(ours) == len(theirs)
             row.append(spread(np.subtract(ours, theirs).tolist()) if paired else "")
         return [row for row, _, _ in found]
 
@@ -167,6 +181,8 @@ class ProbeReport(Report, Probe):
             chosen = f"; their regularisation was chosen on {images['held_out']:,} of them that were held out (seed "
             chosen = f"{chosen}{options['seed']})" if probe == "logistic regression" else ""
             text += f"They were fitted on {images['train']:,} training images{chosen}."
+        if self.fused is not None:
+            text += f" {self.fused.said}"
         if options.get("latents_dir"):
             text += " The network read latents of the images that were encoded beforehand."
         if options.get("num_views", 1) > 1:
@@ -189,6 +205,10 @@ class ProbeReport(Report, Probe):
             share, count, pair = max(known, key=lambda found: found[0])
             text += f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma "
             text += f"{pair.sigma:g}, with an accuracy of {percent(share)} %."
+        if self.noise_curve is not None:
+            text += f" {self.noise_curve.words(images['held_out'])}"
+        if self.calibration is not None:
+            text += f" {self.calibration.words(images['held_out'], self.best.validation_accuracy)}"
         return text
 
 
@@ -290,43 +310,6 @@ class NoisyReport(Report):
         ]
         protocol = f"The table has the accuracy, in %, on {self.num_test_images:,} test images, with noise of level "
         return Section("Noisy images", f"{protocol}sigma on {self.noise_on}.", ["sigma", *self.test_accuracies], rows)
-
-
-@dataclass(kw_only=True)
-class CorrespondenceReport(Report):
-    """Points of images that were looked up in warped copies of these.
-
-    Attributes:
-        layers: The layers whose maps were compared, in forward order, at noise level `sigma`.
-        num_images: Number of images; `num_points` likewise, of all images together.
-        results: Figures of every method of looking up points: `pck@N`, the share that was found within N pixels of the
-            true place, and `mean_error`, in pixels.
-    """
-
-    kind = "correspondence"
-    telling = ("num_points",)
-    pictures = {"correspondence.png": "Points of images looked up in warped copies, and how far off they are found"}
-
-    layers: list[str]
-    sigma: float
-    num_images: int
-    num_points: int
-    results: dict[str, dict[str, float]]
-
-    def section(self) -> Section:
-        """Return every method's figures."""
-        protocol = (
-            f"The table has the share, in %, of {self.num_points:,} points of {self.num_images:,} images that were "
-            "found in warped copies of the images, within so many pixels of their true places. The denoiser is read at "
-            f"{', '.join(f'`{layer}`' for layer in self.layers)}, sigma {self.sigma:.3g}."
-        )
-        radii = [name for name in next(iter(self.results.values())) if name.startswith("pck@")]
-        head = ["looked up by", *(name.replace("pck@", "within ") for name in radii), "mean error (pixels)"]
-        rows = [
-            [way, *(percent(found[name]) for name in radii), f"{found['mean_error']:.2f}"]
-            for way, found in self.results.items()
-        ]
-        return Section("Points found again", protocol, head, rows)
 
 
 @dataclass(kw_only=True)

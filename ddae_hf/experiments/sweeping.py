@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -22,21 +21,24 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..image_processing_ddae import DDAEImageProcessor
 from ..modeling_ddae import DDAEForImageClassification, DDAEModel
 from ..weights import fingerprint
-from .arrays import StrPath, damaged, kept_or_temporary, read_json, write_json, written_whole
+from .arrays import StrPath, kept_or_temporary, written_whole
 from .classes import draw_labels
 from .devices import HELP, machine
 from .draws import separate_randomness
 from .features import FeatureCache
+from .fusing import add_taps, check_fusing, tested_taps
 from .images import ImageInputs, Images, Inputs, SplitOptions, labelled_splits
 from .models import Model, check_taps, chosen_layers, open_for, open_processor, path_of, ready, report_facts
+from .noise_curve import curve_of
 from .options import PROMPT, option
-from .pairs import Pair
-from .plots import accuracy_over_sigma, confusion_table, heat_map, save_picture
+from .pairs import FusedProbe, Pair, Probe, kept_pairs
+from .plots import accuracy_over_sigma, confusion_table, heat_map, reliability_diagram, save_picture
 from .probing import NEIGHBOURS, Fitted, Prober, classify, make_classifier, save_classifier
 from .report import in_memory
 from .results import ProbeReport
@@ -71,6 +73,9 @@ class SweepOptions(SplitOptions):
     random_flip: bool | None = option(None, "Mirror half of the images, in views after the first.")
     random_crop: int | None = option(None, "Crop them at random after this much padding.", metavar="PADDING")
     num_noise_seeds: int = option(3, "Noise seeds that the best pair is tested with.")
+    fuse: int = option(
+        1, "Then add taps to the best pair, up to so many in all: each time the one that helps most, features joined."
+    )
     knn: bool = option(False, "Also classify by the nearest 20 images and, if there are as many, the nearest 200.")
     alignment: bool = option(False, "Also measure alignment and uniformity.")
     few_labels: list[int] = option([], "Also probe with this many labels a class, such as 1 5 10 100.")
@@ -120,19 +125,21 @@ class SweepOptions(SplitOptions):
         if not self.online and self.num_views == 1 and (self.flips or self.crop_padding):
             raise ValueError("random_flip and random_crop change the views after the first: give num_views 2 or more.")
         views = self.num_views > 1 and not self.encoded
-        for name, given in {"few_labels": self.few_labels, "baselines": self.baselines, "num_views": views}.items():
+        offline = {"few_labels": self.few_labels, "baselines": self.baselines, "num_views": views}
+        for name, given in (offline | {"fuse": self.fuse > 1}).items():
             if self.online and given:
                 raise ValueError(f"{name} is for logistic regression, not for the protocol {self.protocol}.")
 
 
 @dataclass(kw_only=True)
 class SweepResult(ProbeReport):
-    """What a sweep found, with the classifier of the best pair, in evaluation mode.
+    """What a sweep found, with the classifier of the best pair, or of the fused taps, in evaluation mode.
 
     Attributes:
         classifier: Made of `source`, a path or a model; `processor` prepares its images.
         labels: The test images' classes (N,).
-        predicted: The classes that the probe of the first noise seed gave them (N,).
+        predicted: The classes that its probe of the first noise seed gave them (N,).
+        logits: What these were taken from (N, K).
     """
 
     classifier: DDAEForImageClassification = in_memory()
@@ -140,6 +147,7 @@ class SweepResult(ProbeReport):
     source: Model = in_memory()
     labels: Any = in_memory()
     predicted: np.ndarray = in_memory()
+    logits: Tensor = in_memory()
 
     def heat_map(self) -> Figure:
         """Return a picture of the accuracy on held-out images over layers and noise levels."""
@@ -156,10 +164,13 @@ class SweepResult(ProbeReport):
         with saving(folder):
             path = self.write(folder).parent
             save_picture(self.heat_map(), path / "heat_map.png", dpi=120)
-            save_picture(accuracy_over_sigma(self.pairs, self.best), path / "accuracy_over_sigma.png", dpi=120)
+            curve = accuracy_over_sigma(self.pairs, self.best, self.images["held_out"])
+            save_picture(curve, path / "accuracy_over_sigma.png", dpi=120)
             names = list((self.classifier.config.id2label or {}).values())
             table = confusion_table(self.labels, self.predicted, names)
             save_picture(table, path / "confusion.png", dpi=100, bbox_inches="tight")
+            diagram = reliability_diagram(self.logits, self.labels, (self.fused or self).best.temperature)
+            save_picture(diagram, path / "reliability.png", dpi=100)
             for name, classes in (("test_predictions", self.predicted), ("test_labels", self.labels)):
                 with written_whole(path / f"{name}.npy") as partial, partial.open("wb") as file:
                     np.save(file, classes)
@@ -209,6 +220,7 @@ def check_sweep(
         raise ValueError(
             f"baselines: {numbers:,} numbers per image are too many to be probed as they are: leave it out."
         )
+    check_fusing(prober)
     fewest = min(NEIGHBOURS) if options.knn else 1
     if len(prober.fitted) < fewest or (options.alignment and len(prober.held_out) < 2):
         raise ValueError(
@@ -237,14 +249,18 @@ def sweep_inputs(
             prober.team.serve()
             return None
         stack.enter_context(prober.team)
-        pairs = sweep_levels(prober, kept and kept / "levels")
+        levels = kept and kept / "levels"
+        pairs = sweep_levels(prober, levels)
         levels_done = time.monotonic()
         found, fitted = prober.tested(pairs, options.num_noise_seeds)
+        fused = None
+        if options.fuse > 1:
+            fused, fitted = tested_taps(prober, add_taps(prober, pairs, levels, known_of(prober)), fitted)
         baselines = prober.baselines() if options.baselines else {}
         device = model.device.type
         if path_of(source) is not None:
             model.cpu()  # the whole classifier takes its place
-        config |= {"layer": found.best.layer, "sigma": found.best.sigma, "noise_seed": options.noise_seed}
+        config |= {"noise_seed": options.noise_seed, **tap_of(fused or found)}
         shared = ("num_noise_samples", "null_class", "prompt", "pooling")
         config |= {name: getattr(model.config, name) for name in shared}
         classifier, accuracy = _classifier(source, prober, processor, fitted, config)
@@ -256,9 +272,11 @@ def sweep_inputs(
         **vars(found), **machine(device), checkpoint=path_of(source), fingerprint=fingerprint(model.denoiser),
         **report_facts(source, images, settled, train.images, test.images),
         images={"fitted": len(prober.fitted), "held_out": len(prober.held_out), "train": len(train), "test": len(test)},
-        pairs=pairs, baselines=baselines, saved_classifier_test_accuracy=accuracy,
+        pairs=pairs, noise_curve=curve_of(pairs, found.best.layer, len(prober.held_out)), fused=fused,
+        baselines=baselines, saved_classifier_test_accuracy=accuracy,
         seconds={"levels": round(levels_done - started, 1), "in_all": round(time.monotonic() - started, 1)},
-        classifier=classifier, processor=processor, source=source, labels=test.labels, predicted=fitted[2],
+        classifier=classifier, processor=processor, source=source, labels=test.labels,
+        predicted=fitted.predicted, logits=fitted.logits,
     )  # fmt: skip
     if kept is not None:
         folder = kept / options.classifier_dir
@@ -282,12 +300,25 @@ def _classifier(
     return classifier, float((predicted == prober.labels["test"]).mean())
 
 
-def _hash_of(known: Any) -> str:
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+def tap_of(chosen: Probe) -> dict[str, Any]:
+    """Return what a configuration says of the taps that were chosen: one, or several in their order."""
+    if isinstance(chosen, FusedProbe) and len(chosen.taps) > 1:
+        return {"taps": [[tap.layer, tap.sigma] for tap in chosen.taps]}
+    return {"layer": chosen.best.layer, "sigma": chosen.best.sigma}
 
 
 def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     """Probe every noise level, and keep each one's figures in a folder, if any: an interrupted sweep goes on there."""
+    known = known_of(prober)
+    pairs: list[Pair] = []
+    for sigma in tqdm(prober.sigmas, desc="Noise levels", disable=None):
+        path = None if folder is None else folder / f"sigma-{sigma}.json"
+        pairs += kept_pairs(path, known, partial(prober.level, sigma))
+    return pairs
+
+
+def known_of(prober: Prober) -> dict[str, Any]:
+    """Return what the figures of every noise level depend on, as JSON, besides the level."""
     options = prober.options
     names = ("protocol", "validation_fraction", "knn", "alignment", "changes", "max_selection_samples")
     known: dict[str, Any] = {name: getattr(options, name) for name in names}
@@ -297,19 +328,6 @@ def sweep_levels(prober: Prober, folder: Path | None) -> list[Pair]:
     else:
         known |= {"l2": options.l2, "num_views": options.num_views}
     known |= {"data": prober.train.identity, "layers": prober.layers, "chosen_on": len(prober.chosen_on)}
-    known["features"] = FeatureCache(folder or "", prober.model, options.noise_seed).identity
+    known["features"] = FeatureCache("", prober.model, options.noise_seed).identity
     known["labels"] = hashlib.sha256(prober.labels["train"].tobytes()).hexdigest()
-    key = _hash_of(known)
-    pairs: list[Pair] = []
-    for sigma in tqdm(prober.sigmas, desc="Noise levels", disable=None):
-        path = None if folder is None else folder / f"sigma-{sigma}.json"
-        level = read_json(path) if path is not None and path.exists() else {}
-        if level.get("key") != key:
-            rows = [dataclasses.asdict(pair) for pair in prober.level(sigma)]
-            level = {"key": key, "rows": rows, "sha256": _hash_of(rows)}
-            if path is not None:
-                write_json(path, level)
-        elif path is not None and level.get("sha256", "") not in ("", _hash_of(level.get("rows"))):  # "": of 0.2.0
-            raise damaged(path, "its checksum is not that of the figures that were written")
-        pairs += [Pair(**row) for row in level["rows"]]
-    return pairs
+    return known

@@ -1,4 +1,4 @@
-"""What training a denoiser and training a VAE have in common: options, the loop that follows from them, resuming."""
+"""What trainings have in common: options, the loop that follows from them, resuming."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "co
 
 
 @dataclass(kw_only=True)
-class TrainingOptions(Options):
-    """What training a denoiser and training a VAE have in common."""
+class LoopOptions(Options):
+    """What every training by `training.Loop` can be asked for."""
 
     # Options that may change when a run is resumed; they hold from then on.
     may_change: ClassVar[frozenset[str]] = (OF_DATA | OF_PLACES).union(
@@ -47,10 +47,6 @@ class TrainingOptions(Options):
     train_split: str = option("train", "Split to train on.")
     max_train_samples: int | None = option(None, "Use N images of all classes, always the same; a stream's first N.")
     cache_dir: str | None = option(None, "Where downloaded data is kept.")
-    resolution: int | None = option(None, "Side of the square training images; by default the network's sample_size.")
-    center_crop: bool | None = option(
-        None, "Resize images of another shape in their proportions and cut out the centre (the default); else squash."
-    )
     random_flip: bool = option(False, "Mirror half of the images.")
     seed: int = option(0, "Seed of everything that is random.")
     total_batch_size: int | None = option(
@@ -174,6 +170,16 @@ class TrainingOptions(Options):
         loop.progress.num_images = data.num_images
         loop.progress.images_hash = data.images_hash
         return loop
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(LoopOptions):
+    """What training a denoiser and training a VAE have in common."""
+
+    resolution: int | None = option(None, "Side of the square training images; by default the network's sample_size.")
+    center_crop: bool | None = option(
+        None, "Resize images of another shape in their proportions and cut out the centre (the default); else squash."
+    )
 
 
 def check_resumed(given: Mapping[str, Any], data: Progress, checkpoint: Path) -> dict[str, Any]:
