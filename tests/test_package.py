@@ -41,8 +41,7 @@ EXPERIMENTS = [
     ["features", "image_set", "logistic_regression", "models", "report"],
     ["calibration", "images"],
     ["latent_folder"],
-    ["converting", "correspondence_report", "denoising_report", "encoding", "extractors", "feature_export", "low_rank"]
-    + ["pairs", "told_classes"],
+    ["converting", "denoising_report", "encoding", "extractors", "feature_export", "low_rank", "pairs", "told_classes"],
     ["class_errors", "noise_curve", "outlier_report", "run_results"],
     ["results"],
     ["auxiliary", "batches", "plots"],

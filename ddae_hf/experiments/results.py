@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from .correspondence_report import CorrespondenceReport
 from .denoising_report import DenoisingClassifierReport
 from .noise_curve import NoiseCurve
 from .outlier_report import OutlierReport
-from .pairs import FusedProbe, Pair, Probe
+from .pairs import FusedProbe, Pair, Probe, words_of_neighbours
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
 from .run_results import AverageReport, CurveReport
@@ -179,8 +178,7 @@ class ProbeReport(Report, Probe):
             chosen = f"; their regularisation was chosen on {images['held_out']:,} of them that were held out (seed "
             chosen = f"{chosen}{options['seed']})" if probe == "logistic regression" else ""
             text += f"They were fitted on {images['train']:,} training images{chosen}."
-        if self.fused is not None:
-            text += f" {self.fused.said}"
+        text += f" {self.fused.said}" if self.fused is not None else ""
         if options.get("latents_dir"):
             text += " The network read latents of the images that were encoded beforehand."
         if options.get("num_views", 1) > 1:
@@ -198,11 +196,7 @@ class ProbeReport(Report, Probe):
             text += f" Figures with ± are mean ± standard deviation over {', or '.join(spreads)}."
         if draws and len(self.pairs) > 1:
             text += " Where labels are few, layer and noise level were chosen with all labels."
-        near = [(getattr(pair, name), name[4:], pair) for name in ("knn_20", "knn_200") for pair in self.pairs]
-        if known := [found for found in near if found[0] is not None]:
-            share, count, pair = max(known, key=lambda found: found[0])
-            text += f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma "
-            text += f"{pair.sigma:g}, with an accuracy of {percent(share)} %."
+        text += words_of_neighbours(self.pairs)
         if self.noise_curve is not None:
             text += f" {self.noise_curve.words(images['held_out'])}"
         if self.calibration is not None:
@@ -308,6 +302,43 @@ class NoisyReport(Report):
         ]
         protocol = f"The table has the accuracy, in %, on {self.num_test_images:,} test images, with noise of level "
         return Section("Noisy images", f"{protocol}sigma on {self.noise_on}.", ["sigma", *self.test_accuracies], rows)
+
+
+@dataclass(kw_only=True)
+class CorrespondenceReport(Report):
+    """Points of images that were looked up in warped copies of these.
+
+    Attributes:
+        layers: The layers whose maps were compared, in forward order, at noise level `sigma`.
+        num_images: Number of images; `num_points` likewise, of all images together.
+        results: Figures of every method of looking up points: `pck@N`, the share that was found within N pixels of the
+            true place, and `mean_error`, in pixels.
+    """
+
+    kind = "correspondence"
+    telling = ("num_points",)
+    pictures = {"correspondence.png": "Points of images looked up in warped copies, and how far off they are found"}
+
+    layers: list[str]
+    sigma: float
+    num_images: int
+    num_points: int
+    results: dict[str, dict[str, float]]
+
+    def section(self) -> Section:
+        """Return every method's figures."""
+        protocol = (
+            f"The table has the share, in %, of {self.num_points:,} points of {self.num_images:,} images that were "
+            "found in warped copies of the images, within so many pixels of their true places. The denoiser is read at "
+            f"{', '.join(f'`{layer}`' for layer in self.layers)}, sigma {self.sigma:.3g}."
+        )
+        radii = [name for name in next(iter(self.results.values())) if name.startswith("pck@")]
+        head = ["looked up by", *(name.replace("pck@", "within ") for name in radii), "mean error (pixels)"]
+        rows = [
+            [way, *(percent(found[name]) for name in radii), f"{found['mean_error']:.2f}"]
+            for way, found in self.results.items()
+        ]
+        return Section("Points found again", protocol, head, rows)
 
 
 @dataclass(kw_only=True)
