@@ -28,6 +28,7 @@ from ddae_hf.experiments import (
     export_features,
     features,
     finetune,
+    pairs,
     probing,
     sweep,
     sweep_run,
@@ -220,7 +221,7 @@ def test_the_shape_over_noise_levels_is_kept_with_the_levels(checkpoint, digits,
         level = json.loads(path.read_text())
         for row in level["rows"]:
             assert len(row.pop("correct")) == 2 * 8 and row.pop("temperature") > 0  # bits of 60 images
-        path.write_text(json.dumps(level | {"sha256": sweeping._hash_of(level["rows"])}))
+        path.write_text(json.dumps(level | {"sha256": pairs._hash_of(level["rows"])}))
     old = run(checkpoint, digits, tmp_path, *several)
     assert "noise_curve" not in old and "temperature" not in old["calibration"]
     assert old["calibration"]["calibration_error"] == report["calibration"]["calibration_error"]

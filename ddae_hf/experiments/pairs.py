@@ -154,6 +154,17 @@ class Point(Pair):
     frechet_distance: float | None = None
 
 
+def words_of_neighbours(pairs: Sequence[Pair]) -> str:
+    """Return in a sentence, after a space, where nearest neighbours classify best; nothing where none were asked."""
+    near = [(getattr(pair, name), name[4:], pair) for name in ("knn_20", "knn_200") for pair in pairs]
+    known = [found for found in near if found[0] is not None]
+    if not known:
+        return ""
+    share, count, pair = max(known, key=lambda found: found[0])
+    text = f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma {pair.sigma:g}, "
+    return f"{text}with an accuracy of {percent(share)} %."
+
+
 def kept_pairs(path: Path | None, known: Mapping[str, Any], compute: Callable[[], Sequence[Pair]]) -> list[Pair]:
     """Return figures that a file holds, or compute them and keep them there, so that an interrupted search goes on.
 

@@ -16,7 +16,7 @@ from .correspondence_report import CorrespondenceReport
 from .denoising_report import DenoisingClassifierReport
 from .noise_curve import NoiseCurve
 from .outlier_report import OutlierReport
-from .pairs import FusedProbe, Pair, Probe
+from .pairs import FusedProbe, Pair, Probe, words_of_neighbours
 from .report import Figure, Report, Section, many, number, percent, spread
 from .run_folder import OPTIONS, read_options
 from .run_results import AverageReport, CurveReport
@@ -181,8 +181,7 @@ class ProbeReport(Report, Probe):
             chosen = f"; their regularisation was chosen on {images['held_out']:,} of them that were held out (seed "
             chosen = f"{chosen}{options['seed']})" if probe == "logistic regression" else ""
             text += f"They were fitted on {images['train']:,} training images{chosen}."
-        if self.fused is not None:
-            text += f" {self.fused.said}"
+        text += f" {self.fused.said}" if self.fused is not None else ""
         if options.get("latents_dir"):
             text += " The network read latents of the images that were encoded beforehand."
         if options.get("num_views", 1) > 1:
@@ -200,11 +199,7 @@ class ProbeReport(Report, Probe):
             text += f" Figures with ± are mean ± standard deviation over {', or '.join(spreads)}."
         if draws and len(self.pairs) > 1:
             text += " Where labels are few, layer and noise level were chosen with all labels."
-        near = [(getattr(pair, name), name[4:], pair) for name in ("knn_20", "knn_200") for pair in self.pairs]
-        if known := [found for found in near if found[0] is not None]:
-            share, count, pair = max(known, key=lambda found: found[0])
-            text += f" The nearest {count} neighbours classify held-out images best at `{pair.layer}`, sigma "
-            text += f"{pair.sigma:g}, with an accuracy of {percent(share)} %."
+        text += words_of_neighbours(self.pairs)
         if self.noise_curve is not None:
             text += f" {self.noise_curve.words(images['held_out'])}"
         if self.calibration is not None:
