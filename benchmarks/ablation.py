@@ -39,7 +39,7 @@ from ddae_hf.networks import build_denoiser
 
 from . import measure
 
-FEW_STEPS = 5
+REPETITIONS = 3  # of timing a step
 MEASURED = ("probe", "ten_labels", "neighbours", "distance", "step")
 HEADINGS = ["method", "test accuracy (%)", "10 labels a class (%)", "20 nearest neighbours (%)",
             "Frechet distance", "time a step, plain = 1"]  # fmt: skip
@@ -149,18 +149,22 @@ def judge_of(args: argparse.Namespace, images: Images, plain: Path) -> str:
 def step_seconds(args: argparse.Namespace, images: Images, options: dict[str, Any], path: Path) -> float:
     """Return the seconds of a step that a file holds, measured once: what so many steps add to a training of a few.
 
-    On a processor they are those that it has computed, so that other load counts little.
+    They are the least of `REPETITIONS`. On a processor they are those that it has computed, so that other load counts
+    little.
     """
     if not path.is_file():
-        clock = time.perf_counter if best_device() == "cuda" else time.process_time
-        taken = []
-        for steps in (FEW_STEPS, FEW_STEPS + args.timed_steps):
-            with tempfile.TemporaryDirectory() as folder:
-                started = clock()
-                pretrain(images, **{**options, "max_train_steps": steps, "lr_warmup_steps": 1}, output_dir=folder)
-                taken.append(clock() - started)
-        write_json(path, {"seconds": (taken[1] - taken[0]) / args.timed_steps})
+        few, more = ([timed(images, options, count) for _ in range(REPETITIONS)] for count in (5, 5 + args.timed_steps))
+        write_json(path, {"seconds": (min(more) - min(few)) / args.timed_steps})
     return read_json(path)["seconds"]
+
+
+def timed(images: Images, options: dict[str, Any], steps: int) -> float:
+    """Return the seconds of a training of so many steps."""
+    clock = time.perf_counter if best_device() == "cuda" else time.process_time
+    with tempfile.TemporaryDirectory() as folder:
+        started = clock()
+        pretrain(images, **{**options, "max_train_steps": steps, "lr_warmup_steps": 1}, output_dir=folder)
+        return clock() - started
 
 
 def run(args: argparse.Namespace, images: Images, network: str, method: str, seed: int) -> dict[str, Any]:
