@@ -128,7 +128,7 @@ class Loop:
                     averaged.data = laid_out_as(averaged.data, own)
             averages = own_parts(self.average.parameters())
             self.ema = EMAModel(averages, decay=self.ema_decay, foreach=True)
-            self.ema.shadow_params = [values.detach() for values in averages]  # `average` itself, at every step
+            self.ema.shadow_params = [values.detach() for values in averages]  # no copies
         self.averages.begin(self.raw(), self.total_steps)
         if not self.keep_weights:
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -268,7 +268,8 @@ class Loop:
             if self.schedule is not None:
                 self.schedule.step()
             progress.steps += 1
-            if self.ema is not None:
+            if self.ema is not None:  # of `average` itself, whose tensors sampling may have laid out anew
+                self.ema.shadow_params = [values.detach() for values in own_parts(self.average.parameters())]
                 self.ema.step(own_parts(self.module.parameters()))
             self.averages.update(progress.steps)
             yield progress.steps
