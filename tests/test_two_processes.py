@@ -102,7 +102,8 @@ def job(name, root, folder, batch, processes):
     if name == "vae":
         held = ["--held_out", 20, "--resolution", 8, "--autoencoder", json.dumps(VAE)]
         return ["train-vae", *options, *data, *held, *own]
-    options += ["--sample_steps", 0, "--lr_scheduler", "linear", "--learning_rate", 1e-3, "--adam_epsilon", 1e-4]
+    options += ["--lr_scheduler", "linear", "--learning_rate", 1e-3, "--adam_epsilon", 1e-4]
+    options += ["--sample_steps", STEPS // 5, "--grid_images", 1, "--num_inference_steps", 1]  # averages go on after it
     if name == "latents":
         return ["pretrain", *options, "--latents_dir", root / "latents", "--denoiser", json.dumps(DIT), *own]
     if name == "stream":

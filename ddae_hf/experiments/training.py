@@ -268,7 +268,7 @@ class Loop:
             if self.schedule is not None:
                 self.schedule.step()
             progress.steps += 1
-            if self.ema is not None:  # of `average` itself, whose tensors sampling may have laid out anew
+            if self.ema is not None:  # of what `average` has now: `.to("cpu:0")`, as for sampling, copies its tensors
                 self.ema.shadow_params = [values.detach() for values in own_parts(self.average.parameters())]
                 self.ema.step(own_parts(self.module.parameters()))
             self.averages.update(progress.steps)
