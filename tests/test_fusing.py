@@ -247,7 +247,7 @@ def test_figures_of_a_step_that_were_changed_are_not_used(swept, checkpoint, dig
         (["--fuse", "-2"], "fuse is -2: it must be between 1 and 100"),
         (["--fuse", "101"], "fuse is 101: it must be between 1 and 100"),
         (["--fuse", "2", "--protocol", "paper"], "fuse is for logistic regression, not for the protocol paper"),
-        (["--fuse", "3", "--layers", "mid_block"], "fuse is 3, but there are 2 pairs of layer and noise level"),
+        (["--fuse", "3", "--layers", "mid_block"], "fuse is 3, but the number of pairs of layer and noise level is 2"),
         (["--fuse", "1.5"], "invalid int value"),
     ],
 )

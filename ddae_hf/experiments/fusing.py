@@ -69,8 +69,8 @@ def check_fusing(prober: Prober) -> None:
     pairs = len(prober.layers) * len(prober.sigmas)
     if count > pairs:
         raise ValueError(
-            f"fuse is {count}, but there are {pairs} pairs of layer and noise level to choose from: ask for fewer "
-            "taps, or give more layers or sigmas."
+            f"fuse is {count}, but the number of pairs of layer and noise level is {pairs}: ask for fewer taps, or "
+            "give more layers or sigmas."
         )
     pooling = prober.model.config.pooling
     widths = [hidden_size(prober.model.denoiser, layer, pooling) for layer in prober.layers] * len(prober.sigmas)
